@@ -1,0 +1,157 @@
+"""Every private name of verl that this plug-in stands on, with its contract, and the one guard it puts in place.
+
+``CONTRACT`` is read by tests/test_contract.py: a signature or a source hash that differs says which seam moved, before
+a run does. Public API (registries, ``register_*``, configuration keys) is listed where its behaviour is relied upon.
+"""
+
+import hashlib
+import importlib
+import inspect
+import os
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from sayo_verl import __version__
+from sayo_verl.errors import SayoError
+
+SUPPORTED_VERL = ("0.9.1",)
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One name of verl: where it is, what is done to it and why it would hurt if it changed.
+
+    Attributes:
+        path: ``module:attribute``.
+        use: ``overrides``, ``calls``, ``replaces`` or ``relies on``.
+        why: what is expected of it.
+    """
+
+    path: str
+    use: str
+    why: str
+
+    def resolve(self) -> Any:
+        module, attribute = self.path.split(":")
+        target = importlib.import_module(module)
+        for part in attribute.split("."):
+            target = inspect.getattr_static(target, part) if inspect.isclass(target) else getattr(target, part)
+        return target.__func__ if isinstance(target, classmethod | staticmethod) else target
+
+    def source_hash(self) -> str:
+        """First 12 hex digits of the SHA-256 of the source, indentation and trailing blanks aside."""
+        lines = inspect.getsource(self.resolve()).splitlines()
+        return hashlib.sha256("\n".join(line.strip() for line in lines).encode()).hexdigest()[:12]
+
+
+CONTRACT = (
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer.__init__", "overrides", "reads trainer.v1.trainer_mode once"),
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._setup", "overrides", "builds workers; the handshake follows it"),
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_old_log_prob", "overrides",
+         "one compute_log_prob call with batch.extra_info; entropy comes back sliced to the response"),
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_ref_log_prob", "relies on",
+         "must not carry the probe request"),
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_advantage", "overrides",
+         "pads with to_padded_tensor in batch.keys order and calls the registered estimator"),
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._step_once", "relies on", "old_log_prob comes before advantage"),
+    Seam("verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync", "overrides", "base of the sayo_sync mode"),
+    Seam("verl.trainer.ppo.v1.utils:compute_advantage_for_multi_trajectories", "relies on",
+         "hands non-GRPO estimators every row"),
+    Seam("verl.trainer.ppo.ray_trainer:compute_advantage", "relies on", "the keyword arguments an estimator gets"),
+    Seam("verl.trainer.ppo.core_algos:compute_grpo_outcome_advantage", "relies on", "arithmetic of group_advantage"),
+    Seam("verl.trainer.ppo.padding_utils:construct_minimal_padding_template", "relies on",
+         "padding rows: no image, mask 0, tag is_padding, but boxes copied from a real row"),
+    Seam("verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead.forward_step", "overrides",
+         "returns (loss, {'model_output', ...}) for one micro-batch"),
+    Seam("verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead.prepare_model_inputs", "relies on",
+         "rows packed back to back or padded on the right"),
+    Seam("verl.workers.engine.utils:postprocess_batch_func", "relies on",
+         "carries every jagged key of model_output and restores row order"),
+    Seam("verl.workers.engine.base:EngineRegistry.get_engine_cls", "relies on", "(device, vendor) before device"),
+    Seam("verl.workers.utils.padding:response_from_nested", "calls", "token t from position P + t - 1"),
+    Seam("verl.workers.utils.padding:response_to_nested", "calls", "inverse of padding"),
+    Seam("verl.utils.transferqueue_utils:tqbridge", "relies on",
+         "stores every tensor of a worker's output under its key and passes extra_info into the worker's batch"),
+    Seam("verl.trainer.main_ppo:run_ppo", "calls", "initialises Ray with runtime_env and runs the task runner"),
+    Seam("verl.trainer.main_ppo:TaskRunnerV1", "overrides", "through __ray_actor_class__"),
+    Seam("verl.single_controller.ray.base:create_colocated_worker_cls", "relies on",
+         "actors keep their workers in worker_dict"),
+    Seam("verl.utils.tensordict_utils:maybe_fix_3d_position_ids", "replaces", "verl issue 7899"),
+    Seam("verl.utils.tensordict_utils:get_non_tensor_data", "calls", "reads per-call settings"),
+    Seam("verl.utils.tracking:FileLogger", "relies on", "metrics.jsonl and VERL_FILE_LOGGER_PATH"),
+    Seam("verl.trainer.ppo.reward:get_custom_reward_fn", "relies on", "reward_kwargs reach the reward function"),
+    Seam("verl.plugin.platform:PlatformRegistry.register", "calls", "the CPU platform"),
+)  # fmt: skip
+
+
+def require_supported_verl() -> None:
+    """Refuse a verl the contract was not checked against; ``SAYO_ALLOW_VERL=<version>`` overrides for one version.
+
+    Raises:
+        SayoError: X01.
+    """
+    found = version("verl")
+    if found not in SUPPORTED_VERL and os.environ.get("SAYO_ALLOW_VERL") != found:
+        raise SayoError(
+            "X01",
+            "this version of verl was not checked",
+            where="import verl",
+            got=found,
+            wanted=" or ".join(SUPPORTED_VERL),
+            fix=f"pip install verl=={SUPPORTED_VERL[-1]}, or run pytest tests/test_contract.py and set "
+            f"SAYO_ALLOW_VERL={found} if it passes",
+        )
+
+
+def worker_report(actor: Any) -> dict[str, Any]:
+    """What one of verl's worker actors runs; executed inside the actor, for the launch handshake.
+
+    Args:
+        actor: the colocated worker actor (it keeps its workers in ``worker_dict``).
+
+    Returns:
+        version of sayo-verl there, names of the engine's classes, node and pid.
+    """
+    import socket
+
+    engines = [w.actor.engine for w in actor.worker_dict.values() if type(w).__name__ == "ActorRolloutRefWorker"]
+    return {
+        "version": __version__,
+        "engine_bases": [c.__name__ for engine in engines for c in type(engine).__mro__[:-1]],
+        "node": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+
+
+def guard_equal_length_mrope() -> None:
+    """Repair verl issue 7899, on every device: mRoPE position ids of a batch whose sequences all have one length.
+
+    When all sequences of a batch are equally long (all responses hit the limit on same-size prompts, or a batch of
+    one), the (4, L) position ids come back from TransferQueue ragged over the component dimension, values (B * 4, L)
+    instead of (4, B * L). verl's ``maybe_fix_3d_position_ids`` only relabels the dimension, and the update then dies in
+    ``split_with_sizes``. The replacement rebuilds the layout in that case and does what verl does otherwise.
+    """
+    import torch
+    import verl.utils.tensordict_utils as tu
+
+    original = tu.maybe_fix_3d_position_ids
+
+    def maybe_fix_3d_position_ids(data: Any) -> None:
+        ids = data["position_ids"] if "position_ids" in data.keys() else None
+        if isinstance(ids, torch.Tensor) and ids.is_nested and ids.dim() == 3:
+            values, offsets = ids.values(), ids.offsets()  # type: ignore[attr-defined]
+            rows, last = offsets.numel() - 1, int(offsets[-1])
+            if last == values.shape[0] and last != values.shape[1]:
+                fixed = tu.nested_tensor_from_tensor_list(
+                    list(values.view(rows, values.shape[0] // rows, values.shape[1]).unbind(0)), ragged_idx=2
+                )
+                if data.is_locked:
+                    with data.unlock_():
+                        data["position_ids"] = fixed
+                else:
+                    data["position_ids"] = fixed
+                return
+        original(data)
+
+    tu.maybe_fix_3d_position_ids = maybe_fix_3d_position_ids

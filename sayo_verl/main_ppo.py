@@ -1,0 +1,117 @@
+"""The launcher: ``python -m sayo_verl.main_ppo`` takes what ``python -m verl.trainer.main_ppo`` takes.
+
+It checks the run before anything is loaded (``sayo_verl.preflight``), makes Ray's workers load the plug-in in the way
+that raises when it fails, and selects verl's trainer with the attention mixin in front. For an estimator of verl's own,
+such as ``grpo``, it selects nothing: verl's task runner, trainer and engine run as they are.
+"""
+
+import json
+import os
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import hydra
+import ray
+from omegaconf import DictConfig, OmegaConf, open_dict
+from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import validate_config
+from verl.utils.device import auto_set_device
+
+from sayo_verl import __version__
+from sayo_verl.errors import SayoError
+from sayo_verl.methods import METHODS
+from sayo_verl.preflight import preflight, show
+
+PLUGIN = "sayo_verl.plugin"
+ENGINE = "sayo_verl.engine"
+# Settings of this process that its Ray workers must share, also when they run on a cluster that is already up.
+FORWARDED = ("VERL_PLATFORM", "VERL_ENGINE_DEVICE", "VERL_FILE_LOGGER_PATH", "SAYO_ALLOW_VERL", "TORCHDYNAMO_DISABLE",
+             "VLLM_CPU_KVCACHE_SPACE", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS")  # fmt: skip
+
+
+@ray.remote
+class SayoTaskRunner(TaskRunnerV1.__ray_actor_class__):
+    """verl's task runner in a process that knows the trainer with the attention mixin."""
+
+    def run(self, config: DictConfig) -> None:
+        from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
+
+        import sayo_verl.trainer.modes  # noqa: F401 (registers the trainer)
+
+        if config.algorithm.adv_estimator not in ADV_ESTIMATOR_REGISTRY:
+            raise SayoError(
+                "X02",
+                "the plug-in was not loaded in the task runner",
+                where="VERL_USE_EXTERNAL_MODULES",
+                got=os.environ.get("VERL_USE_EXTERNAL_MODULES", ""),
+                wanted=PLUGIN,
+                fix="launch with `python -m sayo_verl.main_ppo` and install sayo-verl on every node",
+            )
+        super().run(config)
+
+
+def prepare_workers(config: DictConfig) -> None:
+    """Write into the configuration what Ray's workers need: the plug-in's module and the forwarded environment."""
+    modules = [m for m in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",") if m]
+    if PLUGIN not in modules:
+        modules.append(PLUGIN)
+    env = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    env["VERL_USE_EXTERNAL_MODULES"] = ",".join(modules)
+    with open_dict(config):
+        for name, value in env.items():
+            OmegaConf.update(config, f"ray_kwargs.ray_init.runtime_env.env_vars.{name}", value, force_add=True)
+
+
+def select_method(config: DictConfig) -> bool:
+    """Point verl at the attention trainer and engine if the estimator is one of ours; say whether it is."""
+    ours = config.algorithm.adv_estimator in METHODS
+    if ours:
+        config.trainer.v1.trainer_mode = "sayo_sync"
+        config.actor_rollout_ref.model.external_lib = ENGINE
+    return ours
+
+
+def write_run_card(config: DictConfig) -> None:
+    """run.json beside the metrics: what ran, with which versions."""
+    metrics = os.environ.get("VERL_FILE_LOGGER_PATH")
+    if not metrics:
+        return
+    folder = Path(metrics).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("verl", "torch", "transformers", "vllm", "ray", "tensordict", "TransferQueue")
+    card = {
+        "run_id": folder.name,
+        "estimator": config.algorithm.adv_estimator,
+        "total_steps": config.trainer.total_training_steps,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": {"sayo-verl": __version__, **{name: version(name) for name in names}},
+        "overrides": sys.argv[1:],
+    }
+    (folder / "run.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+@hydra.main(config_path="config", config_name="sayo_trainer", version_base=None)
+def main(config: DictConfig) -> None:
+    """Check, plan, run."""
+    try:
+        plan = preflight(config, dry_run=config.sayo.dry_run)
+    except SayoError as error:
+        sys.exit(str(error))
+    print(f"sayo-verl {__version__}: the plan")
+    show(plan)
+    if config.sayo.dry_run:
+        print("dry run: the configuration composes and passes the checks; nothing was started")
+        return
+    auto_set_device(config)
+    prepare_workers(config)
+    ours = select_method(config)
+    validate_config(config, need_reference_policy(config), need_critic(config))
+    write_run_card(config)
+    run_ppo(config, task_runner_class=SayoTaskRunner if ours else TaskRunnerV1)
+
+
+if __name__ == "__main__":
+    main()

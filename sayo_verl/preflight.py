@@ -1,0 +1,263 @@
+"""What is checked before any model is loaded: settings first, then files. Each mistake ends with one line.
+
+``preflight`` returns the plan of the run, a list of (what, value) to print; ``dry_run`` turns files that are not there
+yet into entries of that plan instead of refusals, so that a job can be looked at on any machine.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.methods import METHODS, RegionMethod
+from sayo_verl.settings import method_from_config
+
+Plan = list[tuple[str, str]]
+
+# Ray CPUs that verl's processes hold: a placement bundle of 3 a device (ResourcePoolManager, max_colocate_count),
+# one for TransferQueue's controller, one for the task runner.
+CPUS_PER_DEVICE, CPUS_FIXED = 3, 2
+
+
+def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
+    """Check a composed configuration and the files it names.
+
+    Args:
+        config: the full configuration of ``sayo_trainer``.
+        dry_run: report absent files instead of refusing them.
+
+    Returns:
+        The plan, in the order in which a reader wants it.
+
+    Raises:
+        SayoError: for the first mistake found.
+    """
+    method = check_estimator(config)
+    if method is not None:
+        check_settings(config, method)
+    check_ray_cpus(config)
+    check_output(config)
+    plan: Plan = [
+        ("estimator", f"{config.algorithm.adv_estimator}" + ("" if method else " (verl's own code, untouched)")),
+        ("method", _describe(method) if method else "-"),
+        ("model", _check_model(config, method, dry_run)),
+    ]
+    for split in ("train_files", "val_files"):
+        plan.append((split.replace("_files", " data"), _check_data(config, split, method, dry_run)))
+    rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
+    plan += [
+        ("reward", _check_reward(config)),
+        ("rollouts", f"{config.data.train_batch_size} prompts x {rollout.n}, up to {config.data.max_response_length} "
+                     f"tokens, temperature {rollout.temperature}, top-p {rollout.top_p}"),
+        ("update", f"{actor.strategy}, lr {actor.optim.lr}, mini-batch {actor.ppo_mini_batch_size} prompts, KL loss "
+                   f"{actor.kl_loss_coef if actor.use_kl_loss else 'off'}, LoRA rank "
+                   f"{config.actor_rollout_ref.model.lora_rank or 'off'}"),
+        ("machines", f"{config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {config.trainer.device}"),
+        ("length", f"{config.trainer.total_training_steps or '-'} steps, {config.trainer.total_epochs} epochs"),
+        ("checkpoints", f"{config.trainer.default_local_dir}, every {config.trainer.save_freq} steps"),
+        ("metrics", os.environ.get("VERL_FILE_LOGGER_PATH", "VERL_FILE_LOGGER_PATH not set: verl chooses a file")),
+    ]  # fmt: skip
+    return plan
+
+
+def check_estimator(config: DictConfig) -> RegionMethod | None:
+    """The run's method, or None for an estimator of verl's own.
+
+    Raises:
+        SayoError: L01 for a name nobody registered, with the nearest one.
+    """
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
+
+    name = str(config.algorithm.adv_estimator)
+    known = sorted(set(METHODS) | set(ADV_ESTIMATOR_REGISTRY))
+    if name not in known:
+        raise SayoError(
+            "L01",
+            f"unknown advantage estimator{did_you_mean(name, known)}",
+            where="algorithm.adv_estimator",
+            got=name,
+            wanted=f"ours ({', '.join(METHODS)}) or verl's ({', '.join(k for k in known if k not in METHODS)})",
+            fix="correct the name",
+        )
+    attn = OmegaConf.to_container(config.algorithm.attn, resolve=True) if "attn" in config.algorithm else {}
+    return method_from_config(name, attn)  # type: ignore[arg-type]
+
+
+def check_settings(config: DictConfig, method: RegionMethod) -> None:
+    """Refuse the settings of verl under which attention statistics would be absent, wrong or without effect."""
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    correction = config.algorithm.get("rollout_correction") or {}
+    legacy = OmegaConf.select(config, "custom_reward_function.path")
+    rules: list[tuple[str, bool, str, str, object, str]] = [
+        ("L04", not config.trainer.use_v1, "attention methods need verl's V1 trainer",
+         "trainer.use_v1", config.trainer.use_v1, "set trainer.use_v1=True"),
+        ("L05", config.trainer.v1.trainer_mode not in ("sync", "sayo_sync"), "only the synchronous trainer is known",
+         "trainer.v1.trainer_mode", config.trainer.v1.trainer_mode, "set trainer.v1.trainer_mode=sync"),
+        ("L06", bool(correction.get("bypass_mode", False)),
+         "bypass mode skips the log-prob pass in which attention is measured",
+         "algorithm.rollout_correction.bypass_mode", True, "set it to False"),
+        ("L07", bool(config.algorithm.use_pf_ppo), "use_pf_ppo pairs rows wrongly on the V1 trainer (verl issue 7956)",
+         "algorithm.use_pf_ppo", True, "set it to False"),
+        ("L08", actor.strategy not in ("fsdp", "fsdp2"), "attention is captured in verl's FSDP engine only",
+         "actor_rollout_ref.actor.strategy", actor.strategy, "use fsdp or fsdp2, or algorithm.adv_estimator=grpo"),
+        ("L09", int(actor.fsdp_config.ulysses_sequence_parallel_size) > 1
+         or int(actor.get("ulysses_sequence_parallel_size", 1)) > 1,
+         "attention statistics are not available under Ulysses sequence parallelism",
+         "actor_rollout_ref.actor.ulysses_sequence_parallel_size", actor.get("ulysses_sequence_parallel_size", 1),
+         "set it to 1"),
+        ("L10", bool(config.algorithm.filter_groups.enable) and method.weight != 0,
+         "group filtering acts before attention is known and would drop groups that differ only in region reward",
+         "algorithm.filter_groups.enable", True, "set it to False, or algorithm.attn.region.weight=0"),
+        ("L11", legacy is not None, "verl 0.9 ignores the top-level custom_reward_function",
+         "custom_reward_function.path", legacy, "use reward.custom_reward_function.path"),
+        ("L12", int(rollout.n) < 2, "a group of one has nothing to compare with",
+         "actor_rollout_ref.rollout.n", rollout.n, "set it to 2 or more (paper: 16)"),
+        ("L13", bool(rollout.multi_turn.enable), "multi-turn rollouts are not supported",
+         "actor_rollout_ref.rollout.multi_turn.enable", True, "set it to False"),
+        ("L20", config.actor_rollout_ref.model.external_lib not in (None, "sayo_verl.engine"),
+         "external_lib is what loads the engine with the attention mixin", "actor_rollout_ref.model.external_lib",
+         config.actor_rollout_ref.model.external_lib, "name your own module in VERL_USE_EXTERNAL_MODULES instead"),
+    ]  # fmt: skip
+    for code, broken, what, where, got, fix in rules:
+        if broken:
+            raise SayoError(code, what, where=where, got=got, fix=fix)
+
+
+def check_ray_cpus(config: DictConfig) -> None:
+    """TransferQueue waits for ever, without a word, when Ray cannot give its storage units a CPU each.
+
+    Raises:
+        SayoError: L14. Not checked when the run joins a cluster that is already up (``RAY_ADDRESS``).
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    storage = config.transfer_queue.backend.SimpleStorage
+    devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
+    wanted = int(storage.num_data_storage_units) + CPUS_PER_DEVICE * devices + CPUS_FIXED
+    found = OmegaConf.select(config, "ray_kwargs.ray_init.num_cpus") or os.cpu_count() or 1
+    if int(found) < wanted and int(config.trainer.nnodes) == 1:
+        raise SayoError(
+            "L14",
+            "Ray has too few CPUs for TransferQueue and verl's workers, and the run would hang",
+            where="ray_kwargs.ray_init.num_cpus",
+            got=found,
+            wanted=f">= {wanted} ({storage.num_data_storage_units} storage units + {CPUS_PER_DEVICE} x {devices} "
+            f"devices + {CPUS_FIXED})",
+            fix=f"set ray_kwargs.ray_init.num_cpus={wanted} (logical CPUs may exceed real ones) or lower "
+            "transfer_queue.backend.SimpleStorage.num_data_storage_units",
+        )
+
+
+def check_output(config: DictConfig) -> None:
+    """Refuse an output folder that another run has used; nothing is overwritten.
+
+    Raises:
+        SayoError: L15 for existing metrics (verl's file logger truncates), L16 for checkpoints of another run.
+    """
+    metrics = os.environ.get("VERL_FILE_LOGGER_PATH")
+    if metrics and Path(metrics).exists() and Path(metrics).stat().st_size > 0:
+        raise SayoError(
+            "L15",
+            "the metrics file belongs to another run and would be overwritten",
+            where="VERL_FILE_LOGGER_PATH",
+            got=metrics,
+            fix="choose a new output folder (OUT=...), or a new metrics file when you resume",
+        )
+    folder = Path(str(config.trainer.default_local_dir))
+    steps = sorted(folder.glob("global_step_*")) if folder.is_dir() else []
+    if steps and config.trainer.resume_mode == "disable":
+        raise SayoError(
+            "L16",
+            "the checkpoint folder belongs to another run",
+            where="trainer.default_local_dir",
+            got=f"{folder} with {steps[-1].name}",
+            fix="choose a new output folder (OUT=...), or resume it with trainer.resume_mode=auto",
+        )
+
+
+def _describe(method: RegionMethod) -> str:
+    return f"{method.name}: " + ", ".join(f"{key} {value}" for key, value in vars(method).items())
+
+
+def _absent(path: str, where: str, code: str, what: str, fix: str, dry_run: bool) -> str:
+    if dry_run:
+        return f"{path} - NOT THERE YET, needed before the run"
+    raise SayoError(code, what, where=where, got=path, fix=fix)
+
+
+def _check_model(config: DictConfig, method: RegionMethod | None, dry_run: bool) -> str:
+    from sayo_verl.probe.taps import SUPPORTED_MODEL_TYPES, resolve_layers
+
+    path = str(config.actor_rollout_ref.model.path)
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") != 1
+        if looks_local:
+            return _absent(path, "actor_rollout_ref.model.path", "L17", "there is no model at this path",
+                           "correct it, or give a hub name such as Qwen/Qwen3-VL-8B-Instruct", dry_run)  # fmt: skip
+        return f"{path} - a hub name: its family and layers are checked when it is loaded"
+    file = folder / "config.json"
+    if not file.is_file():
+        raise SayoError("L17", "the model folder has no config.json", where="actor_rollout_ref.model.path", got=path,
+                        fix="point to a folder in Hugging Face format")  # fmt: skip
+    model = json.loads(file.read_text())
+    if method is None:
+        return f"{path} ({model['model_type']})"
+    if model["model_type"] not in SUPPORTED_MODEL_TYPES:
+        raise SayoError(
+            "L18",
+            "attention capture does not know this model family",
+            where="actor_rollout_ref.model.path",
+            got=model["model_type"],
+            wanted=" or ".join(SUPPORTED_MODEL_TYPES),
+            fix="use a supported model, or algorithm.adv_estimator=grpo",
+        )
+    n_layers = int(model["text_config"]["num_hidden_layers"])
+    layers = resolve_layers(method.layers, n_layers, where="algorithm.attn.region.layers")
+    return f"{path} ({model['model_type']}, probing layer {', '.join(map(str, layers))} of {n_layers})"
+
+
+def _check_data(config: DictConfig, split: str, method: RegionMethod | None, dry_run: bool) -> str:
+    from sayo_verl.data.check import check_parquet
+
+    files = config.data[split]
+    files = [files] if isinstance(files, str) else list(files)
+    told = []
+    for file in files:
+        if not Path(file).expanduser().is_file():
+            told.append(
+                _absent(file, f"data.{split}", "D01", "there is no such parquet file",
+                        "correct the path; `sayo prepare synthetic` draws the tiny task", dry_run)
+            )  # fmt: skip
+            continue
+        found = check_parquet(
+            Path(file).expanduser(),
+            image_key=config.data.image_key,
+            prompt_key=config.data.prompt_key,
+            need_boxes=method is not None and method.weight != 0,
+            max_images=int(config.sayo.preflight_images),
+        )
+        told.append(f"{file}: {found}")
+    return "; ".join(told)
+
+
+def _check_reward(config: DictConfig) -> str:
+    reward = config.reward.custom_reward_function
+    path = reward.path
+    if path is None:
+        return "verl's built-in rule for the data source"
+    if not str(path).startswith("pkg://") and not Path(path).is_file():
+        raise SayoError("L19", "there is no reward function file", where="reward.custom_reward_function.path", got=path,
+                        fix="use pkg://sayo_verl.reward or correct the path")  # fmt: skip
+    kwargs = OmegaConf.to_container(reward.reward_kwargs) if "reward_kwargs" in reward else {}
+    return f"{path}:{reward.name} {kwargs or ''}".strip()
+
+
+def show(plan: Plan, write: Callable[[str], None] = print) -> None:
+    """Print the plan as aligned lines."""
+    width = max(len(name) for name, _ in plan)
+    for name, value in plan:
+        write(f"  {name.ljust(width)}  {value}")

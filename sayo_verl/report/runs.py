@@ -1,0 +1,298 @@
+"""Run folders: metrics.jsonl (verl's file logger), run.json (written by the launcher) and train.log (its output).
+
+verl writes one JSON object per step, ``{"step": n, "data": {name: value}}``, through orjson, which turns NaN and
+infinities into ``null``; here both come back as NaN. A metric is a list of (step, value) pairs.
+"""
+
+import json
+import math
+import re
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sayo_verl.errors import SayoError
+
+METRICS_FILE, LOG_FILE, RUN_FILE = "metrics.jsonl", "train.log", "run.json"
+UNKNOWN, NOT_MEASURED = "unknown", "not measured"
+
+# verl's own reward: the task reward (less the KL penalty, if that is in the reward). Terms that an estimator adds
+# before normalisation, such as r_v, are not in it.
+REWARD = "critic/rewards/mean"
+REGION_REWARD = "sayo/region_reward/mean"
+TARGET_ATTENTION = "sayo/target_attention/mean"
+TARGET_ATTENTION_ALL = "sayo/target_attention_all_tokens/mean"
+ACCURACY = "sayo/accuracy/mean"
+FORMAT = "sayo/format/mean"
+IMAGE_MASS = "sayo/image_mass/mean"
+ENTROPY = "actor/entropy"
+RESPONSE_LENGTH = "response_length/mean"
+PROBE_SHARE = "sayo/probe_share_of_log_prob"
+REGION_ROWS = "sayo/rows_with_region_share"
+# verl: val-core/<data source>/acc/mean@<responses per prompt>; the data source may itself hold slashes.
+VALIDATION_ACCURACY = re.compile(r"^val-(core|aux)/(?P<source>.+)/acc(uracy)?/mean@\d+$")
+
+Series = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, read once.
+
+    Attributes:
+        path: the folder.
+        run_id, estimator, started: from run.json, ``"unknown"`` where it says nothing.
+        total_steps: steps the launcher asked for; None if unknown.
+        versions: package name -> version, from run.json.
+        overrides: the launcher's Hydra overrides, from run.json.
+        steps: logged steps, ascending; 0 is verl's validation before training.
+        series: metric name -> [(step, value)], ascending by step; NaN is kept.
+        notes: what a reader of the numbers should know (cut line, resume, NaN, missing run.json).
+    """
+
+    path: Path
+    run_id: str
+    estimator: str
+    started: str
+    total_steps: int | None
+    versions: dict[str, str]
+    overrides: list[str]
+    steps: list[int]
+    series: dict[str, Series]
+    notes: list[str] = field(default_factory=list)
+
+    def training(self, name: str) -> Series:
+        """The (step, value) pairs of ``name`` in training steps (step 0 left out); empty if it was not measured."""
+        return [(step, value) for step, value in self.series.get(name, []) if step > 0]
+
+    def validation_accuracy(self) -> dict[str, Series]:
+        """Data source -> (step, value) of verl's validation accuracy; val-core where present, else val-aux."""
+        found: dict[str, dict[str, Series]] = {"core": {}, "aux": {}}
+        for name, series in self.series.items():
+            if match := VALIDATION_ACCURACY.match(name):
+                found[match[1]][match["source"]] = series
+        return found["core"] or found["aux"]
+
+
+def parse_metrics_line(line: bytes, where: str) -> tuple[int, dict[str, float], list[str]]:
+    """One line of metrics.jsonl -> (step, name -> value, names whose value is no number).
+
+    ``null``, NaN and infinities become NaN.
+
+    Raises:
+        SayoError: R01 if the line is not ``{"step": int, "data": {...}}``.
+    """
+
+    def broken(got: object) -> SayoError:
+        return SayoError(
+            "R01",
+            "a metrics line is broken",
+            where=where,
+            got=got,
+            wanted='{"step": n, "data": {name: number}}',
+            fix="delete that line if it is the rest of a killed attempt; otherwise the file was damaged, copy it anew",
+        )
+
+    try:
+        record = json.loads(line)
+    except ValueError as error:  # bad JSON and bad UTF-8
+        raise broken(error) from error
+    if not isinstance(record, dict):
+        raise broken(type(record).__name__)
+    step, data = record.get("step"), record.get("data")
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise broken(f"step {step!r}")
+    if not isinstance(data, dict):
+        raise broken(f"data {data!r}")
+    values = {}
+    for name, value in data.items():
+        if value is None:
+            values[name] = math.nan
+        elif isinstance(value, int | float):
+            values[name] = float(value) if math.isfinite(value) else math.nan
+    return step, values, [name for name in data if name not in values]
+
+
+def load_run(path: Path | str) -> Run:
+    """Read a run folder.
+
+    A last line cut short by a kill is ignored; when a step comes back to an earlier number (a resumed run), the later
+    lines win and the abandoned steps of the earlier attempt are dropped. Both are said in ``notes``.
+
+    Raises:
+        SayoError: R01 for a broken line (file:line), R02 if metrics.jsonl cannot be read, R03 if it holds no step,
+            R04 if run.json is damaged.
+    """
+    path = Path(path)
+    file = path / METRICS_FILE
+    try:
+        *lines, tail = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise SayoError(
+            "R02",
+            "the metrics of this run cannot be read",
+            where=str(file),
+            got=error.strerror,
+            fix=f"name a run folder that holds {METRICS_FILE}; a run writes it with its first step",
+        ) from error
+    launch, notes = _load_launch(path / RUN_FILE)
+    records = [parse_metrics_line(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if tail.strip():
+        try:
+            records.append(parse_metrics_line(tail, str(file)))
+        except SayoError:
+            notes.append(f"line {len(lines) + 1} of {METRICS_FILE} is cut short (stopped while writing): ignored")
+    if not records:
+        raise SayoError(
+            "R03", "no data: not one step was logged", where=str(file), fix=f"look at {path / LOG_FILE} for the reason"
+        )
+    by_step, resume_notes = _merge([(step, values) for step, values, _ in records])
+    skipped = Counter(name for _, _, names in records for name in names)
+    notes += resume_notes
+    notes += [f"{name}: left out, {count} values are no numbers" for name, count in skipped.items()]
+    series: dict[str, Series] = {}
+    for step in sorted(by_step):
+        for name, value in by_step[step].items():
+            series.setdefault(name, []).append((step, value))
+    for name, pairs in series.items():
+        if missing := nan_count(pairs):
+            notes.append(f"{name}: {missing}")
+    return Run(path=path, steps=sorted(by_step), series=series, notes=notes, **launch)
+
+
+def nan_count(series: Series) -> str:
+    """``"NaN (3 of 40)"``, or an empty string if every value is a number."""
+    missing = sum(math.isnan(value) for _, value in series)
+    return f"NaN ({missing} of {len(series)})" if missing else ""
+
+
+def _merge(records: list[tuple[int, dict[str, float]]]) -> tuple[dict[int, dict[str, float]], list[str]]:
+    """File order -> step -> values, later lines over earlier ones."""
+    by_step: dict[int, dict[str, float]] = {}
+    notes, newest = [], None
+    for step, values in records:
+        if newest is not None and step < newest:
+            # The weights behind the steps after `step` were thrown away: their numbers belong to no curve.
+            abandoned = [old for old in by_step if old > step]
+            notes.append(f"goes back from step {newest} to step {step} (a resumed run): the later lines win")
+            for old in abandoned:
+                del by_step[old]
+        elif step in by_step and values.keys() & by_step[step].keys():
+            notes.append(f"step {step} is logged twice: the later line wins")
+        # By name, not whole: after a resume verl logs a validation line under a step that has its training line.
+        by_step.setdefault(step, {}).update(values)
+        newest = step
+    return by_step, notes
+
+
+def _load_launch(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """run.json -> (the fields of Run that come from it, notes)."""
+    record: Any = {}
+    notes = []
+    try:
+        record = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        notes.append(f"no {RUN_FILE}: run id, estimator and versions are unknown")
+    except ValueError as error:
+        raise _damaged(file, error) from error
+    if not isinstance(record, dict):
+        raise _damaged(file, type(record).__name__)
+    launch: dict[str, Any] = {name: str(record.get(name, UNKNOWN)) for name in ("run_id", "estimator", "started")}
+    for name, kind, absent in (("total_steps", int, None), ("versions", dict, {}), ("overrides", list, [])):
+        value = launch[name] = record.get(name, absent)
+        if value is not absent and not isinstance(value, kind):
+            raise _damaged(file, f"{name}: {value!r}")
+    return launch, notes
+
+
+def _damaged(file: Path, got: object) -> SayoError:
+    return SayoError(
+        "R04", "the launcher's record is damaged", where=str(file), got=got, fix="delete it: the run reads as 'unknown'"
+    )
+
+
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+# Ray and vLLM put "(Name pid=12, ip=10.0.0.1) " before each line, nested where one runs within the other.
+_PREFIX = re.compile(r"^\s?(\((?:[^()]*\bpid=\d+[^()]*|raylet[^()]*|gcs_server[^()]*|autoscaler[^()]*)\)\s?)+")
+_REPEATED = re.compile(r"\s*\[repeated \d+x across cluster\].*$")
+_NOISE = re.compile(r"^[\s^~]*$|\d+%\|")  # blank, the carets under a traceback line, progress bars
+_ERROR = re.compile(r"SAYO-[A-Z][0-9][0-9]: .*")
+
+
+def clean_log_line(raw: bytes) -> str:
+    """A line of train.log without colours, Ray's prefix and repeat count, and what a carriage return overwrote."""
+    text = _ANSI.sub("", raw.decode("utf-8", errors="replace")).rstrip().rsplit("\r", 1)[-1]
+    return _REPEATED.sub("", _PREFIX.sub("", text))
+
+
+STARTING = "starting"
+# Lines that verl 0.9.1 and Ray print, in the order of a start, and what goes on from there. Some are logger.info, which
+# VERL_LOGGING_LEVEL can silence: then an earlier phase stays on the screen longer.
+PHASES: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"^ray init kwargs: "), "starting Ray"),
+    (re.compile(r"Started a local Ray instance|Connected to Ray cluster"), "starting the trainer"),
+    (re.compile(r"^Using dataset class: "), "reading the data"),
+    (re.compile(r"worker group kwargs: |^colocated worker base class "), "starting the workers"),
+    (re.compile(r"create worker group "), "loading the model"),
+    (re.compile(r"actor and ref model engine initialized"), "starting the reward workers"),
+    (re.compile(r"reward loop manager initialized|^\['serve',"), "starting the vLLM server"),
+    (re.compile(r"checkpoint engine manager initialized"), "looking for a checkpoint"),
+    (re.compile(r"all initialize finished, ready to fit"), "starting the agent loop"),
+    (re.compile(r"^Creating file logger at "), "validation before training, or the first rollout"),
+    (re.compile(r"^['\"]?\(?['\"]?Initial validation metrics: "), "first rollout"),
+)
+
+
+def phase_rank(line: str) -> int:
+    """Index in ``PHASES`` of the phase that a cleaned log line starts, -1 for any other line."""
+    return next((rank for rank, (pattern, _) in enumerate(PHASES) if pattern.search(line)), -1)
+
+
+def why_it_failed(log: Path, *, offset: int = 0, lines: int = 30) -> list[str]:
+    """The distinct SAYO-… errors of a log (at most three, the first first), else its last meaningful lines.
+
+    Args:
+        log: the train.log; it may be large, it is read line by line. Absent means an empty answer.
+        offset: byte at which this attempt's output starts.
+        lines: how many lines to show when the log names no SAYO error.
+    """
+    errors: dict[str, None] = {}
+    last: deque[str] = deque(maxlen=lines)
+    if log.exists():
+        for text in _lines_from(log, offset):
+            if match := _ERROR.search(text):
+                errors[match[0]] = None
+            if not _NOISE.search(text) and (not last or last[-1] != text):
+                last.append(text)
+    return list(errors)[:3] or list(last)
+
+
+def _lines_from(log: Path, offset: int) -> Iterator[str]:
+    with log.open("rb") as file:
+        file.seek(offset)
+        for raw in file:
+            yield clean_log_line(raw)
+
+
+class Follower:
+    """Reads what was appended to a file since the last look, in whole lines. The file may not exist yet."""
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        self.path, self.offset = path, offset
+        self._rest = b""
+
+    def new_lines(self) -> list[bytes]:
+        """Whole new lines without their ends; a carriage return ends a line too (progress bars)."""
+        if not self.path.exists():
+            return []
+        if self.path.stat().st_size < self.offset:
+            # verl's file logger opens its file anew at every start, resumes included.
+            self.offset, self._rest = 0, b""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            new = file.read()
+        self.offset += len(new)
+        *lines, self._rest = re.split(rb"[\r\n]", self._rest + new)
+        return [line for line in lines if line.strip()]

@@ -1,0 +1,294 @@
+"""Shows a training process while it runs, from the files it writes: the phase before step 1, then steps and metrics.
+
+On a terminal one live line or two; elsewhere (CI, a log file) a plain line per phase and per step and a heartbeat.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
+from types import FrameType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from sayo_verl.errors import SayoError
+from sayo_verl.report import runs as r
+
+_SHOWN = (("reward", r.REWARD), ("r_v", r.REGION_REWARD), ("R_a", r.TARGET_ATTENTION), ("accuracy", r.ACCURACY))
+_PACE_STEPS = 10  # recent steps the ETA is built on
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How often to do what, in seconds: look at the files, print a heartbeat, warn of a stall."""
+
+    poll: float = 0.2
+    heartbeat: float = 20.0
+    stall: float = 300.0
+
+
+def run_and_watch(
+    command: Sequence[str],
+    run_dir: Path | str,
+    total_steps: int,
+    env: Mapping[str, str] | None = None,
+    *,
+    pace: Pace | None = None,
+    console: Console | None = None,
+) -> int:
+    """Start ``command`` in a session of its own, its output appended to run_dir/train.log, and watch it to its end.
+
+    Args:
+        command: program and arguments.
+        run_dir: folder of the run; made if absent. What earlier attempts left there is not shown again.
+        total_steps: training steps the command will take.
+        env: its whole environment (default: ours). PYTHONUNBUFFERED=1 is added, or phases would show late.
+        pace, console: as for :func:`watch`, as is the exit code that is returned.
+    """
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    log_file, metrics_file = run_dir / r.LOG_FILE, run_dir / r.METRICS_FILE
+    old_log, old_metrics = (file.stat().st_size if file.exists() else 0 for file in (log_file, metrics_file))
+    environment = {"PYTHONUNBUFFERED": "1", **(os.environ if env is None else env)}
+    with log_file.open("ab") as log:
+        process = Popen(
+            list(command), stdin=DEVNULL, stdout=log, stderr=STDOUT, env=environment, start_new_session=True
+        )
+    return watch(
+        run_dir, process, total_steps, pace=pace, console=console, log_offset=old_log, metrics_offset=old_metrics
+    )
+
+
+def watch(
+    run_dir: Path | str,
+    process: Popen,
+    total_steps: int,
+    *,
+    pace: Pace | None = None,
+    console: Console | None = None,
+    log_offset: int = 0,
+    metrics_offset: int = 0,
+) -> int:
+    """Show the progress of a running training process until it ends.
+
+    Ctrl-C, SIGTERM and SIGHUP go to its process group, and its end is awaited; a second one kills the group. (Only in
+    the main thread: Python delivers signals nowhere else.) If watching itself fails, the run is ended, not orphaned.
+
+    Args:
+        run_dir: where the process writes train.log and metrics.jsonl.
+        process: started with its output going to train.log, best in a session of its own.
+        total_steps: training steps it will take.
+        console: where to show; default stdout.
+        log_offset, metrics_offset: bytes in the two files that earlier attempts wrote.
+
+    Returns:
+        The exit code of the process; 128 + n if signal n ended it, as shells count.
+    """
+    progress = _Progress(Path(run_dir), total_steps, pace or Pace(), log_offset, metrics_offset)
+    display = _Display(console or Console(), progress)
+    with _signals_passed_to(process) as received, display.live or contextlib.nullcontext():
+        try:
+            told = 0
+            while True:
+                # Before the look at the files: what it wrote last is then still read.
+                ended = process.poll() is not None
+                display.show(progress.look(), ended=ended)
+                for signum in received[told:]:
+                    done = "killed the run" if told else "passed to the run, waiting for its end (once more: kill it)"
+                    display.warn(f"{signal.Signals(signum).name}: {done}")
+                    told += 1
+                if ended:
+                    break
+                with contextlib.suppress(TimeoutExpired):
+                    process.wait(timeout=progress.pace.poll)
+        finally:
+            if process.poll() is None:
+                _signal_group(process, signal.SIGTERM)
+                process.wait()
+    code = process.returncode if process.returncode >= 0 else 128 - process.returncode
+    display.conclude(code, stopped=bool(received), log_offset=log_offset)
+    return code
+
+
+class _Progress:
+    """What the files say about a run in flight."""
+
+    def __init__(self, run_dir: Path, total_steps: int, pace: Pace, log_offset: int, metrics_offset: int) -> None:
+        self.log, self.total, self.pace = run_dir / r.LOG_FILE, total_steps, pace
+        self.phase, self.step, self.metrics = r.STARTING, 0, dict[str, float]()
+        self.started = self.changed = self.step_began = time.monotonic()
+        self._log = r.Follower(self.log, log_offset)
+        self._file = r.Follower(run_dir / r.METRICS_FILE, metrics_offset)
+        self._rank = -1
+        self._stall_told = self.started
+        self._marks: deque[tuple[float, int]] = deque(maxlen=_PACE_STEPS + 1)
+
+    def look(self) -> list[tuple[str, str]]:
+        """Read what is new; returns (kind, line) events, kind being phase, step or warning."""
+        now = time.monotonic()
+        events = []
+        log_size = self._log.offset
+        for raw in self._log.new_lines():
+            events += self._read_phase(r.clean_log_line(raw))
+        records = self._file.new_lines()
+        for raw in records:
+            events += self._read_step(raw, now)
+        if records or self._log.offset != log_size:
+            self.changed = now
+        if now - max(self.changed, self._stall_told) >= self.pace.stall:
+            self._stall_told = now
+            quiet = duration(now - self.changed)
+            events.append(("warning", f"no log line and no step for {quiet}: the run may hang; see {self.log}"))
+        return events
+
+    def _read_phase(self, line: str) -> list[tuple[str, str]]:
+        rank = r.phase_rank(line)
+        if self.step or rank <= self._rank:  # only forward: lines of different processes may come out of order
+            return []
+        self._rank, self.phase = rank, r.PHASES[rank][1]
+        return [("phase", self.phase)]
+
+    def _read_step(self, raw: bytes, now: float) -> list[tuple[str, str]]:
+        try:
+            step, values, _ = r.parse_metrics_line(raw, r.METRICS_FILE)
+        except SayoError as error:
+            return [("warning", str(error))]  # the run goes on; the report will refuse the file
+        validation = [value for name, value in values.items() if r.VALIDATION_ACCURACY.match(name)]
+        checked = "".join(f"  validation accuracy {value:.3f}" for value in validation[:1])
+        if step == 0 or (values and all(name.startswith("val-") for name in values)):
+            # verl logs the validation before training on its own, under the step that it starts from.
+            self.phase = "first rollout"
+            return [("phase", f"validated at step {step}{checked}")]
+        self._marks.append((now, step))  # first: the live display reads them from its thread once step is set
+        self.metrics, self.step_began, self.step = values, now, step
+        return [("step", f"step {step}/{self.total}  {self.numbers()}{checked}  {self.eta()}")]
+
+    def numbers(self) -> str:
+        """The metrics of the last step in one line; what is absent says so."""
+        values = [(label, self.metrics.get(name)) for label, name in _SHOWN]
+        return "  ".join(f"{label} {r.NOT_MEASURED if value is None else f'{value:.3f}'}" for label, value in values)
+
+    def eta(self) -> str:
+        """Time left at the pace of the last steps; the first step carries the warm-up and gives none."""
+        (begin, first), (end, last) = self._marks[0], self._marks[-1]
+        if last <= first:
+            return "ETA unknown"
+        return f"ETA {duration((end - begin) / (last - first) * max(0, self.total - last))}"
+
+
+class _Display:
+    """Shows progress: a live area on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console, progress: _Progress) -> None:
+        self._console, self._progress = console, progress
+        self._spinner = Spinner("dots")
+        self._spoke = time.monotonic()
+        # isatty as well: FORCE_COLOR, which CI services set, makes rich call a log file a terminal.
+        self.live: Live | None = None
+        if console.is_interactive and console.file.isatty():
+            self.live = Live(get_renderable=self._render, console=console, refresh_per_second=8, transient=True)
+
+    def show(self, events: list[tuple[str, str]], *, ended: bool) -> None:
+        """Show what is new; without a terminal also a heartbeat after a while of silence."""
+        for kind, line in events:
+            if kind == "warning":
+                self.warn(line)
+            elif self.live is None:
+                self._say(line)
+        progress, now = self._progress, time.monotonic()
+        if self.live is None and not ended and now - self._spoke >= progress.pace.heartbeat:
+            doing = f"step {progress.step + 1}/{progress.total}" if progress.step else progress.phase
+            self._say(f"still in: {doing}; last log line {duration(now - progress.changed)} ago")
+
+    def warn(self, line: str) -> None:
+        """A line that stays on the screen."""
+        self._say(f"warning: {line}", "yellow")
+
+    def conclude(self, code: int, *, stopped: bool, log_offset: int) -> None:
+        """The last words: done, stopped, or what went wrong and where the log is."""
+        progress = self._progress
+        reached = f"step {progress.step}/{progress.total}" if progress.step else f"before step 1 ({progress.phase})"
+        if code == 0 and progress.step >= progress.total:
+            self._say(f"done: {reached}", "green")
+        elif code == 0:
+            self.warn(f"the run ended by itself at {reached}, with exit code 0; log: {progress.log}")
+        elif stopped:
+            self._say(f"stopped: {reached}, exit code {code}; log: {progress.log}", "yellow")
+        else:
+            self._say(f"the run failed: {reached}, exit code {code}", "bold red")
+            self._console.print(Text("\n".join(r.why_it_failed(progress.log, offset=log_offset))), soft_wrap=True)
+            self._say(f"log: {progress.log}")
+
+    def _say(self, line: str, style: str = "") -> None:
+        self._spoke = time.monotonic()
+        stamp = f"[{duration(self._spoke - self._progress.started)}]"
+        self._console.print(Text(f"{stamp} {line}", style=style), soft_wrap=True)
+
+    def _render(self) -> RenderableType:
+        progress, now = self._progress, time.monotonic()
+        if not progress.step:
+            self._spinner.update(text=Text(f"{progress.phase}  {duration(now - progress.started)}"))
+            return self._spinner
+        row = Table.grid(padding=(0, 2))
+        row.add_row(
+            f"step {progress.step}/{progress.total}",
+            ProgressBar(total=progress.total, completed=progress.step, width=20),
+            progress.eta(),
+            f"last step {duration(now - progress.step_began)} ago",
+        )
+        return Group(row, Text(progress.numbers()))
+
+
+def duration(seconds: float) -> str:
+    """``"35 s"``, ``"2 min 05 s"``, ``"1 h 02 min"``."""
+    minutes, rest = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+@contextlib.contextmanager
+def _signals_passed_to(process: Popen) -> Iterator[list[int]]:
+    """Within it, Ctrl-C, SIGTERM and SIGHUP go to the process group and into the list that is yielded."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def pass_on(signum: int, _: FrameType | None) -> None:
+        # Only the signal and a note of it: printing here could meet a print that is under way.
+        _signal_group(process, signal.SIGKILL if received else signum)
+        received.append(signum)
+
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    # One that is ignored stays so: nohup and background jobs of a script rely on it.
+    before = {signum: handler for signum, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    try:
+        for signum in before:
+            signal.signal(signum, pass_on)
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _signal_group(process: Popen, signum: int) -> None:
+    if process.returncode is not None:
+        return  # reaped: its number may belong to another process by now
+    with contextlib.suppress(ProcessLookupError):
+        group = os.getpgid(process.pid)
+        if group == os.getpgrp():
+            process.send_signal(signum)  # it shares our group: the group signal would hit us as well
+        else:
+            os.killpg(group, signum)

@@ -1,0 +1,78 @@
+"""The reward function: format and answer, by exact rules.
+
+    <think> anything </think> <answer> ANSWER </answer>
+
+ - format is 1 when the whole response is one think block followed by one answer block, with nothing but white space
+   around them, each tag exactly once, and a non-empty answer; otherwise 0.
+ - acc is 1 when the response has exactly one answer block and its content equals the ground truth after normalising:
+   Unicode NFKC, lower case, white space collapsed, surrounding punctuation and a leading "the", "a" or "an" dropped.
+   Numbers are compared as text ("3" is not "3.0"). It does not depend on format.
+ - score = format_weight * format + accuracy_weight * acc. SAYO's total reward is r_v + r_f, so its accuracy weight is
+   0; the region reward r_v joins in the estimator, where attention is known.
+
+Nothing is evaluated or executed, no signals or threads are used, and the work is linear in the response, which is cut
+at ``MAX_CHARACTERS``.
+"""
+
+import re
+import unicodedata
+from typing import Any
+
+MAX_CHARACTERS = 65_536
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_PUNCTUATION = " \t\n.,;:!?\"'`()[]{}"
+_ARTICLE = re.compile(r"^(?:the|an|a) ")
+
+
+def normalise(answer: str) -> str:
+    """An answer as it is compared."""
+    text = " ".join(unicodedata.normalize("NFKC", answer).lower().split()).strip(_PUNCTUATION)
+    return _ARTICLE.sub("", text)
+
+
+def split_response(response: str) -> tuple[bool, str | None]:
+    """``(format is right, content of the only answer block or None)``."""
+    text = response[:MAX_CHARACTERS].strip()
+    places = [text.find(tag) for tag in TAGS]
+    single = [text.count(tag) == 1 for tag in TAGS]
+    answer = None
+    if single[2] and single[3] and places[2] < places[3]:
+        answer = text[places[2] + len("<answer>") : places[3]].strip()
+    between = text[places[1] + len("</think>") : places[2]] if all(single) else "absent"
+    right = (
+        all(single)
+        and places == sorted(places)
+        and places[0] == 0
+        and not between.strip()
+        and places[3] + len("</answer>") == len(text)
+        and bool(answer)
+    )
+    return right, answer or None
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: str,
+    extra_info: Any = None,
+    *,
+    format_weight: float = 1.0,
+    accuracy_weight: float = 1.0,
+    **_ignored: Any,
+) -> dict[str, float]:
+    """verl's reward function (``reward.custom_reward_function``).
+
+    Args:
+        data_source: unused; verl passes it.
+        solution_str: the decoded response.
+        ground_truth: the answer.
+        extra_info: unused; verl passes it.
+        format_weight: r_f for a well-formed response.
+        accuracy_weight: w_acc; 0 in the paper.
+
+    Returns:
+        ``score``, ``acc`` and ``format``, the last two 0 or 1.
+    """
+    right, answer = split_response(solution_str)
+    acc = float(answer is not None and normalise(answer) == normalise(str(ground_truth)))
+    return {"score": format_weight * float(right) + accuracy_weight * acc, "acc": acc, "format": float(right)}

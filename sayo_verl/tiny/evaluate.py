@@ -1,0 +1,165 @@
+"""What a policy does and looks at on held-out rows, measured with plain transformers.
+
+Sampling is HF ``generate``; attention is the last layer's, from HF's eager attention, averaged over heads. Nothing here
+uses the probe or verl, so its figures stand beside theirs as a second measurement.
+
+Shape suffixes: B responses of a batch, P prompt tokens (padded on the left), T response tokens, S = P + T,
+V visual tokens of an image, H heads, D vocabulary.
+"""
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
+from sayo_verl.reward import compute_score
+from sayo_verl.tiny.policy import END, MERGE_SIZE, generate
+from sayo_verl.tiny.warmup import prompt_batch
+from sayo_verl.vision.masks import region_mask
+
+SELECTED_SHARE = 0.3  # of a response's tokens, those of the highest entropy
+EPS = 1e-8  # added to both means of the ratio
+
+
+def evaluate(
+    model_dir: Path | str,
+    scenes_parquet: Path | str,
+    *,
+    samples_per_row: int = 1,
+    temperature: float = 1.0,
+    seed: int = 0,
+    max_new_tokens: int = 24,
+    batch_size: int = 128,
+    max_rows: int | None = None,
+) -> dict[str, Any]:
+    """Let a checkpoint answer rows of a scenes file and measure answers and attention.
+
+    Args:
+        model_dir: folder that ``from_pretrained`` loads (model and processor).
+        scenes_parquet: file written by ``sayo_verl.data.scenes``.
+        samples_per_row: responses per row; 1 when greedy.
+        temperature: of the sampling; 0 for greedy.
+        seed: of the sampling.
+        max_new_tokens: longest response, the end token included.
+        batch_size: responses per batch.
+        max_rows: take the first rows only.
+
+    Returns:
+        ``rows``, ``samples_per_row``, and per measure ``{"mean", "se"}``, where a row counts as its samples' mean:
+        ``accuracy``, ``format``, ``response_tokens`` (end token included), ``entropy`` (nats, mean over tokens),
+        ``target_attention`` (R_a in (0, 1) over the selected tokens), ``target_attention_all_tokens``,
+        ``distractor_attention``, ``distractor_attention_all_tokens``, ``image_mass`` and ``target_mass`` (attention on
+        all visual tokens and on the target's, mean over the response), ``named_first`` and ``named`` (1 when the
+        response's reasoning opens with, or contains, the word that names the target), ``box_tokens`` (visual tokens
+        per target box).
+    """
+    model = Qwen3VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    processor = AutoProcessor.from_pretrained(model_dir)
+    rows = pq.read_table(scenes_parquet).to_pylist()[:max_rows]
+    samples = [row for row in rows for _ in range(samples_per_row)]
+    measured: list[dict[str, float]] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for start in range(0, len(samples), batch_size):
+            batch = samples[start : start + batch_size]
+            measured += measure_batch(model, processor, batch, temperature=temperature, max_new_tokens=max_new_tokens)
+    result: dict[str, Any] = {"rows": len(rows), "samples_per_row": samples_per_row}
+    for name in measured[0]:
+        per_row = np.array([m[name] for m in measured]).reshape(len(rows), samples_per_row).mean(1)
+        spread = float(per_row.std(ddof=1)) if len(rows) > 1 else math.nan
+        result[name] = {"mean": float(per_row.mean()), "se": spread / math.sqrt(len(rows))}
+    return result
+
+
+@torch.no_grad()
+def measure_batch(
+    model: Qwen3VLForConditionalGeneration,
+    processor: Qwen3VLProcessor,
+    rows: list[dict[str, Any]],
+    *,
+    temperature: float,
+    max_new_tokens: int,
+) -> list[dict[str, float]]:
+    """One response per row and its measures; ``model`` runs eager attention and has one image per row."""
+    images = [Image.open(io.BytesIO(row["images"][0]["bytes"])) for row in rows]
+    inputs = prompt_batch(processor, [row["extra_info"]["question"] for row in rows], images)
+    ids_BS = generate(model, inputs, max_new_tokens=max_new_tokens, temperature=temperature)
+    n_prompt = inputs["input_ids"].shape[1]
+    response_BT = ids_BS[:, n_prompt:]
+    is_end_BT = (response_BT == processor.tokenizer.convert_tokens_to_ids(END)).long()
+    valid_BT = is_end_BT.cumsum(1) - is_end_BT == 0  # up to and including the first end token
+    logits_BTD, attention_BTS = _teacher_forced(model, inputs, ids_BS, valid_BT)
+    log_p_BTD = (logits_BTD / temperature if temperature > 0 else logits_BTD).log_softmax(-1)
+    entropy_BT = -(log_p_BTD.exp() * log_p_BTD).sum(-1)
+    measured = []
+    for b, row in enumerate(rows):
+        n = int(valid_BT[b].sum())
+        grid_h, grid_w = (inputs["image_grid_thw"][b, 1:] // MERGE_SIZE).tolist()
+        is_image_S = ids_BS[b] == model.config.image_token_id
+        visual_TV = attention_BTS[b, :n, is_image_S].double().numpy()
+        entropy_T = entropy_BT[b, :n].double().numpy()
+        text = processor.tokenizer.decode(response_BT[b, :n], skip_special_tokens=True)
+        info = row["extra_info"]
+        target_V, distractor_V = (
+            region_mask(info[boxes][0], grid_h, grid_w) for boxes in ("target_boxes", "distractor_boxes")
+        )
+        selected = select_tokens(entropy_T)
+        everything = np.arange(n)
+        score = compute_score(row["data_source"], text, row["reward_model"]["ground_truth"], info)
+        thought = text.partition("</think>")[0].removeprefix("<think>").split()
+        measured.append(
+            {
+                "accuracy": float(score["acc"]),
+                "format": float(score["format"]),
+                "response_tokens": float(n),
+                "entropy": float(entropy_T.mean()),
+                "target_attention": region_attention(visual_TV[selected], target_V),
+                "target_attention_all_tokens": region_attention(visual_TV[everything], target_V),
+                "distractor_attention": region_attention(visual_TV[selected], distractor_V),
+                "distractor_attention_all_tokens": region_attention(visual_TV[everything], distractor_V),
+                "image_mass": float(visual_TV.sum(1).mean()),
+                "target_mass": float(visual_TV[:, target_V].sum(1).mean()),
+                "named_first": float(thought[:1] == [info["key_word"]]),
+                "named": float(info["key_word"] in thought),
+                "box_tokens": float(target_V.sum()),
+            }
+        )
+    return measured
+
+
+def _teacher_forced(
+    model: Qwen3VLForConditionalGeneration, inputs: Any, ids_BS: torch.Tensor, valid_BT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, T, D] that sampled each response token, and the attention row [B, T, S] of each as the input."""
+    n_prompt = inputs["input_ids"].shape[1]
+    padded = dict(inputs)
+    padded["input_ids"] = ids_BS
+    padded["attention_mask"] = torch.cat([inputs["attention_mask"], valid_BT.long()], 1)
+    padded["mm_token_type_ids"] = torch.cat(
+        [inputs["mm_token_type_ids"], torch.zeros_like(ids_BS[:, n_prompt:], dtype=torch.int)], 1
+    )
+    output = model(**padded, output_attentions=True, use_cache=False)
+    return output.logits[:, n_prompt - 1 : -1].float(), output.attentions[-1].mean(1)[:, n_prompt:]
+
+
+def select_tokens(entropy_T: np.ndarray) -> np.ndarray:
+    """Indices of the ``max(1, floor(0.3 n))`` tokens of the highest entropy, ascending; ties go to earlier tokens."""
+    k = max(1, math.floor(SELECTED_SHARE * len(entropy_T)))
+    return np.sort(np.argsort(-entropy_T, kind="stable")[:k])
+
+
+def region_attention(visual_TV: np.ndarray, region_V: np.ndarray) -> float:
+    """R_a = (1 + tanh(log((a + eps) / (v + eps)))) / 2 in (0, 1); 0.5 when the region is looked at like the rest.
+
+    Args:
+        visual_TV: attention of some response tokens to the visual tokens.
+        region_V: bool, the visual tokens of the region.
+    """
+    a, v = float(visual_TV[:, region_V].mean()), float(visual_TV.mean())
+    return (1 + math.tanh(math.log((a + EPS) / (v + EPS)))) / 2

@@ -1,0 +1,224 @@
+"""A tiny but real Qwen3-VL: configuration, weights, tokenizer, image processor and chat template, made offline.
+
+Everything is an ordinary transformers object that ``AutoModelForImageTextToText`` and ``AutoProcessor`` load. The
+tokenizer is byte-level BPE, so any text encodes; its merges are trained on the words of the scenes, so that each of
+those is one token in the form it takes in a text.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+from sayo_verl.data.drawing import COLOURS, SHAPES
+from sayo_verl.data.prepared import content_hash
+from sayo_verl.data.scenes import QUESTIONS
+from sayo_verl.errors import SayoError
+
+PAD, END = "<|endoftext|>", "<|im_end|>"
+VISION_START, VISION_END, IMAGE, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
+SPECIAL_TOKENS = (PAD, "<|im_start|>", END, VISION_START, VISION_END, IMAGE, VIDEO)
+# Tags are not special: a reward function sees the response decoded without special tokens and must find them.
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+MERGE_SIZE = 2
+TEMPORAL_PATCH_SIZE = 2
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\\n' -}}
+{%- if message.content is string -%}{{- message.content -}}
+{%- else -%}{%- for part in message.content -%}
+{%- if part.type == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- elif part.type == 'video' -%}{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+{%- elif part.type == 'text' -%}{{- part.text -}}
+{%- else -%}{{- raise_exception('unknown content type: ' + part.type) -}}
+{%- endif -%}
+{%- endfor -%}{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+_WORD_ENDS = "?."
+
+
+@dataclass(frozen=True)
+class TinyPolicyConfig:
+    """Sizes of the tiny Qwen3-VL.
+
+    Attributes:
+        hidden_size, layers, heads, kv_heads, head_dim, intermediate_size: the text model.
+        vision_hidden_size, vision_depth, vision_heads: the vision tower; its MLP is twice as wide as its stream.
+        deepstack: vision blocks whose output is also added to the first text layers.
+        patch_size: pixels per patch side; a visual token covers 2 x 2 patches.
+        initializer_range: standard deviation of the initial weights. At the usual 0.02 a model this small did not
+            learn to use the image.
+        max_positions: longest sequence, in tokens.
+        seed: of the initial weights.
+    """
+
+    hidden_size: int = 128
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    intermediate_size: int = 256
+    vision_hidden_size: int = 64
+    vision_depth: int = 2
+    vision_heads: int = 2
+    deepstack: tuple[int, ...] = (0,)
+    patch_size: int = 16
+    initializer_range: float = 0.08
+    max_positions: int = 1024
+    seed: int = 0
+
+    def config_hash(self) -> str:
+        """Ten hexadecimal digits; equal for equal initial weights, tokenizer, processor and template."""
+        return content_hash("policy", self, CHAT_TEMPLATE, SPECIAL_TOKENS, TAGS, task_words())
+
+
+def task_words() -> tuple[str, ...]:
+    """Every word and mark of the task in the form it takes in a text: with its leading space, where it has one."""
+    words = [f" {word}" for word in (*SHAPES, *COLOURS)] + [" ."]
+    for question in QUESTIONS.values():
+        pieces = question.rstrip(_WORD_ENDS).split(" ")
+        words += [piece if i == 0 else f" {piece}" for i, piece in enumerate(pieces) if piece != "{key}"]
+        words.append(question[-1])
+    return tuple(dict.fromkeys([*words, "system", "user", "assistant", "\n"]))
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """A byte-level BPE tokenizer in which every word of the task is one token.
+
+    Raises:
+        SayoError: T02 when the trained merges do not give one token per word.
+    """
+    trained = Tokenizer(models.BPE())
+    # Words are given to the trainer one by one, so only the byte alphabet of the real pre-tokenizer is needed here.
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000, min_frequency=1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    trained.train_from_iterator(task_words(), trainer)
+    bpe = json.loads(trained.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in bpe["merges"]]  # transformers declares strings, tokenizers takes pairs
+    tokenizer = Qwen2Tokenizer(
+        vocab=bpe["vocab"],
+        merges=merges,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens=[token for token in SPECIAL_TOKENS if token not in (END, PAD)],
+    )
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    split = [word for word in task_words() if len(tokenizer.encode(word, add_special_tokens=False)) != 1]
+    if split:
+        raise SayoError(
+            "T02",
+            "words of the task are not single tokens",
+            where="tiny policy tokenizer",
+            got=split,
+            wanted="one token each",
+            fix="install the version of tokenizers that pyproject.toml names",
+        )
+    return tokenizer
+
+
+def build_processor(config: TinyPolicyConfig) -> Qwen3VLProcessor:
+    """Tokenizer, image processor and chat template. Images of at least one visual token keep their size up to 32s."""
+    side = config.patch_size * MERGE_SIZE
+    sizes = {"patch_size": config.patch_size, "temporal_patch_size": TEMPORAL_PATCH_SIZE, "merge_size": MERGE_SIZE}
+    half = [0.5, 0.5, 0.5]
+    limits = {"shortest_edge": side**2, "longest_edge": (8 * side) ** 2}  # in pixels: 1 to 64 visual tokens
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=dict(limits), image_mean=half, image_std=half, **sizes),
+        video_processor=Qwen3VLVideoProcessor(size=dict(limits), image_mean=half, image_std=half, **sizes),
+        tokenizer=build_tokenizer(),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(config: TinyPolicyConfig, processor: Qwen3VLProcessor) -> Qwen3VLForConditionalGeneration:
+    """The untrained model in float32; the global random state is left as it was."""
+    tokenizer = processor.tokenizer
+    token_id = tokenizer.convert_tokens_to_ids
+    spatial = config.head_dim // 6
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "initializer_range": config.initializer_range,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            # the head_dim // 2 frequencies, shared out over time, height and width
+            "mrope_section": [config.head_dim // 2 - 2 * spatial, spatial, spatial],
+            "mrope_interleaved": True,
+        },
+        "bos_token_id": None,
+        "eos_token_id": token_id(END),
+        "pad_token_id": token_id(PAD),
+        "tie_word_embeddings": False,
+    }
+    vision = {
+        "depth": config.vision_depth,
+        "hidden_size": config.vision_hidden_size,
+        "intermediate_size": 2 * config.vision_hidden_size,
+        "num_heads": config.vision_heads,
+        "patch_size": config.patch_size,
+        "spatial_merge_size": MERGE_SIZE,
+        "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+        "out_hidden_size": config.hidden_size,
+        "num_position_embeddings": 256,
+        "deepstack_visual_indexes": list(config.deepstack),
+        "initializer_range": config.initializer_range,
+    }
+    model_config = Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=token_id(IMAGE),
+        video_token_id=token_id(VIDEO),
+        vision_start_token_id=token_id(VISION_START),
+        vision_end_token_id=token_id(VISION_END),
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = Qwen3VLForConditionalGeneration(model_config).float().eval()
+    model.generation_config = GenerationConfig(eos_token_id=[token_id(END)], pad_token_id=token_id(PAD))
+    return model
+
+
+@torch.no_grad()
+def generate(
+    model: Qwen3VLForConditionalGeneration,
+    inputs: Mapping[str, torch.Tensor],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+) -> torch.Tensor:
+    """Prompts and responses, long [B, P + T]; drawn from the whole distribution, or greedy at temperature 0."""
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    stop = model.generation_config
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=stop.eos_token_id, pad_token_id=stop.pad_token_id, **how
+    )
+    # transformers types the self of generate() as a protocol that its own models do not meet
+    return cast(Any, model).generate(**inputs, generation_config=config)

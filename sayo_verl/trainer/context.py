@@ -1,0 +1,85 @@
+"""The channel from the trainer mixin to the estimator.
+
+verl hands an estimator only rewards, response mask, config and uid, and offers no way to pass another tensor. The mixin
+therefore opens this context around verl's own advantage computation, and the registered estimator reads it. Light on
+imports: the estimators are registered in every process that imports verl.
+"""
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sayo_verl.errors import SayoError
+from sayo_verl.methods import METHODS, Method, Signals, group_advantage
+
+
+@dataclass
+class AdvantageContext:
+    """One step's signals for the estimator, and what the estimator tells back."""
+
+    method: Method
+    signals: Signals
+    norm_by_std: bool
+    metrics: dict[str, float] = field(default_factory=dict)
+    reward: torch.Tensor | None = None  # [B], the task reward plus terms, set by the estimator
+
+
+CURRENT: ContextVar[AdvantageContext | None] = ContextVar("sayo_advantage_context", default=None)
+
+
+def make_estimator(name: str):
+    """verl's estimator signature around the method called ``name``."""
+
+    def estimator(
+        token_level_rewards: torch.Tensor,
+        response_mask: torch.Tensor,
+        config: Any = None,
+        index: Any = None,
+        **_ignored: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        context = CURRENT.get()
+        if context is None or context.method.name != name:
+            raise SayoError(
+                "A01",
+                f"{name} was called without the attention statistics of this step",
+                where="algorithm.adv_estimator",
+                got="no context" if context is None else f"a context of {context.method.name}",
+                fix="launch with `python -m sayo_verl.main_ppo`, which selects the trainer that measures them",
+            )
+        signals = context.signals
+        if index is None or signals.response_mask.shape != response_mask.shape:
+            raise SayoError(
+                "A02",
+                "rewards and statistics do not describe the same batch",
+                where=name,
+                got=f"mask {tuple(response_mask.shape)}, statistics {tuple(signals.response_mask.shape)}, "
+                f"uid {'absent' if index is None else 'present'}",
+                fix="this is a changed verl; run the contract tests (pytest tests/test_contract.py) and report",
+            )
+        # Rejection sampling may have masked tokens since the statistics were fetched.
+        signals = Signals(**{**vars(signals), "response_mask": response_mask})
+        signals.check()
+        advantages, reward = group_advantage(
+            token_level_rewards.sum(dim=-1),
+            response_mask,
+            list(index),
+            context.method.reward_terms(signals),
+            norm_by_std=context.norm_by_std,
+        )
+        context.metrics.update(context.method.metrics(signals))
+        context.reward = reward
+        return advantages, advantages.clone()
+
+    estimator.__name__ = estimator.__qualname__ = name
+    return estimator
+
+
+def register_estimators() -> None:
+    """Register every method under its name; safe to call again."""
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est
+
+    for name in METHODS:
+        if name not in ADV_ESTIMATOR_REGISTRY:
+            register_adv_est(name)(make_estimator(name))

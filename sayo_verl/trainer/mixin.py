@@ -1,0 +1,123 @@
+"""The trainer mixin: asks for statistics in the old-log-prob pass and hands them to the estimator.
+
+It overrides four methods of verl's V1 trainer and calls verl's own in each: ``__init__``, ``_setup`` (handshake),
+``_compute_old_log_prob`` and ``_compute_advantage``.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import ray
+from omegaconf import DictConfig, OmegaConf, open_dict
+from transfer_queue import KVBatchMeta
+
+from sayo_verl import __version__
+from sayo_verl.compat import worker_report
+from sayo_verl.errors import SayoError
+from sayo_verl.probe.statistics import REQUEST_KEY
+from sayo_verl.settings import method_from_config
+from sayo_verl.trainer import store
+from sayo_verl.trainer.context import CURRENT, AdvantageContext
+
+
+class AttentionTrainerMixin:
+    """In front of one of verl's V1 trainers.
+
+    Attributes:
+        base_mode: verl's name for the trainer it stands in front of. verl compares ``trainer_mode`` with that name in
+            many places (replay buffer, refill, checkpointing), so the mode is set back before its ``__init__``.
+    """
+
+    base_mode: str
+    config: DictConfig
+    actor_rollout_wg: Any
+
+    def __init__(self, config: DictConfig) -> None:
+        with open_dict(config):
+            config.trainer.v1.trainer_mode = self.base_mode
+        attn = OmegaConf.to_container(config.algorithm.attn, resolve=True)
+        method = method_from_config(config.algorithm.adv_estimator, attn)  # type: ignore[arg-type]
+        if method is None:
+            raise SayoError(
+                "L01",
+                "this trainer was selected for an estimator of verl's own",
+                where="algorithm.adv_estimator",
+                got=config.algorithm.adv_estimator,
+                fix="leave trainer.v1.trainer_mode alone; the launcher selects it",
+            )
+        self._method = method
+        self._log_prob_seconds = 0.0
+        super().__init__(config)  # type: ignore[call-arg]
+
+    def _setup(self) -> None:
+        super()._setup()  # type: ignore[misc]
+        self._handshake()
+
+    def _handshake(self) -> None:
+        """Every actor worker must run this version and the engine with the mixin, or the run ends before step 1.
+
+        verl logs a plug-in that fails to load at DEBUG and goes on without it; this is where that would show.
+
+        Raises:
+            SayoError: X03 naming the workers that differ.
+        """
+        workers = self.actor_rollout_wg.workers
+        reports = ray.get([worker.__ray_call__.remote(worker_report) for worker in workers])
+        for rank, report in enumerate(reports):
+            if report["version"] != __version__ or "AttentionStatisticsMixin" not in report["engine_bases"]:
+                raise SayoError(
+                    "X03",
+                    f"worker {rank} did not load this sayo-verl",
+                    where=f"node {report['node']}, pid {report['pid']}",
+                    got=f"version {report['version']}, engine {report['engine_bases']}",
+                    wanted=f"version {__version__} and an engine with AttentionStatisticsMixin",
+                    fix="install the same sayo-verl on every node and launch with `python -m sayo_verl.main_ppo`",
+                )
+        print(
+            f"sayo-verl {__version__}: handshake with {len(reports)} worker(s), engine {reports[0]['engine_bases'][0]}"
+        )
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch.extra_info[REQUEST_KEY] = dataclasses.asdict(self._method.statistics())
+        start = time.perf_counter()
+        try:
+            return super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
+        finally:
+            # The reference pass of a LoRA run goes through the same worker call; without the flag it stays verl's.
+            batch.extra_info.pop(REQUEST_KEY, None)
+            self._log_prob_seconds = time.perf_counter() - start
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        sessions = [key.rsplit("_", 1)[0] for key in batch.keys]
+        if len(set(sessions)) != len(sessions):
+            raise SayoError(
+                "A07",
+                "an agent loop gave more than one output per session",
+                where="actor_rollout_ref.rollout.agent",
+                got=f"{len(sessions)} outputs of {len(set(sessions))} sessions",
+                wanted="one output per session",
+                fix="use the single-turn agent loop; a group would count such a session twice",
+            )
+        signals, probe_seconds = store.fetch_signals(batch)
+        context = AdvantageContext(self._method, signals, bool(self.config.algorithm.norm_adv_by_std_in_grpo))
+        token = CURRENT.set(context)
+        try:
+            out = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
+        finally:
+            CURRENT.reset(token)
+        if context.reward is None:
+            raise SayoError(
+                "A08",
+                "verl computed advantages without calling the registered estimator",
+                where=f"algorithm.adv_estimator={self._method.name}",
+                fix="another plug-in replaced it, or verl changed; run pytest tests/test_contract.py",
+            )
+        store.put_token_level_rewards(batch, context.reward)
+        ranks = len(self.actor_rollout_wg.workers)
+        parts = store.fetch_reward_parts(batch)
+        metrics.update({f"sayo/{name}": value for name, value in context.metrics.items()})
+        metrics.update({f"sayo/{ {'acc': 'accuracy'}.get(name, name) }/mean": v for name, v in parts.items()})
+        metrics["sayo/probe_seconds"] = probe_seconds / ranks
+        metrics["sayo/probe_share_of_log_prob"] = probe_seconds / ranks / self._log_prob_seconds
+        return out

@@ -1,0 +1,1 @@
+"""From boxes and image grids to visual tokens. Torch and numpy only."""

@@ -1,0 +1,213 @@
+#!/usr/bin/env bash
+# Makes the environment that sayo-verl runs in, or finds it ready.
+#
+#   bash scripts/setup_env.sh [cpu|gpu]      default: gpu where `nvidia-smi -L` lists a GPU, else cpu
+#
+# Needs python3.11 with pip. Everything goes into .venv; nothing outside the repository is changed. An environment that
+# fits is reused; one of another state of pyproject.toml is brought up to date; one that was never finished is built anew.
+#
+#   SAYO_VENV             another folder than .venv (a relative path counts from the root of the repository)
+#   SAYO_TORCH_INDEX_URL  where torch's CPU build is taken from if the configured package index lacks it
+set -euo pipefail
+
+# Packages and settings from outside would end up in what pip believes to be installed.
+unset PYTHONPATH PYTHONHOME
+export PYTHONNOUSERSITE=1 PIP_USER=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+cd "$ROOT"
+VENV="${SAYO_VENV:-.venv}"
+[[ "$VENV" == /* ]] || VENV="$ROOT/$VENV"
+NAME="${VENV#"$ROOT"/}"
+PY="$VENV/bin/python"
+STAMP="$VENV/.sayo-stamp" # written last: without it an environment is unfinished
+OWNED="$VENV/.sayo-env"   # written first: a folder without it is not ours to empty
+LOG="$VENV/setup.log"
+CONSTRAINTS=configs/constraints-cpu.txt
+TORCH_INDEX="${SAYO_TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}"
+STAGES=5
+
+die() { # code, what, fix
+  printf 'SAYO-%s: %s | at scripts/setup_env.sh | fix: %s\n' "$1" "$2" "$3" >&2
+  exit 1
+}
+
+stage() { # number, what
+  printf '[%d/%d] %4d s  %s\n' "$1" "$STAGES" "$SECONDS" "$2"
+}
+
+step_failed() { # what, fix
+  printf -- '--- the last lines of %s\n' "$LOG" >&2
+  tail -n 30 "$LOG" >&2
+  die X92 "$1" "$2 Then run the same command again; the whole output is in $LOG"
+}
+
+pip_install() {
+  "$PY" -m pip install --no-compile "$@" >>"$LOG" 2>&1
+}
+
+pinned() { # distribution: its version in the constraints
+  sed -n "s/^$1==//p" "$CONSTRAINTS"
+}
+
+has_gpu() {
+  command -v nvidia-smi >/dev/null && [[ "$(nvidia-smi -L 2>/dev/null)" == GPU* ]]
+}
+
+find_python() { # prints the command of a Python 3.11
+  local name found
+  for name in python3.11 python3 python; do
+    # A name on PATH may be a version manager's stub that runs nothing, so it has to answer.
+    found="$("$name" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" || continue
+    if [[ "$found" == 3.11 ]]; then
+      command -v "$name"
+      return
+    fi
+  done
+  die X90 "no Python 3.11 on PATH (asked: python3.11, python3, python)" \
+    "install Python 3.11 with venv and pip, or put its folder on PATH"
+}
+
+files_hash() { # of everything that decides what is installed
+  cat pyproject.toml scripts/setup_env.sh scripts/cpu_stack_fixups.py "$CONSTRAINTS" | sha256sum | cut -d ' ' -f 1
+}
+
+stack() { # prints what is installed; fails when something is missing or sayo_verl is another checkout
+  "$PY" -I - "$ROOT" <<'PY'
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+# find_spec looks without importing: the whole check takes a fraction of a second.
+shown = ["torch", "vllm", "verl", "transformers", "ray"]
+missing = [m for m in (*shown, "torchvision", "transfer_queue", "tensordict", "pytest") if find_spec(m) is None]
+if missing:
+    sys.exit(f"missing: {', '.join(missing)}")
+own = find_spec("sayo_verl")
+if own is None or own.origin is None or not Path(own.origin).is_relative_to(sys.argv[1]):
+    sys.exit(f"sayo_verl of this checkout is not installed (found: {own and own.origin})")
+print(", ".join([f"python {sys.version.split()[0]}"] + [f"{name} {version(name)}" for name in shown]))
+PY
+}
+
+# Leaves the reason in WHY and, in KEEP, whether the environment can be brought up to date as it stands.
+is_ready() {
+  KEEP=no
+  if [[ ! -e "$VENV" ]]; then
+    WHY="none there yet"
+  elif [[ ! -f "$STAMP" ]]; then
+    WHY="the last setup did not finish"
+  elif [[ "$(sed -n 's/^layout //p' "$STAMP")" != "$MODE $VENV" ]]; then
+    WHY="made for '$(sed -n 's/^layout //p' "$STAMP")', not '$MODE $VENV'"
+  elif ! STACK="$(stack 2>&1)"; then
+    WHY="damaged: ${STACK##*$'\n'}"
+  elif [[ "$(sed -n 's/^stack //p' "$STAMP")" != "$STACK" ]]; then
+    WHY="packages were changed since: $STACK" KEEP=yes
+  elif [[ "$(sed -n 's/^files //p' "$STAMP")" != "$(files_hash)" ]]; then
+    WHY="pyproject.toml, the constraints or the setup scripts changed" KEEP=yes
+  else
+    return 0
+  fi
+  return 1
+}
+
+make_empty() {
+  local python="$1"
+  if [[ -e "$VENV" && ! -f "$OWNED" && -n "$(ls -A "$VENV")" ]]; then
+    die X91 "$VENV exists and was not made by this script" "move it away, or name another folder in SAYO_VENV"
+  fi
+  mkdir -p "$VENV"
+  # The content, not the folder: SAYO_VENV may be a link to a larger disk. The mark goes with the rest and comes back
+  # at once, before anything that takes time.
+  find "$VENV/" -mindepth 1 -delete
+  touch "$OWNED"
+  if "$python" -c 'import ensurepip' 2>/dev/null; then
+    "$python" -m venv "$VENV" >>"$LOG" 2>&1 || step_failed "no virtual environment" "See above."
+  else # Debian and its kin split ensurepip off, but their pip can install into another environment
+    "$python" -m venv --without-pip "$VENV" >>"$LOG" 2>&1 || step_failed "no virtual environment" "See above."
+    "$python" -m pip --python "$PY" install "pip==$(pinned pip)" >>"$LOG" 2>&1 ||
+      step_failed "pip did not get into $NAME" "Install the package python3.11-venv of your system."
+  fi
+}
+
+install_cpu() {
+  local torch base
+  torch="torch==$(pinned torch)+cpu"
+  # Alone and without dependencies, so that a second index can serve these two and nothing else. setuptools comes along
+  # because the next step builds without isolation: with the pinned one instead of the newest.
+  base=("pip==$(pinned pip)" "setuptools==$(pinned setuptools)" "$torch" "torchvision==$(pinned torchvision)")
+  stage 2 "torch and torchvision: $torch (some 10 s plus 200 MB of download)"
+  if ! pip_install --no-deps "${base[@]}"; then
+    tail -n 20 "$LOG" | grep 'No matching distribution found for torch' >/dev/null ||
+      step_failed "torch could not be installed" "Look at the first ERROR line above (network? disk space?)."
+    printf '            the package index has no %s: taking it from %s\n' "$torch" "$TORCH_INDEX"
+    pip_install --no-deps --extra-index-url "$TORCH_INDEX" "${base[@]}" ||
+      step_failed "neither the package index nor $TORCH_INDEX served $torch" \
+        "Check the network, or set SAYO_TORCH_INDEX_URL to an index that has it."
+  fi
+  stage 3 "verl, vLLM, transformers and the rest (about a minute plus 1.3 GB of download)"
+  pip_install --no-build-isolation --constraint "$CONSTRAINTS" --editable '.[cpu,dev]' ||
+    step_failed "the packages could not be installed" "Look at the first ERROR line above (network? disk space?)."
+  stage 4 "fix-ups of the CPU wheels"
+  "$PY" scripts/cpu_stack_fixups.py >>"$LOG" 2>&1 || step_failed "a fix-up failed" "See above."
+  sed -n '/^torchvision: /,$p' "$LOG" | cut -c 1-150 | sed 's/^/            /'
+}
+
+install_gpu() {
+  stage 2 "verl's own GPU stack (several minutes, some 10 GB)"
+  pip_install --editable '.[gpu,dev]' ||
+    step_failed "the packages could not be installed" "Look at the first ERROR line above (network? disk space?)."
+}
+
+case "${1-}" in
+  cpu | gpu) MODE="$1" ;;
+  '') if has_gpu; then MODE=gpu; else MODE=cpu; fi ;;
+  -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
+  *) die X93 "unknown stack '$1'" "say cpu or gpu" ;;
+esac
+
+if is_ready; then
+  printf 'environment: reused %s (%s)\n' "$NAME" "$STACK"
+  exit 0
+fi
+
+# One setup at a time. Whoever had to wait finds the work done.
+mkdir -p "$(dirname "$VENV")"
+if command -v flock >/dev/null; then
+  exec 9>"$VENV.lock"
+  if ! flock --nonblock 9; then
+    printf 'environment: another setup is at work on %s, waiting for it\n' "$NAME"
+    flock 9
+  fi
+  if is_ready; then
+    printf 'environment: reused %s (%s)\n' "$NAME" "$STACK"
+    exit 0
+  fi
+else
+  printf 'environment: no flock on this machine, so nothing keeps two setups apart\n'
+fi
+
+[[ "$MODE" == cpu ]] || STAGES=3
+if [[ "$KEEP" == yes ]]; then
+  stage 1 "bringing $NAME up to date ($WHY)"
+  rm -f "$STAMP" # an interrupted update must not pass for a finished one
+  : >"$LOG"
+else
+  PYTHON="$(find_python)"
+  stage 1 "building $NAME for $MODE with $PYTHON ($WHY)"
+  make_empty "$PYTHON"
+fi
+"install_$MODE"
+stage "$STAGES" "trying all imports"
+"$PY" -I - >>"$LOG" 2>&1 <<'PY' || step_failed "the packages are there but do not import" "The error above names the one; $NAME is built anew next time."
+import ray, tensordict, torch, torchvision, transfer_queue, transformers, verl, vllm
+from transformers import Qwen2VLImageProcessor, Qwen3VLForConditionalGeneration
+
+import sayo_verl
+PY
+STACK="$(stack)"
+printf 'layout %s\nfiles %s\nstack %s\n' "$MODE $VENV" "$(files_hash)" "$STACK" >"$STAMP.new"
+mv "$STAMP.new" "$STAMP"
+printf 'environment: built %s in %d s, %s (%s)\nto enter it: source %s/bin/activate\n' \
+  "$NAME" "$SECONDS" "$(du -sh "$VENV" | cut -f 1)" "$STACK" "$NAME"

@@ -1,0 +1,35 @@
+"""Shared fixtures. The environment is set before verl is imported: verl picks its platform and plug-ins at import."""
+
+import os
+
+os.environ.setdefault("VERL_PLATFORM", "cpu")
+os.environ.setdefault("VERL_USE_EXTERNAL_MODULES", "sayo_verl.plugin")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def random_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-VL with random weights, in a folder that transformers and verl load."""
+    from sayo_verl.tiny.policy import TinyPolicyConfig, build_model, build_processor
+
+    config = TinyPolicyConfig()
+    processor = build_processor(config)
+    model = build_model(config, processor)
+    folder = tmp_path_factory.mktemp("policy")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

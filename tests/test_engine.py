@@ -1,0 +1,190 @@
+"""The engine mixin inside verl's real training worker (FSDP2, one CPU process), against float64 eager attention."""
+
+import dataclasses
+
+import pytest
+import torch
+from engine_rows import ROWS, log_prob_pass, make_rows, model_config, single_process_group, worker
+from transformers import Qwen3VLForConditionalGeneration
+
+from sayo_verl.errors import SayoError
+from sayo_verl.methods import StatisticsRequest
+from sayo_verl.vision.masks import region_mask
+
+REQUEST = dataclasses.asdict(StatisticsRequest(layers=(-1,)))
+NAMES = ("sayo_image_mass", "sayo_region_mass")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _process_group():
+    single_process_group(29641)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def rows(random_policy):
+    return make_rows(model_config(random_policy, packed=True).processor)
+
+
+@pytest.fixture(scope="module")
+def packed_worker(random_policy):
+    return worker(model_config(random_policy, packed=True), dynamic=False)
+
+
+def eager_masses(policy, rows, layers, query_row="input"):
+    """[(image mass, region mass) of each response token] from HF eager attention in float64, one row at a time."""
+    model = Qwen3VLForConditionalGeneration.from_pretrained(policy, dtype=torch.float64, attn_implementation="eager")
+    attentions = {}
+    # verl replaces the model's forward in this process and drops `attentions`; the modules still return their weights
+    for module in model.model.language_model.layers:
+        module.self_attn.register_forward_hook(lambda m, _a, out: attentions.__setitem__(m.layer_idx, out[1]))
+    out = []
+    for row in rows:
+        images = {k: v for k, v in row["multi_modal_inputs"].items() if k in ("pixel_values", "image_grid_thw")}
+        if images:
+            images["pixel_values"] = images["pixel_values"].double()
+        ids = row["input_ids"][None]
+        with torch.no_grad():
+            model(
+                input_ids=ids, position_ids=row["position_ids"][:, None], use_cache=False,
+                attention_mask=torch.ones_like(ids), **images,
+            )  # fmt: skip
+        mean_SS = torch.stack([attentions[layer % 2][0].mean(0) for layer in layers]).mean(0)
+        prompt, length = row["prompts"].shape[0], ids.shape[1]
+        first = prompt if query_row == "input" else prompt - 1
+        rows_TS = mean_SS[first : first + length - prompt]
+        image = (row["input_ids"] == model.config.image_token_id).nonzero().flatten()
+        region = image[:0]
+        if images:
+            _, h, w = row["multi_modal_inputs"]["image_grid_thw"][0].tolist()
+            region = image[torch.from_numpy(region_mask(row["extra_info"]["boxes"][0], h // 2, w // 2))]
+        out.append((rows_TS[:, image].sum(-1), rows_TS[:, region].sum(-1)))
+    return out
+
+
+def response_values(output, name, rows):
+    """What verl's response_from_nested would read: positions P-1 .. P+T-2 of each row."""
+    return [values[row["prompts"].shape[0] - 1 : -1] for values, row in zip(output[name].unbind(), rows, strict=True)]
+
+
+def largest_error(output, rows, expected):
+    errors = [
+        (got.double() - want[k]).abs().max().item()
+        for k, name in enumerate(NAMES)
+        for got, want in zip(response_values(output, name, rows), expected, strict=True)
+    ]
+    return max(errors)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+def test_statistics_equal_float64_eager_attention(random_policy, rows, packed, dynamic):
+    built = worker(model_config(random_policy, packed=packed), dynamic=dynamic)
+    output = log_prob_pass(built, rows, REQUEST)
+    error = largest_error(output, rows, eager_masses(random_policy, rows, layers=[-1]))
+    print(f"largest error against float64 eager, packed={packed}, dynamic={dynamic}: {error:.2e}")
+    assert error < 1e-5
+    assert output["sayo_image_tokens"].unbind()[0].item() == 9
+    counts = [int(x) for x in torch.cat(list(output["sayo_region_tokens"].unbind()))]
+    assert counts[2] == 0, "a row without boxes has no region"
+    assert counts[3] == 0, "a row without an image has no region, whatever boxes it carries"
+    assert counts[4] == 1, "a box smaller than a cell keeps one token"
+    assert counts[5] == 6, "a box of the whole image covers every token"
+
+
+def test_several_layers_and_the_predicting_row(random_policy, rows, packed_worker):
+    request = dataclasses.asdict(StatisticsRequest(layers=(0, -1), query_row="predicting"))
+    output = log_prob_pass(packed_worker, rows, request)
+    expected = eager_masses(random_policy, rows, layers=[0, 1], query_row="predicting")
+    assert largest_error(output, rows, expected) < 1e-5
+
+
+def test_the_two_row_conventions_differ_by_one_row(rows, packed_worker):
+    """The attention row of y_t as input is the row that predicts y_(t+1): a hand-checkable shift."""
+    by_input = log_prob_pass(packed_worker, rows, REQUEST)
+    predicting = log_prob_pass(packed_worker, rows, {**REQUEST, "query_row": "predicting"})
+    for a, b in zip(
+        response_values(by_input, NAMES[0], rows), response_values(predicting, NAMES[0], rows), strict=True
+    ):
+        torch.testing.assert_close(a[:-1], b[1:], rtol=0, atol=0)
+        assert a.numel() == b.numel()
+
+
+def test_micro_batches_and_order_do_not_matter(random_policy, rows, packed_worker):
+    together = log_prob_pass(packed_worker, rows, REQUEST)
+    order = [4, 0, 5, 3, 1, 2]
+    permuted = log_prob_pass(packed_worker, [rows[i] for i in order], REQUEST)
+    for name in (*NAMES, "sayo_region_tokens"):
+        for place, i in enumerate(order):
+            torch.testing.assert_close(
+                permuted[name].unbind()[place], together[name].unbind()[i], rtol=0, atol=1e-6, equal_nan=True
+            )
+
+
+def test_without_a_request_the_engine_is_verls_own(rows, packed_worker):
+    plain = log_prob_pass(packed_worker, rows, None)
+    probed = log_prob_pass(packed_worker, rows, REQUEST)
+    assert not [key for key in plain.keys() if key.startswith("sayo_")]
+    for name in ("log_probs", "entropy"):
+        for a, b in zip(plain[name].unbind(), probed[name].unbind(), strict=True):
+            assert torch.equal(a, b), f"the probe changed {name}"
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in packed_worker.engine.module.modules()
+                if type(m).__name__.endswith(("TextAttention", "TextRMSNorm")))  # fmt: skip
+    assert hooks == 0, "hooks outlived the pass"
+
+
+def test_statistics_carry_no_graph_and_mark_what_was_not_measured(rows, packed_worker):
+    output = log_prob_pass(packed_worker, rows, REQUEST)
+    for values, row in zip(output["sayo_image_mass"].unbind(), rows, strict=True):
+        assert not values.requires_grad
+        prompt = row["prompts"].shape[0]
+        assert torch.isnan(values[: prompt - 1]).all()
+        assert torch.isnan(values[-1])
+        assert torch.isfinite(values[prompt - 1 : -1]).all()
+
+
+def test_lora_weights_are_seen_and_the_reference_pass_carries_no_statistics(random_policy, rows):
+    config = model_config(random_policy, packed=True, lora_rank=4)
+    built = worker(config, dynamic=False)
+    before = log_prob_pass(built, rows, REQUEST)
+    with torch.no_grad():
+        for name, parameter in built.engine.module.named_parameters():
+            if "lora_B" in name and "language_model" in name:
+                generator = torch.Generator().manual_seed(len(name))
+                local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                local.copy_(torch.randn(local.shape, generator=generator) * 0.2)
+    after = log_prob_pass(built, rows, REQUEST)
+    assert (
+        after["sayo_image_mass"].unbind()[0] - before["sayo_image_mass"].unbind()[0]
+    ).nan_to_num().abs().max() > 1e-4
+    reference = log_prob_pass(built, rows, None, no_lora_adapter=True)
+    assert not [key for key in reference.keys() if key.startswith("sayo_")]
+
+
+def test_equal_lengths_pass(random_policy, packed_worker):
+    """verl issue 7899: a batch of equally long mRoPE rows."""
+    shapes = [ROWS[0]] * 4
+    rows = make_rows(model_config(random_policy, packed=True).processor, shapes=shapes)
+    output = log_prob_pass(packed_worker, rows, REQUEST)
+    assert largest_error(output, rows, eager_masses(random_policy, rows, layers=[-1])) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("break_row", "code"),
+    [
+        (lambda row: row["extra_info"].update(boxes=[[[0.5, 0.1, 0.2, 0.4]]]), "V02"),
+        (lambda row: row["extra_info"].update(boxes=[[[0.5, 0.1, 0.9, 0.4]], []]), "P06"),
+        (lambda row: row["multi_modal_inputs"].update(video_grid_thw=torch.tensor([[2, 4, 4]])), "P07"),
+    ],
+    ids=["x1<x0", "boxes-not-per-image", "video"],
+)
+def test_bad_rows_stop_the_pass(random_policy, packed_worker, break_row, code):
+    rows = make_rows(model_config(random_policy, packed=True).processor, shapes=[ROWS[0], ROWS[1]])
+    break_row(rows[1])
+    with pytest.raises(SayoError, match=f"SAYO-{code}: .*index 1.*fix: "):
+        log_prob_pass(packed_worker, rows, REQUEST)
+
+
+def test_a_layer_that_does_not_exist_stops_the_pass(rows, packed_worker):
+    with pytest.raises(SayoError, match=r"SAYO-P03: the model has 2 decoder layers"):
+        log_prob_pass(packed_worker, rows, {**REQUEST, "layers": (5,)})

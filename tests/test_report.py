@@ -1,0 +1,513 @@
+"""The report room: reading run folders, figures, tables, and watching a process that writes such a folder."""
+
+import importlib.util
+import io
+import json
+import math
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+
+from sayo_verl.errors import SayoError
+from sayo_verl.report import runs as r
+from sayo_verl.report.curves import plot_run, plot_runs, running_mean
+from sayo_verl.report.runs import Follower, Run, clean_log_line, load_run, why_it_failed
+from sayo_verl.report.table import first_last_markdown, first_last_table
+from sayo_verl.report.watch import Pace, duration, run_and_watch, watch
+
+ATTENTION = {
+    r.REWARD: 1.0,
+    r.REGION_REWARD: 0.1,
+    r.TARGET_ATTENTION: 0.6,
+    r.TARGET_ATTENTION_ALL: 0.55,
+    r.ACCURACY: 0.5,
+    r.ENTROPY: 0.4,
+    r.RESPONSE_LENGTH: 12.0,
+}
+GRPO = {name: value for name, value in ATTENTION.items() if not name.startswith("sayo/")}
+VALIDATION = "val-core/sayo/scenes/acc/mean@1"
+
+
+def line(step: int, **data: object) -> str:
+    return json.dumps({"step": step, "data": data}) + "\n"
+
+
+def write_run(folder: Path, *lines: str, launch: dict | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / r.METRICS_FILE).write_text("".join(lines))
+    if launch is not None:
+        (folder / r.RUN_FILE).write_text(json.dumps(launch))
+    return folder
+
+
+def make_run(folder: Path, data: dict[str, float], steps: int = 12, estimator: str = "attn_region") -> Run:
+    launch = {"run_id": "demo", "estimator": estimator, "total_steps": steps}
+    lines = [line(0, **{VALIDATION: 0.4})]
+    lines += [line(n, **{name: value + 0.01 * n for name, value in data.items()}) for n in range(1, steps + 1)]
+    return load_run(write_run(folder, *lines, launch=launch))
+
+
+# ---------------------------------------------------------------------------------------------------------- run folders
+
+
+def test_load_run_reads_metrics_and_launch_record(tmp_path):
+    launch = {"run_id": "a", "estimator": "grpo", "total_steps": 9, "started": "now", "versions": {"verl": "0.9.1"}}
+    run = load_run(write_run(tmp_path, line(1, x=1, y=0.5), line(2, x=2.5), launch={**launch, "overrides": ["a=b"]}))
+    assert run.steps == [1, 2]
+    assert run.series == {"x": [(1, 1.0), (2, 2.5)], "y": [(1, 0.5)]}
+    assert (run.run_id, run.estimator, run.total_steps, run.started) == ("a", "grpo", 9, "now")
+    assert (run.versions, run.overrides, run.notes) == ({"verl": "0.9.1"}, ["a=b"], [])
+
+
+def test_without_launch_record_everything_about_it_is_unknown(tmp_path):
+    run = load_run(write_run(tmp_path, line(1, x=1)))
+    assert (run.run_id, run.estimator, run.started, run.total_steps) == ("unknown", "unknown", "unknown", None)
+    assert "run.json" in run.notes[0]
+
+
+def test_a_file_cut_at_any_byte_gives_the_whole_lines_before_the_cut(tmp_path):
+    whole = "".join(line(n, x=float(n)) for n in (1, 2, 3)).encode()
+    for cut in range(len(whole) + 1):
+        (tmp_path / r.METRICS_FILE).write_bytes(whole[:cut])
+        # A record that lacks nothing but its newline is whole.
+        complete = sum(cut >= end for end in (len(whole) // 3 * k - 1 for k in (1, 2, 3)))
+        if not complete:
+            with pytest.raises(SayoError, match="SAYO-R03"):
+                load_run(tmp_path)
+            continue
+        run = load_run(tmp_path)
+        assert run.steps == [1, 2, 3][:complete]
+        in_a_line = whole[:cut].count(b"\n") < complete or whole[:cut].endswith(b"\n")
+        assert any("cut short" in note for note in run.notes) is not in_a_line
+
+
+@pytest.mark.parametrize(
+    "bad", ['{"step": 2, "da', "[2]", '{"step": "2", "data": {}}', '{"step": true, "data": {}}', '{"step": 2}', "\xff"]
+)
+def test_a_broken_line_before_the_end_is_refused_with_its_place(tmp_path, bad):
+    (tmp_path / r.METRICS_FILE).write_bytes((line(1, x=1) + bad + "\n" + line(3, x=3)).encode("latin-1"))
+    with pytest.raises(SayoError, match=r"SAYO-R01: .*metrics\.jsonl:2 "):
+        load_run(tmp_path)
+
+
+def test_no_file_no_data_and_a_damaged_record_have_their_own_codes(tmp_path):
+    with pytest.raises(SayoError, match="SAYO-R02"):
+        load_run(tmp_path / "nowhere")
+    with pytest.raises(SayoError, match="SAYO-R03: no data"):
+        load_run(write_run(tmp_path / "empty", "\n"))
+    for i, damaged in enumerate(('{"run_id"', "[]", '{"total_steps": "many"}')):
+        folder = write_run(tmp_path / str(i), line(1, x=1))
+        (folder / r.RUN_FILE).write_text(damaged)
+        with pytest.raises(SayoError, match="SAYO-R04"):
+            load_run(folder)
+
+
+def test_after_a_resume_the_later_lines_win_and_abandoned_steps_go(tmp_path):
+    lines = [line(n, x=float(n)) for n in (1, 2, 3, 4)] + [line(2, **{VALIDATION: 0.5}), line(3, x=30.0)]
+    run = load_run(write_run(tmp_path, *lines))
+    assert run.series["x"] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert run.validation_accuracy() == {"sayo/scenes": [(2, 0.5)]}
+    assert any("from step 4 to step 2" in note for note in run.notes)
+
+
+def test_a_step_logged_twice_is_noted(tmp_path):
+    run = load_run(write_run(tmp_path, line(1, x=1), line(1, x=2), line(2, x=3)))
+    assert run.series["x"] == [(1, 2.0), (2, 3.0)]
+    assert any("step 1 is logged twice" in note for note in run.notes)
+
+
+def test_nan_is_kept_and_counted_and_text_is_left_out(tmp_path):
+    run = load_run(
+        write_run(tmp_path, line(1, x=None, s="text"), line(2, x=math.nan), line(3, x=math.inf), line(4, x=1))
+    )
+    assert [math.isnan(value) for _, value in run.series["x"]] == [True, True, True, False]
+    assert "x: NaN (3 of 4)" in run.notes
+    assert "s" not in run.series
+    assert any(note.startswith("s: left out") for note in run.notes)
+
+
+def test_validation_accuracy_prefers_core_and_takes_the_plain_mean(tmp_path):
+    core = {"val-core/a/b/acc/mean@4": 0.5, "val-core/a/b/acc/best@4/mean": 0.9, "val-aux/c/acc/mean@4": 0.1}
+    assert load_run(write_run(tmp_path / "1", line(5, **core))).validation_accuracy() == {"a/b": [(5, 0.5)]}
+    aux = {"val-aux/c/acc/mean@4": 0.1, "val-aux/c/acc_success_only/mean@4": 0.2}
+    assert load_run(write_run(tmp_path / "2", line(5, **aux))).validation_accuracy() == {"c": [(5, 0.1)]}
+
+
+def test_log_lines_lose_colours_and_prefixes():
+    assert (
+        clean_log_line(b"\x1b[36m(TaskRunnerV1 pid=7, ip=10.0.0.1)\x1b[0m (EngineCore pid=9) hi (you)\n") == "hi (you)"
+    )
+    assert clean_log_line(b"(pid=12) x [repeated 3x across cluster] (Ray deduplicates logs)\n") == "x"
+    assert clean_log_line(b"10%\r50%\rdone\r\n") == "done"
+
+
+def test_why_it_failed_names_each_error_once_and_only_of_this_attempt(tmp_path):
+    log = tmp_path / r.LOG_FILE
+    old = b"SayoError: SAYO-D01: old\n"
+    error = b"sayo_verl.errors.SayoError: SAYO-P03: no layer 36 | fix: y\n"
+    new = b"\x1b[36m(A pid=1)\x1b[0m " + error + error
+    log.write_bytes(old + new)
+    assert why_it_failed(log, offset=len(old)) == ["SAYO-P03: no layer 36 | fix: y"]
+
+
+def test_why_it_failed_shows_the_last_meaningful_lines_where_no_code_is(tmp_path):
+    log = tmp_path / r.LOG_FILE
+    log.write_text("".join(f"line {i}\n\n   ^^^^\n 40%|####  | 2/5\n" for i in range(50)) + "same\nsame\n")
+    assert why_it_failed(log) == [f"line {i}" for i in range(21, 50)] + ["same"]
+    assert why_it_failed(tmp_path / "absent") == []
+
+
+def test_follower_gives_whole_lines_once_and_starts_anew_with_a_new_file(tmp_path):
+    file = tmp_path / "f"
+    follower = Follower(file)
+    assert follower.new_lines() == []
+    file.write_bytes(b"one\ntw")
+    assert follower.new_lines() == [b"one"]
+    file.write_bytes(b"one\ntwo\n")
+    assert follower.new_lines() == [b"two"]
+    assert follower.new_lines() == []
+    file.write_bytes(b"new\n")
+    assert follower.new_lines() == [b"new"]
+
+
+# --------------------------------------------------------------------------------------------------- figures and tables
+
+
+def texts_of(monkeypatch, draw) -> list[str]:
+    """Every text of the figure that ``draw`` saves."""
+    found: list[str] = []
+
+    def spy(figure: Figure, *_: object, **__: object) -> None:
+        found.extend(text.get_text() for text in figure.findobj(match=lambda artist: hasattr(artist, "get_text")))
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    draw()
+    return found
+
+
+def test_plot_run_writes_the_same_png_each_time(tmp_path):
+    run = make_run(tmp_path / "run", ATTENTION)
+    first, second = (plot_run(run, tmp_path / "out" / f"{i}.png") for i in range(2))
+    with Image.open(first) as image:
+        assert image.width == 2000
+        assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 50
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_figure_says_what_it_shows(tmp_path, monkeypatch):
+    run = make_run(tmp_path, ATTENTION)
+    found = texts_of(monkeypatch, lambda: plot_run(run, tmp_path / "x.png"))
+    for text in (
+        "demo  ·  attn_region  ·  12 steps",
+        "0.5: no preference",
+        "all tokens",
+        "validation",
+        "nats per token",
+    ):
+        assert text in found
+    assert r.NOT_MEASURED not in found
+
+
+def test_figure_of_grpo_says_not_measured(tmp_path, monkeypatch):
+    run = make_run(tmp_path, GRPO, estimator="grpo")
+    found = texts_of(monkeypatch, lambda: plot_run(run, tmp_path / "x.png"))
+    assert found.count(r.NOT_MEASURED) == 2  # region reward, target attention
+    assert "training: not measured" in found  # accuracy has validation points
+
+
+def test_figure_tells_nan_apart_by_run(tmp_path, monkeypatch):
+    good, bad = make_run(tmp_path / "a", ATTENTION), make_run(tmp_path / "b", {**ATTENTION, r.REGION_REWARD: math.nan})
+    found = texts_of(monkeypatch, lambda: plot_runs({"good": good, "bad": bad}, tmp_path / "x.png"))
+    assert {"2 runs", "good  (attn_region, 12 steps)", "bad  (attn_region, 12 steps)"} <= set(found)
+    assert any("bad, training: NaN (12 of 12)" in text for text in found)
+    assert not any("good" in text and "NaN" in text for text in found)
+
+
+def test_figure_of_an_unknown_run_of_one_step(tmp_path):
+    run = load_run(write_run(tmp_path, line(1, **ATTENTION)))
+    assert plot_run(run, tmp_path / "one.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("count", [0, 8])
+def test_a_figure_takes_one_to_seven_runs(tmp_path, count):
+    run = make_run(tmp_path, GRPO)
+    with pytest.raises(SayoError, match="SAYO-R05"):
+        plot_runs({str(i): run for i in range(count)}, tmp_path / "x.png")
+
+
+def test_running_mean_looks_back_and_skips_nan():
+    assert running_mean([1, 3, 5], window=2) == [1, 2, 4]
+    means = running_mean([math.nan, 2, math.nan, 4], window=2)
+    assert math.isnan(means[0])
+    assert means[1:] == [2, 2, 4]
+
+
+def cells(markdown: str) -> dict[str, list[str]]:
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in markdown.splitlines()]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_table_has_means_of_both_ends_and_their_change(tmp_path):
+    run = make_run(tmp_path, ATTENTION)
+    table = cells(first_last_markdown(run, k=3))
+    assert table["metric"] == ["first 3 steps", "last 3 steps", "change"]
+    assert table["reward"] == ["1.020", "1.110", "+0.090"]
+    assert table["response length (tokens)"] == ["12.0", "12.1", "+0.1"]
+    assert table["format"] == [r.NOT_MEASURED] * 3
+    console = Console(file=io.StringIO(), width=120)
+    console.print(first_last_table(run, k=3))
+    assert "+0.090" in console.file.getvalue()
+
+
+def test_windows_of_a_short_run_do_not_overlap(tmp_path):
+    table = cells(first_last_markdown(make_run(tmp_path / "a", GRPO, steps=5)))
+    assert table["metric"][:2] == ["first 2 steps", "last 2 steps"]
+    assert table["reward"] == ["1.015", "1.045", "+0.030"]
+    only = cells(first_last_markdown(make_run(tmp_path / "b", GRPO, steps=1)))["reward"]
+    assert only[0] == only[1] == "1.010"
+    assert only[2] not in ("+0.000", "")
+
+
+def test_nan_in_a_window_spoils_it_and_nan_elsewhere_is_told(tmp_path):
+    lines = [line(n, **{r.REWARD: None if n == 2 else 1.0, r.ENTROPY: None if n == 6 else 1.0}) for n in range(1, 11)]
+    table = cells(first_last_markdown(load_run(write_run(tmp_path, *lines)), k=3))
+    assert table["reward"] == ["NaN (1 of 10)", "1.000", "NaN"]
+    assert table["entropy (nats per token), NaN (1 of 10)"] == ["1.000", "1.000", "+0.000"]
+
+
+def test_a_metric_of_some_steps_says_so(tmp_path):
+    lines = [line(n, **{r.REWARD: 1.0}, **({r.ENTROPY: n} if n % 2 else {})) for n in range(1, 11)]
+    table = cells(first_last_markdown(load_run(write_run(tmp_path, *lines)), k=2))
+    assert table["entropy (nats per token) (5 of 10 steps)"] == ["2.000", "8.000", "+6.000"]
+
+
+def test_the_room_needs_neither_torch_nor_verl():
+    code = "import sys, sayo_verl.report.curves, sayo_verl.report.table, sayo_verl.report.watch as w; "
+    code += "assert not {'torch', 'verl', 'ray'} & sys.modules.keys()"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- watching
+
+QUICK = Pace(poll=0.02)
+START = """
+import json, os, signal, subprocess, sys, time
+def say(text): print(text, flush=True)
+def log(step, **data):
+    with open("metrics.jsonl", "ab") as file: file.write(json.dumps({"step": step, "data": data}).encode() + b"\\n")
+"""
+
+
+def follow(folder: Path, script: str, total_steps: int = 2, pace: Pace = QUICK, console: Console | None = None):
+    """Run ``script`` in ``folder`` as the training process; returns (exit code, what was shown)."""
+    folder.mkdir(exist_ok=True)
+    console = console or Console(file=io.StringIO(), width=200)
+    code = f"import os; os.chdir({str(folder)!r})\n{START}{textwrap.dedent(script)}"
+    result = run_and_watch([sys.executable, "-c", code], folder, total_steps, pace=pace, console=console)
+    return result, console.file.getvalue() if isinstance(console.file, io.StringIO) else ""
+
+
+def test_watch_shows_phases_and_steps(tmp_path):
+    script = """
+    say("ray init kwargs: {}")
+    say("\\x1b[36m(TaskRunnerV1 pid=1)\\x1b[0m INFO:2026:create worker group dict_keys(['actor'])")
+    say("(TaskRunnerV1 pid=1) Using dataset class: late line of an earlier phase")
+    time.sleep(0.1)
+    log(0, **{"val-core/sayo/scenes/acc/mean@1": 0.25})
+    log(1, **{"critic/rewards/mean": 1.5, "sayo/region_reward/mean": -0.125, "sayo/target_attention/mean": 0.4375,
+              "sayo/accuracy/mean": 0.75})
+    time.sleep(0.1)
+    log(2, **{"critic/rewards/mean": None})
+    """
+    code, shown = follow(tmp_path, script)
+    assert code == 0
+    order = [
+        "starting Ray",
+        "loading the model",
+        "validated at step 0  validation accuracy 0.250",
+        "step 1/2",
+        "step 2/2",
+    ]
+    places = [shown.index(text) for text in [*order, "done: step 2/2"]]
+    assert places == sorted(places)
+    assert "reading the data" not in shown
+    assert "reward 1.500  r_v -0.125  R_a 0.438  accuracy 0.750" in shown
+    assert "reward nan  r_v not measured" in shown
+    assert "create worker group" in (tmp_path / r.LOG_FILE).read_text()
+
+
+def test_each_phase_is_known_by_a_line_that_verl_and_ray_can_print():
+    roots = [Path(importlib.util.find_spec(name).origin).parent for name in ("verl", "ray")]
+    files = [
+        "trainer/main_ppo.py",
+        "trainer/ppo/v1/trainer_base.py",
+        "utils/dataset/rl_dataset.py",
+        "utils/tracking.py",
+    ]
+    files += ["single_controller/ray/base.py", "workers/rollout/vllm_rollout/vllm_async_server.py"]
+    source = "".join((roots[0] / file).read_text() for file in files)
+    source += (roots[1] / "_private/worker.py").read_text()
+    for pattern, phase in r.PHASES:
+        for text in pattern.pattern.split("|"):
+            literal = re.sub(r"\\?\['serve',", '["serve",', text).replace("\\", "").lstrip("^")
+            literal = literal[literal.index("Initial") :] if "Initial" in literal else literal
+            assert literal.rstrip() in source, phase
+
+
+def test_watch_says_why_a_run_failed(tmp_path):
+    script = "say('(A pid=3) sayo_verl.errors.SayoError: SAYO-P03: no layer 36 | fix: y'); say('noise'); sys.exit(3)"
+    code, shown = follow(tmp_path / "named", script)
+    assert code == 3
+    assert "\nSAYO-P03: no layer 36 | fix: y\n" in shown
+    assert "noise" not in shown
+    assert str(tmp_path / "named" / r.LOG_FILE) in shown
+    code, shown = follow(tmp_path / "unnamed", "raise ValueError('what happened')")
+    assert code == 1
+    assert "\nValueError: what happened\n" in shown
+
+
+def test_watch_warns_of_an_early_end_and_of_a_broken_line(tmp_path):
+    code, shown = follow(
+        tmp_path, "open('metrics.jsonl', 'w').write('{broken\\n'); log(1, **{'critic/rewards/mean': 1})"
+    )
+    assert code == 0
+    assert "warning: SAYO-R01" in shown
+    assert "warning: the run ended by itself at step 1/2" in shown
+
+
+def test_watch_beats_in_silence_and_warns_once_per_stall(tmp_path):
+    _, shown = follow(tmp_path, "say('ray init kwargs: {}'); time.sleep(1.3)", pace=Pace(0.02, 0.15, 0.5))
+    # Far fewer than the 65 looks; the margins are for a busy machine.
+    assert 2 <= shown.count("still in: starting Ray") <= 12
+    assert 2 <= shown.count("warning: no log line and no step") <= 4
+
+
+def test_watch_shows_nothing_of_an_earlier_attempt(tmp_path):
+    write_run(tmp_path, *(line(n, **{r.REWARD: 9.0}) for n in (1, 2, 3)))
+    (tmp_path / r.LOG_FILE).write_text("SAYO-D01: old\n")
+    # verl's file logger empties its file at the start.
+    _, shown = follow(
+        tmp_path, "open('metrics.jsonl', 'w'); time.sleep(0.2); log(3, **{'critic/rewards/mean': 1.0}); sys.exit(1)"
+    )
+    assert "9.000" not in shown
+    assert "SAYO-D01" not in shown
+    assert "step 3/2  reward 1.000" in shown
+    assert (tmp_path / r.LOG_FILE).read_text().startswith("SAYO-D01")
+
+
+SLEEPER = """
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
+{setup}
+open("ready", "w").write(str(child.pid))
+time.sleep(30)
+"""
+
+
+def signal_when_ready(folder: Path, *signums: int) -> threading.Thread:
+    def send() -> None:
+        while not (folder / "ready").exists() or not (folder / "ready").read_text():
+            time.sleep(0.01)
+        for signum in signums:
+            os.kill(os.getpid(), signum)
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    return thread
+
+
+def gone(pid: int) -> bool:
+    """Whether the process ended (a zombie that nobody reaped counts)."""
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as on a terminal, also where the tests run in the background and inherit it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_whole_process_group(tmp_path, signum):
+    handler = signal.getsignal(signum)
+    thread = signal_when_ready(tmp_path, signum)
+    # The default action: Python would turn SIGINT into a KeyboardInterrupt.
+    code, shown = follow(tmp_path, SLEEPER.format(setup="signal.signal(signal.SIGINT, signal.SIG_DFL)"))
+    thread.join()
+    assert code == 128 + signum
+    assert f"{signum.name}: passed to the run" in shown
+    assert "stopped: before step 1 (starting)" in shown
+    child = int((tmp_path / "ready").read_text())
+    deadline = time.monotonic() + 5
+    while not gone(child) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert gone(child)
+    assert signal.getsignal(signum) is handler
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_second_signal_kills_a_run_that_ignores_the_first(tmp_path):
+    thread = signal_when_ready(tmp_path, signal.SIGINT, signal.SIGINT)
+    code, shown = follow(tmp_path, SLEEPER.format(setup="signal.signal(signal.SIGINT, signal.SIG_IGN)"))
+    thread.join()
+    assert code == 128 + signal.SIGKILL
+    assert "SIGINT: killed the run" in shown
+
+
+def test_a_run_is_ended_when_watching_it_fails(tmp_path):
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError("no terminal any more")
+
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"], start_new_session=True)
+    with pytest.raises(OSError, match="no terminal"):
+        watch(tmp_path, process, 2, pace=Pace(0.02, 0.05), console=Console(file=Broken()))
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_on_a_terminal_a_live_area_shows_phase_and_steps(tmp_path):
+    ours, theirs = pty.openpty()
+    script = (
+        "say('ray init kwargs: {}'); time.sleep(0.4); log(1, **{'critic/rewards/mean': 1.25}); time.sleep(0.4); log(2)"
+    )
+    shown = bytearray()
+
+    def read() -> None:
+        while b"done" not in shown:
+            shown.extend(os.read(ours, 4096))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    with open(theirs, "w") as terminal:
+        console = Console(file=terminal, width=100, force_terminal=True, force_interactive=True)
+        code, _ = follow(tmp_path, script, console=console)
+        terminal.flush()
+        reader.join(timeout=5)
+    os.close(ours)
+    text = shown.decode()
+    assert code == 0
+    assert "starting Ray  0 s" in text
+    assert "step 1/2" in text
+    assert "reward 1.250  r_v not measured" in text
+    assert "done: step 2/2" in text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (59.9, "59 s"), (125, "2 min 05 s"), (3720, "1 h 02 min")])
+def test_durations_are_readable(seconds, text):
+    assert duration(seconds) == text
