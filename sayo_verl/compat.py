@@ -74,7 +74,7 @@ CONTRACT = (
     Seam("verl.utils.transferqueue_utils:tqbridge", "relies on",
          "stores every tensor of a worker's output under its key and passes extra_info into the worker's batch"),
     Seam("verl.trainer.main_ppo:run_ppo", "calls", "initialises Ray with runtime_env and runs the task runner"),
-    Seam("verl.trainer.main_ppo:TaskRunnerV1", "overrides", "through __ray_actor_class__"),
+    Seam("verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__", "overrides", "the plain class behind the actor"),
     Seam("verl.single_controller.ray.base:create_colocated_worker_cls", "relies on",
          "actors keep their workers in worker_dict"),
     Seam("verl.utils.tensordict_utils:maybe_fix_3d_position_ids", "replaces", "verl issue 7899"),

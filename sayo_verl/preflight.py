@@ -38,7 +38,8 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
     method = check_estimator(config)
     if method is not None:
         check_settings(config, method)
-    check_ray_cpus(config)
+    check_batch_sizes(config)
+    cpus = check_ray_cpus(config, dry_run=dry_run)
     check_output(config)
     plan: Plan = [
         ("estimator", f"{config.algorithm.adv_estimator}" + ("" if method else " (verl's own code, untouched)")),
@@ -55,7 +56,7 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
         ("update", f"{actor.strategy}, lr {actor.optim.lr}, mini-batch {actor.ppo_mini_batch_size} prompts, KL loss "
                    f"{actor.kl_loss_coef if actor.use_kl_loss else 'off'}, LoRA rank "
                    f"{config.actor_rollout_ref.model.lora_rank or 'off'}"),
-        ("machines", f"{config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {config.trainer.device}"),
+        ("machines", f"{config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {config.trainer.device}; {cpus}"),
         ("length", f"{config.trainer.total_training_steps or '-'} steps, {config.trainer.total_epochs} epochs"),
         ("checkpoints", f"{config.trainer.default_local_dir}, every {config.trainer.save_freq} steps"),
         ("metrics", os.environ.get("VERL_FILE_LOGGER_PATH", "VERL_FILE_LOGGER_PATH not set: verl chooses a file")),
@@ -91,6 +92,11 @@ def check_settings(config: DictConfig, method: RegionMethod) -> None:
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     correction = config.algorithm.get("rollout_correction") or {}
     legacy = OmegaConf.select(config, "custom_reward_function.path")
+    # Only the FSDP engine's configuration has both keys, and L08 is to speak before a key error does.
+    sequence_parallel = max(
+        int(OmegaConf.select(actor, key, default=1))
+        for key in ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size")
+    )
     rules: list[tuple[str, bool, str, str, object, str]] = [
         ("L04", not config.trainer.use_v1, "attention methods need verl's V1 trainer",
          "trainer.use_v1", config.trainer.use_v1, "set trainer.use_v1=True"),
@@ -103,11 +109,8 @@ def check_settings(config: DictConfig, method: RegionMethod) -> None:
          "algorithm.use_pf_ppo", True, "set it to False"),
         ("L08", actor.strategy not in ("fsdp", "fsdp2"), "attention is captured in verl's FSDP engine only",
          "actor_rollout_ref.actor.strategy", actor.strategy, "use fsdp or fsdp2, or algorithm.adv_estimator=grpo"),
-        ("L09", int(actor.fsdp_config.ulysses_sequence_parallel_size) > 1
-         or int(actor.get("ulysses_sequence_parallel_size", 1)) > 1,
-         "attention statistics are not available under Ulysses sequence parallelism",
-         "actor_rollout_ref.actor.ulysses_sequence_parallel_size", actor.get("ulysses_sequence_parallel_size", 1),
-         "set it to 1"),
+        ("L09", sequence_parallel > 1, "attention statistics are not available under Ulysses sequence parallelism",
+         "actor_rollout_ref.actor.ulysses_sequence_parallel_size", sequence_parallel, "set it to 1"),
         ("L10", bool(config.algorithm.filter_groups.enable) and method.weight != 0,
          "group filtering acts before attention is known and would drop groups that differ only in region reward",
          "algorithm.filter_groups.enable", True, "set it to False, or algorithm.attn.region.weight=0"),
@@ -126,19 +129,47 @@ def check_settings(config: DictConfig, method: RegionMethod) -> None:
             raise SayoError(code, what, where=where, got=got, fix=fix)
 
 
-def check_ray_cpus(config: DictConfig) -> None:
-    """TransferQueue waits for ever, without a word, when Ray cannot give its storage units a CPU each.
+def check_batch_sizes(config: DictConfig) -> None:
+    """Without dynamic batching verl asserts, after the first rollout, that micro-batches divide the batch.
 
     Raises:
-        SayoError: L14. Not checked when the run joins a cluster that is already up (``RAY_ADDRESS``).
+        SayoError: L22.
     """
-    if os.environ.get("RAY_ADDRESS"):
-        return
+    rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
+    devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
+    rows = int(config.data.train_batch_size) * int(rollout.n)
+    for key, dynamic, micro in (
+        ("rollout.log_prob_micro_batch_size_per_gpu", rollout.log_prob_use_dynamic_bsz,
+         rollout.log_prob_micro_batch_size_per_gpu),
+        ("actor.ppo_micro_batch_size_per_gpu", actor.use_dynamic_bsz, actor.ppo_micro_batch_size_per_gpu),
+    ):  # fmt: skip
+        if not dynamic and micro is not None and rows % (int(micro) * devices):
+            raise SayoError(
+                "L22",
+                "micro-batches do not divide the batch",
+                where=f"actor_rollout_ref.{key}",
+                got=f"{rows} rows (data.train_batch_size x rollout.n) on {devices} devices, micro-batch {micro}",
+                wanted="rows divisible by micro-batch x devices",
+                fix="choose a divisor, or set the use_dynamic_bsz beside it",
+            )
+
+
+def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:
+    """TransferQueue waits for ever, without a word, when Ray cannot give its storage units a CPU each.
+
+    Returns:
+        What Ray must offer. It is compared with what it has, but for a dry run (which may be on another machine), a run
+        on several nodes and one that joins a cluster that is already up (``RAY_ADDRESS``).
+
+    Raises:
+        SayoError: L14.
+    """
     storage = config.transfer_queue.backend.SimpleStorage
     devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
     wanted = int(storage.num_data_storage_units) + CPUS_PER_DEVICE * devices + CPUS_FIXED
     found = OmegaConf.select(config, "ray_kwargs.ray_init.num_cpus") or os.cpu_count() or 1
-    if int(found) < wanted and int(config.trainer.nnodes) == 1:
+    elsewhere = dry_run or int(config.trainer.nnodes) > 1 or bool(os.environ.get("RAY_ADDRESS"))
+    if int(found) < wanted and not elsewhere:
         raise SayoError(
             "L14",
             "Ray has too few CPUs for TransferQueue and verl's workers, and the run would hang",
@@ -149,6 +180,7 @@ def check_ray_cpus(config: DictConfig) -> None:
             fix=f"set ray_kwargs.ray_init.num_cpus={wanted} (logical CPUs may exceed real ones) or lower "
             "transfer_queue.backend.SimpleStorage.num_data_storage_units",
         )
+    return f"Ray needs {wanted} CPUs" + (" (not checked here)" if elsewhere else "")
 
 
 def check_output(config: DictConfig) -> None:

@@ -6,7 +6,8 @@
    around them, each tag exactly once, and a non-empty answer; otherwise 0.
  - acc is 1 when the response has exactly one answer block and its content equals the ground truth after normalising:
    Unicode NFKC, lower case, white space collapsed, surrounding punctuation and a leading "the", "a" or "an" dropped.
-   Numbers are compared as text ("3" is not "3.0"). It does not depend on format.
+   Numbers are compared as text ("3" is not "3.0"). It does not depend on format. An answer of more than
+   ``SLACK_CHARACTERS`` plus four times the ground truth is wrong unread: normalising marks takes quadratic time.
  - score = format_weight * format + accuracy_weight * acc. SAYO's total reward is r_v + r_f, so its accuracy weight is
    0; the region reward r_v joins in the estimator, where attention is known.
 
@@ -19,6 +20,7 @@ import unicodedata
 from typing import Any
 
 MAX_CHARACTERS = 65_536
+SLACK_CHARACTERS = 1024
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _PUNCTUATION = " \t\n.,;:!?\"'`()[]{}"
 _ARTICLE = re.compile(r"^(?:the|an|a) ")
@@ -74,5 +76,7 @@ def compute_score(
         ``score``, ``acc`` and ``format``, the last two 0 or 1.
     """
     right, answer = split_response(solution_str)
-    acc = float(answer is not None and normalise(answer) == normalise(str(ground_truth)))
+    truth = str(ground_truth)
+    longest = SLACK_CHARACTERS + 4 * len(truth)
+    acc = float(answer is not None and len(answer) <= longest and normalise(answer) == normalise(truth))
     return {"score": format_weight * float(right) + accuracy_weight * acc, "acc": acc, "format": float(right)}

@@ -39,7 +39,10 @@ def method_from_config(adv_estimator: str, attn: Mapping[str, Any]) -> RegionMet
     if adv_estimator not in METHODS:
         return None
     node = NODES[adv_estimator]
-    cls, values = METHODS[adv_estimator], dict(attn.get(node, {}))
+    cls, values = METHODS[adv_estimator], attn.get(node, {})
+    if not isinstance(values, Mapping):
+        raise SayoError("L03", "not a group of settings", where=f"algorithm.attn.{node}", got=repr(values),
+                        wanted="settings by name", fix=f"set algorithm.attn.{node}.weight and the like")  # fmt: skip
     hints = typing.get_type_hints(cls)
     known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     for key in values:
@@ -65,4 +68,5 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
                         fix="write it as [-1] for the last layer")  # fmt: skip
     if hint in (str, bool, int) and type(value) is hint:
         return value
-    raise SayoError("L03", "wrong type of value", where=where, got=repr(value), wanted=str(hint), fix="correct it")
+    raise SayoError("L03", "wrong type of value", where=where, got=repr(value), wanted=hint.__name__,
+                    fix=f"set {where} to a value of type {hint.__name__}")  # fmt: skip

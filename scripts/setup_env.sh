@@ -2,11 +2,13 @@
 # Makes the environment that sayo-verl runs in, or finds it ready.
 #
 #   bash scripts/setup_env.sh [cpu|gpu]      default: gpu where `nvidia-smi -L` lists a GPU, else cpu
+#   bash scripts/setup_env.sh --where cpu    print the folder and do nothing
 #
-# Needs python3.11 with pip. Everything goes into .venv; nothing outside the repository is changed. An environment that
-# fits is reused; one of another state of pyproject.toml is brought up to date; one that was never finished is built anew.
+# Needs python3.11 with pip. Everything goes into .venv (cpu) or .venv-gpu, so that the tiny task and the tests can run
+# beside a GPU environment; nothing outside the repository is changed. An environment that fits is reused; one of another
+# state of pyproject.toml is brought up to date; one that was never finished is built anew.
 #
-#   SAYO_VENV             another folder than .venv (a relative path counts from the root of the repository)
+#   SAYO_VENV             another folder (a relative path counts from the root of the repository)
 #   SAYO_TORCH_INDEX_URL  where torch's CPU build is taken from if the configured package index lacks it
 set -euo pipefail
 
@@ -16,13 +18,6 @@ export PYTHONNOUSERSITE=1 PIP_USER=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHEC
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"
-VENV="${SAYO_VENV:-.venv}"
-[[ "$VENV" == /* ]] || VENV="$ROOT/$VENV"
-NAME="${VENV#"$ROOT"/}"
-PY="$VENV/bin/python"
-STAMP="$VENV/.sayo-stamp" # written last: without it an environment is unfinished
-OWNED="$VENV/.sayo-env"   # written first: a folder without it is not ours to empty
-LOG="$VENV/setup.log"
 CONSTRAINTS=configs/constraints-cpu.txt
 TORCH_INDEX="${SAYO_TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}"
 STAGES=5
@@ -160,12 +155,22 @@ install_gpu() {
     step_failed "the packages could not be installed" "Look at the first ERROR line above (network? disk space?)."
 }
 
+WHERE=no
+if [[ "${1-}" == --where ]]; then WHERE=yes && shift; fi
 case "${1-}" in
   cpu | gpu) MODE="$1" ;;
   '') if has_gpu; then MODE=gpu; else MODE=cpu; fi ;;
   -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
   *) die X93 "unknown stack '$1'" "say cpu or gpu" ;;
 esac
+if [[ "$MODE" == cpu ]]; then VENV="${SAYO_VENV:-.venv}"; else VENV="${SAYO_VENV:-.venv-gpu}"; fi
+[[ "$VENV" == /* ]] || VENV="$ROOT/$VENV"
+if [[ "$WHERE" == yes ]]; then printf '%s\n' "$VENV" && exit 0; fi
+NAME="${VENV#"$ROOT"/}"
+PY="$VENV/bin/python"
+STAMP="$VENV/.sayo-stamp" # written last: without it an environment is unfinished
+OWNED="$VENV/.sayo-env"   # written first: a folder without it is not ours to empty
+LOG="$VENV/setup.log"
 
 if is_ready; then
   printf 'environment: reused %s (%s)\n' "$NAME" "$STACK"

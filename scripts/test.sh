@@ -4,10 +4,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash scripts/setup_env.sh
-
-VENV="${SAYO_VENV:-.venv}"
-[[ "$VENV" == /* ]] || VENV="$PWD/$VENV"
+bash scripts/setup_env.sh cpu
+VENV="$(bash scripts/setup_env.sh --where cpu)"
 # Tests start commands by name (sayo, ray): they have to be this environment's.
 export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
 

@@ -134,6 +134,8 @@ def test_a_complete_folder_is_reused_and_a_damaged_one_is_rebuilt(tmp_path):
     (folder / "val.parquet").write_bytes(b"cut short")
     assert prepare(tmp_path, SMALL) == (folder, False)
     assert _digest(folder / "val.parquet") == before
+    (folder / "manifest.json").write_text('{"files": {"train')
+    assert prepare(tmp_path, SMALL) == (folder, False)
     (folder / "manifest.json").unlink()
     assert prepare(tmp_path, SMALL) == (folder, False)
     assert [p.name for p in tmp_path.iterdir()] == [folder.name]

@@ -127,6 +127,14 @@ def test_an_interrupted_setup_starts_over(copy: Copy) -> None:
     assert not (copy.venv / "half-written").exists()
 
 
+def test_an_interrupted_update_starts_over(copy: Copy) -> None:
+    copy.built("cpu")
+    with (copy.root / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    assert copy.run("cpu", FAKE_PIP="disk-full")[0] == 1
+    assert "the last setup did not finish" in copy.built("cpu")
+
+
 def test_a_failing_pip_shows_its_log_and_what_to_do(copy: Copy) -> None:
     status, output = copy.run("cpu", FAKE_PIP="disk-full")
     assert status == 1
@@ -193,7 +201,7 @@ def test_chooses_the_stack_by_the_machine(copy: Copy) -> None:
     copy.command("nvidia-smi", "#!/bin/bash\necho 'GPU 0: NVIDIA'\n")
     status, output = copy.run(FAKE_PIP="disk-full")
     assert status == 1
-    assert "building .venv for gpu" in output
+    assert "building .venv-gpu for gpu" in output
     assert copy.calls[-1].endswith("--editable .[gpu,dev]")
     assert "SAYO-X93" in copy.run("tpu")[1]
 

@@ -1,6 +1,7 @@
 """The tiny policy: tokenizer, image grid, batching, warm-up, cache and evaluation."""
 
 import asyncio
+import io
 import math
 import random
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from sayo_verl.data.scenes import SceneConfig, prepare, sample_scene
@@ -38,11 +40,21 @@ from sayo_verl.tiny.warmup import (
     warm_up,
     warm_up_loss,
 )
+from sayo_verl.vision.masks import region_mask
 
 SCENES = SceneConfig(n_train=2, n_val=4)
 QUICK = WarmupConfig(
     max_steps=2, eval_every=2, eval_scenes=4, batch_size=2, accuracy_floor=0.0, max_new_tokens=4, warmup_steps=1
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small run slower on several threads, and single-thread results repeat exactly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +125,8 @@ def test_prompts_are_the_ones_verl_makes(prepared, tmp_path):
 
     folder = prepared[1].path
     processor, tokenizer = hf_processor(str(folder)), hf_tokenizer(str(folder))
-    data = OmegaConf.create({"max_prompt_length": 32, "filter_overlong_prompts_workers": 1, "cache_dir": str(tmp_path)})
+    # verl filters long prompts in a forked process, which can hang once torch has run with several threads
+    data = OmegaConf.create({"filter_overlong_prompts": False, "cache_dir": str(tmp_path)})
     dataset = RLHFDataset(str(prepare(tmp_path, SCENES).path / "val.parquet"), tokenizer, data, processor)
     assert len(dataset) == SCENES.n_val
     builder = create_continuous_token_builder(tokenizer, hf_model_type="qwen3_vl", processor=processor)
@@ -266,22 +279,47 @@ def test_region_attention_by_hand():
     assert region_attention(np.array([[0.1, 0.1, 0.1, 0.1]]), region) == pytest.approx(0.5)
 
 
-def test_batched_measures_equal_a_plain_loop(prepared, tmp_path):
-    """Greedy responses of a padded batch, measured again one by one from HF's own single-row forward."""
-    folder = prepared[1].path
-    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager")
-    processor = AutoProcessor.from_pretrained(folder)
+@pytest.mark.parametrize("ends_early", [True, False])
+def test_batched_measures_equal_a_plain_forward(prepared, processor, tmp_path, ends_early):
+    """The padded batch against HF's own forward of each row alone, with the positions written out."""
+    if ends_early:  # two steps of training: responses of two or three tokens
+        model = AutoModelForImageTextToText.from_pretrained(prepared[1].path, attn_implementation="eager")
+    else:
+        model = build_model(TinyPolicyConfig(), processor)
+        model.set_attn_implementation("eager")
     rows = pq.read_table(prepare(tmp_path, SCENES).path / "val.parquet").to_pylist()
-    batched = measure_batch(model, processor, rows, temperature=0.0, max_new_tokens=6)
-    lengths = set()
+    batched = measure_batch(model, processor, rows, temperature=0.0, max_new_tokens=7)
+    prompt_lengths, response_lengths = set(), set()
     for row, measured in zip(rows, batched, strict=True):
-        assert measured == pytest.approx(
-            measure_batch(model, processor, [row], temperature=0.0, max_new_tokens=6)[0], abs=1e-4
-        )
+        info = row["extra_info"]
+        image = Image.open(io.BytesIO(row["images"][0]["bytes"]))
+        prompt = prompt_batch(processor, [info["question"]], [image])
+        ids = generate(model, prompt, max_new_tokens=7, temperature=0.0)
+        P, S = prompt["input_ids"].shape[1], ids.shape[1]
+        assert END not in processor.tokenizer.convert_ids_to_tokens(ids[0, P : S - 1].tolist())
+        types = torch.cat([prompt["mm_token_type_ids"], torch.zeros(1, S - P, dtype=torch.int)], 1)
+        sizes = {name: prompt[name] for name in ("pixel_values", "image_grid_thw")}
+        with torch.no_grad():
+            output = model(input_ids=ids, mm_token_type_ids=types, **sizes, output_attentions=True)
+        images_at = [s for s in range(S) if ids[0, s] == processor.image_token_id]
+        target = region_mask(info["target_boxes"][0], 3, 3)
+        visual, entropy = [], []
+        for t in range(P, S):
+            visual.append(output.attentions[-1][0, :, t, images_at].mean(0).numpy())  # t: where the token is the input
+            p = output.logits[0, t - 1].softmax(-1)  # t - 1: what sampled it
+            entropy.append(-float((p * p.log()).sum()))
+        top = sorted(range(S - P), key=lambda j: -entropy[j])[: max(1, (S - P) * 3 // 10)]
+        a = np.mean([visual[j][target].mean() for j in top])
+        v = np.mean([visual[j].mean() for j in top])
+        assert measured["target_attention"] == pytest.approx((a / v) ** 2 / ((a / v) ** 2 + 1), abs=1e-4)
+        assert measured["image_mass"] == pytest.approx(np.mean([row_V.sum() for row_V in visual]), abs=1e-4)
+        assert measured["entropy"] == pytest.approx(np.mean(entropy), abs=1e-4)
+        assert measured["response_tokens"] == S - P
         assert measured["box_tokens"] == 1.0
-        assert 0 < measured["target_mass"] < measured["image_mass"] < 1
-        lengths.add(len(row["extra_info"]["question"].split()))
-    assert len(lengths) == 2  # prompts of two lengths, so that padding was at work
+        prompt_lengths.add(P)
+        response_lengths.add(S - P)
+    assert len(prompt_lengths) == 2  # so that padding was at work
+    assert (max(response_lengths) < 7) == ends_early
 
 
 def test_evaluate_reports_means_over_rows(prepared, tmp_path):

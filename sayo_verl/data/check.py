@@ -10,10 +10,10 @@ The row contract (what verl needs, and what the attention methods add in ``extra
 """
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
@@ -31,7 +31,7 @@ def check_parquet(path: Path, *, image_key: str, prompt_key: str, need_boxes: bo
         image_key: column of images (``data.image_key``).
         prompt_key: column of messages (``data.prompt_key``).
         need_boxes: whether the run's method needs target boxes.
-        max_images: decode at most so many images, evenly spread over the file.
+        max_images: decode the images of at most so many rows, evenly spread over the file; none if not positive.
 
     Raises:
         SayoError: D02 unreadable parquet, D03 column missing, D04 no row has a box, D05 boxes not nested by image,
@@ -40,10 +40,9 @@ def check_parquet(path: Path, *, image_key: str, prompt_key: str, need_boxes: bo
     """
     try:
         file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise SayoError("D02", f"the parquet file cannot be read ({error})", where=str(path),
-                        fix="prepare it again; it may have been cut short") from error  # fmt: skip
-    columns = set(file.schema_arrow.names)
+        columns = set(file.schema_arrow.names)
+    except (OSError, ValueError) as error:  # Arrow's own errors are among these
+        raise _unreadable(path, error) from error
     for column in (image_key, prompt_key, "reward_model", "extra_info"):
         if column not in columns:
             raise SayoError(
@@ -56,19 +55,17 @@ def check_parquet(path: Path, *, image_key: str, prompt_key: str, need_boxes: bo
     n_rows = file.metadata.num_rows
     if n_rows == 0:
         raise SayoError("D03", "the parquet has no rows", where=str(path), fix="prepare it again")
-    stride = max(1, -(-n_rows // max_images)) if max_images > 0 else n_rows + 1
-    with_box = decoded = row = 0
-    for batch in file.iter_batches(batch_size=256, columns=[image_key, prompt_key, "extra_info"]):
-        for values in batch.to_pylist():
-            where = f"{path} row {row}"
-            images = values[image_key] or []
-            with_box += _check_boxes(values["extra_info"] or {}, len(images), where)
-            _check_placeholders(values[prompt_key], len(images), where)
-            if row % stride == 0:
-                for image in images:
-                    _check_image(image, where)
-                    decoded += 1
-            row += 1
+    stride = max(1, -(-n_rows // max_images)) if max_images > 0 else 0
+    with_box = decoded = 0
+    for row, values in enumerate(_rows(file, path, [image_key, prompt_key, "extra_info"])):
+        where = f"{path} row {row}"
+        images = values[image_key] or []
+        with_box += _check_boxes(values["extra_info"] or {}, len(images), where)
+        _check_placeholders(values[prompt_key], len(images), where)
+        if stride and row % stride == 0:
+            for image in images:
+                _check_image(image, where)
+                decoded += 1
     if need_boxes and with_box == 0:
         raise SayoError(
             "D04",
@@ -78,6 +75,20 @@ def check_parquet(path: Path, *, image_key: str, prompt_key: str, need_boxes: bo
             fix="add boxes, or set algorithm.adv_estimator=grpo",
         )
     return f"{n_rows} rows, {with_box} with boxes, {decoded} images decoded"
+
+
+def _rows(file: pq.ParquetFile, path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Rows as plain containers. A file with a sound footer can still have a damaged page, which shows only here."""
+    try:
+        for batch in file.iter_batches(batch_size=256, columns=columns):
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> SayoError:
+    return SayoError("D02", f"the parquet file cannot be read ({' '.join(str(error).split())})", where=str(path),
+                     fix="prepare it again; it may have been cut short")  # fmt: skip
 
 
 def _check_boxes(extra_info: dict[str, Any], n_images: int, where: str) -> bool:
@@ -128,6 +139,6 @@ def _check_image(image: Any, where: str) -> None:
             picture.load()
     except FileNotFoundError as error:
         raise SayoError("D06", "an image file is missing", where=where, got=path, fix="correct the path") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise SayoError("D07", f"an image cannot be decoded ({error})", where=where,
                         fix="remove the row or store the image again") from error  # fmt: skip

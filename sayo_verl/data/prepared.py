@@ -36,7 +36,10 @@ def is_complete(folder: Path) -> bool:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return False
-    files = json.loads(manifest.read_text())["files"]
+    try:
+        files = json.loads(manifest.read_text())["files"]
+    except (json.JSONDecodeError, KeyError):  # cut short or not ours: as good as absent
+        return False
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items())
 
 

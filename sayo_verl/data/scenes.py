@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from rich.console import Console
 from rich.progress import Progress
 
 from sayo_verl.data.drawing import COLOURS, SHAPES, blank, draw
@@ -258,7 +259,7 @@ def write_scenes(folder: Path, config: SceneConfig) -> dict[str, Any]:
     """
     digests: dict[str, set[str]] = {}
     held_out: set[str] = set()
-    with Progress() as progress:
+    with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("drawing scenes", total=config.n_train + config.n_val)
         for split, n_rows in (("val", config.n_val), ("train", config.n_train)):  # held-out first: train yields to it
             digests[split] = set()

@@ -24,7 +24,7 @@ Departures from the released code (Cratileo/Sayo), which
  - locates the image in unpadded ids while its attention rows are left-padded: here positions are those of the row;
  - clamps boxes before it scales them: here boxes are stored normalised, see ``sayo_verl.vision.masks``;
  - leaves out the response's last token, which decoding never feeds back: the log-prob pass has its row, so it counts.
-Its formula is unchanged and agrees with it on recorded inputs (tests/test_region_golden.py).
+Its formula is unchanged and agrees with it on recorded inputs (tests/test_region.py).
 
 Shape suffixes: B rows, T response tokens.
 """

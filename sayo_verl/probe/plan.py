@@ -126,6 +126,7 @@ class MassReader:
         total = sum(row.length for row in rows)
         # NaN marks positions that describe no response token, see sayo_verl.probe.statistics
         self.mass_KL = torch.full((2, total), float("nan"), dtype=torch.float32, device=device)
+        self._layers_read = 0
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
         start = 0
@@ -143,5 +144,8 @@ class MassReader:
             # the value of y_t lies where verl's response_from_nested looks for token t: one before its position
             wire = start + row.length - row.response_length - 1
             slot = self.mass_KL[:, wire : wire + row.response_length]
-            slot.copy_(slot.nan_to_num(0.0) + mass_KT / self._n_layers)
+            # only the first layer overwrites NaN: one that a layer measured has to stay
+            share_KT = mass_KT / self._n_layers
+            slot.copy_(slot + share_KT if self._layers_read else share_KT)
             start += row.length
+        self._layers_read += 1

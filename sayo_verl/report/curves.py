@@ -57,7 +57,7 @@ class _Panel:
 
 
 _PANELS = (
-    _Panel("Reward", "mean per response", r.REWARD),
+    _Panel("Total reward", "mean per response", r.REWARD),
     _Panel("Region reward $r_v$", "mean, from -1 to 1", r.REGION_REWARD, guide=0.0),
     _Panel(
         "Target attention $R_a$",

@@ -136,7 +136,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def build_processor(config: TinyPolicyConfig) -> Qwen3VLProcessor:
-    """Tokenizer, image processor and chat template. Images of at least one visual token keep their size up to 32s."""
+    """Tokenizer, image processor and chat template; sides that are multiples of a visual token's keep their size."""
     side = config.patch_size * MERGE_SIZE
     sizes = {"patch_size": config.patch_size, "temporal_patch_size": TEMPORAL_PATCH_SIZE, "merge_size": MERGE_SIZE}
     half = [0.5, 0.5, 0.5]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import BatchFeature, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
@@ -200,8 +201,9 @@ def warm_up(
     forbidden = [processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS if token != END]
     history: list[tuple[int, float, float]] = []
     losses: list[float] = []
+    done = False
     columns = (TextColumn("warm-up"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with _torch_threads(config.threads), Progress(*columns) as progress:
+    with _torch_threads(config.threads), Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=config.max_steps)
         for step in range(1, config.max_steps + 1):
             for group in optimizer.param_groups:
@@ -220,10 +222,11 @@ def warm_up(
                 accuracy, well_formed = greedy_rates(model, processor, held_out, config.max_new_tokens)
                 history.append((step, sum(losses) / len(losses), accuracy))
                 losses.clear()
-                if accuracy >= config.accuracy_target and well_formed >= config.format_target:
-                    break
+                done = accuracy >= config.accuracy_target and well_formed >= config.format_target
             shown = f", accuracy {history[-1][2]:.2f}" if history else ""
             progress.update(bar, advance=1, description=f"step {step}, loss {loss.item():.3f}{shown}")
+            if done:
+                break
     model.eval()
     accuracy = history[-1][2]
     if accuracy < config.accuracy_floor:

@@ -8,6 +8,7 @@ Shape suffixes: R grid rows, C grid columns, V visual tokens (row-major, V = R *
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +23,7 @@ def check_box(box: Sequence[float], *, where: str) -> None:
         SayoError: V01 for a wrong number of values or a value that is not finite, V02 for x1 <= x0 or y1 <= y0,
             V03 for a box outside the image.
     """
-    if len(box) != 4 or not all(math.isfinite(v) for v in box):
+    if len(box) != 4 or not all(isinstance(v, numbers.Real) and math.isfinite(v) for v in box):
         raise SayoError(
             "V01",
             "a box is not four finite numbers",
@@ -100,13 +101,14 @@ def region_mask(
             where=where,
             got=f"rows={rows}, cols={cols}, coverage={coverage}",
             wanted="rows, cols >= 1 and 0 < coverage <= 1",
-            fix="set algorithm.attn.coverage within (0, 1]",
+            fix="set algorithm.attn.region.coverage within (0, 1]",
         )
     mask = np.zeros((rows, cols), dtype=bool)
     for i, box in enumerate(boxes):
         check_box(box, where=f"{where}, box {i}")
         covered = cell_coverage(box, rows, cols)
-        inside = covered >= coverage - 1e-9  # a box whose border lies exactly on the threshold counts, despite rounding
+        # a box whose border lies exactly on the threshold counts, despite rounding; a cell it only touches does not
+        inside = covered >= max(coverage - 1e-9, 1e-9)
         if not inside.any():
             inside[np.unravel_index(int(covered.argmax()), covered.shape)] = True
         mask |= inside

@@ -1,0 +1,304 @@
+"""The check of a training parquet: what passes, and every mistake by its code."""
+
+import io
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from sayo_verl.data.check import MAX_PIXELS, check_parquet
+from sayo_verl.errors import SayoError
+
+NAN = float("nan")
+
+
+def refusal(code: str, says: str = ""):
+    return pytest.raises(SayoError, match=rf"^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
+
+
+def encoded(kind: str = "PNG", size: tuple[int, int] = (12, 10)) -> bytes:
+    out = io.BytesIO()
+    picture = Image.effect_mandelbrot(size, (-2, -1, 1, 1), 20).convert("RGB")
+    picture.save(out, kind)
+    return out.getvalue()
+
+
+GOOD_BOXES = [[[0.0, 0.25, 0.5, 1.0]]]
+
+
+def row(*, boxes: Any = GOOD_BOXES, images: Any = ..., text: str = "<image>What colour?", **other: Any) -> dict:
+    return {
+        "data_source": "sayo/scenes",
+        "prompt": [{"role": "user", "content": text}],
+        "images": [{"bytes": encoded(), "path": None}] if images is ... else images,
+        "reward_model": {"style": "rule", "ground_truth": "red"},
+        "extra_info": {"index": 0, "boxes": boxes},
+    } | other
+
+
+@pytest.fixture
+def check(tmp_path: Path):
+    """``check(row, row, ..., need_boxes=..., max_images=...)`` on a parquet of these rows."""
+
+    def run(*rows: dict, schema: pa.Schema | None = None, need_boxes: bool = True, max_images: int = 512) -> str:
+        path = tmp_path / "rows.parquet"
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path)
+        return check_file(path, need_boxes=need_boxes, max_images=max_images)
+
+    return run
+
+
+def check_file(path: Path, *, need_boxes: bool = True, max_images: int = 512) -> str:
+    return check_parquet(path, image_key="images", prompt_key="prompt", need_boxes=need_boxes, max_images=max_images)
+
+
+# ---------------------------------------------------------------------------------------------------------- what passes
+
+
+def test_good_rows_are_counted(check):
+    assert check(row(), row(boxes=[[]]), row()) == "3 rows, 2 with boxes, 3 images decoded"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_kinds_of_image(check, kind):
+    assert "1 images decoded" in check(row(images=[{"bytes": encoded(kind), "path": None}]))
+
+
+def test_an_image_by_path(check, tmp_path):
+    (tmp_path / "picture.png").write_bytes(encoded())
+    assert "1 images decoded" in check(row(images=[{"bytes": None, "path": str(tmp_path / "picture.png")}]))
+
+
+def test_several_images_and_several_messages(check):
+    two = row(images=[{"bytes": encoded(), "path": None}] * 2, boxes=[[], [[0.0, 0.0, 1.0, 1.0]]])
+    two["prompt"] = [
+        {"role": "system", "content": "Answer."},
+        {"role": "user", "content": "<image>First."},
+        {"role": "user", "content": "Second: <image>"},
+    ]
+    assert check(two) == "1 rows, 1 with boxes, 2 images decoded"
+
+
+def test_rows_without_an_image_among_rows_with_one(check):
+    assert check(row(), row(images=[], boxes=[], text="2 + 2?")) == "2 rows, 1 with boxes, 1 images decoded"
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit", "decoded"),
+    [(10, 3, 3), (10, 10, 10), (10, 100, 10), (10, 1, 1), (10, 4, 4), (10, 0, 0), (10, -1, 0), (1, 512, 1)],
+)
+def test_images_are_sampled_over_the_file(check, rows, limit, decoded):
+    found = check(*[row()] * rows, max_images=limit)
+    assert int(found.split()[-3]) <= max(limit, 0)
+    assert int(found.split()[-3]) == pytest.approx(decoded, abs=1)
+    assert (int(found.split()[-3]) == 0) == (decoded == 0)
+
+
+def test_the_sample_reaches_beyond_the_first_rows(check):
+    rows = [row() for _ in range(10)]
+    rows[5] = row(images=[{"bytes": b"not an image", "path": None}])
+    assert "1 images" in check(*rows, max_images=1)
+    with refusal("D07"):
+        check(*rows, max_images=2)
+
+
+def test_every_row_is_checked_beyond_the_first_batch(check):
+    with refusal("V02") as caught:
+        check(*[row()] * 300, row(boxes=[[[0.5, 0.5, 0.1, 0.9]]]), max_images=1)
+    assert "row 300" in caught.value.where
+
+
+def test_rows_without_boxes_are_enough_where_none_are_needed(check):
+    bare = row()
+    del bare["extra_info"]["boxes"]
+    assert check(bare, need_boxes=False) == "1 rows, 0 with boxes, 1 images decoded"
+
+
+# --------------------------------------------------------------------------------------------------- D02, D03: the file
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_D02_a_file_that_was_cut(tmp_path, share):
+    path = tmp_path / "cut.parquet"
+    pq.write_table(pa.Table.from_pylist([row()] * 20), path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with refusal("D02", "cannot be read") as caught:
+        check_file(path)
+    assert caught.value.where == str(path)
+
+
+def test_D02_a_file_that_is_no_parquet(tmp_path):
+    (tmp_path / "rows.parquet").write_text("version https://git-lfs.github.com/spec/v1\n" * 20)
+    with refusal("D02"):
+        check_file(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("at", [4, 40])
+def test_D02_a_page_that_was_overwritten(tmp_path, at):
+    # The footer is whole, so the file opens; the damage, in the first column, shows when rows are read.
+    path = tmp_path / "damaged.parquet"
+    pq.write_table(pa.Table.from_pylist([row()] * 20).select(["prompt", "images", "reward_model", "extra_info"]), path)
+    data = bytearray(path.read_bytes())
+    data[at : at + 60] = b"\xff" * 60
+    path.write_bytes(data)
+    assert pq.ParquetFile(path).metadata.num_rows == 20
+    with refusal("D02", "cannot be read"):
+        check_file(path)
+
+
+@pytest.mark.parametrize("column", ["prompt", "images", "reward_model", "extra_info"])
+def test_D03_a_column_is_missing(check, column):
+    bare = row()
+    del bare[column]
+    with refusal("D03", column) as caught:
+        check(bare)
+    assert "data_source" in str(caught.value.got)
+
+
+def test_D03_no_rows(tmp_path):
+    path = tmp_path / "empty.parquet"
+    pq.write_table(pa.Table.from_pylist([row()]).slice(0, 0), path)
+    with refusal("D03", "no rows"):
+        check_file(path)
+
+
+# ------------------------------------------------------------------------------------------ D04, D05, V01 to V03: boxes
+
+
+def test_D04_no_column_of_boxes(check):
+    bare = row()
+    del bare["extra_info"]["boxes"]
+    with refusal("D04") as caught:
+        check(bare)
+    assert "extra_info.boxes" in str(caught.value)
+    assert "algorithm.adv_estimator=grpo" in caught.value.fix
+
+
+@pytest.mark.parametrize("boxes", [[[]], [], None], ids=["no box", "no lists", "null"])
+def test_D04_no_row_has_a_box(check, boxes):
+    schema = pa.Table.from_pylist([row()]).schema
+    with refusal("D04"):
+        check(row(boxes=boxes), row(boxes=boxes), schema=schema)
+    assert "1 with boxes" in check(row(boxes=boxes), row(), schema=schema)
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [0.0, 0.0, 0.5, 0.5],
+        [[0.0, 0.0, 0.5, 0.5]],
+        "[[[0, 0, 1, 1]]]",
+        [[{"x0": 0.0}]],
+        [[[0.0, 0.0, 0.5, 0.5]], [[0.0, 0.0, 0.5, 0.5]]],
+        [[], []],
+    ],
+    ids=["one box", "boxes", "text", "named", "two lists for one image", "two empty lists for one image"],
+)
+def test_D05_boxes_that_are_not_nested_by_image(check, boxes):
+    with refusal("D05", "nested") as caught:
+        check(row(boxes=boxes))
+    assert "row 0" in caught.value.where
+    assert "extra_info.boxes" in caught.value.where
+
+
+@pytest.mark.parametrize(
+    ("code", "box"),
+    [
+        ("V01", [0.0, 0.0, 1.0]), ("V01", [0.0, 0.0, NAN, 1.0]), ("V01", [0.0, None, 1.0, 1.0]),
+        ("V01", ["0", "0", "1", "1"]), ("V01", []),
+        ("V02", [0.5, 0.0, 0.25, 1.0]), ("V02", [0.0, 0.5, 1.0, 0.25]), ("V02", [0.5, 0.0, 0.5, 1.0]),
+        ("V03", [0.0, 0.0, 1.01, 1.0]), ("V03", [-0.1, 0.0, 1.0, 1.0]), ("V03", [10.0, 20.0, 30.0, 40.0]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("need_boxes", [True, False])
+def test_V_a_malformed_box(check, code, box, need_boxes):
+    with refusal(code) as caught:
+        check(row(boxes=[[box]]), need_boxes=need_boxes)
+    assert "row 0, extra_info.boxes" in caught.value.where
+
+
+def test_a_bad_box_after_good_ones(check):
+    with refusal("V03") as caught:
+        check(row(), row(boxes=[[[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 2.0, 2.0]]]))
+    assert "row 1" in caught.value.where
+
+
+# --------------------------------------------------------------------------------------------------- D06 to D09: images
+
+
+@pytest.mark.parametrize(
+    "image", [{"bytes": None, "path": None}, {"bytes": b"", "path": None}, {"bytes": b"", "path": ""}, None, "a.png"],
+    ids=str,
+)  # fmt: skip
+def test_D06_an_image_that_is_not_there(check, image):
+    with refusal("D06"):
+        check(row(images=[image]))
+
+
+def test_D06_an_image_file_that_is_missing(check, tmp_path):
+    with refusal("D06", "missing") as caught:
+        check(row(images=[{"bytes": None, "path": str(tmp_path / "absent.png")}]))
+    assert "absent.png" in str(caught.value)
+
+
+def damaged_png() -> bytes:
+    data = bytearray(encoded())
+    data[len(data) // 2] ^= 0xFF
+    return bytes(data)
+
+
+def png_with_a_cut_header() -> bytes:
+    signature, body = b"\x89PNG\r\n\x1a\n", b"IHDR" + b"\x00" * 4
+    return signature + (4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"not an image", encoded()[:40], encoded()[:-30], damaged_png(), png_with_a_cut_header(), encoded("JPEG")[:200],
+     encoded("WEBP")[:60], b"<svg xmlns='http://www.w3.org/2000/svg'/>"],
+    ids=["text", "PNG header", "PNG cut", "PNG bit", "PNG short header", "JPEG cut", "WEBP cut", "SVG"],
+)  # fmt: skip
+def test_D07_an_image_that_cannot_be_decoded(check, data):
+    with refusal("D07", "cannot be decoded") as caught:
+        check(row(), row(images=[{"bytes": data, "path": None}]))
+    assert "row 1" in caught.value.where
+
+
+def test_D08_an_image_that_is_too_large(check):
+    out = io.BytesIO()
+    side = int(MAX_PIXELS**0.5) + 1
+    Image.new("1", (side, side)).save(out, "PNG", compress_level=1)
+    with refusal("D08") as caught:
+        check(row(images=[{"bytes": out.getvalue(), "path": None}]))
+    assert str(side) in str(caught.value)
+
+
+def test_an_image_bomb_is_refused_by_its_header(check):
+    body = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"
+    idat = b"IDAT" + zlib.compress(b"")
+    chunks = [(len(part) - 4).to_bytes(4, "big") + part + zlib.crc32(part).to_bytes(4, "big") for part in (body, idat)]
+    bomb = b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+    with refusal("D07", "decompression bomb"):
+        check(row(images=[{"bytes": bomb, "path": None}]))
+
+
+@pytest.mark.parametrize(
+    ("text", "n_images", "says"),
+    [("What colour?", 1, "each image once"), ("<image><image>?", 1, "each image once"),
+     ("<image>?", 2, "each image once"), ("<image>?", 0, "no image"), ("<Image>?", 1, "each image once")],
+)  # fmt: skip
+def test_D09_placeholders_that_do_not_fit_the_images(check, text, n_images, says):
+    images = [{"bytes": encoded(), "path": None}] * n_images
+    with refusal("D09", says) as caught:
+        check(row(), row(text=text, images=images, boxes=[[]] * n_images))
+    assert "row 1" in caught.value.where
+    assert f"{n_images} images" in str(caught.value)
+
+
+def test_a_null_image_column_is_no_image(check):
+    schema = pa.Table.from_pylist([row()]).schema
+    assert "1 images decoded" in check(row(), row(images=None, boxes=[], text="2 + 2?"), schema=schema)

@@ -1,0 +1,93 @@
+"""The real stack end to end: the launch scripts with verl's trainer, Ray, TransferQueue, FSDP2 and a vLLM server."""
+
+import json
+import math
+import os
+import subprocess
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+SMALL = {"STEPS": "2", "TRAIN_BATCH_SIZE": "4", "GROUP_SIZE": "4", "TEST_FREQ": "-1", "MAX_RESPONSE_LENGTH": "12"}
+
+
+def launch(repo, script, out, policy, *overrides, **variables):
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VERL_", "RAY_", "TRANSFER_QUEUE"))}
+    env = {
+        **inherited,
+        **SMALL,
+        "OUT": str(out),
+        "POLICY": str(policy),
+        "CACHE": str(out.parent / "cache"),
+        **variables,
+    }
+    return subprocess.run(
+        ["bash", str(repo / "scripts" / script), *overrides], env=env, capture_output=True, text=True, check=False,
+        timeout=420,
+    )  # fmt: skip
+
+
+def metrics(out):
+    return [json.loads(line)["data"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sayo_run(repo, random_policy, tmp_path_factory):
+    """Two steps of SAYO from random weights."""
+    out = tmp_path_factory.mktemp("e2e") / "sayo"
+    done = launch(repo, "run_sayo_tiny.sh", out, random_policy)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:] + (out / "train.log").read_text()[-4000:]
+    return out, done
+
+
+def test_sayo_trains_on_stock_verl(sayo_run):
+    out, _ = sayo_run
+    steps = metrics(out)
+    assert len(steps) == 2
+    for step in steps:
+        assert step["sayo/rows_with_region_share"] == 1.0
+        assert -1 < step["sayo/region_reward/mean"] < 1
+        assert step["sayo/target_attention/mean"] > 0
+        assert 0 < step["sayo/region_mass/mean"] < step["sayo/image_mass/mean"] < 1
+        assert step["sayo/probe_seconds"] > 0
+        assert 0 < step["sayo/probe_share_of_log_prob"] < 1
+        assert math.isfinite(step["actor/grad_norm"])
+        assert step["actor/grad_norm"] > 0
+        # vLLM starts from dummy weights, so agreement can only come from verl's weight sync
+        assert step["training/rollout_probs_diff_mean"] < 1e-3
+        total = step["critic/score/mean"] + step["sayo/region_reward/mean"]
+        assert step["critic/rewards/mean"] == pytest.approx(total, abs=1e-4)
+    assert steps[0]["sayo/region_mass/mean"] != steps[1]["sayo/region_mass/mean"]
+
+
+def test_the_run_says_where_its_results_lie(sayo_run):
+    out, done = sayo_run
+    for file in ("curves.png", "metrics.jsonl", "run.json", "train.log"):
+        assert (out / file).stat().st_size > 0
+    assert str(out / "curves.png") in done.stdout
+    assert str(out / "metrics.jsonl") in done.stdout
+    assert "target attention" in done.stdout
+    card = json.loads((out / "run.json").read_text())
+    assert card["estimator"] == "attn_region"
+    assert card["versions"]["verl"] == "0.9.1"
+    assert "handshake with 1 worker(s), engine SayoFSDPEngine" in (out / "train.log").read_text()
+
+
+def test_a_used_output_folder_is_refused_and_nothing_overwritten(repo, sayo_run, random_policy):
+    out, _ = sayo_run
+    before = (out / "metrics.jsonl").read_bytes()
+    done = launch(repo, "run_sayo_tiny.sh", out, random_policy)
+    assert done.returncode != 0
+    assert "SAYO-L15: the metrics file belongs to another run" in done.stdout + done.stderr
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_grpo_is_verls_own_code_on_the_same_launcher(repo, random_policy, tmp_path):
+    out = tmp_path / "grpo"
+    done = launch(repo, "run_grpo_tiny.sh", out, random_policy, STEPS="1")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:] + (out / "train.log").read_text()[-4000:]
+    (step,) = metrics(out)
+    assert not [name for name in step if name.startswith("sayo/")]
+    assert step["actor/grad_norm"] >= 0
+    assert "not measured" in done.stdout
+    assert "handshake" not in (out / "train.log").read_text()

@@ -1,0 +1,264 @@
+"""The reward function: exact rules, hostile responses, and nothing in the package that executes text."""
+
+import ast
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sayo_verl
+from sayo_verl.reward import MAX_CHARACTERS, SLACK_CHARACTERS, compute_score, normalise, split_response
+
+PROPERTY = settings(derandomize=True, deadline=None, max_examples=150)
+GOOD = "<think> circle red . </think> <answer> red </answer>"
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+
+
+def marks(response: str, truth: str = "red") -> tuple[float, float]:
+    """(format, acc) of a response."""
+    score = compute_score("sayo/scenes", response, truth)
+    return score["format"], score["acc"]
+
+
+# -------------------------------------------------------------------------------------------------- format and accuracy
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        (GOOD, (1, 1)),
+        ("<think></think><answer>red</answer>", (1, 1)),
+        ("\n <think>a\nb</think>\n\n<answer>\nred\n</answer>\t\n", (1, 1)),
+        ("<think>x</think><answer>blue</answer>", (1, 0)),
+        ("<think>1 < 2 </b> & <ans></think><answer>red</answer>", (1, 1)),  # other angle brackets are text
+        # the answer is right, the format is not
+        ("<answer>red</answer>", (0, 1)),
+        ("so: <think>x</think><answer>red</answer>", (0, 1)),
+        ("<think>x</think><answer>red</answer> done", (0, 1)),
+        ("<think>x</think> and <answer>red</answer>", (0, 1)),
+        ("<answer>red</answer><think>x</think>", (0, 1)),
+        ("<think>x<answer>red</answer></think>", (0, 1)),
+        ("</think>x<think><answer>red</answer>", (0, 1)),
+        ("<think>x<answer>red</answer>", (0, 1)),
+        ("x</think><answer>red</answer>", (0, 1)),
+        ("<think>x</think><think>y</think><answer>red</answer>", (0, 1)),
+        ("<think><think>x</think></think><answer>red</answer>", (0, 1)),
+        # no single answer block
+        ("", (0, 0)),
+        ("   \n", (0, 0)),
+        ("red", (0, 0)),
+        ("<think>red</think>", (0, 0)),
+        ("<think>x</think><answer>red", (0, 0)),
+        ("<think>x</think>red</answer>", (0, 0)),
+        ("<think>x</think></answer>red<answer>", (0, 0)),
+        ("<think>x</think><answer>red</answer><answer>blue</answer>", (0, 0)),
+        ("<think>x</think><answer>blue</answer><answer>red</answer>", (0, 0)),
+        ("<think>x</think><answer><answer>red</answer></answer>", (0, 0)),
+        ("<think>x</think><answer>red</answer></answer>", (0, 0)),
+        ("<think><answer>red</answer></think><answer>red</answer>", (0, 0)),
+        # an empty answer is no answer
+        ("<think>x</think><answer></answer>", (0, 0)),
+        ("<think>x</think><answer> \n </answer>", (0, 0)),
+        # tags are exact
+        ("<Think>x</Think><Answer>red</Answer>", (0, 0)),
+        ("<think >x</think><answer>red</answer>", (0, 1)),
+        ("< think>x</think>< answer>red</answer>", (0, 0)),
+        ("<think/>x</think><answer>red</answer>", (0, 1)),
+    ],
+)
+def test_format_and_accuracy(response, expected):
+    assert marks(response) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "same"),
+    [
+        ("Red", "red", True), ("RED.", "red", True), ("  red \n", "red", True), ("the red", "red", True),
+        ("a  red   circle", "red circle", True), ("an apple", "apple", True), ('"red"', "red", True),
+        ("(red)", "red", True), ("The Red!", "red", True), ("red", "Red.", True), ("\uff52\uff45\uff44", "red", True),
+        ("\uff13", "3", True), ("cafe\u0301", "café", True), ("\ufb01ve", "five", True), ("3", 3, True),
+        ("red\u00a0circle", "red circle", True), ("\u2462", "3", True),
+        ("3", "3.0", False), ("3", "4", False), ("red blue", "red", False), ("reds", "red", False),
+        ("red or blue", "red", False), ("re d", "red", False), ("theory", "ory", False), ("anred", "red", False),
+        ("not red", "red", False), ("1,000", "1000", False), ("-1", "1", False), ("r\u200bed", "red", False),
+    ],
+)  # fmt: skip
+def test_answers_are_compared_after_normalising(answer, truth, same):
+    assert compute_score("", f"<answer>{answer}</answer>", truth)["acc"] == same
+
+
+def test_an_article_alone_is_kept():
+    assert [normalise(word) for word in ("a", "The", "an", "A a", "the the")] == ["a", "the", "an", "a", "the"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [({}, 2.0), ({"format_weight": 0.5, "accuracy_weight": 0.0}, 0.5), ({"accuracy_weight": 0.25}, 1.25),
+     ({"format_weight": 0.0, "accuracy_weight": 3.0}, 3.0)],
+)  # fmt: skip
+def test_weights(weights, expected):
+    assert compute_score("", GOOD, "red", **weights) == {"score": expected, "acc": 1.0, "format": 1.0}
+
+
+def test_a_wrong_answer_scores_its_format_and_a_malformed_one_its_accuracy():
+    weights = {"format_weight": 0.5, "accuracy_weight": 2.0}
+    assert compute_score("", GOOD, "blue", **weights) == {"score": 0.5, "acc": 0.0, "format": 1.0}
+    assert compute_score("", "<answer>red</answer>", "red", **weights) == {"score": 2.0, "acc": 1.0, "format": 0.0}
+
+
+def test_what_verl_passes_besides_is_taken():
+    assert compute_score("sayo/scenes", GOOD, "red", {"boxes": []}, reward_router_address=None)["score"] == 2.0
+    assert compute_score(data_source="", solution_str=GOOD, ground_truth="red", extra_info=None)["score"] == 2.0
+
+
+# ---------------------------------------------------------------------------------------------------- hostile responses
+
+
+@PROPERTY
+@given(
+    parts=st.lists(st.one_of(st.sampled_from([*TAGS, "red", " ", "\n", "<", ">"]), st.text(max_size=3)), max_size=12)
+)
+def test_the_rules_for_any_order_of_tags(parts):
+    response = "".join(parts)
+    right, answer = split_response(response)
+    found = compute_score("", response, "red")
+    assert found["format"] in (0.0, 1.0)
+    assert found["acc"] in (0.0, 1.0)
+    assert found["score"] == found["format"] + found["acc"]
+    if right:
+        assert answer
+        assert all(response.count(tag) == 1 for tag in TAGS)
+        before, rest = response.split("<think>")
+        _, rest = rest.split("</think>")
+        between, rest = rest.split("<answer>")
+        inside, after = rest.split("</answer>")
+        assert not (before + between + after).strip()
+        assert inside.strip() == answer
+    if answer is not None:
+        assert response.count("<answer>") == response.count("</answer>") == 1
+
+
+@PROPERTY
+@given(thought=st.text(max_size=40), answer=st.text(min_size=1, max_size=20))
+def test_any_text_without_tags_can_be_thought_and_answered(thought, answer):
+    whole = f"<think>{thought}</think><answer>{answer}</answer>"
+    if any(whole.count(tag) != 1 for tag in TAGS) or not answer.strip():
+        assert split_response(whole)[0] is False
+    else:
+        assert split_response(whole) == (True, answer.strip())
+        assert marks(whole, truth=answer) == (1, 1)
+
+
+MILLION = 1_000_000
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "<think>" * (MILLION // 7),
+        "<think>" + "x" * MILLION + "</think><answer>red</answer>",
+        "<think></think><answer>" + "<" * MILLION + "</answer>",
+        " " * MILLION + GOOD,
+        "<answer>" * (MILLION // 17) + "</answer>" * (MILLION // 17),
+        "\n\t " * (MILLION // 3),
+        "<think></think><answer>" + "a " * 30_000 + "</answer>",
+        "<think></think><answer>" + "(" * 60_000 + "</answer>",
+        "<think></think><answer>a" + "\u0300\u0316" * 30_000 + "</answer>",  # marks in the wrong order
+        "<think></think><answer>" + "\u0300" * 30_000 + "\u0316" * 30_000 + "</answer>",
+        "<think></think><answer>" + "\ufdfa" * 60_000 + "</answer>",  # one character that NFKC makes 18
+    ],
+    ids=["open tags", "long thought", "brackets", "blanks", "nested answers", "white space", "long answer",
+         "punctuation", "marks", "marks apart", "expanding"],
+)  # fmt: skip
+def test_a_huge_response_is_scored_at_once(response):
+    start = time.process_time()
+    found = compute_score("", response, "red")
+    assert time.process_time() - start < 1.0
+    assert found["acc"] == 0.0
+
+
+def test_a_response_is_cut_where_it_says():
+    fill = MAX_CHARACTERS - len("<think></think><answer>red</answer>")
+    fits = "<think>" + "x" * fill + "</think><answer>red</answer>"
+    assert len(fits) == MAX_CHARACTERS
+    assert marks(fits) == (1, 1)
+    assert marks("<think>x" + fits[len("<think>") :]) == (0, 0)
+
+
+def test_a_long_ground_truth_can_be_answered():
+    truth = "word " * 2_000 + "end"
+    assert marks(f"<think>x</think><answer>{truth}</answer>", truth) == (1, 1)
+    assert marks(f"<think>x</think><answer>red{' ' * SLACK_CHARACTERS}</answer>") == (1, 1)
+    assert marks(f"<think>x</think><answer>red{' ' * MAX_CHARACTERS}</answer>") == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "response",
+    ["\ud800", "<think>\ud800</think><answer>\udfff</answer>", "\x00", "<answer>\x00</answer>", "🟥" * 1000,
+     "<answer>\u202ered\u202c</answer>", "<answer>{red}</answer>"],
+    ids=ascii,
+)  # fmt: skip
+def test_odd_characters_are_no_error(response):
+    assert compute_score("", response, "red")["format"] in (0.0, 1.0)
+
+
+def test_text_that_looks_like_code_is_only_text(tmp_path):
+    witness = tmp_path / "executed"
+    code = f"__import__('pathlib').Path({str(witness)!r}).touch()"
+    assert marks(f"<think>{code}</think><answer>{code}</answer>", "red") == (1, 0)
+    assert marks("<think>x</think><answer>1 + 1</answer>", "2") == (1, 0)
+    assert not witness.exists()
+
+
+# ----------------------------------------------------------------------------------------- the package executes no text
+
+
+FORBIDDEN = {
+    "eval", "exec", "compile", "__import__", "pickle.loads", "pickle.load", "marshal.loads", "os.system", "os.popen",
+    "signal.alarm", "signal.setitimer", "yaml.load", "yaml.unsafe_load",
+}  # fmt: skip
+
+
+def forbidden_calls(source: str) -> list[str]:
+    """Names in ``FORBIDDEN`` that a source refers to, under any alias, and calls through a shell."""
+    tree, found, alias = ast.parse(source), [], {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            alias |= {name.asname or name.name: name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            alias |= {name.asname or name.name: f"{node.module}.{name.name}" for name in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            found.append(alias.get(node.id, node.id))
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found.append(f"{alias.get(node.value.id, node.value.id)}.{node.attr}".removeprefix("builtins."))
+        elif isinstance(node, ast.keyword) and node.arg == "shell":
+            found.append("shell=")
+    return sorted(FORBIDDEN.union({"shell="}).intersection(found))
+
+
+SOURCES = sorted(Path(sayo_verl.__file__).parent.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(Path(sayo_verl.__file__).parent)))
+def test_no_module_executes_text(path):
+    assert forbidden_calls(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("eval('1')", ["eval"]),
+        ("import os as o\no.system('ls')", ["os.system"]),
+        ("from pickle import loads as l\nl(b'')", ["pickle.loads"]),
+        ("import builtins\nbuiltins.exec('')", ["exec"]),
+        ("f = eval", ["eval"]),
+        ("import subprocess\nsubprocess.run('ls', shell=True)", ["shell="]),
+        ("import signal\nsignal.alarm(3)", ["signal.alarm"]),
+        ("model.eval()\nimport re\nre.compile('x')", []),
+    ],
+)
+def test_the_search_finds_what_it_looks_for(source, found):
+    assert forbidden_calls(source) == found

@@ -1,0 +1,480 @@
+"""Every refusal before a run, on the real configuration of verl: its code, the key it names, and what passes."""
+
+import copy
+import io
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
+from PIL import Image
+
+import sayo_verl.preflight
+import sayo_verl.settings
+from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.methods import METHODS, RegionMethod
+from sayo_verl.preflight import CPUS_FIXED, CPUS_PER_DEVICE, check_estimator, check_settings, preflight, show
+from sayo_verl.settings import NODES, method_from_config
+
+MESSAGE = re.compile(r"SAYO-[A-Z]\d\d: .+ \| at .+ \| (.* \| )?fix: .+")
+
+
+def composed(repo: Path, *overrides: str) -> DictConfig:
+    """The configuration that `python -m sayo_verl.main_ppo --config-dir configs` composes."""
+    with initialize_config_dir(str(repo / "sayo_verl" / "config"), version_base=None):
+        return compose(
+            "sayo_trainer",
+            overrides=[f"hydra.searchpath=[pkg://verl.trainer.config,file://{repo / 'configs'}]", *overrides],
+        )
+
+
+@pytest.fixture(scope="module")
+def base(repo: Path) -> DictConfig:
+    return composed(repo, "+hardware=cpu", "actor_rollout_ref.rollout.n=4")
+
+
+def write_rows(path: Path, *, boxes: list | None) -> Path:
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(png, "PNG")
+    row = {
+        "data_source": "sayo/scenes",
+        "prompt": [{"role": "user", "content": "<image>What colour?"}],
+        "images": [{"bytes": png.getvalue(), "path": None}],
+        "reward_model": {"style": "rule", "ground_truth": "red"},
+        "extra_info": {"index": 0} if boxes is None else {"index": 0, "boxes": boxes},
+    }
+    pq.write_table(pa.Table.from_pylist([row, row]), path)
+    return path
+
+
+def write_model(folder: Path, **config: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def make(base: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DictConfig]:
+    """``make(**{key: value})``: a configuration that passes, with some keys changed; unknown keys are an error."""
+    for name in ("RAY_ADDRESS", "VERL_FILE_LOGGER_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    good = {
+        "actor_rollout_ref.model.path": str(
+            write_model(tmp_path / "model", model_type="qwen3_vl", text_config={"num_hidden_layers": 4})
+        ),
+        "data.train_files": str(write_rows(tmp_path / "train.parquet", boxes=[[[0.0, 0.0, 0.5, 0.5]]])),
+        "data.val_files": str(write_rows(tmp_path / "val.parquet", boxes=[[[0.5, 0.5, 1.0, 1.0]]])),
+        "reward.custom_reward_function.path": "pkg://sayo_verl.reward",
+        "trainer.default_local_dir": str(tmp_path / "checkpoints"),
+    }
+
+    def changed(**values: Any) -> DictConfig:
+        config = copy.deepcopy(base)
+        for key, value in (good | values).items():
+            OmegaConf.update(config, key, value)
+        return config
+
+    return changed
+
+
+def refused(config: DictConfig, code: str, *, dry_run: bool = False) -> SayoError:
+    with pytest.raises(SayoError) as caught:
+        preflight(config, dry_run=dry_run)
+    assert caught.value.code == code
+    assert MESSAGE.fullmatch(str(caught.value)), str(caught.value)
+    return caught.value
+
+
+# ---------------------------------------------------------------------------------------------------------- what passes
+
+
+def test_the_default_configuration_of_a_run_passes(make):
+    plan = dict(preflight(make()))
+    assert plan["estimator"] == "attn_region"
+    assert plan["method"] == "attn_region: weight 1.0, entropy_fraction 0.3, layers (-1,), coverage 0.5"
+    assert "qwen3_vl, probing layer 3 of 4" in plan["model"]
+    assert "train.parquet: 2 rows, 2 with boxes, 2 images decoded" in plan["train data"]
+    assert "val.parquet: 2 rows, 2 with boxes" in plan["val data"]
+    assert plan["reward"].startswith("pkg://sayo_verl.reward")
+    assert "x 4" in plan["rollouts"]
+    assert "1 x 1 cpu" in plan["machines"]
+
+
+def test_the_shipped_settings_are_the_methods_defaults(base):
+    assert check_estimator(base) == RegionMethod()
+    node = OmegaConf.to_container(base.algorithm.attn)
+    assert {name: set(values) for name, values in node.items()} == {
+        NODES[name]: set(vars(method())) for name, method in METHODS.items()
+    }
+
+
+def test_the_plan_is_printed_line_by_line(make):
+    lines: list[str] = []
+    plan = preflight(make())
+    show(plan, lines.append)
+    assert len(lines) == len(plan)
+    for (name, value), line in zip(plan, lines, strict=True):
+        assert line.split(maxsplit=1)[0] == name.split()[0]
+        assert line.endswith(value)
+
+
+def test_settings_reach_the_method(make):
+    config = make(**{"algorithm.attn.region": {"weight": 2, "layers": [-1, 0], "coverage": 1, "entropy_fraction": 1}})
+    assert check_estimator(config) == RegionMethod(weight=2.0, layers=(-1, 0), coverage=1.0, entropy_fraction=1.0)
+    assert "probing layer 3, 0 of 4" in dict(preflight(config))["model"]
+
+
+def test_grpo_passes_the_same_files_without_boxes(make, tmp_path):
+    bare = str(write_rows(tmp_path / "bare.parquet", boxes=None))
+    values = {"data.train_files": bare, "data.val_files": bare}
+    refused(make(**values), "D04")
+    plan = dict(preflight(make(**values, **{"algorithm.adv_estimator": "grpo"})))
+    assert plan["estimator"] == "grpo (verl's own code, untouched)"
+    assert plan["method"] == "-"
+    assert "0 with boxes" in plan["train data"]
+    preflight(make(**values, **{"algorithm.attn.region.weight": 0.0}))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"trainer.use_v1": False},
+        {"trainer.v1.trainer_mode": "colocate_async"},
+        {"algorithm.rollout_correction.bypass_mode": True},
+        {"algorithm.use_pf_ppo": True},
+        {"actor_rollout_ref.actor.strategy": "megatron"},
+        {"actor_rollout_ref.actor.ulysses_sequence_parallel_size": 2},
+        {"algorithm.filter_groups.enable": True},
+        {"actor_rollout_ref.rollout.multi_turn.enable": True},
+        {"actor_rollout_ref.model.external_lib": "my_models"},
+    ],
+    ids=lambda v: next(iter(v)),
+)
+def test_under_grpo_verls_own_settings_are_verls_business(make, values):
+    preflight(make(**values, **{"algorithm.adv_estimator": "grpo"}))
+
+
+def test_another_model_family_passes_under_grpo(make, tmp_path):
+    other = str(write_model(tmp_path / "other", model_type="llama", num_hidden_layers=2))
+    plan = dict(preflight(make(**{"actor_rollout_ref.model.path": other, "algorithm.adv_estimator": "grpo"})))
+    assert "(llama)" in plan["model"]
+
+
+# ------------------------------------------------------------------- the estimator and its settings: L01, L02, L03, A05
+
+
+@pytest.mark.parametrize("name", ["attn_regoin", "atn_region", "attention_region", "attn-region"])
+def test_L01_a_misspelt_estimator_suggests_ours(make, name):
+    error = refused(make(**{"algorithm.adv_estimator": name}), "L01")
+    assert error.where == "algorithm.adv_estimator"
+    assert "did you mean 'attn_region'?" in str(error)
+    assert "grpo" in str(error)
+
+
+def test_L01_a_misspelt_estimator_of_verl_suggests_verls(make):
+    assert "did you mean 'grpo'?" in str(refused(make(**{"algorithm.adv_estimator": "grp"}), "L01"))
+
+
+def add(config: DictConfig, key: str, value: Any) -> DictConfig:
+    """As ``+key=value`` does on the command line."""
+    with open_dict(config):
+        OmegaConf.update(config, key, value, force_add=True)
+    return config
+
+
+def test_L02_an_unknown_key_suggests_the_right_one(make):
+    error = refused(add(make(), "algorithm.attn.region.wieght", 0.5), "L02")
+    assert error.where == "algorithm.attn.region"
+    assert "'wieght' (did you mean 'weight'?)" in str(error)
+
+
+def test_L02_an_unknown_node_suggests_the_right_one(make):
+    error = refused(add(make(), "algorithm.attn.regoin.weight", 0.5), "L02")
+    assert error.where == "algorithm.attn"
+    assert "'regoin' (did you mean 'region'?)" in str(error)
+
+
+def test_L02_an_unknown_node_is_refused_under_grpo_too(make):
+    refused(add(make(**{"algorithm.adv_estimator": "grpo"}), "algorithm.attn.regoin.weight", 0.5), "L02")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("weight", "1.0"), ("weight", True), ("weight", None), ("weight", [1.0]),
+        ("entropy_fraction", "30%"), ("coverage", False),
+        ("layers", -1), ("layers", "last"), ("layers", ["-1"]), ("layers", [1.5]), ("layers", [True]), ("layers", None),
+    ],
+)  # fmt: skip
+def test_L03_a_value_of_the_wrong_type_is_refused(make, key, value):
+    error = refused(make(**{f"algorithm.attn.region.{key}": value}), "L03")
+    assert error.where == f"algorithm.attn.region.{key}"
+    assert repr(value) in str(error)
+
+
+@pytest.mark.parametrize("value", [0.5, None, "on", [1]])
+def test_L03_a_node_that_is_no_group_of_settings_is_refused(value):
+    with pytest.raises(SayoError, match="SAYO-L03") as caught:
+        method_from_config("attn_region", {"region": value})
+    assert caught.value.where == "algorithm.attn.region"
+    assert MESSAGE.fullmatch(str(caught.value))
+
+
+def test_A05_a_value_out_of_range_is_refused(make):
+    error = refused(make(**{"algorithm.attn.region.entropy_fraction": 30}), "A05")
+    assert error.where == "algorithm.attn.region.entropy_fraction"
+
+
+def test_no_settings_are_the_defaults_and_whole_numbers_are_numbers():
+    assert method_from_config("attn_region", {}) == RegionMethod()
+    assert method_from_config("attn_region", {"region": {"weight": 1}}) == RegionMethod()
+    assert isinstance(method_from_config("attn_region", {"region": {"weight": 1}}).weight, float)
+    assert method_from_config("grpo", {"region": {"weight": 0.5}}) is None
+
+
+# ------------------------------------------------------------------------------------ settings of verl: L04 to L13, L20
+
+SETTINGS = [
+    ("L04", {"trainer.use_v1": False}, "trainer.use_v1"),
+    ("L05", {"trainer.v1.trainer_mode": "colocate_async"}, "trainer.v1.trainer_mode"),
+    ("L05", {"trainer.v1.trainer_mode": "separate_async"}, "trainer.v1.trainer_mode"),
+    ("L06", {"algorithm.rollout_correction.bypass_mode": True}, "algorithm.rollout_correction.bypass_mode"),
+    ("L07", {"algorithm.use_pf_ppo": True}, "algorithm.use_pf_ppo"),
+    ("L08", {"actor_rollout_ref.actor.strategy": "megatron"}, "actor_rollout_ref.actor.strategy"),
+    ("L09", {"actor_rollout_ref.actor.ulysses_sequence_parallel_size": 2},
+     "actor_rollout_ref.actor.ulysses_sequence_parallel_size"),
+    ("L09", {"actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2},
+     "actor_rollout_ref.actor.ulysses_sequence_parallel_size"),
+    ("L10", {"algorithm.filter_groups.enable": True}, "algorithm.filter_groups.enable"),
+    ("L11", {"custom_reward_function.path": "reward.py"}, "custom_reward_function.path"),
+    ("L12", {"actor_rollout_ref.rollout.n": 1}, "actor_rollout_ref.rollout.n"),
+    ("L13", {"actor_rollout_ref.rollout.multi_turn.enable": True}, "actor_rollout_ref.rollout.multi_turn.enable"),
+    ("L20", {"actor_rollout_ref.model.external_lib": "my_models"}, "actor_rollout_ref.model.external_lib"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "values", "key"), SETTINGS, ids=[f"{c} {next(iter(v))}" for c, v, _ in SETTINGS])
+def test_a_setting_that_defeats_the_method_is_refused(make, code, values, key):
+    error = refused(make(**values), code)
+    assert error.where == key
+    assert str(next(iter(values.values()))) in str(error)  # what was found
+    refused(make(**values), code, dry_run=True)
+
+
+@pytest.mark.parametrize("engine", ["megatron", "veomni", "torchtitan"])
+def test_L08_another_engine_of_verl_is_refused_although_its_configuration_has_other_keys(repo, engine):
+    config = composed(repo, f"model_engine={engine}", "actor_rollout_ref.rollout.n=4")
+    assert "fsdp_config" not in config.actor_rollout_ref.actor
+    error = refused(config, "L08", dry_run=True)
+    assert (error.where, error.got) == ("actor_rollout_ref.actor.strategy", engine)
+    config.algorithm.adv_estimator = "grpo"
+    preflight(config, dry_run=True)
+
+
+def test_L10_group_filtering_is_allowed_at_weight_zero(make):
+    preflight(make(**{"algorithm.filter_groups.enable": True, "algorithm.attn.region.weight": 0.0}))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"trainer.v1.trainer_mode": "sayo_sync"},
+        {"actor_rollout_ref.model.external_lib": "sayo_verl.engine"},
+        {"actor_rollout_ref.actor.strategy": "fsdp"},
+        {"algorithm.rollout_correction": None},
+    ],
+    ids=str,
+)
+def test_settings_that_are_fine_pass(make, values):
+    config = make(**values)
+    check_settings(config, check_estimator(config))
+
+
+def test_the_first_mistake_is_told_settings_before_files(make):
+    absent = {"data.train_files": "absent.parquet", "actor_rollout_ref.model.path": "/absent"}
+    refused(make(**absent, **{"trainer.use_v1": False, "actor_rollout_ref.rollout.n": 1}), "L04")
+    refused(make(**absent, **{"actor_rollout_ref.rollout.n": 1}), "L12")
+    refused(make(**absent), "L17")
+
+
+# ------------------------------------------------------------------------------------ machine and output: L14, L15, L16
+
+
+def test_L14_too_few_cpus_for_ray(make, monkeypatch):
+    wanted = 1 + CPUS_PER_DEVICE + CPUS_FIXED  # one storage unit, one device
+    error = refused(make(**{"ray_kwargs.ray_init.num_cpus": wanted - 1}), "L14")
+    assert error.where == "ray_kwargs.ray_init.num_cpus"
+    assert f"num_cpus={wanted}" in error.fix
+    refused(make(**{"ray_kwargs.ray_init.num_cpus": wanted - 1, "algorithm.adv_estimator": "grpo"}), "L14")
+    preflight(make(**{"ray_kwargs.ray_init.num_cpus": wanted}))
+    # another machine will run it
+    preflight(make(**{"ray_kwargs.ray_init.num_cpus": wanted - 1}), dry_run=True)
+    preflight(make(**{"ray_kwargs.ray_init.num_cpus": wanted - 1, "trainer.nnodes": 2}))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    preflight(make(**{"ray_kwargs.ray_init.num_cpus": wanted - 1}))
+
+
+def test_L14_counts_the_machine_when_ray_is_not_told(make, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert refused(make(**{"ray_kwargs.ray_init.num_cpus": None}), "L14").got == 5
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    preflight(make(**{"ray_kwargs.ray_init.num_cpus": None}))
+
+
+def test_L15_a_used_metrics_file(make, tmp_path, monkeypatch):
+    metrics = tmp_path / "metrics.jsonl"
+    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(metrics))
+    assert dict(preflight(make()))["metrics"] == str(metrics)
+    metrics.touch()
+    preflight(make())  # empty: nothing is lost
+    metrics.write_text('{"step": 1, "data": {}}\n')
+    error = refused(make(), "L15")
+    assert (error.where, error.got) == ("VERL_FILE_LOGGER_PATH", str(metrics))
+    assert metrics.read_text() == '{"step": 1, "data": {}}\n'
+
+
+def test_L16_a_used_checkpoint_folder(make, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    fresh = make(**{"trainer.resume_mode": "disable"})
+    preflight(fresh)
+    (tmp_path / "checkpoints" / "global_step_20").mkdir()
+    error = refused(fresh, "L16")
+    assert error.where == "trainer.default_local_dir"
+    assert "global_step_20" in str(error)
+    preflight(make(**{"trainer.resume_mode": "auto"}))
+
+
+# ------------------------------------------------------ files: L17, L18, L19, P03, D01, D04 and those of the data check
+
+
+@pytest.mark.parametrize("path", ["/absent/model", "./absent", "../absent", "~/absent_model_folder", "absent", "a/b/c"])
+def test_L17_no_model_at_the_path(make, path):
+    error = refused(make(**{"actor_rollout_ref.model.path": path}), "L17")
+    assert (error.where, error.got) == ("actor_rollout_ref.model.path", path)
+
+
+def test_L17_a_folder_that_is_no_model(make, tmp_path):
+    (tmp_path / "empty").mkdir()
+    error = refused(make(**{"actor_rollout_ref.model.path": str(tmp_path / "empty")}), "L17")
+    assert "config.json" in str(error)
+
+
+def test_a_hub_name_is_left_to_the_loader(make):
+    plan = dict(preflight(make(**{"actor_rollout_ref.model.path": "Qwen/Qwen3-VL-8B-Instruct"})))
+    assert "hub name" in plan["model"]
+
+
+def test_L18_an_unknown_model_family(make, tmp_path):
+    other = write_model(tmp_path / "other", model_type="llava", text_config={"num_hidden_layers": 4})
+    error = refused(make(**{"actor_rollout_ref.model.path": str(other)}), "L18")
+    assert (error.where, error.got) == ("actor_rollout_ref.model.path", "llava")
+    assert "qwen3_vl" in str(error)
+
+
+def test_L19_no_reward_function_file(make, tmp_path):
+    error = refused(make(**{"reward.custom_reward_function.path": "absent.py"}), "L19")
+    assert (error.where, error.got) == ("reward.custom_reward_function.path", "absent.py")
+    (tmp_path / "mine.py").write_text("def compute_score(): ...\n")
+    plan = dict(preflight(make(**{"reward.custom_reward_function.path": "mine.py"})))
+    assert plan["reward"].startswith("mine.py:compute_score")
+    plan = dict(preflight(make(**{"reward.custom_reward_function.path": None})))
+    assert "built-in" in plan["reward"]
+
+
+@pytest.mark.parametrize("layers", [[4], [-5], [-1, 3]], ids=str)
+def test_P03_a_layer_the_model_does_not_have(make, layers):
+    error = refused(make(**{"algorithm.attn.region.layers": layers}), "P03")
+    assert error.where == "algorithm.attn.region.layers"
+    assert "4 decoder layers" in str(error)
+
+
+@pytest.mark.parametrize("split", ["train_files", "val_files"])
+def test_D01_an_absent_parquet(make, split):
+    error = refused(make(**{f"data.{split}": "absent.parquet"}), "D01")
+    assert (error.where, error.got) == (f"data.{split}", "absent.parquet")
+
+
+def test_every_file_of_a_list_is_checked(make, tmp_path):
+    good = str(tmp_path / "train.parquet")
+    assert dict(preflight(make(**{"data.train_files": [good, good]})))["train data"].count("2 rows") == 2
+    refused(make(**{"data.train_files": [good, "absent.parquet"]}), "D01")
+
+
+@pytest.mark.parametrize("split", ["train_files", "val_files"])
+def test_D04_no_row_has_a_box(make, tmp_path, split):
+    bare = str(write_rows(tmp_path / "bare.parquet", boxes=[[]]))
+    error = refused(make(**{f"data.{split}": bare}), "D04")
+    assert error.where == bare
+    assert "algorithm.adv_estimator=grpo" in error.fix
+
+
+def test_a_bad_box_is_refused_under_grpo_too(make, tmp_path):
+    bad = str(write_rows(tmp_path / "bad.parquet", boxes=[[[0.5, 0.5, 0.25, 0.25]]]))
+    refused(make(**{"data.train_files": bad, "algorithm.adv_estimator": "grpo"}), "V02")
+
+
+def test_the_columns_are_those_of_the_configuration(make):
+    error = refused(make(**{"data.image_key": "pictures"}), "D03")
+    assert "pictures" in str(error)
+
+
+def test_a_dry_run_lists_absent_files_instead_of_refusing(make):
+    config = make(
+        **{
+            "actor_rollout_ref.model.path": "/absent/model",
+            "data.train_files": ["one.parquet", "two.parquet"],
+            "data.val_files": "three.parquet",
+        }
+    )
+    plan = dict(preflight(config, dry_run=True))
+    told = " ".join([plan["model"], plan["train data"], plan["val data"]])
+    for name in ("/absent/model", "one.parquet", "two.parquet", "three.parquet"):
+        assert re.search(rf"{name} - NOT THERE YET", told), name
+    refused(config, "L17")
+
+
+def test_a_dry_run_still_checks_what_is_there(make, tmp_path):
+    bare = str(write_rows(tmp_path / "bare.parquet", boxes=[[]]))
+    refused(make(**{"data.train_files": bare}), "D04", dry_run=True)
+    refused(make(**{"algorithm.attn.region.layers": [9]}), "P03", dry_run=True)
+
+
+def test_preflight_changes_nothing(make):
+    config = make()
+    before = OmegaConf.to_yaml(config)
+    preflight(config)
+    assert OmegaConf.to_yaml(config) == before
+
+
+# --------------------------------------------------------------------------------------------------------- all refusals
+
+
+def test_each_launch_refusal_has_a_test():
+    told = {
+        code
+        for module in (sayo_verl.preflight, sayo_verl.settings)
+        for code in re.findall(r'"(L\d\d)"', Path(module.__file__).read_text())
+    }
+    tested = {code for name in globals() for code in re.findall(r"^test_(L\d\d)_", name)}
+    assert told == tested | {code for code, *_ in SETTINGS}
+
+
+def test_an_error_survives_being_sent_between_processes():
+    error = SayoError("L12", "what", where="key", fix="do", got=[1], wanted="2")
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301 (its own bytes, as Ray does)
+    assert str(again) == str(error) == "SAYO-L12: what | at key | got [1], wanted 2 | fix: do"
+    assert vars(again) == vars(error)
+
+
+def test_near_names():
+    assert did_you_mean("attn_regoin", ["attn_region", "grpo"]) == " (did you mean 'attn_region'?)"
+    assert did_you_mean("xyz", ["attn_region", "grpo"]) == ""

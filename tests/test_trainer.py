@@ -1,0 +1,253 @@
+"""The trainer mixin on a real TransferQueue and Ray, with a worker group that returns recognisable statistics."""
+
+import functools
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+os.environ["TRANSFER_QUEUE_ENABLE"] = "1"  # verl reads it when its decorators are made
+
+import numpy as np
+import ray
+import transfer_queue as tq
+from hydra import compose, initialize_config_module
+from transfer_queue import KVBatchMeta
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+from verl.utils import tensordict_utils as tu
+
+from sayo_verl.errors import SayoError
+from sayo_verl.methods.region import EPS, select_tokens
+from sayo_verl.probe.statistics import REQUEST_KEY
+from sayo_verl.settings import method_from_config
+from sayo_verl.trainer import store
+
+IMAGE_TOKENS, REGION_TOKENS = 9.0, 2.0
+
+
+@pytest.fixture(scope="module")
+def config():
+    with initialize_config_module("sayo_verl.config", version_base=None):
+        return compose(
+            "sayo_trainer",
+            overrides=[
+                "actor_rollout_ref.rollout.name=vllm",
+                "transfer_queue.enable=True",
+                "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+                "actor_rollout_ref.rollout.calculate_log_probs=False",
+            ],
+        )
+
+
+@pytest.fixture(scope="module")
+def queue(config):
+    ray.init(address="local", num_cpus=6, include_dashboard=False, object_store_memory=150_000_000, log_to_driver=False)
+    tq.init(config.transfer_queue)
+    yield
+    tq.close()
+    ray.shutdown()
+
+
+class FakeWorkerGroup:
+    """Answers compute_log_prob like one worker: statistics are simple functions of token ids and positions."""
+
+    workers = (None,)
+    omit: str | None = None
+
+    def __init__(self):
+        self.requests = []
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def compute_log_prob(self, data):
+        request = tu.get_non_tensor_data(data, REQUEST_KEY, None)
+        self.requests.append(request)
+        ids = data["input_ids"]
+        values, offsets = ids.values().float(), ids.offsets()
+        jagged = functools.partial(torch.nested.nested_tensor_from_jagged, offsets=offsets)
+        single = functools.partial(torch.nested.nested_tensor_from_jagged, offsets=torch.arange(len(data) + 1))
+        out = {"log_probs": jagged(-values / 1000)}
+        if tu.get_non_tensor_data(data, "calculate_entropy", False):
+            out["entropy"] = jagged((values * 7 % 11) / 11)
+        if request is not None:
+            out |= {
+                "sayo_image_mass": jagged(values / 2000),
+                "sayo_region_mass": jagged(values / 2000 * 0.5),
+                "sayo_image_tokens": single(torch.full((len(data),), IMAGE_TOKENS)),
+                "sayo_region_tokens": single(torch.full((len(data),), REGION_TOKENS)),
+                "sayo_probe_seconds": single(torch.full((len(data),), 0.01)),
+            }
+            out.pop(self.omit, None)
+        return tu.get_tensordict(out, {"metrics": {"mfu": 0.0}})
+
+
+def put_batch(partition, order, lengths=(3, 5, 7, 9)):
+    """Four rows of two prompts, put under their keys and asked for in another order."""
+    rows, keys, tags = [], [], []
+    for i, length in enumerate(lengths):
+        prompt, response = (
+            torch.arange(100 * i, 100 * i + 4 + i),
+            torch.arange(100 * i + 4 + i, 100 * i + 4 + i + length),
+        )
+        ids = torch.cat([prompt, response])
+        score = torch.zeros(length)
+        score[-1] = float(i)
+        rows.append(
+            {
+                "prompts": prompt, "responses": response, "input_ids": ids,
+                "position_ids": torch.arange(len(ids))[None].repeat(4, 1),
+                "response_mask": torch.ones(length).long(), "loss_mask": torch.ones(length).long(),
+                "rm_scores": score, "uid": f"u{i // 2}", "extra_info": {"index": i}, "multi_modal_inputs": {},
+                "extra_fields": {"reward_extra_info": {"acc": float(i == 3), "format": 1.0}},
+            }
+        )  # fmt: skip
+        keys.append(f"u{i // 2}_{i % 2}_0")
+        tags.append({"status": "success", "seq_len": len(ids), "prompt_len": len(prompt), "response_len": length})
+    tq.kv_batch_put(keys=keys, partition_id=partition, fields=tu.list_of_dict_to_tensordict(rows), tags=tags)
+    batch = KVBatchMeta(partition_id=partition, keys=[keys[i] for i in order], tags=[tags[i] for i in order])
+    batch.extra_info["temperature"] = 1.0
+    return batch, [rows[i] for i in order]
+
+
+def make_trainer(config, group, method="attn_region", **settings):
+    from sayo_verl.trainer.modes import SayoSync
+
+    trainer = object.__new__(SayoSync)  # the real methods without verl's start-up
+    trainer.config, trainer.actor_rollout_wg, trainer.ref_in_actor = config, group, True
+    trainer._method = method_from_config(method, {"region": settings})
+    trainer._log_prob_seconds = 0.0
+    return trainer
+
+
+def one_step(config, partition, order, group=None, **settings):
+    trainer, metrics = make_trainer(config, group or FakeWorkerGroup(), **settings), {}
+    batch, rows = put_batch(partition, order)
+    after = trainer._compute_old_log_prob(batch, metrics)
+    trainer._compute_ref_log_prob(after, metrics)
+    done = trainer._compute_advantage(after, metrics)
+    return trainer, done, rows, metrics
+
+
+def expected_advantages(rows):
+    """By hand from the fake statistics: y_t at position P + t was written to wire position P + t - 1."""
+    rewards = []
+    for row in rows:
+        prompt = len(row["prompts"])
+        wire = row["input_ids"].float()[prompt - 1 : -1]
+        entropy = (wire * 7 % 11) / 11
+        chosen = select_tokens(entropy[None], torch.ones(1, len(wire)), 0.3)[0]
+        target, image = wire / 2000 * 0.5 / REGION_TOKENS, wire / 2000 / IMAGE_TOKENS
+        a, v = target[chosen].mean(), image[chosen].mean()
+        rewards.append(row["rm_scores"].sum() + torch.tanh(torch.log((a + EPS) / (v + EPS))))
+    token_level = torch.zeros(len(rows), 9)
+    token_level[:, 0] = torch.stack(rewards)
+    uid = np.array([row["uid"] for row in rows], dtype=object)
+    return compute_grpo_outcome_advantage(token_level, torch.ones(len(rows), 9), uid)[0][:, 0], torch.stack(rewards)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 0, 2, 1]], ids=["in-order", "permuted"])
+def test_statistics_reach_the_estimator_row_by_row(queue, config, order):
+    group = FakeWorkerGroup()
+    _, batch, rows, metrics = one_step(config, f"train{order}", order, group)
+    stored = store.fetch(batch, ["advantages", "returns", "token_level_rewards"])
+    want, reward = expected_advantages(rows)
+    for i, row in enumerate(rows):
+        got = stored["advantages"].unbind()[i]
+        assert got.shape[0] == len(row["responses"])
+        torch.testing.assert_close(got, want[i].expand_as(got), rtol=0, atol=1e-5)
+        torch.testing.assert_close(stored["token_level_rewards"].unbind()[i].sum(), reward[i], rtol=0, atol=1e-5)
+    assert metrics["sayo/accuracy/mean"] == 0.25
+    assert metrics["sayo/format/mean"] == 1.0
+    assert metrics["sayo/rows_with_region_share"] == 1.0
+    assert metrics["sayo/probe_seconds"] == pytest.approx(0.04)
+    assert metrics["sayo/probe_share_of_log_prob"] > 0
+
+
+def test_only_the_old_log_prob_pass_carries_the_request(queue, config):
+    """The reference pass of a LoRA run is the same worker call; flagged, it would overwrite the statistics."""
+    group = FakeWorkerGroup()
+    one_step(config, "train-flag", [0, 1, 2, 3], group)
+    assert group.requests == [{"layers": (-1,), "query_row": "input", "coverage": 0.5}, None]
+
+
+def test_weight_zero_is_verls_grpo_bit_for_bit(queue, config):
+    _, batch, rows, _ = one_step(config, "train-zero", [2, 0, 3, 1], weight=0.0)
+    token_level = torch.nested.as_nested_tensor([r["rm_scores"] for r in rows], layout=torch.jagged).to_padded_tensor(
+        0.0
+    )
+    mask = torch.nested.as_nested_tensor([r["response_mask"] for r in rows], layout=torch.jagged).to_padded_tensor(0)
+    want, _ = compute_grpo_outcome_advantage(token_level, mask, np.array([r["uid"] for r in rows], dtype=object))
+    stored = store.fetch(batch, ["advantages"])["advantages"].unbind()
+    for i, row in enumerate(rows):
+        assert torch.equal(stored[i], want[i, : len(row["responses"])])
+
+
+@pytest.mark.parametrize("absent", ["sayo_region_mass", "sayo_image_tokens"])
+def test_an_absent_statistic_stops_the_step(queue, config, absent):
+    group = FakeWorkerGroup()
+    group.omit = absent
+    with pytest.raises(SayoError, match=rf"SAYO-A06: TransferQueue holds no {absent}.*fix: "):
+        one_step(config, f"train-absent-{absent}", [0, 1, 2, 3], group)
+
+
+def test_padding_rows_are_neutral_and_not_counted(queue, config):
+    trainer, metrics = make_trainer(config, FakeWorkerGroup()), {}
+    batch, _ = put_batch("train-pad", [0, 1, 2, 3])
+    batch = trainer._compute_old_log_prob(batch, metrics)
+    batch.tags[3]["is_padding"] = True
+    trainer._compute_advantage(batch, metrics)
+    assert metrics["sayo/neutral_rows/padding"] == 1.0
+    assert metrics["sayo/rows_with_region_share"] == 1.0
+    assert metrics["sayo/accuracy/mean"] == 0.0, "the padding row's copied reward must not count"
+
+
+def test_more_outputs_than_sessions_are_refused(queue, config):
+    trainer = make_trainer(config, FakeWorkerGroup())
+    batch = SimpleNamespace(keys=["u0_0_0", "u0_0_1"], tags=[{}, {}], partition_id="train")
+    with pytest.raises(SayoError, match=r"SAYO-A07: .*one output per session"):
+        trainer._compute_advantage(batch, {})
+
+
+def test_the_handshake_names_a_worker_without_the_plugin(queue, config):
+    """Workers that report another version or verl's own engine end the run before step 1."""
+
+    @ray.remote
+    class Worker:
+        def __init__(self, bases):
+            engine = type("Engine", tuple(type(name, (), {}) for name in bases), {})()
+            loop = type("ActorRolloutRefWorker", (), {})()
+            loop.actor = SimpleNamespace(engine=engine)
+            self.worker_dict = {"actor": loop}
+
+    trainer = make_trainer(config, FakeWorkerGroup())
+    right = Worker.options(num_cpus=0).remote(["AttentionStatisticsMixin"])
+    wrong = Worker.options(num_cpus=0).remote(["FSDPEngineWithLMHead"])
+    trainer.actor_rollout_wg = SimpleNamespace(workers=[right])
+    trainer._handshake()
+    trainer.actor_rollout_wg = SimpleNamespace(workers=[right, wrong])
+    with pytest.raises(SayoError, match=r"SAYO-X03: worker 1 did not load this sayo-verl.*pid \d+.*fix: "):
+        trainer._handshake()
+
+
+def test_a_trainer_of_ours_refuses_an_estimator_of_verls(config):
+    from omegaconf import OmegaConf
+
+    from sayo_verl.trainer.modes import SayoSync
+
+    other = OmegaConf.merge(config, {"algorithm": {"adv_estimator": "grpo"}})
+    with pytest.raises(SayoError, match="SAYO-L01"):
+        SayoSync(other)
+
+
+def test_the_estimator_without_the_launcher_is_refused():
+    code = (
+        "import torch, numpy as np, verl; from verl.trainer.ppo.core_algos import get_adv_estimator_fn as f; "
+        "f('attn_region')(token_level_rewards=torch.ones(2, 3), response_mask=torch.ones(2, 3), config={}, "
+        "index=np.array(['a', 'a']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "SAYO-A01: attn_region was called without the attention statistics" in done.stderr
