@@ -182,8 +182,10 @@ def test_inputs_stay_as_they_are_and_outputs_are_finite(batch, data):
     assert torch.isfinite(advantages).all()
     assert torch.isfinite(reward).all()
     assert (advantages[mask == 0] == 0).all()
-    outputs = {advantages.data_ptr(), reward.data_ptr()}
-    assert outputs.isdisjoint({task.data_ptr(), mask.data_ptr(), term.value.data_ptr()})
+    for terms in ([term], []):
+        outputs = {out.data_ptr() for out in group_advantage(task, mask, names, terms)}
+        assert len(outputs) == 2
+        assert outputs.isdisjoint({task.data_ptr(), mask.data_ptr(), term.value.data_ptr()})
 
 
 @pytest.mark.parametrize("norm_by_std", [True, False])
@@ -204,23 +206,23 @@ def test_groups_are_told_apart_by_uid_and_kept_in_order():
 def mixed_group(norm_by_std: bool) -> tuple[list[float], list[float]]:
     task = torch.tensor([1.0, 0.0, 1.0, 0.0])
     term = RewardTerm(
-        "region_reward", torch.tensor([0.5, -0.5, NAN, NAN]), torch.tensor([True, True, False, False]), 1.0
+        "region_reward", torch.tensor([0.75, 0.25, NAN, NAN]), torch.tensor([True, True, False, False]), 1.0
     )
     advantages, reward = group_advantage(task, torch.ones(4, 1), list("gggg"), [term], norm_by_std=norm_by_std)
     return advantages.flatten().tolist(), reward.tolist()
 
 
 def test_neutral_rows_are_left_out_of_the_statistics_of_a_mixed_group():
-    # Carrying rows: 1 + 0.5 and 0 - 0.5, mean 0.5, standard deviation sqrt(2). Neutral rows: task rewards 1 and 0
-    # against the carrying rows' task mean 0.5, on the same scale.
+    # Carrying rows: 1 + 0.75 and 0 + 0.25, mean 1, standard deviation sqrt(1.125). Neutral rows: their task rewards 1
+    # and 0 against the carrying rows' task mean 0.5 (not their mean reward of 1), on the same scale.
     advantages, reward = mixed_group(norm_by_std=True)
-    scale = math.sqrt(2) + 1e-6
-    assert advantages == pytest.approx([1 / scale, -1 / scale, 0.5 / scale, -0.5 / scale], abs=1e-6)
-    assert reward == [1.5, -0.5, 1.0, 0.0]
+    scale = math.sqrt(1.125) + 1e-6
+    assert advantages == pytest.approx([0.75 / scale, -0.75 / scale, 0.5 / scale, -0.5 / scale], abs=1e-6)
+    assert reward == [1.75, 0.25, 1.0, 0.0]
 
 
 def test_neutral_rows_without_scaling():
-    assert mixed_group(norm_by_std=False)[0] == [1.0, -1.0, 0.5, -0.5]
+    assert mixed_group(norm_by_std=False)[0] == [0.75, -0.75, 0.5, -0.5]
 
 
 def test_what_a_neutral_row_scores_does_not_move_the_others():

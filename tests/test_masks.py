@@ -181,6 +181,14 @@ def test_a_box_that_ends_on_a_border_does_not_take_the_next_cell(x, y, coverage)
     assert (grid_mask([c0 / cols, r0 / rows, c1 / cols, r1 / rows], rows, cols, coverage) == expected).all()
 
 
+@pytest.mark.parametrize(("k", "n"), [(15, 22), (23, 43), (1, 49), (28, 55)])
+def test_cells_that_only_rounding_leaves_uncovered_count(k, n):
+    assert k / n * n < k
+    whole = [True] * k + [False] * (n - k)
+    assert region_mask([[0.0, 0.0, k / n, 1.0]], 1, n, coverage=1.0).tolist() == whole
+    assert region_mask([[0.0, 0.0, 1.0, k / n]], n, 1, coverage=1.0).tolist() == whole
+
+
 @PROPERTY
 @given(box=boxes(), rows=grids, cols=grids, coverage=thresholds)
 def test_swapping_the_axes_transposes_and_mirroring_mirrors(box, rows, cols, coverage):

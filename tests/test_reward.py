@@ -42,6 +42,8 @@ def marks(response: str, truth: str = "red") -> tuple[float, float]:
         ("<think>x<answer>red</answer></think>", (0, 1)),
         ("</think>x<think><answer>red</answer>", (0, 1)),
         ("<think>x<answer>red</answer>", (0, 1)),
+        ("<think>x<answer>red</think></answer>", (0, 0)),
+        ("<think>x<answer></think>red</answer>", (0, 0)),
         ("x</think><answer>red</answer>", (0, 1)),
         ("<think>x</think><think>y</think><answer>red</answer>", (0, 1)),
         ("<think><think>x</think></think><answer>red</answer>", (0, 1)),

@@ -306,6 +306,23 @@ def test_the_first_mistake_is_told_settings_before_files(make):
     refused(make(**absent), "L17")
 
 
+@pytest.mark.parametrize(
+    ("key", "dynamic"),
+    [
+        ("rollout.log_prob_micro_batch_size_per_gpu", "rollout.log_prob_use_dynamic_bsz"),
+        ("actor.ppo_micro_batch_size_per_gpu", "actor.use_dynamic_bsz"),
+    ],
+)
+def test_L22_micro_batches_that_do_not_divide_the_batch(make, key, dynamic):
+    key, dynamic = f"actor_rollout_ref.{key}", f"actor_rollout_ref.{dynamic}"
+    rows = {"data.train_batch_size": 8, "actor_rollout_ref.actor.ppo_mini_batch_size": 8}  # x 4 responses
+    error = refused(make(**rows, **{key: 5}), "L22")
+    assert error.where == key
+    assert "32 rows" in str(error)
+    preflight(make(**rows, **{key: 5, dynamic: True}))
+    preflight(make(**rows, **{key: 8}))
+
+
 # ------------------------------------------------------------------------------------ machine and output: L14, L15, L16
 
 

@@ -53,7 +53,7 @@ def select_tokens(entropy: torch.Tensor, response_mask: torch.Tensor, fraction: 
     """
     valid = response_mask.bool()
     n_B = valid.sum(-1)
-    # floor(0.3 * 10) must be 3 although 0.3 * 10 < 3 in binary
+    # floor(0.58 * 50) must be 29 although the product is 28.999... in binary
     k_B = torch.floor(fraction * n_B.double() + 1e-9).long().clamp(min=1).minimum(n_B)
     order = entropy.masked_fill(~valid, float("-inf")).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
