@@ -100,8 +100,8 @@ def main() -> None:
     page = [
         "# The region reward on the tiny task",
         "",
-        f"Written by `benchmarks/region_effect.py`: {args.steps} steps of 16 prompts x 8 rollouts, {rows} seeds each from "
-        "one warmed-up policy, on held-out scenes (256, four samples each at temperature 1, measured with plain "
+        f"Written by `benchmarks/region_effect.py`: {args.steps} steps of 16 prompts x 8 rollouts, {rows} seeds each "
+        "from one warmed-up policy, on held-out scenes (256, four samples each at temperature 1, measured with plain "
         "transformers). Mean and standard deviation over seeds; the start has one value.",
         "",
         *table(start, results),

@@ -5,6 +5,7 @@ yet into entries of that plan instead of refusals, so that a job can be looked a
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -130,25 +131,29 @@ def check_settings(config: DictConfig, method: RegionMethod) -> None:
 
 
 def check_batch_sizes(config: DictConfig) -> None:
-    """Without dynamic batching verl asserts, after the first rollout, that micro-batches divide the batch.
+    """Without dynamic batching verl asserts, after the first rollout, that micro-batches divide what they are cut from:
+    mini-batches in the update, and in the log-prob pass the batch padded to whole mini-batches.
 
     Raises:
         SayoError: L22.
     """
     rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
     devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
-    rows = int(config.data.train_batch_size) * int(rollout.n)
-    for key, dynamic, micro in (
+    mini = int(actor.ppo_mini_batch_size) * int(rollout.n)
+    multiple = math.lcm(devices, mini)
+    batch = math.ceil(int(config.data.train_batch_size) * int(rollout.n) / multiple) * multiple
+    for key, dynamic, micro, rows, what in (
         ("rollout.log_prob_micro_batch_size_per_gpu", rollout.log_prob_use_dynamic_bsz,
-         rollout.log_prob_micro_batch_size_per_gpu),
-        ("actor.ppo_micro_batch_size_per_gpu", actor.use_dynamic_bsz, actor.ppo_micro_batch_size_per_gpu),
+         rollout.log_prob_micro_batch_size_per_gpu, batch, "data.train_batch_size x rollout.n, in whole mini-batches"),
+        ("actor.ppo_micro_batch_size_per_gpu", actor.use_dynamic_bsz, actor.ppo_micro_batch_size_per_gpu, mini,
+         "actor.ppo_mini_batch_size x rollout.n"),
     ):  # fmt: skip
         if not dynamic and micro is not None and rows % (int(micro) * devices):
             raise SayoError(
                 "L22",
-                "micro-batches do not divide the batch",
+                "micro-batches do not divide the rows they are cut from",
                 where=f"actor_rollout_ref.{key}",
-                got=f"{rows} rows (data.train_batch_size x rollout.n) on {devices} devices, micro-batch {micro}",
+                got=f"{rows} rows ({what}) on {devices} devices, micro-batch {micro}",
                 wanted="rows divisible by micro-batch x devices",
                 fix="choose a divisor, or set the use_dynamic_bsz beside it",
             )
@@ -226,8 +231,8 @@ def _check_model(config: DictConfig, method: RegionMethod | None, dry_run: bool)
     path = str(config.actor_rollout_ref.model.path)
     folder = Path(path).expanduser()
     if not folder.exists():
-        looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") != 1
-        if looks_local:
+        # "models/tiny" could be either; if there is a folder "models", a path was meant
+        if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1 or folder.parent.is_dir():
             return _absent(path, "actor_rollout_ref.model.path", "L17", "there is no model at this path",
                            "correct it, or give a hub name such as Qwen/Qwen3-VL-8B-Instruct", dry_run)  # fmt: skip
         return f"{path} - a hub name: its family and layers are checked when it is loaded"

@@ -323,6 +323,18 @@ def test_L22_micro_batches_that_do_not_divide_the_batch(make, key, dynamic):
     preflight(make(**rows, **{key: 8}))
 
 
+def test_L22_counts_mini_batches_in_the_update(make):
+    rows = {"data.train_batch_size": 8, "actor_rollout_ref.actor.ppo_mini_batch_size": 2}  # 32 rows, 8 a mini-batch
+    micro = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+    assert "8 rows (actor.ppo_mini_batch_size x rollout.n)" in str(refused(make(**rows, **{micro: 16}), "L22"))
+    preflight(make(**rows, **{micro: 4}))
+    # the log-prob pass sees the batch padded to whole mini-batches: 3 prompts x 4 become 16 rows
+    preflight(make(**{**rows, "data.train_batch_size": 3}, **{LOG_PROB_MICRO: 16, micro: 4}))
+
+
+LOG_PROB_MICRO = "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu"
+
+
 # ------------------------------------------------------------------------------------ machine and output: L14, L15, L16
 
 

@@ -72,14 +72,26 @@ def cell_coverage(box: Sequence[float], rows: int, cols: int) -> np.ndarray:
     return np.minimum(height_R[:, None] * width_C[None, :], 1.0)
 
 
+def _most_covered(box: Sequence[float], covered_RC: np.ndarray) -> np.ndarray:
+    """bool [R, C]: the cells of the largest coverage, ties included; never empty."""
+    most = covered_RC.max()
+    if most > 0:
+        return covered_RC >= most * (1 - 1e-6)
+    inside = np.zeros(covered_RC.shape, dtype=bool)  # a box thinner than rounding: the cell of its centre
+    rows, cols = covered_RC.shape
+    inside[min(int((box[1] + box[3]) / 2 * rows), rows - 1), min(int((box[0] + box[2]) / 2 * cols), cols - 1)] = True
+    return inside
+
+
 def region_mask(
     boxes: Sequence[Sequence[float]], rows: int, cols: int, coverage: float = 0.5, *, where: str = "region_mask"
 ) -> np.ndarray:
     """The union of some boxes as visual tokens of one image.
 
-    A token belongs to a box when the box covers at least ``coverage`` of its cell. When no cell reaches that, the cell
-    that the box covers most is taken, so that a box never vanishes (a rule by box centres loses about half of the
-    boxes that are smaller than a cell).
+    A token belongs to a box when the box covers at least ``coverage`` of its cell. When no cell reaches that, the cells
+    that the box covers most are taken, so that a box never vanishes (a rule by box centres loses about half of the
+    boxes that are smaller than a cell). They are one cell for a small box and several for a long thin one, such as a
+    line of text, which covers a row of cells alike.
 
     Args:
         boxes: N boxes ``[x0, y0, x1, y1]`` in [0, 1]; N may be 0.
@@ -110,6 +122,6 @@ def region_mask(
         # a box whose border lies exactly on the threshold counts, despite rounding; a cell it only touches does not
         inside = covered >= max(coverage - 1e-9, 1e-9)
         if not inside.any():
-            inside[np.unravel_index(int(covered.argmax()), covered.shape)] = True
+            inside = _most_covered(box, covered)
         mask |= inside
     return mask.reshape(-1)
