@@ -1,9 +1,9 @@
 """What the region reward does on the tiny task: three rewards from one start, several seeds, held-out scenes.
 
-    python benchmarks/region_effect.py --seeds 0 1 2 --steps 40
+    python benchmarks/region_effect.py --seeds 0 1 2 --steps 30 --every 10
 
-runs ``scripts/run_sayo_tiny.sh`` (real verl, Ray, FSDP2 and vLLM on CPU, four to five minutes a run) for each condition
-and seed, lets every final checkpoint answer held-out scenes with plain transformers (``sayo evaluate``: HF sampling and
+runs ``scripts/run_sayo_tiny.sh`` (real verl, Ray, FSDP2 and vLLM on CPU, about four minutes a run) for each condition
+and seed, lets checkpoints answer held-out scenes with plain transformers (``sayo evaluate``: HF sampling and
 HF eager attention, so nothing here is measured by the probe that was rewarded), and writes ``docs/tiny_results.md``.
 What is there is not run again; an interrupted run's folder is put aside and begun anew.
 
@@ -41,13 +41,13 @@ MEASURES = {
 }
 
 
-def train(out: Path, seed: int, steps: int, settings: dict[str, str], policy: str) -> float:
-    """One run; its seconds. Its checkpoint in HF format lies below ``out/checkpoints``."""
+def train(out: Path, seed: int, steps: int, every: int, settings: dict[str, str], policy: str) -> float:
+    """One run; its seconds. Its checkpoints in HF format lie below ``out/checkpoints``."""
     if (out / "seconds").exists():
         return float((out / "seconds").read_text())
     if out.exists():
         out.rename(out.with_name(f"{out.name}-interrupted-{time.strftime('%H%M%S')}"))
-    env = {**os.environ, **settings, "OUT": str(out), "SEED": str(seed), "STEPS": str(steps), "SAVE_FREQ": str(steps),
+    env = {**os.environ, **settings, "OUT": str(out), "SEED": str(seed), "STEPS": str(steps), "SAVE_FREQ": str(every),
            "TEST_FREQ": "-1", "POLICY": policy}  # fmt: skip
     start = time.monotonic()
     subprocess.run(["bash", str(ROOT / "scripts" / "run_sayo_tiny.sh")], env=env, check=True, cwd=ROOT)
@@ -79,7 +79,8 @@ def main() -> None:
     """Run what is missing, measure, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--every", type=int, default=10, help="steps between measured checkpoints")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "region_effect")
     parser.add_argument("--policy", required=True, help="the start, as printed by `sayo prepare policy`")
     parser.add_argument("--scenes", type=Path, required=True, help="held-out parquet, of `sayo prepare synthetic`")
@@ -87,15 +88,17 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     start = measure(Path(args.policy), args.scenes, args.out / "start.json")
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in CONDITIONS}
+    steps = list(range(args.every, args.steps + 1, args.every))
+    results: dict[int, dict[str, list[dict[str, float]]]] = {step: {name: [] for name in CONDITIONS} for step in steps}
     seconds = []
     for seed in args.seeds:
         for name, settings in CONDITIONS.items():
             out = args.out / f"{name.replace(' ', '_')}-{seed}"
-            seconds.append(train(out, seed, args.steps, settings, args.policy))
-            model = out / "checkpoints" / f"global_step_{args.steps}" / "actor" / "huggingface"
-            results[name].append(measure(model, args.scenes, out / "held_out.json"))
-            print(name, seed, {k: round(v, 3) for k, v in results[name][-1].items()}, flush=True)
+            seconds.append(train(out, seed, args.steps, args.every, settings, args.policy))
+            for step in steps:
+                model = out / "checkpoints" / f"global_step_{step}" / "actor" / "huggingface"
+                results[step][name].append(measure(model, args.scenes, out / f"held_out_{step}.json"))
+                print(name, seed, step, {k: round(v, 3) for k, v in results[step][name][-1].items()}, flush=True)
     rows = len(args.seeds)
     page = [
         "# The region reward on the tiny task",
@@ -104,8 +107,7 @@ def main() -> None:
         "from one warmed-up policy, on held-out scenes (256, four samples each at temperature 1, measured with plain "
         "transformers). Mean and standard deviation over seeds; the start has one value.",
         "",
-        *table(start, results),
-        "",
+        *(line for step in steps for line in [f"## After {step} steps", "", *table(start, results[step]), ""]),
         f"A run took {statistics.mean(seconds):.0f} s on average ({min(seconds):.0f}-{max(seconds):.0f} s).",
         "",
     ]

@@ -16,7 +16,7 @@ cd "$ROOT"
 # ---------------------------------------------------------------------------------------------------------------------
 ADV_ESTIMATOR=${ADV_ESTIMATOR:-attn_region}     # the switch: attn_region, or grpo for verl's own
 NAME=${NAME:-sayo_tiny}
-STEPS=${STEPS:-40}
+STEPS=${STEPS:-30}
 OUT=${OUT:-outputs/$NAME/$(date +%Y%m%d-%H%M%S)}
 CACHE=${CACHE:-.sayo}                           # scenes and policies, each in a folder named after its settings
 SEED=${SEED:-0}                                 # order of the prompts and the sampling
@@ -31,7 +31,7 @@ MAX_RESPONSE_LENGTH=${MAX_RESPONSE_LENGTH:-24}
 REGION_WEIGHT=${REGION_WEIGHT:-1.0}             # of r_v
 FORMAT_WEIGHT=${FORMAT_WEIGHT:-1.0}             # of r_f
 ACCURACY_WEIGHT=${ACCURACY_WEIGHT:-1.0}         # w_acc; the paper has 0
-TEST_FREQ=${TEST_FREQ:-20}
+TEST_FREQ=${TEST_FREQ:-$STEPS}
 SAVE_FREQ=${SAVE_FREQ:--1}                      # -1: no checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
