@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import inspect
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -104,21 +105,31 @@ def require_supported_verl() -> None:
         )
 
 
-def worker_report(actor: Any) -> dict[str, Any]:
+def worker_report(actor: Any, layers: Sequence[int]) -> dict[str, Any]:
     """What one of verl's worker actors runs; executed inside the actor, for the launch handshake.
 
     Args:
         actor: the colocated worker actor (it keeps its workers in ``worker_dict``).
+        layers: the layers that the run's method asks for.
 
     Returns:
-        version of sayo-verl there, names of the engine's classes, node and pid.
+        version of sayo-verl there, names of the engine's classes, number of decoder layers, the asked layers counted
+        from 0, node and pid.
+
+    Raises:
+        SayoError: P02 for a model family that cannot be probed, P03 for a layer that is not there.
     """
     import socket
 
-    engines = [w.actor.engine for w in actor.worker_dict.values() if type(w).__name__ == "ActorRolloutRefWorker"]
+    from sayo_verl.probe.taps import resolve_layers, text_attention_layers
+
+    (engine,) = (w.actor.engine for w in actor.worker_dict.values() if type(w).__name__ == "ActorRolloutRefWorker")
+    n_layers = len(text_attention_layers(engine.module))
     return {
         "version": __version__,
-        "engine_bases": [c.__name__ for engine in engines for c in type(engine).__mro__[:-1]],
+        "engine_bases": [c.__name__ for c in type(engine).__mro__[:-1]],
+        "n_layers": n_layers,
+        "layers": resolve_layers(layers, n_layers, where="algorithm.attn.*.layers"),
         "node": socket.gethostname(),
         "pid": os.getpid(),
     }

@@ -69,6 +69,7 @@ if ! python3 -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("say
   export PATH="$(bash scripts/setup_env.sh --where "$STACK")/bin:$PATH"
 fi
 [[ "$DRY_RUN" != 1 ]] || export VERL_PLATFORM=${VERL_PLATFORM:-cpu}
+[[ "$OUT" == /* ]] || OUT="$ROOT/$OUT" # workers may run elsewhere
 export VERL_FILE_LOGGER_PATH="$OUT/metrics.jsonl" VERL_USE_EXTERNAL_MODULES=sayo_verl.plugin
 
 ALGORITHM=(

@@ -48,6 +48,7 @@ export TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1
 
 SCENES=$(sayo prepare synthetic --out "$CACHE" --region "$REGION")
 [[ -n "$POLICY" ]] || POLICY=$(sayo prepare policy --out "$CACHE")
+[[ "$OUT" == /* ]] || OUT="$ROOT/$OUT" # workers may run elsewhere
 export VERL_FILE_LOGGER_PATH="$OUT/metrics.jsonl"
 
 ALGORITHM=(

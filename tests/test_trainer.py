@@ -218,6 +218,10 @@ def test_the_handshake_names_a_worker_without_the_plugin(queue, config):
     class Worker:
         def __init__(self, bases):
             engine = type("Engine", tuple(type(name, (), {}) for name in bases), {})()
+            layers = [type("Qwen3VLTextAttention", (torch.nn.Module,), {})() for _ in range(2)]
+            for i, layer in enumerate(layers):
+                layer.layer_idx = i
+            engine.module = torch.nn.ModuleList(layers)
             loop = type("ActorRolloutRefWorker", (), {})()
             loop.actor = SimpleNamespace(engine=engine)
             self.worker_dict = {"actor": loop}
@@ -230,6 +234,10 @@ def test_the_handshake_names_a_worker_without_the_plugin(queue, config):
     trainer.actor_rollout_wg = SimpleNamespace(workers=[right, wrong])
     with pytest.raises(SayoError, match=r"SAYO-X03: worker 1 did not load this sayo-verl.*pid \d+.*fix: "):
         trainer._handshake()
+    trainer.actor_rollout_wg = SimpleNamespace(workers=[right])
+    trainer._method = method_from_config("attn_region", {"region": {"layers": [35]}})
+    with pytest.raises(SayoError, match=r"SAYO-P03: the model has 2 decoder layers"):
+        trainer._handshake()
 
 
 def test_a_trainer_of_ours_refuses_an_estimator_of_verls(config):
@@ -238,7 +246,7 @@ def test_a_trainer_of_ours_refuses_an_estimator_of_verls(config):
     from sayo_verl.trainer.modes import SayoSync
 
     other = OmegaConf.merge(config, {"algorithm": {"adv_estimator": "grpo"}})
-    with pytest.raises(SayoError, match="SAYO-L01"):
+    with pytest.raises(SayoError, match="SAYO-A09"):
         SayoSync(other)
 
 

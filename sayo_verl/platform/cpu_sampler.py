@@ -1,4 +1,4 @@
-"""verl's replay buffer, asked more often; ``trainer.v1.sampler.custom_sampler`` in configs/hardware/cpu.yaml selects it.
+"""verl's replay buffer, asked more often; configs/hardware/cpu.yaml selects it (``trainer.v1.sampler.custom_sampler``).
 
 verl polls for finished rollouts every two seconds, which is nothing beside a rollout on GPUs and a quarter of a step of
 the tiny task. The interval is a parameter of its class that no configuration key reaches.

@@ -40,7 +40,7 @@ class AttentionTrainerMixin:
         method = method_from_config(config.algorithm.adv_estimator, attn)  # type: ignore[arg-type]
         if method is None:
             raise SayoError(
-                "L01",
+                "A09",
                 "this trainer was selected for an estimator of verl's own",
                 where="algorithm.adv_estimator",
                 got=config.algorithm.adv_estimator,
@@ -55,15 +55,17 @@ class AttentionTrainerMixin:
         self._handshake()
 
     def _handshake(self) -> None:
-        """Every actor worker must run this version and the engine with the mixin, or the run ends before step 1.
+        """Every actor worker must run this version, the engine with the mixin and a model that can be probed, or the
+        run ends before step 1.
 
         verl logs a plug-in that fails to load at DEBUG and goes on without it; this is where that would show.
 
         Raises:
-            SayoError: X03 naming the workers that differ.
+            SayoError: X03 naming the workers that differ; P02 and P03 (from a worker) for an unknown model family and a
+                layer that the loaded model does not have.
         """
-        workers = self.actor_rollout_wg.workers
-        reports = ray.get([worker.__ray_call__.remote(worker_report) for worker in workers])
+        workers, layers = self.actor_rollout_wg.workers, self._method.statistics().layers
+        reports = ray.get([worker.__ray_call__.remote(worker_report, layers) for worker in workers])
         for rank, report in enumerate(reports):
             if report["version"] != __version__ or "AttentionStatisticsMixin" not in report["engine_bases"]:
                 raise SayoError(
@@ -74,8 +76,10 @@ class AttentionTrainerMixin:
                     wanted=f"version {__version__} and an engine with AttentionStatisticsMixin",
                     fix="install the same sayo-verl on every node and launch with `python -m sayo_verl.main_ppo`",
                 )
+        first = reports[0]
         print(
-            f"sayo-verl {__version__}: handshake with {len(reports)} worker(s), engine {reports[0]['engine_bases'][0]}"
+            f"sayo-verl {__version__}: handshake with {len(reports)} worker(s), engine {first['engine_bases'][0]}, "
+            f"probing layer {', '.join(map(str, first['layers']))} of {first['n_layers']}"
         )
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
@@ -115,9 +119,8 @@ class AttentionTrainerMixin:
             )
         store.put_token_level_rewards(batch, context.reward)
         ranks = len(self.actor_rollout_wg.workers)
-        parts = store.fetch_reward_parts(batch)
         metrics.update({f"sayo/{name}": value for name, value in context.metrics.items()})
-        metrics.update({f"sayo/{ {'acc': 'accuracy'}.get(name, name) }/mean": v for name, v in parts.items()})
+        metrics.update({f"sayo/{name}/mean": value for name, value in store.fetch_reward_parts(batch).items()})
         metrics["sayo/probe_seconds"] = probe_seconds / ranks
         metrics["sayo/probe_share_of_log_prob"] = probe_seconds / ranks / self._log_prob_seconds
         return out

@@ -57,15 +57,15 @@ def fetch_signals(batch: KVBatchMeta) -> tuple[Signals, float]:
 
 
 def fetch_reward_parts(batch: KVBatchMeta) -> dict[str, float]:
-    """Batch means of ``acc`` and ``format`` as the reward function reported them, padding rows left out."""
+    """Batch means of ``accuracy`` and ``format`` as the reward function reported them, padding rows left out."""
     data = fetch(batch, ["extra_fields"])
     totals: dict[str, list[float]] = {}
     for row, tag in zip(data["extra_fields"], batch.tags, strict=True):
         info = (row.data if isinstance(row, NonTensorData) else row)["reward_extra_info"]
         if not tag.get("is_padding", False):
-            for name in ("acc", "format"):
-                if name in info:
-                    totals.setdefault(name, []).append(float(info[name]))
+            for key, name in (("acc", "accuracy"), ("format", "format")):
+                if key in info:
+                    totals.setdefault(name, []).append(float(info[key]))
     return {name: sum(values) / len(values) for name, values in totals.items()}
 
 
