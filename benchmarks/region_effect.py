@@ -40,6 +40,21 @@ MEASURES = {
     "entropy": "entropy (nats per token)",
 }
 
+CAVEATS = """\
+## How to read this
+
+- `region` and `wrong box` are `attn_region` with w_acc = 1; `accuracy` is verl's own `grpo` on accuracy and format.
+  The wrong box is that of a random other object, which the policy cannot predict.
+- One start and few seeds: the spread is between RL seeds, not between starts. Other warm-ups give other sizes of effect.
+- "Named first" and "named" say what the response talks about before it answers; R_a says where the last layer looks
+  while it does. The reward can be met by choosing what to name. Nothing here shows that heads look elsewhere on the
+  same text.
+- The high-entropy selection moves during training: once the policy is sure what to name first, the tokens that are
+  left among the 30 % of highest entropy are others. R_a over selected tokens can then fall while the behaviour that it
+  rewarded stays.
+- A visual token of this task is a ninth of the image and every box is one token; nothing here transfers by its size.
+"""
+
 
 def train(out: Path, seed: int, steps: int, every: int, settings: dict[str, str], policy: str) -> float:
     """One run; its seconds. Its checkpoints in HF format lie below ``out/checkpoints``."""
@@ -110,6 +125,7 @@ def main() -> None:
         *(line for step in steps for line in [f"## After {step} steps", "", *table(start, results[step]), ""]),
         f"A run took {statistics.mean(seconds):.0f} s on average ({min(seconds):.0f}-{max(seconds):.0f} s).",
         "",
+        CAVEATS,
     ]
     args.page.write_text("\n".join(page))
     print("\n".join(page))
