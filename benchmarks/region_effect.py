@@ -45,7 +45,7 @@ CAVEATS = """\
 
 - `region` and `wrong box` are `attn_region` with w_acc = 1; `accuracy` is verl's own `grpo` on accuracy and format.
   The wrong box is that of a random other object, which the policy cannot predict.
-- One start and few seeds: the spread is between RL seeds, not between starts. Other warm-ups give other sizes of effect.
+- One start and few seeds: the spread is between RL seeds, not starts. Other warm-ups give other sizes of effect.
 - "Named first" and "named" say what the response talks about before it answers; R_a says where the last layer looks
   while it does. The reward can be met by choosing what to name. Nothing here shows that heads look elsewhere on the
   same text.
