@@ -62,6 +62,14 @@ if [[ "$DRY_RUN" != 1 && "$(nvidia-smi -L 2>/dev/null || true)" != GPU* && -z "$
   exit 1
 fi
 
+[[ "$OUT" == /* ]] || OUT="$ROOT/$OUT" # workers may run elsewhere
+export VERL_FILE_LOGGER_PATH="${VERL_FILE_LOGGER_PATH:-$OUT/metrics.jsonl}"
+if [[ -s "$VERL_FILE_LOGGER_PATH" ]]; then
+  echo "SAYO-L15: the metrics file belongs to another run and would be overwritten | at $VERL_FILE_LOGGER_PATH |" \
+    "fix: choose a new output folder (OUT=...); to resume, also name a new metrics file (VERL_FILE_LOGGER_PATH=...)" >&2
+  exit 2
+fi
+
 # An active Python that has sayo-verl is used as it is (a verl container, say); otherwise one is made.
 if ! python3 -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("sayo_verl") and u.find_spec("verl")))'; then
   if [[ "$DRY_RUN" == 1 ]]; then STACK=cpu; else STACK=gpu; fi
@@ -69,8 +77,7 @@ if ! python3 -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("say
   export PATH="$(bash scripts/setup_env.sh --where "$STACK")/bin:$PATH"
 fi
 [[ "$DRY_RUN" != 1 ]] || export VERL_PLATFORM=${VERL_PLATFORM:-cpu}
-[[ "$OUT" == /* ]] || OUT="$ROOT/$OUT" # workers may run elsewhere
-export VERL_FILE_LOGGER_PATH="$OUT/metrics.jsonl" VERL_USE_EXTERNAL_MODULES=sayo_verl.plugin
+export VERL_USE_EXTERNAL_MODULES=sayo_verl.plugin
 
 ALGORITHM=(
   algorithm.adv_estimator="$ADV_ESTIMATOR"

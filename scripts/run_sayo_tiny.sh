@@ -35,6 +35,14 @@ TEST_FREQ=${TEST_FREQ:-$STEPS}
 SAVE_FREQ=${SAVE_FREQ:--1}                      # -1: no checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
+[[ "$OUT" == /* ]] || OUT="$ROOT/$OUT" # workers may run elsewhere
+export VERL_FILE_LOGGER_PATH="${VERL_FILE_LOGGER_PATH:-$OUT/metrics.jsonl}"
+if [[ -s "$VERL_FILE_LOGGER_PATH" ]]; then
+  echo "SAYO-L15: the metrics file belongs to another run and would be overwritten | at $VERL_FILE_LOGGER_PATH |" \
+    "fix: choose a new output folder (OUT=...); to resume, also name a new metrics file (VERL_FILE_LOGGER_PATH=...)" >&2
+  exit 2
+fi
+
 bash scripts/setup_env.sh cpu
 VENV="$(bash scripts/setup_env.sh --where cpu)"
 export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
@@ -48,8 +56,6 @@ export TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1
 
 SCENES=$(sayo prepare synthetic --out "$CACHE" --region "$REGION")
 [[ -n "$POLICY" ]] || POLICY=$(sayo prepare policy --out "$CACHE")
-[[ "$OUT" == /* ]] || OUT="$ROOT/$OUT" # workers may run elsewhere
-export VERL_FILE_LOGGER_PATH="$OUT/metrics.jsonl"
 
 ALGORITHM=(
   algorithm.adv_estimator="$ADV_ESTIMATOR"
