@@ -6,6 +6,7 @@ import pytest
 import torch
 from engine_rows import ROWS, log_prob_pass, make_rows, model_config, single_process_group, worker
 from transformers import Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import StatisticsRequest
@@ -19,6 +20,17 @@ NAMES = ("sayo_image_mass", "sayo_region_mass")
 def _process_group():
     single_process_group(29641)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _transformers_as_it_was():
+    """verl replaces forwards of Qwen3-VL's classes for the whole process; other tests want transformers' own."""
+    classes = [c for c in vars(modeling_qwen3_vl).values() if isinstance(c, type) and c.__module__.endswith("qwen3_vl")]
+    before = {c: c.__dict__["forward"] for c in classes if "forward" in c.__dict__}
+    yield
+    assert any(c.__dict__["forward"] is not forward for c, forward in before.items()), "verl no longer patches them"
+    for c, forward in before.items():
+        c.forward = forward
 
 
 @pytest.fixture(scope="module")
