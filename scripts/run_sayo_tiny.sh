@@ -36,10 +36,10 @@ SAVE_FREQ=${SAVE_FREQ:--1}                      # -1: no checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 [[ "$OUT" == /* ]] || OUT="$ROOT/$OUT" # workers may run elsewhere
-export VERL_FILE_LOGGER_PATH="${VERL_FILE_LOGGER_PATH:-$OUT/metrics.jsonl}"
+export VERL_FILE_LOGGER_PATH="$OUT/metrics.jsonl" # where sayo watch and sayo report look
 if [[ -s "$VERL_FILE_LOGGER_PATH" ]]; then
   echo "SAYO-L15: the metrics file belongs to another run and would be overwritten | at $VERL_FILE_LOGGER_PATH |" \
-    "fix: choose a new output folder (OUT=...); to resume, also name a new metrics file (VERL_FILE_LOGGER_PATH=...)" >&2
+    "fix: choose a new output folder (OUT=...)" >&2
   exit 2
 fi
 
