@@ -1,4 +1,4 @@
-"""Every private name of verl that this plug-in stands on, with its contract, and the one guard it puts in place.
+"""Every private name of verl that this plug-in stands on, with its contract, and the guards it puts in place.
 
 ``CONTRACT`` is read by tests/test_contract.py: a signature or a source hash that differs says which seam moved, before
 a run does. Public API (registries, ``register_*``, configuration keys) is listed where its behaviour is relied upon.
@@ -8,7 +8,7 @@ import hashlib
 import importlib
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -82,6 +82,35 @@ CONTRACT = (
     Seam("verl.utils.tensordict_utils:get_non_tensor_data", "calls", "reads per-call settings"),
     Seam("verl.utils.tracking:FileLogger", "relies on", "metrics.jsonl and VERL_FILE_LOGGER_PATH"),
     Seam("verl.trainer.ppo.reward:get_custom_reward_fn", "relies on", "reward_kwargs reach the reward function"),
+    Seam("verl.utils.device:get_device_id", "calls", "where a micro-batch is computed, wherever parameters lie"),
+    Seam("verl.utils.ulysses:get_ulysses_sequence_parallel_group", "calls", "the ranks that share a sequence"),
+    Seam("verl.utils.ulysses:get_ulysses_sequence_parallel_rank", "calls", "which slice of the packed tokens is here"),
+    Seam("verl.utils.ulysses:get_ulysses_sequence_parallel_world_size", "calls", "1 without sequence parallelism"),
+    Seam("verl.models.transformers.monkey_patch:patch_vlm_for_ulysses_input_slicing", "relies on",
+         "the decoder gets a contiguous slice of the packed tokens; padding comes last"),
+    Seam("verl.models.transformers.monkey_patch:_ulysses_flash_attention_forward", "relies on",
+         "exchanges heads for tokens after queries and keys were rotated"),
+    Seam("verl.models.transformers.qwen2_vl:qwen2_vl_attn_forward", "relies on",
+         "calls qwen2_vl's apply_multimodal_rotary_pos_emb, looked up at each call, with all heads"),
+    # Other families (sayo_verl/adapters)
+    Seam("verl.models.transformers.qwen2_vl:_get_input_embeds", "replaces",
+         "image-free micro-batches of Qwen2.5-VL crash on transformers 5"),
+    Seam("verl.workers.config.model:hf_processor", "replaces",
+         "only caller of it in workers, agent loop and server; None for a processor it has no case for"),
+    Seam("verl.workers.rollout.utils:qwen2_5_vl_dedup_image_tokens", "replaces",
+         "every prompt goes through it to vLLM, with the processor of HFModelConfig"),
+    Seam("verl.experimental.agent_loop.agent_loop:AgentLoopWorker._compute_multi_modal_inputs", "relies on",
+         "calls the processor with a text decoded without special tokens; keeps all but input_ids and attention_mask"),
+    Seam("verl.experimental.agent_loop.agent_loop:AgentLoopWorker._compute_position_ids", "relies on",
+         "1-D positions for a processor without get_rope_index"),
+    Seam("verl.utils.tokenizer.continuous_token:VLContinuousTokenMixin.render_tokens_with_mm", "relies on",
+         "renders a prompt with the processor's chat template and takes its input_ids"),
+    Seam("verl.utils.dataset.rl_dataset:RLHFDataset._process_multi_modal_info", "overrides",
+         "images of a prompt, for rollouts and the length filter"),
+    Seam("verl.utils.model:extract_multi_modal_inputs", "relies on",
+         "concatenates every key of multi_modal_inputs over rows and hands it to the model"),
+    Seam("verl.models.transformers.dense_common:forward_with_torch_backend", "relies on",
+         "drops pixel values, so fused kernels are refused for InternVL"),
     Seam("verl.plugin.platform:PlatformRegistry.register", "calls", "the CPU platform"),
 )  # fmt: skip
 
@@ -105,31 +134,51 @@ def require_supported_verl() -> None:
         )
 
 
-def worker_report(actor: Any, layers: Sequence[int]) -> dict[str, Any]:
+def worker_report(actor: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     """What one of verl's worker actors runs; executed inside the actor, for the launch handshake.
 
     Args:
         actor: the colocated worker actor (it keeps its workers in ``worker_dict``).
-        layers: the layers that the run's method asks for.
+        request: what the run's method asks for, as ``StatisticsRequest.to_wire`` gives it.
 
     Returns:
         version of sayo-verl there, names of the engine's classes, number of decoder layers, the asked layers counted
-        from 0, node and pid.
+        from 0, the probe's path and its largest difference from the reference path, node and pid.
 
     Raises:
-        SayoError: P02 for a model family that cannot be probed, P03 for a layer that is not there.
+        SayoError: L18 and P02 for a model family that cannot be probed, P03 and P11 for a layer that is not there or
+            not of full attention, P16, P17 and P24 for a path that cannot run here or is wrong here.
     """
     import socket
 
-    from sayo_verl.probe.taps import resolve_layers, text_attention_layers
+    import torch
+    from verl.utils.device import get_device_id
+
+    from sayo_verl.families import family_of
+    from sayo_verl.probe.selfcheck import check_path
+    from sayo_verl.probe.statistics import StatisticsRequest
+    from sayo_verl.probe.taps import asked_layers, text_attention_layers
 
     (engine,) = (w.actor.engine for w in actor.worker_dict.values() if type(w).__name__ == "ActorRolloutRefWorker")
-    n_layers = len(text_attention_layers(engine.module))
+    wanted, where = StatisticsRequest.from_wire(request), "algorithm.attn.*.layers"
+    family_of(engine.model_config.hf_config.model_type, where="the loaded model")
+    _, n_layers = text_attention_layers(engine.module)
+    layers = asked_layers(engine.module, wanted.layers, where=where)
+    text = engine.model_config.hf_config.get_text_config()
+    path, difference = check_path(
+        wanted.path,
+        heads=text.num_attention_heads,
+        key_heads=text.num_key_value_heads,
+        head_dim=text.head_dim if "head_dim" in text.to_dict() else text.hidden_size // text.num_attention_heads,
+        device=torch.device(get_device_id()),
+    )
     return {
         "version": __version__,
         "engine_bases": [c.__name__ for c in type(engine).__mro__[:-1]],
         "n_layers": n_layers,
-        "layers": resolve_layers(layers, n_layers, where="algorithm.attn.*.layers"),
+        "layers": sorted(set(layers.values())),
+        "path": path,
+        "path_difference": difference,
         "node": socket.gethostname(),
         "pid": os.getpid(),
     }

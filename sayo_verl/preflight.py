@@ -4,23 +4,22 @@
 yet into entries of that plan instead of refusals, so that a job can be looked at on any machine.
 """
 
+import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.families import Family, family_of
 from sayo_verl.methods import METHODS, RegionMethod
+from sayo_verl.resources import check_batch_sizes, check_ray_cpus
 from sayo_verl.settings import method_from_config
 
 Plan = list[tuple[str, str]]
-
-# Ray CPUs that verl's processes hold: a placement bundle of 3 a device (ResourcePoolManager, max_colocate_count),
-# one for TransferQueue's controller, one for the task runner.
-CPUS_PER_DEVICE, CPUS_FIXED = 3, 2
 
 
 def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
@@ -39,6 +38,7 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
     method = check_estimator(config)
     if method is not None:
         check_settings(config, method)
+        dataclasses.replace(method.statistics(), path=str(config.sayo.probe_path))  # P14
     check_batch_sizes(config)
     cpus = check_ray_cpus(config, dry_run=dry_run)
     check_output(config)
@@ -93,11 +93,6 @@ def check_settings(config: DictConfig, method: RegionMethod) -> None:
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     correction = config.algorithm.get("rollout_correction") or {}
     legacy = OmegaConf.select(config, "custom_reward_function.path")
-    # Only the FSDP engine's configuration has both keys, and L08 is to speak before a key error does.
-    sequence_parallel = max(
-        int(OmegaConf.select(actor, key, default=1))
-        for key in ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size")
-    )
     rules: list[tuple[str, bool, str, str, object, str]] = [
         ("L04", not config.trainer.use_v1, "attention methods need verl's V1 trainer",
          "trainer.use_v1", config.trainer.use_v1, "set trainer.use_v1=True"),
@@ -110,8 +105,9 @@ def check_settings(config: DictConfig, method: RegionMethod) -> None:
          "algorithm.use_pf_ppo", True, "set it to False"),
         ("L08", actor.strategy not in ("fsdp", "fsdp2"), "attention is captured in verl's FSDP engine only",
          "actor_rollout_ref.actor.strategy", actor.strategy, "use fsdp or fsdp2, or algorithm.adv_estimator=grpo"),
-        ("L09", sequence_parallel > 1, "attention statistics are not available under Ulysses sequence parallelism",
-         "actor_rollout_ref.actor.ulysses_sequence_parallel_size", sequence_parallel, "set it to 1"),
+        ("L09", _sequence_parallel(config) > 1 and not config.actor_rollout_ref.model.use_remove_padding,
+         "verl's sequence parallelism needs packed rows", "actor_rollout_ref.model.use_remove_padding", False,
+         "set it to True, or actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1"),
         ("L10", bool(config.algorithm.filter_groups.enable) and method.weight != 0,
          "group filtering acts before attention is known and would drop groups that differ only in region reward",
          "algorithm.filter_groups.enable", True, "set it to False, or algorithm.attn.region.weight=0"),
@@ -130,62 +126,13 @@ def check_settings(config: DictConfig, method: RegionMethod) -> None:
             raise SayoError(code, what, where=where, got=got, fix=fix)
 
 
-def check_batch_sizes(config: DictConfig) -> None:
-    """Without dynamic batching verl asserts, after the first rollout, that micro-batches divide what they are cut from:
-    mini-batches in the update, and in the log-prob pass the batch padded to whole mini-batches.
-
-    Raises:
-        SayoError: L22.
-    """
-    rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
-    devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
-    mini = int(actor.ppo_mini_batch_size) * int(rollout.n)
-    multiple = math.lcm(devices, mini)
-    batch = math.ceil(int(config.data.train_batch_size) * int(rollout.n) / multiple) * multiple
-    for key, dynamic, micro, rows, what in (
-        ("rollout.log_prob_micro_batch_size_per_gpu", rollout.log_prob_use_dynamic_bsz,
-         rollout.log_prob_micro_batch_size_per_gpu, batch, "data.train_batch_size x rollout.n, in whole mini-batches"),
-        ("actor.ppo_micro_batch_size_per_gpu", actor.use_dynamic_bsz, actor.ppo_micro_batch_size_per_gpu, mini,
-         "actor.ppo_mini_batch_size x rollout.n"),
-    ):  # fmt: skip
-        if not dynamic and micro is not None and rows % (int(micro) * devices):
-            raise SayoError(
-                "L22",
-                "micro-batches do not divide the rows they are cut from",
-                where=f"actor_rollout_ref.{key}",
-                got=f"{rows} rows ({what}) on {devices} devices, micro-batch {micro}",
-                wanted="rows divisible by micro-batch x devices",
-                fix="choose a divisor, or set the use_dynamic_bsz beside it",
-            )
-
-
-def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:
-    """TransferQueue waits for ever, without a word, when Ray cannot give its storage units a CPU each.
-
-    Returns:
-        What Ray must offer. It is compared with what it has, but for a dry run (which may be on another machine), a run
-        on several nodes and one that joins a cluster that is already up (``RAY_ADDRESS``).
-
-    Raises:
-        SayoError: L14.
-    """
-    storage = config.transfer_queue.backend.SimpleStorage
-    devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
-    wanted = int(storage.num_data_storage_units) + CPUS_PER_DEVICE * devices + CPUS_FIXED
-    found = OmegaConf.select(config, "ray_kwargs.ray_init.num_cpus") or os.cpu_count() or 1
-    elsewhere = dry_run or int(config.trainer.nnodes) > 1 or bool(os.environ.get("RAY_ADDRESS"))
-    if int(found) < wanted and not elsewhere:
-        raise SayoError(
-            "L14",
-            "Ray has too few CPUs for TransferQueue and verl's workers, and the run would hang",
-            where="ray_kwargs.ray_init.num_cpus",
-            got=found,
-            wanted=f">= {wanted} ({storage.num_data_storage_units} storage units + {CPUS_PER_DEVICE} x {devices} "
-            f"devices + {CPUS_FIXED})",
-            fix=f"set ray_kwargs.ray_init.num_cpus={wanted} (logical CPUs may exceed real ones) or lower "
-            "transfer_queue.backend.SimpleStorage.num_data_storage_units",
-        )
-    return f"Ray needs {wanted} CPUs" + (" (not checked here)" if elsewhere else "")
+def _sequence_parallel(config: DictConfig) -> int:
+    # Only the FSDP engine's configuration has both keys, and L08 is to speak before a key error does.
+    actor = config.actor_rollout_ref.actor
+    return max(
+        int(OmegaConf.select(actor, key, default=1))
+        for key in ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size")
+    )
 
 
 def check_output(config: DictConfig) -> None:
@@ -226,7 +173,9 @@ def _absent(path: str, where: str, code: str, what: str, fix: str, dry_run: bool
 
 
 def _check_model(config: DictConfig, method: RegionMethod | None, dry_run: bool) -> str:
-    from sayo_verl.probe.taps import SUPPORTED_MODEL_TYPES, resolve_layers
+    from transformers import AutoConfig
+
+    from sayo_verl.probe.taps import resolve_layers
 
     path = str(config.actor_rollout_ref.model.path)
     folder = Path(path).expanduser()
@@ -243,18 +192,40 @@ def _check_model(config: DictConfig, method: RegionMethod | None, dry_run: bool)
     model = json.loads(file.read_text())
     if method is None:
         return f"{path} ({model['model_type']})"
-    if model["model_type"] not in SUPPORTED_MODEL_TYPES:
+    family = family_of(model["model_type"], where="actor_rollout_ref.model.path")
+    if _sequence_parallel(config) > 1 and not family.sequence_parallel:
         raise SayoError(
-            "L18",
-            "attention capture does not know this model family",
-            where="actor_rollout_ref.model.path",
-            got=model["model_type"],
-            wanted=" or ".join(SUPPORTED_MODEL_TYPES),
-            fix="use a supported model, or algorithm.adv_estimator=grpo",
+            "L09",
+            "verl does not split the tokens of this family over devices, and would not say so",
+            where="actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
+            got=f"{_sequence_parallel(config)}, {family.model_type}",
+            wanted="1",
+            fix="set it to 1",
         )
-    n_layers = int(model["text_config"]["num_hidden_layers"])
-    layers = resolve_layers(method.layers, n_layers, where="algorithm.attn.region.layers")
-    return f"{path} ({model['model_type']}, probing layer {', '.join(map(str, layers))} of {n_layers})"
+    _check_processor(folder, family)
+    text = AutoConfig.from_pretrained(folder).get_text_config()
+    layers = resolve_layers(method.layers, text.num_hidden_layers, where="algorithm.attn.region.layers")
+    kinds = dict.fromkeys(layers, "full_attention") | {n: kind for n, kind in enumerate(_kinds(text)) if n in layers}
+    if set(kinds.values()) != {"full_attention"}:
+        raise SayoError("P11", "not full-attention layers", where="algorithm.attn.region.layers", got=kinds,
+                        wanted="layers of type full_attention", fix="name such layers")  # fmt: skip
+    return f"{path} ({family.model_type}, probing layer {', '.join(map(str, layers))} of {text.num_hidden_layers})"
+
+
+def _check_processor(folder: Path, family: Family) -> None:
+    """The grid of visual tokens is the processor's: another family's would map boxes to wrong tokens."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        file = folder / name
+        found = json.loads(file.read_text()).get("processor_class", family.processor) if file.is_file() else None
+        if found not in (None, family.processor):
+            raise SayoError("L23", "the model folder holds the processor of another family", where=str(file),
+                            got=f"{found} for a {family.model_type} model", wanted=family.processor,
+                            fix="copy the processor files of the original model into the folder")  # fmt: skip
+
+
+def _kinds(text: Any) -> list[str]:
+    """Attention type of each layer; only families that mix types say so."""
+    return list(text.layer_types or []) if "layer_types" in text.to_dict() else []
 
 
 def _check_data(config: DictConfig, split: str, method: RegionMethod | None, dry_run: bool) -> str:

@@ -1,7 +1,5 @@
 """The engine mixin inside verl's real training worker (FSDP2, one CPU process), against float64 eager attention."""
 
-import dataclasses
-
 import pytest
 import torch
 from engine_rows import ROWS, log_prob_pass, make_rows, model_config, single_process_group, worker
@@ -9,16 +7,25 @@ from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from sayo_verl.errors import SayoError
-from sayo_verl.methods import StatisticsRequest
+from sayo_verl.probe.statistics import CATALOGUE, SIZED, Statistic, StatisticsRequest
+from sayo_verl.vision.grids import merged_grid
 from sayo_verl.vision.masks import region_mask
 
-REQUEST = dataclasses.asdict(StatisticsRequest(layers=(-1,)))
-NAMES = ("sayo_image_mass", "sayo_region_mass")
+
+def request(**options):
+    return StatisticsRequest((Statistic("image_mass", **options), Statistic("region_mass", **options))).to_wire()
+
+
+def names(**options):
+    return tuple("sayo_" + Statistic(name, **options).key for name in ("image_mass", "region_mass"))
+
+
+REQUEST, NAMES = request(), names()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _process_group():
-    single_process_group(29641)
+    single_process_group(29651)
     torch.set_num_threads(1)
 
 
@@ -69,7 +76,8 @@ def eager_masses(policy, rows, layers, query_row="input"):
         region = image[:0]
         if images:
             _, h, w = row["multi_modal_inputs"]["image_grid_thw"][0].tolist()
-            region = image[torch.from_numpy(region_mask(row["extra_info"]["boxes"][0], h // 2, w // 2))]
+            tiles = merged_grid(1, h, w, 2, where="the test")
+            region = image[torch.from_numpy(region_mask(row["extra_info"]["boxes"][0], tiles))]
         out.append((rows_TS[:, image].sum(-1), rows_TS[:, region].sum(-1)))
     return out
 
@@ -79,10 +87,10 @@ def response_values(output, name, rows):
     return [values[row["prompts"].shape[0] - 1 : -1] for values, row in zip(output[name].unbind(), rows, strict=True)]
 
 
-def largest_error(output, rows, expected):
+def largest_error(output, rows, expected, **options):
     errors = [
         (got.double() - want[k]).abs().max().item()
-        for k, name in enumerate(NAMES)
+        for k, name in enumerate(names(**options))
         for got, want in zip(response_values(output, name, rows), expected, strict=True)
     ]
     return max(errors)
@@ -105,19 +113,18 @@ def test_statistics_equal_float64_eager_attention(random_policy, rows, packed, d
 
 
 def test_several_layers_and_the_predicting_row(random_policy, rows, packed_worker):
-    request = dataclasses.asdict(StatisticsRequest(layers=(0, -1), query_row="predicting"))
-    output = log_prob_pass(packed_worker, rows, request)
+    options = {"layers": (0, -1), "query_row": "predicting"}
+    output = log_prob_pass(packed_worker, rows, request(**options))
     expected = eager_masses(random_policy, rows, layers=[0, 1], query_row="predicting")
-    assert largest_error(output, rows, expected) < 1e-5
+    assert largest_error(output, rows, expected, **options) < 1e-5
 
 
 def test_the_two_row_conventions_differ_by_one_row(rows, packed_worker):
     """The attention row of y_t as input is the row that predicts y_(t+1): a hand-checkable shift."""
     by_input = log_prob_pass(packed_worker, rows, REQUEST)
-    predicting = log_prob_pass(packed_worker, rows, {**REQUEST, "query_row": "predicting"})
-    for a, b in zip(
-        response_values(by_input, NAMES[0], rows), response_values(predicting, NAMES[0], rows), strict=True
-    ):
+    predicting = log_prob_pass(packed_worker, rows, request(query_row="predicting"))
+    shifted = response_values(predicting, names(query_row="predicting")[0], rows)
+    for a, b in zip(response_values(by_input, NAMES[0], rows), shifted, strict=True):
         torch.testing.assert_close(a[:-1], b[1:], rtol=0, atol=0)
         assert a.numel() == b.numel()
 
@@ -147,12 +154,39 @@ def test_without_a_request_the_engine_is_verls_own(rows, packed_worker):
 
 def test_statistics_carry_no_graph_and_mark_what_was_not_measured(rows, packed_worker):
     output = log_prob_pass(packed_worker, rows, REQUEST)
-    for values, row in zip(output["sayo_image_mass"].unbind(), rows, strict=True):
+    for values, row in zip(output[NAMES[0]].unbind(), rows, strict=True):
         assert not values.requires_grad
         prompt = row["prompts"].shape[0]
         assert torch.isnan(values[: prompt - 1]).all()
         assert torch.isnan(values[-1])
         assert torch.isfinite(values[prompt - 1 : -1]).all()
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+def test_every_statistic_travels_through_verls_batching(random_policy, rows, dynamic):
+    """verl concatenates micro-batches and restores their order for values of every width."""
+    built = worker(model_config(random_policy, packed=True), dynamic=dynamic)
+    asked = [Statistic(name, size=3 if name in SIZED else 0) for name in CATALOGUE]
+    asked += [Statistic("image_mass", per_head=True), Statistic("lse", query_row="predicting")]
+    output = log_prob_pass(built, rows, StatisticsRequest(tuple(asked)).to_wire())
+    alone = [log_prob_pass(built, [row, row], StatisticsRequest(tuple(asked)).to_wire()) for row in rows]
+    for statistic in asked:
+        key = "sayo_" + statistic.key
+        for n, (values, row) in enumerate(zip(output[key].unbind(), rows, strict=True)):
+            expected, _ = alone[n][key].unbind()
+            assert values.shape == expected.shape
+            if "neighbour" not in key and "index" not in key:  # of values equal but for rounding any may come first
+                torch.testing.assert_close(values, expected, rtol=0, atol=1e-5, equal_nan=True)
+            if statistic.name == "patch_sums":
+                tokens = int(output["sayo_image_tokens"].unbind()[n])
+                assert values.shape[0] == max(tokens, 1)
+                assert bool(values.isnan().all()) == (tokens == 0)
+                continue
+            assert values.shape[0] == row["input_ids"].shape[0]
+            told = values[row["prompts"].shape[0] - 1 : -1]
+            assert torch.isfinite(told).all()
+            assert told.min() >= statistic.fact.low - 1e-6
+            assert told.max() <= statistic.fact.high + 1e-5
 
 
 def test_lora_weights_are_seen_and_the_reference_pass_carries_no_statistics(random_policy, rows):
@@ -166,9 +200,7 @@ def test_lora_weights_are_seen_and_the_reference_pass_carries_no_statistics(rand
                 local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
                 local.copy_(torch.randn(local.shape, generator=generator) * 0.2)
     after = log_prob_pass(built, rows, REQUEST)
-    assert (
-        after["sayo_image_mass"].unbind()[0] - before["sayo_image_mass"].unbind()[0]
-    ).nan_to_num().abs().max() > 1e-4
+    assert (after[NAMES[0]].unbind()[0] - before[NAMES[0]].unbind()[0]).nan_to_num().abs().max() > 1e-4
     reference = log_prob_pass(built, rows, None, no_lora_adapter=True)
     assert not [key for key in reference.keys() if key.startswith("sayo_")]
 
@@ -199,4 +231,4 @@ def test_bad_rows_stop_the_pass(random_policy, packed_worker, break_row, code):
 
 def test_a_layer_that_does_not_exist_stops_the_pass(rows, packed_worker):
     with pytest.raises(SayoError, match=r"SAYO-P03: the model has 2 decoder layers"):
-        log_prob_pass(packed_worker, rows, {**REQUEST, "layers": (5,)})
+        log_prob_pass(packed_worker, rows, request(layers=(5,)))

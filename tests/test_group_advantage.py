@@ -17,6 +17,7 @@ from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, compute_grpo_out
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import RegionMethod, RewardTerm, Signals, group_advantage
 from sayo_verl.methods.base import GRPO_EPSILON, group_rows
+from sayo_verl.probe.statistics import Statistic
 from sayo_verl.trainer.context import CURRENT, AdvantageContext, make_estimator
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=40)
@@ -301,8 +302,7 @@ def signals(mask: torch.Tensor) -> Signals:
     return Signals(
         response_mask=mask,
         entropy=torch.rand(B, T, generator=torch.Generator().manual_seed(0)),
-        image_mass=image,
-        region_mass=image / 10 * ratio,
+        statistics={Statistic("image_mass"): image, Statistic("region_mass"): image / 10 * ratio},
         image_tokens=torch.full((B,), 10),
         region_tokens=torch.ones(B, dtype=torch.long),
         is_padding=torch.zeros(B, dtype=torch.bool),
@@ -394,7 +394,7 @@ def test_the_estimator_refuses_a_reward_that_is_not_finite():
 
 def test_the_estimator_refuses_statistics_that_were_never_computed():
     statistics = signals(MASK)
-    statistics.region_mass[2, 1] = NAN
+    statistics[Statistic("region_mass")][2, 1] = NAN
     with context(RegionMethod(), statistics), refusal("A03", "region_mass"):
         make_estimator("attn_region")(REWARDS, MASK, index=UID)
 

@@ -1,6 +1,6 @@
-"""Boxes to visual tokens: properties of the coverage rule, hand cases, refusals.
+"""Boxes to visual tokens of one grid: properties of the coverage rule, hand cases, refusals.
 
-Shape suffixes: R grid rows, C grid columns.
+Images of several tiles are in ``test_grids``. Shape suffixes: R grid rows, C grid columns.
 """
 
 from fractions import Fraction
@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sayo_verl.errors import SayoError
+from sayo_verl.vision.grids import Tile
 from sayo_verl.vision.masks import cell_coverage, check_box, region_mask
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=120)
@@ -34,7 +35,7 @@ def boxes(draw: st.DrawFn, smallest: float = 1e-3) -> list[float]:
 
 
 def grid_mask(box: list[float], rows: int, cols: int, coverage: float = 0.5) -> np.ndarray:
-    return region_mask([box], rows, cols, coverage).reshape(rows, cols)
+    return region_mask([box], [Tile(rows, cols)], coverage).reshape(rows, cols)
 
 
 # ------------------------------------------------------------------------------------------------------ shares of cells
@@ -81,12 +82,12 @@ def test_masks_by_hand():
 
 
 def test_tokens_are_row_major():
-    assert region_mask([[0.5, 0.0, 1.0, 0.5]], 2, 2).tolist() == [False, True, False, False]
-    assert region_mask([[0.0, 0.5, 0.5, 1.0]], 2, 2).tolist() == [False, False, True, False]
+    assert region_mask([[0.5, 0.0, 1.0, 0.5]], [Tile(2, 2)]).tolist() == [False, True, False, False]
+    assert region_mask([[0.0, 0.5, 0.5, 1.0]], [Tile(2, 2)]).tolist() == [False, False, True, False]
 
 
 def test_no_box_gives_an_empty_mask():
-    mask = region_mask([], 3, 4)
+    mask = region_mask([], [Tile(3, 4)])
     assert mask.shape == (12,)
     assert mask.dtype == bool
     assert not mask.any()
@@ -95,7 +96,7 @@ def test_no_box_gives_an_empty_mask():
 @PROPERTY
 @given(box=boxes(), rows=grids, cols=grids, coverage=thresholds)
 def test_a_box_never_vanishes_and_marks_only_what_it_touches(box, rows, cols, coverage):
-    mask = region_mask([box], rows, cols, coverage)
+    mask = region_mask([box], [Tile(rows, cols)], coverage)
     assert mask.shape == (rows * cols,)
     assert mask.dtype == bool
     assert mask.any()
@@ -126,22 +127,23 @@ def test_a_larger_box_marks_at_least_as_much(outer, inner, rows, cols):
     small = [x0 + left * width, y0 + top * height, x1 - right * width, y1 - bottom * height]
     threshold = 1e-9
     assume(cell_coverage(small, rows, cols).max() > 2 * threshold)
-    assert not (region_mask([small], rows, cols, threshold) & ~region_mask([outer], rows, cols, threshold)).any()
+    assert not (grid_mask(small, rows, cols, threshold) & ~grid_mask(outer, rows, cols, threshold)).any()
 
 
 @PROPERTY
 @given(box=boxes(), rows=grids, cols=grids, low=thresholds, high=thresholds)
 def test_a_higher_threshold_marks_at_most_as_much(box, rows, cols, low, high):
     low, high = sorted((low, high))
-    assert not (region_mask([box], rows, cols, high) & ~region_mask([box], rows, cols, low)).any()
+    assert not (grid_mask(box, rows, cols, high) & ~grid_mask(box, rows, cols, low)).any()
 
 
 @PROPERTY
 @given(some=st.lists(boxes(), max_size=4), others=st.lists(boxes(), max_size=4), rows=grids, cols=grids, c=thresholds)
 def test_boxes_join_by_union(some, others, rows, cols, c):
-    joined = region_mask(some + others, rows, cols, c)
-    assert (joined == (region_mask(some, rows, cols, c) | region_mask(others, rows, cols, c))).all()
-    assert (joined == region_mask((others + some)[::-1] + some, rows, cols, c)).all()
+    tiles = [Tile(rows, cols)]
+    joined = region_mask(some + others, tiles, c)
+    assert (joined == (region_mask(some, tiles, c) | region_mask(others, tiles, c))).all()
+    assert (joined == region_mask((others + some)[::-1] + some, tiles, c)).all()
 
 
 @pytest.mark.parametrize("coverage", [TOUCHING, 0.5, 1.0])
@@ -160,7 +162,7 @@ def test_boxes_that_are_cells_tile_the_image(rows, cols, coverage):
 @PROPERTY
 @given(rows=grids, cols=grids, coverage=st.one_of(thresholds, st.just(TOUCHING)))
 def test_the_whole_image_is_every_token(rows, cols, coverage):
-    assert region_mask([[0.0, 0.0, 1.0, 1.0]], rows, cols, coverage).all()
+    assert region_mask([[0.0, 0.0, 1.0, 1.0]], [Tile(rows, cols)], coverage).all()
 
 
 @st.composite
@@ -184,8 +186,8 @@ def test_a_box_that_ends_on_a_border_does_not_take_the_next_cell(x, y, coverage)
 def test_cells_that_only_rounding_leaves_uncovered_count(k, n):
     assert k / n * n < k
     whole = [True] * k + [False] * (n - k)
-    assert region_mask([[0.0, 0.0, k / n, 1.0]], 1, n, coverage=1.0).tolist() == whole
-    assert region_mask([[0.0, 0.0, 1.0, k / n]], n, 1, coverage=1.0).tolist() == whole
+    assert region_mask([[0.0, 0.0, k / n, 1.0]], [Tile(1, n)], coverage=1.0).tolist() == whole
+    assert region_mask([[0.0, 0.0, 1.0, k / n]], [Tile(n, 1)], coverage=1.0).tolist() == whole
 
 
 @PROPERTY
@@ -223,7 +225,7 @@ def test_the_marked_area_is_that_of_the_box_to_within_its_border(box, rows, cols
 
 def test_inputs_stay_as_they_are():
     box = [[0.1, 0.2, 0.3, 0.4]]
-    region_mask(box, 5, 5)
+    region_mask(box, [Tile(5, 5)])
     assert box == [[0.1, 0.2, 0.3, 0.4]]
 
 
@@ -263,18 +265,22 @@ def test_the_borders_of_the_image_are_inside_and_any_kind_of_number_will_do():
     check_box(np.array([0.0, 0.25, 0.5, 1.0], dtype=np.float32), where="row 3")
 
 
-@pytest.mark.parametrize(
-    ("rows", "cols", "coverage"), [(0, 4, 0.5), (4, 0, 0.5), (4, 4, 0.0), (4, 4, 1.1), (4, 4, -1.0), (4, 4, NAN)]
-)
-def test_a_grid_or_threshold_out_of_range_is_refused(rows, cols, coverage):
+@pytest.mark.parametrize("coverage", [0.0, 1.1, -1.0, NAN])
+def test_a_threshold_out_of_range_is_refused(coverage):
     with refusal("V04") as caught:
-        region_mask([[0, 0, 1, 1]], rows, cols, coverage)
+        region_mask([[0, 0, 1, 1]], [Tile(4, 4)], coverage)
     assert "algorithm.attn.region.coverage" in caught.value.fix
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(0, 4), (4, 0), (-1, 4), (2.5, 4)])
+def test_a_grid_without_tokens_is_refused(rows, cols):
+    with refusal("V05"):
+        region_mask([[0, 0, 1, 1]], [Tile(rows, cols)])
 
 
 def test_a_refusal_names_the_box():
     with refusal("V02") as caught:
-        region_mask([[0, 0, 1, 1], [0.5, 0.5, 0.2, 0.9]], 4, 4)
+        region_mask([[0, 0, 1, 1], [0.5, 0.5, 0.2, 0.9]], [Tile(4, 4)])
     assert caught.value.where.endswith("box 1")
     with refusal("V03") as caught:
         check_box([0, 0, 3, 4], where="train.parquet row 7")
@@ -283,10 +289,10 @@ def test_a_refusal_names_the_box():
 
 
 def test_a_line_of_text_keeps_the_whole_row_of_cells_it_covers_alike():
-    mask = region_mask([[0.05, 0.42, 0.95, 0.46]], 10, 10)
+    mask = region_mask([[0.05, 0.42, 0.95, 0.46]], [Tile(10, 10)])
     assert mask.nonzero()[0].tolist() == [41, 42, 43, 44, 45, 46, 47, 48]
 
 
 def test_a_box_thinner_than_rounding_keeps_the_cell_of_its_centre():
     x = 0.3
-    assert region_mask([[x, 0.9, np.nextafter(x, 1), 0.95]], 4, 4).nonzero()[0].tolist() == [13]
+    assert region_mask([[x, 0.9, np.nextafter(x, 1), 0.95]], [Tile(4, 4)]).nonzero()[0].tolist() == [13]

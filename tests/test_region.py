@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import RegionMethod, Signals, group_advantage
 from sayo_verl.methods.region import EPS, region_reward, select_tokens, target_attention
+from sayo_verl.probe.statistics import Statistic
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
 CASES = json.loads((Path(__file__).parent / "golden" / "sayo_released.json").read_text())["cases"]
@@ -211,6 +212,13 @@ def test_selection_against_sorting_by_hand(rows, percent):
 # ----------------------------------------------------------------------------------------------------------- the method
 
 
+IMAGE_MASS, REGION_MASS = Statistic("image_mass"), Statistic("region_mass")
+
+
+def values(signals: Signals, name: str) -> torch.Tensor:
+    return getattr(signals, name) if name == "entropy" else signals[Statistic(name)]
+
+
 def batch() -> Signals:
     """Six rows: 0 and 5 carry the term; 1 has no box, 2 no image, 3 is masked, 4 is a padding row with boxes."""
     return Signals(
@@ -220,12 +228,14 @@ def batch() -> Signals:
         entropy=torch.tensor(
             [[0.1, 2.0, 0.5, NAN], [1.0, 0.5, NAN, NAN], [0.7, NAN, NAN, NAN], [NAN] * 4, [NAN] * 4, [3, 1, 2, 0]]
         ),
-        image_mass=torch.tensor(
-            [[0.5, 0.4, 0.3, NAN], [0.2, 0.2, NAN, NAN], [NAN] * 4, [NAN] * 4, [NAN] * 4, [0.2, 0.8, 0.8, 0.8]]
-        ),
-        region_mass=torch.tensor(
-            [[0.1, 0.16, 0.05, NAN], [0.0, 0.0, NAN, NAN], [NAN] * 4, [NAN] * 4, [NAN] * 4, [0.05, 0.2, 0.2, 0.2]]
-        ),
+        statistics={
+            IMAGE_MASS: torch.tensor(
+                [[0.5, 0.4, 0.3, NAN], [0.2, 0.2, NAN, NAN], [NAN] * 4, [NAN] * 4, [NAN] * 4, [0.2, 0.8, 0.8, 0.8]]
+            ),
+            REGION_MASS: torch.tensor(
+                [[0.1, 0.16, 0.05, NAN], [0.0, 0.0, NAN, NAN], [NAN] * 4, [NAN] * 4, [NAN] * 4, [0.05, 0.2, 0.2, 0.2]]
+            ),
+        },
         image_tokens=torch.tensor([10, 10, 0, 4, 0, 4]),
         region_tokens=torch.tensor([2, 0, 0, 1, 3, 1]),
         is_padding=torch.tensor([False, False, False, False, True, False]),
@@ -292,7 +302,8 @@ def test_metrics_of_a_batch_without_regions_say_so_and_are_finite():
 
 def test_the_request_follows_the_settings():
     request = RegionMethod(layers=(-1, 3), coverage=0.25).statistics()
-    assert (request.layers, request.query_row, request.coverage) == ((-1, 3), "input", 0.25)
+    assert request.statistics == (Statistic("image_mass", (-1, 3)), Statistic("region_mass", (-1, 3)))
+    assert (request.layers, request.coverage) == ((-1, 3), 0.25)
 
 
 def test_defaults_are_the_papers():
@@ -326,7 +337,7 @@ def test_values_that_nobody_reads_may_be_anything():
 @pytest.mark.parametrize("value", [NAN, float("inf"), -0.5, 1.5])
 def test_a_bad_value_on_a_response_token_is_refused(name, value):
     signals = batch()
-    getattr(signals, name)[0, 1] = value
+    values(signals, name)[0, 1] = value
     if name == "entropy" and value == 1.5:
         signals.check()  # nats have no upper bound
         return
@@ -336,7 +347,7 @@ def test_a_bad_value_on_a_response_token_is_refused(name, value):
 
 def test_a_row_without_image_needs_entropy_only():
     signals = batch()
-    signals.image_mass[2] = 7.0
+    signals[IMAGE_MASS][2] = 7.0
     signals.check()
     signals.entropy[2, 0] = NAN
     with refusal("A03", "entropy"):
@@ -348,5 +359,14 @@ def test_a_row_without_image_needs_entropy_only():
 )
 def test_a_statistic_of_the_wrong_shape_is_refused(name):
     signals = batch()
+    if name in ("image_mass", "region_mass"):
+        short = {"statistics": {**signals.statistics, Statistic(name): signals[Statistic(name)][:-1]}}
+    else:
+        short = {name: getattr(signals, name)[:-1]}
     with refusal("A02", name):
-        replace(signals, **{name: getattr(signals, name)[:-1]}).check()
+        replace(signals, **short).check()
+
+
+def test_a_statistic_that_was_not_measured_is_refused():
+    with refusal("A10", "was not measured"):
+        RegionMethod(layers=(-2,)).reward_terms(batch())

@@ -16,6 +16,7 @@ from sayo_verl.data.check import check_parquet
 from sayo_verl.data.drawing import BACKGROUND, COLOURS, SHAPES, draw
 from sayo_verl.data.scenes import SceneConfig, prepare, sample_scene, scene_row
 from sayo_verl.errors import SayoError
+from sayo_verl.vision.grids import Tile
 from sayo_verl.vision.masks import region_mask
 
 SMALL = SceneConfig(n_train=70, n_val=20)
@@ -61,7 +62,8 @@ def test_an_object_is_one_visual_token_of_the_default_grid():
     rng = random.Random(4)
     for i in range(100):
         row = scene_row(sample_scene(rng, SceneConfig()), SceneConfig(), split="train", index=i)
-        target, distractor = (region_mask(row["extra_info"][k][0], 3, 3) for k in ("target_boxes", "distractor_boxes"))
+        boxes = (row["extra_info"][k][0] for k in ("target_boxes", "distractor_boxes"))
+        target, distractor = (region_mask(b, [Tile(3, 3)]) for b in boxes)
         assert target.sum() == distractor.sum() == 1
         assert not (target & distractor).any()
 

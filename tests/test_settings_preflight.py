@@ -17,11 +17,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image
 
+import sayo_verl.families
 import sayo_verl.preflight
+import sayo_verl.resources
 import sayo_verl.settings
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.methods import METHODS, RegionMethod
-from sayo_verl.preflight import CPUS_FIXED, CPUS_PER_DEVICE, check_estimator, check_settings, preflight, show
+from sayo_verl.preflight import check_estimator, check_settings, preflight, show
+from sayo_verl.resources import CPUS_FIXED, CPUS_PER_DEVICE
 from sayo_verl.settings import NODES, method_from_config
 
 MESSAGE = re.compile(r"SAYO-[A-Z]\d\d: .+ \| at .+ \| (.* \| )?fix: .+")
@@ -250,10 +253,12 @@ SETTINGS = [
     ("L06", {"algorithm.rollout_correction.bypass_mode": True}, "algorithm.rollout_correction.bypass_mode"),
     ("L07", {"algorithm.use_pf_ppo": True}, "algorithm.use_pf_ppo"),
     ("L08", {"actor_rollout_ref.actor.strategy": "megatron"}, "actor_rollout_ref.actor.strategy"),
-    ("L09", {"actor_rollout_ref.actor.ulysses_sequence_parallel_size": 2},
-     "actor_rollout_ref.actor.ulysses_sequence_parallel_size"),
-    ("L09", {"actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2},
-     "actor_rollout_ref.actor.ulysses_sequence_parallel_size"),
+    ("L09", {"actor_rollout_ref.model.use_remove_padding": False,
+             "actor_rollout_ref.actor.ulysses_sequence_parallel_size": 2},
+     "actor_rollout_ref.model.use_remove_padding"),
+    ("L09", {"actor_rollout_ref.model.use_remove_padding": False,
+             "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2},
+     "actor_rollout_ref.model.use_remove_padding"),
     ("L10", {"algorithm.filter_groups.enable": True}, "algorithm.filter_groups.enable"),
     ("L11", {"custom_reward_function.path": "reward.py"}, "custom_reward_function.path"),
     ("L12", {"actor_rollout_ref.rollout.n": 1}, "actor_rollout_ref.rollout.n"),
@@ -409,6 +414,49 @@ def test_L18_an_unknown_model_family(make, tmp_path):
     assert "qwen3_vl" in str(error)
 
 
+def test_L09_a_family_that_verl_does_not_split_over_devices(make, tmp_path):
+    model = write_model(tmp_path / "internvl", model_type="internvl",
+                        text_config={"model_type": "qwen3", "num_hidden_layers": 4})  # fmt: skip
+    values = {"actor_rollout_ref.model.path": str(model)}
+    assert "internvl, probing layer 3 of 4" in dict(preflight(make(**values)))["model"]
+    error = refused(make(**values, **{"actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2}), "L09")
+    assert error.got == "2, internvl"
+    split = {"actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2}
+    preflight(make(**split))  # verl splits Qwen3-VL
+
+
+def test_L23_a_processor_of_another_family(make):
+    config = make()
+    folder = Path(config.actor_rollout_ref.model.path)
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (folder / name).write_text(json.dumps({"processor_class": "LlavaProcessor"}))
+        error = refused(config, "L23")
+        assert (error.got, error.wanted) == ("LlavaProcessor for a qwen3_vl model", "Qwen3VLProcessor")
+        (folder / name).write_text(json.dumps({"processor_class": "Qwen3VLProcessor"}))
+        preflight(config)
+
+
+def test_P11_a_sliding_window_layer(make, tmp_path):
+    text = {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}
+    model = write_model(tmp_path / "sliding", model_type="qwen2_5_vl", text_config=text)
+    values = {"actor_rollout_ref.model.path": str(model), "algorithm.attn.region.layers": [0, 3]}
+    error = refused(make(**values), "P11")
+    assert "3: 'sliding_attention'" in str(error)
+    values["algorithm.attn.region.layers"] = [0, 1]
+    assert "probing layer 0, 1 of 4" in dict(preflight(make(**values)))["model"]
+
+
+def test_the_released_qwen2_5_vl_configuration_has_no_text_config(make, tmp_path):
+    model = write_model(tmp_path / "flat", model_type="qwen2_5_vl", num_hidden_layers=28, use_sliding_window=False)
+    plan = dict(preflight(make(**{"actor_rollout_ref.model.path": str(model)})))
+    assert "probing layer 27 of 28" in plan["model"]
+
+
+def test_P14_an_unknown_path_of_the_probe(make):
+    error = refused(make(**{"sayo.probe_path": "quick"}), "P14")
+    assert (error.where, error.got) == ("sayo.probe_path", "quick")
+
+
 def test_L19_no_reward_function_file(make, tmp_path):
     error = refused(make(**{"reward.custom_reward_function.path": "absent.py"}), "L19")
     assert (error.where, error.got) == ("reward.custom_reward_function.path", "absent.py")
@@ -490,7 +538,7 @@ def test_preflight_changes_nothing(make):
 def test_each_launch_refusal_has_a_test():
     told = {
         code
-        for module in (sayo_verl.preflight, sayo_verl.settings)
+        for module in (sayo_verl.families, sayo_verl.preflight, sayo_verl.resources, sayo_verl.settings)
         for code in re.findall(r'"(L\d\d)"', Path(module.__file__).read_text())
     }
     tested = {code for name in globals() for code in re.findall(r"^test_(L\d\d)_", name)}

@@ -40,6 +40,7 @@ from sayo_verl.tiny.warmup import (
     warm_up,
     warm_up_loss,
 )
+from sayo_verl.vision.grids import Tile
 from sayo_verl.vision.masks import region_mask
 
 SCENES = SceneConfig(n_train=2, n_val=4)
@@ -302,7 +303,7 @@ def test_batched_measures_equal_a_plain_forward(prepared, processor, tmp_path, e
         with torch.no_grad():
             output = model(input_ids=ids, mm_token_type_ids=types, **sizes, output_attentions=True)
         images_at = [s for s in range(S) if ids[0, s] == processor.image_token_id]
-        target = region_mask(info["target_boxes"][0], 3, 3)
+        target = region_mask(info["target_boxes"][0], [Tile(3, 3)])
         visual, entropy = [], []
         for t in range(P, S):
             visual.append(output.attentions[-1][0, :, t, images_at].mean(0).numpy())  # t: where the token is the input

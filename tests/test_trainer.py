@@ -16,13 +16,14 @@ import ray
 import transfer_queue as tq
 from hydra import compose, initialize_config_module
 from transfer_queue import KVBatchMeta
+from transformers import Qwen3VLConfig
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 from verl.utils import tensordict_utils as tu
 
 from sayo_verl.errors import SayoError
-from sayo_verl.methods.region import EPS, select_tokens
-from sayo_verl.probe.statistics import REQUEST_KEY
+from sayo_verl.methods.region import EPS, RegionMethod, select_tokens
+from sayo_verl.probe.statistics import PER_ROW, REQUEST_KEY, WIRE_PREFIX, Statistic
 from sayo_verl.settings import method_from_config
 from sayo_verl.trainer import store
 
@@ -74,8 +75,8 @@ class FakeWorkerGroup:
             out["entropy"] = jagged((values * 7 % 11) / 11)
         if request is not None:
             out |= {
-                "sayo_image_mass": jagged(values / 2000),
-                "sayo_region_mass": jagged(values / 2000 * 0.5),
+                WIRE_PREFIX + Statistic("image_mass").key: jagged(values / 2000),
+                WIRE_PREFIX + Statistic("region_mass").key: jagged(values / 2000 * 0.5),
                 "sayo_image_tokens": single(torch.full((len(data),), IMAGE_TOKENS)),
                 "sayo_region_tokens": single(torch.full((len(data),), REGION_TOKENS)),
                 "sayo_probe_seconds": single(torch.full((len(data),), 0.01)),
@@ -118,6 +119,7 @@ def make_trainer(config, group, method="attn_region", **settings):
     trainer = object.__new__(SayoSync)  # the real methods without verl's start-up
     trainer.config, trainer.actor_rollout_wg, trainer.ref_in_actor = config, group, True
     trainer._method = method_from_config(method, {"region": settings})
+    trainer._request = trainer._method.statistics()
     trainer._log_prob_seconds = 0.0
     return trainer
 
@@ -170,7 +172,7 @@ def test_only_the_old_log_prob_pass_carries_the_request(queue, config):
     """The reference pass of a LoRA run is the same worker call; flagged, it would overwrite the statistics."""
     group = FakeWorkerGroup()
     one_step(config, "train-flag", [0, 1, 2, 3], group)
-    assert group.requests == [{"layers": (-1,), "query_row": "input", "coverage": 0.5}, None]
+    assert group.requests == [RegionMethod().statistics().to_wire(), None]
 
 
 def test_weight_zero_is_verls_grpo_bit_for_bit(queue, config):
@@ -185,12 +187,35 @@ def test_weight_zero_is_verls_grpo_bit_for_bit(queue, config):
         assert torch.equal(stored[i], want[i, : len(row["responses"])])
 
 
-@pytest.mark.parametrize("absent", ["sayo_region_mass", "sayo_image_tokens"])
+@pytest.mark.parametrize("absent", ["sayo_region_mass.input.L-1", "sayo_image_tokens"])
 def test_an_absent_statistic_stops_the_step(queue, config, absent):
     group = FakeWorkerGroup()
     group.omit = absent
     with pytest.raises(SayoError, match=rf"SAYO-A06: TransferQueue holds no {absent}.*fix: "):
         one_step(config, f"train-absent-{absent}", [0, 1, 2, 3], group)
+
+
+@pytest.mark.parametrize("lengths", [(3, 5, 7, 9), (6, 5, 4, 3)], ids=["ragged", "equally-long"])
+def test_statistics_of_several_values_per_token_come_back_in_shape(queue, config, lengths):
+    """Through TransferQueue as [tokens, W]; equally long rows are where jagged tensors of three dimensions go wrong."""
+    batch, rows = put_batch(f"train-wide{lengths}", [2, 0, 3, 1], lengths)
+    wide = Statistic("top_patch_mass", size=3)
+    values = [row["input_ids"].float()[:, None] + torch.tensor([0.1, 0.2, 0.3]) for row in rows]
+    ones = [torch.ones(1)] * 4
+    fields = {WIRE_PREFIX + name: torch.nested.as_nested_tensor(ones, layout=torch.jagged) for name in PER_ROW}
+    fields[WIRE_PREFIX + wide.key] = torch.nested.as_nested_tensor(values, layout=torch.jagged)
+    fields["entropy"] = torch.nested.as_nested_tensor(
+        [torch.zeros(len(r["responses"])) for r in rows], layout=torch.jagged
+    )
+    tq.kv_batch_put(
+        keys=batch.keys, partition_id=batch.partition_id, fields=tu.get_tensordict(fields, non_tensor_dict={})
+    )
+    signals, _ = store.fetch_signals(batch, [wide])
+    assert signals[wide].shape == (4, max(lengths), 3)
+    for n, (row, value) in enumerate(zip(rows, values, strict=True)):
+        prompt, T = len(row["prompts"]), len(row["responses"])
+        assert torch.equal(signals[wide][n, :T], value[prompt - 1 : prompt - 1 + T])
+        assert (signals[wide][n, T:] == 0).all()
 
 
 def test_padding_rows_are_neutral_and_not_counted(queue, config):
@@ -218,10 +243,14 @@ def test_the_handshake_names_a_worker_without_the_plugin(queue, config):
     class Worker:
         def __init__(self, bases):
             engine = type("Engine", tuple(type(name, (), {}) for name in bases), {})()
-            layers = [type("Qwen3VLTextAttention", (torch.nn.Module,), {})() for _ in range(2)]
-            for i, layer in enumerate(layers):
+            decoder = type("Qwen3VLTextModel", (torch.nn.Module,), {})()
+            attention = type("Qwen3VLTextAttention", (torch.nn.Linear,), {})
+            decoder.layers = torch.nn.ModuleList([attention(1, 1) for _ in range(2)])
+            for i, layer in enumerate(decoder.layers):
                 layer.layer_idx = i
-            engine.module = torch.nn.ModuleList(layers)
+            engine.module = torch.nn.ModuleList([decoder])
+            text = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+            engine.model_config = SimpleNamespace(hf_config=Qwen3VLConfig(text_config=text))
             loop = type("ActorRolloutRefWorker", (), {})()
             loop.actor = SimpleNamespace(engine=engine)
             self.worker_dict = {"actor": loop}
@@ -235,7 +264,7 @@ def test_the_handshake_names_a_worker_without_the_plugin(queue, config):
     with pytest.raises(SayoError, match=r"SAYO-X03: worker 1 did not load this sayo-verl.*pid \d+.*fix: "):
         trainer._handshake()
     trainer.actor_rollout_wg = SimpleNamespace(workers=[right])
-    trainer._method = method_from_config("attn_region", {"region": {"layers": [35]}})
+    trainer._request = RegionMethod(layers=(35,)).statistics()
     with pytest.raises(SayoError, match=r"SAYO-P03: the model has 2 decoder layers"):
         trainer._handshake()
 

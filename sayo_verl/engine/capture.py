@@ -8,20 +8,25 @@ verl concatenates every jagged tensor in ``model_output`` over micro-batches, re
 and stores it in TransferQueue under its key, so an extra key needs no other change.
 """
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from tensordict import NonTensorData, TensorDict
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_torch_device
+from verl.utils.device import get_device_id, get_torch_device
+from verl.utils.ulysses import get_ulysses_sequence_parallel_group, get_ulysses_sequence_parallel_rank
 
 from sayo_verl.errors import SayoError
-from sayo_verl.methods.base import StatisticsRequest
-from sayo_verl.probe.plan import MassReader, RowPlan, plan_row
-from sayo_verl.probe.statistics import REQUEST_KEY, WIRE_PREFIX
-from sayo_verl.probe.taps import QueryKeyTap, resolve_layers, text_attention_layers
+from sayo_verl.families import Family, family_of
+from sayo_verl.probe.measure import Measurement, Shard
+from sayo_verl.probe.plan import ChatTokens, RowPlan, image_tiles, plan_row
+from sayo_verl.probe.statistics import REQUEST_KEY, WIRE_PREFIX, StatisticsRequest
+from sayo_verl.probe.taps import ForwardTap, asked_layers
+
+LAYERS = "algorithm.attn.*.layers"
 
 
 class AttentionStatisticsMixin:
@@ -30,51 +35,79 @@ class AttentionStatisticsMixin:
     module: torch.nn.Module
     model_config: Any
     use_ulysses_sp: bool
+    ulysses_sequence_parallel_size: int
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> tuple[Any, dict]:
-        request = tu.get_non_tensor_data(micro_batch, REQUEST_KEY, default=None)
-        if request is None:
+        wire = tu.get_non_tensor_data(micro_batch, REQUEST_KEY, default=None)
+        if wire is None:
             return super().forward_step(micro_batch, loss_function, forward_only)  # type: ignore[misc]
-        if self.use_ulysses_sp:
-            raise SayoError(
-                "P09",
-                "attention statistics are not available under Ulysses sequence parallelism",
-                where="actor_rollout_ref.actor.ulysses_sequence_parallel_size",
-                wanted="1",
-                fix="set it to 1, or set algorithm.adv_estimator=grpo",
-            )
-        wanted = StatisticsRequest(**request)
         packed = bool(tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True))
-        clock = _Clock()
-        with clock:
-            attention = text_attention_layers(self.module)
-            layers = resolve_layers(wanted.layers, len(attention), where="algorithm.attn.*.layers")
-            rows = plan_micro_batch(micro_batch, self.model_config.hf_config, wanted.coverage)
-            device = next(self.module.parameters()).device
-            rows = [_to(row, device) for row in rows]
-            reader = MassReader(rows, n_layers=len(layers), query_row=wanted.query_row, packed=packed, device=device)
+        device = torch.device(get_device_id())  # where verl computes; parameters may be offloaded
+        request = StatisticsRequest.from_wire(wire)
+        family = family_of(self.model_config.hf_config.model_type, where="the loaded model")
+        shard = self._shard(family, packed)
+        numbers = asked_layers(self.module, request.layers, where=LAYERS)
+        clock = _Clock(device)
 
-        def read(layer: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+        @functools.cache
+        def measurement() -> Measurement:
+            # made when the first layer is read: the device then has the layers before it to compute, and does not wait
+            rows = plan_micro_batch(micro_batch, self.model_config, family, request)
+            return Measurement(request, rows, numbers, packed=packed, device=device, shard=shard)
+
+        def read(*args: Any) -> None:
             with clock:
-                reader(layer, query, key, scale)
+                measurement().read(*args)
 
-        with QueryKeyTap(self.module, layers, read):
+        def read_hidden(hidden: torch.Tensor) -> None:
+            with clock:
+                measurement().read_hidden(hidden)
+
+        attention = {numbers[n] for s in request.statistics if s.fact.source != "hidden" for n in s.layers}
+        hidden = any(s.fact.source == "hidden" for s in request.statistics)
+        with ForwardTap(self.module, sorted(attention), read, read_hidden if hidden else None):
             loss, output = super().forward_step(micro_batch, loss_function, forward_only)  # type: ignore[misc]
-        output["model_output"].update(wire_tensors(rows, reader.mass_KL, clock.seconds))
+        with clock:
+            results = measurement().finish()
+        output["model_output"].update(wire_tensors(measurement().rows, results, clock.seconds(), device))
         return loss, output
 
+    def _shard(self, family: Family, packed: bool) -> Shard | None:
+        """This rank's place among those that share a sequence; None when sequences are whole.
 
-def plan_micro_batch(micro_batch: TensorDict, model_config: Any, coverage: float) -> list[RowPlan]:
+        Raises:
+            SayoError: P09 where a sequence-parallel run is not what it looks like.
+        """
+        if not self.use_ulysses_sp:
+            return None
+        if not family.sequence_parallel or not packed:
+            raise SayoError(
+                "P09",
+                "attention statistics are not available under this sequence parallelism",
+                where="actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
+                got=f"{self.ulysses_sequence_parallel_size}, {family.model_type}, "
+                f"{'packed' if packed else 'padded'} rows",
+                wanted="a family whose inputs verl slices, and use_remove_padding=True",
+                fix="set it to 1, or set algorithm.adv_estimator=grpo",
+            )
+        group = get_ulysses_sequence_parallel_group()
+        return Shard(get_ulysses_sequence_parallel_rank(), self.ulysses_sequence_parallel_size, group)
+
+
+def plan_micro_batch(
+    micro_batch: TensorDict, model_config: Any, family: Family, request: StatisticsRequest
+) -> list[RowPlan]:
     """Plans for the rows of a micro-batch, from the fields verl gives every row.
 
     Args:
         micro_batch: with ``input_ids`` and ``response_mask`` (jagged [N, .]), ``multi_modal_inputs`` and ``extra_info``
             (one dict per row).
-        model_config: HF config with ``image_token_id`` and ``vision_config.spatial_merge_size``.
-        coverage: see ``region_mask``.
+        model_config: verl's, with ``hf_config`` and ``tokenizer``.
+        family: the model's.
+        request: what is to be measured.
 
     Raises:
-        SayoError: P10 for a missing field, P07 for a video, and what ``plan_row`` raises.
+        SayoError: P10 for a missing field, and what ``image_tiles`` and ``plan_row`` raise.
     """
     for field in ("input_ids", "response_mask", "multi_modal_inputs", "extra_info"):
         if field not in micro_batch.keys():
@@ -85,47 +118,53 @@ def plan_micro_batch(micro_batch: TensorDict, model_config: Any, coverage: float
                 got=sorted(micro_batch.keys()),
                 fix="train on parquet rows with an image and extra_info.boxes (docs: the row contract in the README)",
             )
+    names = {s.name for s in request.statistics}
+    chat = ChatTokens.of(model_config.tokenizer, family) if names & {"system_mass", "question_mass"} else None
+    n_boxes = max((s.size for s in request.statistics if s.name == "box_mass"), default=0)
     ids = micro_batch["input_ids"].unbind()
     masks = micro_batch["response_mask"].unbind()
     images, infos = _rows_of(micro_batch["multi_modal_inputs"]), _rows_of(micro_batch["extra_info"])
     plans = []
     for n, (ids_S, mask_T, image, info) in enumerate(zip(ids, masks, images, infos, strict=True)):
         where = f"row {n} of the micro-batch (extra_info.index {info.get('index', 'absent')})"
-        if "video_grid_thw" in image:
-            raise SayoError("P07", "a row has a video", where=where, fix="remove videos; only images are supported")
         plans.append(
             plan_row(
                 ids_S,
                 mask_T.shape[0],
-                image_token_id=model_config.image_token_id,
-                grids=image["image_grid_thw"].tolist() if "image_grid_thw" in image else [],
-                merge_size=model_config.vision_config.spatial_merge_size,
+                image_token_id=model_config.hf_config.image_token_id,
+                images=image_tiles(image, family, model_config.hf_config, where=where),
                 boxes=info.get("boxes", []),
-                coverage=coverage,
+                coverage=request.coverage,
                 where=where,
+                n_boxes=n_boxes,
+                chat=chat,
             )
         )
     return plans
 
 
-def wire_tensors(rows: Sequence[RowPlan], mass_KL: torch.Tensor, seconds: float) -> dict[str, torch.Tensor]:
-    """The statistics as jagged tensors: per-token ones over whole rows, per-row ones as rows of length one."""
-    device = mass_KL.device
-    lengths = torch.tensor([0, *(row.length for row in rows)], device=device)
-    single = torch.arange(len(rows) + 1, device=device)
+def wire_tensors(
+    rows: Sequence[RowPlan],
+    results: Mapping[str, tuple[torch.Tensor, list[int]]],
+    seconds: float,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """Statistics as jagged tensors: what ``Measurement.finish`` gives, and per-row ones as rows of length one."""
     per_row = {
-        "image_tokens": [row.image_tokens for row in rows],
+        "image_tokens": [row.image_columns.numel() for row in rows],
         "region_tokens": [row.region_tokens for row in rows],
         "probe_seconds": [seconds / len(rows)] * len(rows),
     }
-    out = {
-        name: torch.nested.nested_tensor_from_jagged(mass_KL[k].clone(), lengths.cumsum(0))
-        for k, name in enumerate(("image_mass", "region_mass"))
+    singles = {
+        name: (torch.tensor(values, dtype=torch.float32, device=device), [1] * len(rows))
+        for name, values in per_row.items()
     }
-    for name, values in per_row.items():
-        values_N = torch.tensor(values, dtype=torch.float32, device=device)
-        out[name] = torch.nested.nested_tensor_from_jagged(values_N, single)
-    return {WIRE_PREFIX + name: tensor for name, tensor in out.items()}
+    return {
+        WIRE_PREFIX + name: torch.nested.nested_tensor_from_jagged(
+            values, torch.tensor([0, *lengths], device=device).cumsum(0)
+        )
+        for name, (values, lengths) in {**results, **singles}.items()
+    }
 
 
 def _rows_of(stack: Any) -> list[dict]:
@@ -133,21 +172,36 @@ def _rows_of(stack: Any) -> list[dict]:
     return [row.data if isinstance(row, NonTensorData) else row for row in stack]
 
 
-def _to(row: RowPlan, device: torch.device) -> RowPlan:
-    return RowPlan(row.length, row.response_length, row.marked.to(device), row.image_tokens, row.region_tokens)
-
-
 class _Clock:
-    """Adds up the wall time of its ``with`` blocks; waits for the device on both ends: the time is then the probe's."""
+    """Adds up the time of its ``with`` blocks.
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._start = 0.0
+    On an accelerator it lets the device take the time between two events of its queue: waiting for the device around
+    every layer would cost more than the probe.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._host_seconds = 0.0
+        self._events: list[tuple[Any, Any]] = []
+        self._start: Any = None
 
     def __enter__(self) -> None:
-        get_torch_device().synchronize()
-        self._start = time.perf_counter()
+        if self._device.type == "cpu":
+            self._start = time.perf_counter()
+        else:
+            self._start = get_torch_device().Event(enable_timing=True)
+            self._start.record()
 
     def __exit__(self, *_: object) -> None:
-        get_torch_device().synchronize()
-        self.seconds += time.perf_counter() - self._start
+        if self._device.type == "cpu":
+            self._host_seconds += time.perf_counter() - self._start
+        else:
+            end = get_torch_device().Event(enable_timing=True)
+            end.record()
+            self._events.append((self._start, end))
+
+    def seconds(self) -> float:
+        """Waits for the device, once."""
+        if self._events:
+            get_torch_device().synchronize()
+        return self._host_seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000

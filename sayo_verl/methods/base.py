@@ -14,31 +14,16 @@ in row order, in the dtype of the rewards.
 Shape suffixes: B rows (one response each), T response tokens (padded on the right), G rows of one group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from sayo_verl.errors import SayoError
+from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 
 GRPO_EPSILON = 1e-6  # verl's default in compute_grpo_outcome_advantage
-
-
-@dataclass(frozen=True)
-class StatisticsRequest:
-    """What a method asks the probe for; travels to the workers with the log-prob pass as a plain dict.
-
-    Attributes:
-        layers: decoder layers to average over; negative numbers count from the last.
-        query_row: ``"input"`` reads token y_t at the row where y_t is the input (SAYO), ``"predicting"`` at the row
-            before, whose logits sampled y_t.
-        coverage: share of a visual token's cell that a box must cover, see ``sayo_verl.vision.masks``.
-    """
-
-    layers: tuple[int, ...] = (-1,)
-    query_row: str = "input"
-    coverage: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -48,8 +33,7 @@ class Signals:
     Attributes:
         response_mask: [B, T], 1 on the response's own tokens.
         entropy: [B, T] in nats, of the distribution that sampled token t.
-        image_mass: [B, T] in [0, 1], attention on all visual tokens, mean over heads and asked layers.
-        region_mass: [B, T] in [0, 1], the part of it on the target region.
+        statistics: what the method asked for -> [B, T], or [B, T, W] for statistics of several values per token.
         image_tokens: [B] number of visual tokens of the row (0: no image).
         region_tokens: [B] number of visual tokens in the target region (0: no box).
         is_padding: [B] bool, synthetic rows that verl appends to make the batch divisible.
@@ -57,11 +41,26 @@ class Signals:
 
     response_mask: torch.Tensor
     entropy: torch.Tensor
-    image_mass: torch.Tensor
-    region_mass: torch.Tensor
+    statistics: Mapping[Statistic, torch.Tensor]
     image_tokens: torch.Tensor
     region_tokens: torch.Tensor
     is_padding: torch.Tensor
+
+    def __getitem__(self, statistic: Statistic) -> torch.Tensor:
+        """A statistic's values.
+
+        Raises:
+            SayoError: A10 when it was not measured.
+        """
+        if statistic not in self.statistics:
+            raise SayoError(
+                "A10",
+                "a method reads a statistic that was not measured",
+                where=f"statistic {statistic.key}",
+                got=[s.key for s in self.statistics],
+                fix="name it in the method's statistics()",
+            )
+        return self.statistics[statistic]
 
     def neutral_reasons(self) -> dict[str, torch.Tensor]:
         """Why a row cannot carry a region term: reason -> bool [B]. A row has at most one, the first that fits."""
@@ -84,35 +83,40 @@ class Signals:
             SayoError: A02 for a shape that does not fit, A03 for a number that is not finite or out of range.
         """
         B, T = self.response_mask.shape
-        for name, shape in (("entropy", (B, T)), ("image_mass", (B, T)), ("region_mass", (B, T)),
-                            ("image_tokens", (B,)), ("region_tokens", (B,)), ("is_padding", (B,))):  # fmt: skip
-            tensor = getattr(self, name)
-            if tuple(tensor.shape) != shape:
-                raise SayoError(
-                    "A02",
-                    f"the statistic {name} does not have the shape of the batch",
-                    where=f"signals of {B} rows, {T} response tokens",
-                    got=tuple(tensor.shape),
-                    wanted=shape,
-                    fix="this is a defect of sayo-verl or a changed verl; run `sayo doctor` and report both",
-                )
-        on_image = self.response_mask.bool() & (self.image_tokens > 0)[:, None] & ~self.is_padding[:, None]
+        per_row = {name: getattr(self, name) for name in ("image_tokens", "region_tokens", "is_padding")}
+        per_token = {"entropy": self.entropy, **{s.key: values for s, values in self.statistics.items()}}
+        for tensors, shape in ((per_row, (B,)), (per_token, (B, T))):
+            for name, tensor in tensors.items():
+                if tuple(tensor.shape[: len(shape)]) != shape:
+                    raise SayoError(
+                        "A02",
+                        f"the statistic {name} does not have the shape of the batch",
+                        where=f"signals of {B} rows, {T} response tokens",
+                        got=tuple(tensor.shape),
+                        wanted=shape,
+                        fix="this is a defect of sayo-verl or a changed verl; run `sayo doctor` and report both",
+                    )
         valid = self.response_mask.bool() & ~self.is_padding[:, None]
-        for name, where in (("entropy", valid), ("image_mass", on_image), ("region_mass", on_image)):
-            values = getattr(self, name)[where]
-            low, high = (0.0, float("inf")) if name == "entropy" else (0.0, 1.0)
-            slack = 1e-3  # softmax in float32 over long rows; bf16 models round entropy below zero
-            bad = ~torch.isfinite(values) | (values < low - slack) | (values > high + slack)
-            if bad.any():
-                raise SayoError(
-                    "A03",
-                    f"{int(bad.sum())} of {bad.numel()} values of {name} are not finite or out of range",
-                    where="the response tokens of the log-prob pass",
-                    got=values[bad][:3].tolist(),
-                    wanted=f"finite, in [{low}, {high}]",
-                    fix="a NaN here is a row that the probe never computed or a policy that diverged; look at "
-                    "actor/grad_norm and lower the learning rate, or report the batch",
-                )
+        on_image = valid & (self.image_tokens > 0)[:, None]
+        _check_range("entropy", self.entropy[valid], 0.0, float("inf"))
+        for statistic, values in self.statistics.items():
+            _check_range(statistic.key, values[on_image], statistic.fact.low, statistic.fact.high)
+
+
+def _check_range(name: str, values: torch.Tensor, low: float, high: float) -> None:
+    """Raises: SayoError A03."""
+    slack = 1e-3  # softmax in float32 over long rows; bf16 models round entropy below zero
+    bad = ~torch.isfinite(values) | (values < low - slack) | (values > high + slack)
+    if bad.any():
+        raise SayoError(
+            "A03",
+            f"{int(bad.sum())} of {bad.numel()} values of {name} are not finite or out of range",
+            where="the response tokens of the log-prob pass",
+            got=values[bad][:3].tolist(),
+            wanted=f"finite, in [{low}, {high}]",
+            fix="a NaN here is a row that the probe never computed or a policy that diverged; look at "
+            "actor/grad_norm and lower the learning rate, or report the batch",
+        )
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ from dataclasses import dataclass
 import torch
 
 from sayo_verl.errors import SayoError
-from sayo_verl.methods.base import RewardTerm, Signals, StatisticsRequest
+from sayo_verl.methods.base import RewardTerm, Signals
+from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 
 EPS = 1e-8  # eps of equations 3 and 7, from the released code
 
@@ -122,13 +123,21 @@ class RegionMethod:
                     fix=f"set algorithm.attn.region.{key} to {wanted}",
                 )
 
+    @property
+    def _image_mass(self) -> Statistic:
+        return Statistic("image_mass", layers=self.layers, query_row="input")
+
+    @property
+    def _region_mass(self) -> Statistic:
+        return Statistic("region_mass", layers=self.layers, query_row="input")
+
     def statistics(self) -> StatisticsRequest:
-        return StatisticsRequest(layers=self.layers, query_row="input", coverage=self.coverage)
+        return StatisticsRequest((self._image_mass, self._region_mass), coverage=self.coverage)
 
     def _means(self, signals: Signals) -> tuple[torch.Tensor, torch.Tensor]:
         """a(t), v(t): masses divided by the number of tokens they spread over."""
-        target = signals.region_mass / signals.region_tokens.clamp(min=1)[:, None]
-        return target, signals.image_mass / signals.image_tokens.clamp(min=1)[:, None]
+        target = signals[self._region_mass] / signals.region_tokens.clamp(min=1)[:, None]
+        return target, signals[self._image_mass] / signals.image_tokens.clamp(min=1)[:, None]
 
     def _valid(self, signals: Signals) -> torch.Tensor:
         return ~torch.stack(list(signals.neutral_reasons().values())).any(0)
@@ -156,6 +165,6 @@ class RegionMethod:
             out["region_reward/std"] = float(r_v.std(correction=0))
             out["target_attention/mean"] = float(target_attention(target, image, selected[valid]).mean())
             out["target_attention_all_tokens/mean"] = float(target_attention(target, image, mask[valid]).mean())
-            out["image_mass/mean"] = float(_mean_over_selected(signals.image_mass[valid], mask[valid]).mean())
-            out["region_mass/mean"] = float(_mean_over_selected(signals.region_mass[valid], mask[valid]).mean())
+            out["image_mass/mean"] = float(_mean_over_selected(signals[self._image_mass][valid], mask[valid]).mean())
+            out["region_mass/mean"] = float(_mean_over_selected(signals[self._region_mass][valid], mask[valid]).mean())
         return out

@@ -1,33 +1,112 @@
-"""What to measure in one micro-batch, and the reader that measures it.
+"""Which keys of a row are what: visual tokens, those in its boxes, the text of its turns. Made before the forward pass.
 
-A plan is made from token ids, image grids and boxes before the forward pass; the reader is called with queries and keys
-inside it (``sayo_verl.probe.taps``) and reduces them at once.
-
-Shape suffixes: N rows of the micro-batch, S tokens of one row, P prompt tokens, T response tokens, V visual tokens,
-K marked sets (image, region), L tokens of all rows together.
+Shape suffixes: S tokens of one row, P prompt tokens, T response tokens, V visual tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from sayo_verl.errors import SayoError
-from sayo_verl.probe.reference import attention_mass
-from sayo_verl.vision.masks import region_mask
+from sayo_verl.families import Family
+from sayo_verl.vision.grids import Tile, merged_grid, tile_grid
+from sayo_verl.vision.masks import box_masks
 
-QUERY_ROWS = {"input": 0, "predicting": -1}  # offset of the query row from the position of y_t
+
+@dataclass(frozen=True)
+class ChatTokens:
+    """Token ids by which turns are told apart.
+
+    Attributes:
+        start, end: open and close a turn; the token after ``start`` is the role.
+        roles: ids of ``system`` and ``user``.
+        newline: follows the role.
+        delimiters: borders of an image.
+    """
+
+    start: int
+    end: int
+    roles: Mapping[str, int]
+    newline: int
+    delimiters: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Any, family: Family) -> "ChatTokens":
+        """Look them up in the model's tokenizer.
+
+        Raises:
+            SayoError: P20 when the tokenizer has no such tokens, or a role is not a single one.
+        """
+        ids = {text: tokenizer.encode(text, add_special_tokens=False)
+               for text in ("<|im_start|>", "<|im_end|>", "system", "user", "\n", *family.delimiters)}  # fmt: skip
+        split = {text: found for text, found in ids.items() if len(found) != 1}
+        if split:
+            raise SayoError(
+                "P20",
+                "the tokenizer does not write turns as <|im_start|>role ... <|im_end|>",
+                where=type(tokenizer).__name__,
+                got=split,
+                wanted="one token each",
+                fix="do not ask for system_mass or question_mass with this model",
+            )
+        one = {text: found[0] for text, found in ids.items()}
+        return cls(one["<|im_start|>"], one["<|im_end|>"], {"system": one["system"], "user": one["user"]},
+                   one["\n"], tuple(one[d] for d in family.delimiters))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """One sequence: how long it is and which of its keys are image and region."""
+    """One sequence.
+
+    Attributes:
+        length: S.
+        response_length: T.
+        keys: name of a set -> bool [S]; always ``image`` and ``region``.
+        image_columns: int64 [V] positions of the visual tokens.
+        region_tokens: how many of them lie in the row's boxes.
+    """
 
     length: int
     response_length: int
-    marked: torch.Tensor  # bool [K=2, S]: image, region
-    image_tokens: int
+    keys: Mapping[str, torch.Tensor]
+    image_columns: torch.Tensor
     region_tokens: int
+
+
+def image_tiles(image: Mapping[str, Any], family: Family, config: Any, *, where: str) -> list[tuple[Tile, ...]]:
+    """For each image of a row, the grids it became, from what its processor returned.
+
+    Args:
+        image: the row's ``multi_modal_inputs``; empty for a row without an image.
+        family: the model's.
+        config: its HF config.
+        where: names the row in errors.
+
+    Raises:
+        SayoError: P07 for a video or a grid that is not a still image's, P19 when pixels come without their grid.
+    """
+    if "video_grid_thw" in image or "pixel_values_videos" in image:
+        raise SayoError("P07", "a row has a video", where=where, fix="remove videos; only images are supported")
+    name = {"grid": "image_grid_thw", "tiles": "image_tile_grid"}[family.geometry]
+    if name not in image:
+        if "pixel_values" in image:
+            raise SayoError(
+                "P19",
+                "an image came without the grid of its visual tokens",
+                where=where,
+                got=sorted(image),
+                wanted=f"{name}, as the processor of a {family.model_type} model gives",
+                fix="use the model's own processor; its family is not that of the weights, or another plug-in replaced "
+                "it",
+            )
+        return []
+    if family.geometry == "grid":
+        merge = int(config.vision_config.spatial_merge_size)
+        return [merged_grid(int(t), int(h), int(w), merge, where=where) for t, h, w in image[name].tolist()]
+    side = round(int(config.image_seq_length) ** 0.5)
+    return [tile_grid(int(columns), int(rows), side, where=where) for columns, rows in image[name].tolist()]
 
 
 def plan_row(
@@ -35,11 +114,12 @@ def plan_row(
     response_length: int,
     *,
     image_token_id: int,
-    grids: Sequence[Sequence[int]],
-    merge_size: int,
+    images: Sequence[Sequence[Tile]],
     boxes: Sequence[Sequence[Sequence[float]]],
     coverage: float,
     where: str,
+    n_boxes: int = 0,
+    chat: ChatTokens | None = None,
 ) -> RowPlan:
     """Find a row's visual tokens and which of them lie in its boxes.
 
@@ -47,105 +127,81 @@ def plan_row(
         input_ids: [S] prompt and response. Only placeholders in the prompt count: a policy can sample the token too.
         response_length: T.
         image_token_id: the placeholder.
-        grids: (t, h, w) in patches for each image, as the processor returned them.
-        merge_size: patches merged per side, so an image has h/merge x w/merge visual tokens.
+        images: each image's grids, see ``image_tiles``.
         boxes: for each image its boxes ``[x0, y0, x1, y1]`` in [0, 1]; may be empty.
-        coverage: see ``region_mask``.
+        coverage: see ``sayo_verl.vision.masks``.
         where: names the row in errors.
+        n_boxes: how many single boxes to keep apart, in the order of the row, as ``box0``, ``box1``, ...
+        chat: when given, the sets ``system`` and ``question`` are made.
 
     Raises:
-        SayoError: P05 when placeholders and grids disagree, P06 when there is not one box list per image, P07 for a
-            grid that is not a still image's, V01-V04 for bad boxes.
+        SayoError: P05 when placeholders and grids disagree, P06 when there is not one box list per image, P21 for a row
+            without a prompt, V01-V05 for bad boxes and grids.
     """
-    S = input_ids.shape[0]
-    is_image = (input_ids == image_token_id) & (torch.arange(S, device=input_ids.device) < S - response_length)
-    columns_V = is_image.nonzero().flatten()
-    cells = []
-    for t, h, w in grids:
-        if t != 1 or h % merge_size or w % merge_size:
-            raise SayoError(
-                "P07",
-                "an image grid is not that of a still image",
-                where=where,
-                got=f"(t, h, w) = ({t}, {h}, {w}), merge size {merge_size}",
-                wanted="t = 1, h and w multiples of the merge size",
-                fix="remove videos from the data; only images are supported",
-            )
-        cells.append((h // merge_size, w // merge_size))
-    if sum(r * c for r, c in cells) != columns_V.numel():
+    ids_S = input_ids.cpu()
+    S, P = ids_S.shape[0], ids_S.shape[0] - response_length
+    if P < 1 or response_length < 0:
+        raise SayoError("P21", "a row has no prompt token before its response", where=where,
+                        got=f"{S} tokens, {response_length} of the response", wanted="1 prompt token or more",
+                        fix="check the agent loop's response_mask")  # fmt: skip
+    prompt_S = torch.arange(S) < P
+    image_S = (ids_S == image_token_id) & prompt_S
+    columns_V = image_S.nonzero().flatten()
+    counts = [sum(tile.tokens for tile in tiles) for tiles in images]
+    if sum(counts) != columns_V.numel():
         raise SayoError(
             "P05",
             "the prompt's image placeholders do not fit the image grids",
             where=where,
             got=f"{columns_V.numel()} placeholders",
-            wanted=f"{sum(r * c for r, c in cells)} (grids {[tuple(g) for g in grids]}, merge size {merge_size})",
+            wanted=f"{sum(counts)} ({len(counts)} images of {counts} visual tokens)",
             fix="the prompt was cut or a second processor resized the image; raise data.max_prompt_length",
         )
-    marked = torch.zeros(2, S, dtype=torch.bool, device=input_ids.device)
-    marked[0] = is_image
-    region_tokens = 0
-    if cells and any(len(b) for b in boxes):
-        if len(boxes) != len(cells):
+    keys = {"image": image_S, "region": torch.zeros(S, dtype=torch.bool)}
+    keys |= {f"box{i}": torch.zeros(S, dtype=torch.bool) for i in range(n_boxes)}
+    if images and any(len(b) for b in boxes):
+        if len(boxes) != len(images):
             raise SayoError(
                 "P06",
                 "the row does not have one list of boxes per image",
                 where=where,
-                got=f"{len(boxes)} lists for {len(cells)} images",
+                got=f"{len(boxes)} lists for {len(images)} images",
                 wanted="extra_info.boxes[image][box] = [x0, y0, x1, y1]",
                 fix="nest the boxes by image, with an empty list for an image without one",
             )
-        inside = [
-            torch.from_numpy(region_mask(b, r, c, coverage, where=where))
-            for b, (r, c) in zip(boxes, cells, strict=True)
-        ]
-        region_V = torch.cat(inside).to(input_ids.device)
-        marked[1, columns_V[region_V]] = True
-        region_tokens = int(region_V.sum())
-    return RowPlan(S, response_length, marked, columns_V.numel(), region_tokens)
+        box, columns = 0, columns_V
+        for tiles, image_boxes, count in zip(images, boxes, counts, strict=True):
+            for inside_V in torch.from_numpy(box_masks(image_boxes, tiles, coverage, where=where)):
+                marked = columns[:count][inside_V]
+                keys["region"][marked] = True
+                if box < n_boxes:
+                    keys[f"box{box}"][marked] = True
+                box += 1
+            columns = columns[count:]
+    keys["sink"] = torch.arange(S) == 0
+    keys["response"] = ~prompt_S
+    if chat is not None:
+        keys |= _turns(ids_S, prompt_S & ~image_S, chat)
+    return RowPlan(S, response_length, keys, columns_V, int(keys["region"].sum()))
 
 
-class MassReader:
-    """Accumulates image and region mass over layers. Call it as a ``QueryKeyTap`` reader.
-
-    Args:
-        rows: plans in micro-batch order.
-        n_layers: how many layers will be read; the result is their mean.
-        query_row: key of ``QUERY_ROWS``.
-        packed: the model sees the rows one behind another ([1, heads, L, D]), not right-padded ([N, heads, S, D]).
-        device: where the queries will be.
-    """
-
-    def __init__(
-        self, rows: Sequence[RowPlan], *, n_layers: int, query_row: str, packed: bool, device: torch.device
-    ) -> None:
-        if query_row not in QUERY_ROWS:
-            raise SayoError("P08", "unknown query row", where="MassReader", got=query_row, wanted=sorted(QUERY_ROWS),
-                            fix="name one of them")  # fmt: skip
-        self._rows, self._n_layers, self._packed = rows, n_layers, packed
-        self._shift = QUERY_ROWS[query_row]
-        total = sum(row.length for row in rows)
-        # NaN marks positions that describe no response token, see sayo_verl.probe.statistics
-        self.mass_KL = torch.full((2, total), float("nan"), dtype=torch.float32, device=device)
-        self._layers_read = 0
-
-    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
-        start = 0
-        for n, row in enumerate(self._rows):
-            batch, offset = (0, start) if self._packed else (n, 0)
-            first = row.length - row.response_length + self._shift
-            positions = torch.arange(first, first + row.response_length, device=query.device)
-            mass_KT = attention_mass(
-                query[batch, :, offset + first : offset + first + row.response_length].transpose(0, 1),
-                key[batch, :, offset : offset + row.length].transpose(0, 1),
-                positions,
-                row.marked,
-                scale=scale,
-            )
-            # the value of y_t lies where verl's response_from_nested looks for token t: one before its position
-            wire = start + row.length - row.response_length - 1
-            slot = self.mass_KL[:, wire : wire + row.response_length]
-            # only the first layer overwrites NaN: one that a layer measured has to stay
-            share_KT = mass_KT / self._n_layers
-            slot.copy_(slot + share_KT if self._layers_read else share_KT)
-            start += row.length
-        self._layers_read += 1
+def _turns(ids_S: torch.Tensor, text_S: torch.Tensor, chat: ChatTokens) -> dict[str, torch.Tensor]:
+    """The text of system and user turns, without the tokens that frame a turn or an image."""
+    ids, inside = ids_S.tolist(), text_S.tolist()
+    out = {"system": torch.zeros_like(text_S), "question": torch.zeros_like(text_S)}
+    names = {chat.roles["system"]: "system", chat.roles["user"]: "question"}
+    current, frame = None, 0  # frame: how many tokens of a turn's head are still to come
+    for i, token in enumerate(ids):
+        if token == chat.start:
+            current, frame = None, 2
+        elif token == chat.end:
+            current = None
+        elif frame == 2:
+            current, frame = names.get(token), 1
+        elif frame == 1 and token == chat.newline:
+            frame = 0
+        else:
+            frame = 0
+            if current is not None and inside[i] and token not in chat.delimiters:
+                out[current][i] = True
+    return out

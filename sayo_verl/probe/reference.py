@@ -1,72 +1,237 @@
-"""Attention mass on marked keys: the plain path. Exact, chunked over query rows, float32.
+"""Attention statistics of packed or padded sequences: the plain path, and the signature that both paths share.
 
-For one sequence and one layer: softmax over *all* causal keys of the sequence, then the sum over each marked set of
-keys, then the mean over heads. Nothing of size T x S outlives a chunk, K/V heads are not replicated, and no autograd
-graph is built.
+For every response row and head, over *all* causal keys of the row's own sequence:
 
-Shape suffixes: T query rows, t rows of a chunk, S keys (tokens of the sequence), H query heads, G key heads (H is a
-multiple of G), D head dimension, K marked sets.
+    lse    = log sum_j exp(scale * q.k_j)
+    mass_k = sum over the keys j of set k of exp(scale * q.k_j - lse)
+
+and, when a method wants single columns, the profile: the mean over heads of exp(scale * q.k_j - lse) for chosen keys j.
+Nothing of size T x S outlives a chunk, key heads are not replicated, no autograd graph is built and the arithmetic is
+float32 whatever the inputs are. ``sayo_verl.probe.fast`` computes the same in Triton.
+
+Shape suffixes: B rows of the tensors the model works on, S tokens of such a row, H query heads, G key heads (H is a
+multiple of G), D head dimension, Q query rows of all sequences one behind another, T query rows of one sequence,
+t of a chunk, N keys of one sequence, K sets of keys, V chosen keys of one sequence.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from sayo_verl.errors import SayoError
 
+MAX_SETS = 31  # a key's sets are the bits of an int32
+
+
+class Span(NamedTuple):
+    """One sequence: where its query rows and its keys lie. Plain numbers, so that a layer costs no host work.
+
+    Attributes:
+        query_batch, query_start: the first query row is ``query[query_batch, :, query_start]``.
+        n_queries: how many follow one another.
+        position: place of the first query row in its sequence; row i attends to the keys 0 .. position + i.
+        key_batch, key_start: the sequence's first key is ``key[key_batch, :, key_start]``.
+        n_keys: length of the sequence.
+    """
+
+    query_batch: int
+    query_start: int
+    n_queries: int
+    position: int
+    key_batch: int
+    key_start: int
+    n_keys: int
+
+
+class Masses(NamedTuple):
+    """Per head; reduce over heads where a method does not want them apart.
+
+    Attributes:
+        mass: float32 [K, Q, H] in [0, 1].
+        lse: float32 [Q, H] in nats.
+    """
+
+    mass: torch.Tensor
+    lse: torch.Tensor
+
+
+def check_inputs(query: torch.Tensor, key: torch.Tensor, spans: Sequence[Span]) -> None:
+    """Refuse tensors and spans that do not fit; both paths call it first.
+
+    Raises:
+        SayoError: P01.
+    """
+    fits = query.ndim == key.ndim == 4 and query.shape[3] == key.shape[3] and key.shape[1] > 0
+    fits = fits and query.shape[1] % key.shape[1] == 0
+    fits = fits and query.device == key.device and query.dtype == key.dtype
+    outside = [
+        span
+        for span in spans
+        if not (
+            fits
+            and 0 <= span.query_batch < query.shape[0]
+            and 0 <= span.key_batch < key.shape[0]
+            and 0 <= span.query_start <= span.query_start + span.n_queries <= query.shape[2]
+            and 0 <= span.key_start <= span.key_start + span.n_keys <= key.shape[2]
+            and 0 <= span.position <= span.position + span.n_queries <= span.n_keys
+        )
+    ]
+    if not fits or outside:
+        raise SayoError(
+            "P01",
+            "queries, keys and sequences do not fit",
+            where="attention statistics",
+            got=f"query {tuple(query.shape)} {query.dtype}, key {tuple(key.shape)} {key.dtype}, "
+            f"{f'outside: {outside[0]}' if outside else f'{len(spans)} sequences'}",
+            wanted="[B, H, S, D] and [B, G, S, D] of one type and device, H a multiple of G, sequences inside them",
+            fix="this is a defect of the capture; report it with the model family and verl's settings",
+        )
+
 
 @torch.no_grad()
-def attention_mass(
+def attention_masses(
     query: torch.Tensor,
     key: torch.Tensor,
-    positions: torch.Tensor,
-    marked: torch.Tensor,
+    spans: Sequence[Span],
+    sets: torch.Tensor,
+    n_sets: int,
     *,
     scale: float,
     chunk: int = 128,
-) -> torch.Tensor:
-    """Share of attention that each query row gives to each marked set of keys.
+) -> Masses:
+    """How much attention each query row gives to each set of keys.
 
     Args:
-        query: [T, H, D], after rotary embedding.
-        key: [S, G, D], after rotary embedding, of the same sequence only.
-        positions: int [T], position of each query row within the sequence; a row attends to keys 0..position.
-        marked: bool [K, S].
+        query: [B, H, S, D], after rotary embedding; any strides.
+        key: [B, G, S, D], after rotary embedding.
+        spans: the sequences.
+        sets: int32 [B, S] beside ``key``; bit k says that the key belongs to set k.
+        n_sets: K, at most ``MAX_SETS``.
         scale: factor on the logits, usually D ** -0.5.
         chunk: query rows handled at once; bounds memory at chunk * H * S float32.
 
     Returns:
-        float32 [K, T] in [0, 1], mean over heads.
+        ``Masses`` with the query rows in the order of ``spans``.
 
     Raises:
         SayoError: P01 for shapes that do not fit.
     """
-    T, H, D = query.shape
-    S, G, _ = key.shape
-    if H % G or key.shape[2] != D or positions.shape != (T,) or marked.ndim != 2 or marked.shape[1] != S:
+    check_inputs(query, key, spans)
+    check_sets(key, sets, n_sets)
+    H, Q = query.shape[1], sum(span.n_queries for span in spans)
+    mass_KQH = torch.empty(n_sets, Q, H, dtype=torch.float32, device=query.device)
+    lse_QH = torch.empty(Q, H, dtype=torch.float32, device=query.device)
+    bits_K = torch.arange(n_sets, device=query.device, dtype=torch.int32)
+    done = 0
+    for span in spans:
+        sets_N = sets[span.key_batch, span.key_start : span.key_start + span.n_keys]
+        member_KN = ((sets_N >> bits_K[:, None]) & 1).float()
+        for first, rows, logits_GgtN in _logits(query, key, span, scale, chunk):
+            n = logits_GgtN.shape[-1]
+            lse_Ggt = logits_GgtN.logsumexp(-1)
+            p_GgtN = logits_GgtN.sub_(lse_Ggt[..., None]).exp_()
+            at = slice(done + first, done + first + rows)
+            lse_QH[at] = lse_Ggt.reshape(H, rows).T
+            with torch.autocast(query.device.type, enabled=False):
+                for mass_QH, member_N in zip(mass_KQH, member_KN, strict=True):
+                    # one by one: the bits of a set's mass must not depend on which others are asked
+                    mass_QH[at] = (p_GgtN @ member_N[:n]).reshape(H, rows).T
+        done += span.n_queries
+    return Masses(mass_KQH, lse_QH)
+
+
+@torch.no_grad()
+def attention_profile(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    span: Span,
+    lse: torch.Tensor,
+    columns: torch.Tensor,
+    *,
+    scale: float,
+    chunk: int = 128,
+) -> torch.Tensor:
+    """Attention of one sequence's query rows to single keys, mean over heads.
+
+    Args:
+        query, key, scale, chunk: as for ``attention_masses``.
+        span: the sequence.
+        lse: float32 [T, H], this sequence's rows of ``Masses.lse``.
+        columns: int64 [V] positions within the sequence, 0 .. n_keys - 1.
+
+    Returns:
+        float32 [T, V] in [0, 1]; 0 where a column comes after the row, NaN for a column outside of the sequence.
+
+    Raises:
+        SayoError: P01 for shapes that do not fit.
+    """
+    check_inputs(query, key, [span])
+    check_profile(span, query, lse, columns)
+    H = query.shape[1]
+    profile_TV = torch.zeros(span.n_queries, columns.shape[0], dtype=torch.float32, device=query.device)
+    if columns.shape[0] == 0:
+        return profile_TV
+    inside_V = (columns >= 0) & (columns < span.n_keys)
+    chosen = key[span.key_batch : span.key_batch + 1, :, span.key_start + torch.where(inside_V, columns, 0)]
+    narrow = span._replace(key_batch=0, key_start=0, n_keys=columns.shape[0])
+    for first, rows, logits_GgtV in _logits(query, chosen, narrow, scale, chunk, causal=False):
+        p_HtV = logits_GgtV.reshape(H, rows, -1).sub_(lse[first : first + rows].T[..., None]).exp_()
+        positions_t = torch.arange(span.position + first, span.position + first + rows, device=query.device)
+        profile_TV[first : first + rows] = p_HtV.mean(0).masked_fill_(columns > positions_t[:, None], 0.0)
+    return profile_TV.masked_fill_(~inside_V, float("nan"))
+
+
+def _logits(query: torch.Tensor, key: torch.Tensor, span: Span, scale: float, chunk: int, causal: bool = True):
+    """Chunks (first row, rows, float32 logits [G, H/G, t, n]) of one sequence; causal ones end at the last key seen."""
+    H, G, D = query.shape[1], key.shape[1], query.shape[3]
+    key_GND = key[span.key_batch, :, span.key_start : span.key_start + span.n_keys].detach().float()
+    for first in range(0, span.n_queries, chunk):
+        rows = min(chunk, span.n_queries - first)
+        start = span.query_start + first
+        query_HtD = query[span.query_batch, :, start : start + rows].detach().float()
+        n = span.position + first + rows if causal else span.n_keys
+        # The engine runs the model under autocast, which would cast these products back to bfloat16.
+        with torch.autocast(query.device.type, enabled=False):
+            # [G, H/G * t, D] @ [G, D, n]: every key head serves its own query heads without being copied
+            logits = query_HtD.reshape(G, H // G * rows, D) @ key_GND[:, :n].transpose(1, 2)
+        logits = logits.mul_(scale).view(G, H // G, rows, n)
+        if causal:
+            positions_t = torch.arange(span.position + first, span.position + first + rows, device=query.device)
+            logits.masked_fill_(torch.arange(n, device=query.device) > positions_t[:, None], float("-inf"))
+        yield first, rows, logits
+
+
+def check_sets(key: torch.Tensor, sets: torch.Tensor, n_sets: int) -> None:
+    """Refuse sets that do not lie beside the keys.
+
+    Raises:
+        SayoError: P01.
+    """
+    wanted = (key.shape[0], key.shape[2])
+    if tuple(sets.shape) != wanted or sets.dtype != torch.int32 or not 0 < n_sets <= MAX_SETS:
         raise SayoError(
             "P01",
-            "query, key, positions and marked keys do not fit",
-            where="attention_mass",
-            got=f"query {tuple(query.shape)}, key {tuple(key.shape)}, positions {tuple(positions.shape)}, "
-            f"marked {tuple(marked.shape)}",
-            wanted="[T, H, D], [S, G, D], [T], [K, S] with H a multiple of G",
+            "the sets of keys do not lie beside the keys",
+            where="attention_masses",
+            got=f"sets {tuple(sets.shape)} {sets.dtype}, {n_sets} sets",
+            wanted=f"{wanted} torch.int32, 1 to {MAX_SETS} sets",
             fix="this is a defect of the capture; report it with the model family and verl's settings",
         )
-    out_KT = torch.zeros(marked.shape[0], T, dtype=torch.float32, device=query.device)
-    if T == 0:
-        return out_KT
-    # The engine runs the model under autocast; without this, autocast would cast the float32 products back to bfloat16.
-    with torch.autocast(device_type=query.device.type, enabled=False):
-        key_GDS = key.detach().float().permute(1, 2, 0)
-        marked_SK = marked.float().T
-        columns_S = torch.arange(S, device=query.device)
-        for start in range(0, T, chunk):
-            rows = slice(start, min(start + chunk, T))
-            # [G, (H/G) * t, D] @ [G, D, S]: every key head serves its own query heads without being copied
-            query_t = query[rows].detach().float()
-            t = query_t.shape[0]
-            grouped = query_t.view(t, G, H // G, D).permute(1, 2, 0, 3).reshape(G, (H // G) * t, D)
-            logits = (grouped @ key_GDS * scale).view(G, H // G, t, S)
-            logits.masked_fill_(columns_S[None, :] > positions[rows][:, None], float("-inf"))
-            mean_over_heads_tS = logits.softmax(-1).mean((0, 1))
-            out_KT[:, rows] = (mean_over_heads_tS @ marked_SK).T
-    return out_KT
+
+
+def check_profile(span: Span, query: torch.Tensor, lse: torch.Tensor, columns: torch.Tensor) -> None:
+    """Refuse a log-sum-exp or columns that are not this sequence's.
+
+    Raises:
+        SayoError: P01.
+    """
+    if tuple(lse.shape) != (span.n_queries, query.shape[1]) or columns.ndim != 1 or columns.dtype != torch.int64:
+        raise SayoError(
+            "P01",
+            "log-sum-exp and columns are not those of the sequence",
+            where="attention_profile",
+            got=f"lse {tuple(lse.shape)}, columns {tuple(columns.shape)} {columns.dtype}",
+            wanted=f"lse {(span.n_queries, query.shape[1])}, int64 [V]",
+            fix="this is a defect of the capture; report it with the model family and verl's settings",
+        )

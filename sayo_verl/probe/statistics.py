@@ -1,18 +1,7 @@
-"""Names, shapes, units and ranges of what the probe measures: the one place where they are written down.
+"""What the probe can measure: names, shapes, units and ranges, and how a method asks. The one place where they stand.
 
-Per response token (float32, detached, on the wire one value per token of the whole sequence):
-
-    image_mass    [0, 1]   attention probability on all visual tokens of the row, mean over heads and asked layers
-    region_mass   [0, 1]   the part of it on the visual tokens of the target region
-
-Per row:
-
-    image_tokens   number of visual tokens (0: the row has no image)
-    region_tokens  number of visual tokens of the target region (0: the row has no box)
-    probe_seconds  wall time the probe took for this row's micro-batch, divided by the rows of the micro-batch
-
-Row convention. A statistic of response token y_t is read from one row of the attention matrix. With prompt length P and
-t = 0, 1, ... the row is
+Row convention. A statistic of response token y_t is read from one row of the attention matrix (or one hidden state).
+With prompt length P and t = 0, 1, ... the row is
 
     input        P + t      the position where y_t is the *input* (SAYO: "attention of the generated token")
     predicting   P + t - 1  the position whose logits *sampled* y_t (verl's log_probs and entropy belong to this row)
@@ -20,12 +9,187 @@ t = 0, 1, ... the row is
 verl slices every per-token output with ``response_from_nested``, which reads position P + t - 1 for token t. The wire
 layout absorbs the difference: the value of token t always lies at position P + t - 1, whichever row it was read from.
 Positions that describe no response token hold NaN, so that reading a wrong slice cannot pass for a measurement.
+
+Attention is that of the model's softmax over all causal keys of the row's own sequence, averaged over heads (unless
+``per_head``) and over the asked layers, in float32, detached. Shape suffixes: T response tokens, V visual tokens of the
+row, H query heads, k the asked ``size``.
 """
 
-PER_TOKEN = ("image_mass", "region_mass")
-PER_ROW = ("image_tokens", "region_tokens", "probe_seconds")
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-# Keys under which they travel beside log_probs and entropy.
+from sayo_verl.errors import SayoError, did_you_mean
+
+# Keys under which statistics travel beside log_probs and entropy.
 WIRE_PREFIX = "sayo_"
 # Key of the per-call request in the batch's extra information; without it the engine mixin is inert.
 REQUEST_KEY = "sayo_probe"
+
+QUERY_ROWS = {"input": 0, "predicting": -1}  # offset of the query row from the position of y_t
+PATHS = ("auto", "reference", "fast")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One entry of the catalogue.
+
+    Attributes:
+        shape: of one row's values.
+        unit, low, high: what a value means and where it lies.
+        source: ``mass`` (attention on a set of keys), ``lse``, ``profile`` (attention on single visual tokens) or
+            ``hidden`` (last hidden state).
+        what: one line.
+        keys: the set of keys of a mass, see ``sayo_verl.probe.plan``.
+    """
+
+    shape: str
+    unit: str
+    low: float
+    high: float
+    source: str
+    what: str
+    keys: str = ""
+
+
+def _mass(keys: str, what: str, shape: str = "[T] or [T, H]") -> Fact:
+    return Fact(shape, "attention probability", 0.0, 1.0, "mass", what, keys)
+
+
+CATALOGUE: Mapping[str, Fact] = {
+    "image_mass": _mass("image", "attention on all visual tokens of the row"),
+    "region_mass": _mass("region", "attention on the visual tokens of the row's boxes taken together"),
+    "box_mass": _mass("box", "attention on the visual tokens of each of the first k boxes, 0 where there is none",
+                      "[T, k]"),
+    "sink_mass": _mass("sink", "attention on the first token of the sequence, where models park unused attention"),
+    "system_mass": _mass("system", "attention on the text of system turns"),
+    "question_mass": _mass("question", "attention on the text of user turns, visual tokens and their borders left out"),
+    "response_mass": _mass("response", "attention on the response's own tokens so far"),
+    "lse": Fact("[T] or [T, H]", "nats", -math.inf, math.inf, "lse", "log-sum-exp of the attention logits"),
+    "top_patch_index": Fact("[T, k]", "visual token, -1: none", -1.0, math.inf, "profile",
+                            "the k visual tokens with most attention, most first"),
+    "top_patch_mass": Fact("[T, k]", "attention probability", 0.0, 1.0, "profile", "their attention"),
+    "patch_sums": Fact("[V]", "attention probability x tokens", 0.0, math.inf, "profile",
+                       "attention each visual token gets, summed over the response: a heat map"),
+    "neighbour_index": Fact("[T, k]", "response token, -1: none", -1.0, math.inf, "profile",
+                            "the k response tokens that look at the image most alike"),
+    "neighbour_similarity": Fact("[T, k]", "cosine", 0.0, 1.0, "profile", "cosine of their attention profiles"),
+    "image_cosine": Fact("[T]", "cosine", -1.0, 1.0, "hidden",
+                         "last hidden state against the mean last hidden state of the visual tokens (VGPO)"),
+}  # fmt: skip
+SIZED = ("box_mass", "top_patch_index", "top_patch_mass", "neighbour_index", "neighbour_similarity")
+
+# Measured for every row, asked or not: float32 numbers, one per row.
+PER_ROW: Mapping[str, str] = {
+    "image_tokens": "number of visual tokens of the row (0: the row has no image)",
+    "region_tokens": "number of visual tokens of the row's boxes (0: the row has no box)",
+    "probe_seconds": "wall time the probe took for this row's micro-batch, divided by the rows of the micro-batch",
+}
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One thing a method wants to know.
+
+    Attributes:
+        name: key of ``CATALOGUE``.
+        layers: decoder layers to average over; negative numbers count from the last. ``image_cosine`` knows the last
+            hidden state only.
+        query_row: ``"input"`` or ``"predicting"``, see above.
+        per_head: keep query heads apart (masses over sets of keys and the log-sum-exp).
+        size: k, for what has one.
+
+    Raises:
+        SayoError: P08 for an unknown row convention, P12 for an unknown name, P13 for an option that does not apply.
+    """
+
+    name: str
+    layers: tuple[int, ...] = (-1,)
+    query_row: str = "input"
+    per_head: bool = False
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in CATALOGUE:
+            raise SayoError("P12", f"unknown statistic{did_you_mean(self.name, CATALOGUE)}", where="Statistic",
+                            got=self.name, wanted=", ".join(CATALOGUE), fix="correct the name")  # fmt: skip
+        if self.query_row not in QUERY_ROWS:
+            raise SayoError("P08", "unknown query row", where=f"Statistic {self.name}", got=self.query_row,
+                            wanted=" or ".join(QUERY_ROWS), fix="name one of them")  # fmt: skip
+        fact, sized = CATALOGUE[self.name], self.name in SIZED
+        for broken, what, got, wanted in (
+            (not self.layers or len(set(self.layers)) < len(self.layers), "layers", self.layers, "distinct numbers"),
+            (fact.source == "hidden" and self.layers != (-1,), "layers", self.layers, "(-1,), the last hidden state"),
+            (self.per_head and (fact.source not in ("mass", "lse") or sized), "per_head", True, "False"),
+            (
+                (self.size < 1) if sized else (self.size != 0),
+                "size",
+                self.size,
+                "1 or more" if sized else "0, it has none",
+            ),
+            (self.name == "box_mass" and self.size > 16, "size", self.size, "at most 16 boxes"),
+        ):
+            if broken:
+                raise SayoError("P13", f"{what} does not fit the statistic", where=f"Statistic {self.name}",
+                                got=got, wanted=wanted, fix=f"change {what} in the method's statistics()")  # fmt: skip
+
+    @property
+    def key(self) -> str:
+        """Names the measurement: equal exactly for equal statistics. With ``WIRE_PREFIX`` the key on the wire."""
+        tail = ".heads" if self.per_head else f".{self.size}" if self.size else ""
+        return f"{self.name}.{self.query_row}.L{','.join(map(str, self.layers))}{tail}"
+
+    @property
+    def fact(self) -> Fact:
+        return CATALOGUE[self.name]
+
+
+@dataclass(frozen=True)
+class StatisticsRequest:
+    """What a run asks of one log-prob pass; travels to the workers as a plain dict.
+
+    Attributes:
+        statistics: without duplicates.
+        coverage: share of a visual token's cell that a box must cover, see ``sayo_verl.vision.masks``.
+        path: ``"fast"`` (Triton), ``"reference"`` (plain torch) or ``"auto"``: fast on a GPU, reference elsewhere.
+    """
+
+    statistics: tuple[Statistic, ...]
+    coverage: float = 0.5
+    path: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.path not in PATHS:
+            raise SayoError("P14", "unknown path of the probe", where="sayo.probe_path", got=self.path,
+                            wanted=" or ".join(PATHS), fix="leave it at auto")  # fmt: skip
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Every layer that any statistic names, as named, each once."""
+        return tuple(dict.fromkeys(layer for statistic in self.statistics for layer in statistic.layers))
+
+    def to_wire(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> "StatisticsRequest":
+        statistics = tuple(Statistic(**{**s, "layers": tuple(s["layers"])}) for s in wire["statistics"])
+        return cls(**{**wire, "statistics": statistics})
+
+
+def union(requests: Sequence[StatisticsRequest]) -> StatisticsRequest:
+    """One request that serves several: every statistic once.
+
+    Raises:
+        SayoError: P15 when two requests map boxes to tokens by different rules or want different paths.
+    """
+    settings = {(request.coverage, request.path) for request in requests}
+    if len(settings) != 1:
+        raise SayoError("P15", "requests disagree on coverage or path, which hold for a whole pass",
+                        where="union", got=sorted(settings), wanted="one pair",
+                        fix="give the parts of a run the same settings")  # fmt: skip
+    ((coverage, path),) = settings
+    statistics = dict.fromkeys(statistic for request in requests for statistic in request.statistics)
+    return StatisticsRequest(tuple(statistics), coverage, path)

@@ -1,58 +1,87 @@
-"""Where queries and keys are taken inside a model, and for how long.
+"""Where queries, keys and hidden states are taken inside a model, and for how long.
 
-The capture point is the output of the attention module's query and key norms plus the rotary angles the module was
-called with: independent of the attention kernel (FlashAttention, SDPA, eager), after LoRA, without an extra matrix
-product, and inside the layer's own forward, where FSDP has its weights gathered. Hooks exist only between ``__enter__``
-and ``__exit__`` of ``QueryKeyTap``: the training forward never sees them.
+The capture point is the call of the family's rotary function within the forward of an asked layer: what it returns is
+what the attention kernel gets, whichever that is (FlashAttention, SDPA, eager, verl's own forward of Qwen2.5-VL), after
+QK-norm and LoRA, before Ulysses exchanges heads for tokens, without a matrix product or a rotation of our own. Hooks on
+the layer say whose call it is. Hooks and the wrapped function exist only between ``__enter__`` and ``__exit__`` of
+``ForwardTap``: the training forward never sees them.
 
-Shape suffixes: N rows of the model's batch, S tokens, H query heads, G key heads, D head dimension.
+Shape suffixes: B rows of the model's batch, S tokens, H query heads, G key heads, D head dimension.
 """
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from sayo_verl.errors import SayoError
+from sayo_verl.families import FAMILIES
+
+# layer number, query [B, H, S, D], key [B, G, S, D], scale of the logits
+ReadAttention = Callable[[int, torch.Tensor, torch.Tensor, float], None]
+ReadHidden = Callable[[torch.Tensor], None]
+
+ROTARY: Mapping[str, tuple[str, ...]] = {
+    name: f for family in FAMILIES.values() for name, f in family.attention.items()
+}
+DECODERS = {name for family in FAMILIES.values() for name in family.decoder}
 
 
-def _rotary_qwen3_vl(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
-
-    return apply_rotary_pos_emb(query, key, cos, sin)
-
-
-# Family facts: text attention class -> how its rotary embedding is applied to [N, heads, S, D] queries and keys.
-ROTARY: Mapping[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {"Qwen3VLTextAttention": _rotary_qwen3_vl}
-SUPPORTED_MODEL_TYPES = ("qwen3_vl",)
+def _class_in(module: nn.Module, names: Any) -> str | None:
+    """The first of a module's classes that is named; FSDP2 and others subclass the modules they wrap."""
+    return next((c.__name__ for c in type(module).__mro__ if c.__name__ in names), None)
 
 
-# FSDP2 and others subclass the modules they wrap, so a family is looked up along the class hierarchy.
-def _rotary_of(module: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
-    return next((ROTARY[c.__name__] for c in type(module).__mro__ if c.__name__ in ROTARY), None)
+def text_decoder(model: nn.Module) -> nn.Module:
+    """The text model: the one module of a known decoder class.
+
+    Raises:
+        SayoError: P02 when there is none or more than one.
+    """
+    found = [module for module in model.modules() if _class_in(module, DECODERS)]
+    if len(found) != 1:
+        raise SayoError(
+            "P02",
+            f"found {len(found)} text models of a known family",
+            where=type(model).__name__,
+            wanted=f"one, of a class in {sorted(DECODERS)}",
+            fix=f"use a model of type {', '.join(FAMILIES)}, or set algorithm.adv_estimator=grpo",
+        )
+    return found[0]
 
 
-Reader = Callable[[int, torch.Tensor, torch.Tensor, float], None]
+# A model is searched once: a real one has thousands of modules, and the search would cost more than the probe. Should a
+# module be replaced later, its reading is missed and stops the run (P04).
+_FOUND: WeakKeyDictionary[nn.Module, tuple[dict[int, nn.Module], nn.Module]] = WeakKeyDictionary()
 
 
-def text_attention_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """The decoder's attention modules by layer index, found by class and not by name: FSDP and PEFT rename modules.
+def text_attention_layers(model: nn.Module) -> tuple[dict[int, nn.Module], int]:
+    """The decoder's attention modules by layer index, and how many layers it has: not every layer must have one.
 
     Raises:
         SayoError: P02 when there are none or two claim the same index.
     """
-    found = [m for m in model.modules() if _rotary_of(m) is not None]
-    layers = {int(m.layer_idx): m for m in found}  # type: ignore[arg-type]
+    if model in _FOUND:
+        layers, decoder = _FOUND[model]
+        return layers, len(decoder.layers)  # type: ignore[arg-type]
+    decoder = text_decoder(model)
+    found = [module for module in decoder.modules() if _class_in(module, ROTARY)]
+    layers = {int(module.layer_idx): module for module in found}  # type: ignore[arg-type]
     if not layers or len(layers) != len(found):
         raise SayoError(
             "P02",
             f"found {len(found)} text attention modules for {len(layers)} layers",
             where=type(model).__name__,
             wanted=f"one per layer, of a class in {sorted(ROTARY)}",
-            fix=f"use a model of type {', '.join(SUPPORTED_MODEL_TYPES)}, or set algorithm.adv_estimator=grpo",
+            fix=f"use a model of type {', '.join(FAMILIES)}, or set algorithm.adv_estimator=grpo",
         )
-    return layers
+    _FOUND[model] = layers, decoder
+    return layers, len(decoder.layers)  # type: ignore[arg-type]
 
 
 def resolve_layers(layers: Sequence[int], n_layers: int, *, where: str) -> tuple[int, ...]:
@@ -74,73 +103,139 @@ def resolve_layers(layers: Sequence[int], n_layers: int, *, where: str) -> tuple
     return resolved
 
 
-class QueryKeyTap:
-    """Hands the queries and keys of some layers to a reader during one forward pass.
+def check_full_attention(layers: Sequence[int], attention: Mapping[int, nn.Module], *, where: str) -> None:
+    """Refuse layers in which a token does not attend to all tokens before it.
+
+    Raises:
+        SayoError: P11 for a linear-attention or sliding-window layer.
+    """
+    for layer in layers:
+        module = attention.get(layer)
+        # only families with such layers define the attribute; it is None in a full-attention layer
+        window = None if module is None else vars(module).get("sliding_window")
+        if module is None or window is not None:
+            raise SayoError(
+                "P11",
+                f"layer {layer} is not a full-attention layer",
+                where=where,
+                got="no softmax attention" if module is None else f"a sliding window of {window} tokens",
+                wanted=f"one of {[n for n, m in sorted(attention.items()) if vars(m).get('sliding_window') is None]}",
+                fix=f"name full-attention layers in {where}",
+            )
+
+
+def asked_layers(model: nn.Module, layers: Sequence[int], *, where: str) -> dict[int, int]:
+    """Each asked layer, as named, and its number from 0.
+
+    Raises:
+        SayoError: P02 for an unknown model, P03 for a layer that is not there, P11 for one without full attention.
+    """
+    attention, n_layers = text_attention_layers(model)
+    numbers = {layer: resolve_layers([layer], n_layers, where=where)[0] for layer in layers}
+    check_full_attention(list(numbers.values()), attention, where=where)
+    return numbers
+
+
+def _rotary(target: str) -> tuple[ModuleType, str]:
+    """The module and name of a family's rotary function.
+
+    Raises:
+        SayoError: P25 when the installed transformers has none of that name.
+    """
+    source, name = target.split(":")
+    module = importlib.import_module(source)
+    if not hasattr(module, name):
+        raise SayoError("P25", "the installed transformers has no such rotary function", where="sayo_verl/families.py",
+                        got=f"transformers {version('transformers')}", wanted=target,
+                        fix="install the version of transformers that pyproject.toml names")  # fmt: skip
+    return module, name
+
+
+class ForwardTap:
+    """Hands queries and keys of some layers, and the last hidden states, to readers during one forward pass.
 
     Args:
         model: the (wrapped) model.
-        layers: layer numbers from 0.
-        read: called once per layer as ``read(layer, query [N, H, S, D], key [N, G, S, D], scale)``, rotary applied,
-            detached; it must not keep what it gets.
+        layers: layer numbers from 0; may be empty.
+        read: called once per layer, inside the layer's forward; it must not keep what it gets.
+        read_hidden: called once, with the output of the text model's last norm; None: not wanted.
 
     Raises:
-        SayoError: on leaving without an exception, P04 when a layer was read a number of times other than one.
+        SayoError: P02 and P11 for a model or layer that cannot be read; on leaving without an exception, P04 when
+            something was read a number of times other than one.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], read: Reader) -> None:
-        attention = text_attention_layers(model)
+    def __init__(
+        self, model: nn.Module, layers: Sequence[int], read: ReadAttention, read_hidden: ReadHidden | None = None
+    ) -> None:
+        attention, _ = text_attention_layers(model)
+        check_full_attention(layers, attention, where="the layers of a statistic")
         self._modules = {layer: attention[layer] for layer in layers}
-        self._read = read
+        self._norm = _FOUND[model][1].get_submodule("norm") if read_hidden else None
+        targets = dict.fromkeys(t for m in self._modules.values() for t in ROTARY[str(_class_in(m, ROTARY))])
+        self._rotaries = [_rotary(target) for target in targets]
+        self._read, self._read_hidden = read, read_hidden
         self._handles: list[Any] = []
-        self._taken: dict[tuple[int, str], Any] = {}
-        self._reads = dict.fromkeys(layers, 0)
+        self._originals: list[tuple[Any, str, Any]] = []
+        self._current: int | None = None
+        self._reads: dict[int | str, int] = dict.fromkeys(layers, 0)
+        if read_hidden:
+            self._reads["hidden"] = 0
 
-    def __enter__(self) -> "QueryKeyTap":
+    def __enter__(self) -> "ForwardTap":
         for layer, module in self._modules.items():
-            for part in ("q_norm", "k_norm"):
-                self._handles.append(module.get_submodule(part).register_forward_hook(self._keep(layer, part)))
-            self._handles.append(module.register_forward_pre_hook(self._keep_rotary(layer), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._hand_over(layer)))
+            self._handles.append(module.register_forward_pre_hook(self._begin(layer)))
+            # also when the forward fails: a later call of the function must not be taken for this layer's
+            self._handles.append(module.register_forward_hook(self._end, always_call=True))
+        for python_module, name in self._rotaries:
+            original = getattr(python_module, name)
+            self._originals.append((python_module, name, original))
+            setattr(python_module, name, self._listening(original))
+        if self._norm is not None:
+            self._handles.append(self._norm.register_forward_hook(self._take_hidden))
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+        for python_module, name, original in self._originals:
+            setattr(python_module, name, original)
         self._handles.clear()
-        self._taken.clear()
+        self._originals.clear()
         if exc_type is None and any(n != 1 for n in self._reads.values()):
             raise SayoError(
                 "P04",
-                "a probed layer ran a wrong number of times in one forward pass",
-                where="QueryKeyTap",
+                "a probed layer was read a wrong number of times in one forward pass",
+                where="ForwardTap",
                 got=self._reads,
                 wanted="once per layer",
-                fix="disable what re-runs or skips layers in the log-prob pass (checkpointing in eval mode, layer "
-                "skipping, compiled graphs)",
+                fix="disable what re-runs, skips or compiles layers or replaces their rotary embedding in the log-prob "
+                "pass (activation checkpointing in eval mode, layer skipping, torch.compile, fused attention)",
             )
 
-    def _keep(self, layer: int, part: str):
-        def hook(_module: nn.Module, _args: object, output: torch.Tensor) -> None:
-            self._taken[layer, part] = output.detach()
+    def _begin(self, layer: int):
+        def hook(_module: nn.Module, _args: object) -> None:
+            self._current = layer
 
         return hook
 
-    def _keep_rotary(self, layer: int):
-        def hook(_module: nn.Module, _args: object, kwargs: dict[str, Any]) -> None:
-            self._taken[layer, "rotary"] = kwargs["position_embeddings"]
+    def _end(self, _module: nn.Module, _args: object, _output: object) -> None:
+        self._current = None
 
-        return hook
+    def _listening(self, original: Callable[..., tuple[torch.Tensor, torch.Tensor]]):
+        def rotate(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            query, key = original(*args, **kwargs)
+            if self._current is not None:
+                self._reads[self._current] += 1
+                scale = float(self._modules[self._current].scaling)  # type: ignore[arg-type]
+                with torch.no_grad():
+                    self._read(self._current, query.detach(), key.detach(), scale)
+            return query, key
 
-    def _hand_over(self, layer: int):
-        rotary = _rotary_of(self._modules[layer])
-        assert rotary is not None  # text_attention_layers found the module by it
+        return rotate
 
-        def hook(module: nn.Module, _args: object, _output: object) -> None:
-            taken = [self._taken.pop((layer, part)) for part in ("q_norm", "k_norm", "rotary")]
-            # the norms see [N, S, heads, D]; verl and HF both reshape before them
-            query, key = taken[0].transpose(1, 2), taken[1].transpose(1, 2)
-            query, key = rotary(query, key, *taken[2])
-            self._reads[layer] += 1
-            self._read(layer, query, key, float(module.scaling))  # type: ignore[arg-type]
-
-        return hook
+    def _take_hidden(self, _module: nn.Module, _args: object, output: torch.Tensor) -> None:
+        assert self._read_hidden is not None  # the hook was set because of it
+        self._reads["hidden"] += 1
+        with torch.no_grad():
+            self._read_hidden(output.detach())

@@ -21,6 +21,7 @@ from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, Qwen3VL
 from sayo_verl.reward import compute_score
 from sayo_verl.tiny.policy import END, MERGE_SIZE, generate
 from sayo_verl.tiny.warmup import prompt_batch
+from sayo_verl.vision.grids import merged_grid
 from sayo_verl.vision.masks import region_mask
 
 SELECTED_SHARE = 0.3  # of a response's tokens, those of the highest entropy
@@ -100,14 +101,15 @@ def measure_batch(
     measured = []
     for b, row in enumerate(rows):
         n = int(valid_BT[b].sum())
-        grid_h, grid_w = (inputs["image_grid_thw"][b, 1:] // MERGE_SIZE).tolist()
+        t, h, w = inputs["image_grid_thw"][b].tolist()
+        tiles = merged_grid(t, h, w, MERGE_SIZE, where=f"row {b}")
         is_image_S = ids_BS[b] == model.config.image_token_id
         visual_TV = attention_BTS[b, :n, is_image_S].double().numpy()
         entropy_T = entropy_BT[b, :n].double().numpy()
         text = processor.tokenizer.decode(response_BT[b, :n], skip_special_tokens=True)
         info = row["extra_info"]
         target_V, distractor_V = (
-            region_mask(info[boxes][0], grid_h, grid_w) for boxes in ("target_boxes", "distractor_boxes")
+            region_mask(info[key][0], tiles, where=f"row {b}, {key}") for key in ("target_boxes", "distractor_boxes")
         )
         selected = select_tokens(entropy_T)
         everything = np.arange(n)

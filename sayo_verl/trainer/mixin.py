@@ -47,6 +47,7 @@ class AttentionTrainerMixin:
                 fix="leave trainer.v1.trainer_mode alone; the launcher selects it",
             )
         self._method = method
+        self._request = dataclasses.replace(method.statistics(), path=str(config.sayo.probe_path))
         self._log_prob_seconds = 0.0
         super().__init__(config)  # type: ignore[call-arg]
 
@@ -61,11 +62,12 @@ class AttentionTrainerMixin:
         verl logs a plug-in that fails to load at DEBUG and goes on without it; this is where that would show.
 
         Raises:
-            SayoError: X03 naming the workers that differ; P02 and P03 (from a worker) for an unknown model family and a
-                layer that the loaded model does not have.
+            SayoError: X03 naming the workers that differ; from a worker L18 and P02 for a model that is not known, P03
+                and P11 for a layer that is not there or not of full attention, P16, P17 and P24 for a path of the probe
+                that cannot run or is wrong there.
         """
-        workers, layers = self.actor_rollout_wg.workers, self._method.statistics().layers
-        reports = ray.get([worker.__ray_call__.remote(worker_report, layers) for worker in workers])
+        workers, request = self.actor_rollout_wg.workers, self._request.to_wire()
+        reports = ray.get([worker.__ray_call__.remote(worker_report, request) for worker in workers])
         for rank, report in enumerate(reports):
             if report["version"] != __version__ or "AttentionStatisticsMixin" not in report["engine_bases"]:
                 raise SayoError(
@@ -79,11 +81,12 @@ class AttentionTrainerMixin:
         first = reports[0]
         print(
             f"sayo-verl {__version__}: handshake with {len(reports)} worker(s), engine {first['engine_bases'][0]}, "
-            f"probing layer {', '.join(map(str, first['layers']))} of {first['n_layers']}"
+            f"probing layer {', '.join(map(str, first['layers']))} of {first['n_layers']} by the {first['path']} path"
+            + (f" (differs from the reference by {first['path_difference']:.0e})" if first["path_difference"] else "")
         )
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        batch.extra_info[REQUEST_KEY] = dataclasses.asdict(self._method.statistics())
+        batch.extra_info[REQUEST_KEY] = self._request.to_wire()
         start = time.perf_counter()
         try:
             return super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
@@ -103,7 +106,7 @@ class AttentionTrainerMixin:
                 wanted="one output per session",
                 fix="use the single-turn agent loop; a group would count such a session twice",
             )
-        signals, probe_seconds = store.fetch_signals(batch)
+        signals, probe_seconds = store.fetch_signals(batch, self._request.statistics)
         context = AdvantageContext(self._method, signals, bool(self.config.algorithm.norm_adv_by_std_in_grpo))
         token = CURRENT.set(context)
         try:

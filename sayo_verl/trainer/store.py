@@ -14,7 +14,7 @@ from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import Signals
-from sayo_verl.probe.statistics import PER_ROW, PER_TOKEN, WIRE_PREFIX
+from sayo_verl.probe.statistics import PER_ROW, WIRE_PREFIX, Statistic
 
 
 def fetch(batch: KVBatchMeta, fields: Sequence[str]) -> TensorDict:
@@ -37,23 +37,25 @@ def fetch(batch: KVBatchMeta, fields: Sequence[str]) -> TensorDict:
     return data
 
 
-def fetch_signals(batch: KVBatchMeta) -> tuple[Signals, float]:
+def fetch_signals(batch: KVBatchMeta, statistics: Sequence[Statistic]) -> tuple[Signals, float]:
     """The statistics of the old-log-prob pass, padded like verl pads its own fields, and the probe's total seconds."""
-    wire = {name: WIRE_PREFIX + name for name in (*PER_TOKEN, *PER_ROW)}
-    data = fetch(batch, ["response_mask", "entropy", *wire.values()])
+    wire = {statistic: WIRE_PREFIX + statistic.key for statistic in statistics}
+    per_row = {name: WIRE_PREFIX + name for name in PER_ROW}
+    data = fetch(batch, ["response_mask", "entropy", *wire.values(), *per_row.values()])
     mask = data["response_mask"]
-    per_token = {name: response_from_nested(data[wire[name]], mask).to_padded_tensor(0.0).float() for name in PER_TOKEN}
-    per_row = {name: torch.cat(list(data[wire[name]].unbind())).float() for name in PER_ROW}
+    rows = {name: torch.cat(list(data[key].unbind())).float() for name, key in per_row.items()}
     signals = Signals(
         response_mask=mask.to_padded_tensor(0),
         entropy=data["entropy"].to_padded_tensor(0.0).float(),  # already sliced to the response by verl
-        image_mass=per_token["image_mass"],
-        region_mass=per_token["region_mass"],
-        image_tokens=per_row["image_tokens"],
-        region_tokens=per_row["region_tokens"],
+        statistics={
+            statistic: response_from_nested(data[key], mask).to_padded_tensor(0.0).float()
+            for statistic, key in wire.items()
+        },
+        image_tokens=rows["image_tokens"],
+        region_tokens=rows["region_tokens"],
         is_padding=torch.tensor([bool(tag.get("is_padding", False)) for tag in batch.tags]),
     )
-    return signals, float(per_row["probe_seconds"].sum())
+    return signals, float(rows["probe_seconds"].sum())
 
 
 def fetch_reward_parts(batch: KVBatchMeta) -> dict[str, float]:

@@ -1,10 +1,10 @@
 """Boxes to visual tokens.
 
-A visual token is one cell of the merged grid of an image. The processor resizes the *whole* image before it cuts
-patches, so cell (r, c) of an R x C grid covers [c/C, (c+1)/C] x [r/R, (r+1)/R] of the image whatever the resize did.
+A visual token is one cell of a grid over a rectangle of its image (``sayo_verl.vision.grids.Tile``). The processor
+resizes the *whole* image before it cuts patches, so the cell is the same share of the image whatever the resize did.
 Boxes are therefore stored normalised to [0, 1], and the only grid that is trusted is the one the processor returned.
 
-Shape suffixes: R grid rows, C grid columns, V visual tokens (row-major, V = R * C), N boxes.
+Shape suffixes: R grid rows, C grid columns, V visual tokens of one image in token order, N boxes.
 """
 
 import math
@@ -14,6 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from sayo_verl.errors import SayoError
+from sayo_verl.vision.grids import Tile, token_levels
+
+ROUNDING = 1e-9  # cells and boxes are compared to within this, in cells and in shares of the image
 
 
 def check_box(box: Sequence[float], *, where: str) -> None:
@@ -57,12 +60,12 @@ def cell_coverage(box: Sequence[float], rows: int, cols: int) -> np.ndarray:
     """Share of each cell's area that one box covers.
 
     Args:
-        box: ``[x0, y0, x1, y1]`` in [0, 1].
+        box: ``[x0, y0, x1, y1]``, where the grid is [0, 1] x [0, 1]; the box may reach beyond it.
         rows: grid rows R.
         cols: grid columns C.
 
     Returns:
-        float64 [R, C] in [0, 1]; the sum times the area of a cell is the area of the box.
+        float64 [R, C] in [0, 1]; the sum times the area of a cell is the area of the box within the grid.
     """
     x0, y0, x1, y1 = box
     edges_x = np.arange(cols + 1, dtype=np.float64)
@@ -72,56 +75,86 @@ def cell_coverage(box: Sequence[float], rows: int, cols: int) -> np.ndarray:
     return np.minimum(height_R[:, None] * width_C[None, :], 1.0)
 
 
-def _most_covered(box: Sequence[float], covered_RC: np.ndarray) -> np.ndarray:
-    """bool [R, C]: the cells of the largest coverage, ties included; never empty."""
-    most = covered_RC.max()
-    if most > 0:
-        return covered_RC >= most * (1 - 1e-6)
-    inside = np.zeros(covered_RC.shape, dtype=bool)  # a box thinner than rounding: the cell of its centre
-    rows, cols = covered_RC.shape
-    inside[min(int((box[1] + box[3]) / 2 * rows), rows - 1), min(int((box[0] + box[2]) / 2 * cols), cols - 1)] = True
-    return inside
+def token_coverage(box: Sequence[float], tiles: Sequence[Tile]) -> np.ndarray:
+    """Share of each visual token's cell that one box covers: float64 [V] in [0, 1], over all tiles in token order."""
+    shares = []
+    for tile in tiles:
+        width, height = tile.x1 - tile.x0, tile.y1 - tile.y0
+        x0, x1 = ((float(x) - tile.x0) / width for x in (box[0], box[2]))
+        y0, y1 = ((float(y) - tile.y0) / height for y in (box[1], box[3]))
+        shares.append(cell_coverage((x0, y0, x1, y1), tile.rows, tile.cols).reshape(-1))
+    return np.concatenate(shares)
 
 
-def region_mask(
-    boxes: Sequence[Sequence[float]], rows: int, cols: int, coverage: float = 0.5, *, where: str = "region_mask"
+def _box_mask(box: Sequence[float], tiles: Sequence[Tile], level_V: np.ndarray, coverage: float) -> np.ndarray:
+    """bool [V]: the tokens of one box by the rule of ``box_masks``; at least one of each level."""
+    covered_V = token_coverage(box, tiles)
+    # a box whose border lies exactly on the threshold counts, despite rounding; a cell it only touches does not
+    mask_V = covered_V >= max(coverage - ROUNDING, ROUNDING)
+    for level in range(level_V.max() + 1):
+        here_V = level_V == level
+        if mask_V[here_V].any():
+            continue
+        if not covered_V[here_V].any():  # a box thinner than rounding: as if it were just thick enough to see
+            x0, y0, x1, y1 = (float(v) for v in box)
+            seen_V = token_coverage((x0 - ROUNDING, y0 - ROUNDING, x1 + ROUNDING, y1 + ROUNDING), tiles)
+        else:
+            seen_V = covered_V
+        mask_V |= here_V & (seen_V >= seen_V[here_V].max() * (1 - 1e-6))
+    return mask_V
+
+
+def box_masks(
+    boxes: Sequence[Sequence[float]], tiles: Sequence[Tile], coverage: float = 0.5, *, where: str = "box_masks"
 ) -> np.ndarray:
-    """The union of some boxes as visual tokens of one image.
+    """The visual tokens of each box of one image.
 
-    A token belongs to a box when the box covers at least ``coverage`` of its cell. When no cell reaches that, the cells
-    that the box covers most are taken, so that a box never vanishes (a rule by box centres loses about half of the
-    boxes that are smaller than a cell). They are one cell for a small box and several for a long thin one, such as a
-    line of text, which covers a row of cells alike.
+    A token belongs to a box when the box covers at least ``coverage`` of its cell. When no cell of a *level of
+    resolution* (``token_levels``) reaches that, the cells of the level that the box covers most are taken, so that a
+    box never vanishes (a rule by box centres loses about half of the boxes that are smaller than a cell). They are one
+    cell for a small box and several for a long thin one, such as a line of text, which covers a row of cells alike.
+
+    Why per level. An image with a thumbnail is shown to the model twice, and attention to a thing may go to either
+    picture of it: a box that is large enough for a tile's token but not for a thumbnail's would lose what goes to the
+    thumbnail. So each level keeps its most covered cells, at the price that the thumbnail's token is much larger than
+    a small box. Why not per tile: a box that leans over a tile's border by a sliver would mark that sliver's cell only
+    because it is the largest piece within its tile. All tiles of a level are one grid, and their borders do not matter.
 
     Args:
-        boxes: N boxes ``[x0, y0, x1, y1]`` in [0, 1]; N may be 0.
-        rows: grid rows R of the merged grid (``grid_thw[1] // merge_size``).
-        cols: grid columns C.
+        boxes: N boxes ``[x0, y0, x1, y1]`` in [0, 1] of the image; N may be 0.
+        tiles: all tiles of the image in token order, from ``merged_grid`` or ``tile_grid``.
         coverage: threshold in (0, 1].
         where: names the image in errors.
 
     Returns:
-        bool [V], row-major; all False only when there is no box.
+        bool [N, V]; each row has at least one token of each level.
 
     Raises:
-        SayoError: V01-V03 for a malformed box, V04 for a grid or threshold out of range.
+        SayoError: V01-V03 for a malformed box, V04 for a threshold out of range, V05 for a tile without tokens, V06 for
+            tiles that are not the whole image.
     """
-    if rows < 1 or cols < 1 or not 0 < coverage <= 1:
+    if not 0 < coverage <= 1:
         raise SayoError(
             "V04",
-            "grid or coverage threshold out of range",
+            "coverage threshold out of range",
             where=where,
-            got=f"rows={rows}, cols={cols}, coverage={coverage}",
-            wanted="rows, cols >= 1 and 0 < coverage <= 1",
+            got=f"coverage={coverage}",
+            wanted="0 < coverage <= 1",
             fix="set algorithm.attn.region.coverage within (0, 1]",
         )
-    mask = np.zeros((rows, cols), dtype=bool)
+    level_V = token_levels(tiles, where=where)
+    masks_NV = np.zeros((len(boxes), len(level_V)), dtype=bool)
     for i, box in enumerate(boxes):
         check_box(box, where=f"{where}, box {i}")
-        covered = cell_coverage(box, rows, cols)
-        # a box whose border lies exactly on the threshold counts, despite rounding; a cell it only touches does not
-        inside = covered >= max(coverage - 1e-9, 1e-9)
-        if not inside.any():
-            inside = _most_covered(box, covered)
-        mask |= inside
-    return mask.reshape(-1)
+        masks_NV[i] = _box_mask(box, tiles, level_V, coverage)
+    return masks_NV
+
+
+def region_mask(
+    boxes: Sequence[Sequence[float]], tiles: Sequence[Tile], coverage: float = 0.5, *, where: str = "region_mask"
+) -> np.ndarray:
+    """The union of some boxes as visual tokens of one image: bool [V], all False only when there is no box.
+
+    Arguments, rule and errors are those of ``box_masks``.
+    """
+    return np.logical_or.reduce(box_masks(boxes, tiles, coverage, where=where), axis=0)

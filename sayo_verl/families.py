@@ -1,0 +1,93 @@
+"""Facts about the model families whose attention can be read: one entry each, plain strings and flags.
+
+A family is found by ``model_type`` of config.json, its modules by class name: FSDP, PEFT and checkpointing wrap and
+rename modules, but what they wrap keeps its class or a subclass of it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sayo_verl.errors import SayoError
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between families.
+
+    Attributes:
+        model_type: as in config.json.
+        processor: class of the processor that makes this family's images.
+        attention: class of the text attention modules -> the functions, ``module:name``, that its forward may call to
+            rotate queries and keys; each takes them first and returns them as [B, heads, S, D]. Any forward calls
+            exactly one of them, once.
+        decoder: classes of the text model; the output of its ``norm`` is the last hidden state.
+        geometry: how an image becomes visual tokens: ``"grid"`` (``image_grid_thw`` and a merge size) or ``"tiles"``
+            (``image_tile_grid``, one thumbnail).
+        delimiters: tokens around an image that are not visual tokens.
+        sequence_parallel: verl slices this family's inputs under Ulysses; without that a run is silently wrong.
+    """
+
+    model_type: str
+    processor: str
+    attention: Mapping[str, tuple[str, ...]]
+    decoder: tuple[str, ...]
+    geometry: str = "grid"
+    delimiters: tuple[str, ...] = ("<|vision_start|>", "<|vision_end|>")
+    sequence_parallel: bool = field(default=True, kw_only=True)
+
+
+_MODELS = "transformers.models"
+_QWEN2_5_ROTARY = (
+    f"{_MODELS}.qwen2_5_vl.modeling_qwen2_5_vl:apply_multimodal_rotary_pos_emb",
+    # the attention that verl puts in place for packed rows imports the function of the older family
+    f"{_MODELS}.qwen2_vl.modeling_qwen2_vl:apply_multimodal_rotary_pos_emb",
+)
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family(
+            "qwen3_vl",
+            "Qwen3VLProcessor",
+            {"Qwen3VLTextAttention": (f"{_MODELS}.qwen3_vl.modeling_qwen3_vl:apply_rotary_pos_emb",)},
+            ("Qwen3VLTextModel",),
+        ),
+        Family(
+            "qwen3_vl_moe",
+            "Qwen3VLProcessor",
+            {"Qwen3VLMoeTextAttention": (f"{_MODELS}.qwen3_vl_moe.modeling_qwen3_vl_moe:apply_rotary_pos_emb",)},
+            ("Qwen3VLMoeTextModel",),
+        ),
+        Family("qwen2_5_vl", "Qwen2_5_VLProcessor", {"Qwen2_5_VLAttention": _QWEN2_5_ROTARY}, ("Qwen2_5_VLTextModel",)),
+        Family(
+            "internvl",
+            "InternVLProcessor",
+            {
+                "Qwen3Attention": (f"{_MODELS}.qwen3.modeling_qwen3:apply_rotary_pos_emb",),
+                "Qwen3MoeAttention": (f"{_MODELS}.qwen3_moe.modeling_qwen3_moe:apply_rotary_pos_emb",),
+            },
+            ("Qwen3Model", "Qwen3MoeModel"),
+            geometry="tiles",
+            delimiters=("<img>", "</img>"),
+            sequence_parallel=False,
+        ),
+    )
+}
+
+
+def family_of(model_type: str, *, where: str) -> Family:
+    """The facts of a model type.
+
+    Raises:
+        SayoError: L18 for a family that is not known.
+    """
+    if model_type not in FAMILIES:
+        raise SayoError(
+            "L18",
+            "attention capture does not know this model family",
+            where=where,
+            got=model_type,
+            wanted=" or ".join(FAMILIES),
+            fix="use a supported model, or algorithm.adv_estimator=grpo",
+        )
+    return FAMILIES[model_type]

@@ -1,0 +1,251 @@
+"""The statistics of ``sayo_verl.probe.reference`` as Triton kernels: same functions, same arguments, same results.
+
+``attention_masses`` is one pass over response rows x visible keys: flash attention without values, whose online
+softmax carries a sum per set of keys beside the sum over all keys, so that the log-sum-exp comes out instead of going
+in. A program handles one tile of rows for one key head, with that head's query heads side by side in the tile: no
+atomics, every run gives the same bits. Memory beside the results is one small table of tiles per micro-batch, shared by
+its layers, so a layer costs one launch.
+
+``attention_profile`` is one pass over rows x chosen keys with the log-sum-exp known; the mean over heads is finished in
+registers.
+
+There is no fall-back in here: where Triton cannot run, these functions say so.
+"""
+
+import functools
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from sayo_verl.errors import SayoError
+from sayo_verl.probe.reference import Masses, Span, check_inputs, check_profile, check_sets
+
+TYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEAD_DIMENSION = 256
+_LOG2_E = 1.4426950408889634
+
+
+class _Tiling(NamedTuple):
+    """Lanes (row x query head) and keys of a tile, warps of a program, key tiles loaded ahead."""
+
+    lanes: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# Chosen by arithmetic and by what ptxas says of registers for an H100, never tuned on hardware. Two programs should fit
+# on a multiprocessor, so that one computes exponentials while the other multiplies: at 128 lanes x 64 keys x D 128 of
+# bfloat16 one takes 81 of 227 KiB of shared memory (queries 32, keys 16 per stage) and 224 of 255 registers a thread
+# with three sets. Eight warps halve the registers that each set costs a thread. float32 products run without tensor
+# cores (``ieee``): they are there to be exact, not fast, and larger tiles of them spill.
+_MASSES = _Tiling(lanes=128, keys=64, warps=4, stages=3)
+_MASSES_OF_MANY_SETS = _Tiling(lanes=128, keys=64, warps=8, stages=3)
+_MASSES_OF_WIDE_HEADS = _Tiling(lanes=64, keys=64, warps=4, stages=2)
+_PROFILE = _Tiling(lanes=64, keys=128, warps=8, stages=2)
+_PROFILE_OF_WIDE_HEADS = _Tiling(lanes=64, keys=64, warps=8, stages=2)
+_FLOAT32 = _Tiling(lanes=16, keys=32, warps=4, stages=1)
+
+
+@torch.no_grad()
+def attention_masses(
+    query: torch.Tensor, key: torch.Tensor, spans: Sequence[Span], sets: torch.Tensor, n_sets: int, *, scale: float
+) -> Masses:
+    """How much attention each query row gives to each set of keys; see ``reference.attention_masses``.
+
+    Args:
+        query: [B, H, S, D] of bfloat16, float16 or float32, D at most ``MAX_HEAD_DIMENSION``; any strides (it is fast
+            when D is contiguous).
+        key: [B, G, S, D].
+        spans: the sequences.
+        sets: int32 [B, S] beside ``key``; bit k says that the key belongs to set k.
+        n_sets: K, at most ``MAX_SETS``; few are fast.
+        scale: factor on the logits, usually D ** -0.5.
+
+    Returns:
+        ``Masses`` with the query rows in the order of ``spans``.
+
+    Raises:
+        SayoError: P01 for shapes or types that do not fit, P16 for tensors Triton cannot run on, P17 without Triton.
+    """
+    check_inputs(query, key, spans)
+    check_sets(key, sets, n_sets)
+    kernels = _kernels(query)
+    H, G, D, Q = query.shape[1], key.shape[1], query.shape[3], sum(span.n_queries for span in spans)
+    mass_KQH = torch.empty(n_sets, Q, H, dtype=torch.float32, device=query.device)
+    lse_QH = torch.empty(Q, H, dtype=torch.float32, device=query.device)
+    if Q == 0:
+        return Masses(mass_KQH, lse_QH)
+    tiling = _masses_tiling(query.dtype, D, n_sets)
+    lanes = max(tiling.lanes, _power_of_two(H // G))
+    tiles = _tiles(tuple(spans), lanes // (H // G), query.device)
+    with torch.cuda.device_of(query):  # Triton launches on the current device, not on the tensors'
+        kernels.masses_kernel[(tiles.shape[0], G)](
+            query.detach(),
+            key.detach(),
+            sets,
+            tiles,
+            mass_KQH,
+            lse_QH,
+            *query.stride(),
+            *key.stride(),
+            *sets.stride(),
+            Q,
+            scale * _LOG2_E,
+            GROUP=H // G,
+            N_SETS=n_sets,
+            BLOCK_M=lanes,
+            BLOCK_N=tiling.keys,
+            **_common(query, tiling, kernels.INTERPRETED),
+        )
+    return Masses(mass_KQH, lse_QH)
+
+
+@torch.no_grad()
+def attention_profile(
+    query: torch.Tensor, key: torch.Tensor, span: Span, lse: torch.Tensor, columns: torch.Tensor, *, scale: float
+) -> torch.Tensor:
+    """Attention of one sequence's query rows to single keys, mean over heads; see ``reference.attention_profile``.
+
+    Args:
+        query, key, scale: as for ``attention_masses``.
+        span: the sequence.
+        lse: float32 [T, H], this sequence's rows of ``Masses.lse``.
+        columns: int64 [V] positions within the sequence. They are not looked at on the host, which would wait for the
+            device: one that lies outside gives a column of NaN.
+
+    Returns:
+        float32 [T, V] in [0, 1]; 0 where a column comes after the row.
+
+    Raises:
+        SayoError: P01 for shapes or types that do not fit, P16 for tensors Triton cannot run on, P17 without Triton.
+    """
+    check_inputs(query, key, [span])
+    check_profile(span, query, lse, columns)
+    kernels = _kernels(query)
+    T, V, H, G = span.n_queries, columns.shape[0], query.shape[1], key.shape[1]
+    profile_TV = torch.empty(T, V, dtype=torch.float32, device=query.device)
+    if profile_TV.numel() == 0:
+        return profile_TV
+    tiling = _profile_tiling(query.dtype, query.shape[3])
+    query_HTD = query.detach()[span.query_batch, :, span.query_start : span.query_start + T]
+    key_GND = key.detach()[span.key_batch, :, span.key_start : span.key_start + span.n_keys]
+    with torch.cuda.device_of(query):
+        kernels.profile_kernel[(-(-T // tiling.lanes), -(-V // tiling.keys))](
+            query_HTD,
+            key_GND,
+            lse.detach(),
+            columns,
+            profile_TV,
+            *query_HTD.stride(),
+            *key_GND.stride(),
+            *lse.stride(),
+            *columns.stride(),
+            T,
+            V,
+            span.n_keys,
+            span.position,
+            scale * _LOG2_E,
+            N_KEY_HEADS=G,
+            GROUP=H // G,
+            BLOCK_R=tiling.lanes,
+            BLOCK_N=tiling.keys,
+            **_common(query, tiling, kernels.INTERPRETED),
+        )
+    return profile_TV
+
+
+@functools.lru_cache(maxsize=16)  # one per micro-batch in flight is enough; they are small
+def _tiles(spans: tuple[Span, ...], rows: int, device: torch.device) -> torch.Tensor:
+    """int32 [tiles, 7]: tiles of at most ``rows`` query rows of one sequence; fields as ``kernels`` reads them."""
+    tiles, done = [], 0
+    for span in spans:
+        for first in range(0, span.n_queries, rows):
+            tiles.append(
+                (
+                    span.query_batch,
+                    span.query_start + first,
+                    min(rows, span.n_queries - first),
+                    span.position + first,
+                    span.key_batch,
+                    span.key_start,
+                    done + first,
+                )
+            )
+        done += span.n_queries
+    # the tiles with most keys start first, so that the last ones to run are short
+    tiles.sort(key=lambda tile: -tile[3])
+    return torch.tensor(tiles, dtype=torch.int32, device=device)
+
+
+def _masses_tiling(dtype: torch.dtype, D: int, n_sets: int) -> _Tiling:
+    if dtype == torch.float32:
+        return _FLOAT32
+    if D > 128:
+        return _MASSES_OF_WIDE_HEADS
+    return _MASSES if n_sets <= 4 else _MASSES_OF_MANY_SETS
+
+
+def _profile_tiling(dtype: torch.dtype, D: int) -> _Tiling:
+    if dtype == torch.float32:
+        return _FLOAT32
+    return _PROFILE if D <= 128 else _PROFILE_OF_WIDE_HEADS
+
+
+def _common(query: torch.Tensor, tiling: _Tiling, interpreted: bool) -> dict[str, object]:
+    """Arguments that both kernels take: tensor cores round float32 to TensorFloat-32 unless told not to."""
+    D = query.shape[3]
+    return {
+        "D": D,
+        "D_PAD": max(16, _power_of_two(D)),
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "WIDEN": interpreted and query.dtype == torch.bfloat16,
+        "num_warps": tiling.warps,
+        "num_stages": tiling.stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
+def _kernels(query: torch.Tensor) -> ModuleType:
+    """The kernels, once it is clear that they can run on such a tensor.
+
+    Raises:
+        SayoError: P01 for a type or head dimension the kernels are not made for, P16, P17.
+    """
+    if query.dtype not in TYPES or not 0 < query.shape[3] <= MAX_HEAD_DIMENSION:
+        raise SayoError(
+            "P01",
+            "the fast path is not made for these queries",
+            where="attention statistics",
+            got=f"{query.dtype}, head dimension {query.shape[3]}",
+            wanted=f"one of {', '.join(map(str, TYPES))}, at most {MAX_HEAD_DIMENSION}",
+            fix="use path reference",
+        )
+    try:
+        kernels = importlib.import_module("sayo_verl.probe.kernels")
+    except ImportError as error:
+        raise SayoError(
+            "P17",
+            "the fast path needs Triton",
+            where="sayo_verl.probe.fast",
+            got=str(error),
+            fix="pip install triton, in the version that `pip show torch` or your vLLM asks for; or use path reference",
+        ) from error
+    if query.device.type != "cuda" and not kernels.INTERPRETED:
+        raise SayoError(
+            "P16",
+            "the fast path needs CUDA, or TRITON_INTERPRET=1 for testing",
+            where="sayo_verl.probe.fast",
+            got=f"tensors on {query.device}",
+            wanted="a CUDA device",
+            fix="use path reference",
+        )
+    return kernels

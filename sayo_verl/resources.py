@@ -1,0 +1,70 @@
+"""Checks before a run that need arithmetic: do batches divide, and has Ray the CPUs that verl's processes hold."""
+
+import math
+import os
+
+from omegaconf import DictConfig, OmegaConf
+
+from sayo_verl.errors import SayoError
+
+# Ray CPUs that verl's processes hold: a placement bundle of 3 a device (ResourcePoolManager, max_colocate_count),
+# one for TransferQueue's controller, one for the task runner.
+CPUS_PER_DEVICE, CPUS_FIXED = 3, 2
+
+
+def check_batch_sizes(config: DictConfig) -> None:
+    """Without dynamic batching verl asserts, after the first rollout, that micro-batches divide what they are cut from:
+    mini-batches in the update, and in the log-prob pass the batch padded to whole mini-batches.
+
+    Raises:
+        SayoError: L22.
+    """
+    rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
+    devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
+    mini = int(actor.ppo_mini_batch_size) * int(rollout.n)
+    multiple = math.lcm(devices, mini)
+    batch = math.ceil(int(config.data.train_batch_size) * int(rollout.n) / multiple) * multiple
+    for key, dynamic, micro, rows, what in (
+        ("rollout.log_prob_micro_batch_size_per_gpu", rollout.log_prob_use_dynamic_bsz,
+         rollout.log_prob_micro_batch_size_per_gpu, batch, "data.train_batch_size x rollout.n, in whole mini-batches"),
+        ("actor.ppo_micro_batch_size_per_gpu", actor.use_dynamic_bsz, actor.ppo_micro_batch_size_per_gpu, mini,
+         "actor.ppo_mini_batch_size x rollout.n"),
+    ):  # fmt: skip
+        if not dynamic and micro is not None and rows % (int(micro) * devices):
+            raise SayoError(
+                "L22",
+                "micro-batches do not divide the rows they are cut from",
+                where=f"actor_rollout_ref.{key}",
+                got=f"{rows} rows ({what}) on {devices} devices, micro-batch {micro}",
+                wanted="rows divisible by micro-batch x devices",
+                fix="choose a divisor, or set the use_dynamic_bsz beside it",
+            )
+
+
+def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:
+    """TransferQueue waits for ever, without a word, when Ray cannot give its storage units a CPU each.
+
+    Returns:
+        What Ray must offer. It is compared with what it has, but for a dry run (which may be on another machine), a run
+        on several nodes and one that joins a cluster that is already up (``RAY_ADDRESS``).
+
+    Raises:
+        SayoError: L14.
+    """
+    storage = config.transfer_queue.backend.SimpleStorage
+    devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
+    wanted = int(storage.num_data_storage_units) + CPUS_PER_DEVICE * devices + CPUS_FIXED
+    found = OmegaConf.select(config, "ray_kwargs.ray_init.num_cpus") or os.cpu_count() or 1
+    elsewhere = dry_run or int(config.trainer.nnodes) > 1 or bool(os.environ.get("RAY_ADDRESS"))
+    if int(found) < wanted and not elsewhere:
+        raise SayoError(
+            "L14",
+            "Ray has too few CPUs for TransferQueue and verl's workers, and the run would hang",
+            where="ray_kwargs.ray_init.num_cpus",
+            got=found,
+            wanted=f">= {wanted} ({storage.num_data_storage_units} storage units + {CPUS_PER_DEVICE} x {devices} "
+            f"devices + {CPUS_FIXED})",
+            fix=f"set ray_kwargs.ray_init.num_cpus={wanted} (logical CPUs may exceed real ones) or lower "
+            "transfer_queue.backend.SimpleStorage.num_data_storage_units",
+        )
+    return f"Ray needs {wanted} CPUs" + (" (not checked here)" if elsewhere else "")
