@@ -21,6 +21,7 @@ from verl.utils.config import validate_config
 from verl.utils.device import auto_set_device
 
 from sayo_verl import __version__
+from sayo_verl.adapters import internvl
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import METHODS
 from sayo_verl.preflight import preflight, show
@@ -97,6 +98,7 @@ def write_run_card(config: DictConfig) -> None:
 def main(config: DictConfig) -> None:
     """Check, plan, run."""
     try:
+        internvl.configure(config)
         plan = preflight(config, dry_run=config.sayo.dry_run)
     except SayoError as error:
         sys.exit(str(error))

@@ -1,0 +1,61 @@
+"""The data set class for InternVL: images reach the processor as they are stored.
+
+verl's own class resizes every image to Qwen's grid. Selected with ``data.custom_cls``, verl's hook for this.
+"""
+
+from typing import Any
+
+from omegaconf import DictConfig
+from PIL import Image
+from qwen_vl_utils.vision_process import to_rgb
+from verl.utils.dataset.rl_dataset import RLHFDataset
+
+from sayo_verl.errors import SayoError
+
+_RESIZES = ("resized_height", "resized_width", "min_pixels", "max_pixels")
+
+
+class InternVLDataset(RLHFDataset):
+    """``RLHFDataset`` without Qwen's resize, for images only."""
+
+    @classmethod
+    def _process_multi_modal_info(
+        cls, messages: list[dict], image_patch_size: int, config: DictConfig
+    ) -> tuple[list[Image.Image] | None, None, None]:
+        """Images of a conversation in order, RGB and in their stored size; None if there is none.
+
+        Raises:
+            SayoError: D30 for a video or an audio, and what ``stored_image`` raises.
+        """
+        parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+        other = sorted({part["type"] for part in parts} - {"text", "image"})
+        if other:
+            raise SayoError("D30", "only images and text are supported", where="prompt of a row", got=other,
+                            fix="remove these parts from the data")  # fmt: skip
+        return [stored_image(part) for part in parts if part["type"] == "image"] or None, None, None
+
+
+def stored_image(part: dict[str, Any]) -> Image.Image:
+    """The image of one part of a message.
+
+    Raises:
+        SayoError: D31 for a size that only Qwen's resize would honour, D32 for what is neither a PIL image nor the
+            path of a file.
+    """
+    asked = {key: part[key] for key in _RESIZES if part.get(key) is not None}
+    if asked:
+        raise SayoError("D31", "InternVL has no sizes in pixels", where="images of a row", got=asked,
+                        fix="remove them; data.mm_processor_kwargs.max_patches bounds the tiles")  # fmt: skip
+    image = part.get("image")
+    if isinstance(image, str) and "://" not in image.removeprefix("file://"):
+        image = Image.open(image.removeprefix("file://"))
+    if not isinstance(image, Image.Image):
+        raise SayoError(
+            "D32",
+            "an image cannot be read",
+            where="images of a row",
+            got=image if isinstance(image, str) else type(image).__name__,
+            wanted="{'bytes': ...} or the path of a file",
+            fix="store the bytes of the image in the parquet file",
+        )
+    return to_rgb(image)
