@@ -1,0 +1,44 @@
+"""The raw numbers: JSON files that are whole at any time."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Store:
+    """One file, ``{section: {key: values}}``; what is measured again replaces what was there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, dict[str, dict[str, Any]]]:
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def update(self, section: str, key: str, values: dict[str, Any], *, anew: bool = False) -> None:
+        """Add values to an entry, or put them in its place."""
+        raw = self.read()
+        entries = raw.setdefault(section, {})
+        entries[key] = values if anew else {**entries.get(key, {}), **values}
+        self._write(raw)
+
+    def drop(self, section: str, key: str) -> None:
+        """Forget an entry, if there is one."""
+        raw = self.read()
+        if raw.get(section, {}).pop(key, None) is not None:
+            self._write(raw)
+
+    def _write(self, raw: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_name(self.path.name + ".new")
+        new.write_text(json.dumps(raw, indent=1) + "\n")
+        os.replace(new, self.path)
+
+
+def read_all(paths: list[Path]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Several files as one; a later file's entry wins."""
+    whole: dict[str, dict[str, dict[str, Any]]] = {"cases": {}, "scaling": {}, "failures": {}}
+    for path in paths:
+        for section, entries in Store(path).read().items():
+            whole[section].update(entries)
+    return whole
