@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from sayo_verl import __version__
+from sayo_verl.errors import SayoError
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,21 @@ def check_device() -> Finding:
                    "the tiny task runs here: bash scripts/run_sayo_tiny.sh")  # fmt: skip
 
 
+def check_probe() -> Finding:
+    """Whether the path that a run would take to its attention statistics works here, at Qwen3-VL-8B's head shape."""
+    import torch
+
+    from sayo_verl.probe.selfcheck import check_path
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        name, difference = check_path("auto", heads=32, key_heads=8, head_dim=128, device=device)
+    except SayoError as error:
+        return Finding("probe", str(error), "a path that agrees with the reference", False, error.fix)
+    told = f"{name} path, differs from the reference by {difference:.0e}" if difference else f"{name} path"
+    return Finding("probe", f"{told}, on {device.type}", "", True)
+
+
 def plugin_state() -> dict[str, str]:
     """Version of sayo-verl and the registered estimators in the calling process; ``verl`` is imported by it."""
     import verl  # noqa: F401 (loads plug-ins)
@@ -126,6 +142,7 @@ def examine(stack: str | None = None) -> list[Finding]:
     return [
         *check_versions(stack),
         check_device(),
+        check_probe(),
         check_plugin("this process", plugin_state()),
         check_ray_worker(),
     ]
