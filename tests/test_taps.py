@@ -380,7 +380,7 @@ def test_nothing_stays_behind_when_a_function_is_not_there(monkeypatch):
     first, _ = taps.ROTARY["Qwen2_5_VLAttention"]
     gone = {**taps.ROTARY, "Qwen2_5_VLAttention": (first, first.replace("apply_multimodal", "apply_another"))}
     monkeypatch.setattr(taps, "ROTARY", gone)
-    with pytest.raises(SayoError, match=r"SAYO-P25: .*apply_another.*fix: install the version of transformers"):
+    with pytest.raises(SayoError, match=r"SAYO-P26: .*apply_another.*fix: install the version of transformers"):
         ForwardTap(model, [0, 1], Reads().attention, Reads().last_hidden)
     assert rotary_functions() == before
     assert hooks(model) == 0

@@ -5,8 +5,8 @@ formulas and code are not public. This file is our reading: a token's pattern is
 visual tokens (mean over heads), alike means cosine, the graph joins each token to the few that are most like it, and
 weights are the cosines in whole numbers, as METIS wants them. Nothing here imports METIS.
 
-Shape suffixes: T tokens of one response, t of a chunk, V visual tokens, m neighbours, P directed pairs, E entries of the
-adjacency (two per edge).
+Shape suffixes: T tokens of one response, t of a chunk, V visual tokens, m neighbours, P directed pairs, E entries of
+the adjacency (two per edge).
 """
 
 from typing import NamedTuple
@@ -61,14 +61,15 @@ def top_neighbours(profile: torch.Tensor, m: int, *, chunk: int = 256) -> tuple[
     _check_finite(profile, where="top_neighbours")
     T, found = profile.shape[0], min(m, max(profile.shape[0] - 1, 0))
     # Products in float64, ranks by float32: profiles that are equal give equal similarities wherever they stand in a
-    # matrix product, so that neither chunks nor devices decide between them. Autocast leaves float64 alone.
+    # matrix product, so that neither chunks nor devices decide between them, and no cosine is above 1. Autocast leaves
+    # float64 alone.
     profile_TV = profile.detach().double()
     norm_T1 = torch.linalg.vector_norm(profile_TV, dim=1, keepdim=True)
     unit_TV = profile_TV / norm_T1.masked_fill(norm_T1 == 0, 1.0)
     index_Tm = torch.full((T, m), -1, dtype=torch.int64, device=profile.device)
     similarity_Tm = torch.zeros(T, m, dtype=torch.float32, device=profile.device)
     for first in range(0, T, chunk):
-        cosine_tT = (unit_TV[first : first + chunk] @ unit_TV.T).clamp_(-1.0, 1.0).float()
+        cosine_tT = (unit_TV[first : first + chunk] @ unit_TV.T).float()
         cosine_tT.diagonal(first).fill_(float("-inf"))  # comes last, and there are at most T - 1 others to take
         values_tT, order_tT = cosine_tT.sort(dim=1, descending=True, stable=True)
         index_Tm[first : first + chunk, :found] = order_tT[:, :found]
@@ -87,7 +88,7 @@ def adjacency(index: torch.Tensor, similarity: torch.Tensor, *, levels: int = 10
             if they differ, and is dropped when that is not positive: METIS takes positive whole numbers only.
 
     Returns:
-        ``Graph``, on the device of the inputs. Tokens without an edge have an empty row; METIS accepts them.
+        ``Graph``, on the device of the inputs. Tokens without an edge have an empty row.
 
     Raises:
         SayoError: P18 for shapes and numbers that do not fit, P25 for a similarity that is not finite.

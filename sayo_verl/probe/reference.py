@@ -129,14 +129,15 @@ def attention_masses(
         member_KN = ((sets_N >> bits_K[:, None]) & 1).float()
         for first, rows, logits_GgtN in _logits(query, key, span, scale, chunk):
             n = logits_GgtN.shape[-1]
-            lse_Ggt = logits_GgtN.logsumexp(-1)
-            p_GgtN = logits_GgtN.sub_(lse_Ggt[..., None]).exp_()
+            max_Ggt = logits_GgtN.amax(-1)
+            p_GgtN = logits_GgtN.sub_(max_Ggt[..., None]).exp_()
+            sum_Ggt = p_GgtN.sum(-1)
             at = slice(done + first, done + first + rows)
-            lse_QH[at] = lse_Ggt.reshape(H, rows).T
+            lse_QH[at] = (max_Ggt + sum_Ggt.log()).reshape(H, rows).T
             with torch.autocast(query.device.type, enabled=False):
                 for mass_QH, member_N in zip(mass_KQH, member_KN, strict=True):
                     # one by one: the bits of a set's mass must not depend on which others are asked
-                    mass_QH[at] = (p_GgtN @ member_N[:n]).reshape(H, rows).T
+                    mass_QH[at] = (p_GgtN @ member_N[:n] / sum_Ggt).reshape(H, rows).T
         done += span.n_queries
     return Masses(mass_KQH, lse_QH)
 

@@ -140,12 +140,12 @@ def _rotary(target: str) -> tuple[ModuleType, str]:
     """The module and name of a family's rotary function.
 
     Raises:
-        SayoError: P25 when the installed transformers has none of that name.
+        SayoError: P26 when the installed transformers has none of that name.
     """
     source, name = target.split(":")
     module = importlib.import_module(source)
     if not hasattr(module, name):
-        raise SayoError("P25", "the installed transformers has no such rotary function", where="sayo_verl/families.py",
+        raise SayoError("P26", "the installed transformers has no such rotary function", where="sayo_verl/families.py",
                         got=f"transformers {version('transformers')}", wanted=target,
                         fix="install the version of transformers that pyproject.toml names")  # fmt: skip
     return module, name
