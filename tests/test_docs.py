@@ -29,7 +29,8 @@ def test_probe_md_reads_a_plain_hugging_face_model(random_policy):
     model = AutoModelForImageTextToText.from_pretrained(random_policy, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(random_policy)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8))
-    text = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>where ?<|im_end|>\n<|im_start|>assistant\nhere ."
+    image_part = "<|vision_start|><|image_pad|><|vision_end|>"
+    text = f"<|im_start|>user\n{image_part}where ?<|im_end|>\n<|im_start|>assistant\nhere ."
     inputs = dict(processor(text=[text], images=[image], return_tensors="pt"))
     names = {
         "torch": torch, "model": model, "inputs": inputs, "input_ids": inputs["input_ids"], "response_length": 3,

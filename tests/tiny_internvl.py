@@ -89,7 +89,7 @@ def build_processor(
     )  # fmt: skip
 
 
-def build_model(processor: InternVLProcessor, *, seed: int = 0) -> InternVLForConditionalGeneration:
+def build_model(processor: InternVLProcessor, *, seed: int = 0, layers: int = 2) -> InternVLForConditionalGeneration:
     """Random float32 weights. The class and position embeddings, which transformers starts at zero, are drawn as well:
     otherwise the place of a patch would hardly matter, and a test could not see tokens in a wrong order."""
     tokenizer = processor.tokenizer
@@ -100,7 +100,7 @@ def build_model(processor: InternVLProcessor, *, seed: int = 0) -> InternVLForCo
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
         "intermediate_size": 256,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
@@ -144,10 +144,10 @@ def build_model(processor: InternVLProcessor, *, seed: int = 0) -> InternVLForCo
     return model
 
 
-def save_policy(folder: Path, *, seed: int = 0) -> Path:
+def save_policy(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
     """Everything that transformers, verl and vLLM load, in one folder."""
     built = build_processor()
-    build_model(built, seed=seed).save_pretrained(folder)
+    build_model(built, seed=seed, layers=layers).save_pretrained(folder)
     built.save_pretrained(folder)
     return folder
 

@@ -210,13 +210,14 @@ def check_sets(key: torch.Tensor, sets: torch.Tensor, n_sets: int) -> None:
         SayoError: P01.
     """
     wanted = (key.shape[0], key.shape[2])
-    if tuple(sets.shape) != wanted or sets.dtype != torch.int32 or not 0 < n_sets <= MAX_SETS:
+    beside = tuple(sets.shape) == wanted and sets.device == key.device
+    if not beside or sets.dtype != torch.int32 or not 0 < n_sets <= MAX_SETS:
         raise SayoError(
             "P01",
             "the sets of keys do not lie beside the keys",
             where="attention_masses",
-            got=f"sets {tuple(sets.shape)} {sets.dtype}, {n_sets} sets",
-            wanted=f"{wanted} torch.int32, 1 to {MAX_SETS} sets",
+            got=f"sets {tuple(sets.shape)} {sets.dtype} on {sets.device}, {n_sets} sets",
+            wanted=f"{wanted} torch.int32 on {key.device}, 1 to {MAX_SETS} sets",
             fix="this is a defect of the capture; report it with the model family and verl's settings",
         )
 
@@ -227,12 +228,14 @@ def check_profile(span: Span, query: torch.Tensor, lse: torch.Tensor, columns: t
     Raises:
         SayoError: P01.
     """
-    if tuple(lse.shape) != (span.n_queries, query.shape[1]) or columns.ndim != 1 or columns.dtype != torch.int64:
+    fits = tuple(lse.shape) == (span.n_queries, query.shape[1]) and lse.device == columns.device == query.device
+    if not fits or columns.ndim != 1 or columns.dtype != torch.int64:
         raise SayoError(
             "P01",
             "log-sum-exp and columns are not those of the sequence",
             where="attention_profile",
-            got=f"lse {tuple(lse.shape)}, columns {tuple(columns.shape)} {columns.dtype}",
-            wanted=f"lse {(span.n_queries, query.shape[1])}, int64 [V]",
+            got=f"lse {tuple(lse.shape)} on {lse.device}, columns {tuple(columns.shape)} {columns.dtype} on "
+            f"{columns.device}",
+            wanted=f"lse {(span.n_queries, query.shape[1])}, int64 [V], on {query.device}",
             fix="this is a defect of the capture; report it with the model family and verl's settings",
         )
