@@ -25,6 +25,8 @@ class Family:
             (``image_tile_grid``, one thumbnail).
         delimiters: tokens around an image that are not visual tokens.
         sequence_parallel: verl slices this family's inputs under Ulysses; without that a run is silently wrong.
+        fused_kernels: strategies under which verl's fused kernels run this family.
+        packed_needs_flash_attn: verl calls flash-attn for packed rows whatever ``attn_implementation`` says.
     """
 
     model_type: str
@@ -34,6 +36,8 @@ class Family:
     geometry: str = "grid"
     delimiters: tuple[str, ...] = ("<|vision_start|>", "<|vision_end|>")
     sequence_parallel: bool = field(default=True, kw_only=True)
+    fused_kernels: tuple[str, ...] = field(default=("fsdp", "fsdp2"), kw_only=True)
+    packed_needs_flash_attn: bool = field(default=False, kw_only=True)
 
 
 _MODELS = "transformers.models"
@@ -58,7 +62,14 @@ FAMILIES = {
             {"Qwen3VLMoeTextAttention": (f"{_MODELS}.qwen3_vl_moe.modeling_qwen3_vl_moe:apply_rotary_pos_emb",)},
             ("Qwen3VLMoeTextModel",),
         ),
-        Family("qwen2_5_vl", "Qwen2_5_VLProcessor", {"Qwen2_5_VLAttention": _QWEN2_5_ROTARY}, ("Qwen2_5_VLTextModel",)),
+        Family(
+            "qwen2_5_vl",
+            "Qwen2_5_VLProcessor",
+            {"Qwen2_5_VLAttention": _QWEN2_5_ROTARY},
+            ("Qwen2_5_VLTextModel",),
+            fused_kernels=("fsdp",),
+            packed_needs_flash_attn=True,
+        ),
         Family(
             "internvl",
             "InternVLProcessor",
@@ -70,6 +81,7 @@ FAMILIES = {
             geometry="tiles",
             delimiters=("<img>", "</img>"),
             sequence_parallel=False,
+            fused_kernels=(),
         ),
     )
 }

@@ -9,13 +9,12 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.errors import SayoError, did_you_mean
-from sayo_verl.families import Family, family_of
 from sayo_verl.methods import METHODS, RegionMethod
+from sayo_verl.model_check import check_model, sequence_parallel
 from sayo_verl.resources import check_batch_sizes, check_ray_cpus
 from sayo_verl.settings import method_from_config
 
@@ -93,6 +92,8 @@ def check_settings(config: DictConfig, method: RegionMethod) -> None:
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     correction = config.algorithm.get("rollout_correction") or {}
     legacy = OmegaConf.select(config, "custom_reward_function.path")
+    attention = str(OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation",
+                                     default="flash_attention_2"))  # fmt: skip
     rules: list[tuple[str, bool, str, str, object, str]] = [
         ("L04", not config.trainer.use_v1, "attention methods need verl's V1 trainer",
          "trainer.use_v1", config.trainer.use_v1, "set trainer.use_v1=True"),
@@ -105,9 +106,13 @@ def check_settings(config: DictConfig, method: RegionMethod) -> None:
          "algorithm.use_pf_ppo", True, "set it to False"),
         ("L08", actor.strategy not in ("fsdp", "fsdp2"), "attention is captured in verl's FSDP engine only",
          "actor_rollout_ref.actor.strategy", actor.strategy, "use fsdp or fsdp2, or algorithm.adv_estimator=grpo"),
-        ("L09", _sequence_parallel(config) > 1 and not config.actor_rollout_ref.model.use_remove_padding,
+        ("L09", sequence_parallel(config) > 1 and not config.actor_rollout_ref.model.use_remove_padding,
          "verl's sequence parallelism needs packed rows", "actor_rollout_ref.model.use_remove_padding", False,
          "set it to True, or actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1"),
+        ("L24", sequence_parallel(config) > 1 and "flash_attention" not in attention,
+         "verl exchanges heads for tokens in FlashAttention only; with another kernel each device attends to its own "
+         "part, and no error says so", "actor_rollout_ref.model.override_config.attn_implementation", attention,
+         "set it to flash_attention_2, or actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1"),
         ("L10", bool(config.algorithm.filter_groups.enable) and method.weight != 0,
          "group filtering acts before attention is known and would drop groups that differ only in region reward",
          "algorithm.filter_groups.enable", True, "set it to False, or algorithm.attn.region.weight=0"),
@@ -124,15 +129,6 @@ def check_settings(config: DictConfig, method: RegionMethod) -> None:
     for code, broken, what, where, got, fix in rules:
         if broken:
             raise SayoError(code, what, where=where, got=got, fix=fix)
-
-
-def _sequence_parallel(config: DictConfig) -> int:
-    # Only the FSDP engine's configuration has both keys, and L08 is to speak before a key error does.
-    actor = config.actor_rollout_ref.actor
-    return max(
-        int(OmegaConf.select(actor, key, default=1))
-        for key in ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size")
-    )
 
 
 def check_output(config: DictConfig) -> None:
@@ -173,10 +169,6 @@ def _absent(path: str, where: str, code: str, what: str, fix: str, dry_run: bool
 
 
 def _check_model(config: DictConfig, method: RegionMethod | None, dry_run: bool) -> str:
-    from transformers import AutoConfig
-
-    from sayo_verl.probe.taps import resolve_layers
-
     path = str(config.actor_rollout_ref.model.path)
     folder = Path(path).expanduser()
     if not folder.exists():
@@ -189,43 +181,8 @@ def _check_model(config: DictConfig, method: RegionMethod | None, dry_run: bool)
     if not file.is_file():
         raise SayoError("L17", "the model folder has no config.json", where="actor_rollout_ref.model.path", got=path,
                         fix="point to a folder in Hugging Face format")  # fmt: skip
-    model = json.loads(file.read_text())
-    if method is None:
-        return f"{path} ({model['model_type']})"
-    family = family_of(model["model_type"], where="actor_rollout_ref.model.path")
-    if _sequence_parallel(config) > 1 and not family.sequence_parallel:
-        raise SayoError(
-            "L09",
-            "verl does not split the tokens of this family over devices, and would not say so",
-            where="actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
-            got=f"{_sequence_parallel(config)}, {family.model_type}",
-            wanted="1",
-            fix="set it to 1",
-        )
-    _check_processor(folder, family)
-    text = AutoConfig.from_pretrained(folder).get_text_config()
-    layers = resolve_layers(method.layers, text.num_hidden_layers, where="algorithm.attn.region.layers")
-    kinds = dict.fromkeys(layers, "full_attention") | {n: kind for n, kind in enumerate(_kinds(text)) if n in layers}
-    if set(kinds.values()) != {"full_attention"}:
-        raise SayoError("P11", "not full-attention layers", where="algorithm.attn.region.layers", got=kinds,
-                        wanted="layers of type full_attention", fix="name such layers")  # fmt: skip
-    return f"{path} ({family.model_type}, probing layer {', '.join(map(str, layers))} of {text.num_hidden_layers})"
-
-
-def _check_processor(folder: Path, family: Family) -> None:
-    """The grid of visual tokens is the processor's: another family's would map boxes to wrong tokens."""
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        file = folder / name
-        found = json.loads(file.read_text()).get("processor_class", family.processor) if file.is_file() else None
-        if found not in (None, family.processor):
-            raise SayoError("L23", "the model folder holds the processor of another family", where=str(file),
-                            got=f"{found} for a {family.model_type} model", wanted=family.processor,
-                            fix="copy the processor files of the original model into the folder")  # fmt: skip
-
-
-def _kinds(text: Any) -> list[str]:
-    """Attention type of each layer; only families that mix types say so."""
-    return list(text.layer_types or []) if "layer_types" in text.to_dict() else []
+    model_type = json.loads(file.read_text())["model_type"]
+    return f"{path} ({check_model(config, method, folder, model_type) if method else model_type})"
 
 
 def _check_data(config: DictConfig, split: str, method: RegionMethod | None, dry_run: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -74,10 +75,18 @@ def mixed_rows(cell: int) -> list[RowShape]:
     ]
 
 
-def single_process_group(port: int) -> None:
-    """The environment verl's engine reads instead of a launcher's."""
+def free_port() -> int:
+    """A port nobody listens on, so that two test runs on one machine do not meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def single_process_group(port: int = 0) -> None:
+    """The environment verl's engine reads instead of a launcher's; port 0: any free one."""
     if not torch.distributed.is_initialized():
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(port or free_port())
         torch.distributed.init_process_group("gloo")
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from engine_rows import ROWS, log_prob_pass, make_rows, model_config, single_process_group, worker
+from family_models import patches_undone
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
@@ -31,13 +32,11 @@ def _process_group():
 
 @pytest.fixture(scope="module", autouse=True)
 def _transformers_as_it_was():
-    """verl replaces forwards of Qwen3-VL's classes for the whole process; other tests want transformers' own."""
-    classes = [c for c in vars(modeling_qwen3_vl).values() if isinstance(c, type) and c.__module__.endswith("qwen3_vl")]
-    before = {c: c.__dict__["forward"] for c in classes if "forward" in c.__dict__}
-    yield
-    assert any(c.__dict__["forward"] is not forward for c, forward in before.items()), "verl no longer patches them"
-    for c, forward in before.items():
-        c.forward = forward
+    """verl replaces forwards of transformers' classes for the whole process; other tests want transformers' own."""
+    before = modeling_qwen3_vl.Qwen3VLModel.forward
+    with patches_undone():
+        yield
+        assert modeling_qwen3_vl.Qwen3VLModel.forward is not before, "verl no longer patches them"
 
 
 @pytest.fixture(scope="module")

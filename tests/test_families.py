@@ -45,7 +45,7 @@ PER_ROW = [WIRE_PREFIX + name for name in ("image_tokens", "region_tokens")]
 
 @pytest.fixture(scope="module", autouse=True)
 def _process_group():
-    single_process_group(29647)
+    single_process_group()
     torch.set_num_threads(1)
 
 
@@ -196,7 +196,7 @@ def test_packed_qwen2_5_needs_flash_attention_whatever_is_configured(models, row
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 def test_fused_kernels_of_qwen2_5_need_fsdp1(models, rows, engine, packed):
-    """verl/models/transformers/qwen2_vl.py:537 hands lm_head's DTensor to a product; Qwen3-VL gathers it first."""
+    """verl/models/transformers/qwen2_vl.py:517 hands lm_head's DTensor to a product; Qwen3-VL gathers it first."""
     built = engine(models["qwen2_5_vl"], packed=packed, fused=True)
     with pytest.raises(RuntimeError, match=r"aten\.mm\.default got mixed torch\.Tensor and DTensor"):
         log_prob_pass(built, rows["qwen2_5_vl"], None)
@@ -214,7 +214,7 @@ def test_sequence_parallelism_needs_packed_rows(models):
 
 
 def test_packed_qwen2_5_cannot_run_in_float32(models, rows):
-    """verl/models/transformers/qwen2_vl.py:215 rounds float32 to bfloat16 for the kernel and hands the result to a
+    """verl/models/transformers/qwen2_vl.py:210 rounds float32 to bfloat16 for the kernel and hands the result to a
     float32 product; under autocast, as verl trains, it goes on. Which is why the stand-in takes the rounding out."""
     with patches_undone(), flash_attention_on_cpu(float32_in_verl=False):
         built = worker(model_config(models["qwen2_5_vl"], packed=True, attention="flash_attention_2"), dynamic=False)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from eager_oracle import RowTruth, difference, eager_truth, reference_log_probs
 from engine_rows import (
+    free_port,
     fsdp1_on_cpu,
     log_prob_pass,
     make_rows,
@@ -175,7 +176,7 @@ def unbound(output: Any) -> dict[str, list[torch.Tensor]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _process_group():
-    single_process_group(29643)
+    single_process_group()
     torch.set_num_threads(1)
 
 
@@ -298,7 +299,7 @@ def two_ranks(worlds, tmp_path_factory) -> dict[str, Outcome]:
     requests = {"plain": None, "full": StatisticsRequest(ASKED).to_wire()}
     cases.append(Case("internvl-ulysses", internvl.model, internvl.rows, requests))
     cases.append(Case("qwen3_vl-sdpa", world.model, world.rows, {"plain": None}, attention="sdpa"))
-    return run_on_two_ranks(cases, tmp_path_factory.mktemp("ranks"), port=29645)
+    return run_on_two_ranks(cases, tmp_path_factory.mktemp("ranks"), free_port())
 
 
 @pytest.mark.parametrize("case", TWO_RANKS, ids=lambda case: case.name)

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image
 
 import sayo_verl.families
+import sayo_verl.model_check
 import sayo_verl.preflight
 import sayo_verl.resources
 import sayo_verl.settings
@@ -259,6 +260,9 @@ SETTINGS = [
     ("L09", {"actor_rollout_ref.model.use_remove_padding": False,
              "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2},
      "actor_rollout_ref.model.use_remove_padding"),
+    ("L24", {"actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
+             "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2},
+     "actor_rollout_ref.model.override_config.attn_implementation"),
     ("L10", {"algorithm.filter_groups.enable": True}, "algorithm.filter_groups.enable"),
     ("L11", {"custom_reward_function.path": "reward.py"}, "custom_reward_function.path"),
     ("L12", {"actor_rollout_ref.rollout.n": 1}, "actor_rollout_ref.rollout.n"),
@@ -417,12 +421,13 @@ def test_L18_an_unknown_model_family(make, tmp_path):
 def test_L09_a_family_that_verl_does_not_split_over_devices(make, tmp_path):
     model = write_model(tmp_path / "internvl", model_type="internvl",
                         text_config={"model_type": "qwen3", "num_hidden_layers": 4})  # fmt: skip
-    values = {"actor_rollout_ref.model.path": str(model)}
+    flash = {"actor_rollout_ref.model.override_config.attn_implementation": "flash_attention_2"}
+    values = {"actor_rollout_ref.model.path": str(model), **flash}
     assert "internvl, probing layer 3 of 4" in dict(preflight(make(**values)))["model"]
     error = refused(make(**values, **{"actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2}), "L09")
     assert error.got == "2, internvl"
     split = {"actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2}
-    preflight(make(**split))  # verl splits Qwen3-VL
+    preflight(make(**split, **flash))  # verl splits Qwen3-VL
 
 
 def test_L23_a_processor_of_another_family(make):
@@ -436,10 +441,37 @@ def test_L23_a_processor_of_another_family(make):
         preflight(config)
 
 
+def qwen2_5(folder: Path) -> dict[str, str]:
+    text = {"num_hidden_layers": 4, "use_sliding_window": False}
+    return {"actor_rollout_ref.model.path": str(write_model(folder, model_type="qwen2_5_vl", text_config=text))}
+
+
+def test_L25_fused_kernels_that_do_not_run(make, tmp_path):
+    values = {**qwen2_5(tmp_path / "qwen2_5"), "actor_rollout_ref.model.use_remove_padding": False}
+    fused = {"actor_rollout_ref.model.use_fused_kernels": True}
+    error = refused(make(**values, **fused, **{"actor_rollout_ref.actor.strategy": "fsdp2"}), "L25")
+    assert "strategy=fsdp" in error.fix
+    preflight(make(**values, **fused, **{"actor_rollout_ref.actor.strategy": "fsdp"}))
+    preflight(make(**fused, **{"actor_rollout_ref.actor.strategy": "fsdp2"}))  # Qwen3-VL
+
+
+def test_L26_packed_rows_that_need_flash_attn(make, tmp_path, monkeypatch):
+    config, installed = make(**qwen2_5(tmp_path / "qwen2_5")), [None]
+    monkeypatch.setattr(sayo_verl.model_check.importlib.util, "find_spec", lambda name: installed[0])
+    error = refused(config, "L26")
+    assert error.got == "True, qwen2_5_vl"
+    installed[0] = object()
+    preflight(config)
+    installed[0] = None
+    config.actor_rollout_ref.model.use_remove_padding = False
+    preflight(config)
+
+
 def test_P11_a_sliding_window_layer(make, tmp_path):
     text = {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}
     model = write_model(tmp_path / "sliding", model_type="qwen2_5_vl", text_config=text)
-    values = {"actor_rollout_ref.model.path": str(model), "algorithm.attn.region.layers": [0, 3]}
+    values = {"actor_rollout_ref.model.path": str(model), "algorithm.attn.region.layers": [0, 3],
+              "actor_rollout_ref.model.use_remove_padding": False}  # fmt: skip
     error = refused(make(**values), "P11")
     assert "3: 'sliding_attention'" in str(error)
     values["algorithm.attn.region.layers"] = [0, 1]
@@ -448,7 +480,8 @@ def test_P11_a_sliding_window_layer(make, tmp_path):
 
 def test_the_released_qwen2_5_vl_configuration_has_no_text_config(make, tmp_path):
     model = write_model(tmp_path / "flat", model_type="qwen2_5_vl", num_hidden_layers=28, use_sliding_window=False)
-    plan = dict(preflight(make(**{"actor_rollout_ref.model.path": str(model)})))
+    values = {"actor_rollout_ref.model.path": str(model), "actor_rollout_ref.model.use_remove_padding": False}
+    plan = dict(preflight(make(**values)))
     assert "probing layer 27 of 28" in plan["model"]
 
 
@@ -538,7 +571,13 @@ def test_preflight_changes_nothing(make):
 def test_each_launch_refusal_has_a_test():
     told = {
         code
-        for module in (sayo_verl.families, sayo_verl.preflight, sayo_verl.resources, sayo_verl.settings)
+        for module in (
+            sayo_verl.families,
+            sayo_verl.model_check,
+            sayo_verl.preflight,
+            sayo_verl.resources,
+            sayo_verl.settings,
+        )
         for code in re.findall(r'"(L\d\d)"', Path(module.__file__).read_text())
     }
     tested = {code for name in globals() for code in re.findall(r"^test_(L\d\d)_", name)}
