@@ -26,7 +26,7 @@ REQUEST, NAMES = request(), names()
 
 @pytest.fixture(scope="module", autouse=True)
 def _process_group():
-    single_process_group(29651)
+    single_process_group()
     torch.set_num_threads(1)
 
 

@@ -45,7 +45,7 @@ ROWS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _process_group():
-    single_process_group(29651)
+    single_process_group()
     torch.set_num_threads(1)
 
 
