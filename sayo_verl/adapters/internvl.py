@@ -24,7 +24,6 @@ from typing import Any
 from sayo_verl.errors import SayoError
 
 MODEL_TYPE = "internvl"
-GRID_KEY = "image_tile_grid"
 _VLLM_SERVER = "verl.workers.rollout.vllm_rollout.vllm_async_server"
 
 

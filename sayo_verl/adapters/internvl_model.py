@@ -11,8 +11,9 @@ from transformers.models.got_ocr2 import image_processing_got_ocr2 as tiling
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.internvl.processing_internvl import InternVLProcessorKwargs
 
-from sayo_verl.adapters.internvl import GRID_KEY
 from sayo_verl.errors import SayoError
+
+GRID_KEY = "image_tile_grid"  # where sayo_verl.probe.plan looks for the geometry of tiles
 
 
 class InternVLProcessor(transformers.InternVLProcessor):
