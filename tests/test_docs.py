@@ -9,11 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sayo_verl.families import family_of
-from sayo_verl.probe.measure import Measurement
-from sayo_verl.probe.plan import image_tiles, plan_row
-from sayo_verl.probe.statistics import CATALOGUE, Statistic, StatisticsRequest
-from sayo_verl.probe.taps import ForwardTap, asked_layers
+from sayo_verl.probe.statistics import CATALOGUE
 
 ROOT = Path(__file__).parent.parent
 PROBE = (ROOT / "docs" / "probe.md").read_text()
@@ -32,11 +28,7 @@ def test_probe_md_reads_a_plain_hugging_face_model(random_policy):
     image_part = "<|vision_start|><|image_pad|><|vision_end|>"
     text = f"<|im_start|>user\n{image_part}where ?<|im_end|>\n<|im_start|>assistant\nhere ."
     inputs = dict(processor(text=[text], images=[image], return_tensors="pt"))
-    names = {
-        "torch": torch, "model": model, "inputs": inputs, "input_ids": inputs["input_ids"], "response_length": 3,
-        "Statistic": Statistic, "StatisticsRequest": StatisticsRequest, "plan_row": plan_row, "family_of": family_of,
-        "image_tiles": image_tiles, "asked_layers": asked_layers, "Measurement": Measurement, "ForwardTap": ForwardTap,
-    }  # fmt: skip
+    names = {"model": model, "inputs": inputs, "input_ids": inputs["input_ids"], "response_length": 3}
     code = next(block for block in re.findall(r"```python\n(.*?)```", PROBE, re.S) if "ForwardTap" in block)
     exec(code, names)  # noqa: S102 (the page's own example)
     assert names["values"].shape == (12,)
