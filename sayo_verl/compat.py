@@ -80,6 +80,7 @@ CONTRACT = (
          "actors keep their workers in worker_dict"),
     Seam("verl.utils.tensordict_utils:maybe_fix_3d_position_ids", "replaces", "verl issue 7899"),
     Seam("verl.utils.tensordict_utils:get_non_tensor_data", "calls", "reads per-call settings"),
+    Seam("verl.utils.tensordict_utils:assign_non_tensor_stack", "calls", "changed images of a micro-batch"),
     Seam("verl.utils.tracking:FileLogger", "relies on", "metrics.jsonl and VERL_FILE_LOGGER_PATH"),
     Seam("verl.trainer.ppo.reward:get_custom_reward_fn", "relies on", "reward_kwargs reach the reward function"),
     Seam("verl.utils.device:get_device_id", "calls", "where a micro-batch is computed, wherever parameters lie"),

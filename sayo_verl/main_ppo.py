@@ -23,8 +23,9 @@ from verl.utils.device import auto_set_device
 from sayo_verl import __version__
 from sayo_verl.adapters import internvl
 from sayo_verl.errors import SayoError
-from sayo_verl.methods import METHODS
+from sayo_verl.methods import METHODS, Mix
 from sayo_verl.preflight import preflight, show
+from sayo_verl.settings import load_methods
 
 PLUGIN = "sayo_verl.plugin"
 ENGINE = "sayo_verl.engine"
@@ -41,7 +42,10 @@ class SayoTaskRunner(TaskRunnerV1.__ray_actor_class__):
         from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
         import sayo_verl.trainer.modes  # noqa: F401 (registers the trainer)
+        from sayo_verl.trainer.context import register_estimators
 
+        load_methods(config.sayo.modules)
+        register_estimators()
         if config.algorithm.adv_estimator not in ADV_ESTIMATOR_REGISTRY:
             raise SayoError(
                 "X02",
@@ -68,7 +72,7 @@ def prepare_workers(config: DictConfig) -> None:
 
 def select_method(config: DictConfig) -> bool:
     """Point verl at the attention trainer and engine if the estimator is one of ours; say whether it is."""
-    ours = config.algorithm.adv_estimator in METHODS
+    ours = config.algorithm.adv_estimator in (*METHODS, Mix.name)
     if ours:
         config.trainer.v1.trainer_mode = "sayo_sync"
         config.actor_rollout_ref.model.external_lib = ENGINE
@@ -98,6 +102,7 @@ def write_run_card(config: DictConfig) -> None:
 def main(config: DictConfig) -> None:
     """Check, plan, run."""
     try:
+        config.sayo.modules = load_methods(config.sayo.modules)
         internvl.configure(config)
         plan = preflight(config, dry_run=config.sayo.dry_run)
     except SayoError as error:

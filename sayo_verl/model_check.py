@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.errors import SayoError
 from sayo_verl.families import Family, family_of
-from sayo_verl.methods import RegionMethod
+from sayo_verl.methods import Method
 
 
 def sequence_parallel(config: DictConfig) -> int:
@@ -22,7 +22,7 @@ def sequence_parallel(config: DictConfig) -> int:
     )
 
 
-def check_model(config: DictConfig, method: RegionMethod, folder: Path, model_type: str) -> str:
+def check_model(config: DictConfig, method: Method, folder: Path, model_type: str) -> str:
     """Refuse a model whose attention cannot be read, or cannot under these settings.
 
     Args:
@@ -43,24 +43,34 @@ def check_model(config: DictConfig, method: RegionMethod, folder: Path, model_ty
     from sayo_verl.probe.taps import resolve_layers
 
     family = family_of(model_type, where="actor_rollout_ref.model.path")
-    _check_modes(config, family)
+    _check_modes(config, family, method)
     _check_processor(folder, family)
     text = AutoConfig.from_pretrained(folder).get_text_config()
-    layers = resolve_layers(method.layers, text.num_hidden_layers, where="algorithm.attn.region.layers")
+    request = method.needs().statistics
+    where = f"algorithm.attn.{method.name.removeprefix('attn_')}.layers"
+    n_layers = text.num_hidden_layers
+    attention = [s.layers for s in request.statistics if s.fact.source != "hidden"]
+    # a statistic at a time: -1 and the last number may both be there, asked by different methods
+    layers = list(dict.fromkeys(n for asked in attention for n in resolve_layers(asked, n_layers, where=where)))
     kinds = dict.fromkeys(layers, "full_attention") | {n: kind for n, kind in enumerate(_kinds(text)) if n in layers}
-    if set(kinds.values()) != {"full_attention"}:
-        raise SayoError("P11", "not full-attention layers", where="algorithm.attn.region.layers", got=kinds,
+    if set(kinds.values()) - {"full_attention"}:
+        raise SayoError("P11", "not full-attention layers", where=where, got=kinds,
                         wanted="layers of type full_attention", fix="name such layers")  # fmt: skip
-    return f"{family.model_type}, probing layer {', '.join(map(str, layers))} of {text.num_hidden_layers}"
+    probed = f"layer {', '.join(map(str, layers))} of {n_layers}" if layers else "the last hidden state"
+    return f"{family.model_type}, probing {probed}"
 
 
-def _check_modes(config: DictConfig, family: Family) -> None:
+def _check_modes(config: DictConfig, family: Family, method: Method) -> None:
+    whole = [s.name for s in method.needs().statistics.statistics if s.name.startswith("neighbour")]
     model, strategy = config.actor_rollout_ref.model, config.actor_rollout_ref.actor.strategy
     flash = importlib.util.find_spec("flash_attn") is not None
     rules = [
         ("L09", sequence_parallel(config) > 1 and not family.sequence_parallel,
          "verl does not split the tokens of this family over devices, and would not say so",
          "actor.fsdp_config.ulysses_sequence_parallel_size", sequence_parallel(config), "set it to 1"),
+        ("L27", sequence_parallel(config) > 1 and bool(whole),
+         f"{', '.join(whole)} compare whole sequences, which no device holds", "actor.fsdp_config."
+         "ulysses_sequence_parallel_size", sequence_parallel(config), "set it to 1, or choose another method"),
         ("L25", bool(model.use_fused_kernels) and strategy not in family.fused_kernels,
          f"verl's fused kernels do not run this family under {strategy}", "model.use_fused_kernels", True,
          "set it to False" + "".join(f", or actor_rollout_ref.actor.strategy={s}" for s in family.fused_kernels)),

@@ -5,6 +5,7 @@ yet into entries of that plan instead of refusals, so that a job can be looked a
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -13,10 +14,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.errors import SayoError, did_you_mean
-from sayo_verl.methods import METHODS, RegionMethod
+from sayo_verl.methods import METHODS, Method, Mix
 from sayo_verl.model_check import check_model, sequence_parallel
 from sayo_verl.resources import check_batch_sizes, check_ray_cpus
-from sayo_verl.settings import method_from_config
+from sayo_verl.settings import settings_from_config
 
 Plan = list[tuple[str, str]]
 
@@ -37,7 +38,8 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
     method = check_estimator(config)
     if method is not None:
         check_settings(config, method)
-        dataclasses.replace(method.statistics(), path=str(config.sayo.probe_path))  # P14
+        check_packages(method)
+        dataclasses.replace(method.needs().statistics, path=str(config.sayo.probe_path))  # P14
     check_batch_sizes(config)
     cpus = check_ray_cpus(config, dry_run=dry_run)
     check_output(config)
@@ -64,7 +66,7 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
     return plan
 
 
-def check_estimator(config: DictConfig) -> RegionMethod | None:
+def check_estimator(config: DictConfig) -> Method | None:
     """The run's method, or None for an estimator of verl's own.
 
     Raises:
@@ -73,21 +75,22 @@ def check_estimator(config: DictConfig) -> RegionMethod | None:
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
     name = str(config.algorithm.adv_estimator)
-    known = sorted(set(METHODS) | set(ADV_ESTIMATOR_REGISTRY))
+    ours = (*METHODS, Mix.name)
+    known = sorted(set(ours) | set(ADV_ESTIMATOR_REGISTRY))
     if name not in known:
         raise SayoError(
             "L01",
             f"unknown advantage estimator{did_you_mean(name, known)}",
             where="algorithm.adv_estimator",
             got=name,
-            wanted=f"ours ({', '.join(METHODS)}) or verl's ({', '.join(k for k in known if k not in METHODS)})",
+            wanted=f"ours ({', '.join(ours)}) or verl's ({', '.join(k for k in known if k not in ours)})",
             fix="correct the name",
         )
     attn = OmegaConf.to_container(config.algorithm.attn, resolve=True) if "attn" in config.algorithm else {}
-    return method_from_config(name, attn)  # type: ignore[arg-type]
+    return settings_from_config(name, attn).method  # type: ignore[arg-type]
 
 
-def check_settings(config: DictConfig, method: RegionMethod) -> None:
+def check_settings(config: DictConfig, method: Method) -> None:
     """Refuse the settings of verl under which attention statistics would be absent, wrong or without effect."""
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     correction = config.algorithm.get("rollout_correction") or {}
@@ -113,9 +116,9 @@ def check_settings(config: DictConfig, method: RegionMethod) -> None:
          "verl exchanges heads for tokens in FlashAttention only; with another kernel each device attends to its own "
          "part, and no error says so", "actor_rollout_ref.model.override_config.attn_implementation", attention,
          "set it to flash_attention_2, or actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1"),
-        ("L10", bool(config.algorithm.filter_groups.enable) and method.weight != 0,
-         "group filtering acts before attention is known and would drop groups that differ only in region reward",
-         "algorithm.filter_groups.enable", True, "set it to False, or algorithm.attn.region.weight=0"),
+        ("L10", bool(config.algorithm.filter_groups.enable) and "reward" in method.gives,
+         "group filtering acts before attention is known and would drop groups that differ only in the method's reward",
+         "algorithm.filter_groups.enable", True, "set it to False, or give the method's reward term weight 0"),
         ("L11", legacy is not None, "verl 0.9 ignores the top-level custom_reward_function",
          "custom_reward_function.path", legacy, "use reward.custom_reward_function.path"),
         ("L12", int(rollout.n) < 2, "a group of one has nothing to compare with",
@@ -129,6 +132,18 @@ def check_settings(config: DictConfig, method: RegionMethod) -> None:
     for code, broken, what, where, got, fix in rules:
         if broken:
             raise SayoError(code, what, where=where, got=got, fix=fix)
+
+
+def check_packages(method: Method) -> None:
+    """Refuse a run whose method needs a package that is not installed.
+
+    Raises:
+        SayoError: L28 with the line that installs it.
+    """
+    for module, line in method.needs().packages:
+        if importlib.util.find_spec(module) is None:
+            raise SayoError("L28", f"{method.name} needs {module}, which is not installed",
+                            where="algorithm.adv_estimator", got=f"no module {module}", fix=line)  # fmt: skip
 
 
 def check_output(config: DictConfig) -> None:
@@ -158,7 +173,9 @@ def check_output(config: DictConfig) -> None:
         )
 
 
-def _describe(method: RegionMethod) -> str:
+def _describe(method: Method) -> str:
+    if isinstance(method, Mix):
+        return f"{method.name}: " + "; ".join(_describe(part) for part in method.methods)
     return f"{method.name}: " + ", ".join(f"{key} {value}" for key, value in vars(method).items())
 
 
@@ -168,7 +185,7 @@ def _absent(path: str, where: str, code: str, what: str, fix: str, dry_run: bool
     raise SayoError(code, what, where=where, got=path, fix=fix)
 
 
-def _check_model(config: DictConfig, method: RegionMethod | None, dry_run: bool) -> str:
+def _check_model(config: DictConfig, method: Method | None, dry_run: bool) -> str:
     path = str(config.actor_rollout_ref.model.path)
     folder = Path(path).expanduser()
     if not folder.exists():
@@ -185,7 +202,7 @@ def _check_model(config: DictConfig, method: RegionMethod | None, dry_run: bool)
     return f"{path} ({check_model(config, method, folder, model_type) if method else model_type})"
 
 
-def _check_data(config: DictConfig, split: str, method: RegionMethod | None, dry_run: bool) -> str:
+def _check_data(config: DictConfig, split: str, method: Method | None, dry_run: bool) -> str:
     from sayo_verl.data.check import check_parquet
 
     files = config.data[split]
@@ -202,7 +219,7 @@ def _check_data(config: DictConfig, split: str, method: RegionMethod | None, dry
             Path(file).expanduser(),
             image_key=config.data.image_key,
             prompt_key=config.data.prompt_key,
-            need_boxes=method is not None and method.weight != 0,
+            need_boxes=method is not None and method.needs().boxes and bool(method.gives),
             max_images=int(config.sayo.preflight_images),
         )
         told.append(f"{file}: {found}")

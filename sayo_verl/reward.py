@@ -8,6 +8,9 @@
    Unicode NFKC, lower case, white space collapsed, surrounding punctuation and a leading "the", "a" or "an" dropped.
    Numbers are compared as text ("3" is not "3.0"). It does not depend on format. An answer of more than
    ``SLACK_CHARACTERS`` plus four times the ground truth is wrong unread: normalising marks takes quadratic time.
+ - With ``length_tokenizer`` (a model folder or hub name) format is multiplied by the length factor of SAYO's released
+   code, which its paper does not mention: 1 for 60 to 100 tokens, 0.6 * 100 / n above, 0.6 * n / 60 below. n counts the
+   decoded response tokenised again, without the end token.
  - score = format_weight * format + accuracy_weight * acc. SAYO's total reward is r_v + r_f, so its accuracy weight is
    0; the region reward r_v joins in the estimator, where attention is known.
 
@@ -15,6 +18,7 @@ Nothing is evaluated or executed, no signals or threads are used, and the work i
 at ``MAX_CHARACTERS``.
 """
 
+import functools
 import re
 import unicodedata
 from typing import Any
@@ -52,6 +56,20 @@ def split_response(response: str) -> tuple[bool, str | None]:
     return right, answer or None
 
 
+def length_factor(tokens: int, low: int = 60, high: int = 100) -> float:
+    """Factor on the format reward in SAYO's released code: 1 within [low, high] tokens, at most 0.6 outside."""
+    if tokens > high:
+        return 0.6 * high / tokens
+    return 1.0 if tokens >= low else 0.6 * tokens / low
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
+
+
 def compute_score(
     data_source: str,
     solution_str: str,
@@ -60,6 +78,7 @@ def compute_score(
     *,
     format_weight: float = 1.0,
     accuracy_weight: float = 1.0,
+    length_tokenizer: str | None = None,
     **_ignored: Any,
 ) -> dict[str, float]:
     """verl's reward function (``reward.custom_reward_function``).
@@ -71,12 +90,19 @@ def compute_score(
         extra_info: unused; verl passes it.
         format_weight: r_f for a well-formed response.
         accuracy_weight: w_acc; 0 in the paper.
+        length_tokenizer: switches the length factor on; the policy's folder or hub name.
 
     Returns:
-        ``score``, ``acc`` and ``format``, the last two 0 or 1.
+        ``score``, ``acc`` and ``format``, the last two 0 or 1 (format without the length factor), and with
+        ``length_tokenizer`` also ``length_factor``.
     """
     right, answer = split_response(solution_str)
     truth = str(ground_truth)
     longest = SLACK_CHARACTERS + 4 * len(truth)
     acc = float(answer is not None and len(answer) <= longest and normalise(answer) == normalise(truth))
-    return {"score": format_weight * float(right) + accuracy_weight * acc, "acc": acc, "format": float(right)}
+    parts = {"acc": acc, "format": float(right)}
+    if length_tokenizer is not None:
+        text = solution_str[:MAX_CHARACTERS]
+        parts["length_factor"] = length_factor(len(_tokenizer(length_tokenizer).encode(text, add_special_tokens=False)))
+    score = format_weight * parts["format"] * parts.get("length_factor", 1.0) + accuracy_weight * acc
+    return {"score": score, **parts}

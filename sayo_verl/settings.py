@@ -5,44 +5,137 @@ keys. Nothing below this module looks at the configuration again.
 """
 
 import dataclasses
+import hashlib
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sayo_verl.errors import SayoError, did_you_mean
-from sayo_verl.methods import METHODS, RegionMethod
-
-# The node below ``algorithm.attn`` that holds a method's settings.
-NODES = {"attn_region": "region"}
+from sayo_verl.methods import METHODS, PREFIX, RESERVED, Method, Mix
+from sayo_verl.methods.group import SPREAD_FLOOR
 
 
-def method_from_config(adv_estimator: str, attn: Mapping[str, Any]) -> RegionMethod | None:
-    """The method that ``algorithm.adv_estimator`` names, with its settings; None for an estimator of verl's own.
+@dataclass(frozen=True)
+class AttnSettings:
+    """What ``algorithm.attn`` says.
+
+    Attributes:
+        method: the run's method; None for an estimator of verl's own.
+        spread_floor: see ``sayo_verl.methods.group``; None keeps verl's arithmetic.
+    """
+
+    method: Method | None
+    spread_floor: float | None
+
+
+def load_methods(modules: Sequence[str]) -> list[str]:
+    """Import the modules or .py files that register methods of the user's own.
+
+    Args:
+        modules: ``sayo.modules``.
+
+    Returns:
+        The same, files as absolute paths, so that another process on this file system finds them.
+
+    Raises:
+        SayoError: L29 for one that is not there or fails to import.
+    """
+    found = []
+    for name in modules:
+        try:
+            if name.endswith(".py"):
+                found.append(str(Path(name).expanduser().resolve()))
+                _load_file(found[-1])
+            else:
+                found.append(name)
+                importlib.import_module(name)
+        except (ImportError, OSError, SyntaxError) as error:
+            raise SayoError("L29", "a module with a method of your own cannot be loaded", where="sayo.modules",
+                            got=f"{name}: {error}", wanted="an importable module or the path of a .py file",
+                            fix="correct it; see docs/add_a_method.md") from error  # fmt: skip
+    return found
+
+
+def _load_file(path: str) -> None:
+    """Execute a file as a module, once in a process."""
+    name = "sayo_user_method_" + hashlib.sha256(path.encode()).hexdigest()[:12]
+    if name in sys.modules:
+        return
+    loader = importlib.machinery.SourceFileLoader(name, path)
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None  # there is a loader
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    try:
+        loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+def method_from_config(adv_estimator: str, attn: Mapping[str, Any]) -> Method | None:
+    """The method that ``algorithm.adv_estimator`` names, with its settings; None for an estimator of verl's own."""
+    return settings_from_config(adv_estimator, attn).method
+
+
+def settings_from_config(adv_estimator: str, attn: Mapping[str, Any]) -> AttnSettings:
+    """Read ``algorithm.attn``.
 
     Args:
         adv_estimator: value of ``algorithm.adv_estimator``.
-        attn: ``algorithm.attn`` as plain containers (node name -> settings).
+        attn: ``algorithm.attn`` as plain containers: node name -> settings, ``mix``, ``spread_floor``.
 
     Raises:
-        SayoError: L02 for an unknown node or key, L03 for a value of the wrong type, A05 for one out of range.
+        SayoError: L02 for an unknown node or key, L03 for a value of the wrong type, A05 for one out of range, A12 for
+            a mix that makes no sense or has no effect.
     """
+    nodes = [name.removeprefix(PREFIX) for name in METHODS]
     for node in attn:
-        if node not in NODES.values():
+        if node not in (*nodes, *RESERVED):
             raise SayoError(
                 "L02",
-                f"unknown settings node {node!r}{did_you_mean(node, NODES.values())}",
+                f"unknown settings node {node!r}{did_you_mean(node, (*nodes, *RESERVED))}",
                 where="algorithm.attn",
-                wanted=", ".join(NODES.values()),
+                wanted=", ".join((*nodes, *RESERVED)),
                 fix="remove it or correct its name",
             )
-    if adv_estimator not in METHODS:
-        return None
-    node = NODES[adv_estimator]
-    cls, values = METHODS[adv_estimator], attn.get(node, {})
+    floor = attn.get("spread_floor", SPREAD_FLOOR)
+    if floor is not None and (isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor < 1):
+        raise SayoError("L03", "not a spread", where="algorithm.attn.spread_floor", got=repr(floor),
+                        wanted="null or a number in [0, 1)", fix="leave it at its default")  # fmt: skip
+    mix = attn.get("mix") or []
+    if not isinstance(mix, list | tuple):
+        raise SayoError("L03", "not a list of methods", where="algorithm.attn.mix", got=repr(mix),
+                        wanted="such as [region,dual]", fix="write it as a list")  # fmt: skip
+    if mix and adv_estimator != Mix.name:
+        raise SayoError("A12", "a mix has no effect under this estimator", where="algorithm.attn.mix", got=list(mix),
+                        fix=f"set algorithm.adv_estimator={Mix.name}, or algorithm.attn.mix=[]")  # fmt: skip
+    if adv_estimator == Mix.name:
+        for node in mix:
+            if node not in nodes:
+                raise SayoError("L02", f"unknown method {node!r} in the mix{did_you_mean(str(node), nodes)}",
+                                where="algorithm.attn.mix", wanted=", ".join(nodes),
+                                fix="name the methods without attn_")  # fmt: skip
+        return AttnSettings(Mix(tuple(_method(PREFIX + node, attn) for node in mix)), floor)
+    return AttnSettings(_method(adv_estimator, attn) if adv_estimator in METHODS else None, floor)
+
+
+def _method(name: str, attn: Mapping[str, Any]) -> Method:
+    node = name.removeprefix(PREFIX)
+    return _build(METHODS[name], attn.get(node, {}), f"algorithm.attn.{node}")
+
+
+def _build(cls: Any, values: Any, where: str) -> Any:
+    """A settings dataclass from a mapping of exactly its fields, nested ones too."""
     if not isinstance(values, Mapping):
-        raise SayoError("L03", "not a group of settings", where=f"algorithm.attn.{node}", got=repr(values),
-                        wanted="settings by name", fix=f"set algorithm.attn.{node}.weight and the like")  # fmt: skip
+        raise SayoError("L03", "not a group of settings", where=where, got=repr(values), wanted="settings by name",
+                        fix=f"set {where}.<key> to a value")  # fmt: skip
     hints = typing.get_type_hints(cls)
     known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     for key in values:
@@ -50,15 +143,17 @@ def method_from_config(adv_estimator: str, attn: Mapping[str, Any]) -> RegionMet
             raise SayoError(
                 "L02",
                 f"unknown setting {key!r}{did_you_mean(key, known)}",
-                where=f"algorithm.attn.{node}",
+                where=where,
                 wanted=", ".join(known),
                 fix="remove it or correct its name",
             )
-    return cls(**{key: _coerce(value, known[key], f"algorithm.attn.{node}.{key}") for key, value in values.items()})
+    return cls(**{key: _coerce(value, known[key], f"{where}.{key}") for key, value in values.items()})
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     """A value of the type the field declares; YAML has no tuples and writes 1 for 1.0, anything else is refused."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, types.GenericAlias) and hint == tuple[int, ...]:

@@ -16,7 +16,7 @@ from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, compute_grpo_out
 
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import RegionMethod, RewardTerm, Signals, group_advantage
-from sayo_verl.methods.base import GRPO_EPSILON, group_rows
+from sayo_verl.methods.group import GRPO_EPSILON, group_rows
 from sayo_verl.probe.statistics import Statistic
 from sayo_verl.trainer.context import CURRENT, AdvantageContext, make_estimator
 
@@ -72,12 +72,13 @@ def terms_for(draw: st.DrawFn, B: int, weight: float):
 def test_without_an_applied_term_it_is_verls_grpo_bit_for_bit(norm_by_std, batch, data):
     rewards, mask, uid = batch
     theirs, _ = compute_grpo_outcome_advantage(rewards.clone(), mask, uid, norm_adv_by_std_in_grpo=norm_by_std)
-    ours, reward = group_advantage(rewards.sum(-1), mask, list(uid), norm_by_std=norm_by_std)
+    exact = {"norm_by_std": norm_by_std, "spread_floor": None}  # the floor: test_the_one_place_where_it_differs
+    ours, reward = group_advantage(rewards.sum(-1), mask, list(uid), **exact)
     assert same_bits(ours, theirs)
     assert same_bits(reward, rewards.sum(-1))
     off = data.draw(terms_for(len(uid), weight=0.0))
     off = RewardTerm(off.name, torch.full_like(off.value, NAN), off.valid, 0.0)  # not read, whatever it holds
-    weightless, _ = group_advantage(rewards.sum(-1), mask, list(uid), [off], norm_by_std=norm_by_std)
+    weightless, _ = group_advantage(rewards.sum(-1), mask, list(uid), [off], **exact)
     assert same_bits(weightless, theirs)
 
 
@@ -302,16 +303,18 @@ def signals(mask: torch.Tensor) -> Signals:
     return Signals(
         response_mask=mask,
         entropy=torch.rand(B, T, generator=torch.Generator().manual_seed(0)),
+        log_probs=torch.full((B, T), -0.5),
         statistics={Statistic("image_mass"): image, Statistic("region_mass"): image / 10 * ratio},
         image_tokens=torch.full((B,), 10),
         region_tokens=torch.ones(B, dtype=torch.long),
         is_padding=torch.zeros(B, dtype=torch.bool),
+        uid=("a", "b", "a", "b"),
     )
 
 
 @contextmanager
 def context(method: RegionMethod, statistics: Signals, norm_by_std: bool = True) -> Iterator[AdvantageContext]:
-    opened = AdvantageContext(method, statistics, norm_by_std)
+    opened = AdvantageContext(method, statistics, norm_by_std, spread_floor=None)
     token = CURRENT.set(opened)
     try:
         yield opened

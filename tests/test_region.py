@@ -216,7 +216,7 @@ IMAGE_MASS, REGION_MASS = Statistic("image_mass"), Statistic("region_mass")
 
 
 def values(signals: Signals, name: str) -> torch.Tensor:
-    return getattr(signals, name) if name == "entropy" else signals[Statistic(name)]
+    return getattr(signals, name) if name in ("entropy", "log_probs") else signals[Statistic(name)]
 
 
 def batch() -> Signals:
@@ -228,6 +228,7 @@ def batch() -> Signals:
         entropy=torch.tensor(
             [[0.1, 2.0, 0.5, NAN], [1.0, 0.5, NAN, NAN], [0.7, NAN, NAN, NAN], [NAN] * 4, [NAN] * 4, [3, 1, 2, 0]]
         ),
+        log_probs=torch.full((6, 4), -0.5),
         statistics={
             IMAGE_MASS: torch.tensor(
                 [[0.5, 0.4, 0.3, NAN], [0.2, 0.2, NAN, NAN], [NAN] * 4, [NAN] * 4, [NAN] * 4, [0.2, 0.8, 0.8, 0.8]]
@@ -239,6 +240,7 @@ def batch() -> Signals:
         image_tokens=torch.tensor([10, 10, 0, 4, 0, 4]),
         region_tokens=torch.tensor([2, 0, 0, 1, 3, 1]),
         is_padding=torch.tensor([False, False, False, False, True, False]),
+        uid=("a", "b", "c", "d", "e", "a"),
     )
 
 
@@ -250,7 +252,7 @@ def test_neutral_rows_have_one_reason_each():
 def test_the_term_is_carried_by_rows_with_a_region_only():
     signals = batch()
     signals.check()
-    (term,) = RegionMethod(weight=0.5).reward_terms(signals)
+    (term,) = RegionMethod(weight=0.5).credit(signals).terms
     assert (term.name, term.weight) == ("region_reward", 0.5)
     assert term.valid.tolist() == [True, False, False, False, False, True]
     # row 0: token 1 alone, a = 0.16 / 2, v = 0.4 / 10, x = 2; row 5: token 0 alone, a = 0.05 / 1, v = 0.2 / 4, x = 1
@@ -259,14 +261,14 @@ def test_the_term_is_carried_by_rows_with_a_region_only():
 
 def test_neutral_rows_keep_their_task_reward():
     task = torch.tensor([1.0, 0.25, 0.5, 0.75, 0.125, 2.0])
-    terms = RegionMethod(weight=0.5).reward_terms(batch())
+    terms = RegionMethod(weight=0.5).credit(batch()).terms
     _, reward = group_advantage(task, batch().response_mask, ["a", "b", "c", "d", "e", "a"], terms)
     assert reward[1:5].tolist() == task[1:5].tolist()
     assert reward[[0, 5]].tolist() == pytest.approx([1.3, 2.0], abs=1e-6)
 
 
 def test_metrics_by_hand():
-    metrics = RegionMethod().metrics(batch())
+    metrics = RegionMethod().credit(batch()).metrics
 
     def r(x: float) -> float:
         return (x * x - 1) / (x * x + 1)
@@ -276,10 +278,6 @@ def test_metrics_by_hand():
         {
             "rows_with_region_share": 2 / 5,  # of the five rows that are not padding
             "selected_token_share": (1 + 1 + 1 + 1) / (3 + 2 + 1 + 0 + 4),
-            "neutral_rows/padding": 1,
-            "neutral_rows/masked": 1,
-            "neutral_rows/no_image": 1,
-            "neutral_rows/no_box": 1,
             "region_reward/mean": 0.3,
             "region_reward/std": 0.3,
             "target_attention/mean": (0.8 + 0.5) / 2,
@@ -293,21 +291,22 @@ def test_metrics_by_hand():
 
 def test_metrics_of_a_batch_without_regions_say_so_and_are_finite():
     signals = replace(batch(), region_tokens=torch.zeros(6, dtype=torch.long))
-    metrics = RegionMethod().metrics(signals)
+    metrics = RegionMethod().credit(signals).metrics
     assert metrics["rows_with_region_share"] == 0
-    assert metrics["neutral_rows/no_box"] == 3
+    assert signals.neutral_reasons()["no_box"].sum() == 3
     assert not any("mean" in name for name in metrics)
     assert all(math.isfinite(value) for value in metrics.values())
 
 
 def test_the_request_follows_the_settings():
-    request = RegionMethod(layers=(-1, 3), coverage=0.25).statistics()
+    request = RegionMethod(layers=(-1, 3), coverage=0.25).needs().statistics
     assert request.statistics == (Statistic("image_mass", (-1, 3)), Statistic("region_mass", (-1, 3)))
     assert (request.layers, request.coverage) == ((-1, 3), 0.25)
 
 
 def test_defaults_are_the_papers():
-    assert vars(RegionMethod()) == {"weight": 1.0, "entropy_fraction": 0.3, "layers": (-1,), "coverage": 0.5}
+    paper = {"weight": 1.0, "entropy_fraction": 0.3, "layers": (-1,)}
+    assert vars(RegionMethod()) == {**paper, "coverage": 0.5, "per_token": False}
 
 
 @pytest.mark.parametrize(
@@ -333,13 +332,13 @@ def test_values_that_nobody_reads_may_be_anything():
     batch().check()
 
 
-@pytest.mark.parametrize("name", ["entropy", "image_mass", "region_mass"])
+@pytest.mark.parametrize("name", ["entropy", "log_probs", "image_mass", "region_mass"])
 @pytest.mark.parametrize("value", [NAN, float("inf"), -0.5, 1.5])
 def test_a_bad_value_on_a_response_token_is_refused(name, value):
     signals = batch()
     values(signals, name)[0, 1] = value
-    if name == "entropy" and value == 1.5:
-        signals.check()  # nats have no upper bound
+    if (name, value) in (("entropy", 1.5), ("log_probs", -0.5)):
+        signals.check()  # nats have no upper bound, log-probs no lower one
         return
     with refusal("A03", name):
         signals.check()
@@ -355,7 +354,7 @@ def test_a_row_without_image_needs_entropy_only():
 
 
 @pytest.mark.parametrize(
-    "name", ["entropy", "image_mass", "region_mass", "image_tokens", "region_tokens", "is_padding"]
+    "name", ["entropy", "log_probs", "image_mass", "region_mass", "image_tokens", "region_tokens", "is_padding"]
 )
 def test_a_statistic_of_the_wrong_shape_is_refused(name):
     signals = batch()
@@ -369,4 +368,34 @@ def test_a_statistic_of_the_wrong_shape_is_refused(name):
 
 def test_a_statistic_that_was_not_measured_is_refused():
     with refusal("A10", "was not measured"):
-        RegionMethod(layers=(-2,)).reward_terms(batch())
+        RegionMethod(layers=(-2,)).credit(batch())
+
+
+# -------------------------------------------------------------------------------------------- the per-token extension
+
+
+def test_the_extension_weights_the_selected_tokens_and_gives_no_reward():
+    method = RegionMethod(weight=0.5, per_token=True)
+    assert method.gives == {"token"}
+    credit = method.credit(batch())
+    assert credit.terms == ()
+    expected = torch.ones(6, 4)
+    expected[0, 1] = 1 + 0.5 * 0.6  # a = 0.16 / 2, v = 0.4 / 10: x = 2
+    assert credit.token_weight is not None
+    assert torch.allclose(credit.token_weight, expected, atol=1e-6)  # row 5: x = 1, factor 1
+    assert RegionMethod(weight=0.0, per_token=True).credit(batch()).token_weight is None
+
+
+def test_the_extension_cannot_turn_a_sign():
+    with refusal("A05", "weight"):
+        RegionMethod(weight=1.5, per_token=True)
+    signals = batch()
+    signals[REGION_MASS][:] = 0.0
+    credit = RegionMethod(weight=1.0, per_token=True, entropy_fraction=1.0).credit(signals)
+    assert credit.token_weight is not None
+    assert (credit.token_weight >= 0).all()
+
+
+def test_what_a_setting_gives():
+    assert RegionMethod().gives == {"reward"}
+    assert RegionMethod(weight=0.0).gives == frozenset()

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 import sayo_verl
-from sayo_verl.reward import MAX_CHARACTERS, SLACK_CHARACTERS, compute_score, normalise, split_response
+from sayo_verl.reward import MAX_CHARACTERS, SLACK_CHARACTERS, compute_score, length_factor, normalise, split_response
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=150)
 GOOD = "<think> circle red . </think> <answer> red </answer>"
@@ -264,3 +265,20 @@ def test_no_module_executes_text(path):
 )
 def test_the_search_finds_what_it_looks_for(source, found):
     assert forbidden_calls(source) == found
+
+
+@pytest.mark.parametrize(
+    ("tokens", "factor"), [(0, 0.0), (30, 0.3), (59, 0.59), (60, 1.0), (100, 1.0), (101, 60 / 101), (200, 0.3)]
+)
+def test_the_released_length_factor(tokens, factor):
+    assert length_factor(tokens) == pytest.approx(factor)
+
+
+def test_the_length_factor_multiplies_format_alone(random_policy):
+    response = "<think> circle red .</think><answer> red</answer>"
+    plain = compute_score("", response, "red")
+    assert plain == {"score": 2.0, "acc": 1.0, "format": 1.0}
+    scored = compute_score("", response, "red", length_tokenizer=str(random_policy))
+    tokens = len(AutoTokenizer.from_pretrained(random_policy).encode(response))
+    assert scored == {"score": 1.0 + 0.6 * tokens / 60, "acc": 1.0, "format": 1.0, "length_factor": 0.6 * tokens / 60}
+    assert 0 < tokens < 60

@@ -1,6 +1,7 @@
 """Every refusal before a run, on the real configuration of verl: its code, the key it names, and what passes."""
 
 import copy
+import dataclasses
 import io
 import json
 import os
@@ -23,10 +24,12 @@ import sayo_verl.preflight
 import sayo_verl.resources
 import sayo_verl.settings
 from sayo_verl.errors import SayoError, did_you_mean
-from sayo_verl.methods import METHODS, RegionMethod
+from sayo_verl.methods import METHODS, Mix, RegionMethod, register_method
+from sayo_verl.methods.group import SPREAD_FLOOR
 from sayo_verl.preflight import check_estimator, check_settings, preflight, show
+from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 from sayo_verl.resources import CPUS_FIXED, CPUS_PER_DEVICE
-from sayo_verl.settings import NODES, method_from_config
+from sayo_verl.settings import load_methods, method_from_config, settings_from_config
 
 MESSAGE = re.compile(r"SAYO-[A-Z]\d\d: .+ \| at .+ \| (.* \| )?fix: .+")
 
@@ -104,7 +107,9 @@ def refused(config: DictConfig, code: str, *, dry_run: bool = False) -> SayoErro
 def test_the_default_configuration_of_a_run_passes(make):
     plan = dict(preflight(make()))
     assert plan["estimator"] == "attn_region"
-    assert plan["method"] == "attn_region: weight 1.0, entropy_fraction 0.3, layers (-1,), coverage 0.5"
+    assert (
+        plan["method"] == "attn_region: weight 1.0, entropy_fraction 0.3, layers (-1,), coverage 0.5, per_token False"
+    )
     assert "qwen3_vl, probing layer 3 of 4" in plan["model"]
     assert "train.parquet: 2 rows, 2 with boxes, 2 images decoded" in plan["train data"]
     assert "val.parquet: 2 rows, 2 with boxes" in plan["val data"]
@@ -115,10 +120,13 @@ def test_the_default_configuration_of_a_run_passes(make):
 
 def test_the_shipped_settings_are_the_methods_defaults(base):
     assert check_estimator(base) == RegionMethod()
-    node = OmegaConf.to_container(base.algorithm.attn)
-    assert {name: set(values) for name, values in node.items()} == {
-        NODES[name]: set(vars(method())) for name, method in METHODS.items()
-    }
+    attn = OmegaConf.to_container(base.algorithm.attn)
+    assert attn.pop("mix") == []
+    assert attn.pop("spread_floor") == SPREAD_FLOOR
+    assert set(attn) == {name.removeprefix("attn_") for name in METHODS}
+    for name, method in METHODS.items():
+        assert set(attn[name.removeprefix("attn_")]) == set(vars(method()))  # every key can be overridden without "+"
+        assert method_from_config(name, attn) == method()
 
 
 def test_the_plan_is_printed_line_by_line(make):
@@ -566,6 +574,95 @@ def test_preflight_changes_nothing(make):
 
 
 # --------------------------------------------------------------------------------------------------------- all refusals
+
+
+def test_L27_statistics_that_compare_whole_sequences(make, monkeypatch):
+    needs = RegionMethod().needs()
+    statistics = StatisticsRequest((*needs.statistics.statistics, Statistic("neighbour_index", size=4)))
+    monkeypatch.setattr(RegionMethod, "needs", lambda self: dataclasses.replace(needs, statistics=statistics))
+    assert "neighbour_index" in str(
+        refused(
+            make(
+                **{
+                    "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2,
+                    "actor_rollout_ref.model.override_config.attn_implementation": "flash_attention_2",
+                }
+            ),
+            "L27",
+        )
+    )
+
+
+def test_L28_a_package_the_method_needs(make, monkeypatch):
+    needs = RegionMethod().needs()
+    packages = (("no_such_package", "pip install 'sayo-verl[anchor]'"),)
+    monkeypatch.setattr(RegionMethod, "needs", lambda self: dataclasses.replace(needs, packages=packages))
+    assert "pip install" in refused(make(), "L28").fix
+
+
+@pytest.mark.parametrize(
+    ("file", "says"), [("absent.py", "absent.py"), ("broken.py", "invalid syntax"), ("no.such.module", "No module")]
+)
+def test_L29_a_module_of_ones_own_that_cannot_be_loaded(tmp_path, file, says):
+    (tmp_path / "broken.py").write_text("def :")
+    with pytest.raises(SayoError, match=r"^SAYO-L29: ") as caught:
+        load_methods([str(tmp_path / file) if file.endswith(".py") else file])
+    assert says in str(caught.value)
+
+
+def test_a_method_of_ones_own_is_known_under_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("sayo_verl.methods.METHODS", METHODS.copy())
+    monkeypatch.setattr("sayo_verl.settings.METHODS", sayo_verl.methods.METHODS)
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from sayo_verl.methods import RegionMethod, register_method\n"
+        "@register_method\n"
+        "@dataclass(frozen=True)\n"
+        "class Mine(RegionMethod):\n"
+        "    weight: float = 0.25\n"
+        "    name = 'attn_mine'\n"
+    )
+    assert load_methods([str(tmp_path / "mine.py")]) == [str(tmp_path / "mine.py")]
+    method = method_from_config("attn_mine", {"mine": {"coverage": 1.0}})
+    assert method is not None
+    assert (method.name, vars(method)["weight"], vars(method)["coverage"]) == ("attn_mine", 0.25, 1.0)
+    assert load_methods([str(tmp_path / "mine.py")])  # a second time does nothing
+
+
+@pytest.mark.parametrize("name", ["attn_region", "attn_mix", "attn_spread_floor", "mine", None])
+def test_a_class_that_cannot_be_a_method_is_refused(name):
+    cls = dataclasses.make_dataclass("Mine", [], frozen=True, namespace={"name": name})
+    with pytest.raises(SayoError, match=r"^SAYO-A14: "):
+        register_method(cls)
+    with pytest.raises(SayoError, match=r"^SAYO-A14: "):
+        register_method(dataclasses.make_dataclass("Mine", [], namespace={"name": "attn_mine"}))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "attn", "code"),
+    [
+        ("attn_mix", {}, "A12"),
+        ("attn_mix", {"mix": ["region", "region"]}, "A12"),
+        ("attn_mix", {"mix": ["regoin"]}, "L02"),
+        ("attn_mix", {"mix": "region"}, "L03"),
+        ("attn_region", {"mix": ["region"]}, "A12"),
+        ("grpo", {"mix": ["region"]}, "A12"),
+        ("attn_region", {"spread_floor": -1}, "L03"),
+        ("attn_region", {"spread_floor": True}, "L03"),
+        ("attn_region", {"spread_floor": 1.0}, "L03"),
+    ],
+)
+def test_a_mix_or_floor_that_makes_no_sense_is_refused(estimator, attn, code):
+    with pytest.raises(SayoError, match=f"^SAYO-{code}: "):
+        settings_from_config(estimator, attn)
+
+
+def test_a_mix_of_one_is_that_method():
+    settings = settings_from_config("attn_mix", {"mix": ["region"], "region": {"weight": 2}, "spread_floor": None})
+    assert settings.spread_floor is None
+    assert isinstance(settings.method, Mix)
+    assert settings.method.methods == (RegionMethod(weight=2.0),)
+    assert settings.method.needs() == RegionMethod(weight=2.0).needs()
 
 
 def test_each_launch_refusal_has_a_test():

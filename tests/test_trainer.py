@@ -1,9 +1,11 @@
 """The trainer mixin on a real TransferQueue and Ray, with a worker group that returns recognisable statistics."""
 
+import dataclasses
 import functools
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -22,10 +24,20 @@ from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 from verl.utils import tensordict_utils as tu
 
 from sayo_verl.errors import SayoError
+from sayo_verl.methods import Needs
 from sayo_verl.methods.region import EPS, RegionMethod, select_tokens
-from sayo_verl.probe.statistics import PER_ROW, REQUEST_KEY, WIRE_PREFIX, Statistic
+from sayo_verl.probe.statistics import (
+    COUNTERFACTUAL_LOG_PROBS,
+    INTERVENTION_KEY,
+    PER_ROW,
+    REQUEST_KEY,
+    WIRE_PREFIX,
+    Statistic,
+    StatisticsRequest,
+)
 from sayo_verl.settings import method_from_config
 from sayo_verl.trainer import store
+from sayo_verl.vision.intervention import Intervention
 
 IMAGE_TOKENS, REGION_TOKENS = 9.0, 2.0
 
@@ -65,11 +77,15 @@ class FakeWorkerGroup:
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def compute_log_prob(self, data):
         request = tu.get_non_tensor_data(data, REQUEST_KEY, None)
-        self.requests.append(request)
+        change = tu.get_non_tensor_data(data, INTERVENTION_KEY, None)
+        self.requests.append(request if change is None else change)
         ids = data["input_ids"]
         values, offsets = ids.values().float(), ids.offsets()
         jagged = functools.partial(torch.nested.nested_tensor_from_jagged, offsets=offsets)
         single = functools.partial(torch.nested.nested_tensor_from_jagged, offsets=torch.arange(len(data) + 1))
+        if change is not None:
+            assert not tu.get_non_tensor_data(data, "calculate_entropy", True)
+            return tu.get_tensordict({COUNTERFACTUAL_LOG_PROBS: jagged(-values / 500)}, {"metrics": {"mfu": 0.0}})
         out = {"log_probs": jagged(-values / 1000)}
         if tu.get_non_tensor_data(data, "calculate_entropy", False):
             out["entropy"] = jagged((values * 7 % 11) / 11)
@@ -119,7 +135,8 @@ def make_trainer(config, group, method="attn_region", **settings):
     trainer = object.__new__(SayoSync)  # the real methods without verl's start-up
     trainer.config, trainer.actor_rollout_wg, trainer.ref_in_actor = config, group, True
     trainer._method = method_from_config(method, {"region": settings})
-    trainer._request = trainer._method.statistics()
+    trainer._needs = trainer._method.needs()
+    trainer._request, trainer._spread_floor, trainer.global_steps = trainer._needs.statistics, None, 1
     trainer._log_prob_seconds = 0.0
     return trainer
 
@@ -172,7 +189,7 @@ def test_only_the_old_log_prob_pass_carries_the_request(queue, config):
     """The reference pass of a LoRA run is the same worker call; flagged, it would overwrite the statistics."""
     group = FakeWorkerGroup()
     one_step(config, "train-flag", [0, 1, 2, 3], group)
-    assert group.requests == [RegionMethod().statistics().to_wire(), None]
+    assert group.requests == [RegionMethod().needs().statistics.to_wire(), None]
 
 
 def test_weight_zero_is_verls_grpo_bit_for_bit(queue, config):
@@ -204,18 +221,73 @@ def test_statistics_of_several_values_per_token_come_back_in_shape(queue, config
     ones = [torch.ones(1)] * 4
     fields = {WIRE_PREFIX + name: torch.nested.as_nested_tensor(ones, layout=torch.jagged) for name in PER_ROW}
     fields[WIRE_PREFIX + wide.key] = torch.nested.as_nested_tensor(values, layout=torch.jagged)
-    fields["entropy"] = torch.nested.as_nested_tensor(
-        [torch.zeros(len(r["responses"])) for r in rows], layout=torch.jagged
-    )
+    for name in ("entropy", "old_log_probs"):
+        zeros = [torch.zeros(len(r["responses"])) for r in rows]
+        fields[name] = torch.nested.as_nested_tensor(zeros, layout=torch.jagged)
     tq.kv_batch_put(
         keys=batch.keys, partition_id=batch.partition_id, fields=tu.get_tensordict(fields, non_tensor_dict={})
     )
-    signals, _ = store.fetch_signals(batch, [wide])
+    signals, _ = store.fetch_signals(batch, Needs(StatisticsRequest((wide,))))
     assert signals[wide].shape == (4, max(lengths), 3)
     for n, (row, value) in enumerate(zip(rows, values, strict=True)):
         prompt, T = len(row["prompts"]), len(row["responses"])
         assert torch.equal(signals[wide][n, :T], value[prompt - 1 : prompt - 1 + T])
         assert (signals[wide][n, T:] == 0).all()
+
+
+@dataclass(frozen=True)
+class Counterfactual(RegionMethod):
+    """The region method with a second pass; keeps what it was given."""
+
+    seen: list = field(default_factory=list)
+
+    def needs(self):
+        return dataclasses.replace(super().needs(), intervention=Intervention(seed=7), correctness=True)
+
+    def credit(self, signals):
+        self.seen.append(signals)
+        return super().credit(signals)
+
+
+def test_the_counterfactual_pass_leaves_the_first_pass_as_it_was(queue, config):
+    group, metrics = FakeWorkerGroup(), {}
+    trainer = make_trainer(config, group)
+    trainer._method = method = Counterfactual()
+    trainer._needs = method.needs()
+    batch, rows = put_batch("train-counterfactual", [2, 0, 3, 1])
+    after = trainer._compute_old_log_prob(batch, metrics)
+    stored = {name: tq.kv_batch_get(keys=after.keys, partition_id=after.partition_id, select_fields=[name])[name]
+              for name in ("old_log_probs", "entropy", "log_probs")}  # fmt: skip
+    assert INTERVENTION_KEY not in batch.extra_info
+    trainer._compute_ref_log_prob(after, metrics)
+    trainer._compute_advantage(after, metrics)
+    probe, change, reference = group.requests
+    assert probe == trainer._request.to_wire()
+    assert change == {**Intervention(seed=7).to_wire(), "coverage": 0.5, "step": 1}
+    assert reference is None
+    (signals,) = method.seen
+    for n, row in enumerate(rows):
+        prompt, T = len(row["prompts"]), len(row["responses"])
+        wire = row["input_ids"].float()[prompt - 1 : prompt - 1 + T]
+        assert torch.equal(signals.log_probs[n, :T], -wire / 1000)
+        assert torch.equal(signals.the("counterfactual_log_probs")[n, :T], -wire / 500)
+        assert torch.equal(stored["old_log_probs"].unbind()[n], -wire / 1000)
+        assert torch.equal(stored["log_probs"].unbind()[n], -row["input_ids"].float() / 1000)
+    assert signals.the("correct").tolist() == [float(row["extra_info"]["index"] == 3) for row in rows]
+    assert signals.uid == tuple(row["uid"] for row in rows)
+    assert metrics["sayo/counterfactual_seconds"] > 0
+
+
+def test_a_reward_function_that_does_not_say_what_is_right_stops_a_gated_method(queue, config):
+    trainer, metrics = make_trainer(config, FakeWorkerGroup()), {}
+    trainer._needs = dataclasses.replace(trainer._needs, correctness=True)
+    batch, rows = put_batch("train-no-acc", [0, 1, 2, 3])
+    after = trainer._compute_old_log_prob(batch, metrics)
+    infos = [{"reward_extra_info": {"format": 1.0}} for _ in rows]
+    fields = tu.list_of_dict_to_tensordict([{"extra_fields": info} for info in infos])
+    tq.kv_batch_put(keys=after.keys, partition_id=after.partition_id, fields=fields)
+    with pytest.raises(SayoError, match=r"SAYO-A17: .*fix: "):
+        trainer._compute_advantage(after, metrics)
 
 
 def test_padding_rows_are_neutral_and_not_counted(queue, config):
@@ -264,7 +336,7 @@ def test_the_handshake_names_a_worker_without_the_plugin(queue, config):
     with pytest.raises(SayoError, match=r"SAYO-X03: worker 1 did not load this sayo-verl.*pid \d+.*fix: "):
         trainer._handshake()
     trainer.actor_rollout_wg = SimpleNamespace(workers=[right])
-    trainer._request = RegionMethod(layers=(35,)).statistics()
+    trainer._request = RegionMethod(layers=(35,)).needs().statistics
     with pytest.raises(SayoError, match=r"SAYO-P03: the model has 2 decoder layers"):
         trainer._handshake()
 

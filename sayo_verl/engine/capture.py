@@ -2,7 +2,8 @@
 
 It overrides one method of verl's engine, ``forward_step``, and does nothing unless the call carries a request (the
 trainer mixin raises it for the old-log-prob pass only: the reference pass of a LoRA run uses the same worker call and
-would otherwise overwrite the statistics with the base model's).
+would otherwise overwrite the statistics with the base model's). A call that carries an intervention instead is a
+counterfactual pass.
 
 verl concatenates every jagged tensor in ``model_output`` over micro-batches, restores the order after dynamic batching
 and stores it in TransferQueue under its key, so an extra key needs no other change.
@@ -19,11 +20,18 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_torch_device
 from verl.utils.ulysses import get_ulysses_sequence_parallel_group, get_ulysses_sequence_parallel_rank
 
+from sayo_verl.engine.counterfactual import counterfactual_micro_batch
 from sayo_verl.errors import SayoError
 from sayo_verl.families import Family, family_of
 from sayo_verl.probe.measure import Measurement, Shard
 from sayo_verl.probe.plan import ChatTokens, RowPlan, image_tiles, plan_row
-from sayo_verl.probe.statistics import REQUEST_KEY, WIRE_PREFIX, StatisticsRequest
+from sayo_verl.probe.statistics import (
+    COUNTERFACTUAL_LOG_PROBS,
+    INTERVENTION_KEY,
+    REQUEST_KEY,
+    WIRE_PREFIX,
+    StatisticsRequest,
+)
 from sayo_verl.probe.taps import ForwardTap, asked_layers
 
 LAYERS = "algorithm.attn.*.layers"
@@ -38,6 +46,9 @@ class AttentionStatisticsMixin:
     ulysses_sequence_parallel_size: int
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> tuple[Any, dict]:
+        change = tu.get_non_tensor_data(micro_batch, INTERVENTION_KEY, default=None)
+        if change is not None:
+            return self._counterfactual_step(micro_batch, loss_function, forward_only, change)
         wire = tu.get_non_tensor_data(micro_batch, REQUEST_KEY, default=None)
         if wire is None:
             return super().forward_step(micro_batch, loss_function, forward_only)  # type: ignore[misc]
@@ -70,6 +81,17 @@ class AttentionStatisticsMixin:
         with clock:
             results = measurement().finish()
         output["model_output"].update(wire_tensors(measurement().rows, results, clock.seconds(), device))
+        return loss, output
+
+    def _counterfactual_step(
+        self, micro_batch: TensorDict, loss_function: Any, forward_only: bool, change: Mapping[str, Any]
+    ) -> tuple[Any, dict]:
+        """Log-probs after a changed image, under a name of their own: verl stores whatever a pass returns by its name,
+        and those of the real image must stay."""
+        family = family_of(self.model_config.hf_config.model_type, where="the loaded model")
+        copy = counterfactual_micro_batch(micro_batch, self.model_config, family, change)
+        loss, output = super().forward_step(copy, loss_function, forward_only)  # type: ignore[misc]
+        output["model_output"] = {COUNTERFACTUAL_LOG_PROBS: output["model_output"]["log_probs"]}
         return loss, output
 
     def _shard(self, family: Family, packed: bool) -> Shard | None:

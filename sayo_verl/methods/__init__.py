@@ -1,8 +1,44 @@
-"""The methods, by the value of ``algorithm.adv_estimator`` that selects them. One file each, torch only."""
+"""The methods, by the value of ``algorithm.adv_estimator`` that selects them. One file each, torch only.
 
-from sayo_verl.methods.base import Method, RewardTerm, Signals, group_advantage
+A method of your own joins with ``register_method``; see docs/add_a_method.md.
+"""
+
+import dataclasses
+
+from sayo_verl.errors import SayoError
+from sayo_verl.methods.base import Credit, Method, RewardTerm
+from sayo_verl.methods.group import advantages, group_advantage
+from sayo_verl.methods.mix import Mix
 from sayo_verl.methods.region import RegionMethod
+from sayo_verl.methods.signals import Needs, Signals
 
-METHODS: dict[str, type[RegionMethod]] = {RegionMethod.name: RegionMethod}
+METHODS: dict[str, type[Method]] = {RegionMethod.name: RegionMethod}
+PREFIX = "attn_"
+# Names below ``algorithm.attn`` that are not a method's node.
+RESERVED = ("mix", "spread_floor")
 
-__all__ = ["METHODS", "Method", "RegionMethod", "RewardTerm", "Signals", "group_advantage"]
+
+def register_method(cls: type[Method]) -> type[Method]:
+    """Make a method known under its name; to be used as a decorator.
+
+    Raises:
+        SayoError: A14 for a class that is not a frozen dataclass with a name of its own that begins with ``attn_``.
+    """
+    name = getattr(cls, "name", None)
+    node = str(name).removeprefix(PREFIX)
+    frozen = dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
+    if not frozen or not str(name).startswith(PREFIX) or node in RESERVED or METHODS.get(str(name), cls) is not cls:
+        raise SayoError(
+            "A14",
+            "this class cannot be registered as a method",
+            where=f"{cls.__module__}.{cls.__qualname__}",
+            got=f"name {name!r}, {'a' if frozen else 'not a'} frozen dataclass",
+            wanted=f"a frozen dataclass whose name is {PREFIX}<node>, other than {', '.join([*METHODS, Mix.name])}",
+            fix="see docs/add_a_method.md",
+        )
+    METHODS[str(name)] = cls
+    return cls
+
+
+__all__ = ["METHODS", "Credit", "Method", "Mix", "Needs", "RegionMethod", "RewardTerm", "Signals", "advantages",
+           "group_advantage", "register_method"]  # fmt: skip

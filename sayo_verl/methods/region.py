@@ -26,6 +26,9 @@ Departures from the released code (Cratileo/Sayo), which
  - leaves out the response's last token, which decoding never feeds back: the log-prob pass has its row, so it counts.
 Its formula is unchanged and agrees with it on recorded inputs (tests/test_region.py).
 
+``per_token`` is an extension of ours, after the motivating equation 4, which the paper does not train with: no reward
+term, but a factor 1 + weight * tanh(log(a(t) / v(t))) on the advantage of each token of Q, 1 on all other tokens.
+
 Shape suffixes: B rows, T response tokens.
 """
 
@@ -33,8 +36,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sayo_verl.errors import SayoError
-from sayo_verl.methods.base import RewardTerm, Signals
+from sayo_verl.methods.base import Credit, Gift, RewardTerm, check_setting, distinct_layers, masked_mean
+from sayo_verl.methods.signals import Needs, Signals
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 
 EPS = 1e-8  # eps of equations 3 and 7, from the released code
@@ -63,12 +66,6 @@ def select_tokens(entropy: torch.Tensor, response_mask: torch.Tensor, fraction: 
     return (rank < k_B[:, None]) & valid
 
 
-def _mean_over_selected(per_token: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
-    """[B, T] -> [B]; 0 for a row with nothing selected. Values outside the selection may be NaN."""
-    kept = torch.where(selected, per_token, torch.zeros_like(per_token))
-    return kept.sum(-1) / selected.sum(-1).clamp(min=1)
-
-
 def region_reward(target_mean: torch.Tensor, image_mean: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
     """r_v of equations 5 to 7.
 
@@ -80,7 +77,7 @@ def region_reward(target_mean: torch.Tensor, image_mean: torch.Tensor, selected:
     Returns:
         [B] in (-1, 1); 0 for a row with nothing selected.
     """
-    a_B, v_B = _mean_over_selected(target_mean, selected), _mean_over_selected(image_mean, selected)
+    a_B, v_B = masked_mean(target_mean, selected), masked_mean(image_mean, selected)
     return torch.tanh(torch.log((a_B + EPS) / (v_B + EPS)))
 
 
@@ -89,39 +86,46 @@ def target_attention(target_mean: torch.Tensor, image_mean: torch.Tensor, select
     return 0.5 * (1.0 + region_reward(target_mean, image_mean, selected))
 
 
+def token_ratio(target_mean: torch.Tensor, image_mean: torch.Tensor) -> torch.Tensor:
+    """tanh(log(a(t) / v(t))) of each token: [B, T] in (-1, 1), 0 where the target gets its share."""
+    return torch.tanh(torch.log((target_mean + EPS) / (image_mean + EPS)))
+
+
 @dataclass(frozen=True)
 class RegionMethod:
     """``algorithm.adv_estimator=attn_region``; the defaults are the paper's.
 
     Attributes:
-        weight: strength of r_v; 0 is GRPO.
-        entropy_fraction: size of Q as a share of the response, in (0, 1] (paper: 0.3; 1 is its "all tokens" ablation).
+        weight: strength of r_v; 0 is GRPO. At most 1 with ``per_token``, where a larger one could turn signs.
+        entropy_fraction: size of Q as a share of the response, in (0, 1] (paper: 0.3; its ablations 0.1, 0.2, 0.5 and
+            1, "all tokens").
         layers: decoder layers to average over (paper and released code: the last).
         coverage: share of a cell that a box must cover, see ``sayo_verl.vision.masks`` (ours: 0.5).
+        per_token: the extension above instead of the paper's reward (ours: false).
     """
 
     weight: float = 1.0
     entropy_fraction: float = 0.3
     layers: tuple[int, ...] = (-1,)
     coverage: float = 0.5
+    per_token: bool = False
     name = "attn_region"
 
     def __post_init__(self) -> None:
-        for key, ok, wanted in (
-            ("weight", 0 <= self.weight < float("inf"), "a finite number >= 0"),
-            ("entropy_fraction", 0 < self.entropy_fraction <= 1, "a number in (0, 1]"),
-            ("layers", len(self.layers) > 0 and len(set(self.layers)) == len(self.layers), "distinct layer numbers"),
-            ("coverage", 0 < self.coverage <= 1, "a number in (0, 1]"),
-        ):
-            if not ok:
-                raise SayoError(
-                    "A05",
-                    f"{key} is out of range",
-                    where=f"algorithm.attn.region.{key}",
-                    got=getattr(self, key),
-                    wanted=wanted,
-                    fix=f"set algorithm.attn.region.{key} to {wanted}",
-                )
+        highest = 1.0 if self.per_token else float("inf")
+        check_setting("region", self, {
+            "weight": (0 <= self.weight <= highest and self.weight < float("inf"),
+                       "a number in [0, 1] with per_token" if self.per_token else "a finite number >= 0"),
+            "entropy_fraction": (0 < self.entropy_fraction <= 1, "a number in (0, 1]"),
+            "layers": distinct_layers(self.layers),
+            "coverage": (0 < self.coverage <= 1, "a number in (0, 1]"),
+        })  # fmt: skip
+
+    @property
+    def gives(self) -> frozenset[Gift]:
+        if self.weight == 0:
+            return frozenset()
+        return frozenset({"token" if self.per_token else "reward"})
 
     @property
     def _image_mass(self) -> Statistic:
@@ -131,40 +135,36 @@ class RegionMethod:
     def _region_mass(self) -> Statistic:
         return Statistic("region_mass", layers=self.layers, query_row="input")
 
-    def statistics(self) -> StatisticsRequest:
-        return StatisticsRequest((self._image_mass, self._region_mass), coverage=self.coverage)
+    def needs(self) -> Needs:
+        return Needs(StatisticsRequest((self._image_mass, self._region_mass), coverage=self.coverage), boxes=True)
 
-    def _means(self, signals: Signals) -> tuple[torch.Tensor, torch.Tensor]:
-        """a(t), v(t): masses divided by the number of tokens they spread over."""
-        target = signals[self._region_mass] / signals.region_tokens.clamp(min=1)[:, None]
-        return target, signals[self._image_mass] / signals.image_tokens.clamp(min=1)[:, None]
+    def credit(self, signals: Signals) -> Credit:
+        mask, valid = signals.response_mask.bool(), signals.carrying()
+        image_mass, region_mass = signals[self._image_mass], signals[self._region_mass]
+        # a(t), v(t): masses divided by the number of tokens they spread over
+        target = region_mass / signals.region_tokens.clamp(min=1)[:, None]
+        image = image_mass / signals.image_tokens.clamp(min=1)[:, None]
+        selected = select_tokens(signals.entropy, mask, self.entropy_fraction)
+        r_v = region_reward(target, image, selected)
 
-    def _valid(self, signals: Signals) -> torch.Tensor:
-        return ~torch.stack(list(signals.neutral_reasons().values())).any(0)
-
-    def reward_terms(self, signals: Signals) -> list[RewardTerm]:
-        selected = select_tokens(signals.entropy, signals.response_mask, self.entropy_fraction)
-        value = region_reward(*self._means(signals), selected)
-        return [RewardTerm("region_reward", value, self._valid(signals), self.weight)]
-
-    def metrics(self, signals: Signals) -> dict[str, float]:
-        valid = self._valid(signals)
-        mask = signals.response_mask.bool()
-        selected = select_tokens(signals.entropy, signals.response_mask, self.entropy_fraction)
         real = ~signals.is_padding
-        out = {
+        metrics = {
             "rows_with_region_share": float(valid.sum() / real.sum().clamp(min=1)),
             "selected_token_share": float(selected[real].sum() / mask[real].sum().clamp(min=1)),
         }
-        for reason, hit in signals.neutral_reasons().items():
-            out[f"neutral_rows/{reason}"] = float(hit.sum())
         if valid.any():
-            target, image = (x[valid] for x in self._means(signals))
-            r_v = region_reward(target, image, selected[valid])
-            out["region_reward/mean"] = float(r_v.mean())
-            out["region_reward/std"] = float(r_v.std(correction=0))
-            out["target_attention/mean"] = float(target_attention(target, image, selected[valid]).mean())
-            out["target_attention_all_tokens/mean"] = float(target_attention(target, image, mask[valid]).mean())
-            out["image_mass/mean"] = float(_mean_over_selected(signals[self._image_mass][valid], mask[valid]).mean())
-            out["region_mass/mean"] = float(_mean_over_selected(signals[self._region_mass][valid], mask[valid]).mean())
-        return out
+            metrics |= {
+                "region_reward/mean": float(r_v[valid].mean()),
+                "region_reward/std": float(r_v[valid].std(correction=0)),
+                "target_attention/mean": float(target_attention(target, image, selected)[valid].mean()),
+                "target_attention_all_tokens/mean": float(target_attention(target, image, mask)[valid].mean()),
+                "image_mass/mean": float(masked_mean(image_mass, mask)[valid].mean()),
+                "region_mass/mean": float(masked_mean(region_mass, mask)[valid].mean()),
+            }
+        if not self.per_token:
+            return Credit((RewardTerm("region_reward", r_v, valid, self.weight),), metrics=metrics)
+        counts = selected & valid[:, None]
+        weight = torch.where(counts, 1 + self.weight * token_ratio(target, image), torch.ones_like(target))
+        if valid.any():
+            metrics["region_token_weight/mean"] = float(weight[mask & valid[:, None]].mean())
+        return Credit(token_weight=weight if self.gives else None, metrics=metrics)

@@ -25,8 +25,11 @@ from sayo_verl.errors import SayoError, did_you_mean
 
 # Keys under which statistics travel beside log_probs and entropy.
 WIRE_PREFIX = "sayo_"
-# Key of the per-call request in the batch's extra information; without it the engine mixin is inert.
+# Keys of the per-call requests in the batch's extra information; without one of them the engine mixin is inert.
 REQUEST_KEY = "sayo_probe"
+INTERVENTION_KEY = "sayo_intervention"
+# What a pass with a changed image gives, and all it gives: the log-probs of the very response.
+COUNTERFACTUAL_LOG_PROBS = WIRE_PREFIX + "counterfactual_log_probs"
 
 QUERY_ROWS = {"input": 0, "predicting": -1}  # offset of the query row from the position of y_t
 PATHS = ("auto", "reference", "fast")

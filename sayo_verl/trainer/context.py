@@ -5,6 +5,9 @@ therefore opens this context around verl's own advantage computation, and the re
 imports: the estimators are registered in every process that imports verl.
 """
 
+import dataclasses
+import math
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +15,8 @@ from typing import Any
 import torch
 
 from sayo_verl.errors import SayoError
-from sayo_verl.methods import METHODS, Method, Signals, group_advantage
+from sayo_verl.methods import METHODS, Method, Mix, Signals, advantages
+from sayo_verl.methods.group import group_rows
 
 
 @dataclass
@@ -22,6 +26,7 @@ class AdvantageContext:
     method: Method
     signals: Signals
     norm_by_std: bool
+    spread_floor: float | None
     metrics: dict[str, float] = field(default_factory=dict)
     reward: torch.Tensor | None = None  # [B], the task reward plus terms, set by the estimator
 
@@ -59,27 +64,58 @@ def make_estimator(name: str):
                 fix="this is a changed verl; run the contract tests (pytest tests/test_contract.py) and report",
             )
         # Rejection sampling may have masked tokens since the statistics were fetched.
-        signals = Signals(**{**vars(signals), "response_mask": response_mask})
+        signals = dataclasses.replace(signals, response_mask=response_mask)
         signals.check()
-        advantages, reward = group_advantage(
+        group_rows(index)  # every row has a uid
+        if signals.uid != tuple(map(str, index)):
+            raise SayoError(
+                "A02",
+                "rewards and statistics are not in the same order of rows",
+                where=name,
+                got=f"uids {list(map(str, index))[:3]} ...",
+                wanted=f"{list(signals.uid[:3])} ...",
+                fix="this is a changed verl; run the contract tests (pytest tests/test_contract.py) and report",
+            )
+        credit = context.method.credit(signals)
+        advantage, reward = advantages(
             token_level_rewards.sum(dim=-1),
             response_mask,
-            list(index),
-            context.method.reward_terms(signals),
+            signals.uid,
+            credit,
             norm_by_std=context.norm_by_std,
+            spread_floor=context.spread_floor,
         )
-        context.metrics.update(context.method.metrics(signals))
+        context.metrics.update(finite_metrics(credit.metrics, name))
+        for reason, hit in signals.neutral_reasons(boxes=context.method.needs().boxes).items():
+            context.metrics[f"neutral_rows/{reason}"] = float(hit.sum())
+        for kind, weight in (("token", credit.token_weight), ("trajectory", credit.trajectory_weight)):
+            if weight is not None:  # mean factor on what counts: 1 keeps the size of the step
+                on = response_mask.bool() if kind == "token" else response_mask.bool().any(-1) & ~signals.is_padding
+                context.metrics[f"{kind}_weight/mean"] = float(weight[on].mean()) if on.any() else 1.0
         context.reward = reward
-        return advantages, advantages.clone()
+        return advantage, advantage.clone()
 
     estimator.__name__ = estimator.__qualname__ = name
     return estimator
+
+
+def finite_metrics(metrics: Mapping[str, float], name: str) -> dict[str, float]:
+    """The method's metrics as they are.
+
+    Raises:
+        SayoError: A03 for one that is not finite.
+    """
+    for key, value in metrics.items():
+        if not math.isfinite(value):
+            raise SayoError("A03", f"the metric {key} is not finite", where=name, got=value, wanted="a finite number",
+                            fix="leave a metric out when there is nothing to take a mean of")  # fmt: skip
+    return dict(metrics)
 
 
 def register_estimators() -> None:
     """Register every method under its name; safe to call again."""
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est
 
-    for name in METHODS:
+    for name in (*METHODS, Mix.name):
         if name not in ADV_ESTIMATOR_REGISTRY:
             register_adv_est(name)(make_estimator(name))

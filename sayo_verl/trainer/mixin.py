@@ -1,5 +1,7 @@
 """The trainer mixin: asks for statistics in the old-log-prob pass and hands them to the estimator.
 
+A method that compares with a counterfactual image gets a second pass of the same responses, after the first.
+
 It overrides four methods of verl's V1 trainer and calls verl's own in each: ``__init__``, ``_setup`` (handshake),
 ``_compute_old_log_prob`` and ``_compute_advantage``.
 """
@@ -15,8 +17,8 @@ from transfer_queue import KVBatchMeta
 from sayo_verl import __version__
 from sayo_verl.compat import worker_report
 from sayo_verl.errors import SayoError
-from sayo_verl.probe.statistics import REQUEST_KEY
-from sayo_verl.settings import method_from_config
+from sayo_verl.probe.statistics import INTERVENTION_KEY, REQUEST_KEY
+from sayo_verl.settings import settings_from_config
 from sayo_verl.trainer import store
 from sayo_verl.trainer.context import CURRENT, AdvantageContext
 
@@ -32,13 +34,14 @@ class AttentionTrainerMixin:
     base_mode: str
     config: DictConfig
     actor_rollout_wg: Any
+    global_steps: int
 
     def __init__(self, config: DictConfig) -> None:
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.base_mode
         attn = OmegaConf.to_container(config.algorithm.attn, resolve=True)
-        method = method_from_config(config.algorithm.adv_estimator, attn)  # type: ignore[arg-type]
-        if method is None:
+        settings = settings_from_config(config.algorithm.adv_estimator, attn)  # type: ignore[arg-type]
+        if settings.method is None:
             raise SayoError(
                 "A09",
                 "this trainer was selected for an estimator of verl's own",
@@ -46,9 +49,10 @@ class AttentionTrainerMixin:
                 got=config.algorithm.adv_estimator,
                 fix="leave trainer.v1.trainer_mode alone; the launcher selects it",
             )
-        self._method = method
-        self._request = dataclasses.replace(method.statistics(), path=str(config.sayo.probe_path))
-        self._log_prob_seconds = 0.0
+        self._method, self._spread_floor = settings.method, settings.spread_floor
+        self._needs = self._method.needs()
+        self._request = dataclasses.replace(self._needs.statistics, path=str(config.sayo.probe_path))
+        self._log_prob_seconds = self._counterfactual_seconds = 0.0
         super().__init__(config)  # type: ignore[call-arg]
 
     def _setup(self) -> None:
@@ -89,11 +93,40 @@ class AttentionTrainerMixin:
         batch.extra_info[REQUEST_KEY] = self._request.to_wire()
         start = time.perf_counter()
         try:
-            return super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
+            out = super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
         finally:
             # The reference pass of a LoRA run goes through the same worker call; without the flag it stays verl's.
             batch.extra_info.pop(REQUEST_KEY, None)
             self._log_prob_seconds = time.perf_counter() - start
+        if self._needs.intervention is not None:
+            self._counterfactual_pass(batch)
+        return out
+
+    def _counterfactual_pass(self, batch: KVBatchMeta) -> None:
+        """A second log-prob pass of the same responses after the changed image.
+
+        Workers return it under a name of its own and nothing else, so what verl stored from the first pass stays.
+        """
+        assert self._needs.intervention is not None
+        start, before = time.perf_counter(), dict(batch.extra_info)
+        batch.extra_info.update(
+            {
+                INTERVENTION_KEY: {
+                    **self._needs.intervention.to_wire(),
+                    "coverage": self._request.coverage,
+                    "step": int(self.global_steps),
+                },
+                "calculate_entropy": False,
+                "compute_loss": False,
+                "temperature": self.config.actor_rollout_ref.rollout.temperature,
+            }
+        )
+        try:
+            self.actor_rollout_wg.compute_log_prob(batch)
+        finally:
+            batch.extra_info.clear()
+            batch.extra_info.update(before)
+            self._counterfactual_seconds = time.perf_counter() - start
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         sessions = [key.rsplit("_", 1)[0] for key in batch.keys]
@@ -106,8 +139,10 @@ class AttentionTrainerMixin:
                 wanted="one output per session",
                 fix="use the single-turn agent loop; a group would count such a session twice",
             )
-        signals, probe_seconds = store.fetch_signals(batch, self._request.statistics)
-        context = AdvantageContext(self._method, signals, bool(self.config.algorithm.norm_adv_by_std_in_grpo))
+        start = time.perf_counter()
+        signals, probe_seconds = store.fetch_signals(batch, self._needs)
+        norm_by_std = bool(self.config.algorithm.norm_adv_by_std_in_grpo)
+        context = AdvantageContext(self._method, signals, norm_by_std, self._spread_floor)
         token = CURRENT.set(context)
         try:
             out = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
@@ -126,4 +161,7 @@ class AttentionTrainerMixin:
         metrics.update({f"sayo/{name}/mean": value for name, value in store.fetch_reward_parts(batch).items()})
         metrics["sayo/probe_seconds"] = probe_seconds / ranks
         metrics["sayo/probe_share_of_log_prob"] = probe_seconds / ranks / self._log_prob_seconds
+        metrics["sayo/advantage_seconds"] = time.perf_counter() - start
+        if self._needs.intervention is not None:
+            metrics["sayo/counterfactual_seconds"] = self._counterfactual_seconds
         return out

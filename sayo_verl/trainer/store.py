@@ -13,8 +13,8 @@ from transfer_queue import KVBatchMeta
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from sayo_verl.errors import SayoError
-from sayo_verl.methods import Signals
-from sayo_verl.probe.statistics import PER_ROW, WIRE_PREFIX, Statistic
+from sayo_verl.methods import Needs, Signals
+from sayo_verl.probe.statistics import COUNTERFACTUAL_LOG_PROBS, PER_ROW, WIRE_PREFIX
 
 
 def fetch(batch: KVBatchMeta, fields: Sequence[str]) -> TensorDict:
@@ -37,37 +37,74 @@ def fetch(batch: KVBatchMeta, fields: Sequence[str]) -> TensorDict:
     return data
 
 
-def fetch_signals(batch: KVBatchMeta, statistics: Sequence[Statistic]) -> tuple[Signals, float]:
-    """The statistics of the old-log-prob pass, padded like verl pads its own fields, and the probe's total seconds."""
-    wire = {statistic: WIRE_PREFIX + statistic.key for statistic in statistics}
+def fetch_signals(batch: KVBatchMeta, needs: Needs) -> tuple[Signals, float]:
+    """What the log-prob passes measured, padded like verl pads its own fields, and the probe's total seconds.
+
+    Raises:
+        SayoError: A06 for a field that is absent, A17 when the reward function does not say which answers are right.
+    """
+    wire = {statistic: WIRE_PREFIX + statistic.key for statistic in needs.statistics.statistics}
     per_row = {name: WIRE_PREFIX + name for name in PER_ROW}
-    data = fetch(batch, ["response_mask", "entropy", *wire.values(), *per_row.values()])
+    wanted = ["response_mask", "entropy", "old_log_probs", "uid", *wire.values(), *per_row.values()]
+    if needs.intervention is not None:
+        wanted.append(COUNTERFACTUAL_LOG_PROBS)
+    data = fetch(batch, wanted)
     mask = data["response_mask"]
+
+    def padded(nested: torch.Tensor) -> torch.Tensor:
+        return response_from_nested(nested, mask).to_padded_tensor(0.0).float()
+
     rows = {name: torch.cat(list(data[key].unbind())).float() for name, key in per_row.items()}
+    is_padding = torch.tensor([bool(tag.get("is_padding", False)) for tag in batch.tags])
     signals = Signals(
         response_mask=mask.to_padded_tensor(0),
-        entropy=data["entropy"].to_padded_tensor(0.0).float(),  # already sliced to the response by verl
-        statistics={
-            statistic: response_from_nested(data[key], mask).to_padded_tensor(0.0).float()
-            for statistic, key in wire.items()
-        },
+        # verl has sliced these two to the response
+        entropy=data["entropy"].to_padded_tensor(0.0).float(),
+        log_probs=data["old_log_probs"].to_padded_tensor(0.0).float(),
+        statistics={statistic: padded(data[key]) for statistic, key in wire.items()},
         image_tokens=rows["image_tokens"],
         region_tokens=rows["region_tokens"],
-        is_padding=torch.tensor([bool(tag.get("is_padding", False)) for tag in batch.tags]),
+        is_padding=is_padding,
+        uid=tuple(map(str, data["uid"])),
+        counterfactual_log_probs=(padded(data[COUNTERFACTUAL_LOG_PROBS]) if needs.intervention is not None else None),
+        correct=_correct(batch) if needs.correctness else None,
     )
     return signals, float(rows["probe_seconds"].sum())
 
 
+def _reward_info(batch: KVBatchMeta) -> list[dict[str, Any]]:
+    """What the reward function returned beside the score, row by row; empty for a padding row."""
+    infos = []
+    for row, tag in zip(fetch(batch, ["extra_fields"])["extra_fields"], batch.tags, strict=True):
+        plain = row.data if isinstance(row, NonTensorData) else row
+        infos.append({} if tag.get("is_padding", False) else plain["reward_extra_info"])
+    return infos
+
+
+def _correct(batch: KVBatchMeta) -> torch.Tensor:
+    """[B] ``acc`` of the reward function, 0 for padding rows."""
+    out = []
+    for key, info, tag in zip(batch.keys, _reward_info(batch), batch.tags, strict=True):
+        if not tag.get("is_padding", False) and "acc" not in info:
+            raise SayoError(
+                "A17",
+                "the method rewards right answers only, and the reward function does not say which are right",
+                where=f"row {key}",
+                got=sorted(info),
+                wanted="a key 'acc' in what the reward function returns, 0 or 1",
+                fix="return {'score': ..., 'acc': ...}, as sayo_verl.reward does",
+            )
+        out.append(float(info.get("acc", 0.0)))
+    return torch.tensor(out)
+
+
 def fetch_reward_parts(batch: KVBatchMeta) -> dict[str, float]:
     """Batch means of ``accuracy`` and ``format`` as the reward function reported them, padding rows left out."""
-    data = fetch(batch, ["extra_fields"])
     totals: dict[str, list[float]] = {}
-    for row, tag in zip(data["extra_fields"], batch.tags, strict=True):
-        info = (row.data if isinstance(row, NonTensorData) else row)["reward_extra_info"]
-        if not tag.get("is_padding", False):
-            for key, name in (("acc", "accuracy"), ("format", "format")):
-                if key in info:
-                    totals.setdefault(name, []).append(float(info[key]))
+    for info in _reward_info(batch):
+        for key, name in (("acc", "accuracy"), ("format", "format")):
+            if key in info:
+                totals.setdefault(name, []).append(float(info[key]))
     return {name: sum(values) / len(values) for name, values in totals.items()}
 
 

@@ -1,0 +1,189 @@
+"""What a method may read of a batch, and how it says what it needs.
+
+Shape suffixes: B rows (one response each), T response tokens (padded on the right).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sayo_verl.errors import SayoError
+from sayo_verl.probe.statistics import Statistic, StatisticsRequest, union
+from sayo_verl.vision.intervention import Intervention
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What must be measured before a method can assign credit.
+
+    Attributes:
+        statistics: what the probe measures in the log-prob pass.
+        intervention: how the image is changed in a second log-prob pass of the same tokens; None: there is none.
+        correctness: the reward function must report ``acc``.
+        boxes: rows need a target region; rows without one are neutral.
+        packages: modules that must be importable where advantages are computed, such as ``pymetis``, each with the pip
+            requirement that brings it.
+    """
+
+    statistics: StatisticsRequest
+    intervention: Intervention | None = None
+    correctness: bool = False
+    boxes: bool = False
+    packages: tuple[tuple[str, str], ...] = ()
+
+
+def join_needs(needs: Sequence[Needs]) -> Needs:
+    """What several methods need together; every statistic once.
+
+    Raises:
+        SayoError: P15 when they disagree on what holds for a whole pass, A13 on the intervention.
+    """
+    interventions = {n.intervention for n in needs if n.intervention is not None}
+    if len(interventions) > 1:
+        raise SayoError(
+            "A13",
+            "two methods want different counterfactual images, and there is one counterfactual pass",
+            where="algorithm.attn.mix",
+            got=sorted(map(str, interventions)),
+            fix="give them the same counterfactual settings, or leave one method out",
+        )
+    return Needs(
+        statistics=union([n.statistics for n in needs]),
+        intervention=next(iter(interventions), None),
+        correctness=any(n.correctness for n in needs),
+        boxes=any(n.boxes for n in needs),
+        packages=tuple(dict.fromkeys(p for n in needs for p in n.packages)),
+    )
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What the log-prob pass of the rollout policy tells about a batch. Detached float32; row order is the batch's.
+
+    Attributes:
+        response_mask: [B, T], 1 on the response's own tokens.
+        entropy: [B, T] in nats, of the distribution that sampled token t.
+        log_probs: [B, T] in nats, of token t under the policy that sampled it, recomputed by the trainer.
+        statistics: what the method asked for -> [B, T], or [B, T, W] for statistics of several values per token.
+        image_tokens: [B] number of visual tokens of the row (0: no image).
+        region_tokens: [B] number of visual tokens in the target region (0: no box).
+        is_padding: [B] bool, synthetic rows that verl appends to make the batch divisible.
+        uid: B names of prompts; rows of one prompt are a group, wherever they stand.
+        counterfactual_log_probs: [B, T] as ``log_probs``, of the same tokens after the changed image; None when no
+            method asked for it.
+        correct: [B] in [0, 1], ``acc`` of the reward function; None when no method asked for it.
+    """
+
+    response_mask: torch.Tensor
+    entropy: torch.Tensor
+    log_probs: torch.Tensor
+    statistics: Mapping[Statistic, torch.Tensor]
+    image_tokens: torch.Tensor
+    region_tokens: torch.Tensor
+    is_padding: torch.Tensor
+    uid: tuple[str, ...]
+    counterfactual_log_probs: torch.Tensor | None = None
+    correct: torch.Tensor | None = None
+
+    def __getitem__(self, statistic: Statistic) -> torch.Tensor:
+        """A statistic's values.
+
+        Raises:
+            SayoError: A10 when it was not measured.
+        """
+        if statistic not in self.statistics:
+            raise SayoError(
+                "A10",
+                "a method reads a statistic that was not measured",
+                where=f"statistic {statistic.key}",
+                got=[s.key for s in self.statistics],
+                fix="name it in the method's needs()",
+            )
+        return self.statistics[statistic]
+
+    def the(self, name: str) -> torch.Tensor:
+        """``counterfactual_log_probs`` or ``correct``, where presence is up to what was asked for.
+
+        Raises:
+            SayoError: A10 when it was not measured.
+        """
+        value = {"counterfactual_log_probs": self.counterfactual_log_probs, "correct": self.correct}[name]
+        if value is None:
+            raise SayoError("A10", "a method reads a signal that was not measured", where=f"signals.{name}",
+                            fix="ask for it in the method's needs()")  # fmt: skip
+        return value
+
+    def neutral_reasons(self, *, boxes: bool = True) -> dict[str, torch.Tensor]:
+        """Why a row cannot carry a visual term: reason -> bool [B]. A row has at most one, the first that fits.
+
+        Args:
+            boxes: whether the term needs a target region.
+        """
+        reasons: dict[str, torch.Tensor] = {}
+        taken = torch.zeros_like(self.is_padding)
+        for name, hit in (
+            ("padding", self.is_padding),
+            ("masked", ~self.response_mask.bool().any(-1)),
+            ("no_image", self.image_tokens == 0),
+            *([("no_box", self.region_tokens == 0)] if boxes else []),
+        ):
+            reasons[name] = hit & ~taken
+            taken = taken | hit
+        return reasons
+
+    def carrying(self, *, boxes: bool = True) -> torch.Tensor:
+        """bool [B]: the rows that no ``neutral_reasons`` exclude."""
+        return ~torch.stack(list(self.neutral_reasons(boxes=boxes).values())).any(0)
+
+    def check(self) -> None:
+        """Assert shapes, presence and finiteness where a method will read.
+
+        Raises:
+            SayoError: A02 for a shape that does not fit, A03 for a number that is not finite or out of range.
+        """
+        B, T = self.response_mask.shape
+        per_row = {name: getattr(self, name) for name in ("image_tokens", "region_tokens", "is_padding")}
+        per_token = {"entropy": self.entropy, "log_probs": self.log_probs}
+        per_token |= {s.key: values for s, values in self.statistics.items()}
+        if self.counterfactual_log_probs is not None:
+            per_token["counterfactual_log_probs"] = self.counterfactual_log_probs
+        if self.correct is not None:
+            per_row["correct"] = self.correct
+        for tensors, shape in ((per_row, (B,)), (per_token, (B, T))):
+            for name, tensor in tensors.items():
+                if tuple(tensor.shape[: len(shape)]) != shape:
+                    raise SayoError(
+                        "A02",
+                        f"the statistic {name} does not have the shape of the batch",
+                        where=f"signals of {B} rows, {T} response tokens",
+                        got=tuple(tensor.shape),
+                        wanted=shape,
+                        fix="this is a defect of sayo-verl or a changed verl; run `sayo doctor` and report both",
+                    )
+        valid = self.response_mask.bool() & ~self.is_padding[:, None]
+        on_image = valid & (self.image_tokens > 0)[:, None]
+        _check_range("entropy", self.entropy[valid], 0.0, float("inf"))
+        _check_range("log_probs", self.log_probs[valid], float("-inf"), 0.0)
+        if self.counterfactual_log_probs is not None:
+            _check_range("counterfactual_log_probs", self.counterfactual_log_probs[on_image], float("-inf"), 0.0)
+        if self.correct is not None:
+            _check_range("correct", self.correct[~self.is_padding], 0.0, 1.0)
+        for statistic, values in self.statistics.items():
+            _check_range(statistic.key, values[on_image], statistic.fact.low, statistic.fact.high)
+
+
+def _check_range(name: str, values: torch.Tensor, low: float, high: float) -> None:
+    """Raises: SayoError A03."""
+    slack = 1e-3  # softmax in float32 over long rows; bf16 models round entropy below zero
+    bad = ~torch.isfinite(values) | (values < low - slack) | (values > high + slack)
+    if bad.any():
+        raise SayoError(
+            "A03",
+            f"{int(bad.sum())} of {bad.numel()} values of {name} are not finite or out of range",
+            where="the response tokens of the log-prob pass",
+            got=values[bad][:3].tolist(),
+            wanted=f"finite, in [{low}, {high}]",
+            fix="a NaN here is a row that the probe never computed or a policy that diverged; look at "
+            "actor/grad_norm and lower the learning rate, or report the batch",
+        )

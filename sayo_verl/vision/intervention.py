@@ -1,0 +1,296 @@
+"""Counterfactual images: what a row's visual tokens would have been, had part of the image not been there.
+
+The worker changes the pixels its processor returned, not the file: patches of the vision tower are replaced, so the
+number of visual tokens, the prompt and the response stay as they are. Every rollout of a prompt gets the same mask.
+
+Conventions of others: PAPO (arXiv 2507.06448) and VPPO (arXiv 2510.09285) blacken 14 px patches of the picture with
+probability 0.6 and 0.5. Theirs are patches of the picture before its resize, ours those of the vision tower after it.
+
+Shape suffixes: N patches of all images of a row, K tiles of all images of a row, V visual tokens of one image, C colour
+channels, F values of a patch, H and W pixels down and across.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sayo_verl.errors import SayoError
+
+if TYPE_CHECKING:  # methods read settings from here and need torch alone
+    from sayo_verl.vision.grids import Tile
+
+KINDS = ("patches", "blur", "grey", "region")
+FILLS = {"black": 0.0, "grey": 0.5}  # share of white; mid-grey is 127.5 of 255
+TILE_MERGE = 2  # patches per side of InternVL's visual token: downsample_ratio 0.5, which its processor does not name
+BLUR_REACH = 3  # standard deviations from the middle of the kernel to its end
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """How the image is changed.
+
+    Attributes:
+        kind: ``patches`` (random patches are filled), ``blur`` (Gaussian), ``grey`` (the whole image is filled with
+            mid-grey), ``region`` (the visual tokens of the row's boxes are filled; a row without boxes stays as it is).
+        share: probability that a patch is filled, for ``patches`` (PAPO 0.6, VPPO 0.5).
+        fill: ``black`` (PAPO, VPPO) or ``grey`` (mid-grey, 127.5 of 255), for ``patches`` and ``region``.
+        sigma: of the blur, in patches of the vision tower.
+        seed: of the masks; a mask depends on it, the prompt, the step and nothing else.
+
+    Raises:
+        SayoError: A05 for a value out of range.
+    """
+
+    kind: str = "patches"
+    share: float = 0.5
+    fill: str = "black"
+    sigma: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key, right, wanted in (
+            ("kind", self.kind in KINDS, " or ".join(KINDS)),
+            ("share", 0 < self.share <= 1, "a number in (0, 1]"),
+            ("fill", self.fill in FILLS, " or ".join(FILLS)),
+            ("sigma", 0 < self.sigma < float("inf"), "a finite number > 0"),
+            ("seed", self.seed >= 0, "a whole number >= 0"),
+        ):
+            if not right:
+                raise SayoError("A05", f"{key} is out of range", where=f"the counterfactual image's {key}",
+                                got=getattr(self, key), wanted=wanted, fix=f"set it to {wanted}")  # fmt: skip
+
+    def to_wire(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> "Intervention":
+        return cls(**wire)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How the model's processor writes pixels. The same for all rows of a run.
+
+    Attributes:
+        geometry: ``grid`` (Qwen: ``pixel_values`` [N, C * temporal * patch * patch], the merge_size x merge_size
+            patches of a visual token side by side) or ``tiles`` (InternVL: ``pixel_values`` [K, C, H, W]).
+        patch_size: pixels per side of a patch of the vision tower.
+        merge_size: patches per side of a visual token.
+        temporal_patch_size: copies of a still image in each patch; 1 for tiles.
+        mean, std: C numbers each: a pixel of value x in [0, 1] is stored as (x - mean) / std.
+    """
+
+    geometry: str
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, processor: Any, geometry: str) -> "Pixels":
+        """Read it from the model's processor.
+
+        Args:
+            processor: with ``image_processor``: its ``image_mean`` and ``image_std``, and for ``grid`` ``patch_size``,
+                ``merge_size`` and ``temporal_patch_size``. A tile is ``image_processor.size`` pixels and
+                ``image_seq_length`` visual tokens.
+            geometry: of the model's family, ``sayo_verl.families``.
+
+        Raises:
+            SayoError: V08 when it does not store pixels as (x - mean) / std, with x in [0, 1], or its tiles are not
+                whole visual tokens.
+        """
+        images = processor.image_processor
+        scale = float(images.rescale_factor) if images.do_rescale else 1.0
+        if not images.do_normalize or not math.isclose(scale, 1 / 255, rel_tol=1e-6):
+            raise SayoError("V08", "the processor does not rescale and normalise pixels, so no one knows what black is",
+                            where=type(images).__name__, got=f"do_normalize={images.do_normalize}, scale {scale:.6g}",
+                            wanted="do_rescale and do_normalize, rescale_factor 1/255",
+                            fix="use the model's own preprocessor_config.json")  # fmt: skip
+        mean, std = tuple(map(float, images.image_mean)), tuple(map(float, images.image_std))
+        if geometry == "grid":
+            return cls(geometry, int(images.patch_size), int(images.merge_size), int(images.temporal_patch_size),
+                       mean, std)  # fmt: skip
+        side, tokens = int(images.size["height"]), int(processor.image_seq_length)
+        patches = math.isqrt(tokens) * TILE_MERGE
+        if images.size["width"] != side or patches**2 != tokens * TILE_MERGE**2 or side % patches:
+            raise SayoError("V08", "a tile is not a square of whole visual tokens", where=type(processor).__name__,
+                            got=f"{tokens} visual tokens for {images.size}", wanted="such as 256 for 448 x 448",
+                            fix="use the processor of the model's own folder")  # fmt: skip
+        return cls(geometry, side // patches, TILE_MERGE, 1, mean, std)
+
+    @property
+    def patch_values(self) -> int:
+        """F: numbers in a row of ``pixel_values``, for ``grid``."""
+        return len(self.mean) * self.temporal_patch_size * self.patch_size**2
+
+
+def prompt_key(prompt_ids: torch.Tensor, step: int) -> int:
+    """A number below 2**63 that names a prompt at a step, the same in every process and every run.
+
+    Args:
+        prompt_ids: [P] token ids of the prompt, without padding and without the response.
+        step: of training, so that a prompt that comes again gets another mask.
+    """
+    return _hash63(f"{int(step)}:" + ",".join(map(str, prompt_ids.tolist())))
+
+
+def intervene(
+    image: Mapping[str, Any],
+    intervention: Intervention,
+    layout: Pixels,
+    *,
+    tiles: "Sequence[Sequence[Tile]]",
+    region: Sequence[Any] | None,
+    key: int,
+    where: str,
+) -> dict[str, Any]:
+    """The inputs of one row with its image changed.
+
+    Args:
+        image: the row's ``multi_modal_inputs``; never mutated. Without ``pixel_values`` the row has no image.
+        intervention: what to change.
+        layout: of ``pixel_values``.
+        tiles: for each image its grids of visual tokens, ``sayo_verl.probe.plan.image_tiles``.
+        region: for each image bool [V], the visual tokens in the row's boxes, ``sayo_verl.vision.masks.region_mask``;
+            read for kind ``region`` only. None: the row has no box.
+        key: ``prompt_key`` of the row.
+        where: names the row in errors.
+
+    Returns:
+        A new dict in which only ``pixel_values`` is another tensor, of the same shape, dtype and device. Patches that
+        are not filled keep their bits. A row without image, and for kind ``region`` a row without box, is as it was.
+
+    Raises:
+        SayoError: V07 when pixels and grids do not fit, V09 when region and grids do not fit.
+    """
+    out = dict(image)
+    if "pixel_values" not in image and not tiles:
+        return out
+    if "pixel_values" not in image:
+        raise _misfit(where, "no pixel_values", f"pixels for {len(tiles)} images")
+    pixels = image["pixel_values"]
+    sides = _sides(pixels, layout, tiles, where)
+    if intervention.kind == "blur":
+        out["pixel_values"] = _blurred(pixels, intervention.sigma, layout, sides)
+        return out
+    shade = FILLS["grey" if intervention.kind == "grey" else intervention.fill]
+    fill_C = torch.tensor([(shade - mean) / std for mean, std in zip(layout.mean, layout.std, strict=True)])
+    if intervention.kind == "grey":
+        mask_N = torch.ones(sum(h * w for h, w in sides), dtype=torch.bool)
+    elif intervention.kind == "patches":
+        # the generator of the CPU uses 32 bits of its seed: both numbers go into a hash, not side by side
+        generator = torch.Generator().manual_seed(_hash63(f"{intervention.seed}:{key}"))
+        mask_N = torch.rand(sum(h * w for h, w in sides), generator=generator) < intervention.share
+    elif region is None:
+        return out
+    else:
+        mask_N = _region_patches(region, tiles, layout, where)
+    out["pixel_values"] = _filled(pixels, mask_N.to(pixels.device), fill_C.to(pixels), layout)
+    return out
+
+
+def _hash63(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _misfit(where: str, got: str, wanted: str) -> SayoError:
+    return SayoError("V07", "the pixels of a row are not those of its grids of visual tokens", where=where, got=got,
+                     wanted=wanted, fix="use the model's own processor, and the tiles of this very row")  # fmt: skip
+
+
+def _sides(
+    pixels: torch.Tensor, layout: Pixels, tiles: "Sequence[Sequence[Tile]]", where: str
+) -> list[tuple[int, int]]:
+    """Patches down and across of each grid of the row, in the order of the pixels; V07 unless they fit."""
+    merge, patch = layout.merge_size, layout.patch_size
+    sides = [(tile.rows * merge, tile.cols * merge) for grids in tiles for tile in grids]
+    if not torch.is_floating_point(pixels):
+        raise _misfit(where, f"pixel_values of {pixels.dtype}", "normalised floating-point pixels")
+    if layout.geometry == "grid":
+        shape: tuple[int, ...] = (sum(h * w for h, w in sides), layout.patch_values)
+    else:
+        if len(set(sides)) > 1:
+            raise _misfit(where, f"tiles of {sorted(set(sides))} patches", "tiles of one size")
+        h, w = sides[0] if sides else (0, 0)
+        shape = (len(sides), len(layout.mean), h * patch, w * patch)
+    if tuple(pixels.shape) != shape or not sides:
+        raise _misfit(where, f"pixel_values {tuple(pixels.shape)}",
+                      f"{shape}: {len(sides)} grids, {patch} px patches merged {merge} x {merge}")  # fmt: skip
+    return sides
+
+
+def _region_patches(
+    region: Sequence[Any], tiles: "Sequence[Sequence[Tile]]", layout: Pixels, where: str
+) -> torch.Tensor:
+    """bool [N]: the patches of the marked visual tokens, in the order of ``_filled``; V09 unless they fit."""
+    masks = [torch.as_tensor(mask_V) for mask_V in region]
+    tokens = [sum(tile.tokens for tile in grids) for grids in tiles]
+    if [tuple(mask_V.shape) for mask_V in masks] != [(n,) for n in tokens] or any(m.dtype != torch.bool for m in masks):
+        raise SayoError("V09", "the region is not one mark per visual token", where=where,
+                        got=[(str(mask_V.dtype), tuple(mask_V.shape)) for mask_V in masks],
+                        wanted=[("torch.bool", (n,)) for n in tokens],
+                        fix="make it with sayo_verl.vision.masks.region_mask from the same tiles")  # fmt: skip
+    merge = layout.merge_size
+    marked = torch.cat(masks).cpu()
+    if layout.geometry == "grid":  # the patches of a token lie side by side
+        return marked.repeat_interleave(merge**2)
+    tile = tiles[0][0]
+    token_KHW = marked.view(-1, tile.rows, tile.cols)
+    return token_KHW.repeat_interleave(merge, 1).repeat_interleave(merge, 2).flatten()
+
+
+def _filled(pixels: torch.Tensor, mask_N: torch.Tensor, fill_C: torch.Tensor, layout: Pixels) -> torch.Tensor:
+    """The pixels with the masked patches in one colour; for tiles, patches are row-major within each tile."""
+    patch = layout.patch_size
+    if layout.geometry == "grid":
+        fill_F = fill_C.repeat_interleave(layout.patch_values // len(fill_C))
+        return torch.where(mask_N[:, None], fill_F, pixels)
+    K, _, H, W = pixels.shape
+    mask_KHW = mask_N.view(K, H // patch, W // patch).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+    return torch.where(mask_KHW[:, None], fill_C[:, None, None], pixels)
+
+
+def _blurred(pixels: torch.Tensor, sigma: float, layout: Pixels, sides: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Every image of a grid family is blurred as a whole; of a tile family every tile and thumbnail by itself, so that
+    nothing of one tile leaks into another and the blur is the same number of visual tokens wide in all of them."""
+    if layout.geometry == "tiles":
+        return _gaussian(pixels, sigma * layout.patch_size)
+    parts = pixels.split([h * w for h, w in sides])
+    return torch.cat([
+        patchify(_gaussian(unpatchify(part, h, w, layout), sigma * layout.patch_size), layout)
+        for part, (h, w) in zip(parts, sides, strict=True)
+    ])  # fmt: skip
+
+
+def _gaussian(picture: torch.Tensor, sigma: float) -> torch.Tensor:
+    """[..., C, H, W] blurred in float32, pixels beyond the border by reflection. An axis of L pixels can be reflected
+    L - 1 pixels far, so on a small image the kernel ends there."""
+    from torchvision.transforms.functional import gaussian_blur  # here, since methods import this file
+
+    H, W = picture.shape[-2:]
+    reach_x, reach_y = (min(math.ceil(BLUR_REACH * sigma), side - 1) for side in (W, H))
+    # one axis after the other is the same blur, and the kernel is as wide as the image is
+    wide = gaussian_blur(picture.float(), [2 * reach_x + 1, 1], [sigma, sigma])
+    return gaussian_blur(wide, [1, 2 * reach_y + 1], [sigma, sigma]).to(picture.dtype)
+
+
+def unpatchify(patches_NF: torch.Tensor, h: int, w: int, layout: Pixels) -> torch.Tensor:
+    """The picture of one image of a grid family: [temporal, C, H, W] of the rows [h * w, F] of ``pixel_values``, where
+    h and w are patches down and across. The copies of a still image are equal."""
+    m, p, t = layout.merge_size, layout.patch_size, layout.temporal_patch_size
+    split = patches_NF.reshape(h // m, w // m, m, m, len(layout.mean), t, p, p)
+    return split.permute(5, 4, 0, 2, 6, 1, 3, 7).reshape(t, len(layout.mean), h * p, w * p)
+
+
+def patchify(picture: torch.Tensor, layout: Pixels) -> torch.Tensor:
+    """The inverse of ``unpatchify``: [temporal, C, H, W] to [h * w, F]."""
+    m, p = layout.merge_size, layout.patch_size
+    t, C, H, W = picture.shape
+    split = picture.reshape(t, C, H // (m * p), m, p, W // (m * p), m, p)
+    return split.permute(2, 5, 3, 6, 1, 0, 4, 7).reshape(-1, layout.patch_values)
