@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# GRPO, verl's own code | tiny Qwen3-VL on drawn scenes | the paired baseline of run_sayo_tiny.sh
+# GRPO, verl's own code | tiny Qwen3-VL on drawn scenes | CPU | the paired baseline of run_sayo_tiny.sh
 #
 # The same job but for the method: no attention is measured, so the report says "not measured" where SAYO has figures.
-# (To see them without rewarding them: REGION_WEIGHT=0 bash scripts/run_sayo_tiny.sh, which trains bit for bit as GRPO.)
+# (To see them without rewarding them: REGION_WEIGHT=0 bash scripts/run_sayo_tiny.sh, which trains as GRPO does.)
 set -euo pipefail
-export ADV_ESTIMATOR=grpo NAME=${NAME:-grpo_tiny}
-exec bash "$(dirname "${BASH_SOURCE[0]}")/run_sayo_tiny.sh" "$@"
+export METHOD=grpo NAME=${NAME:-grpo_tiny}
+exec bash "$(dirname "${BASH_SOURCE[0]}")/run_tiny.sh" "$@"

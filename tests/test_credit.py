@@ -151,10 +151,11 @@ class Fixed:
     intervention: Intervention | None = None
     coverage: float = 0.5
     metric: str = ""
+    boxes: bool = False
 
     def needs(self) -> Needs:
         statistics = StatisticsRequest((Statistic("image_mass"),), coverage=self.coverage)
-        return Needs(statistics, self.intervention, packages=(("torch", "pip install torch"),))
+        return Needs(statistics, self.intervention, boxes=self.boxes, packages=(("torch", "pip install torch"),))
 
     def credit(self, signals: Signals) -> Credit:
         B, T = signals.response_mask.shape
@@ -227,7 +228,8 @@ def test_parts_that_need_different_passes_are_refused():
     with refusal("A13"):
         Mix((Fixed("attn_one", REWARD, grey), Fixed("attn_two", REWARD, blur)))
     with refusal("P15"):
-        Mix((Fixed("attn_one", REWARD, coverage=0.5), Fixed("attn_two", REWARD, coverage=1.0)))
+        Mix((Fixed("attn_one", REWARD, coverage=0.5, boxes=True), RegionMethod(coverage=1.0)))
+    assert Mix((Fixed("attn_one", REWARD), RegionMethod(coverage=1.0))).needs().statistics.coverage == 1.0
     assert Mix((Fixed("attn_one", REWARD, grey), Fixed("attn_two", REWARD))).needs().intervention == grey
 
 

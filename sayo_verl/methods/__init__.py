@@ -7,12 +7,14 @@ import dataclasses
 
 from sayo_verl.errors import SayoError
 from sayo_verl.methods.base import Credit, Method, RewardTerm
+from sayo_verl.methods.dual import DualConfig, DualMethod, dual_grained_factors
+from sayo_verl.methods.faithful import FaithfulMethod
 from sayo_verl.methods.group import advantages, group_advantage
 from sayo_verl.methods.mix import Mix
 from sayo_verl.methods.region import RegionMethod
 from sayo_verl.methods.signals import Needs, Signals
 
-METHODS: dict[str, type[Method]] = {RegionMethod.name: RegionMethod}
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (RegionMethod, DualMethod, FaithfulMethod)}
 PREFIX = "attn_"
 # Names below ``algorithm.attn`` that are not a method's node.
 RESERVED = ("mix", "spread_floor")
@@ -40,5 +42,6 @@ def register_method(cls: type[Method]) -> type[Method]:
     return cls
 
 
-__all__ = ["METHODS", "Credit", "Method", "Mix", "Needs", "RegionMethod", "RewardTerm", "Signals", "advantages",
-           "group_advantage", "register_method"]  # fmt: skip
+__all__ = ["METHODS", "Credit", "DualConfig", "DualMethod", "FaithfulMethod", "Method", "Mix", "Needs", "RegionMethod",
+           "RewardTerm", "Signals", "advantages", "dual_grained_factors", "group_advantage",
+           "register_method"]  # fmt: skip

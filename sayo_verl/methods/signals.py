@@ -3,6 +3,7 @@
 Shape suffixes: B rows (one response each), T response tokens (padded on the right).
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,8 +49,11 @@ def join_needs(needs: Sequence[Needs]) -> Needs:
             got=sorted(map(str, interventions)),
             fix="give them the same counterfactual settings, or leave one method out",
         )
+    # A method that maps no boxes to tokens has no say in how they are mapped.
+    coverage = next((n.statistics.coverage for n in needs if n.boxes), needs[0].statistics.coverage)
+    requests = [n.statistics if n.boxes else dataclasses.replace(n.statistics, coverage=coverage) for n in needs]
     return Needs(
-        statistics=union([n.statistics for n in needs]),
+        statistics=union(requests),
         intervention=next(iter(interventions), None),
         correctness=any(n.correctness for n in needs),
         boxes=any(n.boxes for n in needs),
