@@ -2,7 +2,7 @@
 
     python benchmarks/region_effect.py --seeds 0 1 2 --steps 30 --every 10
 
-runs ``scripts/run_sayo_tiny.sh`` (real verl, Ray, FSDP2 and vLLM on CPU, about four minutes a run) for each condition
+runs ``scripts/run_tiny.sh`` (real verl, Ray, FSDP2 and vLLM on CPU, about four minutes a run) for each condition
 and seed, lets checkpoints answer held-out scenes with plain transformers (``sayo evaluate``: HF sampling and
 HF eager attention, so nothing here is measured by the probe that was rewarded), and writes ``docs/tiny_results.md``.
 What is there is not run again; an interrupted run's folder is put aside and begun anew.
@@ -24,9 +24,9 @@ from sayo_verl.tiny.evaluate import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 CONDITIONS = {
-    "region": {"ADV_ESTIMATOR": "attn_region"},
-    "accuracy": {"ADV_ESTIMATOR": "grpo"},
-    "wrong box": {"ADV_ESTIMATOR": "attn_region", "REGION": "distractor"},
+    "region": {"METHOD": "region"},
+    "accuracy": {"METHOD": "grpo"},
+    "wrong box": {"METHOD": "region", "REGION": "distractor"},
 }
 MEASURES = {
     "accuracy": "accuracy",
@@ -56,7 +56,9 @@ CAVEATS = """\
 """
 
 
-def train(out: Path, seed: int, steps: int, every: int, settings: dict[str, str], policy: str) -> float:
+def train(
+    out: Path, seed: int, steps: int, every: int, settings: dict[str, str], policy: str, *overrides: str
+) -> float:
     """One run; its seconds. Its checkpoints in HF format lie below ``out/checkpoints``."""
     if (out / "seconds").exists():
         return float((out / "seconds").read_text())
@@ -65,7 +67,7 @@ def train(out: Path, seed: int, steps: int, every: int, settings: dict[str, str]
     env = {**os.environ, **settings, "OUT": str(out), "SEED": str(seed), "STEPS": str(steps), "SAVE_FREQ": str(every),
            "TEST_FREQ": "-1", "POLICY": policy}  # fmt: skip
     start = time.monotonic()
-    subprocess.run(["bash", str(ROOT / "scripts" / "run_sayo_tiny.sh")], env=env, check=True, cwd=ROOT)
+    subprocess.run(["bash", str(ROOT / "scripts" / "run_tiny.sh"), *overrides], env=env, check=True, cwd=ROOT)
     (out / "seconds").write_text(str(time.monotonic() - start))
     return time.monotonic() - start
 
