@@ -1,8 +1,9 @@
 """The engine mixin inside verl's real training worker (FSDP2, one CPU process), against float64 eager attention."""
 
+import numpy as np
 import pytest
 import torch
-from engine_rows import ROWS, log_prob_pass, make_rows, model_config, single_process_group, worker
+from engine_rows import QUESTION, ROWS, log_prob_pass, make_rows, model_config, single_process_group, worker
 from family_models import patches_undone
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl import modeling_qwen3_vl
@@ -22,6 +23,7 @@ def names(**options):
 
 
 REQUEST, NAMES = request(), names()
+INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,9 +60,10 @@ def eager_masses(policy, rows, layers, query_row="input"):
         module.self_attn.register_forward_hook(lambda m, _a, out: attentions.__setitem__(m.layer_idx, out[1]))
     out = []
     for row in rows:
-        images = {k: v for k, v in row["multi_modal_inputs"].items() if k in ("pixel_values", "image_grid_thw")}
-        if images:
-            images["pixel_values"] = images["pixel_values"].double()
+        images = {k: v for k, v in row["multi_modal_inputs"].items() if k in INPUTS}
+        for pixels in ("pixel_values", "pixel_values_videos"):
+            if pixels in images:
+                images[pixels] = images[pixels].double()
         ids = row["input_ids"][None]
         with torch.no_grad():
             model(
@@ -71,9 +74,10 @@ def eager_masses(policy, rows, layers, query_row="input"):
         prompt, length = row["prompts"].shape[0], ids.shape[1]
         first = prompt if query_row == "input" else prompt - 1
         rows_TS = mean_SS[first : first + length - prompt]
-        image = (row["input_ids"] == model.config.image_token_id).nonzero().flatten()
+        visual = torch.isin(row["input_ids"], torch.tensor([model.config.image_token_id, model.config.video_token_id]))
+        image = visual.nonzero().flatten()
         region = image[:0]
-        if images:
+        if "image_grid_thw" in images:
             _, h, w = row["multi_modal_inputs"]["image_grid_thw"][0].tolist()
             tiles = merged_grid(1, h, w, 2, where="the test")
             region = image[torch.from_numpy(region_mask(row["extra_info"]["boxes"][0], tiles))]
@@ -212,14 +216,57 @@ def test_equal_lengths_pass(random_policy, packed_worker):
     assert largest_error(output, rows, eager_masses(random_policy, rows, layers=[-1])) < 1e-5
 
 
+def video_row(processor, n_frames, width, height, response_length):
+    """A row with a video, from the model's own processor, with the fields of ``make_rows``."""
+    (row,) = make_rows(processor, shapes=[(64, 64, response_length, [])])
+    rng = np.random.default_rng(n_frames)
+    frames = rng.integers(0, 255, (n_frames, height, width, 3), dtype=np.uint8)
+    content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=[text], videos=[frames], return_tensors="pt", do_sample_frames=False)
+    prompt = inputs["input_ids"][0]
+    ids = torch.cat([prompt, row["responses"]])
+    types = torch.cat([inputs["mm_token_type_ids"], torch.zeros(1, response_length, dtype=torch.long)], 1)
+    positions, _ = processor.get_rope_index(
+        input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], mm_token_type_ids=types,
+        video_grid_thw=inputs["video_grid_thw"],
+    )  # fmt: skip
+    text_positions = torch.arange(len(ids))[None]
+    return row | {
+        "prompts": prompt,
+        "input_ids": ids,
+        "position_ids": torch.cat([text_positions, positions[:, 0]]),
+        "multi_modal_inputs": {k: inputs[k] for k in ("pixel_values_videos", "video_grid_thw")},
+        "extra_info": {"index": n_frames},
+    }
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_videos_are_visual_tokens_like_images(random_policy, rows, packed):
+    config = model_config(random_policy, packed=packed)
+    mixed = [video_row(config.processor, 4, 96, 64, 6), rows[0], video_row(config.processor, 2, 64, 64, 3), rows[3]]
+    output = log_prob_pass(worker(config, dynamic=False), mixed, REQUEST)
+    error = largest_error(output, mixed, eager_masses(random_policy, mixed, layers=[-1]))
+    print(f"largest error against float64 eager, videos among images, packed={packed}: {error:.2e}")
+    assert error < 1e-5
+    assert torch.cat(list(output["sayo_image_tokens"].unbind())).tolist() == [2 * 2 * 3, 9, 1 * 2 * 2, 0]
+
+
+def test_boxes_of_a_row_with_a_video_stop_the_pass(random_policy, packed_worker):
+    row = video_row(model_config(random_policy, packed=True).processor, 4, 96, 64, 6)
+    row["extra_info"] = {"index": 1, "boxes": [[[0.1, 0.1, 0.9, 0.4]]]}
+    with pytest.raises(SayoError, match=r"SAYO-P07: .*boxes.*index 1.*fix: "):
+        log_prob_pass(packed_worker, [row, row], REQUEST)
+
+
 @pytest.mark.parametrize(
     ("break_row", "code"),
     [
         (lambda row: row["extra_info"].update(boxes=[[[0.5, 0.1, 0.2, 0.4]]]), "V02"),
         (lambda row: row["extra_info"].update(boxes=[[[0.5, 0.1, 0.9, 0.4]], []]), "P06"),
-        (lambda row: row["multi_modal_inputs"].update(video_grid_thw=torch.tensor([[2, 4, 4]])), "P07"),
+        (lambda row: row["multi_modal_inputs"].update(video_grid_thw=torch.tensor([[2, 4, 4]])), "P05"),
     ],
-    ids=["x1<x0", "boxes-not-per-image", "video"],
+    ids=["x1<x0", "boxes-not-per-image", "video without placeholders"],
 )
 def test_bad_rows_stop_the_pass(random_policy, packed_worker, break_row, code):
     rows = make_rows(model_config(random_policy, packed=True).processor, shapes=[ROWS[0], ROWS[1]])

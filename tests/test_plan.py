@@ -10,7 +10,7 @@ import torch
 from probe_rows import refusal
 
 from sayo_verl.families import FAMILIES
-from sayo_verl.probe.plan import ChatTokens, RowPlan, image_tiles, plan_row
+from sayo_verl.probe.plan import ChatTokens, RowPlan, image_tiles, plan_row, video_tokens
 from sayo_verl.vision.grids import Tile, merged_grid, tile_grid
 
 IMAGE = 99
@@ -215,12 +215,16 @@ def test_the_tiles_of_internvl():
     assert tall == (Tile(3, 3, 0.0, 0.0, 1.0, 0.5), Tile(3, 3, 0.0, 0.5, 1.0, 1.0), Tile(3, 3)), "columns come first"
 
 
-@pytest.mark.parametrize("name", ["video_grid_thw", "pixel_values_videos"])
-@pytest.mark.parametrize("model_type", ["qwen3_vl", "internvl"])
-def test_a_video_is_refused(model_type, name):
+def test_videos_are_counted_where_their_family_is_known():
+    config, video = QWEN, {"video_grid_thw": torch.tensor([[2, 4, 6], [1, 2, 2]])}
+    assert video_tokens(video, FAMILIES["qwen3_vl"], config, where="row 3 of the batch") == 12 + 1
+    assert video_tokens({}, FAMILIES["internvl"], INTERN, where="row 3 of the batch") == 0
     with refusal("P07", "video") as caught:
-        tiles_of({"pixel_values": PIXELS, "image_grid_thw": torch.tensor([[1, 4, 4]]), name: PIXELS}, model_type)
+        video_tokens(video, FAMILIES["internvl"], INTERN, where="row 3 of the batch")
     assert caught.value.where == "row 3 of the batch"
+    with refusal("P19", "video"):
+        frames = {"pixel_values_videos": PIXELS}
+        video_tokens(frames, FAMILIES["qwen3_vl"], config, where="row 3 of the batch")
 
 
 @pytest.mark.parametrize(

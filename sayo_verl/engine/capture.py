@@ -24,7 +24,7 @@ from sayo_verl.engine.counterfactual import counterfactual_micro_batch
 from sayo_verl.errors import SayoError
 from sayo_verl.families import Family, family_of
 from sayo_verl.probe.measure import Measurement, Shard
-from sayo_verl.probe.plan import ChatTokens, RowPlan, image_tiles, plan_row
+from sayo_verl.probe.plan import ChatTokens, RowPlan, image_tiles, plan_row, video_tokens
 from sayo_verl.probe.statistics import (
     COUNTERFACTUAL_LOG_PROBS,
     INTERVENTION_KEY,
@@ -155,6 +155,8 @@ def plan_micro_batch(
                 mask_T.shape[0],
                 image_token_id=model_config.hf_config.image_token_id,
                 images=image_tiles(image, family, model_config.hf_config, where=where),
+                video_token_id=model_config.hf_config.video_token_id if family.geometry == "grid" else None,
+                videos=video_tokens(image, family, model_config.hf_config, where=where),
                 boxes=info.get("boxes", []),
                 coverage=request.coverage,
                 where=where,

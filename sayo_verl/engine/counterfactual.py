@@ -14,7 +14,7 @@ from verl.utils import tensordict_utils as tu
 
 from sayo_verl.errors import SayoError
 from sayo_verl.families import Family
-from sayo_verl.probe.plan import image_tiles
+from sayo_verl.probe.plan import image_tiles, video_tokens
 from sayo_verl.vision.intervention import Intervention, Pixels, intervene, prompt_key
 from sayo_verl.vision.masks import box_masks
 
@@ -54,6 +54,9 @@ def counterfactual_micro_batch(
     )
     for n, (ids_S, mask_T, image, info) in enumerate(rows):
         where = f"row {n} of the micro-batch (extra_info.index {info.get('index', 'absent')})"
+        if video_tokens(image, family, model_config.hf_config, where=where):
+            raise SayoError("P07", "a row of a counterfactual pass has a video", where=where,
+                            fix="remove videos, or choose a method without counterfactual images")  # fmt: skip
         tiles = image_tiles(image, family, model_config.hf_config, where=where)
         boxes = info.get("boxes", [])
         region = None

@@ -79,16 +79,14 @@ def image_tiles(image: Mapping[str, Any], family: Family, config: Any, *, where:
     """For each image of a row, the grids it became, from what its processor returned.
 
     Args:
-        image: the row's ``multi_modal_inputs``; empty for a row without an image.
+        image: the row's ``multi_modal_inputs``; empty for a row without an image. Videos in it are not looked at.
         family: the model's.
         config: its HF config.
         where: names the row in errors.
 
     Raises:
-        SayoError: P07 for a video or a grid that is not a still image's, P19 when pixels come without their grid.
+        SayoError: P07 for a grid that is not a still image's, P19 when pixels come without their grid.
     """
-    if "video_grid_thw" in image or "pixel_values_videos" in image:
-        raise SayoError("P07", "a row has a video", where=where, fix="remove videos; only images are supported")
     name = {"grid": "image_grid_thw", "tiles": "image_tile_grid"}[family.geometry]
     if name not in image:
         if "pixel_values" in image:
@@ -109,6 +107,24 @@ def image_tiles(image: Mapping[str, Any], family: Family, config: Any, *, where:
     return [tile_grid(int(columns), int(rows), side, where=where) for columns, rows in image[name].tolist()]
 
 
+def video_tokens(image: Mapping[str, Any], family: Family, config: Any, *, where: str) -> int:
+    """How many visual tokens the videos of a row have; 0 without one. Arguments as of ``image_tiles``.
+
+    Raises:
+        SayoError: P07 for a family whose videos are not known, P19 when frames come without their grid.
+    """
+    if "video_grid_thw" not in image:
+        if "pixel_values_videos" in image:
+            raise SayoError("P19", "a video came without the grid of its visual tokens", where=where,
+                            got=sorted(image), wanted="video_grid_thw", fix="use the model's processor")  # fmt: skip
+        return 0
+    if family.geometry != "grid":
+        raise SayoError("P07", f"a row of a {family.model_type} model has a video", where=where,
+                        fix="remove videos; with this family only images are supported")  # fmt: skip
+    merge = int(config.vision_config.spatial_merge_size)
+    return sum(int(t) * (int(h) // merge) * (int(w) // merge) for t, h, w in image["video_grid_thw"].tolist())
+
+
 def plan_row(
     input_ids: torch.Tensor,
     response_length: int,
@@ -120,6 +136,8 @@ def plan_row(
     where: str,
     n_boxes: int = 0,
     chat: ChatTokens | None = None,
+    video_token_id: int | None = None,
+    videos: int = 0,
 ) -> RowPlan:
     """Find a row's visual tokens and which of them lie in its boxes.
 
@@ -133,10 +151,12 @@ def plan_row(
         where: names the row in errors.
         n_boxes: how many single boxes to keep apart, in the order of the row, as ``box0``, ``box1``, ...
         chat: when given, the sets ``system`` and ``question`` are made.
+        video_token_id: the placeholder of videos; None: there are none.
+        videos: how many visual tokens the row's videos have. They count like an image's, but no box lies in a video.
 
     Raises:
-        SayoError: P05 when placeholders and grids disagree, P06 when there is not one box list per image, P21 for a row
-            without a prompt, V01-V05 for bad boxes and grids.
+        SayoError: P05 when placeholders and grids disagree, P06 when there is not one box list per image, P07 for boxes
+            of a row with a video, P21 for a row without a prompt, V01-V05 for bad boxes and grids.
     """
     ids_S = input_ids.cpu()
     S, P = ids_S.shape[0], ids_S.shape[0] - response_length
@@ -157,6 +177,15 @@ def plan_row(
             wanted=f"{sum(counts)} ({len(counts)} images of {counts} visual tokens)",
             fix="the prompt was cut or a second processor resized the image; raise data.max_prompt_length",
         )
+    video_S = prompt_S & (ids_S == video_token_id) if video_token_id is not None else torch.zeros_like(prompt_S)
+    if int(video_S.sum()) != videos:
+        raise SayoError("P05", "the prompt's video placeholders do not fit the video grids", where=where,
+                        got=f"{int(video_S.sum())} placeholders", wanted=videos,
+                        fix="the prompt was cut; raise data.max_prompt_length")  # fmt: skip
+    if videos and any(len(b) for b in boxes):
+        raise SayoError("P07", "a row with a video has boxes", where=where,
+                        fix="remove the boxes, or the video: in which frames a box lies is not known")  # fmt: skip
+    image_S = image_S | video_S
     keys = {"image": image_S, "region": torch.zeros(S, dtype=torch.bool)}
     keys |= {f"box{i}": torch.zeros(S, dtype=torch.bool) for i in range(n_boxes)}
     if images and any(len(b) for b in boxes):
@@ -182,7 +211,7 @@ def plan_row(
     keys["response"] = ~prompt_S
     if chat is not None:
         keys |= _turns(ids_S, prompt_S & ~image_S, chat)
-    return RowPlan(S, response_length, keys, columns_V, int(keys["region"].sum()))
+    return RowPlan(S, response_length, keys, image_S.nonzero().flatten(), int(keys["region"].sum()))
 
 
 def _turns(ids_S: torch.Tensor, text_S: torch.Tensor, chat: ChatTokens) -> dict[str, torch.Tensor]:
