@@ -5,7 +5,7 @@ Every message has one shape, so that people can read it and a log can be searche
     SAYO-P03: layer 36 does not exist | at algorithm.attn.layers | got 36, wanted -36..35 | fix: set ...
 
 The letter of the code names the room it comes from: A advantage and methods, C compatibility with verl, D data,
-L launch, P probe, R report, T tiny task, V vision, X environment.
+F anchoring of the ``<Focus>`` token, L launch, P probe, R report, T tiny task, V vision, X environment.
 """
 
 import difflib

@@ -6,6 +6,7 @@ A method of your own joins with ``register_method``; see docs/add_a_method.md.
 import dataclasses
 
 from sayo_verl.errors import SayoError
+from sayo_verl.methods.anchor import AnchorMethod
 from sayo_verl.methods.base import Credit, Method, RewardTerm
 from sayo_verl.methods.dual import DualConfig, DualMethod, dual_grained_factors
 from sayo_verl.methods.faithful import FaithfulMethod
@@ -14,7 +15,7 @@ from sayo_verl.methods.mix import Mix
 from sayo_verl.methods.region import RegionMethod
 from sayo_verl.methods.signals import Needs, Signals
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (RegionMethod, DualMethod, FaithfulMethod)}
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (RegionMethod, DualMethod, AnchorMethod, FaithfulMethod)}
 PREFIX = "attn_"
 # Names below ``algorithm.attn`` that are not a method's node.
 RESERVED = ("mix", "spread_floor")
@@ -42,6 +43,6 @@ def register_method(cls: type[Method]) -> type[Method]:
     return cls
 
 
-__all__ = ["METHODS", "Credit", "DualConfig", "DualMethod", "FaithfulMethod", "Method", "Mix", "Needs", "RegionMethod",
-           "RewardTerm", "Signals", "advantages", "dual_grained_factors", "group_advantage",
+__all__ = ["METHODS", "AnchorMethod", "Credit", "DualConfig", "DualMethod", "FaithfulMethod", "Method", "Mix", "Needs",
+           "RegionMethod", "RewardTerm", "Signals", "advantages", "dual_grained_factors", "group_advantage",
            "register_method"]  # fmt: skip

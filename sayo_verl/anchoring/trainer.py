@@ -1,0 +1,263 @@
+"""The anchoring stage: a transformers ``Trainer`` whose loss is L_LM + weight * L_anchor, and the folder it leaves.
+
+Why not verl's own SFT trainer: docs/anchoring.md. Distribution (DDP, FSDP, DeepSpeed), precision, checkpointing and
+logging are the Trainer's; ``trainer_args`` passes any field of ``TrainingArguments`` through.
+
+Shape suffixes: B rows, R rows with boxes, S tokens.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
+
+from sayo_verl.anchoring.loss import (
+    FORBIDDEN_WEIGHT,
+    FocusBatch,
+    default_layers,
+    forbidden_excess,
+    forward_with_focus,
+)
+from sayo_verl.anchoring.rows import FOCUS_KEY, AnchorCollator, AnchorRows
+from sayo_verl.anchoring.token import add_focus_token
+from sayo_verl.errors import SayoError
+from sayo_verl.probe.taps import check_full_attention, resolve_layers, text_attention_layers
+
+# projections of the decoder; the vision tower of Qwen2.5-VL has modules of the same names
+LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class AnchorConfig:
+    """How the stage trains; every default is ours.
+
+    Attributes:
+        weight: lambda, of the anchoring loss; 0 is plain supervised training.
+        alpha: background share of the target.
+        layers: decoder layers of p, negative ones from the last; empty: floor(2 L / 3).
+        steps, batch_size, accumulation: optimiser steps, rows per device and forward, forwards per step.
+        learning_rate, warmup_steps, weight_decay, clip: AdamW with linear rise, then constant; gradient norm limit.
+        lora_rank, lora_alpha: 0 trains all weights of the decoder; otherwise LoRA on its projections, and of the
+            embedding the row of ``<Focus>`` alone.
+        train_vision: also train the vision tower (not with LoRA).
+        dtype: of the weights while training and in the folder.
+        attention: ``attn_implementation``; empty: transformers' choice.
+        checkpointing: gradient checkpointing, non-reentrant.
+        max_tokens: longest row; 0: any.
+        seed: of the order of the rows and of LoRA's weights.
+    """
+
+    weight: float = 1.0
+    alpha: float = 0.1
+    layers: tuple[int, ...] = ()
+    steps: int = 150
+    batch_size: int = 32
+    accumulation: int = 1
+    learning_rate: float = 1e-3
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    lora_rank: int = 0
+    lora_alpha: int = 32
+    train_vision: bool = False
+    dtype: str = "float32"
+    attention: str = ""
+    checkpointing: bool = False
+    max_tokens: int = 0
+    seed: int = 0
+    trainer_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wrong = [
+            (not 0 <= self.weight < float("inf"), "weight", "a finite number >= 0"),
+            (not 0 <= self.alpha < 1, "alpha", "a number in [0, 1)"),
+            (min(self.steps, self.batch_size, self.accumulation) < 1, "steps, batch_size, accumulation", "at least 1"),
+            (not 0 < self.learning_rate < float("inf"), "learning_rate", "a finite number > 0"),
+            (self.lora_rank < 0, "lora_rank", "at least 0"),
+            (self.lora_rank > 0 and self.train_vision, "lora_rank, train_vision", "one or the other"),
+            (self.dtype not in DTYPES, "dtype", f"one of {sorted(DTYPES)}"),
+        ]
+        for is_wrong, names, wanted in wrong:
+            if is_wrong:
+                got = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split(", "))
+                raise SayoError("F05", "a setting of the anchoring stage is out of range", where="AnchorConfig",
+                                got=got, wanted=wanted, fix=f"change {names}")  # fmt: skip
+
+
+def load_with_focus(folder: Path | str, config: AnchorConfig) -> tuple[Any, Any, int]:
+    """Model, processor and id of ``<Focus>``: added where the folder does not have it."""
+    how = {"attn_implementation": config.attention} if config.attention else {}
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=DTYPES[config.dtype], **how)
+    processor = AutoProcessor.from_pretrained(folder)
+    return model, processor, add_focus_token(model, processor)
+
+
+def anchor_layers(model: nn.Module, asked: Sequence[int]) -> tuple[int, ...]:
+    """Layer numbers from 0, the default where none is asked.
+
+    Raises:
+        SayoError: P02, P03 and P11 for a model or layer that cannot be read.
+    """
+    attention, n_layers = text_attention_layers(model)
+    layers = resolve_layers(asked, n_layers, where="--layers") if asked else default_layers(model)
+    check_full_attention(layers, attention, where="--layers")
+    return layers
+
+
+def trainable(model: Any, focus: int, config: AnchorConfig) -> Any:
+    """The model with what is to be trained: under LoRA a PEFT model, otherwise itself."""
+    if config.lora_rank == 0:
+        model.model.visual.requires_grad_(config.train_vision)
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=LORA_TARGETS,
+                      trainable_token_indices={"embed_tokens": [focus]}, task_type="CAUSAL_LM")  # fmt: skip
+    torch.manual_seed(config.seed)
+    model.enable_input_require_grads()  # checkpointed layers need an input with a graph
+    return get_peft_model(model, lora)
+
+
+class AnchorTrainer(Trainer):
+    """``Trainer`` with the anchoring loss; logs both parts."""
+
+    def __init__(
+        self, *args: Any, layers: Sequence[int], weight: float, forbidden: Sequence[int], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # means of micro-batches are averaged over an accumulated step
+        self._layers, self._weight, self._forbidden = tuple(layers), weight, tuple(forbidden)
+        self._parts: list[dict[str, torch.Tensor]] = []
+
+    def _prepare_input(self, data: Any) -> Any:
+        return data.to(self.args.device) if isinstance(data, FocusBatch) else super()._prepare_input(data)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        inputs = dict(inputs)
+        focus: FocusBatch = inputs.pop(FOCUS_KEY)
+        output, figures = forward_with_focus(model, inputs, focus, self._layers)
+        divergence_R = figures["divergence"]
+        anchor = divergence_R.sum() / max(divergence_R.numel(), 1)
+        excess = forbidden_excess(output.logits, inputs["labels"], self._forbidden)
+        loss = output.loss + self._weight * anchor + FORBIDDEN_WEIGHT * excess
+        if not bool(torch.isfinite(loss)):
+            raise SayoError("F15", "the loss is not finite", where=f"step {self.state.global_step}",
+                            got=f"L_LM {output.loss.item()}, L_anchor {anchor.item()}, guard {excess.item()}",
+                            fix="lower the learning rate; check the images")  # fmt: skip
+        self._parts.append(
+            {
+                "lm_loss": output.loss.detach(),
+                "divergence": divergence_R.detach().sum(),
+                "forbidden_excess": excess.detach(),
+                "rows": torch.tensor(float(len(focus.at))),
+                "boxed_rows": torch.tensor(float(divergence_R.numel())),
+            }
+        )
+        return (loss, output) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._parts and "loss" in logs:
+            total = {name: sum(float(part[name]) for part in self._parts) for name in self._parts[0]}
+            logs["lm_loss"] = total["lm_loss"] / len(self._parts)
+            logs["forbidden_excess"] = total["forbidden_excess"] / len(self._parts)
+            logs["anchor_loss"] = total["divergence"] / max(total["boxed_rows"], 1.0)
+            logs["rows_without_boxes"] = total["rows"] - total["boxed_rows"]
+            self._parts.clear()
+        super().log(logs, *args, **kwargs)
+
+
+def anchor(base: Path | str, files: Sequence[Path | str], out: Path | str, config: AnchorConfig) -> dict[str, Any]:
+    """Run the stage and write a model folder that transformers, verl and vLLM load.
+
+    Args:
+        base: folder or hub name of a Qwen2.5-VL or Qwen3-VL model.
+        files: parquet files of rows.
+        out: the folder; must not exist or be empty. Checkpoints, if any, go to ``<out>-checkpoints``.
+        config: how.
+
+    Returns:
+        ``layers``, ``rows``, ``rows_without_boxes``, ``rows_without_response``, ``seconds``, ``history`` (the Trainer's
+        log).
+
+    Raises:
+        SayoError: F codes, see ``token``, ``loss`` and ``rows``; F16 when ``out`` has files, F17 when several GPUs are
+            driven by one process.
+    """
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise SayoError("F16", "the folder has files", where=str(out), fix="name a new folder (--out)")
+    rows = AnchorRows(files)
+    counts = {
+        "rows": len(rows),
+        "rows_without_boxes": rows.without_boxes(),
+        "rows_without_response": rows.without_response(),
+    }
+    model, processor, focus = load_with_focus(base, config)
+    layers = anchor_layers(model, config.layers)
+    collate = AnchorCollator(processor, model.config, alpha=config.alpha, max_tokens=config.max_tokens or None)
+    if config.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    written = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)  # the Trainer changes both
+    model = trainable(model, focus, config)
+    settings: dict[str, Any] = {
+        "output_dir": f"{out}-checkpoints", "max_steps": config.steps, "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.accumulation, "learning_rate": config.learning_rate,
+        "warmup_steps": config.warmup_steps, "lr_scheduler_type": "constant_with_warmup",
+        "weight_decay": config.weight_decay, "max_grad_norm": config.clip, "seed": config.seed,
+        "remove_unused_columns": False, "dataloader_drop_last": True, "save_strategy": "no", "report_to": [],
+        "logging_steps": 10, "bf16": config.dtype == "bfloat16",
+    }  # fmt: skip
+    args = TrainingArguments(**(settings | config.trainer_args))
+    if args.n_gpu > 1:
+        raise SayoError("F17", "one process drives several GPUs", where="the launch", got=f"{args.n_gpu} GPUs",
+                        wanted="one process per GPU", fix="start it with torchrun --nproc_per_node=GPUS")  # fmt: skip
+    trainer = AnchorTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        data_collator=collate,
+        processing_class=processor,
+        layers=layers,
+        weight=config.weight,
+        forbidden=(focus, written[0].image_token_id, written[0].video_token_id),
+    )
+    done = trainer.train()
+    export(trainer, processor, base, out, config)
+    if trainer.is_world_process_zero():
+        for part in written:
+            part.save_pretrained(out)
+    return {"layers": list(layers), **counts, "seconds": done.metrics["train_runtime"],
+            "history": trainer.state.log_history}  # fmt: skip
+
+
+def export(trainer: Trainer, processor: Any, base: Path | str, out: Path, config: AnchorConfig) -> None:
+    """Write weights, config, tokenizer, chat template and generation config.
+
+    LoRA is merged in a fresh copy of the base model, on the CPU and by the first process: what holds under every
+    wrapper. The adapter stays in ``<out>-checkpoints/adapter``.
+    """
+    if config.lora_rank == 0:
+        trainer.save_model(str(out))  # gathers shards; all processes take part
+    else:
+        adapter = Path(trainer.args.output_dir) / "adapter"
+        trainer.save_model(str(adapter))
+        if trainer.is_world_process_zero():
+            merge_adapter(base, adapter, config).save_pretrained(out)
+    if trainer.is_world_process_zero():
+        processor.save_pretrained(out)
+        (out / "training_args.bin").unlink(missing_ok=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def merge_adapter(base: Path | str, adapter: Path | str, config: AnchorConfig) -> Any:
+    """The base model with ``<Focus>`` and the trained adapter in its weights."""
+    from peft import PeftModel
+
+    model, _, _ = load_with_focus(base, config)
+    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
