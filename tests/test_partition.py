@@ -1,0 +1,159 @@
+"""METIS in processes of its own: valid, canonical, repeatable labels, and a caller that survives everything.
+
+Shape suffixes: T nodes, K parts.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import partition_fakes
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sayo_verl.errors import SayoError
+from sayo_verl.methods.anchor import token_graph
+from sayo_verl.partition import MAX_TOKENS, canonical, check_graph, metis_labels, partition_graphs
+
+PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workers_find_the_fakes():
+    """Spawned workers get the parent's sys.path, where pytest put this folder."""
+    assert os.path.dirname(__file__) in sys.path
+
+
+def random_graph(n, m, seed):
+    """A graph as a response gives it: m random neighbours of each token, cosines in [0, 1]."""
+    g = torch.Generator().manual_seed(seed)
+    index = torch.randint(-1, n, (n, m), generator=g)
+    return tuple(part.numpy() for part in token_graph(index, torch.rand(n, m, generator=g)))
+
+
+def chain(n):
+    return tuple(part.numpy() for part in token_graph(torch.full((n, 1), -1), torch.zeros(n, 1)))
+
+
+@PROPERTY
+@given(n=st.integers(3, 60), m=st.integers(1, 9), parts=st.integers(2, 9), seed=st.integers(0, 9999))
+def test_any_graph_of_a_response_is_cut_into_valid_parts(n, m, parts, seed):
+    graph = random_graph(n, m, seed)
+    check_graph(*graph)
+    (labels,) = partition_graphs([graph], [parts])
+    assert labels.shape == (n,)
+    found = np.unique(labels)
+    assert found.tolist() == list(range(len(found)))
+    assert len(found) <= parts
+    _, first = np.unique(labels, return_index=True)
+    assert (np.diff(first) > 0).all() or len(found) == 1, "numbered by the first token of each"
+
+
+def test_two_communities_are_told_apart():
+    n = 40
+    index = torch.tensor([[(i + d) % 20 + (i // 20) * 20 for d in range(1, 6)] for i in range(n)])
+    graph = tuple(part.numpy() for part in token_graph(index, torch.full((n, 5), 0.9)))
+    (labels,) = partition_graphs([graph], [2])
+    assert labels.tolist() == [0] * 20 + [1] * 20
+
+
+def test_equal_graphs_get_equal_labels_in_every_worker_batch_and_process():
+    graphs = [random_graph(30 + i % 3, 4, i % 3) for i in range(24)]
+    one = partition_graphs(graphs, [4] * 24, processes=1, batch=24)
+    two = partition_graphs(graphs, [4] * 24, processes=2, batch=2)
+    for i in range(24):
+        assert np.array_equal(one[i], two[i])
+        assert np.array_equal(one[i], one[i % 3])
+    here = canonical(metis_labels(*(part.astype(np.int32) for part in graphs[0]), 4, 0), 30, 4)
+    assert np.array_equal(one[0], here)
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from test_partition import random_graph, partition_graphs\n"
+        "if __name__ == '__main__':\n"
+        "    print(partition_graphs([random_graph(30, 4, 0)], [4])[0].tolist())"
+    )
+    script = os.path.join(os.path.dirname(__file__), "..")
+    done = subprocess.run([sys.executable, "-c", code], cwd=script, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(one[0].tolist())
+
+
+def test_all_equal_weights_are_cut_the_same_way_twice():
+    graph = chain(50)
+    first, second = partition_graphs([graph, graph], [5, 5])
+    assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("n", "parts", "expected"),
+    [(0, 3, []), (1, 3, [0]), (4, 1, [0, 0, 0, 0]), (3, 3, [0, 1, 2]), (3, 8, [0, 1, 2])],
+)
+def test_what_needs_no_metis(n, parts, expected, monkeypatch):
+    monkeypatch.setattr("sayo_verl.partition._pool", None)  # calling it would fail
+    (labels,) = partition_graphs([chain(n)], [parts])
+    assert labels.tolist() == expected
+
+
+def test_a_response_beyond_the_cap_is_left_alone():
+    offsets = np.zeros(MAX_TOKENS + 2, dtype=np.int64)
+    (labels,) = partition_graphs([(offsets, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))], [4])
+    assert labels is None
+
+
+def test_disconnected_nodes_and_parts_are_placed():
+    empty = np.zeros(0, dtype=np.int64)
+    (labels,) = partition_graphs([(np.zeros(9, dtype=np.int64), empty, empty)], [2])
+    assert set(labels.tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("fake", ["crash_on_five", "hang_on_five", "garbage_on_five", "short_on_five"])
+def test_one_bad_graph_costs_its_own_labels_only(fake):
+    sizes = [8, 5, 9, 12, 7]
+    labels = partition_graphs(
+        [chain(n) for n in sizes], [2] * 5, time_limit=2.0, batch=5, processes=1,
+        partition=getattr(partition_fakes, fake),
+    )  # fmt: skip
+    assert [found is None for found in labels] == [n == 5 for n in sizes]
+    assert partition_graphs([chain(8)], [2])[0] is not None, "the pool goes on"
+
+
+def test_when_everything_crashes_the_caller_lives():
+    labels = partition_graphs([chain(8)] * 20, [2] * 20, processes=2, partition=partition_fakes.always_crash)
+    assert labels == [None] * 20
+
+
+@pytest.mark.parametrize(
+    ("graph", "says"),
+    [
+        (([0, 1, 2], [1, 0], [3, 4]), "both directions"),
+        (([0, 1, 1], [1], [3]), "both directions"),
+        (([0, 2, 3], [0, 1, 0], [1, 1, 1]), "its own neighbour"),
+        (([0, 2, 4], [1, 1, 0, 0], [1, 1, 1, 1]), "ascending"),
+        (([0, 1, 2], [1, 0], [0, 0]), "not positive"),
+        (([0, 1, 2], [1, 0], [-2, -2]), "not positive"),
+        (([0, 1, 2], [2, 0], [1, 1]), "no node"),
+        (([0, 2, 1], [1, 0], [1, 1]), "offsets"),
+        (([0, 1, 2], [1, 0], [0.5, 0.5]), "whole numbers"),
+        (([0, 1, 2], [1, 0], [2**31, 2**31]), "32 bits"),
+    ],
+)
+def test_what_metis_would_take_unseen_is_refused(graph, says):
+    with pytest.raises(SayoError, match=rf"^SAYO-A18: .*{says}"):
+        check_graph(*map(np.asarray, graph))
+
+
+def test_no_parts_and_no_package_are_refused(monkeypatch):
+    with pytest.raises(SayoError, match=r"^SAYO-A18: "):
+        partition_graphs([chain(5)], [0])
+    real = __import__("importlib").util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "pymetis" else real(name, *a))
+    with pytest.raises(SayoError, match=r"^SAYO-A15: .*pymetis.*fix: pip install 'sayo-verl\[anchor\]'"):
+        partition_graphs([chain(5)], [2])
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [0, 1, 5], [0, -1, 1], [0.5, 1, 0], [[0, 1, 1]], None])
+def test_labels_that_are_none_are_told(labels):
+    assert canonical(labels, 3, 2) is None
+    assert canonical([1, 1, 0], 3, 2).tolist() == [0, 0, 1]
