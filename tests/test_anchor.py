@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from invented_signals import invent
+from invented_signals import invent, take
 
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import AnchorMethod
@@ -200,6 +200,43 @@ def test_failed_partitions_are_neutral_and_counted_until_there_are_too_many(fail
     assert credit.metrics["partition_failed_rows"] == failed
 
 
+def test_tokens_of_equal_connectivity_have_weight_one():
+    method, _, signals = planted()
+    flat = {s: torch.full_like(v, 0.3) if s.name == "image_mass" else v for s, v in signals.statistics.items()}
+    weight = method.credit(dataclasses.replace(signals, statistics=flat)).token_weight
+    assert torch.allclose(weight, torch.ones_like(weight), atol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["clusters", "top", "rest"])
+@pytest.mark.parametrize("strength", [0.0, 0.25])
+def test_strength_draws_the_weights_towards_one(weighting, strength):
+    method = AnchorMethod(weighting=weighting)
+    signals = invent(method.needs(), 5, 8, 60)
+    full = method.credit(signals)
+    part = dataclasses.replace(method, strength=strength).credit(signals)
+    assert (full.token_weight != 1).any()
+    assert part.metrics.keys() == full.metrics.keys()
+    if strength == 0:
+        assert part.token_weight is None
+    else:
+        assert torch.allclose(part.token_weight, 1 + strength * (full.token_weight - 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["clusters", "top", "rest"])
+def test_rows_may_come_in_any_order_and_neutral_ones_have_weight_one(weighting):
+    method = AnchorMethod(weighting=weighting)
+    signals = invent(method.needs(), 11, 12, 60)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    shuffled = take(signals, order.tolist())
+    weight = method.credit(signals).token_weight
+    assert torch.equal(method.credit(shuffled).token_weight, weight[order])
+    carrying = signals.carrying(boxes=False)
+    assert not carrying.all()
+    assert (weight[~carrying] == 1).all()
+    assert torch.isfinite(weight).all()
+    assert (weight >= 0).all()
+
+
 # --------------------------------------------------------------------------------------------------------- the control
 
 
@@ -216,6 +253,11 @@ def test_top_and_rest_share_the_response_between_them():
         n = int(tokens[row].sum())
         assert a.token_weight[row][tokens[row]].sum() == max(1, int(0.15 * n + 1e-9))
     density = connectivity(signals[Statistic("image_mass")], signals[Statistic("sink_mass")])
+    anchors = tokens & (a.token_weight == 1)
+    share = (density[anchors].sum() / density[tokens].sum()).item()
+    assert a.metrics["anchor_share"] == pytest.approx((anchors.sum() / tokens.sum()).item())
+    assert a.metrics["anchor_share_of_density"] == b.metrics["anchor_share_of_density"] == pytest.approx(share)
+    assert (a.metrics["anchor_weight/min"], a.metrics["anchor_weight/max"]) == (0.0, 1.0)
     for row in tokens.any(-1).nonzero().flatten().tolist():
         kept = a.token_weight[row].bool() & tokens[row]
         left = b.token_weight[row].bool() & tokens[row]

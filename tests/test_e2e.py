@@ -91,3 +91,27 @@ def test_grpo_is_verls_own_code_on_the_same_launcher(repo, random_policy, tmp_pa
     assert step["actor/grad_norm"] >= 0
     assert "not measured" in done.stdout
     assert "handshake" not in (out / "train.log").read_text()
+
+
+def test_all_methods_train_together(repo, random_policy, tmp_path):
+    """SAYO's and Faithful-MR1's rewards, AT-RL's token weights and VGPO's trajectory weights: every signal there is."""
+    out = tmp_path / "mix"
+    done = launch(
+        repo, "run_tiny.sh", out, random_policy, "algorithm.adv_estimator=attn_mix",
+        "algorithm.attn.mix=[region,faithful,anchor,dual]", "algorithm.attn.dual.intra=False", METHOD="region",
+        STEPS="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:] + (out / "train.log").read_text()[-4000:]
+    (step,) = metrics(out)
+    assert math.isfinite(step["actor/grad_norm"])
+    assert step["actor/grad_norm"] > 0
+    assert -1 < step["sayo/region_reward/mean"] < 1
+    assert step["sayo/counterfactual_effect/mean"] > 0
+    assert step["sayo/counterfactual_seconds"] > 0
+    assert step["sayo/partition_failed_rows"] == 0
+    assert step["sayo/anchor_weight/max"] > 1 > step["sayo/anchor_weight/min"]
+    assert step["sayo/token_weight/mean"] == pytest.approx(1.0, abs=1e-5)
+    assert step["sayo/trajectory_weight/mean"] == pytest.approx(1.0, abs=1e-5)
+    assert step["sayo/dual_trajectory_factor/max"] > 1
+    # the counterfactual pass came after the log-probs that vLLM's are compared with, and changed nothing of them
+    assert step["training/rollout_probs_diff_mean"] < 1e-3

@@ -3,9 +3,14 @@
 Shape suffixes: T nodes, K parts.
 """
 
+import importlib.util
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import partition_fakes
@@ -60,6 +65,15 @@ def test_two_communities_are_told_apart():
     assert labels.tolist() == [0] * 20 + [1] * 20
 
 
+def test_weights_decide_where_edges_alone_do_not():
+    n = 8  # all are joined to all; even numbers heavily to even ones, odd ones to odd ones
+    index = torch.tensor([[j for j in range(n) if j != i] for i in range(n)])
+    like = (index % 2) == (torch.arange(n) % 2)[:, None]
+    graph = tuple(part.numpy() for part in token_graph(index, torch.where(like, 0.9, 0.1)))
+    (labels,) = partition_graphs([graph], [2])
+    assert labels.tolist() == [0, 1] * 4
+
+
 def test_equal_graphs_get_equal_labels_in_every_worker_batch_and_process():
     graphs = [random_graph(30 + i % 3, 4, i % 3) for i in range(24)]
     one = partition_graphs(graphs, [4] * 24, processes=1, batch=24)
@@ -78,6 +92,14 @@ def test_equal_graphs_get_equal_labels_in_every_worker_batch_and_process():
     script = os.path.join(os.path.dirname(__file__), "..")
     done = subprocess.run([sys.executable, "-c", code], cwd=script, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(one[0].tolist())
+
+
+def test_the_seed_reaches_metis():
+    graphs = [random_graph(60, 3, i) for i in range(8)]
+    # the C library's generator takes 0 for 1, so those two are one seed
+    zero, again, two = (partition_graphs(graphs, [6] * 8, seed=seed) for seed in (0, 0, 2))
+    assert all(np.array_equal(a, b) for a, b in zip(zero, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(zero, two, strict=True))
 
 
 def test_all_equal_weights_are_cut_the_same_way_twice():
@@ -102,6 +124,12 @@ def test_a_response_beyond_the_cap_is_left_alone():
     assert labels is None
 
 
+def test_a_response_of_twenty_thousand_tokens_is_cut():
+    (labels,) = partition_graphs([chain(20_000)], [8])
+    assert len(labels) == 20_000
+    assert np.bincount(labels).min() > 2000  # parts of about equal size
+
+
 def test_disconnected_nodes_and_parts_are_placed():
     empty = np.zeros(0, dtype=np.int64)
     (labels,) = partition_graphs([(np.zeros(9, dtype=np.int64), empty, empty)], [2])
@@ -111,10 +139,13 @@ def test_disconnected_nodes_and_parts_are_placed():
 @pytest.mark.parametrize("fake", ["crash_on_five", "hang_on_five", "garbage_on_five", "short_on_five"])
 def test_one_bad_graph_costs_its_own_labels_only(fake):
     sizes = [8, 5, 9, 12, 7]
+    partition_graphs([chain(8)], [2], processes=1)  # workers run
+    start = time.monotonic()
     labels = partition_graphs(
         [chain(n) for n in sizes], [2] * 5, time_limit=2.0, batch=5, processes=1,
         partition=getattr(partition_fakes, fake),
     )  # fmt: skip
+    assert time.monotonic() - start < 20, "two time limits of 2 s and a new worker after each"
     assert [found is None for found in labels] == [n == 5 for n in sizes]
     assert partition_graphs([chain(8)], [2])[0] is not None, "the pool goes on"
 
@@ -142,6 +173,78 @@ def test_when_everything_crashes_the_caller_lives():
 def test_what_metis_would_take_unseen_is_refused(graph, says):
     with pytest.raises(SayoError, match=rf"^SAYO-A18: .*{says}"):
         check_graph(*map(np.asarray, graph))
+
+
+def test_a_graph_that_is_none_is_refused_by_the_worker_and_told_to_the_caller():
+    one_way = ([0, 1, 2, 2], [1, 0], [3, 4])
+    with pytest.raises(SayoError, match=r"^SAYO-A18: .*both directions"):
+        partition_graphs([chain(8), one_way], [2, 2])
+    assert partition_graphs([chain(8)], [2])[0] is not None, "the pool goes on"
+
+
+def test_a_defect_of_the_partitioner_is_not_taken_for_a_failure_of_metis():
+    with pytest.raises(TypeError):
+        partition_graphs([chain(8)], [2], partition=len)
+
+
+CALLER = """
+import multiprocessing, os, sys, time
+sys.path.insert(0, {tests!r})
+print("main runs as", __name__, flush=True)
+if __name__ == "__main__":
+    from test_partition import chain, partition_graphs
+    labels = partition_graphs([chain(9)] * 6, [2] * 6, processes=2)
+    assert all(found is not None for found in labels)
+    print("workers", *[child.pid for child in multiprocessing.active_children()], flush=True)
+    {end}
+"""
+
+
+def runs(pid: int) -> bool:
+    """Whether there is such a process, one that has ended and was not waited for not counted."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("pass", 0),
+        ("raise SystemExit(5)", 5),
+        ("os._exit(3)", 3),
+        ("os.kill(os.getpid(), 9)", -signal.SIGKILL),
+        ("os.kill(os.getpid(), 15)", -signal.SIGTERM),
+    ],
+    ids=["end", "exit", "hard exit", "killed", "terminated"],
+)
+def test_no_worker_outlives_the_script_that_called(end, code, tmp_path, repo):
+    script = tmp_path / "caller.py"
+    script.write_text(CALLER.format(tests=str(repo / "tests"), end=end))
+    done = subprocess.run([sys.executable, str(script)], cwd=repo, capture_output=True, text=True, timeout=120,
+                          check=False, env={**os.environ, "PYTHONPATH": str(repo)})  # fmt: skip
+    assert done.returncode == code, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("workers ")]
+    pids = [int(pid) for pid in line.split()[1:]]
+    assert len(pids) == 2
+    until = time.monotonic() + 20
+    while any(map(runs, pids)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(runs, pids))
+
+
+def test_the_cost_page_is_made_of_its_numbers(repo):
+    spec = importlib.util.spec_from_file_location("partition_cost", repo / "benchmarks" / "partition_cost.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    results = json.loads((repo / "benchmarks" / "results" / "partition.json").read_text())
+    assert [case["tokens"] for case in results["cases"]] == list(benchmark.LENGTHS)
+    written = benchmark.page(results)
+    assert written == (repo / "docs" / "partition_cost.md").read_text()
+    case = {"per_response": {"graph": 0.001}, "pool": {"1": {"rounds": [{"caller": 2.0, "workers": 9.0}]},
+            "2": {"rounds": [{"caller": 3.0, "workers": 8.0}]}}}  # fmt: skip
+    assert benchmark.costs(case, 1000) == {"graph": 1.0, "caller": 2.0, "workers": 8.0}
 
 
 def test_no_parts_and_no_package_are_refused(monkeypatch):

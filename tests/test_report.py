@@ -13,30 +13,40 @@ import sys
 import textwrap
 import threading
 import time
+from itertools import combinations
 from pathlib import Path
 
 import pytest
+import torch
+from invented_signals import invent
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from rich.console import Console
 
 from sayo_verl.errors import SayoError
+from sayo_verl.methods import METHODS
+from sayo_verl.report import catalogue as c
 from sayo_verl.report import runs as r
 from sayo_verl.report.curves import plot_run, plot_runs, running_mean
 from sayo_verl.report.runs import Follower, Run, clean_log_line, load_run, why_it_failed
 from sayo_verl.report.table import first_last_markdown, first_last_table
 from sayo_verl.report.watch import Pace, duration, run_and_watch, watch
+from sayo_verl.trainer import mixin
+from sayo_verl.trainer.context import CURRENT, AdvantageContext, make_estimator
 
-ATTENTION = {
-    r.REWARD: 1.0,
-    r.REGION_REWARD: 0.1,
-    r.TARGET_ATTENTION: 0.6,
-    r.TARGET_ATTENTION_ALL: 0.55,
-    r.ACCURACY: 0.5,
-    r.ENTROPY: 0.4,
-    r.RESPONSE_LENGTH: 12.0,
+COMMON = {c.REWARD.name: 1.0, "actor/entropy": 0.4, "response_length/mean": 12.0}  # what every run has
+PARTS = {c.ACCURACY.name: 0.5, "sayo/format/mean": 0.9, "sayo/probe_share_of_log_prob": 0.05}
+ATTENTION = COMMON | PARTS | dict.fromkeys(c.REGION.names, 0.6)
+GRPO = COMMON
+R_V = "sayo/region_reward/mean"
+OWN = {"sayo/mine/mean": 0.3, "sayo/mine_share": 0.2, "sayo/a_third": 0.1}  # of a method that no list knows
+OF_METHOD = {
+    section.estimator: COMMON | PARTS | {metric.name: 0.6 for metric in section.metrics} for section in c.METHODS
 }
-GRPO = {name: value for name, value in ATTENTION.items() if not name.startswith("sayo/")}
+OF_METHOD["grpo"] = GRPO
+OF_METHOD["attn_mix"] = OF_METHOD["attn_region"] | OF_METHOD["attn_dual"]
+OF_METHOD["attn_mine"] = COMMON | PARTS | OWN
 VALIDATION = "val-core/sayo/scenes/acc/mean@1"
 
 
@@ -185,16 +195,23 @@ def test_follower_gives_whole_lines_once_and_starts_anew_with_a_new_file(tmp_pat
 # --------------------------------------------------------------------------------------------------- figures and tables
 
 
+def figure_of(monkeypatch, draw) -> Figure:
+    """The figure that ``draw`` saves."""
+    found: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: found.append(figure))
+    draw()
+    (figure,) = found
+    return figure
+
+
 def texts_of(monkeypatch, draw) -> list[str]:
     """Every text of the figure that ``draw`` saves."""
-    found: list[str] = []
+    artists = figure_of(monkeypatch, draw).findobj(match=lambda artist: hasattr(artist, "get_text"))
+    return [text.get_text() for text in artists]
 
-    def spy(figure: Figure, *_: object, **__: object) -> None:
-        found.extend(text.get_text() for text in figure.findobj(match=lambda artist: hasattr(artist, "get_text")))
 
-    monkeypatch.setattr(Figure, "savefig", spy)
-    draw()
-    return found
+def titles_of(figure: Figure) -> list[str]:
+    return [title for axis in figure.axes if (title := axis.get_title(loc="left"))]
 
 
 def test_plot_run_writes_the_same_png_each_time(tmp_path):
@@ -210,7 +227,7 @@ def test_figure_says_what_it_shows(tmp_path, monkeypatch):
     run = make_run(tmp_path, ATTENTION)
     found = texts_of(monkeypatch, lambda: plot_run(run, tmp_path / "x.png"))
     for text in (
-        "demo  ·  attn_region  ·  12 steps",
+        "demo  ·  attn_region: SAYO, arXiv 2602.08241  ·  12 steps",
         "0.5: no preference",
         "all tokens",
         "validation",
@@ -220,19 +237,127 @@ def test_figure_says_what_it_shows(tmp_path, monkeypatch):
     assert r.NOT_MEASURED not in found
 
 
-def test_figure_of_grpo_says_not_measured(tmp_path, monkeypatch):
+def test_figure_of_grpo_has_the_common_panels_and_says_not_measured(tmp_path, monkeypatch):
     run = make_run(tmp_path, GRPO, estimator="grpo")
-    found = texts_of(monkeypatch, lambda: plot_run(run, tmp_path / "x.png"))
-    assert found.count(r.NOT_MEASURED) == 2  # region reward, target attention
-    assert "training: not measured" in found  # accuracy has validation points
+    figure = figure_of(monkeypatch, lambda: plot_run(run, tmp_path / "x.png"))
+    assert titles_of(figure) == ["Total reward", "Accuracy", "Entropy", "Response length"]
+    assert "training: not measured" in [text.get_text() for text in figure.axes[1].texts]  # there are validation points
+    bare = load_run(write_run(tmp_path / "bare", line(1, **{c.REWARD.name: 1.0})))
+    assert texts_of(monkeypatch, lambda: plot_run(bare, tmp_path / "x.png")).count(r.NOT_MEASURED) == 3
+
+
+@pytest.mark.parametrize(
+    ("estimator", "own"),
+    {
+        "attn_region": {"Region reward $r_v$", "Target attention $R_a$"},
+        "attn_dual": {
+            "Visual score $S$",
+            "Late to early score",
+            "Gate rate",
+            "Token factor spread",
+            "Trajectory factor",
+        },
+        "attn_anchor": {"Anchor share", "Anchor weights", "Clusters", "Connectivity $d$"},
+        "attn_faithful": {"Faithful reward", "Causal effect $k$", "Causal attention"},
+        "attn_mine": {"mine/mean", "mine_share", "a_third"},
+    }.items(),
+)
+def test_a_method_has_its_own_panels_and_rows_and_no_others(tmp_path, monkeypatch, estimator, own):
+    run = make_run(tmp_path, OF_METHOD[estimator], estimator=estimator)
+    figure = figure_of(monkeypatch, lambda: plot_run(run, tmp_path / "x.png"))
+    assert set(titles_of(figure)) == own | {panel.title for panel in c.COMMON.panels}
+    rows = cells(first_last_markdown(run)).keys()
+    others = [section for section in c.METHODS if section.estimator != estimator]
+    assert not rows & {metric.label for section in others for metric in section.metrics}
+    mine = [section for section in c.METHODS if section.estimator == estimator]
+    labels = [metric.label for section in mine for metric in section.metrics] or ["mine/mean", "mine_share", "a_third"]
+    assert set(labels) < rows
+
+
+def test_a_mix_has_the_panels_of_its_parts(tmp_path, monkeypatch):
+    run = make_run(tmp_path, OF_METHOD["attn_mix"] | OWN, estimator="attn_mix")
+    figure = figure_of(monkeypatch, lambda: plot_run(run, tmp_path / "x.png"))
+    assert {"Region reward $r_v$", "Gate rate", "mine_share"} < set(titles_of(figure))
+    assert c.estimator_of(run) == "attn_mix: SAYO + VGPO + others"
 
 
 def test_figure_tells_nan_apart_by_run(tmp_path, monkeypatch):
-    good, bad = make_run(tmp_path / "a", ATTENTION), make_run(tmp_path / "b", {**ATTENTION, r.REGION_REWARD: math.nan})
+    good, bad = make_run(tmp_path / "a", ATTENTION), make_run(tmp_path / "b", {**ATTENTION, R_V: math.nan})
     found = texts_of(monkeypatch, lambda: plot_runs({"good": good, "bad": bad}, tmp_path / "x.png"))
-    assert {"2 runs", "good  (attn_region, 12 steps)", "bad  (attn_region, 12 steps)"} <= set(found)
+    label = "(attn_region: SAYO, arXiv 2602.08241, 12 steps)"
+    assert {"2 runs", f"good  {label}", f"bad  {label}"} <= set(found)
     assert any("bad, training: NaN (12 of 12)" in text for text in found)
     assert not any("good" in text and "NaN" in text for text in found)
+
+
+def five_runs(folder: Path) -> dict[str, Run]:
+    methods = ("grpo", "attn_region", "attn_dual", "attn_anchor", "attn_faithful")
+    return {name: make_run(folder / name, OF_METHOD[name], estimator=name) for name in methods}
+
+
+def test_a_comparison_has_every_methods_panels_and_says_how_many_runs_measured_them(tmp_path, monkeypatch):
+    figure = figure_of(monkeypatch, lambda: plot_runs(five_runs(tmp_path), tmp_path / "x.png"))
+    shown = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    colours = []
+    for section in c.METHODS:
+        axes = [shown[panel.title] for panel in section.panels]
+        assert {axis.get_title(loc="right") for axis in axes} == {"1 of 5 runs"}
+        guides = {axis.lines[-1].get_color() for axis, panel in zip(axes, section.panels, strict=True) if panel.guide}
+        colours.append({line.get_color() for axis in axes for line in axis.lines} - guides)
+    assert [len(of_one_run) for of_one_run in colours] == [1, 1, 1, 1]
+    assert len(set.union(*colours)) == 4
+    assert "not measured: grpo" in [text.get_text() for text in shown["Accuracy"].texts]
+    assert shown["Total reward"].get_title(loc="right") == ""
+
+
+def drawn_texts(figure: Figure) -> list[Text]:
+    """Every text that the figure shows; an axis keeps labels of ticks beyond its ends, which are not drawn."""
+    every = set(figure.findobj(match=Text))
+    for axis in figure.axes:
+        for scale in (axis.xaxis, axis.yaxis):
+            low, high = scale.get_view_interval()
+            labels = zip(scale.get_ticklocs(), scale.get_ticklabels(), strict=True)
+            every -= {label for place, label in labels if not low <= place <= high}
+    return [text for text in every if text.get_text() and text.get_visible() and (not text.axes or text.axes.axison)]
+
+
+@pytest.mark.parametrize("estimator", [*OF_METHOD, "five"])
+def test_no_text_leaves_the_figure_or_covers_another(tmp_path, monkeypatch, estimator):
+    if estimator == "five":
+        figure = figure_of(monkeypatch, lambda: plot_runs(five_runs(tmp_path), tmp_path / "x.png"))
+    else:
+        run = make_run(tmp_path, OF_METHOD[estimator], estimator=estimator)
+        figure = figure_of(monkeypatch, lambda: plot_run(run, tmp_path / "x.png"))
+    assert figure.bbox.width == 2000
+    figure.canvas.draw()
+    boxes = [(text.get_text(), text.get_window_extent()) for text in drawn_texts(figure)]
+    assert len(boxes) > 40
+    outside = [text for text, box in boxes if box.min.min() < 0 or (box.max > figure.bbox.max).any()]
+    covered = [(text, other) for (text, box), (other, there) in combinations(boxes, 2) if box.overlaps(there)]
+    assert (outside, covered) == ([], [])
+
+
+def test_a_range_is_shaded_between_its_ends_and_tells_of_nan(tmp_path, monkeypatch):
+    low, high = (metric.name for metric in c.ANCHOR.panels[1].band)
+    lines = [line(n, **{low: None if n == 3 else 0.5, high: 1.5}) for n in range(1, 6)]
+    run = load_run(write_run(tmp_path, *lines))
+    figure = figure_of(monkeypatch, lambda: plot_run(run, tmp_path / "x.png"))
+    (axis,) = [axis for axis in figure.axes if axis.get_title(loc="left") == "Anchor weights"]
+    (band,) = axis.collections
+    heights = {round(float(y), 6) for path in band.get_paths() for _, y in path.vertices}
+    assert heights == {0.5, 1.5}
+    texts = [text.get_text() for text in axis.texts]
+    assert "1: as in GRPO" in texts
+    assert "anchor weight, smallest: NaN (1 of 5)" in texts
+
+
+def test_a_constant_is_drawn_as_one(tmp_path, monkeypatch):
+    rounding = {n: 1 + 1e-7 * (n % 3) for n in range(1, 20)}
+    run = load_run(write_run(tmp_path, *(line(n, **{"sayo/token_weight/mean": y}) for n, y in rounding.items())))
+    figure = figure_of(monkeypatch, lambda: plot_run(run, tmp_path / "x.png"))
+    (axis,) = [axis for axis in figure.axes if axis.get_title(loc="left") == "Mean weight"]
+    low, high = axis.get_ylim()
+    assert high - low > 0.01
 
 
 def test_figure_of_an_unknown_run_of_one_step(tmp_path):
@@ -260,12 +385,15 @@ def cells(markdown: str) -> dict[str, list[str]]:
 
 
 def test_table_has_means_of_both_ends_and_their_change(tmp_path):
-    run = make_run(tmp_path, ATTENTION)
+    run = make_run(tmp_path / "region", ATTENTION)
     table = cells(first_last_markdown(run, k=3))
     assert table["metric"] == ["first 3 steps", "last 3 steps", "change"]
     assert table["reward"] == ["1.020", "1.110", "+0.090"]
     assert table["response length (tokens)"] == ["12.0", "12.1", "+0.1"]
-    assert table["format"] == [r.NOT_MEASURED] * 3
+    assert table["region reward r_v"] == ["0.620", "0.710", "+0.090"]
+    grpo = cells(first_last_markdown(make_run(tmp_path / "grpo", GRPO)))
+    assert grpo["accuracy"] == grpo["format"] == [r.NOT_MEASURED] * 3
+    assert not [label for label in grpo if "region" in label or "R_a" in label]
     console = Console(file=io.StringIO(), width=120)
     console.print(first_last_table(run, k=3))
     assert "+0.090" in console.file.getvalue()
@@ -281,16 +409,105 @@ def test_windows_of_a_short_run_do_not_overlap(tmp_path):
 
 
 def test_nan_in_a_window_spoils_it_and_nan_elsewhere_is_told(tmp_path):
-    lines = [line(n, **{r.REWARD: None if n == 2 else 1.0, r.ENTROPY: None if n == 6 else 1.0}) for n in range(1, 11)]
+    gaps = {c.REWARD.name: 2, "actor/entropy": 6}
+    lines = [line(n, **{name: None if n == gap else 1.0 for name, gap in gaps.items()}) for n in range(1, 11)]
     table = cells(first_last_markdown(load_run(write_run(tmp_path, *lines)), k=3))
     assert table["reward"] == ["NaN (1 of 10)", "1.000", "NaN"]
     assert table["entropy (nats per token), NaN (1 of 10)"] == ["1.000", "1.000", "+0.000"]
 
 
 def test_a_metric_of_some_steps_says_so(tmp_path):
-    lines = [line(n, **{r.REWARD: 1.0}, **({r.ENTROPY: n} if n % 2 else {})) for n in range(1, 11)]
+    lines = [line(n, **{c.REWARD.name: 1.0}, **({"actor/entropy": n} if n % 2 else {})) for n in range(1, 11)]
     table = cells(first_last_markdown(load_run(write_run(tmp_path, *lines)), k=2))
     assert table["entropy (nats per token) (5 of 10 steps)"] == ["2.000", "8.000", "+6.000"]
+
+
+def test_neutral_rows_are_shown_where_there_were_any(tmp_path):
+    data = [{"sayo/neutral_rows/padding": 0.0, "sayo/neutral_rows/no_image": float(n == 2)} for n in range(4)]
+    table = cells(first_last_markdown(load_run(write_run(tmp_path, *(line(n + 1, **d) for n, d in enumerate(data))))))
+    assert table["neutral rows: no image"] == ["0.0", "0.5", "+0.5"]
+    assert "neutral rows: padding" not in table
+
+
+def test_a_change_that_rounds_to_nothing_has_no_sign_of_a_fall(tmp_path):
+    lines = [line(n, **{c.REWARD.name: 1 - 1e-6 * n}) for n in (1, 2)]
+    assert cells(first_last_markdown(load_run(write_run(tmp_path, *lines))))["reward"][2] == "+0.000"
+
+
+# ------------------------------------------------------------------------------------------------------- the catalogue
+
+
+def logged_names() -> set[str]:
+    """Every name below ``sayo/`` that the methods and the trainer log."""
+    anchor = METHODS["attn_anchor"]
+    made = [cls() for cls in METHODS.values() if cls.__module__.startswith("sayo_verl.")]
+    made += [METHODS["attn_region"](per_token=True), anchor(parts=2), anchor(weighting="top")]
+    found = set()
+    for method in made:
+        signals = invent(method.needs(), 3, 12, 9)
+        context = AdvantageContext(method, signals, norm_by_std=True, spread_floor=None)
+        token = CURRENT.set(context)
+        try:
+            make_estimator(method.name)(torch.zeros(12, 9), signals.response_mask, index=signals.uid)
+        finally:
+            CURRENT.reset(token)
+        found |= {f"sayo/{name}" for name in context.metrics}
+    source = Path(mixin.__file__).read_text()
+    found |= set(re.findall(r'metrics\["(sayo/[a-z_]+)"\]', source))
+    assert 'f"sayo/{name}/mean": value for name, value in store.fetch_reward_parts(batch)' in source
+    return found | {"sayo/accuracy/mean", "sayo/format/mean"}
+
+
+def test_the_catalogue_knows_what_is_logged_and_nothing_else():
+    listed = {name for section in c.SECTIONS for name in section.names if name.startswith("sayo/")}
+    assert logged_names() ^ listed == set()
+
+
+def test_the_catalogue_has_a_section_with_a_paper_for_each_method_and_no_name_twice():
+    own = {name for name, cls in METHODS.items() if cls.__module__.startswith("sayo_verl.")}
+    assert {section.estimator for section in c.METHODS} == own
+    assert all(section.paper[0] and section.paper[1].startswith("arXiv ") for section in c.METHODS)
+    for section in c.METHODS:  # what has no public formulas is called so, as in the method's own file
+        ours = "OUR READING" in (sys.modules[METHODS[section.estimator].__module__].__doc__ or "")
+        assert section.paper[0].startswith("our reading of ") is ours
+        assert section.paper[1] in sys.modules[METHODS[section.estimator].__module__].__doc__.replace("\n", " ")
+    every = [metric for section in c.SECTIONS for metric in section.metrics]
+    assert len({metric.name for metric in every}) == len({metric.label for metric in every}) == len(every)
+    panels = [panel for section in c.SECTIONS for panel in section.panels]
+    assert len({panel.title for panel in panels}) == len(panels)
+    assert all(panel.unit and len(panel.metrics) <= 2 and panel.every for panel in panels)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "label"),
+    {
+        "attn_anchor": "attn_anchor: our reading of AT-RL, arXiv 2602.11455",
+        "attn_faithful": "attn_faithful: our reading of Faithful-MR1, arXiv 2605.22072",
+        "attn_mix": "attn_mix: SAYO + VGPO",
+        "attn_mine": "attn_mine",
+        "grpo": "grpo: GRPO, arXiv 2402.03300",
+        "unknown": "estimator unknown",
+    }.items(),
+)
+def test_an_estimator_is_named_with_its_paper(tmp_path, estimator, label):
+    run = make_run(tmp_path, OF_METHOD.get(estimator, GRPO), estimator=estimator)
+    assert c.estimator_of(run) == label
+
+
+@pytest.mark.parametrize(
+    ("estimator", "shown"),
+    {
+        "grpo": [],
+        "attn_region": ["r_v", "R_a"],
+        "attn_dual": ["gate rate", "token factor std"],
+        "attn_anchor": ["anchor share", "largest weight"],
+        "attn_faithful": ["faithful reward", "effect"],
+        "attn_mix": ["r_v", "R_a", "gate rate", "token factor std"],
+        "attn_mine": ["a_third", "mine/mean"],
+    }.items(),
+)
+def test_the_live_view_shows_a_methods_own_headlines(estimator, shown):
+    assert [metric.live for metric in c.headlines(OF_METHOD[estimator])] == ["reward", "accuracy", *shown]
 
 
 def test_the_room_needs_neither_torch_nor_verl():
@@ -343,8 +560,8 @@ def test_watch_shows_phases_and_steps(tmp_path):
     places = [shown.index(text) for text in [*order, "done: step 2/2"]]
     assert places == sorted(places)
     assert "reading the data" not in shown
-    assert "reward 1.500  r_v -0.125  R_a 0.438  accuracy 0.750" in shown
-    assert "reward nan  r_v not measured" in shown
+    assert "reward 1.500  accuracy 0.750  r_v -0.125  R_a 0.438" in shown
+    assert "reward nan  accuracy not measured  r_v not measured" in shown
     assert "create worker group" in (tmp_path / r.LOG_FILE).read_text()
 
 
@@ -395,7 +612,7 @@ def test_watch_beats_in_silence_and_warns_once_per_stall(tmp_path):
 
 
 def test_watch_shows_nothing_of_an_earlier_attempt(tmp_path):
-    write_run(tmp_path, *(line(n, **{r.REWARD: 9.0}) for n in (1, 2, 3)))
+    write_run(tmp_path, *(line(n, **{c.REWARD.name: 9.0}) for n in (1, 2, 3)))
     (tmp_path / r.LOG_FILE).write_text("SAYO-D01: old\n")
     # verl's file logger empties its file at the start.
     _, shown = follow(
@@ -504,7 +721,7 @@ def test_on_a_terminal_a_live_area_shows_phase_and_steps(tmp_path):
     assert code == 0
     assert "starting Ray  0 s" in text
     assert "step 1/2" in text
-    assert "reward 1.250  r_v not measured" in text
+    assert "reward 1.250  accuracy not measured" in text
     assert "done: step 2/2" in text
 
 

@@ -16,7 +16,8 @@ visual tokens:
     A_it   = A_i (1 + psi_it) (1 + phi_i)
 
 Both factors lie in [0, 2] and have mean one, over a response and over a group; no sign changes. The sign of A_i is not
-looked at: in a wrong answer the focused tokens are punished more. The paper names the schedules step and exponential
+looked at: in a wrong answer the focused tokens are punished more. Equal scores are not equal factors: they tie at the
+gate, so the whole tail is compensated. The paper names the schedules step and exponential
 beside the linear t / T; their formulas are our reading: 1 in the whole tail, and (e^(t/T) - 1) / (e - 1).
 
 Assumes: the score belongs to the rollout policy and is read once per batch, without gradient. Rows without an image
@@ -188,7 +189,8 @@ def dual_grained_factors(
     counted = mask.any(-1) if counted is None else counted & mask.any(-1)
     mask = mask & counted[:, None]
     groups = [kept for rows in group_rows(uid) if (kept := [row for row in rows if counted[row]])]
-    rho = focus_score(score.detach(), mask, groups, config.score_offset)
+    # in float64: a min-max with so small an eps would blow the rounding of float32 sums up to the whole range
+    rho = focus_score(score.detach().double(), mask, groups, config.score_offset)
     w, _ = compensated(rho, mask, config)
     what = minmax(w, mask)
 
@@ -202,7 +204,7 @@ def dual_grained_factors(
         trajectory_factor[rows] = 1 + s_G - s_G.mean()
     if config.clamp == "released":
         token_factor, trajectory_factor = token_factor.clamp(*TOKEN_CLAMP), trajectory_factor.clamp(*TRAJECTORY_CLAMP)
-    return token_factor, trajectory_factor
+    return token_factor.to(score.dtype), trajectory_factor.to(score.dtype)
 
 
 @dataclass(frozen=True)

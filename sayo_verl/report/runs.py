@@ -18,19 +18,6 @@ from sayo_verl.errors import SayoError
 METRICS_FILE, LOG_FILE, RUN_FILE = "metrics.jsonl", "train.log", "run.json"
 UNKNOWN, NOT_MEASURED = "unknown", "not measured"
 
-# verl's own reward: the task reward (less the KL penalty, if that is in the reward). Terms that an estimator adds
-# before normalisation, such as r_v, are not in it.
-REWARD = "critic/rewards/mean"
-REGION_REWARD = "sayo/region_reward/mean"
-TARGET_ATTENTION = "sayo/target_attention/mean"
-TARGET_ATTENTION_ALL = "sayo/target_attention_all_tokens/mean"
-ACCURACY = "sayo/accuracy/mean"
-FORMAT = "sayo/format/mean"
-IMAGE_MASS = "sayo/image_mass/mean"
-ENTROPY = "actor/entropy"
-RESPONSE_LENGTH = "response_length/mean"
-PROBE_SHARE = "sayo/probe_share_of_log_prob"
-REGION_ROWS = "sayo/rows_with_region_share"
 # verl: val-core/<data source>/acc/mean@<responses per prompt>; the data source may itself hold slashes.
 VALIDATION_ACCURACY = re.compile(r"^val-(core|aux)/(?P<source>.+)/acc(uracy)?/mean@\d+$")
 

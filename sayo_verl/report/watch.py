@@ -24,8 +24,8 @@ from rich.text import Text
 
 from sayo_verl.errors import SayoError
 from sayo_verl.report import runs as r
+from sayo_verl.report.catalogue import headlines
 
-_SHOWN = (("reward", r.REWARD), ("r_v", r.REGION_REWARD), ("R_a", r.TARGET_ATTENTION), ("accuracy", r.ACCURACY))
 _PACE_STEPS = 10  # recent steps the ETA is built on
 
 
@@ -127,6 +127,8 @@ class _Progress:
     def __init__(self, run_dir: Path, total_steps: int, pace: Pace, log_offset: int, metrics_offset: int) -> None:
         self.log, self.total, self.pace = run_dir / r.LOG_FILE, total_steps, pace
         self.phase, self.step, self.metrics = r.STARTING, 0, dict[str, float]()
+        self._shown = headlines([])
+        self._seen: set[str] = set()
         self.started = self.changed = self.step_began = time.monotonic()
         self._log = r.Follower(self.log, log_offset)
         self._file = r.Follower(run_dir / r.METRICS_FILE, metrics_offset)
@@ -171,12 +173,14 @@ class _Progress:
             self.phase = "first rollout"
             return [("phase", f"validated at step {step}{checked}")]
         self._marks.append((now, step))  # first: the live display reads them from its thread once step is set
+        self._seen |= values.keys()
+        self._shown = headlines(self._seen)
         self.metrics, self.step_began, self.step = values, now, step
         return [("step", f"step {step}/{self.total}  {self.numbers()}{checked}  {self.eta()}")]
 
     def numbers(self) -> str:
-        """The metrics of the last step in one line; what is absent says so."""
-        values = [(label, self.metrics.get(name)) for label, name in _SHOWN]
+        """The last step's common metrics and those a method logged in any step, in one line; what is absent says so."""
+        values = [(metric.live, self.metrics.get(metric.name)) for metric in self._shown]
         return "  ".join(f"{label} {r.NOT_MEASURED if value is None else f'{value:.3f}'}" for label, value in values)
 
     def eta(self) -> str:
