@@ -6,11 +6,11 @@
 
 Needs ``pip install 'sayo-verl[anchor]'``. A response is invented: each token looks at one of eight places of 256 visual
 tokens, with noise, and tokens that follow one another tend to look at the same place; its neighbours are those that the
-probe would give. 16 responses of a length are made and each is handled 64 times. Numbers go to
-``benchmarks/results/partition.json``; the page is written from that file alone.
+probe would give. 16 responses of a length are made and stand 64 times in a batch, which goes through
+``AnchorMethod.credit``. Numbers go to ``benchmarks/results/partition.json``; the page is written from that file alone.
 
     cores   CPU time, user and system: of this process, and of the workers by /proc
-    wall    of ``partition_graphs``, workers running already; the first start is told apart
+    wall    of ``AnchorMethod.credit``, workers running already; the first start is told apart
 """
 
 import argparse
@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 
-from sayo_verl.methods.anchor import AnchorMethod, token_graph
-from sayo_verl.partition import check_graph, metis_labels, partition_graphs
-from sayo_verl.probe.graph import top_neighbours
+from sayo_verl.methods import Signals
+from sayo_verl.methods.anchor import AnchorMethod, edges
+from sayo_verl.partition import adjacency, metis_labels
+from sayo_verl.probe.neighbours import top_neighbours
 
 ROOT = Path(__file__).resolve().parent.parent
 RESPONSES, PARTS, NEIGHBOURS, VISUAL = 1024, 8, AnchorMethod().neighbours, 256
@@ -57,74 +58,80 @@ def cpu_of(pids: list[int]) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def batch_of(inputs: list[tuple[torch.Tensor, torch.Tensor]], responses: int) -> Signals:
+    """The signals of a batch in which these responses take turns, all of one length."""
+    row, n = [i % len(inputs) for i in range(responses)], len(inputs[0][0])
+    given = {"image_mass": torch.rand(responses, n), "sink_mass": torch.zeros(responses, n),
+             "neighbour_index": torch.stack([index.float() for index, _ in inputs])[row],
+             "neighbour_similarity": torch.stack([similarity for _, similarity in inputs])[row]}  # fmt: skip
+    return Signals(
+        response_mask=torch.ones(responses, n, dtype=torch.long), entropy=torch.zeros(responses, n),
+        log_probs=torch.zeros(responses, n), image_tokens=torch.full((responses,), float(VISUAL)),
+        statistics={statistic: given[statistic.name] for statistic in AnchorMethod().needs().statistics.statistics},
+        region_tokens=torch.zeros(responses), is_padding=torch.zeros(responses, dtype=torch.bool),
+        uid=("one",) * responses,
+    )  # fmt: skip
+
+
 def measure(n: int, responses: int, distinct: int, rounds: int) -> dict[str, Any]:
     """One length: parts of the work in this process, then all of it with each number of workers."""
     inputs = [invent(n, seed) for seed in range(distinct)]
-    metis_labels(*(part.astype("int32") for part in map(torch.Tensor.numpy, token_graph(*inputs[0]))), PARTS, 0)  # warm
-    graphs, seconds = [], {"graph": [], "check": [], "metis": []}
-    for index, similarity in inputs:
+    near = [tuple(part.numpy() for part in edges(*pair)) for pair in inputs]
+    metis_labels(*adjacency(*near[0]), PARTS, 0)  # warm
+    seconds: dict[str, list[float]] = {"graph": [], "metis": []}
+    entries = []
+    for index, weight in near:
         start = time.process_time()
-        graph = tuple(part.numpy() for part in token_graph(index, similarity))
+        graph = adjacency(index, weight)
         seconds["graph"].append(time.process_time() - start)
-        narrow = [part.astype("int32") for part in graph]
         start = time.process_time()
-        check_graph(*narrow)
-        seconds["check"].append(time.process_time() - start)
-        start = time.process_time()
-        metis_labels(*narrow, PARTS, 0)
+        metis_labels(*graph, PARTS, 0)
         seconds["metis"].append(time.process_time() - start)
-        graphs.append(graph)
+        entries.append(len(graph.neighbours))
     found: dict[str, Any] = {
-        "tokens": n, "entries": int(statistics.mean(len(graph[1]) for graph in graphs)),
+        "tokens": n, "entries": int(statistics.mean(entries)),
         "per_response": {name: statistics.median(values) for name, values in seconds.items()}, "pool": {},
     }  # fmt: skip
-    batch = [graphs[i % distinct] for i in range(responses)]
+    batch = batch_of(inputs, responses)
     for processes in PROCESSES:
+        method = AnchorMethod(parts=PARTS, processes=processes)
         start = time.perf_counter()
-        partition_graphs(batch[: 2 * processes], [PARTS] * (2 * processes), processes=processes)
+        method.credit(batch_of(inputs, 2 * processes))
         first = time.perf_counter() - start
         runs = []
         for _ in range(rounds):
             pids = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
             wall, caller, workers = time.perf_counter(), time.process_time(), cpu_of(pids)
-            labels = partition_graphs(batch, [PARTS] * responses, processes=processes)
+            metrics = method.credit(batch).metrics
             runs.append({"wall": time.perf_counter() - wall, "caller": time.process_time() - caller,
                          "workers": cpu_of(pids) - workers})  # fmt: skip
-            if any(cut is None for cut in labels):
-                raise RuntimeError(f"{sum(cut is None for cut in labels)} responses of {n} tokens were not cut")
+            if metrics["partition_failed_rows"] or metrics["anchor_uncut_rows"]:
+                raise RuntimeError(f"some responses of {n} tokens were not cut: {metrics}")
         found["pool"][str(processes)] = {"first_call_seconds": first, "rounds": runs}
         print(f"  {n} tokens, {processes} worker(s): {min(run['wall'] for run in runs):.2f} s", flush=True)
     return found
 
 
-def costs(case: dict[str, Any], responses: int) -> dict[str, float]:
-    """Core-seconds of a batch: graphs, the caller's share of the partition, the workers (least of all rounds)."""
+def costs(case: dict[str, Any]) -> dict[str, float]:
+    """Core-seconds of a batch: of the process that computes advantages, and of the workers (least of all rounds)."""
     runs = [run for pool in case["pool"].values() for run in pool["rounds"]]
-    return {
-        "graph": case["per_response"]["graph"] * responses,
-        "caller": min(run["caller"] for run in runs),
-        "workers": min(run["workers"] for run in runs),
-    }
+    return {name: min(run[name] for run in runs) for name in ("caller", "workers")}
 
 
 def page(results: dict[str, Any]) -> str:
     cases, responses = results["cases"], results["responses"]
     rows, pools, steps = [], [], []
     for case in cases:
-        cost, per, n = costs(case, responses), case["per_response"], case["tokens"]
-        total = sum(cost.values())
-        rows.append(f"| {n:,} | {case['entries']:,} | {per['graph'] * 1e3:.1f} | {per['check'] * 1e3:.1f} | "
-                    f"{per['metis'] * 1e3:.1f} | {cost['graph']:.1f} | {cost['caller']:.1f} | {cost['workers']:.1f} | "
-                    f"{total:.1f} |")  # fmt: skip
+        cost, per, n = costs(case), case["per_response"], case["tokens"]
+        rows.append(f"| {n:,} | {case['entries']:,} | {per['graph'] * 1e3:.1f} | {per['metis'] * 1e3:.1f} | "
+                    f"{cost['caller']:.2f} | {cost['workers']:.1f} |")  # fmt: skip
         walls = [min(run["wall"] for run in pool["rounds"]) for pool in case["pool"].values()]
         pools.append(f"| {n:,} | " + " | ".join(f"{wall:.2f}" for wall in walls) + f" | {walls[0] / walls[-1]:.2f} |")
         for processes in (16, 64):
-            added = cost["graph"] + cost["caller"] + cost["workers"] / processes
-            steps.append(f"| {n:,} | {processes} | {added:.1f} | {added / SHARE:,.0f} | {added / PAPER:,.0f} |")
+            added = cost["caller"] + cost["workers"] / processes
+            steps.append(f"| {n:,} | {processes} | {added:.2f} | {added / SHARE:,.0f} | {added / PAPER:,.0f} |")
     first = [pool["first_call_seconds"] for pool in cases[0]["pool"].values()]
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    last = costs(cases[-1], responses)
-    graph_share = last["graph"] / (last["graph"] + last["caller"] + last["workers"] / 16)
     idle = f"Load of the machine when it began: {results['load']:.1f}."
     if results["load"] > 0.25 * results["cores"]:
         idle += ("\n\n**Other work ran at the same time: wall seconds below are too long and say nothing about how "
@@ -134,40 +141,37 @@ def page(results: dict[str, Any]) -> str:
 Written by `benchmarks/partition_cost.py` from `benchmarks/results/partition.json`; its `--help` says what is measured.
 
 {results["machine"]}, {results["cores"]} cores, {versions}, {results["date"]}.
-{responses:,} invented responses of one length, {NEIGHBOURS} neighbours, {PARTS} parts, one thread. Figures are medians
-over responses, and the least of {results["rounds"]} rounds of the batch. {idle}
+{responses:,} invented responses of one length, {NEIGHBOURS} neighbours, {PARTS} parts. Figures are medians over
+responses, and the least of {results["rounds"]} rounds of the batch. {idle}
 
-## Core-seconds
+## Core time
 
-| tokens | entries of the graph | graph, ms | check, ms | METIS, ms | graphs, all | caller, all | workers, all | sum |
-|---|---|---|---|---|---|---|---|---|
+| tokens | entries of the graph | graph, ms | METIS, ms | caller, all, s | workers, all, s |
+|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-The first five columns are of one response, "all" is the batch of {responses:,} in core-seconds. Graphs are built where
-advantages are computed, one after another; "caller" is what goes on there while workers partition (mostly pickling);
-"workers" is METIS, the check of its input and unpickling.
+The first columns are of one response, "all" is the batch of {responses:,}. "Caller" is the process that computes
+advantages: everything that the method does there, mostly gathering and sending neighbours. "Workers" is the making of
+graphs, METIS and unpickling.
 
-## Wall seconds of `partition_graphs`
+## Wall seconds of the whole method
 
 | tokens | {" | ".join(f"{p} process{'es' if p > 1 else ''}" for p in PROCESSES)} | ratio |
 |---|---|---|---|
 {chr(10).join(pools)}
 
-Workers run already; the first call took {" and ".join(f"{s:.1f} s" for s in first)}, once a run: new processes that
-import what the calling script imports, here torch. The method starts one per core, at most 16.
+Workers run already; the first call took {" and ".join(f"{s:.1f} s" for s in first)}, once a run.
+The caller works while the first workers do. A run starts one worker per core, at most 64.
 
 ## Share of a step
 
-The partition adds graphs + caller + workers / processes seconds to a step, as if the caller's work did not overlap with
-the workers' and more workers were faster in proportion. Divided by a share that is how long a step must be for the
+The method adds caller + workers / processes seconds to a step, as if the caller's work did not overlap with the
+workers' and more workers were faster in proportion. Divided by a share that is how long a step must be for the
 partition to be no more than that share of it. Processes beyond {max(PROCESSES)} are arithmetic, not measurement.
 
 | tokens | processes | added, s | step of which that is 0.2 %, s | step of which that is 1.2 %, s |
 |---|---|---|---|---|
 {chr(10).join(steps)}
-
-With 16 processes and responses of {cases[-1]["tokens"]:,} tokens {graph_share:.0%} of what is added is the building of
-graphs, which is not spread over processes.
 
 1.2 % is the overhead that the paper reports for all of its method; 0.2 % is our target for the partition alone.
 The probe's part (profiles and neighbours, on the GPU) is not in these figures.

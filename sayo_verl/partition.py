@@ -1,18 +1,21 @@
-"""Cutting graphs into parts with METIS, in processes of their own.
+"""Cutting the tokens of responses into clusters with METIS, in processes of their own.
 
 METIS is a C library that does not check its input: it is known to crash and to run on for ever. pymetis holds Python's
-lock while it runs, so threads do not help either. So graphs go to a pool of worker processes, several at a time; a
-worker that dies or runs out of time costs one graph its labels, never the trainer its life.
+lock while it runs, so threads do not help either. So responses go to a pool of worker processes, several at a time; a
+worker that dies or runs out of time costs one response its labels, never the trainer its life.
 
+    graph   made in the workers, of what is small to send: each token's neighbours and how near they are.
     pool    pebble's ``ProcessPool`` (a time limit per task, new workers for dead ones), made at the first call, kept
             for the life of the process, stopped at its exit. A worker whose parent was killed finds its pipe closed.
     start   ``spawn``: the caller holds Ray's threads, which a fork would not survive. As always with it, a script that
-            calls this needs ``if __name__ == "__main__":`` around what it runs.
+            calls this needs ``if __name__ == "__main__":`` around what it runs. Nothing here imports torch: it would
+            be most of what a worker takes to start and to hold.
     retry   when a batch fails its graphs are tried again one by one; then only the bad ones are without labels.
 
-The same graph, number of parts and seed give the same labels in every process and every batch.
+The same neighbours, number of parts and seed give the same labels in every process and every batch.
 
-Shape suffixes: T tokens of one response (nodes), E entries of the adjacency (two per edge), K parts.
+Shape suffixes: T tokens of one response (nodes), m neighbours, P directed pairs, E entries of the adjacency (two per
+edge), K parts.
 """
 
 import atexit
@@ -26,24 +29,82 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sayo_verl.errors import SayoError
 
-# offsets [T+1], neighbours [E], weights [E]: see ``sayo_verl.probe.graph.Graph``; anything ``np.asarray`` takes.
-CSR = tuple[Any, Any, Any]
+# Neighbours of each token: index [T, m] in -1 .. T - 1, -1 for none, and weight [T, m]; anything ``np.asarray`` takes.
+Neighbours = tuple[Any, Any]
 Partitioner = Callable[[np.ndarray, np.ndarray, np.ndarray, int, int], Any]
 
-MAX_TOKENS = 32_768  # longer responses are not cut; 32 neighbours of weight 1000 each then fit METIS's 32-bit sums
+MAX_TOKENS = 32_768  # longer responses are not cut
+MAX_NEIGHBOURS, MAX_WEIGHT = 32, 1000  # METIS adds weights up in 32 bits: 32,768 x 2 x 32 x 1000 < 2^31
 PIP = "pip install 'sayo-verl[anchor]'"
 START_SECONDS = 60.0  # what starting the workers may take before they are given up
-MAX_WORKERS = 16
+MAX_WORKERS = 64
+
+
+class Graph(NamedTuple):
+    """An undirected graph without self loops, in compressed rows: METIS's ``xadj``, ``adjncy`` and ``adjwgt``.
+
+    Attributes:
+        offsets: int32 [T+1]; token i's neighbours lie at offsets[i] .. offsets[i+1] - 1 of the other two.
+        neighbours: int32 [E], ascending within a token; j is among i's exactly when i is among j's.
+        weights: int32 [E], 1 or more, the same in both directions.
+    """
+
+    offsets: np.ndarray
+    neighbours: np.ndarray
+    weights: np.ndarray
+
+
+def adjacency(index: Any, weight: Any) -> Graph:
+    """The graph of a response: i and j are joined when either is among the other's neighbours.
+
+    Args:
+        index: whole numbers [T, m] in -1 .. T - 1; -1 for none. A token's own index counts for nothing.
+        weight: whole numbers [T, m], at most 1000; an edge weighs the largest that is there for it in either direction,
+            and one of 0 or less is none. What stands beside -1 is not looked at.
+
+    Returns:
+        ``Graph``. Tokens without an edge have an empty row.
+
+    Raises:
+        SayoError: A18 for what does not fit; METIS would take it unseen.
+    """
+    index, weight = np.asarray(index), np.asarray(weight)
+    whole = all(np.issubdtype(part.dtype, np.integer) for part in (index, weight))
+    fits = whole and index.ndim == 2 and index.shape == weight.shape and index.shape[1] <= MAX_NEIGHBOURS + 1
+    T = len(index) if fits else 0
+    if not fits or T > MAX_TOKENS or (index.size and (index.min() < -1 or index.max() >= T)):
+        raise _misfit(index, f"whole numbers [T, m] in -1 .. T - 1, T at most {MAX_TOKENS}, m at most {MAX_NEIGHBOURS}")
+    source_P, m_P = np.nonzero((index >= 0) & (index != np.arange(T)[:, None]) & (weight > 0))
+    target_P, weight_P = index[source_P, m_P].astype(np.int64), weight[source_P, m_P].astype(np.int64)
+    if weight_P.size and weight_P.max() > MAX_WEIGHT:
+        raise _misfit(weight, f"weights of at most {MAX_WEIGHT}")
+    both_ways_E = np.concatenate([source_P * T + target_P, target_P * T + source_P])
+    # One sort by place and then weight: the last entry of a place is the largest of its weights.
+    code_E = np.sort(both_ways_E * (MAX_WEIGHT + 1) + np.tile(weight_P, 2))
+    place_E = code_E // (MAX_WEIGHT + 1)
+    last_E = np.ones(len(place_E), dtype=bool)
+    last_E[:-1] = place_E[1:] != place_E[:-1]
+    place_E, weight_E = place_E[last_E], code_E[last_E] % (MAX_WEIGHT + 1)
+    # a row begins at the first entry that lies at or behind its first place
+    offsets = np.searchsorted(place_E, np.arange(T + 1, dtype=np.int64) * T)
+    return Graph(*(part.astype(np.int32) for part in (offsets, place_E % max(T, 1), weight_E)))
+
+
+def _misfit(array: np.ndarray, wanted: str) -> SayoError:
+    extremes = f", {array.min()} .. {array.max()}" if array.size else ""
+    return SayoError("A18", "neighbours of tokens do not fit", where="the graph of a response",
+                     got=f"{array.dtype} {array.shape}{extremes}", wanted=wanted,
+                     fix="this is a defect of sayo-verl; report it")  # fmt: skip
 
 
 def metis_labels(offsets: np.ndarray, neighbours: np.ndarray, weights: np.ndarray, parts: int, seed: int) -> Any:
-    """METIS's labels [T] for one graph: parts of about equal size, the weight of cut edges as small as it finds.
+    """METIS's labels [T] for one ``Graph``: parts of about equal size, the weight of cut edges as small as it finds.
 
     Runs in a worker. ``parts`` must be in 2 .. T - 1; pymetis bisects recursively up to 8 parts, k-way above.
     """
@@ -51,40 +112,6 @@ def metis_labels(offsets: np.ndarray, neighbours: np.ndarray, weights: np.ndarra
 
     adjacency = pymetis.CSRAdjacency(offsets, neighbours)
     return pymetis.part_graph(parts, adjacency, eweights=weights, options=pymetis.Options(seed=seed)).vertex_part
-
-
-def check_graph(offsets: np.ndarray, neighbours: np.ndarray, weights: np.ndarray) -> None:
-    """Refuse what METIS would take unseen: its answer to a graph that is not one is undefined.
-
-    Raises:
-        SayoError: A18 unless rows are ascending without repetition, j is among i's neighbours with the weight that i
-            has among j's, no node is its own neighbour and weights are positive whole numbers of 32 bits in sum.
-    """
-    T, E = len(offsets) - 1, len(neighbours)
-    whole = all(part.ndim == 1 and np.issubdtype(part.dtype, np.integer) for part in (offsets, neighbours, weights))
-    wrong = ""
-    if not whole or T < 0 or len(weights) != E:
-        wrong = "three flat arrays of whole numbers do not fit together"
-    elif offsets[0] != 0 or offsets[-1] != E or (np.diff(offsets) < 0).any():
-        wrong = "the offsets do not cover the neighbours"
-    elif E and (neighbours.min() < 0 or neighbours.max() >= T):
-        wrong = "a neighbour is no node"
-    elif E and (weights.min() < 1 or weights.sum(dtype=np.int64) > 2**31 - 1):
-        wrong = "a weight is not positive, or their sum has more than 32 bits"
-    else:
-        source = np.repeat(np.arange(T, dtype=np.int64), np.diff(offsets))
-        place, mirrored = source * T + neighbours, neighbours * np.int64(T) + source
-        order = mirrored.argsort()
-        if (np.diff(place) <= 0).any():
-            wrong = "a node's neighbours are not in ascending order, or repeat"
-        elif (source == neighbours).any():
-            wrong = "a node is its own neighbour"
-        elif not np.array_equal(place, mirrored[order]) or not np.array_equal(weights, weights[order]):
-            wrong = "an edge is not there in both directions with one weight"
-    if wrong:
-        raise SayoError("A18", wrong, where="the graph of a response", got=f"{T} nodes, {E} entries",
-                        wanted="an undirected graph as sayo_verl.probe.graph.adjacency makes it",
-                        fix="this is a defect of sayo-verl; report it")  # fmt: skip
 
 
 def canonical(labels: Any, nodes: int, parts: int) -> np.ndarray | None:
@@ -106,7 +133,7 @@ def canonical(labels: Any, nodes: int, parts: int) -> np.ndarray | None:
 
 
 def partition_graphs(
-    graphs: Sequence[CSR],
+    responses: Sequence[Neighbours],
     parts: Sequence[int],
     *,
     seed: int = 0,
@@ -115,42 +142,42 @@ def partition_graphs(
     batch: int = 16,
     partition: Partitioner = metis_labels,
 ) -> list[np.ndarray | None]:
-    """Cut each graph into its number of parts.
+    """Cut the graph of each response into its number of parts.
 
     Args:
-        graphs: (offsets, neighbours, weights) each. They need not be connected; METIS places a node without edges
-            where there is room.
+        responses: (index [T, m], weight [T, m]) each, as ``adjacency`` takes them; they travel as they are, so 16 bits
+            are better than 64. The graph need not be connected; METIS places a token without edges where there is
+            room.
         parts: number of parts wanted of each, 1 or more.
         seed: of METIS.
-        time_limit: seconds that a batch, then a single graph of a batch that failed, may take in a worker.
-        processes: workers; None: one per core of this process, at most 16. Another number than before makes a new pool.
-        batch: graphs that travel together, at most.
+        time_limit: seconds that a batch, then a single one of a batch that failed, may take in a worker.
+        processes: workers; None: one per core of this process, at most 64. Another number than before makes a new pool.
+        batch: responses that travel together, at most.
         partition: what runs in the workers; a function that they can import.
 
     Returns:
-        Per graph ``canonical`` labels int64 [T], or None: more than ``MAX_TOKENS`` nodes, the worker died or ran out of
-        time, METIS refused, or what came back were no labels. No more than ``max(16, 2 %)`` graphs are tried to the
+        Per response ``canonical`` labels int64 [T], or None: more than ``MAX_TOKENS`` tokens, the worker died or ran
+        out of time, METIS refused, or what came back were no labels. No more than ``max(16, 2 %)`` are tried to the
         end: where METIS fails that often the rest is None too. Without METIS: one part (all 0), no fewer parts than
-        nodes (each node its own).
+        tokens (each its own).
 
     Raises:
-        SayoError: A15 without the packages, A18 for what is not an undirected graph.
+        SayoError: A15 without the packages, A18 for what is no neighbourhood.
     """
     _require_packages()
-    labels: list[np.ndarray | None] = [None] * len(graphs)
-    ready: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray, int]] = {}
-    for i, (graph, k) in enumerate(zip(graphs, parts, strict=True)):
-        nodes = len(graph[0]) - 1
+    labels: list[np.ndarray | None] = [None] * len(responses)
+    ready: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
+    for i, ((index, weight), k) in enumerate(zip(responses, parts, strict=True)):
+        nodes = len(index)
         if k < 1:
-            raise SayoError("A18", "a graph is to be cut into no parts", where="partition_graphs", got=k,
+            raise SayoError("A18", "a response is to be cut into no parts", where="partition_graphs", got=k,
                             wanted="1 or more", fix="this is a defect of sayo-verl; report it")  # fmt: skip
         if k == 1 or nodes <= 1:
             labels[i] = np.zeros(nodes, dtype=np.int64)
         elif k >= nodes:
             labels[i] = np.arange(nodes, dtype=np.int64)
         elif nodes <= MAX_TOKENS:
-            offsets, neighbours, weights = (_narrow(part) for part in graph)
-            ready[i] = (offsets, neighbours, weights, k)
+            ready[i] = (np.asarray(index), np.asarray(weight), k)
     if not ready:
         return labels
     workers = processes or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
@@ -158,12 +185,12 @@ def partition_graphs(
     todo = list(ready)
     for jobs, most in (
         ([todo[at : at + size] for at in range(0, len(todo), size)], len(todo)),
-        (None, max(16, len(graphs) // 50)),
+        (None, max(16, len(responses) // 50)),
     ):
         if jobs is None:
             jobs = [[i] for i in todo if labels[i] is None]
         for i, found in _run(jobs, ready, (partition, seed, time_limit), workers, most).items():
-            labels[i] = canonical(found, len(ready[i][0]) - 1, ready[i][3])
+            labels[i] = canonical(found, len(ready[i][0]), ready[i][2])
     return labels
 
 
@@ -174,20 +201,13 @@ def _require_packages() -> None:
             raise SayoError("A15", f"the package {package} is not installed", where="attn_anchor", fix=PIP)
 
 
-def _narrow(part: Any) -> np.ndarray:
-    """METIS's own 32 bits, half of what travels; numbers that do not fit are kept for ``check_graph`` to see."""
-    array = np.asarray(part)
-    fits = np.issubdtype(array.dtype, np.integer) and (not array.size or np.abs(array).max() < 2**31)
-    return np.ascontiguousarray(array, dtype=np.int32) if fits else array
-
-
 # -------------------------------------------------------------------------------------------------------------- workers
 
 
 def _run(
     jobs: Sequence[list[int]], ready: dict[int, Any], what: tuple[Partitioner, int, float], workers: int, most: int
 ) -> dict[int, Any]:
-    """Graph -> what the worker found, of the jobs that were done; after ``most`` failed jobs the rest is left."""
+    """Response -> what the worker found, of the jobs that were done; after ``most`` failed jobs the rest is left."""
     from pebble import ProcessExpired
 
     results: dict[int, Any] = {}
@@ -235,9 +255,8 @@ def _work(partition: Partitioner, batch: Sequence[Any], seed: int, time_limit: f
     signal.setitimer(signal.ITIMER_REAL, time_limit + 10)
     try:
         found = []
-        for offsets, neighbours, weights, k in batch:
-            check_graph(offsets, neighbours, weights)
-            found.append(partition(offsets, neighbours, weights, k, seed))
+        for index, weight, k in batch:
+            found.append(partition(*adjacency(index, weight), k, seed))
         return found
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

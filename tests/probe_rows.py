@@ -223,7 +223,7 @@ class Rows:
                 index[t, : len(ranked)] = torch.tensor(ranked, dtype=torch.float32)
                 mass[t, : len(ranked)] = profile_TV[t, ranked]
             return index.double() if s.name == "top_patch_index" else mass
-        from sayo_verl.probe.graph import top_neighbours
+        from sayo_verl.probe.neighbours import top_neighbours
 
         neighbour_index, similarity = top_neighbours(profile_TV.float(), s.size)
         return (neighbour_index if s.name == "neighbour_index" else similarity).double()

@@ -14,8 +14,9 @@ from invented_signals import invent, take
 
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import AnchorMethod
-from sayo_verl.methods.anchor import cluster_weights, connectivity, token_graph
-from sayo_verl.probe.graph import top_neighbours
+from sayo_verl.methods.anchor import cluster_weights, connectivity, edges
+from sayo_verl.partition import adjacency
+from sayo_verl.probe.neighbours import top_neighbours
 from sayo_verl.probe.statistics import Statistic
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
@@ -31,12 +32,30 @@ def test_connectivity_is_the_share_of_what_the_sink_leaves():
 def test_the_graph_joins_likes_and_neighbours_in_the_text():
     index = torch.tensor([[2, -1], [-1, -1], [0, 3], [2, -1]])
     similarity = torch.tensor([[0.8, 0.0], [0.0, 0.0], [0.8, 0.5], [0.5, 0.0]])
-    graph = token_graph(index, similarity)
-    edges = {}
+    graph = adjacency(*edges(index, similarity))
+    found = {}
     for i in range(4):
         for at in range(int(graph.offsets[i]), int(graph.offsets[i + 1])):
-            edges[i, int(graph.neighbours[at])] = int(graph.weights[at])
-    assert edges == {(0, 1): 1, (1, 0): 1, (0, 2): 800, (2, 0): 800, (1, 2): 1, (2, 1): 1, (2, 3): 500, (3, 2): 500}
+            found[i, int(graph.neighbours[at])] = int(graph.weights[at])
+    assert found == {(0, 1): 1, (1, 0): 1, (0, 2): 800, (2, 0): 800, (1, 2): 1, (2, 1): 1, (2, 3): 500, (3, 2): 500}
+
+
+def test_edges_are_whole_numbers_and_likeness_above_one_is_rounding():
+    index, weight = edges(torch.tensor([[1], [0], [-1]]), torch.tensor([[1.0009], [-0.2], [0.7]]))
+    assert index.dtype == weight.dtype == torch.int16
+    assert index.tolist() == [[1, 1], [0, 2], [-1, -1]]
+    assert weight.tolist() == [[1000, 1], [-200, 1], [700, 1]]
+    assert adjacency(index, weight).weights.tolist() == [1000, 1000, 1, 1]
+
+
+@pytest.mark.parametrize("value", [0.5, 40.0, 1e6])
+def test_neighbours_that_are_no_tokens_stop_the_run(value):
+    method, _, signals = planted()
+    index = next(s for s in signals.statistics if s.name == "neighbour_index")
+    wrong = signals.statistics[index].clone()
+    wrong[0, 3, 1] = value
+    with pytest.raises(SayoError, match=r"^SAYO-A03: a neighbour is no token"):
+        method.credit(dataclasses.replace(signals, statistics={**signals.statistics, index: wrong}))
 
 
 def oracle(density, labels, low, high):
@@ -163,10 +182,10 @@ def test_short_responses_are_not_cut():
 def test_the_number_of_parts_follows_the_length(n, parts, monkeypatch):
     asked = []
 
-    def spy(graphs, parts, **options):
+    def spy(responses, parts, **options):
         asked.extend(parts)
-        assert options == {"seed": 0, "time_limit": 5.0}
-        return [np.zeros(len(graph[0]) - 1, dtype=np.int64) for graph in graphs]
+        assert options == {"seed": 0, "time_limit": 5.0, "processes": None}
+        return [np.zeros(len(index), dtype=np.int64) for index, _ in responses]
 
     monkeypatch.setattr("sayo_verl.partition.partition_graphs", spy)
     method, _, signals = planted(n // 4, n - n // 4)
@@ -188,7 +207,7 @@ def test_failed_partitions_are_neutral_and_counted_until_there_are_too_many(fail
     labels = np.repeat(np.arange(4), 10)
     monkeypatch.setattr(
         "sayo_verl.partition.partition_graphs",
-        lambda graphs, parts, **options: [None] * failed + [labels] * (len(graphs) - failed),
+        lambda responses, parts, **options: [None] * failed + [labels] * (len(responses) - failed),
     )
     if stops:
         with pytest.raises(SayoError, match=r"^SAYO-A16: .*3 of 150"):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from invented_signals import invent, take
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
-from sayo_verl.methods import METHODS, DualMethod, Mix, RegionMethod, advantages
+from sayo_verl.methods import METHODS, AnchorMethod, DualMethod, Mix, RegionMethod, advantages
 from sayo_verl.methods.group import group_rows
 from sayo_verl.settings import load_methods
 from sayo_verl.trainer.context import CURRENT, AdvantageContext, make_estimator
@@ -30,6 +30,8 @@ OTHERS = {
     "region per token": RegionMethod(per_token=True),
     "dual released": DualMethod(score_offset="minmax", position="zero_based", clamp="released"),
     "dual on attention": DualMethod(score="image_mass", score_offset="none", trajectory_score="mean"),
+    "anchor top": AnchorMethod(weighting="top"),
+    "anchor rest": AnchorMethod(weighting="rest"),
 }
 EVERY_WAY = {**EVERY, **OTHERS}
 batches = st.tuples(st.integers(0, 10_000), st.integers(1, 12), st.integers(1, 9), st.integers(1, 4), st.booleans())

@@ -176,7 +176,7 @@ def test_patch_sums_are_the_profile_over_the_response_in_either_convention():
 
 
 def test_neighbours_are_those_of_the_graph_on_the_dense_profile():
-    from sayo_verl.probe.graph import top_neighbours
+    from sayo_verl.probe.neighbours import top_neighbours
 
     rows = Rows([(12, 7, 9), (9, 4, 6), (5, 2, 2)], seed=9, layers=2)
     for query_row in CONVENTIONS:

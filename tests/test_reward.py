@@ -242,12 +242,14 @@ def forbidden_calls(source: str) -> list[str]:
     return sorted(FORBIDDEN.union({"shell="}).intersection(found))
 
 
+# In a worker process's main thread, where an alarm works; a reward function runs in a thread, where it does not.
+ALLOWED = {"partition.py": ["signal.setitimer"]}
 SOURCES = sorted(Path(sayo_verl.__file__).parent.rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(Path(sayo_verl.__file__).parent)))
-def test_no_module_executes_text(path):
-    assert forbidden_calls(path.read_text()) == []
+def test_no_module_executes_text_or_sets_an_alarm(path):
+    assert forbidden_calls(path.read_text()) == ALLOWED.get(path.name, [])
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,6 @@ from sayo_verl.errors import SayoError
 from sayo_verl.methods.base import Credit, Gift, blend, check_setting, distinct_layers, masked_mean
 from sayo_verl.methods.region import select_tokens
 from sayo_verl.methods.signals import Needs, Signals
-from sayo_verl.probe.graph import Graph, adjacency
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 
 EPS = 1e-6  # of a share of attention
@@ -55,20 +54,22 @@ def connectivity(image_mass: torch.Tensor, sink_mass: torch.Tensor) -> torch.Ten
     return (image_mass / (1 - sink_mass).clamp(min=EPS)).clamp(0.0, 1.0)
 
 
-def token_graph(index: torch.Tensor, similarity: torch.Tensor) -> Graph:
-    """The graph of one response: each token's nearest by attention profile, and the token after it.
+def edges(index: torch.Tensor, similarity: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Neighbours of each token of one response and the weights of the edges: its nearest, and the token after it.
 
     Args:
         index: int64 [n, m] in -1 .. n - 1; -1: none.
         similarity: [n, m] cosines.
+
+    Returns:
+        ``(index [n, m + 1], weight [n, m + 1])``, both int16. An edge weighs round(1000 cosine), and is none when that
+        is not positive: METIS takes positive whole numbers only.
     """
-    n = index.shape[0]
-    following = torch.arange(1, n + 1, device=index.device)
+    following = torch.arange(1, index.shape[0] + 1, device=index.device)[:, None]
     following[-1:] = -1
-    least = torch.full((n, 1), 1 / LEVELS, dtype=similarity.dtype, device=similarity.device)
-    return adjacency(
-        torch.cat([index, following[:, None]], -1), torch.cat([similarity, least], -1), levels=LEVELS
-    )  # the larger weight of an edge that is there twice counts
+    weight = (LEVELS * similarity.clamp(-1.0, 1.0)).round()
+    least = torch.ones_like(following)
+    return torch.cat([index, following], -1).short(), torch.cat([weight.short(), least.short()], -1)
 
 
 def cluster_weights(
@@ -113,6 +114,7 @@ class AnchorMethod:
         anchor_share: of tokens that ``top`` keeps (abstract: about 0.15).
         seed: of METIS.
         time_limit: seconds that METIS may take for a few responses.
+        processes: that cut responses; 0: one per core of the trainer's machine, at most 64.
     """
 
     strength: float = 1.0
@@ -125,13 +127,14 @@ class AnchorMethod:
     anchor_share: float = 0.15
     seed: int = 0
     time_limit: float = 5.0
+    processes: int = 0
     name = "attn_anchor"
 
     def __post_init__(self) -> None:
         check_setting("anchor", self, {
             "strength": (0 <= self.strength <= 1, "a number in [0, 1]"),
             "layers": distinct_layers(self.layers),
-            "neighbours": (1 <= self.neighbours <= 64, "a whole number in 1 .. 64"),
+            "neighbours": (1 <= self.neighbours <= 32, "a whole number in 1 .. 32"),
             "parts": (self.parts == 0 or 2 <= self.parts <= 64, "0 or a whole number in 2 .. 64"),
             "weight_min": (0 <= self.weight_min <= 1, "a number in [0, 1]"),
             "weight_max": (1 <= self.weight_max < float("inf"), "a finite number >= 1"),
@@ -139,6 +142,7 @@ class AnchorMethod:
             "anchor_share": (0 < self.anchor_share < 1, "a number in (0, 1)"),
             "seed": (0 <= self.seed < 2**31, "a whole number of 31 bits"),
             "time_limit": (0 < self.time_limit <= 600, "seconds in (0, 600]"),
+            "processes": (0 <= self.processes <= 1024, "a whole number in 0 .. 1024"),
         })  # fmt: skip
 
     @property
@@ -183,15 +187,16 @@ class AnchorMethod:
         """Cluster of each token, int64 [B, T], -1 in rows that are not cut; and what that took.
 
         Raises:
-            SayoError: A15 without METIS, A16 when more than 1 % of the responses could not be cut.
+            SayoError: A03 for a neighbour that is no token, A15 without METIS, A16 when METIS failed on more than 1 %
+                of the responses that were to be cut.
         """
         from sayo_verl.partition import partition_graphs
 
         index = signals[self._statistic("neighbour_index")]
         similarity = signals[self._statistic("neighbour_similarity")]
         rows: list[tuple[int, torch.Tensor, int]] = []
-        graphs: list[Graph] = []
         start = time.perf_counter()
+        near = []
         for b in tokens.any(-1).nonzero().flatten().tolist():
             place_n = tokens[b].nonzero().flatten()
             n = place_n.numel()
@@ -202,13 +207,16 @@ class AnchorMethod:
             number_T = torch.full((tokens.shape[1] + 1,), -1, device=tokens.device)
             number_T[place_n] = torch.arange(n, device=tokens.device)
             rows.append((b, place_n, parts))
-            graphs.append(token_graph(number_T[index[b, place_n].long()], similarity[b, place_n]))
-        cut = partition_graphs(
-            [tuple(part.cpu().numpy() for part in graph) for graph in graphs],  # type: ignore[misc]
-            [parts for *_, parts in rows],
-            seed=self.seed,
-            time_limit=self.time_limit,
-        )
+            place_nm = index[b, place_n].long()
+            if (place_nm != index[b, place_n]).any() or place_nm.max() >= tokens.shape[1]:
+                raise SayoError("A03", "a neighbour is no token of the response", where=f"attn_anchor, row {b}",
+                                got=f"up to {float(index[b, place_n].max())}",
+                                wanted=f"whole numbers below {tokens.shape[1]}, or -1",
+                                fix="this is a defect of the probe; report it")  # fmt: skip
+            index_nm, weight_nm = edges(number_T[place_nm], similarity[b, place_n])
+            near.append((index_nm.cpu().numpy(), weight_nm.cpu().numpy()))
+        cut = partition_graphs(near, [parts for *_, parts in rows], seed=self.seed, time_limit=self.time_limit,
+                               processes=self.processes or None)  # fmt: skip
         labels = torch.full(tokens.shape, -1, dtype=torch.int64, device=tokens.device)
         failed = sum(found is None for found in cut)
         if failed > FAILED_SHARE * len(cut):

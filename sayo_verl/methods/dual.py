@@ -33,7 +33,7 @@ Options that follow the released code instead, together ``DualConfig.released()`
  - ``clamp="released"``: token factors to [0.1, 2], trajectory factors to [0.9, 2]. Only the lower bounds ever bind, and
    0.9 lifts the group's mean factor above one: the mean advantage is inflated.
 Departures from it that have no option: groups are those of a uid, not runs of eight neighbours in a micro-batch; the
-score is the rollout policy's, not that of the policy in the middle of its update; padded tokens rank nowhere.
+score is the rollout policy's, not that of the policy in the middle of its update.
 
 Shape suffixes: B rows, T response tokens, G rows of one group.
 """

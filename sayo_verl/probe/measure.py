@@ -19,7 +19,7 @@ import torch
 
 from sayo_verl.errors import SayoError
 from sayo_verl.probe import reference
-from sayo_verl.probe.graph import top_neighbours
+from sayo_verl.probe.neighbours import top_neighbours
 from sayo_verl.probe.plan import RowPlan
 from sayo_verl.probe.reference import Span
 from sayo_verl.probe.shard import Shard

@@ -83,10 +83,15 @@ class AttentionTrainerMixin:
                     fix="install the same sayo-verl on every node and launch with `python -m sayo_verl.main_ppo`",
                 )
         first = reports[0]
+        probed = "no layer probed"
+        if first["layers"]:
+            numbers = ", ".join(map(str, first["layers"]))
+            probed = f"probing layer {numbers} of {first['n_layers']} by the {first['path']} path"
+        if first["path_difference"]:
+            probed += f" (differs from the reference by {first['path_difference']:.0e})"
         print(
             f"sayo-verl {__version__}: handshake with {len(reports)} worker(s), engine {first['engine_bases'][0]}, "
-            f"probing layer {', '.join(map(str, first['layers']))} of {first['n_layers']} by the {first['path']} path"
-            + (f" (differs from the reference by {first['path_difference']:.0e})" if first["path_difference"] else "")
+            + probed
         )
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:

@@ -1,6 +1,6 @@
-"""Neighbours by attention profile and their graph, against dense float64 and against what METIS asks for.
+"""Neighbours by attention profile, against dense float64.
 
-Shape suffixes: T tokens, V visual tokens, m neighbours, E entries of the adjacency.
+Shape suffixes: T tokens, V visual tokens, m neighbours.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sayo_verl.errors import SayoError
-from sayo_verl.probe.graph import MAX_LEVELS, Graph, adjacency, top_neighbours
+from sayo_verl.probe.neighbours import top_neighbours
 
 
 def refusal(code: str, says: str = ""):
@@ -36,24 +36,6 @@ def dense_cosines(profile: torch.Tensor) -> np.ndarray:
         size = np.sqrt((rows[i] ** 2).sum()) * np.sqrt((rows[j] ** 2).sum())
         out[i, j] = (rows[i] * rows[j]).sum() / size if size else 0.0
     return out
-
-
-def matrix(graph: Graph) -> torch.Tensor:
-    """int64 [T, T] of weights, 0 where there is no edge; checks on the way that the rows are what METIS reads."""
-    T = len(graph.offsets) - 1
-    assert all(part.dtype == torch.int64 for part in graph)
-    assert graph.offsets[0] == 0
-    assert graph.offsets[-1] == len(graph.neighbours) == len(graph.weights)
-    assert (graph.offsets.diff() >= 0).all()
-    dense = torch.zeros(T, T, dtype=torch.int64)
-    for i in range(T):
-        row = slice(int(graph.offsets[i]), int(graph.offsets[i + 1]))
-        assert (graph.neighbours[row].diff() > 0).all()  # ascending, none twice
-        assert i not in graph.neighbours[row]
-        dense[i, graph.neighbours[row]] = graph.weights[row]
-    assert (graph.weights > 0).all()
-    assert torch.equal(dense, dense.T)
-    return dense
 
 
 # ------------------------------------------------------------------------------------------------------ neighbours
@@ -111,8 +93,6 @@ def test_permuted_tokens_have_permuted_neighbours(T, seed):
     named = torch.where(permuted_index < 0, -1, order[permuted_index])
     assert torch.equal(named, index[order])
     assert torch.equal(permuted_similarity, similarity[order])
-    dense = matrix(adjacency(index, similarity))
-    assert torch.equal(matrix(adjacency(permuted_index, permuted_similarity)), dense[order][:, order])
 
 
 def test_a_token_that_does_not_look_at_the_image_is_like_none():
@@ -179,49 +159,6 @@ def test_inputs_of_any_floating_type_stay_as_they_are():
         assert torch.equal(a, b)
 
 
-# ------------------------------------------------------------------------------------------------------------ graph
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.integers(0, 25), st.integers(1, 8), st.integers(0, 10**6), st.sampled_from([1, 7, 1000, MAX_LEVELS]))
-def test_the_graph_against_a_dense_union(T, m, seed, levels):
-    generator = torch.Generator().manual_seed(seed)
-    # anything goes: none, itself, repetitions, negative similarities
-    index = torch.randint(-1, max(T, 1), (T, m), generator=generator)
-    similarity = torch.rand(T, m, generator=generator) * 2 - 1
-    wanted = np.zeros((T, T), dtype=np.int64)
-    for i, k in itertools.product(range(T), range(m)):
-        j, weight = int(index[i, k]), round(levels * float(similarity[i, k]))
-        if j >= 0 and j != i:
-            wanted[i, j] = max(wanted[i, j], weight)
-            wanted[j, i] = max(wanted[j, i], weight)
-    graph = adjacency(index, similarity, levels=levels)
-    assert torch.equal(matrix(graph), torch.from_numpy(wanted))
-    for again, part in zip(adjacency(index, similarity, levels=levels), graph, strict=True):
-        assert torch.equal(again, part)
-
-
-def test_the_graph_by_hand():
-    index = torch.tensor([[1, 2], [0, 3], [3, -1], [2, 0], [-1, -1]])
-    similarity = torch.tensor([[0.5, 0.0004], [0.7, -0.2], [0.25, float("nan")], [0.25, 0.0006], [1.0, 1.0]])
-    graph = adjacency(index, similarity)
-    # 0-1 by the larger of two, 0-2 too faint, 1-3 negative, 2-3 once, 3-0 just seen, 4 alone
-    assert graph.offsets.tolist() == [0, 2, 3, 4, 6, 6]
-    assert graph.neighbours.tolist() == [1, 3, 0, 3, 0, 2]
-    assert graph.weights.tolist() == [700, 1, 700, 250, 1, 250]
-
-
-def test_isolated_tokens_and_empty_graphs():
-    for T in (0, 1, 4):
-        graph = adjacency(*top_neighbours(torch.zeros(T, 6), 3))
-        assert graph.offsets.tolist() == [0] * (T + 1)
-        assert graph.neighbours.numel() == graph.weights.numel() == 0
-    profile = torch.eye(6)[[0, 0, 5, 1, 1, 1]]  # token 2 is like none
-    dense = matrix(adjacency(*top_neighbours(profile, 2), levels=10))
-    assert dense.bool().sum(1).tolist() == [1, 1, 0, 2, 2, 2]
-    assert set(dense.flatten().tolist()) == {0, 10}
-
-
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -235,45 +172,9 @@ def test_profiles_that_do_not_fit_are_refused(profile, m, chunk):
         top_neighbours(profile, m, chunk=chunk)
 
 
-@pytest.mark.parametrize(
-    ("index", "similarity", "levels"),
-    [
-        (torch.zeros(3).long(), torch.zeros(3), 10),
-        (torch.zeros(3, 2).long(), torch.zeros(3, 3), 10),
-        (torch.zeros(3, 2).int(), torch.zeros(3, 2), 10),
-        (torch.zeros(3, 2).long(), torch.zeros(3, 2).long(), 10),
-        (torch.full((3, 2), 3), torch.zeros(3, 2), 10),
-        (torch.full((3, 2), -2), torch.zeros(3, 2), 10),
-        (torch.zeros(3, 2).long(), torch.zeros(3, 2), 0),
-        (torch.zeros(3, 2).long(), torch.zeros(3, 2), MAX_LEVELS + 1),
-        (torch.ones(3, 2).long(), torch.full((3, 2), 1.01), 10),
-        (torch.ones(3, 2).long(), torch.full((3, 2), -1.01), 10),
-    ],
-    ids=[
-        "flat",
-        "shapes",
-        "int32",
-        "integers",
-        "too high",
-        "too low",
-        "no levels",
-        "many levels",
-        "above a cosine",
-        "below",
-    ],
-)
-def test_neighbours_that_do_not_fit_are_refused(index, similarity, levels):
-    with refusal("P18"):
-        adjacency(index, similarity, levels=levels)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_refused(value):
     profile = attention(4, 5, 0)
     profile[1, 2] = value
     with refusal("P25", "not finite"):
         top_neighbours(profile, 2)
-    index, similarity = top_neighbours(attention(4, 5, 0), 2)
-    similarity[3, 1] = value
-    with refusal("P25", "not finite"):
-        adjacency(index, similarity)
