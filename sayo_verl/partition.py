@@ -254,10 +254,7 @@ def _work(partition: Partitioner, batch: Sequence[Any], seed: int, time_limit: f
     # whose pool was killed.
     signal.setitimer(signal.ITIMER_REAL, time_limit + 10)
     try:
-        found = []
-        for index, weight, k in batch:
-            found.append(partition(*adjacency(index, weight), k, seed))
-        return found
+        return [partition(*adjacency(index, weight), k, seed) for index, weight, k in batch]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
