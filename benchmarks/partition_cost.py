@@ -165,8 +165,10 @@ The caller works while the first workers do. A run starts one worker per core, a
 
 ## Share of a step
 
-The method adds caller + workers / processes seconds to a step, as if the caller's work did not overlap with the
-workers' and more workers were faster in proportion. Divided by a share that is how long a step must be for the
+Credit is computed in a thread while verl runs the reference and value passes, if there are any: then the partition adds
+what `sayo/credit_wait_seconds` says, nothing as long as those passes take longer. A run without them (no KL, no critic)
+waits for all of it: caller + workers / processes seconds, as if the caller's work did not overlap with the workers' and
+more workers were faster in proportion. Divided by a share that is how long a step without those passes must be for the
 partition to be no more than that share of it. Processes beyond {max(PROCESSES)} are arithmetic, not measurement.
 
 | tokens | processes | added, s | step of which that is 0.2 %, s | step of which that is 1.2 %, s |

@@ -137,7 +137,7 @@ def partition_graphs(
     parts: Sequence[int],
     *,
     seed: int = 0,
-    time_limit: float = 5.0,
+    time_limit: float = 20.0,
     processes: int | None = None,
     batch: int = 16,
     partition: Partitioner = metis_labels,

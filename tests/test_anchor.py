@@ -184,7 +184,7 @@ def test_the_number_of_parts_follows_the_length(n, parts, monkeypatch):
 
     def spy(responses, parts, **options):
         asked.extend(parts)
-        assert options == {"seed": 0, "time_limit": 5.0, "processes": None}
+        assert options == {"seed": 0, "time_limit": 20.0, "processes": None}
         return [np.zeros(len(index), dtype=np.int64) for index, _ in responses]
 
     monkeypatch.setattr("sayo_verl.partition.partition_graphs", spy)

@@ -3,6 +3,7 @@
 Shape suffixes: B rows, T response tokens.
 """
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -266,6 +267,20 @@ def test_neutral_rows_and_mean_weights_are_counted_for_any_method():
     assert "neutral_rows/no_box" not in opened.metrics  # this method needs no boxes
     assert estimate(RegionMethod()).metrics["neutral_rows/no_box"] == 1
     assert "token_weight/mean" not in estimate(RegionMethod()).metrics
+
+
+def test_tokens_masked_since_the_credit_was_begun_make_it_anew():
+    """Rejection sampling of verl takes tokens out of the mask after the signals were fetched."""
+    method, begun = Fixed("attn_weights", WEIGHTS), Future()
+    begun.set_result((Credit(token_weight=torch.full((4, 3), 7.0)), 0.5))
+    opened = AdvantageContext(method, signals(), True, None, begun)
+    assert opened.credit(signals().response_mask)[1].token_weight[0, 0] == 7.0
+    assert opened.metrics["credit_seconds"] == 0.5
+    mask = signals().response_mask.clone()
+    mask[0, 0] = 1 - mask[0, 0]
+    made, credit = opened.credit(mask)
+    assert torch.equal(made.response_mask, mask)
+    assert credit.token_weight[0, 0] == 2.0
 
 
 def test_a_metric_that_is_not_finite_is_refused():

@@ -5,6 +5,8 @@ import functools
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -137,7 +139,8 @@ def make_trainer(config, group, method="attn_region", **settings):
     trainer._method = method_from_config(method, {"region": settings})
     trainer._needs = trainer._method.needs()
     trainer._request, trainer._spread_floor, trainer.global_steps = trainer._needs.statistics, None, 1
-    trainer._log_prob_seconds = 0.0
+    trainer._log_prob_seconds, trainer._begun = 0.0, None
+    trainer._thread = ThreadPoolExecutor(max_workers=1)
     return trainer
 
 
@@ -282,11 +285,71 @@ def test_a_reward_function_that_does_not_say_what_is_right_stops_a_gated_method(
     trainer, metrics = make_trainer(config, FakeWorkerGroup()), {}
     trainer._needs = dataclasses.replace(trainer._needs, correctness=True)
     batch, rows = put_batch("train-no-acc", [0, 1, 2, 3])
-    after = trainer._compute_old_log_prob(batch, metrics)
     infos = [{"reward_extra_info": {"format": 1.0}} for _ in rows]
     fields = tu.list_of_dict_to_tensordict([{"extra_fields": info} for info in infos])
-    tq.kv_batch_put(keys=after.keys, partition_id=after.partition_id, fields=fields)
+    tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
     with pytest.raises(SayoError, match=r"SAYO-A17: .*fix: "):
+        trainer._compute_old_log_prob(batch, metrics)
+
+
+@dataclass(frozen=True)
+class Waiting(RegionMethod):
+    """The region method when it may; keeps what it was given, and in which thread."""
+
+    may: threading.Event = field(default_factory=threading.Event)
+    seen: list = field(default_factory=list)
+
+    def credit(self, signals):
+        self.seen.append((threading.current_thread() is threading.main_thread(), signals))
+        assert self.may.wait(30)
+        return super().credit(signals)
+
+
+def test_credit_is_computed_while_verl_goes_on(queue, config):
+    trainer, metrics = make_trainer(config, FakeWorkerGroup()), {}
+    trainer._method = method = Waiting()
+    batch, rows = put_batch("train-ahead", [2, 0, 3, 1])
+    after = trainer._compute_old_log_prob(batch, metrics)  # returns although the credit is not there
+    trainer._compute_ref_log_prob(after, metrics)
+    method.may.set()
+    done = trainer._compute_advantage(after, metrics)
+    ((in_main, _),) = method.seen
+    assert not in_main
+    assert metrics["sayo/credit_seconds"] > 0
+    assert metrics["sayo/credit_wait_seconds"] < 30
+    want, _ = expected_advantages(rows)
+    for i, got in enumerate(store.fetch(done, ["advantages"])["advantages"].unbind()):
+        torch.testing.assert_close(got, want[i].expand_as(got), rtol=0, atol=1e-5)
+
+
+def test_a_batch_that_changed_on_the_way_gets_its_own_credit(queue, config):
+    trainer, metrics = make_trainer(config, FakeWorkerGroup()), {}
+    trainer._method = method = Waiting()
+    method.may.set()
+    batch, rows = put_batch("train-reordered", [0, 1, 2, 3])
+    after = trainer._compute_old_log_prob(batch, metrics)
+    order = [3, 1, 0, 2]
+    turned = KVBatchMeta(partition_id=after.partition_id, keys=[after.keys[i] for i in order],
+                         tags=[after.tags[i] for i in order])  # fmt: skip
+    done = trainer._compute_advantage(turned, metrics)
+    first, second = (signals.uid for _, signals in method.seen)
+    assert second == tuple(first[i] for i in order)
+    want, _ = expected_advantages([rows[i] for i in order])
+    for i, got in enumerate(store.fetch(done, ["advantages"])["advantages"].unbind()):
+        torch.testing.assert_close(got, want[i].expand_as(got), rtol=0, atol=1e-5)
+
+
+def test_what_fails_in_the_thread_stops_the_step(queue, config):
+    @dataclass(frozen=True)
+    class Broken(RegionMethod):
+        def credit(self, signals):
+            raise SayoError("A16", "broken", where="here", fix="mend it")
+
+    trainer, metrics = make_trainer(config, FakeWorkerGroup()), {}
+    trainer._method = Broken()
+    batch, _ = put_batch("train-broken", [0, 1, 2, 3])
+    after = trainer._compute_old_log_prob(batch, metrics)
+    with pytest.raises(SayoError, match="SAYO-A16: broken"):
         trainer._compute_advantage(after, metrics)
 
 

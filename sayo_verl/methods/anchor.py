@@ -126,7 +126,7 @@ class AnchorMethod:
     weighting: str = "clusters"
     anchor_share: float = 0.15
     seed: int = 0
-    time_limit: float = 5.0
+    time_limit: float = 20.0
     processes: int = 0
     name = "attn_anchor"
 

@@ -216,9 +216,10 @@ ANY_METHOD = Section(
         Metric("sayo/neutral_rows/no_box", "neutral rows: no box", 1, unless_zero=True),
         Metric("sayo/probe_share_of_log_prob", "probe's share of the log-prob pass"),
         Metric("sayo/counterfactual_seconds", "counterfactual pass (seconds)"),
+        Metric("sayo/credit_wait_seconds", "waiting for the method's credit (seconds)"),
         Metric("sayo/advantage_seconds", "advantages (seconds)"),
     ),
-    quiet=("probe_seconds",),
+    quiet=("probe_seconds", "credit_seconds"),
 )
 # fmt: on
 

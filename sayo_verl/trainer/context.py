@@ -7,7 +7,9 @@ imports: the estimators are registered in every process that imports verl.
 
 import dataclasses
 import math
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,20 +17,53 @@ from typing import Any
 import torch
 
 from sayo_verl.errors import SayoError
-from sayo_verl.methods import METHODS, Method, Mix, Signals, advantages
+from sayo_verl.methods import METHODS, Credit, Method, Mix, Signals, advantages
 from sayo_verl.methods.group import group_rows
+
+
+def timed_credit(method: Method, signals: Signals) -> tuple[Credit, float]:
+    """The method's credit for signals that have been checked, and the seconds that took."""
+    start = time.perf_counter()
+    signals.check()
+    return method.credit(signals), time.perf_counter() - start
 
 
 @dataclass
 class AdvantageContext:
-    """One step's signals for the estimator, and what the estimator tells back."""
+    """One step's signals for the estimator, and what the estimator tells back.
+
+    Attributes:
+        method: whose credit it is.
+        signals: of the batch, in its order of rows.
+        norm_by_std: verl's ``algorithm.norm_adv_by_std_in_grpo``.
+        spread_floor: see ``sayo_verl.methods.group``.
+        ahead: ``timed_credit`` of just these signals, begun before verl's reference and value passes; None: not begun.
+        metrics: what the estimator logs.
+        reward: [B], the task reward plus terms, set by the estimator.
+    """
 
     method: Method
     signals: Signals
     norm_by_std: bool
     spread_floor: float | None
+    ahead: Future[tuple[Credit, float]] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-    reward: torch.Tensor | None = None  # [B], the task reward plus terms, set by the estimator
+    reward: torch.Tensor | None = None
+
+    def credit(self, response_mask: torch.Tensor) -> tuple[Signals, Credit]:
+        """The method's credit under the mask that verl trains with.
+
+        Rejection sampling may have masked tokens since the signals were fetched; then what was begun ahead is of no use.
+        """
+        start = time.perf_counter()
+        if self.ahead is not None and torch.equal(self.signals.response_mask.bool(), response_mask.bool()):
+            signals = self.signals
+            credit, seconds = self.ahead.result()
+        else:
+            signals = dataclasses.replace(self.signals, response_mask=response_mask)
+            credit, seconds = timed_credit(self.method, signals)
+        self.metrics["credit_seconds"], self.metrics["credit_wait_seconds"] = seconds, time.perf_counter() - start
+        return signals, credit
 
 
 CURRENT: ContextVar[AdvantageContext | None] = ContextVar("sayo_advantage_context", default=None)
@@ -63,9 +98,6 @@ def make_estimator(name: str):
                 f"uid {'absent' if index is None else 'present'}",
                 fix="this is a changed verl; run the contract tests (pytest tests/test_contract.py) and report",
             )
-        # Rejection sampling may have masked tokens since the statistics were fetched.
-        signals = dataclasses.replace(signals, response_mask=response_mask)
-        signals.check()
         group_rows(index)  # every row has a uid
         if signals.uid != tuple(map(str, index)):
             raise SayoError(
@@ -76,7 +108,7 @@ def make_estimator(name: str):
                 wanted=f"{list(signals.uid[:3])} ...",
                 fix="this is a changed verl; run the contract tests (pytest tests/test_contract.py) and report",
             )
-        credit = context.method.credit(signals)
+        signals, credit = context.credit(response_mask)
         advantage, reward = advantages(
             token_level_rewards.sum(dim=-1),
             response_mask,

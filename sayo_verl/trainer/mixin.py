@@ -1,6 +1,8 @@
 """The trainer mixin: asks for statistics in the old-log-prob pass and hands them to the estimator.
 
-A method that compares with a counterfactual image gets a second pass of the same responses, after the first.
+A method that compares with a counterfactual image gets a second pass of the same responses, after the first. The
+method computes its credit in a thread while verl goes on with the reference and value passes, which leave this process
+waiting.
 
 It overrides four methods of verl's V1 trainer and calls verl's own in each: ``__init__``, ``_setup`` (handshake),
 ``_compute_old_log_prob`` and ``_compute_advantage``.
@@ -8,7 +10,8 @@ It overrides four methods of verl's V1 trainer and calls verl's own in each: ``_
 
 import dataclasses
 import time
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import ray
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -17,10 +20,31 @@ from transfer_queue import KVBatchMeta
 from sayo_verl import __version__
 from sayo_verl.compat import worker_report
 from sayo_verl.errors import SayoError
+from sayo_verl.methods import Credit, Signals
 from sayo_verl.probe.statistics import INTERVENTION_KEY, REQUEST_KEY
 from sayo_verl.settings import settings_from_config
 from sayo_verl.trainer import store
-from sayo_verl.trainer.context import CURRENT, AdvantageContext
+from sayo_verl.trainer.context import CURRENT, AdvantageContext, timed_credit
+
+
+class Begun(NamedTuple):
+    """What was begun right after the log-prob passes of a batch.
+
+    Attributes:
+        rows: key of each row and whether it is padding, in the order of the batch.
+        signals: of these rows.
+        probe_seconds: that measuring them took, over all workers.
+        credit: ``timed_credit`` of the signals.
+    """
+
+    rows: list[tuple[str, bool]]
+    signals: Signals
+    probe_seconds: float
+    credit: Future[tuple[Credit, float]]
+
+
+def rows_of(batch: KVBatchMeta) -> list[tuple[str, bool]]:
+    return [(key, bool(tag.get("is_padding", False))) for key, tag in zip(batch.keys, batch.tags, strict=True)]
 
 
 class AttentionTrainerMixin:
@@ -53,6 +77,8 @@ class AttentionTrainerMixin:
         self._needs = self._method.needs()
         self._request = dataclasses.replace(self._needs.statistics, path=str(config.sayo.probe_path))
         self._log_prob_seconds = self._counterfactual_seconds = 0.0
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sayo-credit")
+        self._begun: Begun | None = None
         super().__init__(config)  # type: ignore[call-arg]
 
     def _setup(self) -> None:
@@ -105,7 +131,13 @@ class AttentionTrainerMixin:
             self._log_prob_seconds = time.perf_counter() - start
         if self._needs.intervention is not None:
             self._counterfactual_pass(batch)
+        self._begun = self._begin(out)
         return out
+
+    def _begin(self, batch: KVBatchMeta) -> Begun:
+        """Fetch the signals (here: TransferQueue's client is not said to be safe in threads) and begin the credit."""
+        signals, probe_seconds = store.fetch_signals(batch, self._needs)
+        return Begun(rows_of(batch), signals, probe_seconds, self._thread.submit(timed_credit, self._method, signals))
 
     def _counterfactual_pass(self, batch: KVBatchMeta) -> None:
         """A second log-prob pass of the same responses after the changed image.
@@ -145,9 +177,11 @@ class AttentionTrainerMixin:
                 fix="use the single-turn agent loop; a group would count such a session twice",
             )
         start = time.perf_counter()
-        signals, probe_seconds = store.fetch_signals(batch, self._needs)
+        begun, self._begun = self._begun, None
+        if begun is None or begun.rows != rows_of(batch):  # verl changed the batch on the way
+            begun = self._begin(batch)
         norm_by_std = bool(self.config.algorithm.norm_adv_by_std_in_grpo)
-        context = AdvantageContext(self._method, signals, norm_by_std, self._spread_floor)
+        context = AdvantageContext(self._method, begun.signals, norm_by_std, self._spread_floor, begun.credit)
         token = CURRENT.set(context)
         try:
             out = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
@@ -164,8 +198,8 @@ class AttentionTrainerMixin:
         ranks = len(self.actor_rollout_wg.workers)
         metrics.update({f"sayo/{name}": value for name, value in context.metrics.items()})
         metrics.update({f"sayo/{name}/mean": value for name, value in store.fetch_reward_parts(batch).items()})
-        metrics["sayo/probe_seconds"] = probe_seconds / ranks
-        metrics["sayo/probe_share_of_log_prob"] = probe_seconds / ranks / self._log_prob_seconds
+        metrics["sayo/probe_seconds"] = begun.probe_seconds / ranks
+        metrics["sayo/probe_share_of_log_prob"] = begun.probe_seconds / ranks / self._log_prob_seconds
         metrics["sayo/advantage_seconds"] = time.perf_counter() - start
         if self._needs.intervention is not None:
             metrics["sayo/counterfactual_seconds"] = self._counterfactual_seconds
