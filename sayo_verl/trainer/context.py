@@ -53,7 +53,7 @@ class AdvantageContext:
     def credit(self, response_mask: torch.Tensor) -> tuple[Signals, Credit]:
         """The method's credit under the mask that verl trains with.
 
-        Rejection sampling may have masked tokens since the signals were fetched; then what was begun ahead is of no use.
+        Rejection sampling may have masked tokens since the signals were fetched: what was begun ahead is then no use.
         """
         start = time.perf_counter()
         if self.ahead is not None and torch.equal(self.signals.response_mask.bool(), response_mask.bool()):
