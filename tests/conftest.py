@@ -33,3 +33,8 @@ def random_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The runs of the real stack first: of two processes one does these, the other nearly all the rest."""
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is None)

@@ -142,15 +142,18 @@ def test_the_oracle_is_causal_attention(models, rows, name):
 
 @pytest.mark.parametrize("name", TINY)
 def test_verls_patches_are_taken_back_and_the_oracle_refuses_them(models, name):
+    flash = importlib.import_module("transformers.integrations.flash_attention")
+    before = flash._flash_attention_forward
     with patches_undone():
         model_config(models[name], packed=True)  # calls the adapters
         model = AutoModelForImageTextToText.from_pretrained(models[name])
         apply_monkey_patch(model, use_remove_padding=True, ulysses_sp_size=1)
         with pytest.raises(AssertionError, match="replaced forwards are still in place"):
             load(models[name], torch.float32)
+        patched = flash._flash_attention_forward
     require_own_forwards(model)
-    flash = importlib.import_module("transformers.integrations.flash_attention")
-    assert flash._flash_attention_forward.__module__ == "transformers.modeling_flash_attention_utils"
+    assert flash._flash_attention_forward is before
+    assert patched.__module__ == "verl.models.transformers.monkey_patch"
 
 
 # ---- the flash-attn stand-in
