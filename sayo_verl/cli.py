@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -45,6 +46,28 @@ def _synthetic(args: argparse.Namespace) -> int:
     print(f"scenes: {'reused' if made.reused else 'made'} {made.path}", file=sys.stderr)
     print(made.path)
     return 0
+
+
+def _rows(args: argparse.Namespace) -> int:
+    from sayo_verl.data.building.build import build
+    from sayo_verl.data.building.options import options_from
+
+    source = importlib.import_module(f"sayo_verl.data.sources.{args.source}").from_args(args)
+    print(build(source, args.out, options_from(args)).folder)
+    return 0
+
+
+def _mix(args: argparse.Namespace) -> int:
+    from sayo_verl.data.building.mix import from_args
+
+    print(from_args(args).folder)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from sayo_verl.data.inspection.command import run
+
+    return run(args)
 
 
 def _policy(args: argparse.Namespace) -> int:
@@ -127,7 +150,10 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     doctor.add_argument("--stack", choices=("cpu", "gpu"), help="which pins to check (default: gpu if there is one)")
     doctor.set_defaults(function=_doctor)
 
-    prepare = commands.add_parser("prepare", help="make data or the tiny policy").add_subparsers(required=True)
+    prepare = commands.add_parser("prepare", help="make data or the tiny policy").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    _source_flags(prepare, argv)
     synthetic = prepare.add_parser("synthetic", help="draw scenes with exact boxes as verl parquet; prints the folder")
     policy = prepare.add_parser("policy", help="build and warm up the tiny Qwen3-VL; prints the folder")
     for made in (synthetic, policy):
@@ -135,6 +161,11 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _lazy_flags(synthetic, policy, argv)
     synthetic.set_defaults(function=_synthetic)
     policy.set_defaults(function=_policy)
+
+    inspect = commands.add_parser("inspect", help="check prepared data with the model's processor; a page of pictures")
+    if "inspect" in argv:
+        importlib.import_module("sayo_verl.data.inspection.command").add_flags(inspect)
+    inspect.set_defaults(function=_inspect)
 
     watch = commands.add_parser("watch", help="run a training command and show its progress")
     watch.add_argument("run", type=Path, help="run folder, for train.log and metrics.jsonl")
@@ -162,6 +193,39 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+SOURCES = {
+    "gqa": "GQA: scene graphs, questions, images",
+    "refocus": "ReFocus-Chart: parquet or JSON",
+    "jsonl": "your own: one JSON object per line",
+    "coco": "COCO detection or panoptic annotations",
+    "labelme": "a folder of labelme files",
+    "hf": "a data set of the Hugging Face hub, or a folder of one",
+}
+
+
+def _source_flags(prepare: Any, argv: Sequence[str]) -> None:
+    """Subcommands that make training rows; their modules are imported when one of them is asked for."""
+    for name, what in SOURCES.items():
+        parser = prepare.add_parser(
+            name, help=f"rows from {what}", formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name in argv:
+            module = importlib.import_module(f"sayo_verl.data.sources.{name}")
+            building = importlib.import_module("sayo_verl.data.building.options")
+            parser.description = module.__doc__
+            module.add_flags(parser)
+            parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+            building.add_flags(parser)
+        parser.set_defaults(function=_rows, source=name)
+    mixed = prepare.add_parser("mix", help="rows drawn from prepared folders by shares",
+                               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    if "mix" in argv:
+        module = importlib.import_module("sayo_verl.data.building.mix")
+        mixed.description = module.__doc__
+        module.add_flags(mixed)
+    mixed.set_defaults(function=_mix)
+
+
 def _lazy_flags(synthetic: argparse.ArgumentParser, policy: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Flags that need the configuration classes; the policy's live beside torch, which is slow to import, so they are
     made only when asked for."""
@@ -180,7 +244,7 @@ def _lazy_flags(synthetic: argparse.ArgumentParser, policy: argparse.ArgumentPar
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the ``sayo`` command; 0 for success, 1 for a finding, 2 for a refusal."""
+    """Entry point of the ``sayo`` command; 0 for success, 1 for a finding, 2 for a refusal, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     args: Any = build_parser(argv).parse_args(argv)
     try:
@@ -188,6 +252,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SayoError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
     ]
     for split in ("train_files", "val_files"):
         plan.append((split.replace("_files", " data"), _check_data(config, split, method, dry_run)))
+    plan.append(("held out", _check_held_out(config)))
     rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
     plan += [
         ("reward", _check_reward(config)),
@@ -205,10 +206,8 @@ def _check_model(config: DictConfig, method: Method | None, dry_run: bool) -> st
 def _check_data(config: DictConfig, split: str, method: Method | None, dry_run: bool) -> str:
     from sayo_verl.data.check import check_parquet
 
-    files = config.data[split]
-    files = [files] if isinstance(files, str) else list(files)
     told = []
-    for file in files:
+    for file in _files(config, split):
         if not Path(file).expanduser().is_file():
             told.append(
                 _absent(file, f"data.{split}", "D01", "there is no such parquet file",
@@ -224,6 +223,22 @@ def _check_data(config: DictConfig, split: str, method: Method | None, dry_run: 
         )
         told.append(f"{file}: {found}")
     return "; ".join(told)
+
+
+def _files(config: DictConfig, split: str) -> list[str]:
+    files = config.data[split]
+    return [files] if isinstance(files, str) else list(files)
+
+
+def _check_held_out(config: DictConfig) -> str:
+    from sayo_verl.data.check import check_leakage
+
+    if not config.sayo.held_out:
+        return "not compared with training (sayo.held_out=false)"
+    train, val = ([Path(file).expanduser() for file in _files(config, split)] for split in ("train_files", "val_files"))
+    if not all(path.is_file() for path in train + val):
+        return "not checked: a file is not there yet"
+    return check_leakage(train, val, image_key=config.data.image_key, max_images=int(config.sayo.preflight_images))
 
 
 def _check_reward(config: DictConfig) -> str:

@@ -30,6 +30,17 @@ def self_check(repo, tmp_path_factory):
     return (folder / "page.md").read_text(), json.loads((folder / "cpu.json").read_text())
 
 
+def test_the_self_check_of_preparing_measures_every_case(repo, tmp_path):
+    raw = tmp_path / "prepare.json"
+    command = [sys.executable, str(repo / "benchmarks" / "prepare_speed.py"), "--quick", "--raw", str(raw)]
+    env = {**os.environ, "PYTHONPATH": str(repo)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = json.loads(raw.read_text())["cases"]
+    assert [(case["rows"], case["workers"]) for case in cases] == [(16, 1), (48, 1), (16, 2), (48, 2)]
+    assert all(case["peak_rss_mb"] > 10 and case["rows_per_cpu_s"] > 0 for case in cases)
+
+
 @pytest.fixture(autouse=True)
 def parts(repo, monkeypatch):
     monkeypatch.syspath_prepend(str(repo / "benchmarks"))

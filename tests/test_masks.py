@@ -175,7 +175,7 @@ def cell_spans(draw: st.DrawFn) -> tuple[int, int, int]:
 
 @PROPERTY
 @given(x=cell_spans(), y=cell_spans(), coverage=st.one_of(thresholds, st.just(TOUCHING)))
-def test_a_box_that_ends_on_a_border_does_not_take_the_next_cell(x, y, coverage):
+def test_M03_a_box_that_ends_on_a_border_does_not_take_the_next_cell(x, y, coverage):
     (cols, c0, c1), (rows, r0, r1) = x, y
     expected = np.zeros((rows, cols), dtype=bool)
     expected[r0:r1, c0:c1] = True

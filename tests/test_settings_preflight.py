@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def base(repo: Path) -> DictConfig:
 
 def write_rows(path: Path, *, boxes: list | None) -> Path:
     png = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(png, "PNG")
+    Image.new("RGB", (8, 8), (zlib.crc32(path.name.encode()) % 256, 0, 0)).save(png, "PNG")  # held out by name
     row = {
         "data_source": "sayo/scenes",
         "prompt": [{"role": "user", "content": "<image>What colour?"}],
@@ -147,8 +148,8 @@ def test_settings_reach_the_method(make):
 
 
 def test_grpo_passes_the_same_files_without_boxes(make, tmp_path):
-    bare = str(write_rows(tmp_path / "bare.parquet", boxes=None))
-    values = {"data.train_files": bare, "data.val_files": bare}
+    bare = [str(write_rows(tmp_path / name, boxes=None)) for name in ("bare.parquet", "bare_val.parquet")]
+    values = {"data.train_files": bare[0], "data.val_files": bare[1]}
     refused(make(**values), "D04")
     plan = dict(preflight(make(**values, **{"algorithm.adv_estimator": "grpo"})))
     assert plan["estimator"] == "grpo (verl's own code, untouched)"
@@ -520,6 +521,15 @@ def test_P03_a_layer_the_model_does_not_have(make, layers):
 def test_D01_an_absent_parquet(make, split):
     error = refused(make(**{f"data.{split}": "absent.parquet"}), "D01")
     assert (error.where, error.got) == (f"data.{split}", "absent.parquet")
+
+
+def test_D65_validation_on_what_is_trained(make, tmp_path):
+    same = str(tmp_path / "train.parquet")
+    error = refused(make(**{"data.val_files": same}), "D65")
+    assert "sayo.held_out=false" in error.fix
+    plan = dict(preflight(make(**{"data.val_files": same, "sayo.held_out": False})))
+    assert "not compared" in plan["held out"]
+    assert "1 images of validation are not among 0 and 1 of training" in dict(preflight(make()))["held out"]
 
 
 def test_every_file_of_a_list_is_checked(make, tmp_path):

@@ -22,9 +22,9 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from sayo_verl.data.drawing import COLOURS, SHAPES
 from sayo_verl.data.prepared import content_hash
 from sayo_verl.data.scenes import QUESTIONS
+from sayo_verl.data.scenes.drawing import COLOURS, SHAPES
 from sayo_verl.errors import SayoError
 
 PAD, END = "<|endoftext|>", "<|im_end|>"

@@ -245,7 +245,7 @@ def warm_up(
 def policy_hash(policy: TinyPolicyConfig, warmup: WarmupConfig, scenes: SceneConfig) -> str:
     """Ten hexadecimal digits; of ``scenes`` only what is drawn counts, not how many rows or whose box is rewarded."""
     drawn = replace(scenes, n_train=1, n_val=1, seed=0, region="target")
-    return content_hash(policy.config_hash(), warmup, WARMUP_VERSION, drawn, GENERATOR_VERSION)
+    return content_hash(policy.config_hash(), warmup, WARMUP_VERSION, drawn.content(), GENERATOR_VERSION)
 
 
 def prepare_policy(

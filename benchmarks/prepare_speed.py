@@ -1,0 +1,184 @@
+"""How fast ``sayo prepare`` makes rows and how much memory it takes, on images of the size of GQA's.
+
+    python benchmarks/prepare_speed.py            # about two minutes; leave the machine alone meanwhile
+    python benchmarks/prepare_speed.py --quick    # self-check: every code path, at sizes that measure nothing
+
+A few hundred JPEGs of 500 x 375 pixels and about 60 kB, drawn from a seed: gradients, blobs and filtered noise, which
+compress about as a photo does. Rows name them in turn; nothing has to be encoded again. Each case is a process of its
+own. Time is that of ``build``, imports apart and the start of workers included; CPU time is the main process's and its
+workers' together, which other work on the machine disturbs less. Memory is the largest sum of resident memory of the
+main process and its workers, looked at 20 times a second; what they share is counted in each.
+
+Numbers go to ``benchmarks/results/prepare.json``.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import io
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image, ImageFilter
+from rich.console import Console
+from rich.table import Table
+
+from sayo_verl.data.building.build import BuildOptions, build
+from sayo_verl.data.rows import Example, ImageRef
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = (500, 375)
+TARGET = 300  # rows a second and core
+
+
+def photo(seed: int, size: tuple[int, int]) -> bytes:
+    """A JPEG with the large and small structure of a photo."""
+    generator = np.random.default_rng(seed)
+    width, height = size
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    picture = np.zeros((height, width, 3))
+    for channel in range(3):
+        a, b, c = generator.uniform(-80, 80, 3)
+        picture[..., channel] = 128 + a * x + b * y + c * x * y
+    for _ in range(12):
+        cx, cy, radius = generator.uniform(0, 1), generator.uniform(0, 1), generator.uniform(0.05, 0.3)
+        blob = ((x - cx) ** 2 + (y - cy) ** 2 < radius**2)[..., None]
+        picture += blob * generator.uniform(-70, 70, 3)
+    noise = Image.fromarray(generator.integers(0, 255, (height, width, 3), dtype=np.uint8))
+    picture += 0.8 * (np.asarray(noise.filter(ImageFilter.GaussianBlur(0.8)), dtype=float) - 127)
+    out = io.BytesIO()
+    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(out, format="JPEG", quality=78)
+    return out.getvalue()
+
+
+@dataclasses.dataclass
+class Photos:
+    """Rows over a folder of images."""
+
+    folder: Path
+    images: int
+    rows: int
+    size: tuple[int, int]
+    name: str = "photos"
+
+    def facts(self) -> dict[str, Any]:
+        return {"images": self.images, "rows": self.rows}
+
+    def examples(self) -> Iterator[Example]:
+        width, height = self.size
+        for n in range(self.rows):
+            k = n % self.images
+            box = (0.1 * width, 0.2 * height, 0.5 * width, 0.7 * height)
+            yield Example(f"{n}", (ImageRef(f"{k}", path=self.folder / f"{k}.jpg"),), f"question {n}?", "answer",
+                          ((box,),), (("thing",),), "xyxy", "made", "sayo/photos", (self.size,))  # fmt: skip
+
+
+def work(folder: Path, images: int, rows: int, size: tuple[int, int], workers: int, out: Path) -> None:
+    """One case, in this process; prints its figures."""
+    options = BuildOptions(workers=workers, val_share=0.02)
+    importlib.import_module("pandas")  # Arrow imports it at its first table
+    before, start = cpu_seconds(), time.perf_counter()
+    made = build(Photos(folder, images, rows, size), out, options)
+    seconds, cpu = time.perf_counter() - start, cpu_seconds() - before
+    assert sum(made.rows.values()) == rows
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu}))
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(used.ru_utime + used.ru_stime for used in both)
+
+
+def measure(folder: Path, images: int, rows: int, size: tuple[int, int], workers: int) -> dict[str, Any]:
+    """One case in a process of its own, watched."""
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        case = [str(v) for v in (folder, images, rows, *size, workers, Path(out) / "out")]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+        process = subprocess.Popen([sys.executable, __file__, "--case", *case], stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True, env=env)  # fmt: skip
+        peak, watched = 0, psutil.Process(process.pid)
+        while process.poll() is None:
+            peak = max(peak, resident(watched))
+            time.sleep(0.05)
+        told, errors = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"the case {case} ended with {process.returncode}: {errors[-2000:]}")
+        size_on_disk = sum(p.stat().st_size for p in (Path(out) / "out").glob("*.parquet"))
+    figures = json.loads(told)
+    return {"rows": rows, "workers": workers, **figures, "rows_per_s_and_worker": rows / figures["seconds"] / workers,
+            "rows_per_cpu_s": rows / figures["cpu_seconds"], "peak_rss_mb": peak / 2**20,
+            "parquet_mb": size_on_disk / 2**20}  # fmt: skip
+
+
+def resident(process: psutil.Process) -> int:
+    total = 0
+    try:
+        for each in (process, *process.children(recursive=True)):
+            total += each.memory_info().rss
+    except psutil.NoSuchProcess:  # one ended between the list and the look; the next look is near
+        return 0
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="self-check; writes below outputs/benchmarks")
+    parser.add_argument("--raw", type=Path, help="the file of numbers (default: benchmarks/results/prepare.json)")
+    parser.add_argument("--scratch", type=Path, help="folder for images and rows, 1 GB (default: the system's)")
+    parser.add_argument("--case", nargs=7, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        folder, images, rows, width, height, workers, out = args.case
+        work(Path(folder), int(images), int(rows), (int(width), int(height)), int(workers), Path(out))
+        return
+    images, size, sizes = (4, (80, 60), (16, 48)) if args.quick else (300, SIZE, (500, 2000, 8000))
+    raw = args.raw or (ROOT / ("outputs/benchmarks" if args.quick else "benchmarks/results") / "prepare.json")
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        folder = Path(scratch)
+        lengths = []
+        for n in range(images):
+            data = photo(n, size)
+            lengths.append(len(data))
+            (folder / f"{n}.jpg").write_bytes(data)
+        cases = [measure(folder, images, rows, size, workers) for workers in (1, 2) for rows in sizes]
+    told = {
+        "images": images, "size_wh": size, "mean_bytes": round(float(np.mean(lengths))), "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(), "python": platform.python_version(), "cases": cases,
+    }  # fmt: skip
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    raw.write_text(json.dumps(told, indent=1) + "\n")
+    show(told, raw)
+
+
+def show(told: dict[str, Any], raw: Path) -> None:
+    """The figures as a table."""
+    table = Table(title=f"{told['images']} JPEGs of {told['size_wh'][0]} x {told['size_wh'][1]}, "
+                  f"{told['mean_bytes'] / 1000:.0f} kB", title_justify="left")  # fmt: skip
+    columns = ("workers", "rows", "s", "rows/s per worker", "rows per CPU s", "peak MB", "parquet MB")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for case in told["cases"]:
+        table.add_row(f"{case['workers']}", f"{case['rows']:,}", f"{case['seconds']:.1f}",
+                      f"{case['rows_per_s_and_worker']:.0f}", f"{case['rows_per_cpu_s']:.0f}",
+                      f"{case['peak_rss_mb']:.0f}", f"{case['parquet_mb']:.0f}")  # fmt: skip
+    console = Console()
+    console.print(table)
+    best = max(case["rows_per_cpu_s"] for case in told["cases"])
+    console.print(f"target: {TARGET} rows per core and second; best {best:.0f} per CPU second; numbers in {raw}",
+                  soft_wrap=True, highlight=False)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

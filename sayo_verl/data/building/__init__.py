@@ -1,0 +1,1 @@
+"""From examples to folders of rows: options, worker processes, shards, interruptions, mixing."""

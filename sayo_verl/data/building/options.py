@@ -1,0 +1,135 @@
+"""How rows are made: the options of every ``sayo prepare`` that builds from a source, and their flags.
+
+Error code: D57 an option is out of range.
+"""
+
+import argparse
+import dataclasses
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from sayo_verl.data.boxes import FRAMES, BoxRules
+from sayo_verl.data.building.shards import Layout
+from sayo_verl.data.images import ImageRules
+from sayo_verl.data.rows import INSTRUCTION, RESERVED
+from sayo_verl.errors import SayoError
+
+# Reasons that count towards max_drop: what is wrong with images and text, not what the source does not choose.
+LOSSES = frozenset(
+    {"empty_question", "empty_answer", "reserved_text", "image_missing", "image_empty", "image_unreadable",
+     "image_format", "image_too_large", "image_too_small", "image_too_long"}
+)  # fmt: skip
+# Options that decide how the work is done, not what is in the folder
+_FREE = ("workers", "max_drop", "allow_missing_images", "overwrite")
+_HELP = {
+    "limit": "rows drawn at random from the whole source; 0: all",
+    "share": "share of the source that is drawn at random, before --limit; 1: all",
+    "seed": "of the draw and of the split",
+    "val_share": "share of the images whose rows are held out; 0: none",
+    "workers": "processes that read images; 0: one for each core",
+    "shard_rows": "rows of a shard",
+    "row_group_rows": "rows of a row group",
+    "row_group_bytes": "bytes of images in a row group",
+    "max_drop": "share of the examples that may be lost to broken images or unusable text",
+    "box_frame": "boxes lie on the file's pixels (raw) or on the picture as EXIF turns it (upright)",
+    "rescale": "boxes were drawn on resized copies: scale them by the annotated size",
+    "keep_without_boxes": "keep rows without a box; methods that need one are neutral there",
+    "instruction": "stands below each question and says what form the answer shall have; '' for none",
+    "allow_missing_images": "leave rows out whose images are missing, and count them, instead of stopping",
+    "overwrite": "start over in a folder that was made of something else",
+}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How rows are made.
+
+    Attributes:
+        limit: draw so many examples uniformly from the whole source; 0 takes all. Those with the smallest
+            hash(seed, id) are drawn, whatever the order of the source.
+        share: draw about this share of the examples: those with a hash(seed, id) below it. 1 takes all.
+        seed: of the draw and of the split.
+        val_share: share of the *images* whose rows are held out, in [0, 1).
+        workers: processes that read images; 0: one for each core.
+        shard_rows: rows of a shard.
+        row_group_rows, row_group_bytes: a row group ends with so many rows, and before so many bytes of images.
+        max_drop: share of the examples that may be lost before the build fails. Lost are those of ``LOSSES``: broken
+            images and unusable text. What the source leaves out on purpose (no_object, ...), rows without boxes and
+            duplicates are not. With ``limit``, the share is of the examples drawn.
+        box_frame: "auto", "raw" or "upright", as ``boxes.place_boxes``.
+        rescale: as ``boxes.place_boxes``.
+        keep_without_boxes: keep rows that have no box or lose all of theirs.
+        instruction: stands below each question, as ``rows.record``; "" for none.
+        allow_missing_images: count missing images as lost instead of stopping at the first.
+        overwrite: start over in a folder that was made of something else, or was damaged.
+        image_rules, box_rules: which images and boxes are kept.
+    """
+
+    limit: int = 0
+    share: float = 1.0
+    seed: int = 0
+    val_share: float = 0.01
+    workers: int = 0
+    shard_rows: int = Layout().shard_rows
+    row_group_rows: int = Layout().row_group_rows
+    row_group_bytes: int = Layout().row_group_bytes
+    max_drop: float = 0.01
+    box_frame: str = "auto"
+    rescale: bool = False
+    keep_without_boxes: bool = False
+    instruction: str = INSTRUCTION
+    allow_missing_images: bool = False
+    overwrite: bool = False
+    image_rules: ImageRules = field(default_factory=ImageRules)
+    box_rules: BoxRules = field(default_factory=BoxRules)
+
+    def __post_init__(self) -> None:
+        for name, right, wanted in (
+            ("limit", self.limit >= 0, "0 (all) or more"),
+            ("workers", self.workers >= 0, "0 (one for each core) or more"),
+            ("share", 0 < self.share <= 1, "more than 0, at most 1"),
+            ("val_share", 0 <= self.val_share < 1, "at least 0, less than 1"),
+            ("max_drop", 0 <= self.max_drop <= 1, "0 to 1"),
+            ("instruction", not RESERVED.search(self.instruction), "text without image tags and control tokens"),
+            ("box_frame", self.box_frame in FRAMES, ", ".join(FRAMES)),
+            *((n, getattr(self, n) >= 1, "1 or more") for n in ("shard_rows", "row_group_rows", "row_group_bytes")),
+        ):
+            if not right:
+                raise SayoError("D57", "an option is out of range", where=f"--{name.replace('_', '-')}",
+                                got=getattr(self, name), wanted=wanted, fix="correct the option")  # fmt: skip
+
+    def deciding(self) -> dict[str, Any]:
+        """The options that decide what is in the folder."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _FREE}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every ``sayo prepare`` that builds from a source, beside the source's own and ``--out``."""
+    group = parser.add_argument_group("building")
+    for option in dataclasses.fields(BuildOptions):
+        flag, default = f"--{option.name.replace('_', '-')}", option.default
+        if isinstance(default, bool):
+            with suppress(argparse.ArgumentError):  # a source may have it, under the same name and meaning
+                group.add_argument(flag, action="store_true", help=_HELP[option.name])
+        elif option.name in _HELP:
+            choices = FRAMES if option.name == "box_frame" else None
+            group.add_argument(flag, type=type(default), default=default, choices=choices,
+                               help=f"{_HELP[option.name]} (default: %(default)s)")  # fmt: skip
+    for prefix, plural, rules in (("image", "images", ImageRules), ("box", "boxes", BoxRules)):
+        part = parser.add_argument_group(f"which {plural} are kept",
+                                         f"see {rules.__name__} in {rules.__module__}")  # fmt: skip
+        for option in dataclasses.fields(rules):
+            part.add_argument(f"--{prefix}-{option.name.replace('_', '-')}", type=type(option.default),
+                              default=option.default, metavar="X", help="default: %(default)s")  # fmt: skip
+
+
+def options_from(args: argparse.Namespace) -> BuildOptions:
+    """The options from the flags of ``add_flags``."""
+    given = {option.name: getattr(args, option.name) for option in dataclasses.fields(BuildOptions)
+             if option.name in _HELP}  # fmt: skip
+    image, box = (
+        {option.name: getattr(args, f"{prefix}_{option.name}") for option in dataclasses.fields(rules)}
+        for prefix, rules in (("image", ImageRules), ("box", BoxRules))
+    )
+    return BuildOptions(**given, image_rules=ImageRules(**image), box_rules=BoxRules(**box))

@@ -1,0 +1,75 @@
+"""What is wrong with data, by kind: counted, with the first rows named.
+
+Levels:
+
+    FAIL  training on these rows crashes or trains the wrong thing
+    WARN  it works, and is probably not what was meant
+    INFO  good to know
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sayo_verl.errors import SayoError
+
+LEVELS = ("FAIL", "WARN", "INFO")
+FIRST = 5  # rows that a finding names
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of mistake.
+
+    Attributes:
+        code: as of a ``SayoError``.
+        level: of ``LEVELS``.
+        what: one sentence.
+        count: how often.
+        rows: the first few, with what was got and wanted.
+        fix: what to do.
+    """
+
+    code: str
+    level: str
+    what: str
+    count: int
+    rows: tuple[str, ...]
+    fix: str
+
+
+class Findings:
+    """Findings by kind, in the order of their level and then of their coming."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str, str], tuple[int, list[str], str]] = {}
+
+    def add(self, code: str, level: str, what: str, row: str, fix: str, *, count: int = 1) -> None:
+        """Count one; ``row`` names it, with what was got."""
+        before, rows, _ = self._found.get((code, level, what), (0, [], fix))
+        self._found[code, level, what] = (before + count, [*rows, row][:FIRST], fix)
+
+    def attempt(self, check: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The value of a check, or None where it refuses, which is counted as a FAIL."""
+        try:
+            return check(*args, **kwargs)
+        except SayoError as error:
+            self.refused(error)
+            return None
+
+    def refused(self, error: SayoError) -> None:
+        """Count a refusal."""
+        # what a library said differs from row to row
+        what, bracket, detail = error.what.partition(" (")
+        told = [f"got {error.got}"] if error.got is not None else []
+        told += [f"wanted {error.wanted}"] if error.wanted is not None else []
+        told += [detail.removesuffix(")")] if bracket else []
+        self.add(error.code, "FAIL", what, ": ".join([error.where, *([", ".join(told)] if told else [])]), error.fix)
+
+    def sorted(self) -> list[Finding]:
+        """All of them."""
+        found = [
+            Finding(code, level, what, count, tuple(rows), fix)
+            for (code, level, what), (count, rows, fix) in self._found.items()
+        ]
+        return sorted(found, key=lambda finding: LEVELS.index(finding.level))

@@ -1,0 +1,260 @@
+"""The row contract: what verl reads, and what the attention methods add in ``extra_info``.
+
+    data_source   string; names the kind of data in verl's validation metrics
+    prompt        list of {role, content}; the user's content is one "<image>" for each image, the
+                  question, and below it what form the answer shall have
+    images        list of {bytes, path}: encoded PNG, JPEG or WEBP, upright (no EXIF orientation); path is null
+    ability       string
+    reward_model  {style, ground_truth}
+    extra_info    index, split, id       the row's place in its split, "train" or "val", and its name in the source
+                  question, answer       as asked and expected
+                  kind                   of question, where the source knows it
+                  boxes                  [image][box][x0, y0, x1, y1], in [0, 1] of the stored image, x0 < x1, y0 < y1
+                  box_names              [image][box], strings
+                  box_source             what the boxes are: "gqa_semantic", "refocus_focus", ...
+                  image_keys             [image], names of the images: rows of one image have equal keys
+                  image_size_wh          [image][width, height] of the stored image, in pixels
+
+An ``Example`` is a row before its images are read: what a ``Source`` yields. ``sayo_verl.data.building`` turns examples
+into rows. What cannot become a row is left out with a reason of ``REASONS`` and counted (``LeftOut``, or ``Drop``
+raised on the way); what shows that the whole source is not what it was said to be stops the work (``SayoError``).
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from sayo_verl.errors import SayoError
+
+IMAGE_TAG = "<image>"
+# Asks for what ``sayo_verl.reward`` rewards; without it a model that was not trained to answer so begins at format 0.
+INSTRUCTION = "Think first, then answer with a word or a short phrase: <think> ... </think> <answer> ... </answer>"
+# Text that chat templates and processors take for something else than text.
+RESERVED = re.compile(r"<image>|<video>|<audio>|<\|[a-z0-9_]{1,40}\|>|<IMG_CONTEXT>|</?img>", re.IGNORECASE)
+
+# reason -> what it means; every row or box that is left out has one of these
+REASONS: Mapping[str, str] = {
+    # rows
+    "no_object": "the question refers to no object of the image",
+    "no_scene_graph": "there is no scene graph of its image",
+    "unknown_object": "an object that the question refers to is not in the scene graph",
+    "no_region": "what the question is about has no box of its own: a crowd, or a shape without extent",
+    "no_box": "no box is left, and rows without boxes are not kept",
+    "empty_question": "there is no question",
+    "empty_answer": "there is no answer",
+    "reserved_text": "the question holds text that stands for an image or a control token",
+    "image_in_other_split": "the same picture, by its bytes, is in the other split",
+    "duplicate": "the same question about the same image was there before",
+    "image_missing": "there is no such image",
+    "image_empty": "the image has no bytes",
+    "image_unreadable": "the image cannot be decoded",
+    "image_format": "the image is not JPEG, PNG or WEBP, or is animated",
+    "image_too_large": "the image has too many pixels",
+    "image_too_small": "a side of the image is shorter than a visual token",
+    "image_too_long": "one side of the image is too many times the other",
+    # boxes
+    "box_without_area": "the box has no width or no height",
+    "box_outside": "more than half of the box lies outside the image",
+    "box_twice": "nearly the same box was there before",
+    "box_too_large": "the box covers so much of the image that attending to it says little",
+    "box_too_small": "the box is much smaller than a visual token",
+}
+
+_BOXES = pa.list_(pa.list_(pa.list_(pa.float64())))
+ROW_SCHEMA = pa.schema(
+    {
+        "data_source": pa.string(),
+        "prompt": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+        "images": pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()})),
+        "ability": pa.string(),
+        "reward_model": pa.struct({"style": pa.string(), "ground_truth": pa.string()}),
+        "extra_info": pa.struct(
+            {
+                "index": pa.int64(),
+                "split": pa.string(),
+                "id": pa.string(),
+                "question": pa.string(),
+                "answer": pa.string(),
+                "kind": pa.string(),
+                "boxes": _BOXES,
+                "box_names": pa.list_(pa.list_(pa.string())),
+                "box_source": pa.string(),
+                "image_keys": pa.list_(pa.string()),
+                "image_size_wh": pa.list_(pa.list_(pa.int64())),
+            }
+        ),
+    }
+)
+
+
+class Drop(Exception):
+    """Raised where a row turns out to be unusable; the one who builds rows counts it.
+
+    Attributes:
+        reason: key of ``REASONS``.
+        detail: what was found, for the list of what was left out.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        if reason not in REASONS:
+            raise AssertionError(f"no such reason: {reason}")
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A record of the source that is no example.
+
+    Attributes:
+        id: its name in the source.
+        reason: key of ``REASONS``.
+        detail: what was found.
+    """
+
+    id: str
+    reason: str
+    detail: str = ""
+
+    def __post_init__(self) -> None:
+        if self.reason not in REASONS:
+            raise AssertionError(f"no such reason: {self.reason}")
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """Where the encoded bytes of an image are: in a file, in a member of a zip file, or here.
+
+    Attributes:
+        key: name of the picture, equal for equal pictures: decides the split, and stands in messages.
+        path: file or zip file; None when ``data`` is given.
+        member: of the zip file.
+        data: the bytes.
+    """
+
+    key: str
+    path: Path | None = None
+    member: str | None = None
+    data: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row before its images are read.
+
+    Attributes:
+        id: unique within the source.
+        images: in the order of the prompt.
+        question: without image tags.
+        answer: the ground truth.
+        boxes: per image, boxes of four numbers in ``box_format``.
+        box_names: nested as ``boxes``.
+        box_format: key of ``sayo_verl.data.boxes.BOX_FORMATS``.
+        box_source: what the boxes are.
+        data_source: see the module.
+        sizes: per image, the (width, height) that the boxes were drawn on, as the source says; None: it does not say.
+        kind: of question; "" when not known.
+    """
+
+    id: str
+    images: tuple[ImageRef, ...]
+    question: str
+    answer: str
+    boxes: tuple[tuple[tuple[float, ...], ...], ...]
+    box_names: tuple[tuple[str, ...], ...]
+    box_format: str
+    box_source: str
+    data_source: str
+    sizes: tuple[tuple[int, int] | None, ...] = field(default=())
+    kind: str = ""
+
+    def __post_init__(self) -> None:
+        n = len(self.images)
+        names = [len(of_image) for of_image in self.box_names]
+        if len(self.boxes) != n or names != [len(of_image) for of_image in self.boxes] or len(self.sizes) not in (0, n):
+            raise SayoError(
+                "D05",
+                "boxes are not nested by image",
+                where=f"{self.data_source} {self.id}",
+                got=f"{n} images, boxes of {len(self.boxes)}, names {names}, sizes of {len(self.sizes)}",
+                wanted="one list of boxes and one of names for each image, of equal lengths",
+                fix="write one list of boxes per image, empty for an image without one",
+            )
+
+
+class Source(Protocol):
+    """A collection of examples.
+
+    ``examples`` yields them in one order, every time the same, without reading images and without holding them all.
+    ``facts`` names everything that decides what it yields (options; files by name and size); it stands in the manifest,
+    and a build that was interrupted goes on only where the facts are equal.
+    """
+
+    name: str
+
+    def facts(self) -> dict[str, Any]: ...
+
+    def examples(self) -> Iterator[Example | LeftOut]: ...
+
+
+def check_text(question: str, answer: str) -> None:
+    """Refuse text that cannot be a question or an answer.
+
+    Raises:
+        Drop: ``empty_question``, ``empty_answer``, ``reserved_text``.
+    """
+    if not question.strip():
+        raise Drop("empty_question")
+    if not answer.strip():
+        raise Drop("empty_answer")
+    found = RESERVED.search(question)
+    if found:
+        raise Drop("reserved_text", found.group())
+
+
+def record(
+    example: Example,
+    *,
+    stored: Sequence[tuple[bytes, int, int]],
+    boxes: Sequence[Sequence[Sequence[float]]],
+    box_names: Sequence[Sequence[str]],
+    split: str,
+    index: int,
+    instruction: str = INSTRUCTION,
+) -> dict[str, Any]:
+    """One row of ``ROW_SCHEMA``.
+
+    Args:
+        example: what it is made of.
+        stored: per image, its encoded bytes, width and height.
+        boxes: per image, in [0, 1] of the stored image.
+        box_names: nested as ``boxes``.
+        split: "train" or "val".
+        index: place in the split.
+        instruction: stands below the question in the prompt; "" for none.
+    """
+    content = IMAGE_TAG * len(example.images) + example.question + (f"\n{instruction}" if instruction else "")
+    return {
+        "data_source": example.data_source,
+        "prompt": [{"role": "user", "content": content}],
+        "images": [{"bytes": data, "path": None} for data, _, _ in stored],
+        "ability": "vqa",
+        "reward_model": {"style": "rule", "ground_truth": example.answer},
+        "extra_info": {
+            "index": index,
+            "split": split,
+            "id": example.id,
+            "question": example.question,
+            "answer": example.answer,
+            "kind": example.kind,
+            "boxes": [[list(box) for box in of_image] for of_image in boxes],
+            "box_names": [list(of_image) for of_image in box_names],
+            "box_source": example.box_source,
+            "image_keys": [image.key for image in example.images],
+            "image_size_wh": [[width, height] for _, width, height in stored],
+        },
+    }

@@ -1,0 +1,136 @@
+"""Coloured shapes on grey, pixel by pixel: the same configuration gives the same image everywhere."""
+
+import random
+from typing import NamedTuple
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 180, 60),
+    "blue": (40, 70, 220),
+    "yellow": (235, 215, 40),
+    "purple": (150, 40, 190),
+    "orange": (245, 140, 30),
+}
+# Mid-grey is what the image processor maps to 0. On white, a tiny model did not come to use the image.
+BACKGROUND = 127
+# Grey, as no object is: what is drawn in them is never asked for.
+INK, GRID_LINE = 240, 165
+STROKES = (40, 80, 185, 225)
+_STROKE_TRIES = 20
+
+DIGIT_WIDTH, DIGIT_HEIGHT = 3, 5
+# One row of three pixels after the other, from the top.
+_DIGITS = (
+    "111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001",
+    "111100111001111", "111100111101111", "111001010010010", "111101111101111", "111101111001111",
+)  # fmt: skip
+
+
+def blank(size: int) -> np.ndarray:
+    """uint8 [size, size, 3]: the empty canvas."""
+    return np.full((size, size, 3), BACKGROUND, np.uint8)
+
+
+def draw(image: np.ndarray, shape: str, colour: str, centre_x: int, centre_y: int, radius: int) -> tuple[int, ...]:
+    """Paint one object into ``image`` and return its box in pixels, ``(x0, y0, x1, y1)`` with x1 and y1 exclusive.
+
+    The box is exact: every one of its four sides is touched by the shape.
+    """
+    box = (centre_x - radius, centre_y - radius, centre_x + radius + 1, centre_y + radius + 1)
+    image[box[1] : box[3], box[0] : box[2]][stencil(shape, radius)] = COLOURS[colour]
+    return box
+
+
+def stencil(shape: str, radius: int) -> np.ndarray:
+    """bool [2 * radius + 1, 2 * radius + 1]: the pixels of its box that a shape covers."""
+    dy, dx = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    ax, ay = np.abs(dx), np.abs(dy)
+    distance2 = dx * dx + dy * dy
+    if shape == "circle":
+        return distance2 <= radius**2
+    if shape == "square":
+        return np.ones_like(ax, dtype=bool)
+    if shape == "triangle":
+        return 2 * ax <= dy + radius
+    if shape == "cross":
+        return np.minimum(ax, ay) <= max(2.5, radius / 3)
+    if shape == "diamond":
+        return ax + ay <= radius
+    if shape == "ring":
+        return (distance2 <= radius**2) & (distance2 >= (0.55 * radius) ** 2)
+    raise ValueError(f"no stencil for {shape!r}")
+
+
+def add_clutter(image: np.ndarray, rng: random.Random, n_strokes: int) -> None:
+    """Draw up to ``n_strokes`` grey strokes, one pixel wide and three to five long, that touch nothing drawn before."""
+    size = len(image)
+    for _ in range(n_strokes):
+        for _ in range(_STROKE_TRIES):
+            length, grey = rng.randint(3, 5), rng.choice(STROKES)
+            dx, dy = rng.choice(((1, 0), (0, 1), (1, 1), (1, -1)))
+            x, y = rng.randrange(size), rng.randrange(size)
+            xs, ys = x + dx * np.arange(length), y + dy * np.arange(length)
+            if xs.max() >= size or ys.max() >= size or ys.min() < 0:
+                continue
+            around = image[max(ys.min() - 1, 0) : ys.max() + 2, max(xs.min() - 1, 0) : xs.max() + 2]
+            if (around == BACKGROUND).all():
+                image[ys, xs] = grey
+                break
+
+
+def add_noise(image: np.ndarray, rng: random.Random, deviation: int) -> np.ndarray:
+    """uint8, as ``image``: with independent, nearly normal noise of this standard deviation on every value.
+
+    Each is a sum of four uniform bytes, since the streams of numpy's generators may change between versions.
+    """
+    bytes_4 = np.frombuffer(rng.randbytes(4 * image.size), np.uint8).reshape(4, *image.shape)
+    sums = bytes_4.astype(np.int32).sum(0) - 2 * 255
+    spread = (4 * (256**2 - 1) / 12) ** 0.5
+    return np.clip(np.rint(image + sums * (deviation / spread)), 0, 255).astype(np.uint8)
+
+
+class Frame(NamedTuple):
+    """Where things of a bar chart lie, in pixels: level k is the row ``base - k * step``."""
+
+    left: int  # first column for bars
+    width: int  # columns for bars
+    base: int  # row of level 0, the first below the bars
+    step: int  # rows from level to level
+    scale: int  # side of a pixel of a digit
+
+
+def chart_frame(size: int, levels: int) -> Frame:
+    """The frame of a chart in a square picture; ``step`` is too small for its numbers where there is no room."""
+    scale = max(1, min(size // 96, size // levels // (DIGIT_HEIGHT + 2)))
+    margin = scale * (DIGIT_HEIGHT // 2 + 1) + 1  # half a digit and a little
+    left = scale * (DIGIT_WIDTH + 1) * len(str(levels)) + 4  # numbers, the axis, a little
+    return Frame(left, size - left - 2, size - 1 - margin, (size - 1 - 2 * margin) // levels, scale)
+
+
+def draw_chart(image: np.ndarray, frame: Frame, levels: int) -> None:
+    """Draw the lines of a chart and the numbers of its scale."""
+    axis = frame.left - 2
+    for level in range(levels + 1):
+        y = frame.base - level * frame.step
+        image[y, axis : frame.left + frame.width + 1] = INK if level == 0 else GRID_LINE
+        text = str(level)
+        x = axis - 1 - frame.scale * ((DIGIT_WIDTH + 1) * len(text) - 1)
+        for place, digit in enumerate(text):
+            bits = np.array([bit == "1" for bit in _DIGITS[int(digit)]]).reshape(DIGIT_HEIGHT, DIGIT_WIDTH)
+            glyph = np.kron(bits, np.ones((frame.scale, frame.scale), bool)).astype(bool)
+            x0 = x + place * frame.scale * (DIGIT_WIDTH + 1)
+            y0 = y - len(glyph) // 2
+            image[y0 : y0 + len(glyph), x0 : x0 + glyph.shape[1]][glyph] = INK
+    image[frame.base - levels * frame.step : frame.base + 1, axis] = INK
+
+
+def draw_bar(
+    image: np.ndarray, frame: Frame, colour: str, x0: int, width: int, height: int
+) -> tuple[int, int, int, int]:
+    """Paint a bar of ``height`` levels and return its box, as ``draw`` does."""
+    box = (x0, frame.base - height * frame.step, x0 + width, frame.base)
+    image[box[1] : box[3], box[0] : box[2]] = COLOURS[colour]
+    return box
