@@ -28,6 +28,7 @@ NAME=${NAME:-${METHOD}_qwen2_5vl_7b}
 DRY_RUN=${DRY_RUN:-0}
 
 MODEL_PATH=${MODEL_PATH:-Qwen/Qwen2.5-VL-7B-Instruct}        # [C]
+DATA=${DATA:-}                                               # a folder of `sayo prepare`, instead of the two files
 TRAIN_FILE=${TRAIN_FILE:-data/virl39k/train.parquet}         # [C] ViRL39K, 38,870 rows
 VAL_FILE=${VAL_FILE:-data/mmk12/val.parquet}                 # [C] MMK12 test
 OUT=${OUT:-outputs/$NAME/$(date +%Y%m%d-%H%M%S)}
@@ -65,6 +66,10 @@ if [[ "$METHOD" != grpo && "$METHOD" != dapo && ! -f "configs/method/$METHOD.yam
     "$(cd configs/method && ls | sed 's/\.yaml//' | paste -sd ' ') | fix: correct the name" >&2
   exit 2
 fi
+# Shards of a folder as verl takes them; the pattern itself where there are none, which the launcher then refuses.
+shards() { local IFS=, && local files=("$DATA/$1"-*.parquet) && printf '[%s]' "${files[*]}"; }
+if [[ -n "$DATA" ]]; then TRAIN_FILE=$(shards train) VAL_FILE=$(shards val); fi
+
 if [[ "$DRY_RUN" != 1 && "$(nvidia-smi -L 2>/dev/null || true)" != GPU* && -z "${RAY_ADDRESS:-}" ]]; then
   echo "SAYO-L21: no GPU on this machine and no RAY_ADDRESS of a cluster that has some | at $0 |" \
     "fix: look at the job with DRY_RUN=1, or train the tiny task here: METHOD=$METHOD bash scripts/run_tiny.sh" >&2
@@ -94,7 +99,7 @@ case "$METHOD" in
   *) ALGORITHM+=(+method="$METHOD") ;;
 esac
 
-DATA=(
+ROWS=(
   data.train_files="$TRAIN_FILE"
   data.val_files="$VAL_FILE"
   data.image_key=images
@@ -160,4 +165,4 @@ TRAINER=(
 [[ "$DRY_RUN" != 1 ]] || TRAINER+=(sayo.dry_run=True hydra.run.dir=. hydra.output_subdir=null hydra/job_logging=none)
 
 exec python3 -m sayo_verl.main_ppo --config-dir configs \
-  "${ALGORITHM[@]}" "${DATA[@]}" "${REWARD[@]}" "${MODEL[@]}" "${ACTOR[@]}" "${ROLLOUT[@]}" "${TRAINER[@]}" "$@"
+  "${ALGORITHM[@]}" "${ROWS[@]}" "${REWARD[@]}" "${MODEL[@]}" "${ACTOR[@]}" "${ROLLOUT[@]}" "${TRAINER[@]}" "$@"

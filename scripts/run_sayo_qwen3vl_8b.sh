@@ -5,7 +5,7 @@
 # [C] the released training script and code (Cratileo/Sayo, train/grpo.sh), [T] TRL 0.25.1's default, which that script
 # leaves in place, [ours] not stated anywhere.
 #
-#   TRAIN_FILE=... VAL_FILE=... bash scripts/run_sayo_qwen3vl_8b.sh                 one node, 8 GPUs
+#   DATA=data/sayo bash scripts/run_sayo_qwen3vl_8b.sh                              one node, 8 GPUs
 #   DRY_RUN=1 bash scripts/run_sayo_qwen3vl_8b.sh                                   compose, check, print the plan; no GPU
 #   NNODES=2 bash scripts/run_sayo_qwen3vl_8b.sh                                    on a Ray cluster that is up
 #   bash scripts/run_sayo_qwen3vl_8b.sh algorithm.adv_estimator=rloo                any hydra override goes at the end
@@ -21,8 +21,9 @@ NAME=${NAME:-sayo_qwen3vl_8b}
 DRY_RUN=${DRY_RUN:-0}
 
 MODEL_PATH=${MODEL_PATH:-Qwen/Qwen3-VL-8B-Instruct}          # [P] Qwen3-VL 4B and 8B
-TRAIN_FILE=${TRAIN_FILE:-data/sayo/train.parquet}            # [P] GQA and ReFocus; [C] 20,000 rows, 1 % held out
-VAL_FILE=${VAL_FILE:-data/sayo/val.parquet}
+DATA=${DATA:-data/sayo}                                      # of `sayo prepare`; [P] GQA, ReFocus; [C] 20,000 rows
+TRAIN_FILE=${TRAIN_FILE:-}                                   # a parquet or a list of them, instead of DATA's
+VAL_FILE=${VAL_FILE:-}
 OUT=${OUT:-outputs/$NAME/$(date +%Y%m%d-%H%M%S)}
 
 NNODES=${NNODES:-1}
@@ -56,6 +57,10 @@ TEST_FREQ=${TEST_FREQ:-50}                                   # [ours]
 LOGGER=${LOGGER:-[console,file]}                             # such as [console,file,wandb]
 # ---------------------------------------------------------------------------------------------------------------------
 
+# Shards of a folder as verl takes them; the pattern itself where there are none, which the launcher then refuses.
+shards() { local IFS=, && local files=("$DATA/$1"-*.parquet) && printf '[%s]' "${files[*]}"; }
+TRAIN_FILE="${TRAIN_FILE:-$(shards train)}" VAL_FILE="${VAL_FILE:-$(shards val)}"
+
 if [[ "$DRY_RUN" != 1 && "$(nvidia-smi -L 2>/dev/null || true)" != GPU* && -z "${RAY_ADDRESS:-}" ]]; then
   echo "SAYO-L21: no GPU on this machine and no RAY_ADDRESS of a cluster that has some | at $0 |" \
     "fix: look at the job with DRY_RUN=1, or train the tiny task here: bash scripts/run_sayo_tiny.sh" >&2
@@ -86,7 +91,7 @@ ALGORITHM=(
   algorithm.attn.region.entropy_fraction="$ENTROPY_FRACTION"
 )
 
-DATA=(
+ROWS=(
   data.train_files="$TRAIN_FILE"
   data.val_files="$VAL_FILE"
   data.image_key=images
@@ -162,4 +167,4 @@ TRAINER=(
 [[ "$DRY_RUN" != 1 ]] || TRAINER+=(sayo.dry_run=True hydra.run.dir=. hydra.output_subdir=null hydra/job_logging=none)
 
 exec python3 -m sayo_verl.main_ppo \
-  "${ALGORITHM[@]}" "${DATA[@]}" "${REWARD[@]}" "${MODEL[@]}" "${ACTOR[@]}" "${ROLLOUT[@]}" "${TRAINER[@]}" "$@"
+  "${ALGORITHM[@]}" "${ROWS[@]}" "${REWARD[@]}" "${MODEL[@]}" "${ACTOR[@]}" "${ROLLOUT[@]}" "${TRAINER[@]}" "$@"

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from sayo_verl import __version__
-from sayo_verl.cli import main
+from sayo_verl.cli import SOURCES, main
 
 
 @pytest.fixture
@@ -44,12 +44,32 @@ def test_dry_run_composes_checks_and_prints_the_papers_values(repo, environment,
         "24 prompts x 16, up to 110 tokens, temperature 1.0, top-p 0.9",
         "lr 5e-06, mini-batch 24 prompts, KL loss 0.001, LoRA rank 16",
         "{'format_weight': 1.0, 'accuracy_weight': 0.0}",
-        "data/sayo/train.parquet - NOT THERE YET",
+        "data/sayo/train-*.parquet - NOT THERE YET",
         "1 x 8 cuda",
         "nothing was started",
     ):
         assert told in done.stdout
     assert not (tmp_path / "out").exists(), "a dry run leaves nothing behind"
+
+
+@pytest.mark.parametrize("script", ["run_sayo_qwen3vl_8b.sh", "run_qwen2_5vl_7b.sh"])
+def test_a_folder_of_rows_is_all_its_shards(repo, environment, tmp_path, script):
+    for n, seed in enumerate("123"):
+        assert (
+            main(["prepare", "synthetic", "--out", str(tmp_path / seed), "--n-train=4", "--n-val=2", f"--seed={seed}"])
+            == 0
+        )
+        (made,) = (tmp_path / seed).iterdir()
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (made / "train.parquet").rename(tmp_path / "data" / f"train-{n:05d}.parquet")
+        (made / "val.parquet").rename(tmp_path / "data" / f"val-{n:05d}.parquet")
+    done = launch(repo, script, environment, DRY_RUN="1", DATA=str(tmp_path / "data"))
+    assert done.returncode == 0, done.stderr
+    for name in [
+        f"{split}-{n:05d}.parquet: {rows} rows" for split, rows in (("train", 4), ("val", 2)) for n in range(3)
+    ]:
+        assert name in done.stdout
+    assert "6 images of validation are not among" in done.stdout
 
 
 def test_dry_run_refuses_a_misspelt_switch(repo, environment):
@@ -70,7 +90,8 @@ def test_version_and_help(capsys):
         main(["--version"])
     assert stop.value.code == 0
     assert __version__ in capsys.readouterr().out
-    for command in ("", "doctor", "prepare synthetic", "prepare policy", "watch", "report", "evaluate"):
+    prepared = [f"prepare {name}" for name in (*SOURCES, "mix", "synthetic", "policy")]
+    for command in ("", "doctor", *prepared, "inspect", "watch", "report", "evaluate"):
         with pytest.raises(SystemExit) as stop:
             main([*command.split(), "--help"])
         assert stop.value.code == 0
