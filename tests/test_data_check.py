@@ -68,11 +68,6 @@ def test_kinds_of_image(check, kind):
     assert "1 images decoded" in check(row(images=[{"bytes": encoded(kind), "path": None}]))
 
 
-def test_an_image_by_path(check, tmp_path):
-    (tmp_path / "picture.png").write_bytes(encoded())
-    assert "1 images decoded" in check(row(images=[{"bytes": None, "path": str(tmp_path / "picture.png")}]))
-
-
 def test_several_images_and_several_messages(check):
     two = row(images=[{"bytes": encoded(), "path": None}] * 2, boxes=[[], [[0.0, 0.0, 1.0, 1.0]]])
     two["prompt"] = [
@@ -239,10 +234,12 @@ def test_D06_an_image_that_is_not_there(check, image):
         check(row(images=[image]))
 
 
-def test_D06_an_image_file_that_is_missing(check, tmp_path):
-    with refusal("D06", "missing") as caught:
-        check(row(images=[{"bytes": None, "path": str(tmp_path / "absent.png")}]))
-    assert "absent.png" in str(caught.value)
+def test_D06_and_D11_an_image_by_its_path_alone_which_verl_does_not_open(check, tmp_path):
+    (tmp_path / "picture.png").write_bytes(encoded())
+    for image in ({"bytes": None, "path": str(tmp_path / "picture.png")}, {"bytes": b"", "path": "absent.png"}):
+        with refusal("D06", "no bytes") as caught:
+            check(row(images=[image]))
+        assert image["path"] in str(caught.value)
 
 
 def damaged_png() -> bytes:

@@ -100,16 +100,15 @@ def read_image(image: Any, where: str, *, decode: bool = True) -> Header:
     """The header of an image of a row, and, with ``decode``, whether all of it can be decoded.
 
     Raises:
-        SayoError: D06 no image, D07 corrupt, D08 too large.
+        SayoError: D06 no bytes, D07 corrupt, D08 too large.
     """
     data = image.get("bytes") if isinstance(image, dict) else None
-    path = image.get("path") if isinstance(image, dict) else None
-    if not data and not path:
-        raise SayoError("D06", "an image has neither bytes nor a path", where=where,
+    if not data:  # verl opens nothing else
+        path = image.get("path") if isinstance(image, dict) else None
+        raise SayoError("D06", "an image has no bytes", where=where, got=f"the path {path!r} alone" if path else None,
                         fix="store the encoded image as {'bytes': ..., 'path': None}")  # fmt: skip
     try:
-        source = io.BytesIO(data) if data else Path(path)  # type: ignore[arg-type]
-        with Image.open(source) as picture:
+        with Image.open(io.BytesIO(data)) as picture:
             size = picture.size
             if picture.width * picture.height > MAX_PIXELS:
                 raise SayoError("D08", "an image is too large", where=where, got=f"{picture.width} x {picture.height}",
@@ -118,8 +117,6 @@ def read_image(image: Any, where: str, *, decode: bool = True) -> Header:
                 picture.load()
             frames = getattr(picture, "n_frames", 1)  # only formats that can be animated have it
             return Header(picture.format or "", *size, _orientation(picture), frames)
-    except FileNotFoundError as error:
-        raise SayoError("D06", "an image file is missing", where=where, got=path, fix="correct the path") from error
     except _IMAGE_ERRORS as error:
         raise SayoError("D07", f"an image cannot be decoded ({error})", where=where,
                         fix="remove the row or store the image again") from error  # fmt: skip
