@@ -106,6 +106,12 @@ CONTRACT = (
          "1-D positions for a processor without get_rope_index"),
     Seam("verl.utils.tokenizer.continuous_token:VLContinuousTokenMixin.render_tokens_with_mm", "relies on",
          "renders a prompt with the processor's chat template and takes its input_ids"),
+    # sayo inspect (sayo_verl/data/inspection/model_view.py)
+    Seam("verl.utils.dataset.rl_dataset:RLHFDataset._build_messages", "calls",
+         "a row's prompt with its images in the place of the tags, as rollouts get it"),
+    Seam("verl.utils.dataset.rl_dataset:RLHFDataset._download", "overrides", "nothing to fetch: one row is looked at"),
+    Seam("verl.utils.dataset.rl_dataset:RLHFDataset._read_files_and_tokenize", "overrides", "no file is read"),
+    Seam("verl.utils.tokenizer:build_multimodal_processor_inputs", "calls", "the processor's call of rollouts"),
     Seam("verl.utils.dataset.rl_dataset:RLHFDataset._process_multi_modal_info", "overrides",
          "images of a prompt, for rollouts and the length filter"),
     Seam("verl.utils.model:extract_multi_modal_inputs", "relies on",
