@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
+from sayo_verl.data.images import ORIENTATION, ImageRules
 from sayo_verl.errors import SayoError
 
-MAX_PIXELS = 50_000_000  # refused by the header, before decoding: an image bomb or a mistake
-ORIENTATION = 0x0112  # EXIF
+MAX_PIXELS = ImageRules().max_pixels  # refused by the header, before decoding: an image bomb or a mistake
 _IMAGE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 

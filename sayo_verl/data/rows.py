@@ -31,6 +31,8 @@ import pyarrow as pa
 from sayo_verl.errors import SayoError
 
 IMAGE_TAG = "<image>"
+# Files that can run code when they are loaded; none is ever read as data.
+RUNS_CODE = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz")
 # Asks for what ``sayo_verl.reward`` rewards; without it a model that was not trained to answer so begins at format 0.
 INSTRUCTION = "Think first, then answer with a word or a short phrase: <think> ... </think> <answer> ... </answer>"
 # Text that chat templates and processors take for something else than text.
@@ -64,29 +66,36 @@ REASONS: Mapping[str, str] = {
     "box_too_small": "the box is much smaller than a visual token",
 }
 
-_BOXES = pa.list_(pa.list_(pa.list_(pa.float64())))
-ROW_SCHEMA = pa.schema(
+BOXES = pa.list_(pa.list_(pa.list_(pa.float64())))
+
+
+def schema_of(extra_info: Mapping[str, pa.DataType]) -> pa.Schema:
+    """What verl reads, and ``extra_info`` with these fields."""
+    return pa.schema(
+        {
+            "data_source": pa.string(),
+            "prompt": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+            "images": pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()})),
+            "ability": pa.string(),
+            "reward_model": pa.struct({"style": pa.string(), "ground_truth": pa.string()}),
+            "extra_info": pa.struct(dict(extra_info)),
+        }
+    )
+
+
+ROW_SCHEMA = schema_of(
     {
-        "data_source": pa.string(),
-        "prompt": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
-        "images": pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()})),
-        "ability": pa.string(),
-        "reward_model": pa.struct({"style": pa.string(), "ground_truth": pa.string()}),
-        "extra_info": pa.struct(
-            {
-                "index": pa.int64(),
-                "split": pa.string(),
-                "id": pa.string(),
-                "question": pa.string(),
-                "answer": pa.string(),
-                "kind": pa.string(),
-                "boxes": _BOXES,
-                "box_names": pa.list_(pa.list_(pa.string())),
-                "box_source": pa.string(),
-                "image_keys": pa.list_(pa.string()),
-                "image_size_wh": pa.list_(pa.list_(pa.int64())),
-            }
-        ),
+        "index": pa.int64(),
+        "split": pa.string(),
+        "id": pa.string(),
+        "question": pa.string(),
+        "answer": pa.string(),
+        "kind": pa.string(),
+        "boxes": BOXES,
+        "box_names": pa.list_(pa.list_(pa.string())),
+        "box_source": pa.string(),
+        "image_keys": pa.list_(pa.string()),
+        "image_size_wh": pa.list_(pa.list_(pa.int64())),
     }
 )
 

@@ -22,8 +22,8 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
-from sayo_verl.data.building.folder import IN_OTHER_SPLIT, LEFT_OUT, Built, built, check_data_source, check_folder
-from sayo_verl.data.building.meter import Meter, show_built
+from sayo_verl.data.building.folder import IN_OTHER_SPLIT, LEFT_OUT, Built, check_data_source, check_folder
+from sayo_verl.data.building.meter import Meter, finished
 from sayo_verl.data.building.options import LOSSES, BuildOptions, add_flags, options_from
 from sayo_verl.data.building.output import Earlier, Output
 from sayo_verl.data.building.pipeline import Item, Made, Rules, Size, drawn_on, in_order
@@ -55,20 +55,7 @@ def build(source: Source, out: Path, options: BuildOptions) -> Built:
     told = {"name": source.name, "facts": source.facts()}
     output = Output(out, told, options.deciding(), layout, overwrite=options.overwrite)
     meter = Meter(f"sayo prepare {source.name}", options.limit or None)
-    reused = output.manifest is not None
-    try:
-        if output.manifest is None:
-            with meter:
-                _Build(source, output, options, meter).run()
-    except KeyboardInterrupt:
-        meter.say(f"interrupted: {out} holds the shards that were full; the same command goes on from there")
-        raise
-    finally:
-        output.close()
-    assert output.manifest is not None
-    made = built(out, output.manifest, reused=reused)
-    show_built(made, output.manifest, meter.console)
-    return made
+    return finished(output, meter, lambda: _Build(source, output, options, meter).run())
 
 
 Results = Iterator[tuple[Item, Made | None]]

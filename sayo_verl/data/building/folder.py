@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from sayo_verl.data.building.shards import PROGRESS, SPLITS, START_OVER, check_shard, file_sha256, read_rows
 from sayo_verl.data.prepared import MANIFEST
+from sayo_verl.data.rows import RUNS_CODE
 from sayo_verl.errors import SayoError
 
 KIND, FORMAT = "sayo rows", 1
@@ -25,7 +26,6 @@ LEFT_OUT = "left_out.jsonl"
 SHARD = re.compile(r"(train|val)-\d{5}\.parquet")
 # verl chooses the reward by this name: names of its own lead to code that is not meant for these rows
 DATA_SOURCE = re.compile(r"sayo/[a-z0-9_.-]+")
-RUNS_CODE = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz")
 IN_OTHER_SPLIT = "image_in_other_split"
 _PLAIN = re.compile(r"[\w/.@%+-]+")  # a path that Hydra's grammar takes without quotes
 

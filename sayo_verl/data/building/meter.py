@@ -1,14 +1,15 @@
 """What a person sees of a build: how far it is, on stderr, and in the end what became of every record."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from sayo_verl.data.building.folder import Built, verl_flags
+from sayo_verl.data.building.folder import Built, built, verl_flags
+from sayo_verl.data.building.output import Output
 from sayo_verl.data.rows import REASONS
 
 EVERY = 10.0  # seconds between lines where stderr is no terminal
@@ -59,6 +60,28 @@ class Meter:
     def say(self, text: str) -> None:
         """A line."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def finished(output: Output, meter: Meter, work: Callable[[], None]) -> Built:
+    """The folder as it is where it is finished, else after ``work``; shown, and closed in any case.
+
+    Raises:
+        KeyboardInterrupt: at Ctrl-C, after saying that the folder can be gone on with.
+    """
+    reused = output.manifest is not None
+    try:
+        if not reused:
+            with meter:
+                work()
+    except KeyboardInterrupt:
+        meter.say(f"interrupted: {output.folder} holds the shards that were full; the same command goes on from there")
+        raise
+    finally:
+        output.close()
+    assert output.manifest is not None
+    made = built(output.folder, output.manifest, reused=reused)
+    show_built(made, output.manifest, meter.console)
+    return made
 
 
 def show_built(made: Built, manifest: Mapping[str, Any], console: Console) -> None:

@@ -39,17 +39,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sayo_verl.data.building.folder import IN_OTHER_SPLIT, Built, built, check_folder
-from sayo_verl.data.building.meter import Meter, show_built
+from sayo_verl.data.building.folder import IN_OTHER_SPLIT, Built, check_folder
+from sayo_verl.data.building.meter import Meter, finished
 from sayo_verl.data.building.output import Output
-from sayo_verl.data.building.shards import SPLITS, Hashes, Layout, bytes64, file_sha256, hash64, read_rows
+from sayo_verl.data.building.shards import IMAGE_BYTES, SPLITS, Hashes, Layout, bytes64, file_sha256, hash64, read_rows
 from sayo_verl.data.building.shares import ALL, REST, Share, check_shares, train_counts, val_counts
 from sayo_verl.data.prepared import MANIFEST
 from sayo_verl.errors import SayoError
 
 _LAYOUT = Layout()
 _NAME = re.compile(r"[a-z0-9_.-]+")
-_IMAGE_BYTES = "images.list.element.bytes"
 
 
 class _Split(NamedTuple):
@@ -85,20 +84,7 @@ def mix_folders(
     options = {"rows": rows, "val_rows": val_rows, "seed": seed, **layout._asdict()}
     output = Output(out, {"name": "mix", "facts": {"parts": facts}}, options, layout, overwrite=overwrite)
     meter = Meter("sayo prepare mix")
-    reused = output.manifest is not None
-    try:
-        if not reused:
-            with meter:
-                _Mix(parts, manifests, output, meter).run(rows, val_rows, seed)
-    except KeyboardInterrupt:
-        meter.say(f"interrupted: {out} holds the shards that were full; the same command goes on from there")
-        raise
-    finally:
-        output.close()
-    assert output.manifest is not None
-    made = built(out, output.manifest, reused=reused)
-    show_built(made, output.manifest, meter.console)
-    return made
+    return finished(output, meter, lambda: _Mix(parts, manifests, output, meter).run(rows, val_rows, seed))
 
 
 class _Mix:
@@ -140,7 +126,7 @@ class _Mix:
     ) -> _Split:
         """Go over the rows of a split; ``pictures`` takes their images, and those in ``held_out`` are left out."""
         hashes, places = array("Q"), array("Q")
-        columns = ["extra_info.id", *([_IMAGE_BYTES] if pictures is not None or held_out else [])]
+        columns = ["extra_info.id", *([IMAGE_BYTES] if pictures is not None or held_out else [])]
         for place, row in enumerate(read_rows(self.parts[part][0], self.files[part, split], columns)):
             id = row["extra_info"]["id"]
             found = [bytes64(image["bytes"]) for image in row["images"]] if len(columns) > 1 else []

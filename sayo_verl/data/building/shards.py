@@ -25,7 +25,7 @@ from sayo_verl.errors import SayoError
 PROGRESS = "progress.json"
 SPLITS = ("train", "val")
 START_OVER = "choose another --out, or start over with --overwrite"
-_IMAGE_BYTES = "images.list.element.bytes"
+IMAGE_BYTES = "images.list.element.bytes"
 
 
 class Layout(NamedTuple):
@@ -175,10 +175,10 @@ class ShardWriter:
             if self._writer is None:
                 self._file = open(path, "wb")  # noqa: SIM115  (closed in close and abandon)
                 # images are compressed already; statistics of binary columns would put images into the footer
-                columns = dict.fromkeys(_leaves(ROW_SCHEMA), "zstd") | {_IMAGE_BYTES: "none"}
+                columns = dict.fromkeys(_leaves(ROW_SCHEMA), "zstd") | {IMAGE_BYTES: "none"}
                 self._writer = pq.ParquetWriter(
                     self._file, ROW_SCHEMA, compression=columns, write_statistics=False,
-                    use_dictionary=[column for column in columns if column != _IMAGE_BYTES],
+                    use_dictionary=[column for column in columns if column != IMAGE_BYTES],
                 )  # fmt: skip
             self._writer.write_table(table, row_group_size=len(self._buffer))
         self._buffer, self._bytes = [], 0

@@ -12,9 +12,9 @@ from sayo_verl.data.building.shards import PROGRESS, file_sha256
 from sayo_verl.data.inspection.findings import Findings
 from sayo_verl.data.prepared import MANIFEST
 from sayo_verl.data.reading import open_parquet
+from sayo_verl.data.rows import RUNS_CODE
 from sayo_verl.errors import SayoError
 
-CODE_BEARING = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".joblib")  # loading these can run code
 PREPARE = "prepare the data again, with `sayo prepare`"
 
 
@@ -59,7 +59,7 @@ def find_data(data: Sequence[Path], val: Sequence[Path] = ()) -> Data:
 
 
 def _refuse_file(path: Path) -> None:
-    if path.suffix.lower() in CODE_BEARING:
+    if path.suffix.lower() in RUNS_CODE:
         raise SayoError("D64", "loading this kind of file can run code, so it is not read", where=str(path),
                         got=path.suffix, wanted="parquet", fix="convert it with the program that wrote it")  # fmt: skip
     if not path.is_file():

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from sayo_verl.data.prepared import Prepared, prepare_folder
+from sayo_verl.data.rows import BOXES, schema_of
 from sayo_verl.data.scenes.charts import bars
 from sayo_verl.data.scenes.config import BAR_KINDS, GENERATOR_VERSION, QUESTIONS, SceneConfig, is_version_1
 from sayo_verl.data.scenes.drawing import add_clutter, add_noise
@@ -103,29 +104,19 @@ def scene_row(scene: Scene, config: SceneConfig, *, split: str, index: int) -> d
     }
 
 
-_BOXES = pa.list_(pa.list_(pa.list_(pa.float64())))
-ROW_SCHEMA = pa.schema(
+ROW_SCHEMA = schema_of(
     {
-        "data_source": pa.string(),
-        "prompt": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
-        "images": pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()})),
-        "ability": pa.string(),
-        "reward_model": pa.struct({"style": pa.string(), "ground_truth": pa.string()}),
-        "extra_info": pa.struct(
-            {
-                "index": pa.int64(),
-                "split": pa.string(),
-                "question": pa.string(),
-                "answer": pa.string(),
-                "kind": pa.string(),
-                "key_word": pa.string(),
-                "boxes": _BOXES,
-                "box_names": pa.list_(pa.list_(pa.string())),
-                "target_boxes": _BOXES,
-                "distractor_boxes": _BOXES,
-                "image_size_wh": pa.list_(pa.list_(pa.int64())),
-            }
-        ),
+        "index": pa.int64(),
+        "split": pa.string(),
+        "question": pa.string(),
+        "answer": pa.string(),
+        "kind": pa.string(),
+        "key_word": pa.string(),
+        "boxes": BOXES,
+        "box_names": pa.list_(pa.list_(pa.string())),
+        "target_boxes": BOXES,
+        "distractor_boxes": BOXES,
+        "image_size_wh": pa.list_(pa.list_(pa.int64())),
     }
 )
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from sayo_verl.data.rows import Drop, Example, LeftOut, check_text
+from sayo_verl.data.rows import RUNS_CODE, Drop, Example, LeftOut, check_text
 from sayo_verl.data.sources import fields, inputs
 from sayo_verl.errors import SayoError
 
@@ -190,7 +190,7 @@ def _at(row: Mapping[str, Any], dotted: str, where: str) -> Any:
 
 
 def _refuse_unsafe(name: str) -> None:
-    if Path(name).suffix.lower() in inputs.UNSAFE_SUFFIXES:
+    if Path(name).suffix.lower() in RUNS_CODE:
         inputs.check_file(Path(name))
 
 

@@ -15,12 +15,10 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from sayo_verl.data.image_files import check_name
-from sayo_verl.data.rows import Drop, ImageRef
+from sayo_verl.data.rows import RUNS_CODE, Drop, ImageRef
 from sayo_verl.data.sources.fields import refuse, shown
 from sayo_verl.data.streams import place_of
 from sayo_verl.errors import SayoError, did_you_mean
-
-UNSAFE_SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz", ".joblib")
 
 
 def image_name(name: Any, where: str, *, outside: bool = False) -> str:
@@ -130,7 +128,7 @@ def check_file(path: Path) -> Path:
         SayoError: D63.
     """
     path = place_of(path).path
-    if path.suffix.lower() in UNSAFE_SUFFIXES:
+    if path.suffix.lower() in RUNS_CODE:
         raise unreadable(path, "files of this format are not read: reading one can run code that it holds",
                          "convert it to parquet or JSON where you trust it", got=path.suffix)  # fmt: skip
     if not path.is_file():
@@ -158,7 +156,7 @@ def parquet_files(path: Path, split: str) -> tuple[Path, ...]:
     found = [f for f in sorted(path.rglob("*.parquet")) if named.match(f.name) or f.parent.name == split]
     if found:
         return tuple(found)
-    unsafe = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in UNSAFE_SUFFIXES]
+    unsafe = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in RUNS_CODE]
     if unsafe:
         check_file(unsafe[0])
     raise unreadable(path, f"the folder has no parquet file of the split {split!r}", "correct the folder or --split",
