@@ -202,6 +202,13 @@ def test_D21_an_image_of_validation_in_training(audit, by):
     assert "val.parquet row 0" in finding.rows[0]
 
 
+def test_D21_equal_keys_of_two_data_sources_are_two_pictures(audit, tmp_path):
+    theirs = row(9, image_keys=["picture-0-0"]) | {"data_source": "my/charts"}
+    assert audit(row(0), row(1), val=[theirs])[0] == []
+    train, val = write(tmp_path / "a.parquet", [row(0)]), write(tmp_path / "b.parquet", [theirs])
+    assert "are not among" in check_leakage([train], [val], image_key="images", max_images=9)
+
+
 @pytest.mark.parametrize("answer", ["", "  ", None])
 def test_D22_no_answer(audit, answer):
     assert "ground_truth" in only(audit(row(0, answer=answer), row(1))[0], "D66").rows[0]

@@ -1,16 +1,8 @@
 """Checks of training parquet before a run: the row contract, every box, and a sample of the images.
 
-The row contract (what verl needs, and what the attention methods add in ``extra_info``):
-
-    data_source   string
-    prompt        list of {role, content}; the user's content holds one "<image>" for each image
-    images        list of {bytes, path}: encoded PNG, JPEG or WEBP, upright
-    reward_model  {style, ground_truth}
-    extra_info    {index, boxes, ...}; boxes[image][box] = [x0, y0, x1, y1], normalised to [0, 1] of the stored image
-
-Rows may also carry ``extra_info.id``, ``image_keys`` and ``image_size_wh``, as ``sayo_verl.data.rows`` describes them;
-they are checked where they are there. This is the fast form, which the launcher runs: no processor is asked.
-``sayo_verl.data.inspection.command`` is the thorough one.
+The row contract stands in ``sayo_verl.data.rows``. Of ``extra_info``, rows from elsewhere need ``boxes`` alone; ``id``,
+``image_keys`` and ``image_size_wh`` are checked where they are there. This is the fast form, which the launcher runs:
+no processor is asked. ``sayo_verl.data.inspection.command`` is the thorough one.
 """
 
 from collections.abc import Iterator, Sequence

@@ -24,6 +24,7 @@ import pyarrow as pa
 from sayo_verl import __version__
 from sayo_verl.data.building.folder import FORMAT, KIND, LEFT_OUT, SHARD, check_folder, read_json
 from sayo_verl.data.building.shards import (
+    IMAGE_BYTES,
     PROGRESS,
     SPLITS,
     START_OVER,
@@ -246,7 +247,7 @@ class Earlier:
 
     def __init__(self, output: Output) -> None:
         self.folder = output.folder
-        columns = ["images.list.element.bytes", "extra_info.id", "extra_info.image_size_wh"]
+        columns = [IMAGE_BYTES, "extra_info.id", "extra_info.image_size_wh"]
         self._rows = {
             split: read_rows(self.folder, [n for n in sorted(output.shards) if n.startswith(f"{split}-")], columns)
             for split in SPLITS

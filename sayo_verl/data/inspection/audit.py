@@ -115,7 +115,7 @@ class Audit:
         question = self._text(prompt, info, values["reward_model"], where)
         hashes = self._images(images, info.get("image_size_wh"), where)
         names = info.get("image_keys") or []
-        self._apart([("name", name) for name in names] + [("bytes", h) for h in hashes], split, where)
+        self._apart([("name", (source, name)) for name in names] + [("bytes", h) for h in hashes], split, where)
         asked = (question, *(names or hashes))
         if images and asked in questions:
             found.add("D65", "WARN", "the same question about the same images is there twice",
