@@ -4,6 +4,7 @@
 a run does. Public API (registries, ``register_*``, configuration keys) is listed where its behaviour is relied upon.
 """
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -11,12 +12,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from types import ModuleType
 from typing import Any
 
 from sayo_verl import __version__
 from sayo_verl.errors import SayoError
 
 SUPPORTED_VERL = ("0.9.1",)
+WEIGHT_TRANSFER = "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer"
+# A name of the run that the launcher makes up and all its processes share.
+RUN_TOKEN = "SAYO_RUN_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,20 @@ CONTRACT = (
          "exchanges heads for tokens after queries and keys were rotated"),
     Seam("verl.models.transformers.qwen2_vl:qwen2_vl_attn_forward", "relies on",
          "calls qwen2_vl's apply_multimodal_rotary_pos_emb, looked up at each call, with all heads"),
+    # Weights from the trainer to vLLM
+    Seam(f"{WEIGHT_TRANSFER}:BucketedWeightSender.__init__", "overrides", "takes the address of the socket"),
+    Seam(f"{WEIGHT_TRANSFER}:BucketedWeightSender._init_socket", "relies on",
+         "deletes what lies at the address before it binds"),
+    Seam(f"{WEIGHT_TRANSFER}:BucketedWeightReceiver.__init__", "overrides", "takes the address of the socket"),
+    Seam("verl.workers.rollout.vllm_rollout.vllm_rollout:ServerAdapter.__init__", "relies on",
+         "makes the sender's address of Ray's job id, which is 01000000 in every Ray that a job starts"),
+    Seam("verl.workers.rollout.vllm_rollout.utils:vLLMColocateWorkerExtension._get_zmq_handle", "relies on",
+         "makes the same address for the receiver"),
+    # Sampling
+    Seam("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.__init__", "overrides",
+         "poll_interval has no configuration key; only with VERL_PLATFORM=cpu"),
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._build_replay_buffer", "relies on",
+         "gives its own buffers group filtering, and a custom sampler none"),
     # Other families (sayo_verl/adapters)
     Seam("verl.models.transformers.qwen2_vl:_get_input_embeds", "replaces",
          "image-free micro-batches of Qwen2.5-VL crash on transformers 5"),
@@ -222,3 +241,31 @@ def guard_equal_length_mrope() -> None:
         original(data)
 
     tu.maybe_fix_3d_position_ids = maybe_fix_3d_position_ids
+
+
+def guard_weight_socket(transfer: ModuleType) -> None:
+    """Keep the weights of two jobs on one machine apart.
+
+    verl sends weights to vLLM through a socket in /tmp that is named after Ray's job id. The sender deletes a socket
+    that is already there. Every job that starts a Ray of its own has the id 01000000. So of two such jobs one hangs, or
+    its rollouts get the other's weights. Here both ends add the run's token to the address. The launcher makes the
+    token and gives it to all processes of the run. Without a token the address stays verl's.
+
+    Args:
+        transfer: the module ``WEIGHT_TRANSFER``, just imported.
+    """
+
+    def own_address(cls: Any) -> None:
+        original = cls.__init__
+
+        @functools.wraps(original)
+        def __init__(self: Any, zmq_handle: str, *args: Any, **kwargs: Any) -> None:
+            token = os.environ.get(RUN_TOKEN)
+            if token and zmq_handle.startswith("ipc://"):
+                zmq_handle = f"{zmq_handle}-{token}"
+            original(self, zmq_handle, *args, **kwargs)
+
+        cls.__init__ = __init__
+
+    own_address(transfer.BucketedWeightSender)
+    own_address(transfer.BucketedWeightReceiver)

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from verl.utils.device import auto_set_device
 
 from sayo_verl import __version__
 from sayo_verl.adapters import internvl
+from sayo_verl.compat import RUN_TOKEN
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import METHODS, Mix
 from sayo_verl.preflight import preflight, show
@@ -65,6 +67,7 @@ def prepare_workers(config: DictConfig) -> None:
         modules.append(PLUGIN)
     env = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     env["VERL_USE_EXTERNAL_MODULES"] = ",".join(modules)
+    env[RUN_TOKEN] = uuid.uuid4().hex[:16]
     with open_dict(config):
         for name, value in env.items():
             OmegaConf.update(config, f"ray_kwargs.ray_init.runtime_env.env_vars.{name}", value, force_add=True)

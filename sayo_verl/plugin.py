@@ -11,16 +11,21 @@ verl logs an entry point that raises at DEBUG and goes on, so the launcher also 
 
 import os
 
+import wrapt
+
 from sayo_verl import compat
 from sayo_verl.adapters import internvl, qwen2_5_vl
 from sayo_verl.trainer.context import register_estimators
 
 compat.require_supported_verl()
 if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
-    from sayo_verl.platform import cpu
+    from sayo_verl.platform import cpu, polling
 
     cpu.activate()
+    wrapt.register_post_import_hook(polling.read_poll_interval, "verl.trainer.ppo.v1.replay_buffer")
 compat.guard_equal_length_mrope()
+# After their import, which takes seconds that most processes need not spend.
+wrapt.register_post_import_hook(compat.guard_weight_socket, compat.WEIGHT_TRANSFER)
 internvl.activate()
 qwen2_5_vl.activate()
 register_estimators()

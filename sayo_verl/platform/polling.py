@@ -1,0 +1,30 @@
+"""How often verl looks for finished rollouts: ``trainer.v1.sampler.sampler_kwargs.poll_interval``, in seconds.
+
+verl looks every two seconds. That is nothing beside a rollout on GPUs, and a quarter of a step of the tiny task. The
+interval is a parameter of its replay buffers that no configuration key reaches. A custom sampler could set it, but verl
+gives a custom sampler neither group filtering nor the refill of failed groups, and uses it in place of its asynchronous
+buffer. So verl's own buffers stay, and read the interval from the configuration.
+"""
+
+import functools
+from types import ModuleType
+from typing import Any
+
+
+def read_poll_interval(replay_buffer: ModuleType) -> None:
+    """Make verl's replay buffers take their interval from ``sampler_kwargs.poll_interval``, where that is set.
+
+    Args:
+        replay_buffer: ``verl.trainer.ppo.v1.replay_buffer``. Its ``ReplayBufferAsync`` inherits from ``ReplayBuffer``.
+    """
+    cls: Any = replay_buffer.ReplayBuffer
+    original = cls.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        interval = (self.sampler_kwargs or {}).get("poll_interval")
+        if interval is not None:
+            self.poll_interval = float(interval)
+
+    cls.__init__ = __init__
