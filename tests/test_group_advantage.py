@@ -248,6 +248,60 @@ def test_a_group_in_which_no_row_carries_the_term_is_grpo_while_others_are_not()
     assert not torch.equal(ours[valid], theirs[valid])
 
 
+def test_each_term_is_decided_on_by_itself():
+    """Region applies nowhere; faithful applies to rows 0 to 2; row 3 is masked: its raw reward of 5 must not count."""
+    task, mask = torch.tensor([1.0, 0.0, 0.0, 5.0]), torch.tensor([[1.0], [1.0], [1.0], [0.0]])
+    region = RewardTerm("region_reward", torch.full((4,), NAN), torch.zeros(4, dtype=torch.bool), 1.0)
+    faithful = RewardTerm("faithful_reward", torch.zeros(4), torch.tensor([True, True, True, False]), 0.2)
+    for terms in ([region, faithful], [faithful, region], [faithful]):
+        advantages, _ = group_advantage(task, mask, list("gggg"), terms)
+        assert advantages.flatten().tolist() == pytest.approx([1.155, -0.577, -0.577, 0.0], abs=1e-3)
+
+
+def test_a_row_that_lacks_one_of_two_terms_keeps_the_other():
+    first = RewardTerm("first", torch.tensor([0.5, 0.5, 0.0, 1.0]), torch.ones(4, dtype=torch.bool), 1.0)
+    second = RewardTerm("second", torch.tensor([0.25, 0.75, 0.5, NAN]), torch.tensor([True, True, True, False]), 1.0)
+    advantages, _ = group_advantage(torch.zeros(4), torch.ones(4, 1), list("gggg"), [first, second], norm_by_std=False)
+    # the last row: 1.0, and 0.5 in the place of the second term; the mean over the others is 0.75 + 1.25 + 0.5 over 3
+    mean = 2.5 / 3
+    assert advantages.flatten().tolist() == pytest.approx([0.75 - mean, 1.25 - mean, 0.5 - mean, 1.5 - mean])
+
+
+def test_terms_that_no_two_rows_share_are_compared_over_all_rows():
+    first = RewardTerm("first", torch.tensor([1.0, 0.0, NAN, NAN]), torch.tensor([True, True, False, False]), 1.0)
+    second = RewardTerm("second", torch.tensor([NAN, NAN, 1.0, 0.0]), torch.tensor([False, False, True, True]), 1.0)
+    advantages, _ = group_advantage(torch.zeros(4), torch.ones(4, 1), list("gggg"), [first, second], norm_by_std=False)
+    assert advantages.flatten().tolist() == [0.5, -0.5, 0.5, -0.5]
+
+
+@PROPERTY
+@given(batch=batches(reward=tidy_reward), data=st.data())
+def test_a_term_that_at_most_one_row_of_each_group_carries_changes_nothing_beside_another(batch, data):
+    rewards, mask, uid = batch
+    other = data.draw(terms_for(len(uid), weight=0.5))
+    lone = torch.zeros(len(uid), dtype=torch.bool)
+    for rows in group_rows(uid):
+        if len(rows) > 1 and data.draw(st.booleans()):
+            lone[data.draw(st.sampled_from(rows))] = True
+    term = RewardTerm("lone", torch.full((len(uid),), 3.0), lone, 1.0)
+    alone, _ = group_advantage(rewards.sum(-1), mask, list(uid), [other])
+    both, _ = group_advantage(rewards.sum(-1), mask, list(uid), [term, other])
+    assert same_bits(alone, both)
+
+
+def test_a_masked_row_counts_at_weight_zero_and_at_no_weight_above_it():
+    """The jump that rejection sampling makes: at weight 0 this is verl's GRPO, which counts masked rows."""
+    task, mask = torch.tensor([1.0, 0.0, 5.0]), torch.tensor([[1.0], [1.0], [0.0]])
+    value, valid = torch.zeros(3), torch.tensor([True, True, False])
+    by_weight = {}
+    for weight in (0.0, 1e-9, 1.0):
+        term = RewardTerm("region_reward", value, valid, weight)
+        advantages, _ = group_advantage(task, mask, list("ggg"), [term], norm_by_std=False)
+        by_weight[weight] = advantages.flatten().tolist()
+    assert by_weight[0.0] == [-1.0, -2.0, 0.0]
+    assert by_weight[1e-9] == by_weight[1.0] == [0.5, -0.5, 0.0]
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 

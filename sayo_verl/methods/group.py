@@ -113,9 +113,22 @@ def group_advantage(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """GRPO advantages of the task reward plus reward terms.
 
-    A row that is neutral to an applied term takes no part in the mean and spread of a group in which two or more rows
-    carry that term; its own advantage compares its task reward with the others' as if its term were their average.
-    Groups in which fewer carry it are GRPO of the task reward. A group of one keeps its raw reward, as in verl.
+    Each term is decided on for each group by itself:
+
+    - A term that at most one row of the group carries is left out there: nothing can be compared with it.
+    - Of a term that two or more rows carry, every other row gets the mean of those rows.
+
+    Mean and spread of the group are taken over the rows that carry every term that was not left out. Where fewer than
+    two rows do, or where nothing tells these rows apart, they are taken over all rows. A group of one keeps its raw
+    reward, as in verl. An example with one term of weight 1 and four rows, of which the last cannot carry it:
+
+        task reward     1     0     0     5
+        term            0.5   0.5   0.0   -      the last row gets 1/3
+        compared        1.5   0.5   0.0   5.33   mean and spread over the first three
+
+    A row that rejection sampling masked cannot carry a term. It takes part in the statistics at weight 0, where no term
+    is applied and this is verl's GRPO, and leaves them at any weight above 0. So with rejection sampling the advantages
+    jump between weight 0 and the smallest weight above it.
 
     Args:
         task_reward: [B] outcome reward of each response.
@@ -143,8 +156,6 @@ def group_advantage(
         )
     applied = [term for term in terms if term.weight != 0.0]
     reward_B = task_reward.detach().clone()
-    carried_B = torch.zeros(B, dtype=torch.bool, device=reward_B.device)
-    neutral_B = torch.zeros_like(carried_B)
     for term in applied:
         if term.value.shape != (B,) or term.valid.shape != (B,):
             raise SayoError(
@@ -156,8 +167,6 @@ def group_advantage(
                 fix="reduce the term over tokens first",
             )
         reward_B = reward_B + torch.where(term.valid, term.weight * term.value, torch.zeros_like(reward_B))
-        carried_B |= term.valid
-        neutral_B |= ~term.valid
     if not torch.isfinite(reward_B).all():
         row = int((~torch.isfinite(reward_B)).nonzero()[0])
         raise SayoError(
@@ -172,16 +181,17 @@ def group_advantage(
     advantage_B = torch.empty_like(reward_B)
     for rows in group_rows(uid):
         index_G = torch.tensor(rows, device=reward_B.device)
-        value_G, task_G = reward_B[index_G], task_reward.detach()[index_G]
-        full_G = carried_B[index_G] & ~neutral_B[index_G]
-        counted = value_G
-        if full_G.sum() == 1 < len(rows):
-            counted = value_G = task_G  # one row's term has nothing to be compared with
-        elif full_G.any() and not full_G.all():
-            value_G = torch.where(full_G, value_G, task_G + (value_G - task_G)[full_G].mean())
-            counted = value_G[full_G]
-            if _same(counted, spread_floor):
-                counted = value_G
+        value_G, full_G = task_reward.detach()[index_G], torch.ones_like(index_G, dtype=torch.bool)
+        for term in applied:
+            valid_G, term_G = term.valid[index_G], term.weight * term.value[index_G]
+            carriers = int(valid_G.sum())
+            if carriers == 0 or carriers == 1 < len(rows):
+                continue
+            value_G = value_G + torch.where(valid_G, term_G, term_G[valid_G].mean())
+            full_G &= valid_G
+        counted = value_G[full_G] if int(full_G.sum()) > 1 else value_G
+        if _same(counted, spread_floor):
+            counted = value_G
         if counted.numel() == 1:
             mean, std = torch.zeros_like(counted[0]), torch.ones_like(counted[0])
         else:
