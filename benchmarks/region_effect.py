@@ -31,7 +31,8 @@ CONDITIONS = {
 MEASURES = {
     "accuracy": "accuracy",
     "target_attention": "R_a, high-entropy tokens",
-    "target_attention_all_tokens": "R_a, all tokens",
+    "token_target_attention": "R_a of single tokens, high-entropy",
+    "token_target_attention_all": "R_a of single tokens, all",
     "distractor_attention": "R_a of the distractor, high-entropy",
     "named_first": "target named first",
     "named": "target named at all",
@@ -49,6 +50,8 @@ CAVEATS = """\
 - "Named first" and "named" say what the response talks about before it answers; R_a says where the last layer looks
   while it does. The reward can be met by choosing what to name. Nothing here shows that heads look elsewhere on the
   same text.
+- R_a over a set of tokens grows with their number, as it is a logarithm of a ratio of means. Compare conditions of
+  equal response length, and selected with all tokens by the R_a of single tokens only.
 - The high-entropy selection moves during training: once the policy is sure what to name first, the tokens that are
   left among the 30 % of highest entropy are others. R_a over selected tokens can then fall while the behaviour that it
   rewarded stays.

@@ -28,6 +28,7 @@ PROPERTY = settings(derandomize=True, deadline=None, max_examples=25)
 EVERY = {**{name: cls() for name, cls in METHODS.items()}, "attn_mix": Mix((RegionMethod(), DualMethod()))}
 OTHERS = {
     "region per token": RegionMethod(per_token=True),
+    "region of ratios": RegionMethod(pooling="ratio"),
     "dual released": DualMethod(score_offset="minmax", position="zero_based", clamp="released"),
     "dual on attention": DualMethod(score="image_mass", score_offset="none", trajectory_score="mean"),
     "anchor top": AnchorMethod(weighting="top"),

@@ -3,6 +3,7 @@
 Shape suffixes: B rows, T response tokens, H heads, S keys, V visual tokens.
 """
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import RegionMethod, Signals, group_advantage
-from sayo_verl.methods.region import EPS, region_reward, select_tokens, target_attention
+from sayo_verl.methods.region import EPS, POOLINGS, region_reward, select_tokens, target_attention
 from sayo_verl.probe.statistics import Statistic
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
@@ -209,6 +210,65 @@ def test_selection_against_sorting_by_hand(rows, percent):
     assert select_tokens(entropy, mask, percent / 100).tolist() == expected
 
 
+# ------------------------------------------------------------------------------------------------- how many are pooled
+
+
+def heavy_tailed_responses(B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention per visual token as models have it: a few tokens look hard at the target, most hardly at the image."""
+    draw = torch.Generator().manual_seed(0)
+    target = torch.exp(1.5 * torch.randn(B, T, generator=draw, dtype=torch.float64) - 5.0)
+    image = torch.exp(0.5 * torch.randn(B, T, generator=draw, dtype=torch.float64) - 4.5)
+    return target, image
+
+
+def mean_reward_of_random_tokens(k: int, pooling: str) -> tuple[float, float]:
+    """Mean of r_v over responses when Q is k random tokens of each, and its standard error."""
+    target, image = heavy_tailed_responses(4000, 24)
+    order = torch.rand(target.shape, generator=torch.Generator().manual_seed(k)).argsort(-1).argsort(-1)
+    r_v = region_reward(target, image, order < k, pooling)
+    return float(r_v.mean()), float(r_v.std() / len(r_v) ** 0.5)
+
+
+def test_the_papers_reward_grows_with_the_number_of_tokens_although_they_are_random():
+    means = [mean_reward_of_random_tokens(k, "attention")[0] for k in (1, 3, 8, 24)]
+    assert means == sorted(means)
+    assert means[2] - means[0] > 0.25
+    print(f"pooling=attention, k = 1, 3, 8, 24: {[round(m, 3) for m in means]}")
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_the_mean_of_ratios_does_not_depend_on_the_number_of_tokens(k):
+    mean, error = mean_reward_of_random_tokens(k, "ratio")
+    whole, _ = mean_reward_of_random_tokens(24, "ratio")  # of the same responses: all tokens, no chance in it
+    print(f"pooling=ratio, k = {k}: {mean:.3f} against {whole:.3f} over all tokens, standard error {error:.3f}")
+    assert mean == pytest.approx(whole, abs=4 * error)
+
+
+@given(k=st.integers(1, 6), seed=st.integers(0, 1000))
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_over_all_choices_of_k_tokens_the_mean_of_ratios_is_exactly_that_of_the_response(k, seed):
+    draw = torch.Generator().manual_seed(seed)
+    target, image = (torch.rand(1, 6, generator=draw, dtype=torch.float64) for _ in range(2))
+    chosen = torch.tensor([[t in choice for t in range(6)] for choice in itertools.combinations(range(6), k)])
+    over_choices = region_reward(target.expand(len(chosen), 6), image.expand(len(chosen), 6), chosen, "ratio")
+    whole = region_reward(target, image, torch.ones(1, 6, dtype=torch.bool), "ratio")
+    assert float(over_choices.mean()) == pytest.approx(float(whole), abs=1e-12)
+
+
+def test_one_token_has_one_reward_whichever_way_it_is_pooled():
+    target, image = heavy_tailed_responses(50, 4)
+    first = torch.tensor([[True, False, False, False]]).expand(50, 4)
+    assert torch.allclose(region_reward(target, image, first), region_reward(target, image, first, "ratio"))
+
+
+def test_the_setting_reaches_the_term():
+    signals = replace(batch(), entropy=torch.zeros(6, 4))
+    terms = {p: RegionMethod(pooling=p, entropy_fraction=1.0).credit(signals).terms[0].value for p in POOLINGS}
+    # row 0: x of its tokens is 1, 2 and 0.83
+    assert float(terms["ratio"][0]) == pytest.approx((0 + 0.6 + ((25 / 36) - 1) / ((25 / 36) + 1)) / 3, abs=1e-6)
+    assert float(terms["attention"][0]) != pytest.approx(float(terms["ratio"][0]), abs=1e-3)
+
+
 # ----------------------------------------------------------------------------------------------------------- the method
 
 
@@ -273,7 +333,7 @@ def test_metrics_by_hand():
     def r(x: float) -> float:
         return (x * x - 1) / (x * x + 1)
 
-    all_tokens = (1 + r((0.31 / 3 / 2) / (1.2 / 3 / 10))) / 2
+    of_row_0 = (0.5 + 0.8 + (1 + r(0.025 / 0.03)) / 2) / 3  # R_a of its tokens one by one
     assert metrics == pytest.approx(
         {
             "rows_with_region_share": 2 / 5,  # of the five rows that are not padding
@@ -281,7 +341,9 @@ def test_metrics_by_hand():
             "region_reward/mean": 0.3,
             "region_reward/std": 0.3,
             "target_attention/mean": (0.8 + 0.5) / 2,
-            "target_attention_all_tokens/mean": (all_tokens + 0.5) / 2,
+            "token_target_attention/mean": (0.8 + 0.5) / 2,
+            "token_target_attention_all/mean": (of_row_0 + 0.5) / 2,
+            "selected_tokens/mean": 1.0,
             "image_mass/mean": (0.4 + 0.65) / 2,
             "region_mass/mean": (0.31 / 3 + 0.1625) / 2,
         },
@@ -306,7 +368,7 @@ def test_the_request_follows_the_settings():
 
 def test_defaults_are_the_papers():
     paper = {"weight": 1.0, "entropy_fraction": 0.3, "layers": (-1,)}
-    assert vars(RegionMethod()) == {**paper, "coverage": 0.5, "per_token": False}
+    assert vars(RegionMethod()) == {**paper, "pooling": "attention", "coverage": 0.5, "per_token": False}
 
 
 @pytest.mark.parametrize(
@@ -315,7 +377,7 @@ def test_defaults_are_the_papers():
         ("weight", -0.1), ("weight", NAN), ("weight", float("inf")),
         ("entropy_fraction", 0.0), ("entropy_fraction", 1.01), ("entropy_fraction", NAN), ("entropy_fraction", -1.0),
         ("layers", ()), ("layers", (3, 3)),
-        ("coverage", 0.0), ("coverage", 1.5), ("coverage", NAN),
+        ("coverage", 0.0), ("coverage", 1.5), ("coverage", NAN), ("pooling", "mean"), ("pooling", ""),
     ],
 )  # fmt: skip
 def test_a_setting_out_of_range_is_refused_by_its_key(key, value):

@@ -249,7 +249,7 @@ def test_figure_of_grpo_has_the_common_panels_and_says_not_measured(tmp_path, mo
 @pytest.mark.parametrize(
     ("estimator", "own"),
     {
-        "attn_region": {"Region reward $r_v$", "Target attention $R_a$"},
+        "attn_region": {"Region reward $r_v$", "Target attention $R_a$", "$R_a$ of single tokens"},
         "attn_dual": {
             "Visual score $S$",
             "Late to early score",

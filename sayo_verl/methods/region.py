@@ -26,6 +26,16 @@ Departures from the released code (Cratileo/Sayo), which
  - leaves out the response's last token, which decoding never feeds back: the log-prob pass has its row, so it counts.
 Its formula is unchanged and agrees with it on recorded inputs (tests/test_region.py).
 
+The paper's r_v grows with the number of pooled tokens, although nobody looks differently. It is the logarithm of a
+ratio of means. Attention is heavy-tailed, and a mean over more tokens holds its large values more often. So the length
+of a response and ``entropy_fraction`` move the reward. ``pooling="ratio"`` (ours) takes the ratio of each token first:
+
+    r_v = mean over Q of tanh(log((a(t) + eps) / (v(t) + eps)))         in (-1, 1)
+
+A mean of Q tokens drawn at random from a response has the mean over the whole response as its expectation, whatever the
+size of Q. ``tests/test_region.py`` shows both. For the same reason R_a over Q cannot be compared with R_a over all
+tokens: the metrics that compare them are means of the tokens' own R_a.
+
 ``per_token`` is an extension of ours, after the motivating equation 4, which the paper does not train with: no reward
 term, but a factor 1 + weight * tanh(log(a(t) / v(t))) on the advantage of each token of Q, 1 on all other tokens.
 
@@ -41,6 +51,7 @@ from sayo_verl.methods.signals import Needs, Signals
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 
 EPS = 1e-8  # eps of equations 3 and 7, from the released code
+POOLINGS = ("attention", "ratio")
 
 
 def select_tokens(entropy: torch.Tensor, response_mask: torch.Tensor, fraction: float) -> torch.Tensor:
@@ -66,17 +77,22 @@ def select_tokens(entropy: torch.Tensor, response_mask: torch.Tensor, fraction: 
     return (rank < k_B[:, None]) & valid
 
 
-def region_reward(target_mean: torch.Tensor, image_mean: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+def region_reward(
+    target_mean: torch.Tensor, image_mean: torch.Tensor, selected: torch.Tensor, pooling: str = "attention"
+) -> torch.Tensor:
     """r_v of equations 5 to 7.
 
     Args:
         target_mean: [B, T] a(t), attention per target visual token, averaged over heads, in [0, 1].
         image_mean: [B, T] v(t), the same per visual token of the image.
         selected: bool [B, T], the tokens Q.
+        pooling: ``attention``: the ratio of means (the paper's); ``ratio``: the mean of the tokens' ratios (ours).
 
     Returns:
         [B] in (-1, 1); 0 for a row with nothing selected.
     """
+    if pooling == "ratio":
+        return masked_mean(token_ratio(target_mean, image_mean), selected)
     a_B, v_B = masked_mean(target_mean, selected), masked_mean(image_mean, selected)
     return torch.tanh(torch.log((a_B + EPS) / (v_B + EPS)))
 
@@ -101,6 +117,8 @@ class RegionMethod:
             1, "all tokens").
         layers: decoder layers to average over (paper and released code: the last).
         coverage: share of a cell that a box must cover, see ``sayo_verl.vision.masks`` (ours: 0.5).
+        pooling: of the tokens Q, ``attention`` (paper) or ``ratio`` (ours: its expectation does not depend on their
+            number).
         per_token: the extension above instead of the paper's reward (ours: false).
     """
 
@@ -108,6 +126,7 @@ class RegionMethod:
     entropy_fraction: float = 0.3
     layers: tuple[int, ...] = (-1,)
     coverage: float = 0.5
+    pooling: str = "attention"
     per_token: bool = False
     name = "attn_region"
 
@@ -119,6 +138,7 @@ class RegionMethod:
             "entropy_fraction": (0 < self.entropy_fraction <= 1, "a number in (0, 1]"),
             "layers": distinct_layers(self.layers),
             "coverage": (0 < self.coverage <= 1, "a number in (0, 1]"),
+            "pooling": (self.pooling in POOLINGS, " or ".join(POOLINGS)),
         })  # fmt: skip
 
     @property
@@ -145,7 +165,8 @@ class RegionMethod:
         target = region_mass / signals.region_tokens.clamp(min=1)[:, None]
         image = image_mass / signals.image_tokens.clamp(min=1)[:, None]
         selected = select_tokens(signals.entropy, mask, self.entropy_fraction)
-        r_v = region_reward(target, image, selected)
+        r_v = region_reward(target, image, selected, self.pooling)
+        of_token = 0.5 * (1.0 + token_ratio(target, image))  # R_a of single tokens
 
         real = ~signals.is_padding
         metrics = {
@@ -157,7 +178,9 @@ class RegionMethod:
                 "region_reward/mean": float(r_v[valid].mean()),
                 "region_reward/std": float(r_v[valid].std(correction=0)),
                 "target_attention/mean": float(target_attention(target, image, selected)[valid].mean()),
-                "target_attention_all_tokens/mean": float(target_attention(target, image, mask)[valid].mean()),
+                "token_target_attention/mean": float(masked_mean(of_token, selected)[valid].mean()),
+                "token_target_attention_all/mean": float(masked_mean(of_token, mask)[valid].mean()),
+                "selected_tokens/mean": float(selected.sum(-1)[valid].float().mean()),
                 "image_mass/mean": float(masked_mean(image_mass, mask)[valid].mean()),
                 "region_mass/mean": float(masked_mean(region_mass, mask)[valid].mean()),
             }

@@ -112,12 +112,17 @@ REGION = Section(
             Metric("sayo/region_reward/mean", "region reward r_v", live="r_v"),
         ), guide=NO_PREFERENCE),
         Panel("Target attention $R_a$", "mean, from 0 to 1", (
-            Metric("sayo/target_attention/mean", "target attention R_a, high-entropy tokens",
-                   line="high-entropy tokens", live="R_a"),
-            Metric("sayo/target_attention_all_tokens/mean", "target attention R_a, all tokens", line="all tokens"),
+            Metric("sayo/target_attention/mean", "target attention R_a, high-entropy tokens", live="R_a"),
+        ), guide=(0.5, "no preference")),
+        # A mean over more tokens raises R_a, so tokens are compared one by one.
+        Panel("$R_a$ of single tokens", "mean over tokens", (
+            Metric("sayo/token_target_attention/mean", "R_a of single tokens, high-entropy tokens",
+                   line="high-entropy tokens"),
+            Metric("sayo/token_target_attention_all/mean", "R_a of single tokens, all tokens", line="all tokens"),
         ), guide=(0.5, "no preference")),
     ),
     rows=(
+        Metric("sayo/selected_tokens/mean", "high-entropy tokens per response", 1),
         Metric("sayo/image_mass/mean", "attention mass on the image"),
         Metric("sayo/region_token_weight/mean", "token weight in rows with a region, mean"),
         Metric("sayo/rows_with_region_share", "share of rows with a region"),

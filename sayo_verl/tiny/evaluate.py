@@ -54,9 +54,10 @@ def evaluate(
     Returns:
         ``rows``, ``samples_per_row``, and per measure ``{"mean", "se"}``, where a row counts as its samples' mean:
         ``accuracy``, ``format``, ``response_tokens`` (end token included), ``entropy`` (nats, mean over tokens),
-        ``target_attention`` (R_a in (0, 1) over the selected tokens), ``target_attention_all_tokens``,
-        ``distractor_attention``, ``distractor_attention_all_tokens``, ``image_mass`` and ``target_mass`` (attention on
-        all visual tokens and on the target's, mean over the response), ``named_first`` and ``named`` (1 when the
+        ``target_attention`` (R_a in (0, 1) over the selected tokens) and ``distractor_attention``,
+        ``token_target_attention`` and ``token_target_attention_all`` (R_a of single tokens, mean over the selected and
+        over all tokens: these two can be compared), ``image_mass`` and ``target_mass`` (attention on all visual tokens
+        and on the target's, mean over the response), ``named_first`` and ``named`` (1 when the
         response's reasoning opens with, or contains, the word that names the target), ``box_tokens`` (visual tokens
         per target box).
     """
@@ -112,7 +113,7 @@ def measure_batch(
             region_mask(info[key][0], tiles, where=f"row {b}, {key}") for key in ("target_boxes", "distractor_boxes")
         )
         selected = select_tokens(entropy_T)
-        everything = np.arange(n)
+        of_token_T = np.array([region_attention(visual_TV[t : t + 1], target_V) for t in range(n)])
         score = compute_score(row["data_source"], text, row["reward_model"]["ground_truth"], info)
         thought = text.partition("</think>")[0].removeprefix("<think>").split()
         measured.append(
@@ -122,9 +123,9 @@ def measure_batch(
                 "response_tokens": float(n),
                 "entropy": float(entropy_T.mean()),
                 "target_attention": region_attention(visual_TV[selected], target_V),
-                "target_attention_all_tokens": region_attention(visual_TV[everything], target_V),
+                "token_target_attention": float(of_token_T[selected].mean()),
+                "token_target_attention_all": float(of_token_T.mean()),
                 "distractor_attention": region_attention(visual_TV[selected], distractor_V),
-                "distractor_attention_all_tokens": region_attention(visual_TV[everything], distractor_V),
                 "image_mass": float(visual_TV.sum(1).mean()),
                 "target_mass": float(visual_TV[:, target_V].sum(1).mean()),
                 "named_first": float(thought[:1] == [info["key_word"]]),
