@@ -15,7 +15,7 @@ from invented_signals import invent, take
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import AnchorMethod
 from sayo_verl.methods.anchor import cluster_weights, connectivity, edges
-from sayo_verl.partition import adjacency
+from sayo_verl.partition import MAX_TOKENS, adjacency
 from sayo_verl.probe.neighbours import top_neighbours
 from sayo_verl.probe.statistics import Statistic
 
@@ -176,6 +176,31 @@ def test_short_responses_are_not_cut():
     credit = method.credit(signals)
     assert (credit.token_weight == 1).all()
     assert credit.metrics["anchor_uncut_rows"] > 0
+
+
+def test_responses_longer_than_metis_takes_are_left_uncut_and_counted():
+    method, _, short = planted()
+    T, n = MAX_TOKENS + 1, short.response_mask.shape[1]
+
+    def two_rows(values):
+        """The short response, padded, and one of T tokens that are all like its first."""
+        padded = torch.full((1, T, *values.shape[2:]), NAN)
+        padded[:, :n] = values
+        return torch.cat([padded, values[:, :1].expand(1, T, *values.shape[2:])])
+
+    mask = torch.ones(2, T, dtype=torch.long)
+    mask[0, n:] = 0
+    both = dataclasses.replace(
+        short, response_mask=mask, entropy=two_rows(short.entropy), log_probs=two_rows(short.log_probs),
+        image_tokens=short.image_tokens.expand(2), region_tokens=short.region_tokens.expand(2),
+        is_padding=torch.tensor([False, False]), uid=("a", "a"),
+        statistics={s: two_rows(values) for s, values in short.statistics.items()},
+    )  # fmt: skip
+    credit = method.credit(both)
+    assert (credit.token_weight[1] == 1).all()
+    assert torch.equal(credit.token_weight[0, :n], method.credit(short).token_weight[0])
+    assert credit.metrics["anchor_uncut_rows"] == 1
+    assert credit.metrics["partition_failed_rows"] == 0
 
 
 @pytest.mark.parametrize(("n", "parts"), [(4, 2), (24, 2), (72, 3), (400, 8)])

@@ -25,7 +25,8 @@ paper's control, and the one claim of it that needs no hidden formula. These wei
 and need neither profiles nor METIS.
 
 Assumes: attention of the rollout policy, without gradient, at the row where y_t is the input. A response of fewer than
-2K tokens is not cut and has weight 1, as has one whose partition failed; more than 1 % of failures stop the run.
+2K tokens, or of more than 32,768 (METIS adds edge weights in 32 bits), is not cut and has weight 1; it is counted in
+``anchor_uncut_rows``. A response whose partition failed has weight 1, too; more than 1 % of failures stop the run.
 
 Shape suffixes: B rows, T response tokens, n tokens of one response, m neighbours, K parts.
 """
@@ -190,7 +191,7 @@ class AnchorMethod:
             SayoError: A03 for a neighbour that is no token, A15 without METIS, A16 when METIS failed on more than 1 %
                 of the responses that were to be cut.
         """
-        from sayo_verl.partition import partition_graphs
+        from sayo_verl.partition import MAX_TOKENS, partition_graphs
 
         index = signals[self._statistic("neighbour_index")]
         similarity = signals[self._statistic("neighbour_similarity")]
@@ -201,7 +202,7 @@ class AnchorMethod:
             place_n = tokens[b].nonzero().flatten()
             n = place_n.numel()
             parts = self.parts or min(max(round(n / TOKENS_PER_PART), 2), MOST_PARTS)
-            if n < 2 * parts:
+            if n < 2 * parts or n > MAX_TOKENS:
                 continue
             # tokens may have been taken out of the mask since the probe counted them
             number_T = torch.full((tokens.shape[1] + 1,), -1, device=tokens.device)
