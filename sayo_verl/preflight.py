@@ -18,6 +18,7 @@ from sayo_verl.methods import METHODS, Method, Mix
 from sayo_verl.model_check import check_model, sequence_parallel
 from sayo_verl.resources import check_batch_sizes, check_ray_cpus
 from sayo_verl.settings import settings_from_config
+from sayo_verl.training_check import check_training
 
 Plan = list[tuple[str, str]]
 
@@ -36,6 +37,7 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
         SayoError: for the first mistake found.
     """
     method = check_estimator(config)
+    check_training(config, method)
     if method is not None:
         check_settings(config, method)
         check_packages(method)
@@ -99,8 +101,6 @@ def check_settings(config: DictConfig, method: Method) -> None:
     attention = str(OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation",
                                      default="flash_attention_2"))  # fmt: skip
     rules: list[tuple[str, bool, str, str, object, str]] = [
-        ("L04", not config.trainer.use_v1, "attention methods need verl's V1 trainer",
-         "trainer.use_v1", config.trainer.use_v1, "set trainer.use_v1=True"),
         ("L05", config.trainer.v1.trainer_mode not in ("sync", "sayo_sync"), "only the synchronous trainer is known",
          "trainer.v1.trainer_mode", config.trainer.v1.trainer_mode, "set trainer.v1.trainer_mode=sync"),
         ("L06", bool(correction.get("bypass_mode", False)),

@@ -159,7 +159,6 @@ def test_grpo_passes_the_same_files_without_boxes(make, tmp_path):
 @pytest.mark.parametrize(
     "values",
     [
-        {"trainer.use_v1": False},
         {"trainer.v1.trainer_mode": "colocate_async"},
         {"algorithm.rollout_correction.bypass_mode": True},
         {"algorithm.use_pf_ppo": True},
@@ -256,7 +255,6 @@ def test_no_settings_are_the_defaults_and_whole_numbers_are_numbers():
 # ------------------------------------------------------------------------------------ settings of verl: L04 to L13, L20
 
 SETTINGS = [
-    ("L04", {"trainer.use_v1": False}, "trainer.use_v1"),
     ("L05", {"trainer.v1.trainer_mode": "colocate_async"}, "trainer.v1.trainer_mode"),
     ("L05", {"trainer.v1.trainer_mode": "separate_async"}, "trainer.v1.trainer_mode"),
     ("L06", {"algorithm.rollout_correction.bypass_mode": True}, "algorithm.rollout_correction.bypass_mode"),

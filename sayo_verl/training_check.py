@@ -1,0 +1,64 @@
+"""Checks of verl's own training settings: the trainer, the policy loss and the critic, for every estimator.
+
+verl reads these settings when it first trains, after models are loaded and rollouts are made. Which of its losses keep
+a method's token weights is shown by ``tests/test_training_check.py``, loss by loss.
+"""
+
+from omegaconf import DictConfig, OmegaConf
+
+from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.methods import Method
+
+LOSS_MODE = "actor_rollout_ref.actor.policy_loss.loss_mode"
+LOSS_AGG_MODE = "actor_rollout_ref.actor.loss_agg_mode"
+DRO_BETA = "actor_rollout_ref.actor.policy_loss.dro_beta"
+# verl checks this in ActorConfig.__post_init__, from a list that it does not name
+LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+# Losses that average the advantages of a response over its tokens, so that weights of mean one cancel.
+AVERAGE_OVER_TOKENS = ("geo_mean",)
+# The loss of bypass mode, in which there is no log-prob pass to measure attention in.
+NEEDS_BYPASS = ("bypass_mode",)
+
+
+def check_training(config: DictConfig, method: Method | None) -> None:
+    """Refuse settings with which verl would stop after the first rollout, or undo what a method does.
+
+    Args:
+        config: the composed configuration.
+        method: the run's method; None for an estimator of verl's own.
+
+    Raises:
+        SayoError: L04 for the old trainer, L37 for a loss that does not exist, L38 for a loss without the setting that
+            it needs, L39 for a loss that cancels the method's token weights or takes no log-prob pass, L49 for ``gae``
+            without a critic.
+    """
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+    if not config.trainer.use_v1:
+        raise SayoError("L04", "sayo_verl.main_ppo runs verl's V1 trainer only", where="trainer.use_v1", got=False,
+                        fix="set trainer.use_v1=True, or launch verl.trainer.main_ppo for the old one")  # fmt: skip
+    for key, known in ((LOSS_MODE, tuple(POLICY_LOSS_REGISTRY)), (LOSS_AGG_MODE, LOSS_AGG_MODES)):
+        name = str(OmegaConf.select(config, key))
+        if name not in known:
+            raise SayoError("L37", f"verl has no such loss setting{did_you_mean(name, known)}", where=key, got=name,
+                            wanted=", ".join(known), fix="correct the name")  # fmt: skip
+    loss, beta = str(OmegaConf.select(config, LOSS_MODE)), OmegaConf.select(config, DRO_BETA)
+    if loss == "dro" and not (isinstance(beta, int | float) and beta > 0):
+        raise SayoError("L38", "the loss dro needs its beta", where=DRO_BETA, got=beta, wanted="a positive number",
+                        fix=f"set {DRO_BETA}")  # fmt: skip
+    if method is not None and loss in NEEDS_BYPASS:
+        raise SayoError("L39", "this loss is for bypass mode, in which no log-prob pass measures attention",
+                        where=LOSS_MODE, got=loss, fix=f"set {LOSS_MODE}=vanilla")  # fmt: skip
+    if method is not None and "token" in method.gives and loss in AVERAGE_OVER_TOKENS:
+        raise SayoError(
+            "L39",
+            f"this loss averages advantages over the tokens of a response, which cancels the token weights of "
+            f"{method.name}",
+            where=LOSS_MODE,
+            got=loss,
+            wanted=", ".join(name for name in POLICY_LOSS_REGISTRY if name not in AVERAGE_OVER_TOKENS + NEEDS_BYPASS),
+            fix=f"set {LOSS_MODE}=vanilla, or choose a method that gives a reward or trajectory weights",
+        )
+    if config.algorithm.adv_estimator == "gae" and config.critic.enable is False:
+        raise SayoError("L49", "gae needs a critic", where="critic.enable", got=False, wanted="null or true",
+                        fix="leave critic.enable out")  # fmt: skip
