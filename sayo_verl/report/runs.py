@@ -1,5 +1,8 @@
 """Run folders: metrics.jsonl (verl's file logger), run.json (written by the launcher) and train.log (its output).
 
+A resumed run has a second metrics file beside the first, since verl's file logger empties the one it opens: metrics-2.jsonl
+with run-2.json from our scripts, any other metrics*.jsonl by hand. All of a folder are one run.
+
 verl writes one JSON object per step, ``{"step": n, "data": {name: value}}``, through orjson, which turns NaN and
 infinities into ``null``; here both come back as NaN. A metric is a list of (step, value) pairs.
 """
@@ -10,12 +13,14 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sayo_verl.errors import SayoError
 
 METRICS_FILE, LOG_FILE, RUN_FILE = "metrics.jsonl", "train.log", "run.json"
+METRICS_GLOB = "metrics*.jsonl"
 UNKNOWN, NOT_MEASURED = "unknown", "not measured"
 
 # verl: val-core/<data source>/acc/mean@<responses per prompt>; the data source may itself hold slashes.
@@ -105,36 +110,37 @@ def parse_metrics_line(line: bytes, where: str) -> tuple[int, dict[str, float], 
 def load_run(path: Path | str) -> Run:
     """Read a run folder.
 
-    A last line cut short by a kill is ignored; when a step comes back to an earlier number (a resumed run), the later
-    lines win and the abandoned steps of the earlier attempt are dropped. Both are said in ``notes``.
+    All metrics*.jsonl of the folder are read as one run, in the order in which their attempts started: by the time in
+    their run cards where each has one, else by their first step, then by name. A last line cut short by a kill is
+    ignored; when a step comes back to an earlier number (a resumed run), the later lines win and the abandoned steps of
+    the earlier attempt are dropped. All of it is said in ``notes``.
 
     Raises:
-        SayoError: R01 for a broken line (file:line), R02 if metrics.jsonl cannot be read, R03 if it holds no step,
-            R04 if run.json is damaged.
+        SayoError: R01 for a broken line (file:line), R02 if no metrics file can be read, R03 if they hold no step,
+            R04 if a run card is damaged.
     """
     path = Path(path)
-    file = path / METRICS_FILE
-    try:
-        *lines, tail = file.read_bytes().split(b"\n")
-    except OSError as error:
+    # Without any, the usual name is opened, for the error of the system.
+    attempts = [_read_attempt(file) for file in sorted(path.glob(METRICS_GLOB)) or [path / METRICS_FILE]]
+    attempts = [a for a in attempts if a.records] or attempts[:1]
+    if not attempts[0].records:
         raise SayoError(
-            "R02",
-            "the metrics of this run cannot be read",
-            where=str(file),
-            got=error.strerror,
-            fix=f"name a run folder that holds {METRICS_FILE}; a run writes it with its first step",
-        ) from error
-    launch, notes = _load_launch(path / RUN_FILE)
-    records = [parse_metrics_line(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if tail.strip():
-        try:
-            records.append(parse_metrics_line(tail, str(file)))
-        except SayoError:
-            notes.append(f"line {len(lines) + 1} of {METRICS_FILE} is cut short (stopped while writing): ignored")
-    if not records:
-        raise SayoError(
-            "R03", "no data: not one step was logged", where=str(file), fix=f"look at {path / LOG_FILE} for the reason"
+            "R03",
+            "no data: not one step was logged",
+            where=str(attempts[0].file),
+            fix=f"look at {path / LOG_FILE} for the reason",
         )
+    attempts = _in_order(attempts)
+    notes = [note for attempt in attempts for note in attempt.notes]
+    if len(attempts) > 1:
+        notes.insert(0, f"a resumed run, read from {', '.join(attempt.file.name for attempt in attempts)} in this order")
+    launch = attempts[-1].launch
+    if attempts[0].launch["started"] != UNKNOWN:
+        launch["started"] = attempts[0].launch["started"]
+    for name in ("estimator", "versions"):
+        if any(attempt.launch[name] != launch[name] for attempt in attempts if attempt.has_card):
+            notes.append(f"{name} changed between the attempts: the last is shown")
+    records = [record for attempt in attempts for record in attempt.records]
     by_step, resume_notes = _merge([(step, values) for step, values, _ in records])
     skipped = Counter(name for _, _, names in records for name in names)
     notes += resume_notes
@@ -147,6 +153,56 @@ def load_run(path: Path | str) -> Run:
         if missing := nan_count(pairs):
             notes.append(f"{name}: {missing}")
     return Run(path=path, steps=sorted(by_step), series=series, notes=notes, **launch)
+
+
+def run_card(metrics: Path) -> Path:
+    """The launcher's record of the attempt that writes ``metrics``: run-2.json for metrics-2.jsonl."""
+    stem = metrics.stem.removeprefix("metrics") if metrics.stem.startswith("metrics") else f"-{metrics.stem}"
+    return metrics.with_name(f"run{stem}.json")
+
+
+@dataclass
+class _Attempt:
+    """One metrics file and its run card. ``launch`` holds the fields of Run that come from the card."""
+
+    file: Path
+    records: list[tuple[int, dict[str, float], list[str]]]
+    launch: dict[str, Any]
+    has_card: bool
+    notes: list[str]
+
+
+def _read_attempt(file: Path) -> _Attempt:
+    try:
+        *lines, tail = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise SayoError(
+            "R02",
+            "the metrics of this run cannot be read",
+            where=str(file),
+            got=error.strerror,
+            fix=f"name a run folder that holds {METRICS_FILE}; a run writes it with its first step",
+        ) from error
+    card = run_card(file)
+    launch, notes = _load_launch(card)
+    records = [parse_metrics_line(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if tail.strip():
+        try:
+            records.append(parse_metrics_line(tail, str(file)))
+        except SayoError:
+            notes.append(f"line {len(lines) + 1} of {file.name} is cut short (stopped while writing): ignored")
+    return _Attempt(file, records, launch, card.exists(), notes)
+
+
+def _in_order(attempts: list[_Attempt]) -> list[_Attempt]:
+    """By start. First steps alone cannot tell an attempt that went further back than the one before it."""
+    try:
+        return sorted(attempts, key=lambda a: datetime.fromisoformat(a.launch["started"]))
+    except (ValueError, TypeError):  # no time, or one without its zone beside one with
+        numbers = re.compile(r"(\d+)")
+        by_name = sorted(attempts, key=lambda a: [(len(x), x) if x.isdigit() else (0, x)
+                                                  for x in numbers.split(a.file.stem)])  # fmt: skip
+        return sorted(by_name, key=lambda a: a.records[0][0])
 
 
 def nan_count(series: Series) -> str:
@@ -181,7 +237,7 @@ def _load_launch(file: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         record = json.loads(file.read_bytes())
     except FileNotFoundError:
-        notes.append(f"no {RUN_FILE}: run id, estimator and versions are unknown")
+        notes.append(f"no {file.name}: run id, estimator and versions are unknown")
     except ValueError as error:
         raise _damaged(file, error) from error
     if not isinstance(record, dict):
