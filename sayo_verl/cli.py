@@ -122,6 +122,8 @@ def _report(args: argparse.Namespace) -> int:
         console.print(f"curves   {plot_run(run, path / 'curves.png')}", soft_wrap=True, highlight=False)
         for file in sorted(path.glob(METRICS_GLOB)):
             console.print(f"metrics  {file}", soft_wrap=True, highlight=False)
+        for note in run.notes:
+            console.print(f"note     {note}", soft_wrap=True, highlight=False, markup=False)
     if len(runs) > 1:
         console.print(f"compared {plot_runs(runs, args.out)}", soft_wrap=True, highlight=False)
     return 0

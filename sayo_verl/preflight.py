@@ -64,7 +64,7 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
         ("length", f"{config.trainer.total_training_steps or '-'} steps, {config.trainer.total_epochs} epochs"),
         ("resumes", resumed),
         ("checkpoints", describe_checkpoints(config)),
-        ("metrics", str(metrics_file(config) or 'no file: trainer.logger has no "file", sayo report has nothing to read')),
+        ("metrics", str(metrics_file(config) or 'no file, nothing for sayo report: trainer.logger has no "file"')),
     ]  # fmt: skip
     return plan
 

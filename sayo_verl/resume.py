@@ -156,7 +156,7 @@ def _tracked(folder: Path, config: DictConfig) -> Path | None:
 
 def _no_start(config: DictConfig, tracker: Path, what: str, got: str) -> SayoError:
     return SayoError(
-        "L44", what, where=str(tracker), got=got, wanted=f"the number of a whole checkpoint ({_whole(config, tracker)})",
+        "L44", what, where=str(tracker), got=got, wanted=f"the step of a whole checkpoint ({_whole(config, tracker)})",
         fix=f"write such a number into it (echo -n <n> > {tracker}); where there is none, begin a new run in a new "
             "output folder (OUT=...)",
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Run folders: metrics.jsonl (verl's file logger), run.json (written by the launcher) and train.log (its output).
 
-A resumed run has a second metrics file beside the first, since verl's file logger empties the one it opens: metrics-2.jsonl
-with run-2.json from our scripts, any other metrics*.jsonl by hand. All of a folder are one run.
+A resumed run has a second metrics file beside the first, since verl's file logger empties the one it opens:
+metrics-2.jsonl with run-2.json from our scripts, any other metrics*.jsonl by hand. All of a folder are one run.
 
 verl writes one JSON object per step, ``{"step": n, "data": {name: value}}``, through orjson, which turns NaN and
 infinities into ``null``; here both come back as NaN. A metric is a list of (step, value) pairs.
@@ -133,7 +133,7 @@ def load_run(path: Path | str) -> Run:
     attempts = _in_order(attempts)
     notes = [note for attempt in attempts for note in attempt.notes]
     if len(attempts) > 1:
-        notes.insert(0, f"a resumed run, read from {', '.join(attempt.file.name for attempt in attempts)} in this order")
+        notes.insert(0, f"one run in several attempts, in this order: {', '.join(a.file.name for a in attempts)}")
     launch = attempts[-1].launch
     if attempts[0].launch["started"] != UNKNOWN:
         launch["started"] = attempts[0].launch["started"]

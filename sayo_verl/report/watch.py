@@ -52,8 +52,8 @@ def run_and_watch(
 
     Args:
         command: program and arguments.
-        run_dir: folder of the run; made if absent. What earlier attempts left there is not shown again. The metrics file
-            is VERL_FILE_LOGGER_PATH of ``env``, or metrics.jsonl in this folder.
+        run_dir: folder of the run; made if absent. What earlier attempts left there is not shown again. Metrics
+            are read from VERL_FILE_LOGGER_PATH of ``env``, or from metrics.jsonl in this folder.
         total_steps: training steps the command will take.
         env: its whole environment (default: ours). PYTHONUNBUFFERED=1 is added, or phases would show late.
         pace, console: as for :func:`watch`, as is the exit code that is returned.
