@@ -112,7 +112,7 @@ def _report(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from sayo_verl.report.curves import plot_run, plot_runs
-    from sayo_verl.report.runs import METRICS_GLOB, load_run
+    from sayo_verl.report.runs import load_run
     from sayo_verl.report.table import first_last_table
 
     runs = {path.name: load_run(path) for path in args.runs}
@@ -120,7 +120,7 @@ def _report(args: argparse.Namespace) -> int:
     for path, run in zip(args.runs, runs.values(), strict=True):
         console.print(first_last_table(run, k=args.window))
         console.print(f"curves   {plot_run(run, path / 'curves.png')}", soft_wrap=True, highlight=False)
-        for file in sorted(path.glob(METRICS_GLOB)):
+        for file in run.files:
             console.print(f"metrics  {file}", soft_wrap=True, highlight=False)
         for note in run.notes:
             console.print(f"note     {note}", soft_wrap=True, highlight=False, markup=False)

@@ -29,7 +29,8 @@ from sayo_verl.methods import METHODS
 from sayo_verl.report import catalogue as c
 from sayo_verl.report import runs as r
 from sayo_verl.report.curves import plot_run, plot_runs, running_mean
-from sayo_verl.report.runs import Follower, Run, clean_log_line, load_run, why_it_failed
+from sayo_verl.report.log import PHASES, Follower, clean_log_line, why_it_failed
+from sayo_verl.report.runs import Run, load_run
 from sayo_verl.report.table import first_last_markdown, first_last_table
 from sayo_verl.report.watch import Pace, duration, run_and_watch, watch
 from sayo_verl.trainer import mixin
@@ -576,7 +577,7 @@ def test_each_phase_is_known_by_a_line_that_verl_and_ray_can_print():
     files += ["single_controller/ray/base.py", "workers/rollout/vllm_rollout/vllm_async_server.py"]
     source = "".join((roots[0] / file).read_text() for file in files)
     source += (roots[1] / "_private/worker.py").read_text()
-    for pattern, phase in r.PHASES:
+    for pattern, phase in PHASES:
         for text in pattern.pattern.split("|"):
             literal = re.sub(r"\\?\['serve',", '["serve",', text).replace("\\", "").lstrip("^")
             literal = literal[literal.index("Initial") :] if "Initial" in literal else literal

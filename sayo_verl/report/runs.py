@@ -10,8 +10,7 @@ infinities into ``null``; here both come back as NaN. A metric is a list of (ste
 import json
 import math
 import re
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -41,6 +40,7 @@ class Run:
         overrides: the launcher's Hydra overrides, from run.json.
         steps: logged steps, ascending; 0 is verl's validation before training.
         series: metric name -> [(step, value)], ascending by step; NaN is kept.
+        files: the metrics files read, one per attempt, in the order of the attempts.
         notes: what a reader of the numbers should know (cut line, resume, NaN, missing run.json).
     """
 
@@ -53,6 +53,7 @@ class Run:
     overrides: list[str]
     steps: list[int]
     series: dict[str, Series]
+    files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def training(self, name: str) -> Series:
@@ -152,7 +153,8 @@ def load_run(path: Path | str) -> Run:
     for name, pairs in series.items():
         if missing := nan_count(pairs):
             notes.append(f"{name}: {missing}")
-    return Run(path=path, steps=sorted(by_step), series=series, notes=notes, **launch)
+    return Run(path=path, steps=sorted(by_step), series=series, files=[a.file for a in attempts],
+               notes=notes, **launch)  # fmt: skip
 
 
 def run_card(metrics: Path) -> Path:
@@ -254,88 +256,3 @@ def _damaged(file: Path, got: object) -> SayoError:
     return SayoError(
         "R04", "the launcher's record is damaged", where=str(file), got=got, fix="delete it: the run reads as 'unknown'"
     )
-
-
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-# Ray and vLLM put "(Name pid=12, ip=10.0.0.1) " before each line, nested where one runs within the other.
-_PREFIX = re.compile(r"^\s?(\((?:[^()]*\bpid=\d+[^()]*|raylet[^()]*|gcs_server[^()]*|autoscaler[^()]*)\)\s?)+")
-_REPEATED = re.compile(r"\s*\[repeated \d+x across cluster\].*$")
-_NOISE = re.compile(r"^[\s^~]*$|\d+%\|")  # blank, the carets under a traceback line, progress bars
-_ERROR = re.compile(r"SAYO-[A-Z][0-9][0-9]: .*")
-
-
-def clean_log_line(raw: bytes) -> str:
-    """A line of train.log without colours, Ray's prefix and repeat count, and what a carriage return overwrote."""
-    text = _ANSI.sub("", raw.decode("utf-8", errors="replace")).rstrip().rsplit("\r", 1)[-1]
-    return _REPEATED.sub("", _PREFIX.sub("", text))
-
-
-STARTING = "starting"
-# Lines that verl 0.9.1 and Ray print, in the order of a start, and what goes on from there. Some are logger.info, which
-# VERL_LOGGING_LEVEL can silence: then an earlier phase stays on the screen longer.
-PHASES: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"^ray init kwargs: "), "starting Ray"),
-    (re.compile(r"Started a local Ray instance|Connected to Ray cluster"), "starting the trainer"),
-    (re.compile(r"^Using dataset class: "), "reading the data"),
-    (re.compile(r"worker group kwargs: |^colocated worker base class "), "starting the workers"),
-    (re.compile(r"create worker group "), "loading the model"),
-    (re.compile(r"actor and ref model engine initialized"), "starting the reward workers"),
-    (re.compile(r"reward loop manager initialized|^\['serve',"), "starting the vLLM server"),
-    (re.compile(r"checkpoint engine manager initialized"), "looking for a checkpoint"),
-    (re.compile(r"all initialize finished, ready to fit"), "starting the agent loop"),
-    (re.compile(r"^Creating file logger at "), "validation before training, or the first rollout"),
-    (re.compile(r"^['\"]?\(?['\"]?Initial validation metrics: "), "first rollout"),
-)
-
-
-def phase_rank(line: str) -> int:
-    """Index in ``PHASES`` of the phase that a cleaned log line starts, -1 for any other line."""
-    return next((rank for rank, (pattern, _) in enumerate(PHASES) if pattern.search(line)), -1)
-
-
-def why_it_failed(log: Path, *, offset: int = 0, lines: int = 30) -> list[str]:
-    """The distinct SAYO-… errors of a log (at most three, the first first), else its last meaningful lines.
-
-    Args:
-        log: the train.log; it may be large, it is read line by line. Absent means an empty answer.
-        offset: byte at which this attempt's output starts.
-        lines: how many lines to show when the log names no SAYO error.
-    """
-    errors: dict[str, None] = {}
-    last: deque[str] = deque(maxlen=lines)
-    if log.exists():
-        for text in _lines_from(log, offset):
-            if match := _ERROR.search(text):
-                errors[match[0]] = None
-            if not _NOISE.search(text) and (not last or last[-1] != text):
-                last.append(text)
-    return list(errors)[:3] or list(last)
-
-
-def _lines_from(log: Path, offset: int) -> Iterator[str]:
-    with log.open("rb") as file:
-        file.seek(offset)
-        for raw in file:
-            yield clean_log_line(raw)
-
-
-class Follower:
-    """Reads what was appended to a file since the last look, in whole lines. The file may not exist yet."""
-
-    def __init__(self, path: Path, offset: int = 0) -> None:
-        self.path, self.offset = path, offset
-        self._rest = b""
-
-    def new_lines(self) -> list[bytes]:
-        """Whole new lines without their ends; a carriage return ends a line too (progress bars)."""
-        if not self.path.exists():
-            return []
-        if self.path.stat().st_size < self.offset:
-            # verl's file logger opens its file anew at every start, resumes included.
-            self.offset, self._rest = 0, b""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            new = file.read()
-        self.offset += len(new)
-        *lines, self._rest = re.split(rb"[\r\n]", self._rest + new)
-        return [line for line in lines if line.strip()]

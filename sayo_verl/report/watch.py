@@ -25,6 +25,7 @@ from rich.text import Text
 from sayo_verl.errors import SayoError
 from sayo_verl.report import runs as r
 from sayo_verl.report.catalogue import headlines
+from sayo_verl.report.log import PHASES, STARTING, Follower, clean_log_line, phase_rank, why_it_failed
 
 LOGGER_PATH = "VERL_FILE_LOGGER_PATH"
 _PACE_STEPS = 10  # recent steps the ETA is built on
@@ -101,7 +102,7 @@ def watch(
     Returns:
         The exit code of the process; 128 + n if signal n ended it, as shells count.
     """
-    metrics = r.Follower(metrics_file or Path(run_dir) / r.METRICS_FILE, metrics_offset)
+    metrics = Follower(metrics_file or Path(run_dir) / r.METRICS_FILE, metrics_offset)
     progress = _Progress(Path(run_dir), total_steps, pace or Pace(), log_offset, metrics)
     display = _Display(console or Console(), progress)
     with _signals_passed_to(process) as received, display.live or contextlib.nullcontext():
@@ -131,13 +132,13 @@ def watch(
 class _Progress:
     """What the files say about a run in flight."""
 
-    def __init__(self, run_dir: Path, total_steps: int, pace: Pace, log_offset: int, metrics: r.Follower) -> None:
+    def __init__(self, run_dir: Path, total_steps: int, pace: Pace, log_offset: int, metrics: Follower) -> None:
         self.log, self.total, self.pace = run_dir / r.LOG_FILE, total_steps, pace
-        self.phase, self.step, self.metrics = r.STARTING, 0, dict[str, float]()
+        self.phase, self.step, self.metrics = STARTING, 0, dict[str, float]()
         self._shown = headlines([])
         self._seen: set[str] = set()
         self.started = self.changed = self.step_began = time.monotonic()
-        self._log = r.Follower(self.log, log_offset)
+        self._log = Follower(self.log, log_offset)
         self._file = metrics
         self._rank = -1
         self._stall_told = self.started
@@ -149,7 +150,7 @@ class _Progress:
         events = []
         log_size = self._log.offset
         for raw in self._log.new_lines():
-            events += self._read_phase(r.clean_log_line(raw))
+            events += self._read_phase(clean_log_line(raw))
         records = self._file.new_lines()
         for raw in records:
             events += self._read_step(raw, now)
@@ -162,10 +163,10 @@ class _Progress:
         return events
 
     def _read_phase(self, line: str) -> list[tuple[str, str]]:
-        rank = r.phase_rank(line)
+        rank = phase_rank(line)
         if self.step or rank <= self._rank:  # only forward: lines of different processes may come out of order
             return []
-        self._rank, self.phase = rank, r.PHASES[rank][1]
+        self._rank, self.phase = rank, PHASES[rank][1]
         return [("phase", self.phase)]
 
     def _read_step(self, raw: bytes, now: float) -> list[tuple[str, str]]:
@@ -238,7 +239,7 @@ class _Display:
             self._say(f"stopped: {reached}, exit code {code}; log: {progress.log}", "yellow")
         else:
             self._say(f"the run failed: {reached}, exit code {code}", "bold red")
-            self._console.print(Text("\n".join(r.why_it_failed(progress.log, offset=log_offset))), soft_wrap=True)
+            self._console.print(Text("\n".join(why_it_failed(progress.log, offset=log_offset))), soft_wrap=True)
             self._say(f"log: {progress.log}")
 
     def _say(self, line: str, style: str = "") -> None:
