@@ -113,7 +113,7 @@ def how_to_resume(config: DictConfig) -> str | None:
     ])  # fmt: skip
     total = config.trainer.total_training_steps
     done = f" (all {total} steps are done: ask for more)" if total is not None and _step(start) >= int(total) else ""
-    return f"to resume after step {_step(start)}{done}: {command.strip()}"
+    return f"to resume after step {_step(start)}{done}: {command}"
 
 
 def _start(config: DictConfig, folder: Path) -> Path | None:

@@ -35,6 +35,6 @@ place_output() {
       "fix: choose a new output folder (OUT=...); to resume that run: RESUME=$OUT instead of OUT" >&2
     exit 2
   fi
-  SAYO_RESUME_COMMAND="RESUME=$(printf '%q' "$OUT") ${GIVEN}bash $(printf '%q ' "$ROOT/scripts/${0##*/}" "$@")"
+  SAYO_RESUME_COMMAND="RESUME=$(printf '%q' "$OUT") ${GIVEN}bash$(printf ' %q' "$ROOT/scripts/${0##*/}" "$@")"
   export SAYO_RESUME_COMMAND
 }

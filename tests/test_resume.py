@@ -291,7 +291,7 @@ def test_the_last_line_says_how_to_resume_what_can_be_resumed(make, tmp_path, mo
         f"to resume after step 2: the same command with trainer.default_local_dir={folder} trainer.resume_mode=auto "
         f"and VERL_FILE_LOGGER_PATH={tmp_path}/sayo-verl/<a new metrics*.jsonl>"
     )
-    monkeypatch.setenv("SAYO_RESUME_COMMAND", "RESUME=/out bash scripts/run_tiny.sh ")
+    monkeypatch.setenv("SAYO_RESUME_COMMAND", "RESUME=/out bash scripts/run_tiny.sh")
     (folder / TRACKER).write_text("12")
     assert how_to_resume(make()) == (
         "to resume after step 12 (all 12 steps are done: ask for more): RESUME=/out bash scripts/run_tiny.sh"

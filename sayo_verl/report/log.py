@@ -16,7 +16,8 @@ _PREFIX = re.compile(r"^\s?(\((?:[^()]*\bpid=\d+[^()]*|raylet[^()]*|gcs_server[^
 # vLLM before each line of a traceback of its engine.
 _LEVEL = re.compile(r"^ERROR \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]+\] ?")
 _REPEATED = re.compile(r"\s*\[repeated \d+x across cluster\].*$")
-_NOISE = re.compile(r"^[\s^~]*$|\d+%\|")  # blank, the carets under a traceback line, progress bars
+# Blank, the carets under a traceback line, progress bars; what Hydra and the launcher add below an error.
+_NOISE = re.compile(r"^[\s^~]*$|\d+%\||^Set the environment variable HYDRA_FULL_ERROR=1|^to resume after step ")
 _ERROR = re.compile(r"SAYO-[A-Z][0-9][0-9]: .*")
 
 
