@@ -1,6 +1,7 @@
 """What a run would overwrite or resume: each refusal with its case, and what passes."""
 
 import copy
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -296,3 +297,13 @@ def test_the_last_line_says_how_to_resume_what_can_be_resumed(make, tmp_path, mo
     assert how_to_resume(make()) == (
         "to resume after step 12 (all 12 steps are done: ask for more): RESUME=/out bash scripts/run_tiny.sh"
     )
+
+
+def test_a_resumed_run_keeps_the_run_card_of_the_first(make, tmp_path, monkeypatch):
+    from sayo_verl.main_ppo import write_run_card
+
+    for name, total in (("metrics.jsonl", 4), ("metrics-2.jsonl", 8)):
+        monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(tmp_path / name))
+        write_run_card(make(**{"trainer.total_training_steps": total}))
+    cards = [json.loads((tmp_path / name).read_text()) for name in ("run.json", "run-2.json")]
+    assert [card["total_steps"] for card in cards] == [4, 8]
