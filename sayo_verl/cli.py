@@ -120,7 +120,10 @@ def _report(args: argparse.Namespace) -> int:
     for path, run in zip(args.runs, runs.values(), strict=True):
         console.print(first_last_table(run, k=args.window))
         console.print(f"curves   {plot_run(run, path / 'curves.png')}", soft_wrap=True, highlight=False)
-        console.print(f"metrics  {path / 'metrics.jsonl'}", soft_wrap=True, highlight=False)
+        for file in run.files:
+            console.print(f"metrics  {file}", soft_wrap=True, highlight=False)
+        for note in run.notes:
+            console.print(f"note     {note}", soft_wrap=True, highlight=False, markup=False)
     if len(runs) > 1:
         console.print(f"compared {plot_runs(runs, args.out)}", soft_wrap=True, highlight=False)
     return 0

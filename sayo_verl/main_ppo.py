@@ -5,6 +5,7 @@ that raises when it fails, and selects verl's trainer with the attention mixin i
 such as ``grpo``, it selects nothing: verl's task runner, trainer and engine run as they are.
 """
 
+import atexit
 import json
 import os
 import sys
@@ -27,6 +28,8 @@ from sayo_verl.compat import RUN_TOKEN
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import METHODS, Mix
 from sayo_verl.preflight import preflight, show
+from sayo_verl.report.runs import run_card
+from sayo_verl.resume import how_to_resume
 from sayo_verl.settings import load_methods
 
 PLUGIN = "sayo_verl.plugin"
@@ -83,12 +86,13 @@ def select_method(config: DictConfig) -> bool:
 
 
 def write_run_card(config: DictConfig) -> None:
-    """run.json beside the metrics: what ran, with which versions."""
+    """run.json beside metrics.jsonl, run-2.json beside metrics-2.jsonl: what ran, with which versions."""
     metrics = os.environ.get("VERL_FILE_LOGGER_PATH")
     if not metrics:
         return
     folder = Path(metrics).parent
     folder.mkdir(parents=True, exist_ok=True)
+    card_file = run_card(Path(metrics))
     names = ("verl", "torch", "transformers", "vllm", "ray", "tensordict", "TransferQueue")
     card = {
         "run_id": folder.name,
@@ -98,7 +102,13 @@ def write_run_card(config: DictConfig) -> None:
         "versions": {"sayo-verl": __version__, **{name: version(name) for name in names}},
         "overrides": sys.argv[1:],
     }
-    (folder / "run.json").write_text(json.dumps(card, indent=1) + "\n")
+    card_file.write_text(json.dumps(card, indent=1) + "\n")
+
+
+def say_how_to_resume(config: DictConfig) -> None:
+    """Print, as the last line, how to go on with the last checkpoint; nothing if there is none."""
+    if line := how_to_resume(config):
+        print(line, flush=True)
 
 
 @hydra.main(config_path="config", config_name="sayo_trainer", version_base=None)
@@ -120,6 +130,7 @@ def main(config: DictConfig) -> None:
     ours = select_method(config)
     validate_config(config, need_reference_policy(config), need_critic(config))
     write_run_card(config)
+    atexit.register(say_how_to_resume, config)  # after the traceback of a run that failed
     run_ppo(config, task_runner_class=SayoTaskRunner if ours else TaskRunnerV1)
 
 

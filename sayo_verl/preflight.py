@@ -7,7 +7,6 @@ yet into entries of that plan instead of refusals, so that a job can be looked a
 import dataclasses
 import importlib.util
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.methods import METHODS, Method, Mix
 from sayo_verl.model_check import check_model, sequence_parallel
 from sayo_verl.resources import check_batch_sizes, check_ray_cpus
+from sayo_verl.resume import check_metrics, check_resume, describe_checkpoints, metrics_file
 from sayo_verl.settings import settings_from_config
 from sayo_verl.training_check import check_training
 
@@ -44,7 +44,8 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
         dataclasses.replace(method.needs().statistics, path=str(config.sayo.probe_path))  # P14
     check_batch_sizes(config)
     cpus = check_ray_cpus(config, dry_run=dry_run)
-    check_output(config)
+    check_metrics(config)
+    resumed = check_resume(config)
     plan: Plan = [
         ("estimator", f"{config.algorithm.adv_estimator}" + ("" if method else " (verl's own code, untouched)")),
         ("method", _describe(method) if method else "-"),
@@ -63,8 +64,9 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
                    f"{config.actor_rollout_ref.model.lora_rank or 'off'}"),
         ("machines", f"{config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {config.trainer.device}; {cpus}"),
         ("length", f"{config.trainer.total_training_steps or '-'} steps, {config.trainer.total_epochs} epochs"),
-        ("checkpoints", f"{config.trainer.default_local_dir}, every {config.trainer.save_freq} steps"),
-        ("metrics", os.environ.get("VERL_FILE_LOGGER_PATH", "VERL_FILE_LOGGER_PATH not set: verl chooses a file")),
+        ("resumes", resumed),
+        ("checkpoints", describe_checkpoints(config)),
+        ("metrics", str(metrics_file(config) or 'no file, nothing for sayo report: trainer.logger has no "file"')),
     ]  # fmt: skip
     return plan
 
@@ -145,33 +147,6 @@ def check_packages(method: Method) -> None:
         if importlib.util.find_spec(module) is None:
             raise SayoError("L28", f"{method.name} needs {module}, which is not installed",
                             where="algorithm.adv_estimator", got=f"no module {module}", fix=line)  # fmt: skip
-
-
-def check_output(config: DictConfig) -> None:
-    """Refuse an output folder that another run has used; nothing is overwritten.
-
-    Raises:
-        SayoError: L15 for existing metrics (verl's file logger truncates), L16 for checkpoints of another run.
-    """
-    metrics = os.environ.get("VERL_FILE_LOGGER_PATH")
-    if metrics and Path(metrics).exists() and Path(metrics).stat().st_size > 0:
-        raise SayoError(
-            "L15",
-            "the metrics file belongs to another run and would be overwritten",
-            where="VERL_FILE_LOGGER_PATH",
-            got=metrics,
-            fix="choose a new output folder (OUT=...), or a new metrics file when you resume",
-        )
-    folder = Path(str(config.trainer.default_local_dir))
-    steps = sorted(folder.glob("global_step_*")) if folder.is_dir() else []
-    if steps and config.trainer.resume_mode == "disable":
-        raise SayoError(
-            "L16",
-            "the checkpoint folder belongs to another run",
-            where="trainer.default_local_dir",
-            got=f"{folder} with {steps[-1].name}",
-            fix="choose a new output folder (OUT=...), or resume it with trainer.resume_mode=auto",
-        )
 
 
 def _describe(method: Method) -> str:

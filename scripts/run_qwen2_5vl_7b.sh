@@ -17,6 +17,8 @@
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"
+source scripts/lib.sh
+GIVEN=$(given_settings)
 
 # ---------------------------------------------------------------------------------------------------------------------
 METHOD=${METHOD:-dual}                                       # a file of configs/method, or grpo or dapo for verl's own code
@@ -32,6 +34,7 @@ DATA=${DATA:-}                                               # a folder of `sayo
 TRAIN_FILE=${TRAIN_FILE:-data/virl39k/train.parquet}         # [C] ViRL39K, 38,870 rows
 VAL_FILE=${VAL_FILE:-data/mmk12/val.parquet}                 # [C] MMK12 test
 OUT=${OUT:-outputs/$NAME/$(date +%Y%m%d-%H%M%S)}
+RESUME=${RESUME:-}                                           # folder of an earlier run to go on with, instead of OUT
 
 NNODES=${NNODES:-1}
 NGPUS_PER_NODE=${NGPUS_PER_NODE:-8}                          # [C]
@@ -76,13 +79,7 @@ if [[ "$DRY_RUN" != 1 && "$(nvidia-smi -L 2>/dev/null || true)" != GPU* && -z "$
   exit 1
 fi
 
-[[ "$OUT" == /* ]] || OUT="$ROOT/$OUT" # workers may run elsewhere
-export VERL_FILE_LOGGER_PATH="${VERL_FILE_LOGGER_PATH:-$OUT/metrics.jsonl}"
-if [[ -s "$VERL_FILE_LOGGER_PATH" ]]; then
-  echo "SAYO-L15: the metrics file belongs to another run and would be overwritten | at $VERL_FILE_LOGGER_PATH |" \
-    "fix: choose a new output folder (OUT=...); to resume, also name a new metrics file (VERL_FILE_LOGGER_PATH=...)" >&2
-  exit 2
-fi
+place_output "$@"
 
 # An active Python that has sayo-verl is used as it is (a verl container, say); otherwise one is made.
 if ! python3 -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("sayo_verl") and u.find_spec("verl")))'; then
@@ -159,7 +156,7 @@ TRAINER=(
   trainer.v1.sampler.sync_refill_failed_groups=True
   trainer.default_local_dir="$OUT/checkpoints"
   +ray_kwargs.ray_init.include_dashboard=False
-  hydra.run.dir="$OUT/hydra"
+  hydra.run.dir="$OUT/hydra$ATTEMPT"
 )
 # A dry run leaves no folder behind.
 [[ "$DRY_RUN" != 1 ]] || TRAINER+=(sayo.dry_run=True hydra.run.dir=. hydra.output_subdir=null hydra/job_logging=none)

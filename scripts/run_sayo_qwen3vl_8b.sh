@@ -14,6 +14,8 @@
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"
+source scripts/lib.sh
+GIVEN=$(given_settings)
 
 # ---------------------------------------------------------------------------------------------------------------------
 ADV_ESTIMATOR=${ADV_ESTIMATOR:-attn_region}                  # the switch: attn_region, or grpo for verl's own
@@ -25,6 +27,7 @@ DATA=${DATA:-data/sayo}                                      # of `sayo prepare`
 TRAIN_FILE=${TRAIN_FILE:-}                                   # a parquet or a list of them, instead of DATA's
 VAL_FILE=${VAL_FILE:-}
 OUT=${OUT:-outputs/$NAME/$(date +%Y%m%d-%H%M%S)}
+RESUME=${RESUME:-}                                           # folder of an earlier run to go on with, instead of OUT
 
 NNODES=${NNODES:-1}
 NGPUS_PER_NODE=${NGPUS_PER_NODE:-8}                          # [P] 6 H200; 8 is the usual node [ours]
@@ -67,13 +70,7 @@ if [[ "$DRY_RUN" != 1 && "$(nvidia-smi -L 2>/dev/null || true)" != GPU* && -z "$
   exit 1
 fi
 
-[[ "$OUT" == /* ]] || OUT="$ROOT/$OUT" # workers may run elsewhere
-export VERL_FILE_LOGGER_PATH="${VERL_FILE_LOGGER_PATH:-$OUT/metrics.jsonl}"
-if [[ -s "$VERL_FILE_LOGGER_PATH" ]]; then
-  echo "SAYO-L15: the metrics file belongs to another run and would be overwritten | at $VERL_FILE_LOGGER_PATH |" \
-    "fix: choose a new output folder (OUT=...); to resume, also name a new metrics file (VERL_FILE_LOGGER_PATH=...)" >&2
-  exit 2
-fi
+place_output "$@"
 
 # An active Python that has sayo-verl is used as it is (a verl container, say); otherwise one is made.
 if ! python3 -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("sayo_verl") and u.find_spec("verl")))'; then
@@ -161,7 +158,7 @@ TRAINER=(
   trainer.v1.sampler.sync_refill_failed_groups=True
   trainer.default_local_dir="$OUT/checkpoints"
   +ray_kwargs.ray_init.include_dashboard=False
-  hydra.run.dir="$OUT/hydra"
+  hydra.run.dir="$OUT/hydra$ATTEMPT"
 )
 # A dry run leaves no folder behind.
 [[ "$DRY_RUN" != 1 ]] || TRAINER+=(sayo.dry_run=True hydra.run.dir=. hydra.output_subdir=null hydra/job_logging=none)

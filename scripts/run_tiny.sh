@@ -12,11 +12,14 @@
 #   METHOD=region_dual bash scripts/run_tiny.sh                a mix of two
 #   METHOD=grpo bash scripts/run_tiny.sh                       the baseline; METHOD=dapo that of VGPO
 #   STEPS=60 bash scripts/run_tiny.sh algorithm.attn.region.entropy_fraction=1.0
+#   RESUME=outputs/region_tiny/<time> STEPS=60 bash scripts/run_tiny.sh   go on with a run that had SAVE_FREQ=10, say
 #
 # A method is a file of configs/method; a name that is none of them is refused.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"
+source scripts/lib.sh
+GIVEN=$(given_settings)
 
 # ---------------------------------------------------------------------------------------------------------------------
 METHOD=${METHOD:-region}                        # a file of configs/method, or grpo or dapo for verl's own code
@@ -27,8 +30,9 @@ esac                                            # RL: a file of configs/rl below
 NAME=${NAME:-${METHOD}_tiny}
 STEPS=${STEPS:-30}
 OUT=${OUT:-outputs/$NAME/$(date +%Y%m%d-%H%M%S)}
+RESUME=${RESUME:-}                              # folder of an earlier run to go on with, instead of OUT
 CACHE=${CACHE:-.sayo}                           # scenes and policies, each in a folder named after its settings
-SEED=${SEED:-0}                                 # order of the prompts and the sampling
+SEED=${SEED:-0}                                 # order of the prompts; two runs still sample differently
 REGION=${REGION:-target}                        # whose box is rewarded; "distractor" is the wrong-box control
 POLICY=${POLICY:-}                              # a policy folder; empty: the warmed-up tiny policy
 
@@ -49,13 +53,8 @@ if [[ "$METHOD" != grpo && "$METHOD" != dapo && ! -f "configs/method/$METHOD.yam
     "$(cd configs/method && ls | sed 's/\.yaml//' | paste -sd ' ') | fix: correct the name" >&2
   exit 2
 fi
-[[ "$OUT" == /* ]] || OUT="$ROOT/$OUT" # workers may run elsewhere
-export VERL_FILE_LOGGER_PATH="$OUT/metrics.jsonl" # where sayo watch and sayo report look
-if [[ -s "$VERL_FILE_LOGGER_PATH" ]]; then
-  echo "SAYO-L15: the metrics file belongs to another run and would be overwritten | at $VERL_FILE_LOGGER_PATH |" \
-    "fix: choose a new output folder (OUT=...)" >&2
-  exit 2
-fi
+unset VERL_FILE_LOGGER_PATH # sayo watch and sayo report look in $OUT
+place_output "$@"
 
 bash scripts/setup_env.sh cpu
 VENV="$(bash scripts/setup_env.sh --where cpu)"
@@ -105,7 +104,8 @@ ACTOR=(
   actor_rollout_ref.actor.ppo_mini_batch_size="$TRAIN_BATCH_SIZE"
   actor_rollout_ref.actor.use_dynamic_bsz=True
   actor_rollout_ref.actor.ppo_max_token_len_per_gpu=4096
-  actor_rollout_ref.actor.checkpoint.save_contents=[hf_model]
+  # the first three are what a run resumes from, the last is what `sayo evaluate` reads
+  actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]
 )
 
 ROLLOUT=(
@@ -123,11 +123,13 @@ TRAINER=(
   trainer.val_before_train=False
   trainer.test_freq="$TEST_FREQ"
   trainer.save_freq="$SAVE_FREQ"
-  trainer.resume_mode=disable
+  trainer.resume_mode="$([[ -n "$RESUME" ]] && echo auto || echo disable)"
   trainer.default_local_dir="$OUT/checkpoints"
-  hydra.run.dir="$OUT/hydra"
+  hydra.run.dir="$OUT/hydra$ATTEMPT"
 )
 
+# The launcher's last word, after the report as well.
+trap 'grep "^to resume after step" "$OUT/train.log" | tail -n 1 || true' EXIT
 sayo watch "$OUT" --steps "$STEPS" -- \
   python -m sayo_verl.main_ppo --config-dir configs +hardware=cpu \
   "${ALGORITHM[@]}" "${DATA[@]}" "${REWARD[@]}" "${ACTOR[@]}" "${ROLLOUT[@]}" "${TRAINER[@]}" "$@"

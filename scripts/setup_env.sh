@@ -6,7 +6,8 @@
 #
 # Needs python3.11 with pip. Everything goes into .venv (cpu) or .venv-gpu, so that the tiny task and the tests can run
 # beside a GPU environment; nothing outside the repository is changed. An environment that fits is reused; one of another
-# state of pyproject.toml is brought up to date; one that was never finished is built anew.
+# state of pyproject.toml is brought up to date; one that was never finished is built anew. One that another checkout made
+# is refused and left as it is.
 #
 #   SAYO_VENV             another folder (a relative path counts from the root of the repository)
 #   SAYO_TORCH_INDEX_URL  where torch's CPU build is taken from if the configured package index lacks it
@@ -86,9 +87,34 @@ print(", ".join([f"python {sys.version.split()[0]}"] + [f"{name} {version(name)}
 PY
 }
 
+# What another checkout made, or may have made, is left as it is: somebody may be using it.
+check_owner() {
+  [[ -f "$OWNED" ]] || return 0
+  local root made
+  root="$(sed -n 's/^root //p' "$OWNED")"
+  [[ "$root" != "$ROOT" ]] || return 0
+  made="$(sed -n 's/^layout [a-z]* //p' "$STAMP" 2>/dev/null || true)"
+  if [[ -n "$root" || "${made:-$VENV}" != "$VENV" ]]; then
+    die X94 "$NAME was made for another checkout (${root:-$made}), which may be using it" "$(another_folder)"
+  fi
+  # Marks without a root are of earlier versions of this script: the stamp has to tell, or the installed sayo_verl.
+  [[ -n "$made" ]] && { [[ "${VENV%/*}" == "$ROOT" ]] || stack >/dev/null 2>&1; } ||
+    die X95 "it cannot be told which checkout $NAME was made for" "$(another_folder)"
+}
+
+another_folder() {
+  if [[ -L "$VENV" ]]; then
+    printf 'remove the link (rm %q) or name another folder in SAYO_VENV' "$VENV"
+  else
+    printf 'name another folder in SAYO_VENV; if nothing uses this one any more (say the checkout was moved): rm -rf %q' \
+      "$VENV"
+  fi
+}
+
 # Leaves the reason in WHY and, in KEEP, whether the environment can be brought up to date as it stands.
 is_ready() {
   KEEP=no
+  check_owner
   if [[ ! -e "$VENV" ]]; then
     WHY="none there yet"
   elif [[ ! -f "$STAMP" ]]; then
@@ -108,7 +134,7 @@ is_ready() {
 }
 
 make_empty() {
-  local python="$1"
+  local python="$1" folder
   if [[ -e "$VENV" && ! -f "$OWNED" && -n "$(ls -A "$VENV")" ]]; then
     die X91 "$VENV exists and was not made by this script" "move it away, or name another folder in SAYO_VENV"
   fi
@@ -116,11 +142,12 @@ make_empty() {
   # The content, not the folder: SAYO_VENV may be a link to a larger disk. The mark goes with the rest and comes back
   # at once, before anything that takes time.
   find "$VENV/" -mindepth 1 -delete
-  touch "$OWNED"
+  printf 'root %s\n' "$ROOT" >"$OWNED"
+  folder="$(cd "$VENV" && pwd -P)" # venv refuses a link
   if "$python" -c 'import ensurepip' 2>/dev/null; then
-    "$python" -m venv "$VENV" >>"$LOG" 2>&1 || step_failed "no virtual environment" "See above."
+    "$python" -m venv "$folder" >>"$LOG" 2>&1 || step_failed "no virtual environment" "See above."
   else # Debian and its kin split ensurepip off, but their pip can install into another environment
-    "$python" -m venv --without-pip "$VENV" >>"$LOG" 2>&1 || step_failed "no virtual environment" "See above."
+    "$python" -m venv --without-pip "$folder" >>"$LOG" 2>&1 || step_failed "no virtual environment" "See above."
     "$python" -m pip --python "$PY" install "pip==$(pinned pip)" >>"$LOG" 2>&1 ||
       step_failed "pip did not get into $NAME" "Install the package python3.11-venv of your system."
   fi
@@ -169,7 +196,7 @@ if [[ "$WHERE" == yes ]]; then printf '%s\n' "$VENV" && exit 0; fi
 NAME="${VENV#"$ROOT"/}"
 PY="$VENV/bin/python"
 STAMP="$VENV/.sayo-stamp" # written last: without it an environment is unfinished
-OWNED="$VENV/.sayo-env"   # written first: a folder without it is not ours to empty
+OWNED="$VENV/.sayo-env"   # written first, names this checkout: a folder without it is not ours to empty
 LOG="$VENV/setup.log"
 
 if is_ready; then
@@ -196,6 +223,7 @@ fi
 [[ "$MODE" == cpu ]] || STAGES=3
 if [[ "$KEEP" == yes ]]; then
   stage 1 "bringing $NAME up to date ($WHY)"
+  printf 'root %s\n' "$ROOT" >"$OWNED"
   rm -f "$STAMP" # an interrupted update must not pass for a finished one
   : >"$LOG"
 else

@@ -29,7 +29,8 @@ from sayo_verl.methods import METHODS
 from sayo_verl.report import catalogue as c
 from sayo_verl.report import runs as r
 from sayo_verl.report.curves import plot_run, plot_runs, running_mean
-from sayo_verl.report.runs import Follower, Run, clean_log_line, load_run, why_it_failed
+from sayo_verl.report.log import PHASES, Follower
+from sayo_verl.report.runs import Run, load_run
 from sayo_verl.report.table import first_last_markdown, first_last_table
 from sayo_verl.report.watch import Pace, duration, run_and_watch, watch
 from sayo_verl.trainer import mixin
@@ -132,6 +133,64 @@ def test_after_a_resume_the_later_lines_win_and_abandoned_steps_go(tmp_path):
     assert any("from step 4 to step 2" in note for note in run.notes)
 
 
+def attempt(folder: Path, name: str, steps: range, value: float, started: str | None = None, **launch: object) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / f"metrics{name}.jsonl").write_text("".join(line(step, x=value) for step in steps))
+    if started:
+        (folder / f"run{name}.json").write_text(json.dumps({"started": started, "estimator": "grpo", **launch}))
+
+
+def test_all_metrics_files_of_a_folder_are_one_run(tmp_path):
+    attempt(tmp_path, "", range(1, 6), 1.0)
+    attempt(tmp_path, "-resumed", range(5, 9), 2.0)
+    run = load_run(tmp_path)
+    assert run.series["x"] == [(n, 1.0) for n in range(1, 5)] + [(n, 2.0) for n in range(5, 9)]
+    assert [file.name for file in run.files] == ["metrics.jsonl", "metrics-resumed.jsonl"]
+    assert run.notes[0] == "one run in several attempts, in this order: metrics.jsonl, metrics-resumed.jsonl"
+    assert any("step 5 is logged twice" in note for note in run.notes)
+
+
+def test_attempts_are_ordered_by_their_start(tmp_path):
+    """The third went further back than the second: by first steps alone the second would win."""
+    attempt(tmp_path, "", range(1, 9), 1.0, "2026-11-26T10:00:00+0000", total_steps=8)
+    attempt(tmp_path, "-2", range(7, 13), 2.0, "2026-11-26T13:00:00+0200", total_steps=12)
+    attempt(tmp_path, "-3", range(4, 6), 3.0, "2026-11-26T11:30:00+0000", total_steps=14)
+    run = load_run(tmp_path)
+    assert run.series["x"] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 3.0), (5, 3.0)]
+    assert (run.started, run.total_steps) == ("2026-11-26T10:00:00+0000", 14)
+    assert any("from step 12 to step 4" in note for note in run.notes)
+
+
+def test_attempts_without_a_start_are_ordered_by_first_step_then_by_number(tmp_path):
+    for n in (10, 2):
+        attempt(tmp_path, f"-{n}", range(3, 5), float(n))
+    attempt(tmp_path, "", range(1, 5), 1.0, "2026-11-26T10:00:00+0000")
+    run = load_run(tmp_path)
+    assert [file.name for file in run.files] == ["metrics.jsonl", "metrics-2.jsonl", "metrics-10.jsonl"]
+    assert run.series["x"] == [(1, 1.0), (2, 1.0), (3, 10.0), (4, 10.0)]
+
+
+def test_an_attempt_without_a_step_is_left_out(tmp_path):
+    attempt(tmp_path, "", range(1, 3), 1.0, "2026-11-26T10:00:00+0000")
+    attempt(tmp_path, "-2", range(0), 2.0, "2026-11-26T11:00:00+0000", estimator="rloo")
+    run = load_run(tmp_path)
+    assert ([file.name for file in run.files], run.estimator, run.notes) == (["metrics.jsonl"], "grpo", [])
+
+
+def test_a_change_between_attempts_is_noted(tmp_path):
+    attempt(tmp_path, "", range(1, 3), 1.0, "2026-11-26T10:00:00+0000")
+    attempt(tmp_path, "-2", range(3, 5), 2.0, "2026-11-26T11:00:00+0000", estimator="rloo")
+    run = load_run(tmp_path)
+    assert run.estimator == "rloo"
+    assert "estimator changed between the attempts: the last is shown" in run.notes
+
+
+def test_each_metrics_file_has_a_run_card_of_its_own():
+    names = ("metrics.jsonl", "metrics-2.jsonl", "metrics_b.jsonl", "other.jsonl")
+    cards = [r.run_card(Path("out") / name).name for name in names]
+    assert cards == ["run.json", "run-2.json", "run_b.json", "run-other.json"]
+
+
 def test_a_step_logged_twice_is_noted(tmp_path):
     run = load_run(write_run(tmp_path, line(1, x=1), line(1, x=2), line(2, x=3)))
     assert run.series["x"] == [(1, 2.0), (2, 3.0)]
@@ -153,30 +212,6 @@ def test_validation_accuracy_prefers_core_and_takes_the_plain_mean(tmp_path):
     assert load_run(write_run(tmp_path / "1", line(5, **core))).validation_accuracy() == {"a/b": [(5, 0.5)]}
     aux = {"val-aux/c/acc/mean@4": 0.1, "val-aux/c/acc_success_only/mean@4": 0.2}
     assert load_run(write_run(tmp_path / "2", line(5, **aux))).validation_accuracy() == {"c": [(5, 0.1)]}
-
-
-def test_log_lines_lose_colours_and_prefixes():
-    assert (
-        clean_log_line(b"\x1b[36m(TaskRunnerV1 pid=7, ip=10.0.0.1)\x1b[0m (EngineCore pid=9) hi (you)\n") == "hi (you)"
-    )
-    assert clean_log_line(b"(pid=12) x [repeated 3x across cluster] (Ray deduplicates logs)\n") == "x"
-    assert clean_log_line(b"10%\r50%\rdone\r\n") == "done"
-
-
-def test_why_it_failed_names_each_error_once_and_only_of_this_attempt(tmp_path):
-    log = tmp_path / r.LOG_FILE
-    old = b"SayoError: SAYO-D01: old\n"
-    error = b"sayo_verl.errors.SayoError: SAYO-P03: no layer 36 | fix: y\n"
-    new = b"\x1b[36m(A pid=1)\x1b[0m " + error + error
-    log.write_bytes(old + new)
-    assert why_it_failed(log, offset=len(old)) == ["SAYO-P03: no layer 36 | fix: y"]
-
-
-def test_why_it_failed_shows_the_last_meaningful_lines_where_no_code_is(tmp_path):
-    log = tmp_path / r.LOG_FILE
-    log.write_text("".join(f"line {i}\n\n   ^^^^\n 40%|####  | 2/5\n" for i in range(50)) + "same\nsame\n")
-    assert why_it_failed(log) == [f"line {i}" for i in range(21, 50)] + ["same"]
-    assert why_it_failed(tmp_path / "absent") == []
 
 
 def test_follower_gives_whole_lines_once_and_starts_anew_with_a_new_file(tmp_path):
@@ -576,7 +611,7 @@ def test_each_phase_is_known_by_a_line_that_verl_and_ray_can_print():
     files += ["single_controller/ray/base.py", "workers/rollout/vllm_rollout/vllm_async_server.py"]
     source = "".join((roots[0] / file).read_text() for file in files)
     source += (roots[1] / "_private/worker.py").read_text()
-    for pattern, phase in r.PHASES:
+    for pattern, phase in PHASES:
         for text in pattern.pattern.split("|"):
             literal = re.sub(r"\\?\['serve',", '["serve",', text).replace("\\", "").lstrip("^")
             literal = literal[literal.index("Initial") :] if "Initial" in literal else literal
@@ -593,6 +628,21 @@ def test_watch_says_why_a_run_failed(tmp_path):
     code, shown = follow(tmp_path / "unnamed", "raise ValueError('what happened')")
     assert code == 1
     assert "\nValueError: what happened\n" in shown
+
+
+def test_watch_follows_the_metrics_file_of_a_resumed_run(tmp_path):
+    attempt(tmp_path, "", range(1, 3), 1.0)
+    script = "; ".join([
+        "import json, os", "file = open(os.environ['VERL_FILE_LOGGER_PATH'], 'wb', buffering=0)",
+        "[file.write(json.dumps({'step': n, 'data': {'critic/rewards/mean': 1.0}}).encode() + b'\\n') for n in (3, 4)]",
+    ])  # fmt: skip
+    shown = io.StringIO()
+    environment = {**os.environ, "VERL_FILE_LOGGER_PATH": str(tmp_path / "metrics-2.jsonl")}
+    console = Console(file=shown, width=200)
+    assert run_and_watch([sys.executable, "-c", script], tmp_path, 4, environment, pace=QUICK, console=console) == 0
+    assert "step 3/4" in shown.getvalue()
+    assert "done: step 4/4" in shown.getvalue()
+    assert "step 1/4" not in shown.getvalue()
 
 
 def test_watch_warns_of_an_early_end_and_of_a_broken_line(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -70,6 +71,101 @@ def test_a_folder_of_rows_is_all_its_shards(repo, environment, tmp_path, script)
     ]:
         assert name in done.stdout
     assert "6 images of validation are not among" in done.stdout
+
+
+def saved(out, step, world):
+    """The run folder of an earlier attempt with a checkpoint, as far as its files are looked at."""
+    actor = out / "checkpoints" / f"global_step_{step}" / "actor"
+    actor.mkdir(parents=True)
+    for name in [f"{state}_world_size_{world}_rank_{rank}.pt" for state in ("model", "optim", "extra_state")
+                 for rank in range(world)]:  # fmt: skip
+        (actor / name).touch()
+    (actor.parent / "data.pt").touch()
+    (out / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step))
+    (out / "metrics.jsonl").write_text('{"step": 1, "data": {}}\n')
+    (out / "run.json").write_text("{}")
+    return str(out)
+
+
+@pytest.mark.parametrize("script", ["run_sayo_qwen3vl_8b.sh", "run_qwen2_5vl_7b.sh"])
+def test_resume_goes_on_in_the_folder_of_the_run_with_files_of_its_own(repo, environment, tmp_path, script):
+    old = saved(tmp_path / "old run", 2, world=8)
+    (tmp_path / "old run" / "run-2.json").write_text("{}")  # an attempt that logged no step
+    done = launch(repo, script, environment, DRY_RUN="1", RESUME=old)
+    assert done.returncode == 0, done.stderr
+    assert f"global_step_2 of ?, from {old}/checkpoints\n" in done.stdout
+    assert f"{old}/metrics-3.jsonl\n" in done.stdout
+    done = launch(repo, script, environment, DRY_RUN="1", OUT=old)
+    assert re.search(r"SAYO-L15: .* fix: .*RESUME=.*old run", done.stderr)
+
+
+@pytest.mark.parametrize("script", ["run_sayo_qwen3vl_8b.sh", "run_qwen2_5vl_7b.sh", "run_tiny.sh"])
+def test_L44_nothing_to_resume(repo, environment, tmp_path, script):
+    done = launch(repo, script, environment, DRY_RUN="1", RESUME=str(tmp_path / "old"))
+    assert done.returncode == 2
+    assert f"SAYO-L44: there is no checkpoint to resume | at {tmp_path}/old/checkpoints" in done.stderr
+
+
+@pytest.fixture
+def faked(repo, environment, tmp_path):
+    """A copy of the scripts in which nothing is installed or trained: each command says what it was given."""
+    for part in ("scripts", "configs"):
+        shutil.copytree(repo / part, tmp_path / "copy" / part)
+    (tmp_path / "bin").mkdir()
+    told = 'echo "to resume after step 2: $SAYO_RESUME_COMMAND"; echo "metrics $VERL_FILE_LOGGER_PATH"'
+    sayo = f"""case "$1" in
+      prepare) echo made ;;
+      watch) {{ {told}; }} >>"$2/train.log"; echo "$@"; exit "${{FAKE_STATUS:-0}}" ;;
+      report) echo table ;;
+    esac"""
+    fakes = {
+        "copy/scripts/setup_env.sh": f"[[ $1 != --where ]] || echo {tmp_path}",
+        "bin/sayo": sayo,
+        "bin/python3": f'[[ $1 != -m ]] || {{ echo "$@"; {told}; }}',
+        "bin/nvidia-smi": "echo GPU 0",
+    }
+    for name, code in fakes.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    return tmp_path / "copy", {**environment, "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
+
+
+@pytest.mark.parametrize(
+    ("script", "settings"), [("run_grpo_tiny.sh", {"STEPS": "4"}), ("run_vgpo_qwen2_5vl_7b.sh", {"LR": "1e-6"})]
+)
+def test_the_printed_command_resumes_the_same_job(faked, tmp_path, script, settings):
+    copy, env = faked
+    old = saved(tmp_path / "old run", 2, world=1)
+    (tmp_path / "old run" / "metrics.jsonl").unlink()
+    first = launch(copy, script, env, "trainer.test_freq=7", "a='b c'", OUT=old, **settings)
+    assert first.returncode == 0, first.stderr
+    line = next(line for line in first.stdout.splitlines() if line.startswith("to resume after step 2: "))
+    command = line.removeprefix("to resume after step 2: ")
+    assert set(re.findall(r"(\w+)=", command.partition(" bash ")[0])) == {"RESUME", "METHOD", "NAME", *settings}
+    clean = {key: value for key, value in env.items() if key != "OUT"}
+    again = subprocess.run(["bash", "-c", command], env=clean, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    text = again.stdout + (tmp_path / "old run" / "train.log").read_text() if "tiny" in script else again.stdout
+    assert f"metrics {old}/metrics-2.jsonl" in text
+    assert f"hydra.run.dir={old}/hydra-2" in again.stdout
+    assert f"trainer.default_local_dir={old}/checkpoints" in again.stdout
+    assert "trainer.resume_mode=disable" not in again.stdout
+    assert "trainer.test_freq=7 a='b c'" in again.stdout
+
+
+@pytest.mark.parametrize("status", ["0", "3"])
+def test_the_tiny_scripts_last_line_says_how_to_resume(faked, tmp_path, status):
+    copy, env = faked
+    out = tmp_path / "out"
+    out.mkdir()
+    done = launch(copy, "run_tiny.sh", env, FAKE_STATUS=status)
+    assert done.returncode == int(status)
+    assert done.stdout.splitlines()[-1] == (
+        f"to resume after step 2: RESUME={out} bash {copy}/scripts/run_tiny.sh"
+    )  # fmt: skip
+    assert ("table" in done.stdout) == (status == "0")
+    for needed in ("save_contents=[model,optimizer,extra,hf_model]", "trainer.resume_mode=disable"):
+        assert needed in done.stdout
 
 
 def test_dry_run_refuses_a_misspelt_switch(repo, environment):

@@ -350,7 +350,7 @@ def test_L22_counts_mini_batches_in_the_update(make):
 LOG_PROB_MICRO = "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu"
 
 
-# ------------------------------------------------------------------------------------ machine and output: L14, L15, L16
+# -------------------------------------------------- machine: L14; what is overwritten or resumed is in test_resume.py
 
 
 def test_L14_too_few_cpus_for_ray(make, monkeypatch):
@@ -372,29 +372,6 @@ def test_L14_counts_the_machine_when_ray_is_not_told(make, monkeypatch):
     assert refused(make(**{"ray_kwargs.ray_init.num_cpus": None}), "L14").got == 5
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     preflight(make(**{"ray_kwargs.ray_init.num_cpus": None}))
-
-
-def test_L15_a_used_metrics_file(make, tmp_path, monkeypatch):
-    metrics = tmp_path / "metrics.jsonl"
-    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(metrics))
-    assert dict(preflight(make()))["metrics"] == str(metrics)
-    metrics.touch()
-    preflight(make())  # empty: nothing is lost
-    metrics.write_text('{"step": 1, "data": {}}\n')
-    error = refused(make(), "L15")
-    assert (error.where, error.got) == ("VERL_FILE_LOGGER_PATH", str(metrics))
-    assert metrics.read_text() == '{"step": 1, "data": {}}\n'
-
-
-def test_L16_a_used_checkpoint_folder(make, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    fresh = make(**{"trainer.resume_mode": "disable"})
-    preflight(fresh)
-    (tmp_path / "checkpoints" / "global_step_20").mkdir()
-    error = refused(fresh, "L16")
-    assert error.where == "trainer.default_local_dir"
-    assert "global_step_20" in str(error)
-    preflight(make(**{"trainer.resume_mode": "auto"}))
 
 
 # ------------------------------------------------------ files: L17, L18, L19, P03, D01, D04 and those of the data check

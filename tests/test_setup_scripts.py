@@ -179,6 +179,96 @@ def test_leaves_a_foreign_folder_alone(copy: Copy) -> None:
     assert [path.name for path in precious.iterdir()] == ["thesis.tex"]
 
 
+def neighbour(copy: Copy) -> Path:
+    """The environment of another checkout, beside this one."""
+    (copy.root.parent / "other").mkdir()
+    other = Copy(copy.root.parent / "other")
+    other.built("cpu")
+    assert (other.venv / ".sayo-env").read_text() == f"root {other.root}\n"
+    return other.venv
+
+
+def contents(folder: Path) -> set[tuple[str, int]]:
+    return {(str(path), path.lstat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+@pytest.mark.parametrize("linked", [True, False])
+def test_X94_leaves_the_environment_of_another_checkout_alone(copy: Copy, linked: bool, unfinished: bool) -> None:
+    venv = neighbour(copy)
+    if unfinished:  # its set-up is under way
+        (venv / ".sayo-stamp").unlink()
+    before = contents(venv)
+    if linked:
+        copy.venv.symlink_to(venv)
+    status, output = copy.run("cpu", **({} if linked else {"SAYO_VENV": str(venv)}))
+    assert status == 1
+    assert "SAYO-X94" in output
+    assert str(venv.parent) in output
+    assert contents(venv) == before
+    if linked:  # the fix as it is printed
+        copy.venv.unlink()
+    assert "built .venv" in copy.built("cpu")
+    assert contents(venv) == before
+
+
+def test_X94_refuses_what_was_moved_with_its_checkout(copy: Copy) -> None:
+    copy.built("cpu")
+    copy.root = copy.root.rename(copy.root.with_name("renamed"))
+    copy.venv = copy.root / ".venv"
+    before = contents(copy.venv)
+    status, output = copy.run("cpu")
+    assert status == 1
+    assert re.search(
+        r"SAYO-X94: \.venv was made for another checkout \(.*/a checkout\).* rm -rf .*renamed/\.venv", output
+    )
+    assert contents(copy.venv) == before
+    shutil.rmtree(copy.venv)
+    copy.built("cpu")
+
+
+@pytest.mark.parametrize(("linked", "code"), [(True, "X94"), (False, "X95")])
+def test_marks_of_earlier_versions_do_not_make_it_ours(copy: Copy, linked: bool, code: str) -> None:
+    venv = neighbour(copy)
+    (venv / ".sayo-env").write_text("")
+    before = contents(venv)
+    if linked:
+        copy.venv.symlink_to(venv)
+    status, output = copy.run("cpu", **({} if linked else {"SAYO_VENV": str(venv)}))
+    assert status == 1
+    assert f"SAYO-{code}" in output
+    (venv / ".sayo-stamp").unlink()
+    assert "SAYO-X95" in copy.run("cpu", **({} if linked else {"SAYO_VENV": str(venv)}))[1]
+    assert {name for name, _ in before} - {name for name, _ in contents(venv)} == {str(venv / ".sayo-stamp")}
+
+
+def test_marks_of_earlier_versions_are_known_by_the_stamp_or_the_package(copy: Copy) -> None:
+    copy.built("cpu")
+    (copy.venv / ".sayo-env").write_text("")
+    assert "reused" in copy.built("cpu")
+    (copy.venv / "bin" / "python").unlink()  # damaged
+    assert "built" in copy.built("cpu")
+    disk = {"SAYO_VENV": str(copy.root.parent / "disk")}
+    copy.built("cpu", **disk)
+    (copy.root.parent / "disk" / ".sayo-env").write_text("")
+    with (copy.root / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    assert "up to date" in copy.built("cpu", **disk)
+    assert (copy.root.parent / "disk" / ".sayo-env").read_text() == f"root {copy.root}\n"
+
+
+def test_an_environment_on_another_disk_is_ours(copy: Copy) -> None:
+    disk = copy.root.parent / "disk"
+    disk.mkdir()
+    copy.venv.symlink_to(disk)
+    copy.built("cpu")
+    assert "reused" in copy.built("cpu")
+    shutil.rmtree(next(disk.glob("lib/*/site-packages/ray")))
+    assert "building .venv" in copy.built("cpu")
+    assert copy.venv.is_symlink()
+    assert "reused" in copy.built("cpu")
+
+
 @pytest.mark.parametrize("answer", ["nothing", "3.12"])
 def test_says_when_python_311_is_absent(copy: Copy, answer: str) -> None:
     (copy.bin / "python3.11").unlink()

@@ -1,5 +1,8 @@
 """Run folders: metrics.jsonl (verl's file logger), run.json (written by the launcher) and train.log (its output).
 
+A resumed run has a second metrics file beside the first, since verl's file logger empties the one it opens:
+metrics-2.jsonl with run-2.json from our scripts, any other metrics*.jsonl by hand. All of a folder are one run.
+
 verl writes one JSON object per step, ``{"step": n, "data": {name: value}}``, through orjson, which turns NaN and
 infinities into ``null``; here both come back as NaN. A metric is a list of (step, value) pairs.
 """
@@ -7,15 +10,16 @@ infinities into ``null``; here both come back as NaN. A metric is a list of (ste
 import json
 import math
 import re
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sayo_verl.errors import SayoError
 
 METRICS_FILE, LOG_FILE, RUN_FILE = "metrics.jsonl", "train.log", "run.json"
+METRICS_GLOB = "metrics*.jsonl"
 UNKNOWN, NOT_MEASURED = "unknown", "not measured"
 
 # verl: val-core/<data source>/acc/mean@<responses per prompt>; the data source may itself hold slashes.
@@ -36,6 +40,7 @@ class Run:
         overrides: the launcher's Hydra overrides, from run.json.
         steps: logged steps, ascending; 0 is verl's validation before training.
         series: metric name -> [(step, value)], ascending by step; NaN is kept.
+        files: the metrics files read, one per attempt, in the order of the attempts.
         notes: what a reader of the numbers should know (cut line, resume, NaN, missing run.json).
     """
 
@@ -48,6 +53,7 @@ class Run:
     overrides: list[str]
     steps: list[int]
     series: dict[str, Series]
+    files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def training(self, name: str) -> Series:
@@ -105,36 +111,37 @@ def parse_metrics_line(line: bytes, where: str) -> tuple[int, dict[str, float], 
 def load_run(path: Path | str) -> Run:
     """Read a run folder.
 
-    A last line cut short by a kill is ignored; when a step comes back to an earlier number (a resumed run), the later
-    lines win and the abandoned steps of the earlier attempt are dropped. Both are said in ``notes``.
+    All metrics*.jsonl of the folder are read as one run, in the order in which their attempts started: by the time in
+    their run cards where each has one, else by their first step, then by name. A last line cut short by a kill is
+    ignored; when a step comes back to an earlier number (a resumed run), the later lines win and the abandoned steps of
+    the earlier attempt are dropped. All of it is said in ``notes``.
 
     Raises:
-        SayoError: R01 for a broken line (file:line), R02 if metrics.jsonl cannot be read, R03 if it holds no step,
-            R04 if run.json is damaged.
+        SayoError: R01 for a broken line (file:line), R02 if no metrics file can be read, R03 if they hold no step,
+            R04 if a run card is damaged.
     """
     path = Path(path)
-    file = path / METRICS_FILE
-    try:
-        *lines, tail = file.read_bytes().split(b"\n")
-    except OSError as error:
+    # Without any, the usual name is opened, for the error of the system.
+    attempts = [_read_attempt(file) for file in sorted(path.glob(METRICS_GLOB)) or [path / METRICS_FILE]]
+    attempts = [a for a in attempts if a.records] or attempts[:1]
+    if not attempts[0].records:
         raise SayoError(
-            "R02",
-            "the metrics of this run cannot be read",
-            where=str(file),
-            got=error.strerror,
-            fix=f"name a run folder that holds {METRICS_FILE}; a run writes it with its first step",
-        ) from error
-    launch, notes = _load_launch(path / RUN_FILE)
-    records = [parse_metrics_line(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if tail.strip():
-        try:
-            records.append(parse_metrics_line(tail, str(file)))
-        except SayoError:
-            notes.append(f"line {len(lines) + 1} of {METRICS_FILE} is cut short (stopped while writing): ignored")
-    if not records:
-        raise SayoError(
-            "R03", "no data: not one step was logged", where=str(file), fix=f"look at {path / LOG_FILE} for the reason"
+            "R03",
+            "no data: not one step was logged",
+            where=str(attempts[0].file),
+            fix=f"look at {path / LOG_FILE} for the reason",
         )
+    attempts = _in_order(attempts)
+    notes = [note for attempt in attempts for note in attempt.notes]
+    if len(attempts) > 1:
+        notes.insert(0, f"one run in several attempts, in this order: {', '.join(a.file.name for a in attempts)}")
+    launch = attempts[-1].launch
+    if attempts[0].launch["started"] != UNKNOWN:
+        launch["started"] = attempts[0].launch["started"]
+    for name in ("estimator", "versions"):
+        if any(attempt.launch[name] != launch[name] for attempt in attempts if attempt.has_card):
+            notes.append(f"{name} changed between the attempts: the last is shown")
+    records = [record for attempt in attempts for record in attempt.records]
     by_step, resume_notes = _merge([(step, values) for step, values, _ in records])
     skipped = Counter(name for _, _, names in records for name in names)
     notes += resume_notes
@@ -146,7 +153,58 @@ def load_run(path: Path | str) -> Run:
     for name, pairs in series.items():
         if missing := nan_count(pairs):
             notes.append(f"{name}: {missing}")
-    return Run(path=path, steps=sorted(by_step), series=series, notes=notes, **launch)
+    return Run(path=path, steps=sorted(by_step), series=series, files=[a.file for a in attempts],
+               notes=notes, **launch)  # fmt: skip
+
+
+def run_card(metrics: Path) -> Path:
+    """The launcher's record of the attempt that writes ``metrics``: run-2.json for metrics-2.jsonl."""
+    stem = metrics.stem.removeprefix("metrics") if metrics.stem.startswith("metrics") else f"-{metrics.stem}"
+    return metrics.with_name(f"run{stem}.json")
+
+
+@dataclass
+class _Attempt:
+    """One metrics file and its run card. ``launch`` holds the fields of Run that come from the card."""
+
+    file: Path
+    records: list[tuple[int, dict[str, float], list[str]]]
+    launch: dict[str, Any]
+    has_card: bool
+    notes: list[str]
+
+
+def _read_attempt(file: Path) -> _Attempt:
+    try:
+        *lines, tail = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise SayoError(
+            "R02",
+            "the metrics of this run cannot be read",
+            where=str(file),
+            got=error.strerror,
+            fix=f"name a run folder that holds {METRICS_FILE}; a run writes it with its first step",
+        ) from error
+    card = run_card(file)
+    launch, notes = _load_launch(card)
+    records = [parse_metrics_line(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if tail.strip():
+        try:
+            records.append(parse_metrics_line(tail, str(file)))
+        except SayoError:
+            notes.append(f"line {len(lines) + 1} of {file.name} is cut short (stopped while writing): ignored")
+    return _Attempt(file, records, launch, card.exists(), notes)
+
+
+def _in_order(attempts: list[_Attempt]) -> list[_Attempt]:
+    """By start. First steps alone cannot tell an attempt that went further back than the one before it."""
+    try:
+        return sorted(attempts, key=lambda a: datetime.fromisoformat(a.launch["started"]))
+    except (ValueError, TypeError):  # no time, or one without its zone beside one with
+        numbers = re.compile(r"(\d+)")
+        by_name = sorted(attempts, key=lambda a: [(len(x), x) if x.isdigit() else (0, x)
+                                                  for x in numbers.split(a.file.stem)])  # fmt: skip
+        return sorted(by_name, key=lambda a: a.records[0][0])
 
 
 def nan_count(series: Series) -> str:
@@ -181,7 +239,7 @@ def _load_launch(file: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         record = json.loads(file.read_bytes())
     except FileNotFoundError:
-        notes.append(f"no {RUN_FILE}: run id, estimator and versions are unknown")
+        notes.append(f"no {file.name}: run id, estimator and versions are unknown")
     except ValueError as error:
         raise _damaged(file, error) from error
     if not isinstance(record, dict):
@@ -198,88 +256,3 @@ def _damaged(file: Path, got: object) -> SayoError:
     return SayoError(
         "R04", "the launcher's record is damaged", where=str(file), got=got, fix="delete it: the run reads as 'unknown'"
     )
-
-
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-# Ray and vLLM put "(Name pid=12, ip=10.0.0.1) " before each line, nested where one runs within the other.
-_PREFIX = re.compile(r"^\s?(\((?:[^()]*\bpid=\d+[^()]*|raylet[^()]*|gcs_server[^()]*|autoscaler[^()]*)\)\s?)+")
-_REPEATED = re.compile(r"\s*\[repeated \d+x across cluster\].*$")
-_NOISE = re.compile(r"^[\s^~]*$|\d+%\|")  # blank, the carets under a traceback line, progress bars
-_ERROR = re.compile(r"SAYO-[A-Z][0-9][0-9]: .*")
-
-
-def clean_log_line(raw: bytes) -> str:
-    """A line of train.log without colours, Ray's prefix and repeat count, and what a carriage return overwrote."""
-    text = _ANSI.sub("", raw.decode("utf-8", errors="replace")).rstrip().rsplit("\r", 1)[-1]
-    return _REPEATED.sub("", _PREFIX.sub("", text))
-
-
-STARTING = "starting"
-# Lines that verl 0.9.1 and Ray print, in the order of a start, and what goes on from there. Some are logger.info, which
-# VERL_LOGGING_LEVEL can silence: then an earlier phase stays on the screen longer.
-PHASES: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"^ray init kwargs: "), "starting Ray"),
-    (re.compile(r"Started a local Ray instance|Connected to Ray cluster"), "starting the trainer"),
-    (re.compile(r"^Using dataset class: "), "reading the data"),
-    (re.compile(r"worker group kwargs: |^colocated worker base class "), "starting the workers"),
-    (re.compile(r"create worker group "), "loading the model"),
-    (re.compile(r"actor and ref model engine initialized"), "starting the reward workers"),
-    (re.compile(r"reward loop manager initialized|^\['serve',"), "starting the vLLM server"),
-    (re.compile(r"checkpoint engine manager initialized"), "looking for a checkpoint"),
-    (re.compile(r"all initialize finished, ready to fit"), "starting the agent loop"),
-    (re.compile(r"^Creating file logger at "), "validation before training, or the first rollout"),
-    (re.compile(r"^['\"]?\(?['\"]?Initial validation metrics: "), "first rollout"),
-)
-
-
-def phase_rank(line: str) -> int:
-    """Index in ``PHASES`` of the phase that a cleaned log line starts, -1 for any other line."""
-    return next((rank for rank, (pattern, _) in enumerate(PHASES) if pattern.search(line)), -1)
-
-
-def why_it_failed(log: Path, *, offset: int = 0, lines: int = 30) -> list[str]:
-    """The distinct SAYO-… errors of a log (at most three, the first first), else its last meaningful lines.
-
-    Args:
-        log: the train.log; it may be large, it is read line by line. Absent means an empty answer.
-        offset: byte at which this attempt's output starts.
-        lines: how many lines to show when the log names no SAYO error.
-    """
-    errors: dict[str, None] = {}
-    last: deque[str] = deque(maxlen=lines)
-    if log.exists():
-        for text in _lines_from(log, offset):
-            if match := _ERROR.search(text):
-                errors[match[0]] = None
-            if not _NOISE.search(text) and (not last or last[-1] != text):
-                last.append(text)
-    return list(errors)[:3] or list(last)
-
-
-def _lines_from(log: Path, offset: int) -> Iterator[str]:
-    with log.open("rb") as file:
-        file.seek(offset)
-        for raw in file:
-            yield clean_log_line(raw)
-
-
-class Follower:
-    """Reads what was appended to a file since the last look, in whole lines. The file may not exist yet."""
-
-    def __init__(self, path: Path, offset: int = 0) -> None:
-        self.path, self.offset = path, offset
-        self._rest = b""
-
-    def new_lines(self) -> list[bytes]:
-        """Whole new lines without their ends; a carriage return ends a line too (progress bars)."""
-        if not self.path.exists():
-            return []
-        if self.path.stat().st_size < self.offset:
-            # verl's file logger opens its file anew at every start, resumes included.
-            self.offset, self._rest = 0, b""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            new = file.read()
-        self.offset += len(new)
-        *lines, self._rest = re.split(rb"[\r\n]", self._rest + new)
-        return [line for line in lines if line.strip()]

@@ -25,7 +25,9 @@ from rich.text import Text
 from sayo_verl.errors import SayoError
 from sayo_verl.report import runs as r
 from sayo_verl.report.catalogue import headlines
+from sayo_verl.report.log import PHASES, STARTING, Follower, clean_log_line, phase_rank, why_it_failed
 
+LOGGER_PATH = "VERL_FILE_LOGGER_PATH"
 _PACE_STEPS = 10  # recent steps the ETA is built on
 
 
@@ -51,23 +53,26 @@ def run_and_watch(
 
     Args:
         command: program and arguments.
-        run_dir: folder of the run; made if absent. What earlier attempts left there is not shown again.
+        run_dir: folder of the run; made if absent. What earlier attempts left there is not shown again. Metrics
+            are read from VERL_FILE_LOGGER_PATH of ``env``, or from metrics.jsonl in this folder.
         total_steps: training steps the command will take.
         env: its whole environment (default: ours). PYTHONUNBUFFERED=1 is added, or phases would show late.
         pace, console: as for :func:`watch`, as is the exit code that is returned.
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    log_file, metrics_file = run_dir / r.LOG_FILE, run_dir / r.METRICS_FILE
-    old_log, old_metrics = (file.stat().st_size if file.exists() else 0 for file in (log_file, metrics_file))
     environment = {"PYTHONUNBUFFERED": "1", **(os.environ if env is None else env)}
+    # Where verl's file logger will write: a resumed run has a file of its own.
+    log_file, metrics_file = run_dir / r.LOG_FILE, Path(environment.get(LOGGER_PATH) or run_dir / r.METRICS_FILE)
+    old_log, old_metrics = (file.stat().st_size if file.exists() else 0 for file in (log_file, metrics_file))
     with log_file.open("ab") as log:
         process = Popen(
             list(command), stdin=DEVNULL, stdout=log, stderr=STDOUT, env=environment, start_new_session=True
         )
     return watch(
-        run_dir, process, total_steps, pace=pace, console=console, log_offset=old_log, metrics_offset=old_metrics
-    )
+        run_dir, process, total_steps, pace=pace, console=console, log_offset=old_log, metrics_offset=old_metrics,
+        metrics_file=metrics_file,
+    )  # fmt: skip
 
 
 def watch(
@@ -79,6 +84,7 @@ def watch(
     console: Console | None = None,
     log_offset: int = 0,
     metrics_offset: int = 0,
+    metrics_file: Path | None = None,
 ) -> int:
     """Show the progress of a running training process until it ends.
 
@@ -91,11 +97,13 @@ def watch(
         total_steps: training steps it will take.
         console: where to show; default stdout.
         log_offset, metrics_offset: bytes in the two files that earlier attempts wrote.
+        metrics_file: if not run_dir/metrics.jsonl.
 
     Returns:
         The exit code of the process; 128 + n if signal n ended it, as shells count.
     """
-    progress = _Progress(Path(run_dir), total_steps, pace or Pace(), log_offset, metrics_offset)
+    metrics = Follower(metrics_file or Path(run_dir) / r.METRICS_FILE, metrics_offset)
+    progress = _Progress(Path(run_dir), total_steps, pace or Pace(), log_offset, metrics)
     display = _Display(console or Console(), progress)
     with _signals_passed_to(process) as received, display.live or contextlib.nullcontext():
         try:
@@ -124,14 +132,14 @@ def watch(
 class _Progress:
     """What the files say about a run in flight."""
 
-    def __init__(self, run_dir: Path, total_steps: int, pace: Pace, log_offset: int, metrics_offset: int) -> None:
+    def __init__(self, run_dir: Path, total_steps: int, pace: Pace, log_offset: int, metrics: Follower) -> None:
         self.log, self.total, self.pace = run_dir / r.LOG_FILE, total_steps, pace
-        self.phase, self.step, self.metrics = r.STARTING, 0, dict[str, float]()
+        self.phase, self.step, self.metrics = STARTING, 0, dict[str, float]()
         self._shown = headlines([])
         self._seen: set[str] = set()
         self.started = self.changed = self.step_began = time.monotonic()
-        self._log = r.Follower(self.log, log_offset)
-        self._file = r.Follower(run_dir / r.METRICS_FILE, metrics_offset)
+        self._log = Follower(self.log, log_offset)
+        self._file = metrics
         self._rank = -1
         self._stall_told = self.started
         self._marks: deque[tuple[float, int]] = deque(maxlen=_PACE_STEPS + 1)
@@ -142,7 +150,7 @@ class _Progress:
         events = []
         log_size = self._log.offset
         for raw in self._log.new_lines():
-            events += self._read_phase(r.clean_log_line(raw))
+            events += self._read_phase(clean_log_line(raw))
         records = self._file.new_lines()
         for raw in records:
             events += self._read_step(raw, now)
@@ -155,15 +163,15 @@ class _Progress:
         return events
 
     def _read_phase(self, line: str) -> list[tuple[str, str]]:
-        rank = r.phase_rank(line)
+        rank = phase_rank(line)
         if self.step or rank <= self._rank:  # only forward: lines of different processes may come out of order
             return []
-        self._rank, self.phase = rank, r.PHASES[rank][1]
+        self._rank, self.phase = rank, PHASES[rank][1]
         return [("phase", self.phase)]
 
     def _read_step(self, raw: bytes, now: float) -> list[tuple[str, str]]:
         try:
-            step, values, _ = r.parse_metrics_line(raw, r.METRICS_FILE)
+            step, values, _ = r.parse_metrics_line(raw, self._file.path.name)
         except SayoError as error:
             return [("warning", str(error))]  # the run goes on; the report will refuse the file
         validation = [value for name, value in values.items() if r.VALIDATION_ACCURACY.match(name)]
@@ -231,7 +239,7 @@ class _Display:
             self._say(f"stopped: {reached}, exit code {code}; log: {progress.log}", "yellow")
         else:
             self._say(f"the run failed: {reached}, exit code {code}", "bold red")
-            self._console.print(Text("\n".join(r.why_it_failed(progress.log, offset=log_offset))), soft_wrap=True)
+            self._console.print(Text("\n".join(why_it_failed(progress.log, offset=log_offset))), soft_wrap=True)
             self._say(f"log: {progress.log}")
 
     def _say(self, line: str, style: str = "") -> None:

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Where a launch script writes and what it resumes. Sourced by the launch scripts after `cd "$ROOT"`.
+set -euo pipefail
+
+# Prints NAME=value of every setting of this script that was given from outside: a resumed run needs the same ones.
+# To be called before the script sets its defaults.
+given_settings() {
+  local name
+  for name in $(grep -oE '([A-Z_]+)=\$\{\1:-' "$0" | cut -d = -f 1 | sort -u); do
+    case "$name" in OUT | RESUME) continue ;; esac
+    [[ ! -v $name ]] || printf '%s=%q ' "$name" "${!name}"
+  done
+}
+
+# Sets OUT (absolute), ATTEMPT (empty, or -2, -3, ... of a resumed run), VERL_FILE_LOGGER_PATH and SAYO_RESUME_COMMAND,
+# the command that the launcher prints last. Arguments: those of the script.
+place_output() {
+  OUT=${RESUME:-$OUT} ATTEMPT=
+  [[ "$OUT" == /* ]] || OUT="$ROOT/$OUT" # workers may run elsewhere
+  if [[ -n "$RESUME" ]]; then
+    # With nothing there at all, verl would begin a new run. What is there is for the launcher to judge.
+    if [[ ! -e "$OUT/checkpoints/latest_checkpointed_iteration.txt" ]] &&
+      ! compgen -G "$OUT/checkpoints/global_step_*" >/dev/null; then
+      echo "SAYO-L44: there is no checkpoint to resume | at $OUT/checkpoints |" \
+        "fix: name the folder of a run that saved some (SAVE_FREQ=...), or leave RESUME out to begin a new run" >&2
+      exit 2
+    fi
+    local n=2
+    while [[ -e "$OUT/metrics-$n.jsonl" || -e "$OUT/run-$n.json" ]]; do n=$((n + 1)); done
+    ATTEMPT=-$n
+  fi
+  export VERL_FILE_LOGGER_PATH="${VERL_FILE_LOGGER_PATH:-$OUT/metrics$ATTEMPT.jsonl}"
+  if [[ -s "$VERL_FILE_LOGGER_PATH" ]]; then
+    echo "SAYO-L15: the metrics file belongs to another run and would be overwritten | at $VERL_FILE_LOGGER_PATH |" \
+      "fix: choose a new output folder (OUT=...); to resume that run: RESUME=$OUT instead of OUT" >&2
+    exit 2
+  fi
+  SAYO_RESUME_COMMAND="RESUME=$(printf '%q' "$OUT") ${GIVEN}bash$(printf ' %q' "$ROOT/scripts/${0##*/}" "$@")"
+  export SAYO_RESUME_COMMAND
+}
