@@ -31,10 +31,17 @@ def test_source_is_the_one_that_was_read(seam):
 
 
 def _hash_in_a_clean_process(path):
-    code = f"from sayo_verl.compat import Seam; print(Seam({path!r}, '', '').source_hash())"
+    return _hashes_in_a_clean_process([path])[path]
+
+
+def _hashes_in_a_clean_process(paths):
+    code = (
+        "import json, sys; from sayo_verl.compat import Seam; "
+        f"print(json.dumps({{path: Seam(path, '', '').source_hash() for path in {list(paths)!r}}}))"
+    )
     env = {**os.environ, "VERL_USE_EXTERNAL_MODULES": "", "VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_PLATFORM": ""}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    return done.stdout.split()[-1]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_the_record_has_no_stale_seams():
@@ -163,6 +170,6 @@ def test_methods_probe_vision_and_data_do_not_import_verl():
 
 if __name__ == "__main__":
     RECORD.parent.mkdir(exist_ok=True)
-    hashes = {seam.path: _hash_in_a_clean_process(seam.path) for seam in compat.CONTRACT}
+    hashes = _hashes_in_a_clean_process([seam.path for seam in compat.CONTRACT])
     RECORD.write_text(json.dumps(hashes, indent=1) + "\n")
     print(f"wrote {RECORD}")
