@@ -91,7 +91,8 @@ def test_format_and_accuracy(response, expected):
         ("(red)", "red", True), ("The Red!", "red", True), ("red", "Red.", True), ("\uff52\uff45\uff44", "red", True),
         ("\uff13", "3", True), ("cafe\u0301", "café", True), ("\ufb01ve", "five", True), ("3", 3, True),
         ("red\u00a0circle", "red circle", True), ("3", "3.0", True), ("3", 3.0, True), ("1,000", "1000", True),
-        ("r\u200bed", "red", True), ("\u2462", "3", False), ("3", "4", False), ("red blue", "red", False), ("reds", "red", False),
+        ("r\u200bed", "red", True), ("\u2462", "3", False), ("3", "4", False), ("red blue", "red", False),
+        ("reds", "red", False),
         ("red or blue", "red", False), ("re d", "red", False), ("theory", "ory", False), ("anred", "red", False),
         ("not red", "red", False), ("-1", "1", False),
     ],
@@ -110,9 +111,11 @@ def test_truths_that_an_answer_can_equal(truth):
 @pytest.mark.parametrize(
     ("truth", "reason"),
     [
-        (None, "null"), (["red"], "list"), ({"a": 1}, "dict"), (True, "bool"), (float("nan"), "float"), (b"red", "bytes"),
+        (None, "null"), (["red"], "list"), ({"a": 1}, "dict"), (True, "bool"), (float("nan"), "float"),
+        (b"red", "bytes"),
         ("", "empty"), (" \n", "empty"), ("?", "punctuation"), ("。", "punctuation"), ("“”", "punctuation"),
-        ("\u200b", "cannot be seen"), ("[]", "punctuation"), ("<answer> 3 </answer>", "<answer>"), ("</Think>3", "</Think>"),
+        ("\u200b", "cannot be seen"), ("[]", "punctuation"), ("<answer> 3 </answer>", "<answer>"),
+        ("</Think>3", "</Think>"),
         ("3<|im_end|>", "<|im_end|>"), ("\\boxed{3}", "boxed"), ("2 + 1 = 3\n#### 3", "####"),
         ("It is round. So the answer is red.", "the answer is"), ("Answer: red", "Answer:"), ("x" * 20_000, "20000"),
     ],
