@@ -38,7 +38,7 @@ from sayo_verl.reward.text import (
     why_not_gradable,
 )
 
-__all__ = ["FORMATS", "JUDGES", "MAX_CHARACTERS", "SLACK_CHARACTERS", "check_settings", "compute_score",
+__all__ = ["FORMATS", "JUDGES", "MAX_CHARACTERS", "SLACK_CHARACTERS", "TAGS", "check_settings", "compute_score",
            "length_factor", "normalise", "split_response", "why_not_gradable"]  # fmt: skip
 
 FORMATS = ("think_answer", "released")
