@@ -53,6 +53,8 @@ def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) ->
             L35 for a function that is not there or does not take what verl passes, L36 for a manager or reward model
             that does not work with it.
     """
+    from verl.utils.import_utils import load_module
+
     _check_legacy(config)
     _check_manager(config)
     path, name = config.reward.custom_reward_function.path, str(config.reward.custom_reward_function.name)
@@ -65,14 +67,14 @@ def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) ->
     kwargs = _kwargs(config)
     plan = f"{path}:{name} {kwargs or ''}".strip()
     try:
-        function = _load(str(path), name)
+        module = load_module(str(path))
     except (ImportError, SyntaxError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split())[:200]}"
         if dry_run:
             return f"{plan} - NOT CHECKED, it cannot be loaded here ({reason})"
         raise SayoError("L19", "the reward function cannot be loaded", where=f"{FUNCTION}.path",
                         got=f"{path} ({reason})", fix="correct the module") from error  # fmt: skip
-    _check_arguments(config, function, kwargs)
+    _check_arguments(config, _function(module, str(path), name), kwargs)
     if not is_ours(config):
         return plan
     settings = own_settings(config)
@@ -141,10 +143,7 @@ def _check_manager(config: DictConfig) -> None:
                         fix="set it to True, with nnodes and n_gpus_per_node beside it")  # fmt: skip
 
 
-def _load(path: str, name: str) -> Callable[..., Any]:
-    from verl.utils.import_utils import load_module
-
-    module = load_module(path)
+def _function(module: Any, path: str, name: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         functions = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
