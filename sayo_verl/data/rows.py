@@ -48,6 +48,7 @@ REASONS: Mapping[str, str] = {
     "no_box": "no box is left, and rows without boxes are not kept",
     "empty_question": "there is no question",
     "empty_answer": "there is no answer",
+    "ungradable_answer": "sayo_verl.reward cannot grade the answer",
     "reserved_text": "the question holds text that stands for an image or a control token",
     "image_in_other_split": "the same picture, by its bytes, is in the other split",
     "duplicate": "the same question about the same image was there before",
@@ -210,19 +211,30 @@ class Source(Protocol):
     def examples(self) -> Iterator[Example | LeftOut]: ...
 
 
+def reserved_text(text: str) -> str | None:
+    """Text that chat templates and processors take for something else, or None."""
+    found = RESERVED.search(text)
+    return found.group() if found else None
+
+
 def check_text(question: str, answer: str) -> None:
     """Refuse text that cannot be a question or an answer.
 
     Raises:
-        Drop: ``empty_question``, ``empty_answer``, ``reserved_text``.
+        Drop: ``empty_question``, ``empty_answer``, ``ungradable_answer``, ``reserved_text``.
     """
+    from sayo_verl.reward import why_not_gradable
+
     if not question.strip():
         raise Drop("empty_question")
     if not answer.strip():
         raise Drop("empty_answer")
-    found = RESERVED.search(question)
-    if found:
-        raise Drop("reserved_text", found.group())
+    reason = why_not_gradable(answer)
+    if reason is not None:
+        raise Drop("ungradable_answer", f"{reason}: {answer[:80]!r}")
+    reserved = reserved_text(question)
+    if reserved:
+        raise Drop("reserved_text", reserved)
 
 
 def record(
