@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import sayo_verl
-from sayo_verl.reward import MAX_CHARACTERS, SLACK_CHARACTERS, compute_score, length_factor, normalise, split_response
+from sayo_verl.reward import (
+    MAX_CHARACTERS,
+    SLACK_CHARACTERS,
+    compute_score,
+    length_factor,
+    normalise,
+    split_response,
+    why_not_gradable,
+)
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=150)
 GOOD = "<think> circle red . </think> <answer> red </answer>"
@@ -82,18 +90,39 @@ def test_format_and_accuracy(response, expected):
         ("a  red   circle", "red circle", True), ("an apple", "apple", True), ('"red"', "red", True),
         ("(red)", "red", True), ("The Red!", "red", True), ("red", "Red.", True), ("\uff52\uff45\uff44", "red", True),
         ("\uff13", "3", True), ("cafe\u0301", "café", True), ("\ufb01ve", "five", True), ("3", 3, True),
-        ("red\u00a0circle", "red circle", True), ("\u2462", "3", True),
-        ("3", "3.0", False), ("3", "4", False), ("red blue", "red", False), ("reds", "red", False),
+        ("red\u00a0circle", "red circle", True), ("3", "3.0", True), ("3", 3.0, True), ("1,000", "1000", True),
+        ("r\u200bed", "red", True), ("\u2462", "3", False), ("3", "4", False), ("red blue", "red", False), ("reds", "red", False),
         ("red or blue", "red", False), ("re d", "red", False), ("theory", "ory", False), ("anred", "red", False),
-        ("not red", "red", False), ("1,000", "1000", False), ("-1", "1", False), ("r\u200bed", "red", False),
+        ("not red", "red", False), ("-1", "1", False),
     ],
 )  # fmt: skip
 def test_answers_are_compared_after_normalising(answer, truth, same):
     assert compute_score("", f"<answer>{answer}</answer>", truth)["acc"] == same
 
 
+@pytest.mark.parametrize(
+    "truth", ["red", "3", 3, 3.0, 0, 1e-7, "None", "a", "-3", "x < y", "10⁵", "[0,1)", "%", "+", "The red one.", "<b>"]
+)
+def test_truths_that_an_answer_can_equal(truth):
+    assert why_not_gradable(truth) is None
+
+
+@pytest.mark.parametrize(
+    ("truth", "reason"),
+    [
+        (None, "null"), (["red"], "list"), ({"a": 1}, "dict"), (True, "bool"), (float("nan"), "float"), (b"red", "bytes"),
+        ("", "empty"), (" \n", "empty"), ("?", "punctuation"), ("。", "punctuation"), ("“”", "punctuation"),
+        ("\u200b", "cannot be seen"), ("[]", "punctuation"), ("<answer> 3 </answer>", "<answer>"), ("</Think>3", "</Think>"),
+        ("3<|im_end|>", "<|im_end|>"), ("\\boxed{3}", "boxed"), ("2 + 1 = 3\n#### 3", "####"),
+        ("It is round. So the answer is red.", "the answer is"), ("Answer: red", "Answer:"), ("x" * 20_000, "20000"),
+    ],
+)  # fmt: skip
+def test_truths_that_no_answer_can_equal_are_named(truth, reason):
+    assert reason in why_not_gradable(truth)
+
+
 def test_an_article_alone_is_kept():
-    assert [normalise(word) for word in ("a", "The", "an", "A a", "the the")] == ["a", "the", "an", "a", "the"]
+    assert [normalise(word) for word in ("a", "The", "an", "the the", "A B")] == ["a", "the", "an", "the", "a b"]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +180,8 @@ def test_any_text_without_tags_can_be_thought_and_answered(thought, answer):
         assert split_response(whole)[0] is False
     else:
         assert split_response(whole) == (True, answer.strip())
-        assert marks(whole, truth=answer) == (1, 1)
+        assert marks(whole)[0] == 1
+        assert why_not_gradable(answer) or marks(whole, truth=answer)[1] == 1
 
 
 MILLION = 1_000_000

@@ -19,21 +19,19 @@ at ``MAX_CHARACTERS``.
 """
 
 import functools
-import re
-import unicodedata
 from typing import Any
 
-MAX_CHARACTERS = 65_536
-SLACK_CHARACTERS = 1024
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_PUNCTUATION = " \t\n.,;:!?\"'`()[]{}"
-_ARTICLE = re.compile(r"^(?:the|an|a) ")
+from sayo_verl.reward.text import MAX_CHARACTERS, SLACK_CHARACTERS, TAGS, normalise, truth_text, why_not_gradable
 
-
-def normalise(answer: str) -> str:
-    """An answer as it is compared."""
-    text = " ".join(unicodedata.normalize("NFKC", answer).lower().split()).strip(_PUNCTUATION)
-    return _ARTICLE.sub("", text)
+__all__ = [
+    "MAX_CHARACTERS",
+    "SLACK_CHARACTERS",
+    "compute_score",
+    "length_factor",
+    "normalise",
+    "split_response",
+    "why_not_gradable",
+]
 
 
 def split_response(response: str) -> tuple[bool, str | None]:
@@ -97,9 +95,9 @@ def compute_score(
         ``length_tokenizer`` also ``length_factor``.
     """
     right, answer = split_response(solution_str)
-    truth = str(ground_truth)
+    truth = truth_text(ground_truth) or ""
     longest = SLACK_CHARACTERS + 4 * len(truth)
-    acc = float(answer is not None and len(answer) <= longest and normalise(answer) == normalise(truth))
+    acc = float(answer is not None and len(answer) <= longest and normalise(answer) == normalise(truth) != "")
     parts = {"acc": acc, "format": float(right)}
     if length_tokenizer is not None:
         text = solution_str[:MAX_CHARACTERS]

@@ -1,0 +1,196 @@
+"""Answers as text: the normal form in which they are compared, and the truths that can be compared at all.
+
+Two answers are equal when their normal forms are equal and not empty. ``normalise`` makes the normal form:
+
+ - Characters. Canonical composition (NFC) and case folding. Compatible characters (full width, ligatures) are one
+   character. Superscripts, subscripts, fractions and circled numbers stay, for "10⁵" is not "105". Decimal digits of
+   any script are ASCII digits; dashes and the minus sign are "-". Characters that cannot be seen are dropped:
+   zero-width characters, byte order marks, marks of direction. White space is collapsed. A character keeps at most
+   30 combining marks, for composing takes time that grows with the square of their number.
+ - Ends. Quotation marks of any script, paired Markdown emphasis (``**red**``, ``_red_``, ``~~red~~``) and sentence
+   punctuation of any script are dropped. Three things stay: punctuation directly before a digit (".5"), "!" directly
+   after a digit or a bracketed formula ("5!", "(n-1)!"), and a quotation mark after a digit if none opens the answer (5").
+ - Brackets. "(A)", "(A", "A)" are "A", "[red]" is "red", "(3)" is "3". Brackets stay around anything with a separator
+   or another bracket in it ("[0,1)", "(0,1]", "{a, b}"), and around a number if they are square or curly.
+ - Articles. A leading "the" or "an" is dropped, and a leading "a" unless a single letter follows ("A B").
+ - Numbers. A plain decimal number stands for its value: "3", "3.0" and "+3."; ".5" and "0.5"; "1,000" and "1000", with
+   exact groups of three. Exponents, fractions, percentages and units are text. So is a number with a needless zero in
+   front ("007").
+"""
+
+import decimal
+import numbers
+import unicodedata
+from functools import lru_cache
+
+import regex
+
+# A response is cut here, so no longer answer exists.
+MAX_CHARACTERS = 65_536
+# Longer truths are refused: their answers would be too long to normalise in bounded time.
+MAX_TRUTH_CHARACTERS = 16_384
+SLACK_CHARACTERS = 1024
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+# Compatibility forms that mean something else than what they decompose into.
+_MEANT = ("<super>", "<sub>", "<fraction>", "<circle>")
+_TRANSLATED = {
+    "\N{ARABIC DECIMAL SEPARATOR}": ".",
+    "\N{ARABIC THOUSANDS SEPARATOR}": ",",
+    "\N{MINUS SIGN}": "-",
+    "\N{ACUTE ACCENT}": "'",
+    "`": "'",
+    "【": "[",
+    "】": "]",
+}
+# Invisible operators separate what stands beside them: 2 times 3 is not 23.
+_UNSEEN = regex.compile(r"(?![\u2061-\u2064])[\p{Cf}\p{Cc}\p{Default_Ignorable_Code_Point}]")
+_MARKS = regex.compile(r"(\p{M}{30})\p{M}+")
+_FORMULA = regex.compile(r"[\d+*/^-].*[)\]}]$")
+_QUOTE = regex.compile(r"[\p{Quotation_Mark}《》〈〉]")
+_PUNCTUATION = regex.compile(r"[\p{Terminal_Punctuation}¿¡]")
+_EMPHASIS = ("***", "**", "*", "___", "__", "_", "~~")
+_ROUND = regex.compile(r"\(([^()\[\]{},;:|]+)\)")
+_SQUARE = regex.compile(r"[\[{](?=\p{L})([^()\[\]{},;:|]+)[\]}]")
+_LETTER = regex.compile(r"\(?(\p{L})\)?")
+_ARTICLE = regex.compile(r"(?:(?:the|an) |a (?=\w\w|\d))+(?=\S)")
+_NUMBER = regex.compile(r"([-+]?)(0|[1-9]\d*|[1-9]\d{0,2}(?:,\d{3})+)?(?:\.(\d*))?")
+# What shows that a truth holds more than the answer, and what the response is marked up with.
+_MARKUP = regex.compile(
+    r"(?i)</?\s*(?:think(?:ing)?|thought|answer|reason(?:ing)?|rationale|reflection|solution|conclusion|image|video)\s*/?>"
+    r"|<\|.{1,40}?\|>"
+)
+_THOUGHT = regex.compile(
+    r"(?im)####|\b(?:the (?:final |correct |right )?answer is|final answer)\b|^\s*answer\s*[:\uff1a]"
+)
+_BOXED = regex.compile(r"\\(?:boxed|fbox)\b")
+
+
+@lru_cache(maxsize=4096)
+def _fold(character: str) -> str:
+    """One character in the form in which it is compared."""
+    if character in _TRANSLATED:
+        return _TRANSLATED[character]
+    category = unicodedata.category(character)
+    if category == "Nd":
+        return str(unicodedata.decimal(character))
+    if category == "Pd":
+        return "-"
+    if unicodedata.decomposition(character).startswith(_MEANT):
+        return character
+    return unicodedata.normalize("NFKC", character)
+
+
+@lru_cache(maxsize=4096)
+def _kind(character: str) -> str:
+    """``"quote"``, ``"punctuation"``, ``"space"``, or ``""`` for what stays at the ends of an answer."""
+    if _QUOTE.match(character):
+        return "quote"
+    if _PUNCTUATION.match(character):
+        return "punctuation"
+    return "space" if character.isspace() else ""
+
+
+def _characters(text: str) -> str:
+    """The rule on characters."""
+    text = _MARKS.sub(r"\1", text)
+    while True:
+        folded = unicodedata.normalize("NFC", "".join(map(_fold, " ".join(text.split()))).casefold())
+        folded = " ".join(_UNSEEN.sub("", " ".join(folded.split())).split())
+        if folded == text:
+            return text
+        text = folded
+
+
+def _ends(text: str) -> str:
+    """The rule on ends, without emphasis."""
+    first, last = 0, len(text)
+    while first < last and _kind(text[first]):
+        first += 1
+    while last > first and _kind(text[last - 1]):
+        last -= 1
+    if first == last:
+        return ""
+    quoted = any(_kind(c) == "quote" for c in text[:first])
+    if text[first].isdigit():
+        while first > 0 and text[first - 1] not in "¿¡" and _kind(text[first - 1]) == "punctuation":
+            first -= 1
+    digit = text[last - 1].isdigit()
+    if digit or (text[last - 1] in ")]}" and _FORMULA.search(text, 0, last)):
+        while last < len(text) and (text[last] == "!" or (digit and not quoted and _kind(text[last]) == "quote")):
+            last += 1
+    return text[first:last]
+
+
+def _emphasis(text: str) -> str:
+    """The text between a pair of Markdown's marks that stand nowhere else in it."""
+    for mark in _EMPHASIS:
+        inner = text[len(mark) : -len(mark)]
+        if text.startswith(mark) and text.endswith(mark) and inner.strip("*_~ ") and mark not in inner:
+            return inner
+    return text
+
+
+def _number(text: str) -> str:
+    """A plain decimal number as the shortest text of its value; other text as it is."""
+    found = _NUMBER.fullmatch(text)
+    if not found or not (found[2] or found[3]):
+        return text
+    whole, part = (found[2] or "0").replace(",", ""), (found[3] or "").rstrip("0")
+    value = f"{whole}.{part}" if part else whole
+    return f"-{value}" if found[1] == "-" and value != "0" else value
+
+
+def normalise(answer: str) -> str:
+    """The form in which an answer is compared; empty if nothing of it can be compared. See the rules above."""
+    text = _characters(answer)
+    while True:
+        shorter = _emphasis(_ends(text))
+        for brackets in (_LETTER, _ROUND, _SQUARE):
+            shorter = brackets.sub(r"\1", shorter) if brackets.fullmatch(shorter) else shorter
+        shorter = _ARTICLE.sub("", shorter) if _ARTICLE.match(shorter) else shorter
+        if shorter == text:
+            return _number(text) if text.strip("()[]{} ") else ""
+        text = shorter
+
+
+def truth_text(ground_truth: object) -> str | None:
+    """A ground truth as text; numbers without an exponent; None for what is neither text nor a finite number."""
+    if isinstance(ground_truth, str):
+        return ground_truth
+    if isinstance(ground_truth, bool) or not isinstance(ground_truth, (numbers.Real, decimal.Decimal)):
+        return None
+    value = decimal.Decimal(str(ground_truth))
+    return format(value, "f") if value.is_finite() else None
+
+
+def why_not_gradable(ground_truth: object, *, judge: str = "text") -> str | None:
+    """Why no answer can equal a ground truth, or every answer would.
+
+    Args:
+        ground_truth: ``reward_model.ground_truth`` of a row, of any type.
+        judge: how answers are compared, ``"text"`` or ``"math"``.
+
+    Returns:
+        The reason in a few words, or None for a truth that can be graded.
+    """
+    if ground_truth is None:
+        return "it is null"
+    text = truth_text(ground_truth)
+    if text is None:
+        return f"it is {ground_truth!r:.40} ({type(ground_truth).__name__}), neither text nor a finite number"
+    if not text.strip():
+        return "it is empty"
+    if len(text) > MAX_TRUTH_CHARACTERS:
+        return f"it has {len(text)} characters, more than {MAX_TRUTH_CHARACTERS}"
+    markup = _MARKUP.search(text)
+    if markup:
+        return f"it holds the tag {markup.group()}"
+    if judge == "text" and _BOXED.search(text):
+        return "it holds \\boxed{}, and answers stand in <answer>"
+    thought = _THOUGHT.search(text)
+    if thought:
+        return f"it holds {thought.group().strip()!r}: a solution, not its answer alone"
+    if not normalise(text):
+        return "nothing of it is left to compare: punctuation or characters that cannot be seen"
+    return None
