@@ -65,12 +65,14 @@ class Looked:
         headers: per image, None where it is not read: a web address, or wrong.
         boxes: as in the row; empty where they are wrong.
         question: the text of the user without image tags.
+        mistyped: a column has another type than verl reads, and nothing else was looked at.
     """
 
     faults: list[SayoError] = field(default_factory=list)
     headers: list[Header | None] = field(default_factory=list)
     boxes: list[list[list[float]]] = field(default_factory=list)
     question: str = ""
+    mistyped: bool = False
 
     def attempt(self, check: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The value of a check, or None where it refuses, which is noted."""
@@ -102,7 +104,8 @@ class RowContract:
         demands, keys, looked = self.demands, self.demands.keys, Looked()
         for check in (check_prompt, check_media, check_extra_info, check_reward_model):
             looked.attempt(check, row, where, demands)
-        if looked.faults:  # what follows reads these columns
+        looked.mistyped = bool(looked.faults)
+        if looked.mistyped:  # what follows reads these columns
             return looked
         images, info = row.get(keys.images) or [], row.get("extra_info") or {}
         media = {tag: len(row.get(key) or []) for tag, key in
@@ -112,7 +115,8 @@ class RowContract:
         if demands.rewarded and demands.judge is not None:
             looked.attempt(check_ground_truth, row["reward_model"], where, demands.judge)
         if demands.attention:
-            looked.attempt(check_data_source, row.get("data_source"), where)
+            if "data_source" in row:
+                looked.attempt(check_data_source, row["data_source"], where)
             looked.attempt(check_id, row.get("data_source"), info.get("id"), self._ids, where)
             looked.attempt(check_only_images, media, where)
             looked.attempt(check_question, looked.question, info.get("question"), where)
@@ -214,7 +218,9 @@ def check_placeholders(prompt: Sequence[Mapping[str, Any]], media: Mapping[str, 
             kind = tag.strip("<>")
             raise SayoError(
                 "D09",
-                f"the prompt does not name each {kind} once" if n else f"the row has no {kind} but its prompt names one",
+                f"the prompt does not name each {kind} once"
+                if n
+                else f"the row has no {kind} but its prompt names one",
                 where=where,
                 got=f"{told} {tag} placeholders, {n} {kind}s",
                 wanted="as many placeholders as entries",
@@ -245,7 +251,7 @@ def check_ground_truth(reward_model: Mapping[str, Any], where: str, judge: str) 
     truth = reward_model.get("ground_truth")
     reason = why_not_gradable(truth, judge=judge)
     if reason is not None:
-        raise SayoError("D74", f"a ground truth cannot be graded: {reason}",
+        raise SayoError("D74", f"a ground truth cannot be graded ({reason})",
                         where=f"{where}, reward_model.ground_truth", got=repr(truth)[:80],
                         wanted="the answer alone, as sayo_verl.reward compares it",
                         fix="correct the answer or remove the row; or set a reward function of your own")  # fmt: skip

@@ -91,7 +91,9 @@ def image_features(file: pq.ParquetFile) -> list[str]:
         told = dict(json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"])
     except (KeyError, TypeError, ValueError):
         return []
-    return [name for name, kind in told.items() if kind != {"_type": "Image"} and '"_type": "Image"' in json.dumps(kind)]
+    return [
+        name for name, kind in told.items() if kind != {"_type": "Image"} and '"_type": "Image"' in json.dumps(kind)
+    ]
 
 
 def _as_datasets_decodes(images: Any) -> Any:
