@@ -61,14 +61,14 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
         return [("data", f"not checked: {foreign} reads the files in its own way")]
     demands, plan, there, counted = demands_of(config, method), [], {}, {}
     for split in SPLITS:
-        told, there[split] = _present(files[split], f"data.{split}_files", dry_run)
+        there[split], told = _present(files[split], f"data.{split}_files", dry_run)
         check_joined(there[split])
         counted[split] = Counted()
         for path in there[split]:
             found = _with_progress(config, path, demands, len(there[split]))
             counted[split].add(found, keep_of(config))
-            told[path] = f"{path}: {found}"
-        plan.append((f"{split} data", "; ".join(told.values())))
+            told.append(f"{path}: {found}")
+        plan.append((f"{split} data", "; ".join(told)))
     complete = {split: len(there[split]) == len(files[split]) for split in SPLITS}
     if complete["train"]:
         if method is not None and method.needs().boxes and method.gives:
@@ -97,26 +97,24 @@ def files_of(config: DictConfig, split: str) -> list[str]:
     return files
 
 
-def _present(files: Sequence[str], where: str, dry_run: bool) -> tuple[dict[Path, str], list[Path]]:
-    """A line for each file that is not checked, and the files that are."""
-    told: dict[Path, str] = {}
-    there = []
+def _present(files: Sequence[str], where: str, dry_run: bool) -> tuple[list[Path], list[str]]:
+    """The files that can be checked, and a line for each other one."""
+    there, told = [], []
     for file in files:
         path = Path(file).expanduser()
         if not file.endswith((".parquet", ".json", ".jsonl")):
             raise SayoError("L41", "verl does not read this kind of file", where=where, got=file,
                             wanted=".parquet, .json or .jsonl", fix="convert it, or correct the name")  # fmt: skip
         if "://" in file or not file.endswith(".parquet"):
-            told[path] = f"{file} - not checked: only local parquet files are"
+            told.append(f"{file} - not checked: only local parquet files are")
         elif path.is_file():
-            told[path] = ""
             there.append(path)
         elif dry_run:
-            told[path] = f"{file} - NOT THERE YET, needed before the run"
+            told.append(f"{file} - NOT THERE YET, needed before the run")
         else:
             raise SayoError("D01", "there is no such parquet file", where=where, got=file,
                             fix="correct the path; `sayo prepare synthetic` draws the tiny task")  # fmt: skip
-    return told, there
+    return there, told
 
 
 def keep_of(config: DictConfig) -> int:

@@ -24,10 +24,10 @@ def check_batch(config: DictConfig, rows: int) -> None:
     """Refuse fewer rows than a batch: verl's loader drops the last batch if it is not whole; D75."""
     limit = int(config.data.get("train_max_samples", -1))
     rows = min(rows, limit) if limit > 0 else rows
-    wanted = max(int(config.data.train_batch_size), int(config.data.get("gen_batch_size") or 0))
+    wanted = int(config.data.train_batch_size)
     if rows < wanted:
-        raise SayoError("D75", "fewer training rows than a batch, so the run has no step", where="data.train_files", got=f"{rows} rows",
-                        wanted=f"at least {wanted} (data.train_batch_size, data.gen_batch_size)",
+        raise SayoError("D75", "fewer training rows than a batch, so the run has no step", where="data.train_files",
+                        got=f"{rows} rows", wanted=f"at least data.train_batch_size, {wanted}",
                         fix="add rows, or set data.train_batch_size to fewer")  # fmt: skip
 
 

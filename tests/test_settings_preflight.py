@@ -49,6 +49,9 @@ def base(repo: Path) -> DictConfig:
     return composed(repo, "+hardware=cpu", "actor_rollout_ref.rollout.n=4")
 
 
+ROWS = 16  # of a file: at least data.train_batch_size
+
+
 def write_rows(path: Path, *, boxes: list | None) -> Path:
     png = io.BytesIO()
     Image.new("RGB", (8, 8), (zlib.crc32(path.name.encode()) % 256, 0, 0)).save(png, "PNG")  # held out by name
@@ -59,7 +62,7 @@ def write_rows(path: Path, *, boxes: list | None) -> Path:
         "reward_model": {"style": "rule", "ground_truth": "red"},
         "extra_info": {"index": 0} if boxes is None else {"index": 0, "boxes": boxes},
     }
-    pq.write_table(pa.Table.from_pylist([row, row]), path)
+    pq.write_table(pa.Table.from_pylist([row] * ROWS), path)
     return path
 
 
@@ -83,6 +86,8 @@ def make(base: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         "data.val_files": str(write_rows(tmp_path / "val.parquet", boxes=[[[0.5, 0.5, 1.0, 1.0]]])),
         "reward.custom_reward_function.path": "pkg://sayo_verl.reward",
         "trainer.default_local_dir": str(tmp_path / "checkpoints"),
+        "data.train_batch_size": ROWS,
+        "sayo.preflight_prompts": 0,  # the folder of the model holds no processor
     }
 
     def changed(**values: Any) -> DictConfig:
@@ -112,8 +117,8 @@ def test_the_default_configuration_of_a_run_passes(make):
         plan["method"] == "attn_region: weight 1.0, entropy_fraction 0.3, layers (-1,), coverage 0.5, per_token False"
     )
     assert "qwen3_vl, probing layer 3 of 4" in plan["model"]
-    assert "train.parquet: 2 rows, 2 with boxes, 2 images decoded" in plan["train data"]
-    assert "val.parquet: 2 rows, 2 with boxes" in plan["val data"]
+    assert "train.parquet: 16 rows, 16 with boxes, 16 images decoded" in plan["train data"]
+    assert "val.parquet: 16 rows, 16 with boxes" in plan["val data"]
     assert plan["reward"].startswith("pkg://sayo_verl.reward")
     assert "x 4" in plan["rollouts"]
     assert "1 x 1 cpu" in plan["machines"]
@@ -534,26 +539,30 @@ def test_D65_validation_on_what_is_trained(make, tmp_path):
 
 def test_every_file_of_a_list_is_checked(make, tmp_path):
     good = str(tmp_path / "train.parquet")
-    assert dict(preflight(make(**{"data.train_files": [good, good]})))["train data"].count("2 rows") == 2
+    assert dict(preflight(make(**{"data.train_files": [good, good]})))["train data"].count("16 rows") == 2
     refused(make(**{"data.train_files": [good, "absent.parquet"]}), "D01")
 
 
-@pytest.mark.parametrize("split", ["train_files", "val_files"])
-def test_D04_no_row_has_a_box(make, tmp_path, split):
-    bare = str(write_rows(tmp_path / "bare.parquet", boxes=[[]]))
-    error = refused(make(**{f"data.{split}": bare}), "D04")
-    assert error.where == bare
+def test_D04_boxes_are_asked_for_over_all_training_files_together(make, tmp_path):
+    bare, good = str(write_rows(tmp_path / "bare.parquet", boxes=[[]])), str(tmp_path / "train.parquet")
+    error = refused(make(**{"data.train_files": bare}), "D04")
+    assert error.where == "data.train_files"
     assert "algorithm.adv_estimator=grpo" in error.fix
+    assert "0 with boxes" in dict(preflight(make(**{"data.train_files": [bare, good]})))["train data"]
+    preflight(make(**{"data.val_files": bare}))
 
 
-def test_a_bad_box_is_refused_under_grpo_too(make, tmp_path):
+def test_boxes_are_nothing_to_verls_own_estimators(make, tmp_path):
     bad = str(write_rows(tmp_path / "bad.parquet", boxes=[[[0.5, 0.5, 0.25, 0.25]]]))
-    refused(make(**{"data.train_files": bad, "algorithm.adv_estimator": "grpo"}), "V02")
+    refused(make(**{"data.train_files": bad}), "V02")
+    preflight(make(**{"data.train_files": bad, "algorithm.adv_estimator": "grpo"}))
 
 
 def test_the_columns_are_those_of_the_configuration(make):
-    error = refused(make(**{"data.image_key": "pictures"}), "D03")
-    assert "pictures" in str(error)
+    assert "'questions'" in str(refused(make(**{"data.prompt_key": "questions"}), "D03"))
+    for estimator in ("attn_region", "grpo"):
+        error = refused(make(**{"data.image_key": "pictures", "algorithm.adv_estimator": estimator}), "D09")
+        assert "data.image_key" in error.fix
 
 
 def test_a_dry_run_lists_absent_files_instead_of_refusing(make):

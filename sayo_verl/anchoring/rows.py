@@ -83,7 +83,9 @@ class AnchorRows(Dataset):
 
 def has_boxes(row: dict[str, Any]) -> bool:
     """Whether any image of the row has a box."""
-    return any(len(image) for image in (row["extra_info"] or {}).get("boxes") or [])
+    info = row["extra_info"]
+    boxes = info.get("boxes") if isinstance(info, dict) else None
+    return isinstance(boxes, list) and any(boxes)
 
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:

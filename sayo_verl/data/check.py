@@ -65,10 +65,11 @@ def open_rows(path: Path, demands: Demands) -> pq.ParquetFile:
     file = open_parquet(path)
     names = file.schema_arrow.names
     missing = [column for column in demands.columns() if column not in names]
-    if missing or len(set(names)) < len(names) or file.metadata.num_rows == 0:
-        what = f"has no column {missing[0]!r}" if missing else "has no rows" if names and len(set(names)) == len(names) \
-            else "has two columns of one name"  # fmt: skip
-        raise SayoError("D03", f"the parquet {what}", where=str(path), got=sorted(names),
+    twice = [name for name in names if names.count(name) > 1]
+    wrong = f"has no column {missing[0]!r}" if missing else f"has two columns {twice[0]!r}" if twice else \
+        "" if file.metadata.num_rows else "has no rows"  # fmt: skip
+    if wrong:
+        raise SayoError("D03", f"the parquet {wrong}", where=str(path), got=sorted(names),
                         wanted=f"rows with the columns {', '.join(demands.columns())}",
                         fix="follow the row contract in docs/data.md; data.prompt_key names the prompts")  # fmt: skip
     return file
@@ -120,7 +121,7 @@ def check_parquet(path: Path, demands: Demands, *, max_images: int = 512, keep: 
 
 
 def columns_of(file: pq.ParquetFile, demands: Demands) -> list[str]:
-    """What to read of a file: the columns of the contract that are there, without the bytes of images if none is read."""
+    """What to read of a file: the columns of the contract that are there. Bytes of images only if they are read."""
     wanted = [*demands.keys, "data_source", "reward_model", "extra_info"]
     there = [name for name in dict.fromkeys(wanted) if name in file.schema_arrow.names]
     key = demands.keys.images
@@ -149,10 +150,14 @@ def check_joined(paths: Sequence[Path]) -> None:
             joined = one if joined is None else concatenate_datasets([joined, one])
         except (ValueError, TypeError, KeyError, NotImplementedError, pa.ArrowException) as error:
             wrong = _differing(open_parquet(paths[0]).schema_arrow, schema) or [" ".join(str(error).split())[:200]]
-            raise SayoError("D64", "verl's data set cannot join the files, or cannot read one of them",
-                            where=f"{path}, after {paths[0]}", got="; ".join(wrong),
-                            wanted="one type for each column and field",
-                            fix="write the column of both files with one type, or leave a file out") from error  # fmt: skip
+            raise SayoError(
+                "D64",
+                "verl's data set cannot join the files, or cannot read one of them",
+                where=f"{path}, after {paths[0]}",
+                got="; ".join(wrong),
+                wanted="one type for each column and field",
+                fix="write the column of both files with one type, or leave a file out",
+            ) from error
 
 
 def _differing(one: pa.Schema | pa.StructType, other: pa.Schema | pa.StructType, prefix: str = "") -> list[str]:

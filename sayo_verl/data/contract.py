@@ -1,8 +1,9 @@
 """The row contract: everything that can be wrong with one row, in one function.
 
-The contract in words, and which check runs where, stand in docs/data.md. ``RowContract.look`` returns all faults of a row.
-The launcher raises the first one (``sayo_verl.data.check``), `sayo inspect` counts all (``sayo_verl.data.inspection``),
-`sayo prepare` leaves rows out by the same rules for text (``rows.check_text``), and the anchoring stage raises the first.
+The contract in words, and which check runs where, stand in docs/data.md. ``RowContract.look`` returns all faults of a
+row. The launcher raises the first one (``sayo_verl.data.check``), and so does the anchoring stage. `sayo inspect`
+counts all (``sayo_verl.data.inspection``). `sayo prepare` leaves rows out by the same rules for text
+(``rows.check_text``).
 
 ``Demands`` says what applies. Rows of verl's own estimators are checked only for what verl 0.9.1 itself needs.
 """
@@ -110,7 +111,9 @@ class RowContract:
         images, info = row.get(keys.images) or [], row.get("extra_info") or {}
         media = {tag: len(row.get(key) or []) for tag, key in
                  ((IMAGE_TAG, keys.images), ("<video>", keys.videos), ("<audio>", keys.audios))}  # fmt: skip
-        looked.question = _text_of_user(row[keys.prompt]).replace(IMAGE_TAG, "").strip()
+        looked.question = _text_of_user(row[keys.prompt])
+        for tag, n in media.items():
+            looked.question = looked.question.replace(tag, "") if n or tag == IMAGE_TAG else looked.question
         looked.attempt(check_placeholders, row[keys.prompt], media, where)
         if demands.rewarded and demands.judge is not None:
             looked.attempt(check_ground_truth, row["reward_model"], where, demands.judge)
@@ -164,7 +167,7 @@ def check_prompt(row: Mapping[str, Any], where: str, demands: Demands) -> None:
 
 
 def _check_parts(parts: list[Any], where: str, wanted: str) -> None:
-    # A parquet column has the same fields in each part, and Qwen's reader opens "image" of every part that has the field.
+    # All parts of a parquet column have the same fields, and Qwen's reader opens a field "image", also if null.
     for part in parts:
         if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
             raise _wrong_type(where, part, wanted,
@@ -240,7 +243,7 @@ def check_question(asked: str, question: Any, where: str) -> None:
     if reserved:
         raise SayoError("D66", "a question holds text that stands for an image or a control token", where=where,
                         got=reserved, fix="remove the text, or the row")  # fmt: skip
-    if not asked:
+    if not asked.strip():
         raise SayoError("D66", "a row has no question", where=where, fix="remove the row")
 
 
@@ -257,7 +260,7 @@ def check_ground_truth(reward_model: Mapping[str, Any], where: str, judge: str) 
                         fix="correct the answer or remove the row; or set a reward function of your own")  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------- what attention methods add
+# -------------------------------------------------------------------------------------- what attention methods add
 
 
 def check_data_source(name: Any, where: str) -> None:
@@ -335,9 +338,9 @@ def check_boxes(extra_info: Mapping[str, Any], n_images: int, where: str) -> lis
 
 
 def check_lists(info: Mapping[str, Any], n_images: int, where: str) -> None:
-    """Refuse lists that do not go with the boxes or the images; D05."""
+    """Refuse lists that do not go with the boxes, if there are boxes, or with the images; D05."""
     names, boxes = info.get("box_names"), info.get("boxes")
-    if names is not None:
+    if names is not None and boxes:
         got, wanted = ([len(of_image) if isinstance(of_image, list) else 0 for of_image in each]
                        if isinstance(each, list) else [] for each in (names, boxes))  # fmt: skip
         if not isinstance(names, list) or got != wanted:

@@ -129,8 +129,9 @@ def _unreadable(path: Path, error: Exception) -> SayoError:
 def image_source(image: Any, where: str) -> bytes | Path | str:
     """What verl 0.9.1 opens of one entry of the column of images: bytes, the path of a file, or a web address.
 
-    verl opens a text (a path, ``file://``, ``http(s)://`` or ``data:image``), ``{bytes}`` and ``{image: text}``. Of a dict
-    with ``bytes`` it opens nothing else, and it never opens ``path``. A relative path counts from the working directory.
+    verl opens a text (a path, ``file://``, ``http(s)://`` or ``data:image``), ``{bytes}`` and ``{image: text}``. Of a
+    dict with ``bytes`` it opens nothing else, and it never opens ``path``. A relative path counts from the working
+    directory.
 
     Raises:
         SayoError: D06 for no image, D07 for ``data:`` that is not base64, D73 for what verl does not open and for a

@@ -35,7 +35,7 @@ class Figures:
         sources, kinds, box_sources: name -> rows.
         formats: of images -> images.
         whole_image_rows: rows with a box that is the whole image.
-        train_rows_with_boxes: of them.
+        train_rows_with_boxes, rows_of_wrong_boxes: rows.
     """
 
     rows: Counter[str] = field(default_factory=Counter)
@@ -48,6 +48,7 @@ class Figures:
     formats: Counter[str] = field(default_factory=Counter)
     whole_image_rows: int = 0
     train_rows_with_boxes: int = 0
+    rows_of_wrong_boxes: int = 0
 
 
 class Audit:
@@ -108,7 +109,9 @@ class Audit:
         figures.kinds[str(info.get("kind") or "-")] += 1
         figures.box_sources[str(info.get("box_source") or "-")] += 1
         figures.train_rows_with_boxes += split == "train" and any(looked.boxes)
-        if not any(fault.code in ("D05", "V01", "V02", "V03") for fault in looked.faults):
+        if any(fault.code in ("D05", "V01", "V02", "V03") for fault in looked.faults):
+            figures.rows_of_wrong_boxes += 1
+        else:
             self._boxes(looked.boxes)
         keys = [("bytes", key) for key in self._images(images, looked, where)]
         told = info.get("image_keys")
@@ -158,7 +161,7 @@ class Audit:
         figures, found = self.figures, self.findings
         rows = sum(figures.boxes_per_row.values())  # those whose boxes are right
         with_box = sum(n for boxes, n in figures.boxes_per_row.items() if boxes)
-        if figures.rows["train"] and not figures.train_rows_with_boxes:
+        if figures.rows["train"] and not figures.train_rows_with_boxes + figures.rows_of_wrong_boxes:
             found.add("D04", "WARN", "no training row has a box: methods that look at a region have nothing to reward",
                       f"{figures.rows['train']} rows", "add boxes, or set algorithm.adv_estimator=grpo")  # fmt: skip
         elif with_box < rows:

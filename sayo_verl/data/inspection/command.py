@@ -164,7 +164,8 @@ def build_samples(measured: Measured, model: Model, *, k: int, seed: int) -> lis
         pictures = tuple(
             Picture(decoded(image, where), tiles, of_image, names, mask_NV)
             for image, tiles, of_image, names, mask_NV in zip(
-                row.get("images") or [], seen.tiles, info.get("boxes") or none, info.get("box_names") or none, seen.masks,
+                row.get("images") or [], seen.tiles, info.get("boxes") or none, info.get("box_names") or none,
+                seen.masks,
                 strict=True,
             )
         )  # fmt: skip
