@@ -27,7 +27,8 @@ class Counted:
     """What there is in some files, and a few of their rows.
 
     Attributes:
-        rows, with_boxes: rows.
+        rows: of them.
+        with_boxes: rows with a box; None where boxes are not looked at.
         decoded: images that were decoded.
         remote: images of web addresses, which are not read.
         narrow: rows that verl's length filter drops for the shape of an image.
@@ -36,7 +37,7 @@ class Counted:
     """
 
     rows: int = 0
-    with_boxes: int = 0
+    with_boxes: int | None = None
     decoded: int = 0
     remote: int = 0
     narrow: int = 0
@@ -45,14 +46,16 @@ class Counted:
     longest: list[Kept] = field(default_factory=list)
 
     def __str__(self) -> str:
-        told = f"{self.rows} rows, {self.with_boxes} with boxes, {self.decoded} images decoded"
+        told = f"{self.rows} rows" + (f", {self.with_boxes} with boxes" if self.with_boxes is not None else "")
+        told += f", {self.decoded} images decoded"
         told += f", {self.remote} images of web addresses not read" if self.remote else ""
         return told + (f", {self.narrow} rows too narrow for Qwen's resize" if self.narrow else "")
 
     def add(self, other: "Counted", keep: int) -> None:
         """Count another file as well; ``keep`` as in ``check_parquet``."""
         for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+            mine = getattr(self, name)
+            setattr(self, name, value if mine is None else mine if value is None else mine + value)
         self.largest, self.longest = heapq.nlargest(keep // 4, self.largest), heapq.nlargest(keep // 4, self.longest)
 
 
@@ -104,7 +107,8 @@ def check_parquet(path: Path, demands: Demands, *, max_images: int = 512, keep: 
             if not (narrow and fault.code == "D77"):
                 raise fault
         counted.narrow += narrow
-        counted.with_boxes += any(looked.boxes)
+        if demands.attention:
+            counted.with_boxes = (counted.with_boxes or 0) + any(looked.boxes)
         counted.remote += looked.headers.count(None)
         if row in sampled:
             for i, image in enumerate(values.get(key) or []):
@@ -176,7 +180,7 @@ def _differing(one: pa.Schema | pa.StructType, other: pa.Schema | pa.StructType,
 
 def check_boxes_of_run(counted: Counted, where: str) -> None:
     """Refuse training files of which no row has a box; D04. Validation rows need none."""
-    if counted.with_boxes == 0:
+    if not counted.with_boxes:
         raise SayoError(
             "D04",
             "no training row has a target box, so there is no region to reward",
