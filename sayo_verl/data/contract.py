@@ -142,7 +142,7 @@ class RowContract:
         return header
 
 
-# --------------------------------------------------------------------------------------------- types: what verl can read
+# ------------------------------------------------------------------------------------------ types: what verl can read
 
 
 def _wrong_type(where: str, got: Any, wanted: str, fix: str) -> SayoError:
