@@ -230,6 +230,54 @@ def test_verls_own_estimators_need_no_more_than_verl():
     assert codes == ["D66", "D66", "V02", "D05", "D67"]
 
 
+def table(repo: Path) -> dict[str, list[list[str]]]:
+    """Code -> lines of the table in docs/data.md, in cells."""
+    lines = [[cell.strip() for cell in line.strip("|\n").split("|")]
+             for line in (repo / "docs" / "data.md").read_text().split("### Which check")[1].splitlines()
+             if line.startswith("| ")]  # fmt: skip
+    return {code: [cells for cells in lines if code in cells[1]] for code in re.findall(r"\b[DLV]\d\d\b", str(lines))}
+
+
+def test_the_table_of_checks_names_every_code_and_no_other(repo):
+    modules = ("data/check.py", "data/contract.py", "data/reading.py", "data_check.py", "prompt_check.py",
+               "data/inspection/audit.py", "data/inspection/command.py", "vision/masks.py")  # fmt: skip
+    raised = {code for module in modules
+              for code in re.findall(r'"([DLV]\d\d)"', (repo / "sayo_verl" / module).read_text())}  # fmt: skip
+    assert set(table(repo)) == raised - {"V04", "V05"}  # V04, V05: of a grid
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "D72": {"prompt": "What?"},
+    "D09": {"prompt": [{"role": "user", "content": "What?"}]},
+    "D06": {"images": [{"bytes": None, "path": "a.png"}]},
+    "D73": {"images": ["absent.png"]},
+    "D07": {"images": [{"bytes": b"no image", "path": None}]},
+    "D74": {"reward_model": {"style": "rule", "ground_truth": None}},
+    "D05": {"extra_info": {"boxes": [[], []]}},
+    "V01": {"extra_info": {"boxes": [[[1.0]]]}},
+    "V02": {"extra_info": {"boxes": [[[0.5, 0.5, 0.1, 0.1]]]}},
+    "V03": {"extra_info": {"boxes": [[[0.0, 0.0, 9.0, 9.0]]]}},
+    "D66": {"data_source": "numina_x"},
+    "D67": {"extra_info": {"image_size_wh": [[1, 1]]}},
+}
+
+
+@pytest.mark.parametrize("code", WRONG)
+def test_launch_refuses_what_the_table_says_for_ours_and_for_verls_own(repo, tmp_path, code):
+    pq.write_table(pa.Table.from_pylist([good() | WRONG[code]]), tmp_path / "rows.parquet")
+    cells = next(cells for cells in table(repo)[code] if cells[4] != "-")
+    for attention, cell in ((True, cells[4]), (False, cells[5])):
+        try:
+            check_parquet(tmp_path / "rows.parquet", Demands(attention=attention))
+            told = "-"
+        except SayoError as error:
+            told = error.code
+        assert told == ("-" if cell == "-" else code)
+    found, _ = Audit(find_data([tmp_path / "rows.parquet"])).run()
+    assert code in [finding.code for finding in found.sorted()]
+    assert cells[3] != "-"
+
+
 @pytest.mark.parametrize(
     ("files", "wrong"),
     [

@@ -1,19 +1,4 @@
-"""The row contract: what verl reads, and what the attention methods add in ``extra_info``.
-
-    data_source   string; names the kind of data in verl's validation metrics
-    prompt        list of {role, content}; the user's content is one "<image>" for each image, the
-                  question, and below it what form the answer shall have
-    images        list of {bytes, path}: encoded PNG, JPEG or WEBP, upright (no EXIF orientation); path is null
-    ability       string
-    reward_model  {style, ground_truth}
-    extra_info    index, split, id       the row's place in its split, "train" or "val", and its name in the source
-                  question, answer       as asked and expected
-                  kind                   of question, where the source knows it
-                  boxes                  [image][box][x0, y0, x1, y1], in [0, 1] of the stored image, x0 < x1, y0 < y1
-                  box_names              [image][box], strings
-                  box_source             what the boxes are: "gqa_semantic", "refocus_focus", ...
-                  image_keys             [image], names of the images: rows of one image have equal keys
-                  image_size_wh          [image][width, height] of the stored image, in pixels
+"""Rows as they are written: their schema, and what becomes one. docs/data.md describes the columns.
 
 An ``Example`` is a row before its images are read: what a ``Source`` yields. ``sayo_verl.data.building`` turns examples
 into rows. What cannot become a row is left out with a reason of ``REASONS`` and counted (``LeftOut``, or ``Drop``
