@@ -16,23 +16,21 @@ from sayo_verl.data.contract import Demands, Keys
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import Method
 from sayo_verl.prompt_check import check_batch, check_prompts
+from sayo_verl.reward_check import is_ours, own_settings
 
 Plan = list[tuple[str, str]]
 SPLITS = ("train", "val")
-OUR_REWARD, OUR_DATASET = "pkg://sayo_verl.reward", "pkg://sayo_verl.adapters.internvl_data"
-DEFAULT_JUDGE = "text"
+OUR_DATASET = "pkg://sayo_verl.adapters.internvl_data"
 
 
 def demands_of(config: DictConfig, method: Method | None) -> Demands:
     """What a run asks of its rows."""
     reward, data = config.reward, config.data
-    path = reward.custom_reward_function.path
-    kwargs = reward.custom_reward_function.get("reward_kwargs") or {}
     return Demands(
         attention=method is not None,
         # without a function of its own, a reward model sees the response alone
-        rewarded=path is not None or not reward.reward_model.enable,
-        judge=str(kwargs.get("judge", DEFAULT_JUDGE)) if path == OUR_REWARD else None,
+        rewarded=reward.custom_reward_function.path is not None or not reward.reward_model.enable,
+        judge=own_settings(config)["judge"] if is_ours(config) else None,
         qwen_resize=data.custom_cls.path is None,
         headers=int(config.sayo.preflight_images) > 0,
         keys=Keys(data.prompt_key, data.image_key, data.get("video_key", "videos"), data.get("audio_key", "audios")),

@@ -25,6 +25,7 @@ from sayo_verl.adapters import internvl
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import METHODS, Mix
 from sayo_verl.preflight import preflight, show
+from sayo_verl.reward_check import configure as configure_reward
 from sayo_verl.settings import load_methods
 
 PLUGIN = "sayo_verl.plugin"
@@ -112,6 +113,7 @@ def main(config: DictConfig) -> None:
     if config.sayo.dry_run:
         print("dry run: the configuration composes and passes the checks; nothing was started")
         return
+    configure_reward(config)
     auto_set_device(config)
     prepare_workers(config)
     ours = select_method(config)

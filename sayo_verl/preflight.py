@@ -18,6 +18,7 @@ from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.methods import METHODS, Method, Mix
 from sayo_verl.model_check import check_model, sequence_parallel
 from sayo_verl.resources import check_batch_sizes, check_ray_cpus
+from sayo_verl.reward_check import check_reward, check_template
 from sayo_verl.settings import settings_from_config
 
 Plan = list[tuple[str, str]]
@@ -44,6 +45,7 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
     check_batch_sizes(config)
     cpus = check_ray_cpus(config, dry_run=dry_run)
     check_output(config)
+    reward = check_reward(config, method, dry_run=dry_run)
     model, model_type = _check_model(config, method, dry_run)
     plan: Plan = [
         ("estimator", f"{config.algorithm.adv_estimator}" + ("" if method else " (verl's own code, untouched)")),
@@ -53,7 +55,8 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
     ]
     rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
     plan += [
-        ("reward", _check_reward(config)),
+        ("reward", reward),
+        ("template", check_template(config)),
         ("rollouts", f"{config.data.train_batch_size} prompts x {rollout.n}, up to {config.data.max_response_length} "
                      f"tokens, temperature {rollout.temperature}, top-p {rollout.top_p}"),
         ("update", f"{actor.strategy}, lr {actor.optim.lr}, mini-batch {actor.ppo_mini_batch_size} prompts, KL loss "
@@ -95,7 +98,6 @@ def check_settings(config: DictConfig, method: Method) -> None:
     """Refuse the settings of verl under which attention statistics would be absent, wrong or without effect."""
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     correction = config.algorithm.get("rollout_correction") or {}
-    legacy = OmegaConf.select(config, "custom_reward_function.path")
     attention = str(OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation",
                                      default="flash_attention_2"))  # fmt: skip
     rules: list[tuple[str, bool, str, str, object, str]] = [
@@ -120,8 +122,6 @@ def check_settings(config: DictConfig, method: Method) -> None:
         ("L10", bool(config.algorithm.filter_groups.enable) and "reward" in method.gives,
          "group filtering acts before attention is known and would drop groups that differ only in the method's reward",
          "algorithm.filter_groups.enable", True, "set it to False, or give the method's reward term weight 0"),
-        ("L11", legacy is not None, "verl 0.9 ignores the top-level custom_reward_function",
-         "custom_reward_function.path", legacy, "use reward.custom_reward_function.path"),
         ("L12", int(rollout.n) < 2, "a group of one has nothing to compare with",
          "actor_rollout_ref.rollout.n", rollout.n, "set it to 2 or more (paper: 16)"),
         ("L13", bool(rollout.multi_turn.enable), "multi-turn rollouts are not supported",
@@ -198,18 +198,6 @@ def _check_model(config: DictConfig, method: Method | None, dry_run: bool) -> tu
                         fix="point to a folder in Hugging Face format")  # fmt: skip
     model_type = json.loads(file.read_text())["model_type"]
     return f"{path} ({check_model(config, method, folder, model_type) if method else model_type})", model_type
-
-
-def _check_reward(config: DictConfig) -> str:
-    reward = config.reward.custom_reward_function
-    path = reward.path
-    if path is None:
-        return "verl's built-in rule for the data source"
-    if not str(path).startswith("pkg://") and not Path(path).is_file():
-        raise SayoError("L19", "there is no reward function file", where="reward.custom_reward_function.path", got=path,
-                        fix="use pkg://sayo_verl.reward or correct the path")  # fmt: skip
-    kwargs = OmegaConf.to_container(reward.reward_kwargs) if "reward_kwargs" in reward else {}
-    return f"{path}:{reward.name} {kwargs or ''}".strip()
 
 
 def show(plan: Plan, write: Callable[[str], None] = print) -> None:

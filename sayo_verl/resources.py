@@ -53,7 +53,9 @@ def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:
     """
     storage = config.transfer_queue.backend.SimpleStorage
     devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
-    wanted = int(storage.num_data_storage_units) + CPUS_PER_DEVICE * devices + CPUS_FIXED
+    # verl's manager "remote" starts reward.num_workers processes in each of reward.num_workers, of one CPU each
+    remote = int(config.reward.num_workers) ** 2 if config.reward.reward_manager.name == "remote" else 0
+    wanted = int(storage.num_data_storage_units) + CPUS_PER_DEVICE * devices + CPUS_FIXED + remote
     found = OmegaConf.select(config, "ray_kwargs.ray_init.num_cpus") or os.cpu_count() or 1
     elsewhere = dry_run or int(config.trainer.nnodes) > 1 or bool(os.environ.get("RAY_ADDRESS"))
     if int(found) < wanted and not elsewhere:
@@ -63,7 +65,7 @@ def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:
             where="ray_kwargs.ray_init.num_cpus",
             got=found,
             wanted=f">= {wanted} ({storage.num_data_storage_units} storage units + {CPUS_PER_DEVICE} x {devices} "
-            f"devices + {CPUS_FIXED})",
+            f"devices + {CPUS_FIXED}" + (f" + {remote} of the reward manager remote)" if remote else ")"),
             fix=f"set ray_kwargs.ray_init.num_cpus={wanted} (logical CPUs may exceed real ones) or lower "
             "transfer_queue.backend.SimpleStorage.num_data_storage_units",
         )

@@ -31,6 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sayo_verl.cli import main
 from sayo_verl.data.boxes import BoxRules
 from sayo_verl.data.building import build as build_module
 from sayo_verl.data.building import pipeline
@@ -44,7 +45,7 @@ from sayo_verl.data.image_files import read_image
 from sayo_verl.data.images import ImageRules
 from sayo_verl.data.inspection.audit import Audit
 from sayo_verl.data.inspection.files import find_data
-from sayo_verl.data.rows import INSTRUCTION, REASONS, ROW_SCHEMA, Example, ImageRef, LeftOut
+from sayo_verl.data.rows import INSTRUCTION, REASONS, RELEASED_SYSTEM, ROW_SCHEMA, Example, ImageRef, LeftOut
 from sayo_verl.errors import SayoError
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
@@ -122,6 +123,28 @@ def left_out(folder: Path) -> dict[str, str]:
 LENIENT = dataclasses.replace(SMALL, max_drop=0.1)
 
 # ------------------------------------------------------------------------------------------------------ what is built
+
+
+def test_the_released_prompt_is_a_system_turn_that_every_reader_takes(tmp_path, random_policy, capsys):
+    from omegaconf import OmegaConf
+    from transformers import AutoProcessor
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    made = build(Made([example(n) for n in range(8)]), tmp_path / "out", dataclasses.replace(SMALL, prompt="released"))
+    found = rows(made.folder)
+    for row in found:
+        system, user = row["prompt"]
+        assert system == {"role": "system", "content": RELEASED_SYSTEM}
+        assert user == {"role": "user", "content": f"<image>{row['extra_info']['question']}"}
+    files = sorted(map(str, made.folder.glob("train-*.parquet")))
+    assert main(["inspect", str(made.folder), "--model", str(random_policy)]) == 0, capsys.readouterr().out
+    processor = AutoProcessor.from_pretrained(random_policy)
+    config = OmegaConf.create({"image_key": "images", "filter_overlong_prompts": True, "max_prompt_length": 4096,
+                               "cache_dir": str(tmp_path), "filter_overlong_prompts_workers": 1})  # fmt: skip
+    data = RLHFDataset(files, processor.tokenizer, config, processor)
+    assert len(data) == made.rows["train"]
+    text = processor.apply_chat_template(data[0]["raw_prompt"], add_generation_prompt=True, tokenize=False)
+    assert text.startswith(f"<|im_start|>system\n{RELEASED_SYSTEM}<|im_end|>\n<|im_start|>user\n<|vision_start|>")
 
 
 def test_rows_are_what_the_examples_say(tmp_path):
@@ -894,14 +917,17 @@ def test_flags_and_options_say_the_same():
     wanted = BuildOptions(5, 0.5, 3, 0.2, 2, 7, 3, 99, 0.5, "raw", True, True, "Think", True, True, ImageRules(9, 2, 3),
                           BoxRules(0.1, 0.2, 0.3, 0.04))  # fmt: skip
     assert options_from(parser.parse_args(given.split())) == wanted
-    assert all(getattr(wanted, f.name) != getattr(BuildOptions(), f.name) for f in dataclasses.fields(BuildOptions))
+    names = {f.name for f in dataclasses.fields(BuildOptions)} - {"prompt"}  # which leaves no room for an instruction
+    assert all(getattr(wanted, name) != getattr(BuildOptions(), name) for name in names)
+    assert options_from(parser.parse_args(["--prompt", "released"])) == BuildOptions(prompt="released")
     assert "--box-frame" in parser.format_help()
 
 
 @pytest.mark.parametrize("wrong", [{"limit": -1}, {"share": 0}, {"share": 1.1}, {"val_share": 1}, {"val_share": -0.1},
                                    {"workers": -1}, {"max_drop": 1.5}, {"box_frame": "x"}, {"shard_rows": 0},
                                    {"row_group_rows": 0}, {"row_group_bytes": 0},
-                                   {"instruction": "<image>"}])  # fmt: skip
+                                   {"instruction": "<image>"}, {"prompt": "ours"},
+                                   {"instruction": "Think", "prompt": "released"}])  # fmt: skip
 def test_options_out_of_range(wrong):
     with refusal("D57", f"--{next(iter(wrong)).replace('_', '-')}"):
         BuildOptions(**wrong)

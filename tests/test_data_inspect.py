@@ -306,7 +306,16 @@ def test_the_same_question_about_the_same_image(audit):
     assert audit(row(0), row(1, data=[encoded(seed=0)], image_keys=["picture-0-0"]))[0] == []
 
 
+def test_equal_names_of_two_data_sources_are_two_questions(audit):
+    other = row(1, question=row(0)["extra_info"]["question"], image_keys=["picture-0-0"])
+    assert audit(row(0), other | {"data_source": "my/charts"})[0] == []
+    only(audit(row(0), other)[0], "D65", "WARN", "twice")
+
+
 def test_rows_without_boxes(audit):
+    got, _ = audit(row(0, boxes=[[]]), row(1), val=[row(2, boxes=[[]])])
+    assert [finding.code for finding in got] == ["D69"]
+    only(audit(row(0, boxes=[[]]), val=[row(1)])[0], "D04", "WARN", "no training row")
     assert only(audit(row(0), row(1, boxes=[[]]))[0], "D69", "INFO").count == 1
     only(audit(row(0, boxes=[[]]), row(1, boxes=[[]]))[0], "D04", "WARN")
 

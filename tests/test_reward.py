@@ -1,8 +1,15 @@
 """The reward function: exact rules, hostile responses, and nothing in the package that executes text."""
 
+# ruff: noqa: RUF001 (strings of many scripts)
+
 import ast
+import math
+import re
 import time
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,15 +17,18 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import sayo_verl
+from sayo_verl.errors import SayoError
 from sayo_verl.reward import (
     MAX_CHARACTERS,
     SLACK_CHARACTERS,
     compute_score,
+    formula,
     length_factor,
     normalise,
     split_response,
     why_not_gradable,
 )
+from sayo_verl.reward.formula import TIME_LIMIT
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=150)
 GOOD = "<think> circle red . </think> <answer> red </answer>"
@@ -91,13 +101,98 @@ def test_format_and_accuracy(response, expected):
         ("(red)", "red", True), ("The Red!", "red", True), ("red", "Red.", True), ("\uff52\uff45\uff44", "red", True),
         ("\uff13", "3", True), ("cafe\u0301", "café", True), ("\ufb01ve", "five", True), ("3", 3, True),
         ("red\u00a0circle", "red circle", True), ("3", "3.0", True), ("3", 3.0, True), ("1,000", "1000", True),
-        ("r\u200bed", "red", True), ("\u2462", "3", False), ("3", "4", False), ("red blue", "red", False), ("reds", "red", False),
+        ("r\u200bed", "red", True), ("\u2462", "3", False), ("3", "4", False), ("red blue", "red", False),
+        ("reds", "red", False),
         ("red or blue", "red", False), ("re d", "red", False), ("theory", "ory", False), ("anred", "red", False),
         ("not red", "red", False), ("-1", "1", False),
     ],
 )  # fmt: skip
 def test_answers_are_compared_after_normalising(answer, truth, same):
     assert compute_score("", f"<answer>{answer}</answer>", truth)["acc"] == same
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "same"),
+    [
+        # wrapped, but right
+        ("“red”", "red", True), ("«red»", "red", True), ("‹red›", "red", True), ("„red“", "red", True),
+        ("「红色」", "红色", True), ("『红色』。", "红色", True), ("《红色》", "红色", True), ("红色。", "红色", True),
+        ("红色！", "红色", True), ("أحمر،", "أحمر", True), ("أحمر؟", "أحمر", True), ("लाल।", "लाल", True),
+        ("¿Rojo?", "rojo", True), ("`red`", "red", True), ("**red**", "red", True), ("**Red.**", "red", True),
+        ("_red_", "red", True), ("~~red~~", "red", True), ("\u200bred\ufeff", "red", True),
+        ("\u200fred\u200e", "red", True),
+        ("\u2066red\u2069", "red", True), ("re\u00add", "red", True), ("red…", "red", True), ("ＲＥＤ．", "red", True),
+        ("Straße", "STRASSE", True), ("(red)!", "red", True), ("don't", "don’t", False), ("red's", "reds", False),
+        # letters of a choice
+        ("(A)", "A", True), ("A)", "A", True), ("[B]", "B", True), ("A.", "A", True), ("(A)", "B", False),
+        ("A B", "B", False), ("A, B", "B", False), ("the A", "a", True),
+        # numbers
+        (".5", "0.5", True), ("0.50", ".5", True), ("3.", "3", True), ("+3", "3", True), ("“3.0”", "3", True),
+        ("1,000,000.0", "1000000", True), ("−3", "-3", True), ("–3", "-3", True), ("٣", "3", True),
+        ("३.५", "3.5", True),
+        ("-0", "0", True), (".5", "5", False), ("-3", "3", False), ("1,00", "100", False), ("1,0000", "10000", False),
+        ("3.1", "3", False), ("007", "7", False), ("1e3", "1000", False), ("50%", "50", False), ("$5", "5", False),
+        ('5"', "5", False), ("5'", '5"', False), ("...5", "5", False), (",5", "5", False), ("5°", "5", False),
+        # marks that mean something
+        ("5!", "5", False), ("5！", "5", False), ("5!!", "5!", False), ("(n-1)!", "(n-1)", False),
+        ("10⁵", "105", False),
+        ("x²", "x2", False), ("H₂O", "H2O", False), ("½", "1/2", False), ("1½", "11/2", False), ("①", "1", False),
+        ("2\u20623", "23", False), ("[0,1)", "(0,1]", False), ("(0,1)", "[0,1]", False), ("{1,2}", "(1,2)", False),
+        ("[0, 1)", "[0,1)", False), ("{3}", "3", False), ("*a* and *b*", "a* and *b", False), ("a-b", "ab", False),
+        ("!", "!!", False),
+    ],
+    ids=ascii,
+)  # fmt: skip
+def test_what_stands_around_an_answer_and_what_belongs_to_it(answer, truth, same):
+    assert (normalise(answer) == normalise(truth) != "") == same
+    assert (normalise(truth) == normalise(answer) != "") == same
+
+
+ODD = st.lists(
+    st.one_of(st.sampled_from(["a ", "the ", "5", "0", "!", ".", ",", "(", ")", "[", "]", "{", "}", "*", "**", "_", '"',
+                               "“",
+                               "”", "»", " ", "\u200b", "²", "٣", "-", "−", "'", "¿", "\u0301", "\ufb01", "\u212b", "ß",
+                               "\u0130", "Ⅳ", "ﷺ", "。", "㎡"]), st.text(max_size=2)), max_size=8,
+).map("".join)  # fmt: skip
+
+
+@settings(PROPERTY, max_examples=500)
+@given(text=ODD)
+def test_normalising_twice_changes_nothing(text):
+    assert normalise(normalise(text)) == normalise(text)
+
+
+@PROPERTY
+@given(
+    word=st.text(st.characters(categories=["Ll", "Lo"], max_codepoint=0x2FFF), min_size=1, max_size=12),
+    quotes=st.sampled_from(['""', "“”", "«»", "»«", "„“", "‘’", "「」", "『』", "‹›", "``", "__"]),
+    end=st.sampled_from(["", ".", "。", "！", "؟", "।", "\u200b", " \n"]),
+)
+def test_a_right_word_in_quotation_marks_is_right(word, quotes, end):
+    if why_not_gradable(word) is None:
+        assert marks(f"<answer>{quotes[0]}{word}{end}{quotes[1]}{end}</answer>", word)[1] == 1
+
+
+@PROPERTY
+@given(number=st.from_regex(r"-?(0|[1-9][0-9]{0,5})(\.[0-9]{1,4})?", fullmatch=True), data=st.data())
+def test_a_number_with_another_digit_is_wrong(number, data):
+    assert marks(f"<answer>{number}</answer>", number)[1] == 1
+    place = data.draw(st.sampled_from([i for i, c in enumerate(number) if c.isdigit()]))
+    digit = data.draw(st.sampled_from([d for d in "0123456789" if d != number[place]]))
+    assert marks(f"<answer>{number[:place]}{digit}{number[place + 1 :]}</answer>", number)[1] == 0
+
+
+@PROPERTY
+@given(value=st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False)))
+def test_a_number_as_a_truth_is_equalled_by_its_decimal_text(value):
+    assert marks(f"<answer>{Decimal(str(value)):f}</answer>", value)[1] == 1
+
+
+@pytest.mark.parametrize("truth", [None, ["red"], True, "", "?", "<answer>red</answer>", float("inf")], ids=str)
+def test_D70_a_truth_that_cannot_be_graded_is_never_graded(truth):
+    for response in (GOOD, "", "<answer>None</answer>", f"<answer>{truth}</answer>"):
+        with pytest.raises(SayoError, match=r"^SAYO-D70: .* \| at reward_model.ground_truth \| got .*fix: "):
+            compute_score("", response, truth)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +205,11 @@ def test_truths_that_an_answer_can_equal(truth):
 @pytest.mark.parametrize(
     ("truth", "reason"),
     [
-        (None, "null"), (["red"], "list"), ({"a": 1}, "dict"), (True, "bool"), (float("nan"), "float"), (b"red", "bytes"),
+        (None, "null"), (["red"], "list"), ({"a": 1}, "dict"), (True, "bool"), (float("nan"), "float"),
+        (b"red", "bytes"),
         ("", "empty"), (" \n", "empty"), ("?", "punctuation"), ("。", "punctuation"), ("“”", "punctuation"),
-        ("\u200b", "cannot be seen"), ("[]", "punctuation"), ("<answer> 3 </answer>", "<answer>"), ("</Think>3", "</Think>"),
+        ("\u200b", "cannot be seen"), ("[]", "punctuation"), ("<answer> 3 </answer>", "<answer>"),
+        ("</Think>3", "</Think>"),
         ("3<|im_end|>", "<|im_end|>"), ("\\boxed{3}", "boxed"), ("2 + 1 = 3\n#### 3", "####"),
         ("It is round. So the answer is red.", "the answer is"), ("Answer: red", "Answer:"), ("x" * 20_000, "20000"),
     ],
@@ -123,6 +220,47 @@ def test_truths_that_no_answer_can_equal_are_named(truth, reason):
 
 def test_an_article_alone_is_kept():
     assert [normalise(word) for word in ("a", "The", "an", "the the", "A B")] == ["a", "the", "an", "the", "a b"]
+
+
+@pytest.mark.parametrize(
+    ("response", "format"),
+    [
+        ("x</think><answer>red</answer>", 1), ("\nx\n</think>\n\n<answer>red</answer>", 1),
+        ("</think><answer>red</answer>", 1),
+        ("<think>x</think><answer>red</answer>", 0), ("<answer>red</answer>", 0),
+        ("x</think></think><answer>red</answer>", 0),
+    ],
+)  # fmt: skip
+def test_a_think_block_that_the_prompt_has_opened(response, format):
+    assert compute_score("", response, "red", think_opened=True) == {
+        "score": format + 1.0,
+        "acc": 1.0,
+        "format": format,
+    }
+
+
+RELEASED = [
+    ("so <answer>red</answer> it is", 1, 1), ("<answer>red</answer>", 1, 1), (GOOD, 1, 1), ("<answer></answer>", 1, 0),
+    ("<answer>blue</answer><answer>red</answer>", 1, 1), ("<answer>red</answer><answer>blue", 0, 0),
+    ("<answer><answer>red</answer>", 1, 1), ("<answer>red</answer></answer>", 1, 1), ("</answer>red<answer>", 0, 0),
+    ("red", 0, 0), ("", 0, 0), ("<answer>red", 0, 0), ("red</answer>", 0, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("response", "format", "acc"), RELEASED)
+def test_the_released_format(response, format, acc):
+    found = compute_score("", response, "red", format="released")
+    assert (found["format"], found["acc"]) == (format, acc)
+    assert compute_score("", response, "red", format="released", think_opened=True) == found
+
+
+@PROPERTY
+@given(parts=st.lists(st.sampled_from(["<answer>", "</answer>", "<think>", "x", "\n"]), max_size=10))
+def test_the_released_format_is_the_last_block_being_closed(parts):
+    """The released rule: the last opening tag is followed, anywhere, by a closing one."""
+    response = "".join(parts)
+    wanted = re.search(r"<answer>(?!.*<answer>).*?</answer>", response, re.DOTALL) is not None
+    assert split_response(response, format="released")[0] == wanted
 
 
 @pytest.mark.parametrize(
@@ -314,3 +452,67 @@ def test_the_length_factor_multiplies_format_alone(random_policy):
     tokens = len(AutoTokenizer.from_pretrained(random_policy).encode(response))
     assert scored == {"score": 1.0 + 0.6 * tokens / 60, "acc": 1.0, "format": 1.0, "length_factor": 0.6 * tokens / 60}
     assert 0 < tokens < 60
+
+
+# ---------------------------------------------------------------------------------------------------------- judge=math
+
+
+def math_acc(answer: str, truth: Any) -> float:
+    return compute_score("", f"<answer>{answer}</answer>", truth, judge="math")["acc"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "same"),
+    [
+        ("1/2", "0.5", True), (r"\frac{1}{2}", "0.5", True), (r"$\frac{1}{2}$", "1/2", True), ("1+x^2", "x^2+1", True),
+        (r"\boxed{3}", "3", True), ("3", r"\boxed{3}", True), ("10^5", "100000", True), ("[0, 1)", "[0,1)", True),
+        ("{2,1}", "{1,2}", True), ("3.0 cm", "3 cm", True), ("red", "Red.", True), ("“5”", "5", True), ("5", 5.0, True),
+        ("5!", "5", False), ("10⁵", "105", False), ("[0,1)", "(0,1]", False), ("(1,2)", "(2,1)", False),
+        ("-3", "3", False),
+        (".5", "5", False), ("act", "cat", False), ("not 3", "3", False), ("3 cm", "3 m", False),
+        ("3 or 4", "4", False),
+        ("", "3", False), ("x", "y", False), ("1/0", "3", False),
+    ],
+)  # fmt: skip
+def test_math_verify_judges_numbers_and_formulas(answer, truth, same):
+    assert math_acc(answer, truth) == same
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["9^{9^{9^{9}}}", "9**9**9**9", "(10^9)!", "(" * 150 + "1" + ")" * 150, "x^" * 200 + "2", "1" * 5_000],
+    ids=lambda answer: answer[:12],
+)
+def test_a_hostile_formula_is_wrong_within_its_time(answer):
+    math_acc("1", "2")  # the worker is up
+    start = time.monotonic()
+    assert math_acc(answer, "3") == 0
+    assert time.monotonic() - start < TIME_LIMIT + 60  # on a busy machine; without a limit it does not end
+    assert math_acc("1/2", "0.5") == 1  # the next worker
+
+
+def test_formulas_are_compared_in_threads_as_verl_calls():
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda n: math_acc(f"{2 * n}/4", str(n / 2)), range(12))) == [1.0] * 12
+
+
+def test_a_formula_executes_nothing(tmp_path):
+    witness = tmp_path / "executed"
+    code = f"__import__('pathlib').Path('{witness}').touch()"
+    for answer in (code, f"${code}$", f"1 + {code}", rf"\boxed{{{code}}}"):
+        assert math_acc(answer, "3") == 0
+    assert not witness.exists()
+
+
+def test_a_boxed_truth_can_be_graded_by_math_alone():
+    assert "boxed" in why_not_gradable(r"\boxed{3}")
+    assert why_not_gradable(r"\boxed{3}", judge="math") is None
+
+
+def test_D71_a_worker_that_does_not_start_is_no_wrong_answer(monkeypatch):
+    formula._stop()
+    monkeypatch.setattr(formula, "_start_worker", math.sqrt)  # raises without an argument, as an import may
+    with pytest.raises(SayoError, match=r"^SAYO-D71: .*fix: "):
+        math_acc("1/2", "0.5")
+    monkeypatch.undo()
+    assert math_acc("1/2", "0.5") == 1

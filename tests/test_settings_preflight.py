@@ -280,7 +280,6 @@ SETTINGS = [
              "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2},
      "actor_rollout_ref.model.override_config.attn_implementation"),
     ("L10", {"algorithm.filter_groups.enable": True}, "algorithm.filter_groups.enable"),
-    ("L11", {"custom_reward_function.path": "reward.py"}, "custom_reward_function.path"),
     ("L12", {"actor_rollout_ref.rollout.n": 1}, "actor_rollout_ref.rollout.n"),
     ("L13", {"actor_rollout_ref.rollout.multi_turn.enable": True}, "actor_rollout_ref.rollout.multi_turn.enable"),
     ("L20", {"actor_rollout_ref.model.external_lib": "my_models"}, "actor_rollout_ref.model.external_lib"),
@@ -504,16 +503,6 @@ def test_the_released_qwen2_5_vl_configuration_has_no_text_config(make, tmp_path
 def test_P14_an_unknown_path_of_the_probe(make):
     error = refused(make(**{"sayo.probe_path": "quick"}), "P14")
     assert (error.where, error.got) == ("sayo.probe_path", "quick")
-
-
-def test_L19_no_reward_function_file(make, tmp_path):
-    error = refused(make(**{"reward.custom_reward_function.path": "absent.py"}), "L19")
-    assert (error.where, error.got) == ("reward.custom_reward_function.path", "absent.py")
-    (tmp_path / "mine.py").write_text("def compute_score(): ...\n")
-    plan = dict(preflight(make(**{"reward.custom_reward_function.path": "mine.py"})))
-    assert plan["reward"].startswith("mine.py:compute_score")
-    plan = dict(preflight(make(**{"reward.custom_reward_function.path": None})))
-    assert "built-in" in plan["reward"]
 
 
 @pytest.mark.parametrize("layers", [[4], [-5], [-1, 3]], ids=str)

@@ -16,6 +16,7 @@ from sayo_verl.data.images import MAX_RATIO
 from sayo_verl.data.reading import MAX_PIXELS, Header, read_image
 from sayo_verl.data.rows import IMAGE_TAG, reserved_text
 from sayo_verl.errors import SayoError
+from sayo_verl.reward import why_not_gradable
 from sayo_verl.vision.masks import check_box
 
 PREPARE = "prepare the data again, with `sayo prepare`"
@@ -249,8 +250,6 @@ def check_question(asked: str, question: Any, where: str) -> None:
 
 def check_ground_truth(reward_model: Mapping[str, Any], where: str, judge: str) -> None:
     """Refuse a ground truth that ``sayo_verl.reward`` cannot grade; D74."""
-    from sayo_verl.reward import why_not_gradable
-
     truth = reward_model.get("ground_truth")
     reason = why_not_gradable(truth, judge=judge)
     if reason is not None:

@@ -14,12 +14,26 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from sayo_verl.errors import SayoError
+from sayo_verl.reward import why_not_gradable
 
 IMAGE_TAG = "<image>"
 # Files that can run code when they are loaded; none is ever read as data.
 RUNS_CODE = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz")
 # Asks for what ``sayo_verl.reward`` rewards; without it a model that was not trained to answer so begins at format 0.
 INSTRUCTION = "Think first, then answer with a word or a short phrase: <think> ... </think> <answer> ... </answer>"
+# The system turn of SAYO's released training code, word for word: train/main.py of github.com/Cratileo/Sayo at 63be688.
+RELEASED_SYSTEM = (
+    "A conversation between a user and an assistant. The user asks a question, and the assistant must answer it."
+    "The assistant first conducts internal reasoning, followed immediately by the final answer enclosed within "
+    "<answer>...</answer> tags."
+    "Requirements:"
+    "1. The reasoning outside <answer></answer> should be concise, minimal, and essential.\n"
+    "2. The final answer must be correct, complete, and directly address the user\u2019s question.\n"
+    "3. When reasoning, focus on the areas of aim object in the image.\n"
+    "4. You MUST HAVE thinking process before the final answer.\n"
+)
+# What stands in a prompt beside the question: an instruction below it, or the released system turn above it.
+PROMPTS = ("instruction", "released")
 # Text that chat templates and processors take for something else than text.
 RESERVED = re.compile(r"<image>|<video>|<audio>|<\|[a-z0-9_]{1,40}\|>|<IMG_CONTEXT>|</?img>", re.IGNORECASE)
 
@@ -208,8 +222,6 @@ def check_text(question: str, answer: str) -> None:
     Raises:
         Drop: ``empty_question``, ``empty_answer``, ``ungradable_answer``, ``reserved_text``.
     """
-    from sayo_verl.reward import why_not_gradable
-
     if not question.strip():
         raise Drop("empty_question")
     if not answer.strip():
@@ -231,6 +243,7 @@ def record(
     split: str,
     index: int,
     instruction: str = INSTRUCTION,
+    prompt: str = PROMPTS[0],
 ) -> dict[str, Any]:
     """One row of ``ROW_SCHEMA``.
 
@@ -242,11 +255,14 @@ def record(
         split: "train" or "val".
         index: place in the split.
         instruction: stands below the question in the prompt; "" for none.
+        prompt: of ``PROMPTS``; with "released" a system turn stands above the question, and no instruction below it.
     """
+    released = prompt == "released"
+    instruction = "" if released else instruction
     content = IMAGE_TAG * len(example.images) + example.question + (f"\n{instruction}" if instruction else "")
     return {
         "data_source": example.data_source,
-        "prompt": [{"role": "user", "content": content}],
+        "prompt": [{"role": "system", "content": RELEASED_SYSTEM}] * released + [{"role": "user", "content": content}],
         "images": [{"bytes": data, "path": None} for data, _, _ in stored],
         "ability": "vqa",
         "reward_model": {"style": "rule", "ground_truth": example.answer},

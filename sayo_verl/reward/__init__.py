@@ -3,40 +3,57 @@
     <think> anything </think> <answer> ANSWER </answer>
 
  - format is 1 when the whole response is one think block followed by one answer block, with nothing but white space
-   around them, each tag exactly once, and a non-empty answer; otherwise 0.
- - acc is 1 when the response has exactly one answer block and its content equals the ground truth after normalising:
-   Unicode NFKC, lower case, white space collapsed, surrounding punctuation and a leading "the", "a" or "an" dropped.
-   Numbers are compared as text ("3" is not "3.0"). It does not depend on format. An answer of more than
-   ``SLACK_CHARACTERS`` plus four times the ground truth is wrong unread: normalising marks takes quadratic time.
+   around them, each tag exactly once, and a non-empty answer; otherwise 0. With ``think_opened`` the prompt ends with
+   ``<think>``: the response is read behind it, and one that writes ``<think>`` again has two.
+   With ``format="released"`` it is the rule of SAYO's released code: the last ``<answer>`` is closed, whatever stands
+   around it. Think tags and an empty answer do not matter there.
+ - acc is 1 when the answer equals the ground truth, as ``sayo_verl.reward.text`` compares them or, with
+   ``judge="math"``, as math-verify does (``sayo_verl.reward.formula``). It does not depend on format: the answer is the
+   content of the only answer block, or of the last one with ``format="released"``. An answer of more than
+   ``SLACK_CHARACTERS`` plus four times the ground truth is wrong unread.
  - With ``length_tokenizer`` (a model folder or hub name) format is multiplied by the length factor of SAYO's released
    code, which its paper does not mention: 1 for 60 to 100 tokens, 0.6 * 100 / n above, 0.6 * n / 60 below. n counts the
-   decoded response tokenised again, without the end token.
+   decoded response tokenised again, without the end token. It belongs to the released format: set both for that form.
  - score = format_weight * format + accuracy_weight * acc. SAYO's total reward is r_v + r_f, so its accuracy weight is
    0; the region reward r_v joins in the estimator, where attention is known.
 
 Nothing is evaluated or executed, no signals or threads are used, and the work is linear in the response, which is cut
-at ``MAX_CHARACTERS``.
+at ``MAX_CHARACTERS``. ``judge="math"`` alone asks a worker process, for a bounded time.
+
+Error codes: D70 a ground truth that cannot be graded, L34 a setting out of range.
 """
 
 import functools
+import math
 from typing import Any
 
-from sayo_verl.reward.text import MAX_CHARACTERS, SLACK_CHARACTERS, TAGS, normalise, truth_text, why_not_gradable
+from sayo_verl.errors import SayoError
+from sayo_verl.reward.formula import equal_formulas
+from sayo_verl.reward.text import (
+    MAX_CHARACTERS,
+    SLACK_CHARACTERS,
+    TAGS,
+    normalise,
+    truth_text,
+    why_not_gradable,
+)
 
-__all__ = [
-    "MAX_CHARACTERS",
-    "SLACK_CHARACTERS",
-    "compute_score",
-    "length_factor",
-    "normalise",
-    "split_response",
-    "why_not_gradable",
-]
+__all__ = ["FORMATS", "JUDGES", "MAX_CHARACTERS", "SLACK_CHARACTERS", "TAGS", "check_settings", "compute_score",
+           "length_factor", "normalise", "split_response", "why_not_gradable"]  # fmt: skip
+
+FORMATS = ("think_answer", "released")
+JUDGES = ("text", "math")
 
 
-def split_response(response: str) -> tuple[bool, str | None]:
-    """``(format is right, content of the only answer block or None)``."""
+def split_response(response: str, *, format: str = FORMATS[0], think_opened: bool = False) -> tuple[bool, str | None]:
+    """``(format is right, content of the answer block or None)``; see the rules above."""
     text = response[:MAX_CHARACTERS].strip()
+    if format == "released":
+        _, opened, last = text.rpartition("<answer>")
+        closed = bool(opened) and "</answer>" in last
+        return closed, (last.partition("</answer>")[0].strip() or None) if closed else None
+    if think_opened:
+        text = TAGS[0] + text
     places = [text.find(tag) for tag in TAGS]
     single = [text.count(tag) == 1 for tag in TAGS]
     answer = None
@@ -61,6 +78,29 @@ def length_factor(tokens: int, low: int = 60, high: int = 100) -> float:
     return 1.0 if tokens >= low else 0.6 * tokens / low
 
 
+def check_settings(*, format_weight: Any, accuracy_weight: Any, judge: Any, format: Any, think_opened: Any) -> None:
+    """Refuse settings of ``compute_score`` that mean nothing.
+
+    Raises:
+        SayoError: L34.
+    """
+    for name, value, right, wanted in (
+        ("format_weight", format_weight, _weight(format_weight), "a number of at least 0"),
+        ("accuracy_weight", accuracy_weight, _weight(accuracy_weight), "a number of at least 0"),
+        ("judge", judge, judge in JUDGES, " or ".join(JUDGES)),
+        ("format", format, format in FORMATS, " or ".join(FORMATS)),
+        ("think_opened", think_opened, isinstance(think_opened, bool), "true or false"),
+    ):
+        if not right:
+            raise SayoError("L34", f"{name} of the reward function is out of range",
+                            where=f"reward.custom_reward_function.reward_kwargs.{name}", got=repr(value),
+                            wanted=wanted, fix="correct the value")  # fmt: skip
+
+
+def _weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
 @functools.lru_cache(maxsize=2)
 def _tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
@@ -68,36 +108,77 @@ def _tokenizer(path: str) -> Any:
     return AutoTokenizer.from_pretrained(path)
 
 
+@functools.lru_cache(maxsize=1024)
+def _gradable(truth: str, judge: str) -> str:
+    """The normal form of a ground truth.
+
+    Raises:
+        SayoError: D70.
+    """
+    reason = why_not_gradable(truth, judge=judge)
+    if reason is not None:
+        raise _not_gradable(truth, reason)
+    return normalise(truth)
+
+
+def _not_gradable(truth: object, reason: str) -> SayoError:
+    return SayoError("D70", f"a ground truth cannot be graded: {reason}", where="reward_model.ground_truth",
+                     got=f"{truth!r:.80}", wanted="the answer alone, as text or a number",
+                     fix="correct or remove the row")  # fmt: skip
+
+
+def _same(answer: str | None, truth: object, judge: str) -> bool:
+    text = truth_text(truth)
+    if text is None:
+        raise _not_gradable(truth, why_not_gradable(truth, judge=judge) or "")
+    wanted = _gradable(text, judge)
+    if not answer or len(answer) > SLACK_CHARACTERS + 4 * len(text):
+        return False
+    return normalise(answer) == wanted or (judge == "math" and equal_formulas(answer, text))
+
+
 def compute_score(
     data_source: str,
     solution_str: str,
-    ground_truth: str,
+    ground_truth: str | float,
     extra_info: Any = None,
     *,
     format_weight: float = 1.0,
     accuracy_weight: float = 1.0,
+    judge: str = JUDGES[0],
+    format: str = FORMATS[0],
+    think_opened: bool = False,
     length_tokenizer: str | None = None,
-    **_ignored: Any,
+    reward_router_address: str | None = None,
+    reward_model_tokenizer: Any = None,
 ) -> dict[str, float]:
     """verl's reward function (``reward.custom_reward_function``).
 
     Args:
         data_source: unused; verl passes it.
         solution_str: the decoded response.
-        ground_truth: the answer.
+        ground_truth: the answer, text or a number.
         extra_info: unused; verl passes it.
         format_weight: r_f for a well-formed response.
         accuracy_weight: w_acc; 0 in the paper.
+        judge: who compares answers: ``"text"``, or ``"math"`` for numbers and formulas, by math-verify.
+        format: ``"think_answer"`` [ours] or ``"released"``, the rule of SAYO's released code.
+        think_opened: the generation prompt has opened the think block. The launcher sets it from the chat template.
         length_tokenizer: switches the length factor on; the policy's folder or hub name.
+        reward_router_address, reward_model_tokenizer: unused; verl passes them beside a reward model.
 
     Returns:
         ``score``, ``acc`` and ``format``, the last two 0 or 1 (format without the length factor), and with
         ``length_tokenizer`` also ``length_factor``.
+
+    Raises:
+        SayoError: D70 for a ground truth that cannot be graded (``why_not_gradable``): its rows then fail in verl and
+            are not trained on. L34 for a setting out of range, L32 and D71 as ``equal_formulas``.
     """
-    right, answer = split_response(solution_str)
-    truth = truth_text(ground_truth) or ""
-    longest = SLACK_CHARACTERS + 4 * len(truth)
-    acc = float(answer is not None and len(answer) <= longest and normalise(answer) == normalise(truth) != "")
+    check_settings(format_weight=format_weight, accuracy_weight=accuracy_weight, judge=judge, format=format,
+                   think_opened=think_opened)  # fmt: skip
+    right, answer = split_response(solution_str, format=format, think_opened=think_opened)
+    acc = float(_same(answer, ground_truth, judge))
     parts = {"acc": acc, "format": float(right)}
     if length_tokenizer is not None:
         text = solution_str[:MAX_CHARACTERS]

@@ -9,7 +9,7 @@ Two answers are equal when their normal forms are equal and not empty. ``normali
    30 combining marks, for composing takes time that grows with the square of their number.
  - Ends. Quotation marks of any script, paired Markdown emphasis (``**red**``, ``_red_``, ``~~red~~``) and sentence
    punctuation of any script are dropped. Three things stay: punctuation directly before a digit (".5"), "!" directly
-   after a digit or a bracketed formula ("5!", "(n-1)!"), and a quotation mark after a digit if none opens the answer (5").
+   after a digit or a bracketed formula ("5!", "(n-1)!"), and a quotation mark after a digit if none is in front (5").
  - Brackets. "(A)", "(A", "A)" are "A", "[red]" is "red", "(3)" is "3". Brackets stay around anything with a separator
    or another bracket in it ("[0,1)", "(0,1]", "{a, b}"), and around a number if they are square or curly.
  - Articles. A leading "the" or "an" is dropped, and a leading "a" unless a single letter follows ("A B").

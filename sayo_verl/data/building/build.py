@@ -205,7 +205,8 @@ class _Build:
             counts["tally"].update(examples=1, boxes=n_boxes, without_boxes=not n_boxes)
         index = self.output.rows(split)
         self.output.add(record(example, stored=made.stored, boxes=made.boxes, box_names=made.names, split=split,
-                               index=index, instruction=self.options.instruction), item.ordinal)  # fmt: skip
+                               index=index, instruction=self.options.instruction, prompt=self.options.prompt),
+                        item.ordinal)  # fmt: skip
         self._used(item, again)
 
     def _leave_out(

@@ -12,7 +12,7 @@ from typing import Any
 from sayo_verl.data.boxes import FRAMES, BoxRules
 from sayo_verl.data.building.shards import Layout
 from sayo_verl.data.images import ImageRules
-from sayo_verl.data.rows import INSTRUCTION, RESERVED
+from sayo_verl.data.rows import INSTRUCTION, PROMPTS, RESERVED
 from sayo_verl.errors import SayoError
 
 # Reasons that count towards max_drop: what is wrong with images and text, not what the source does not choose.
@@ -36,6 +36,7 @@ _HELP = {
     "rescale": "boxes were drawn on resized copies: scale them by the annotated size",
     "keep_without_boxes": "keep rows without a box; methods that need one are neutral there",
     "instruction": "stands below each question and says what form the answer shall have; '' for none",
+    "prompt": "an instruction below the question, or the system turn of SAYO's released code above it",
     "allow_missing_images": "leave rows out whose images are missing, and count them, instead of stopping",
     "overwrite": "start over in a folder that was made of something else",
 }
@@ -61,6 +62,7 @@ class BuildOptions:
         rescale: as ``boxes.place_boxes``.
         keep_without_boxes: keep rows that have no box or lose all of theirs.
         instruction: stands below each question, as ``rows.record``; "" for none.
+        prompt: of ``rows.PROMPTS``; "released" leaves no room for an instruction.
         allow_missing_images: count missing images as lost instead of stopping at the first.
         overwrite: start over in a folder that was made of something else, or was damaged.
         image_rules, box_rules: which images and boxes are kept.
@@ -83,6 +85,7 @@ class BuildOptions:
     overwrite: bool = False
     image_rules: ImageRules = field(default_factory=ImageRules)
     box_rules: BoxRules = field(default_factory=BoxRules)
+    prompt: str = PROMPTS[0]
 
     def __post_init__(self) -> None:
         for name, right, wanted in (
@@ -92,6 +95,12 @@ class BuildOptions:
             ("val_share", 0 <= self.val_share < 1, "at least 0, less than 1"),
             ("max_drop", 0 <= self.max_drop <= 1, "0 to 1"),
             ("instruction", not RESERVED.search(self.instruction), "text without image tags and control tokens"),
+            (
+                "instruction",
+                self.prompt != "released" or self.instruction in (INSTRUCTION, ""),
+                "none with --prompt released",
+            ),
+            ("prompt", self.prompt in PROMPTS, ", ".join(PROMPTS)),
             ("box_frame", self.box_frame in FRAMES, ", ".join(FRAMES)),
             *((n, getattr(self, n) >= 1, "1 or more") for n in ("shard_rows", "row_group_rows", "row_group_bytes")),
         ):
@@ -113,7 +122,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             with suppress(argparse.ArgumentError):  # a source may have it, under the same name and meaning
                 group.add_argument(flag, action="store_true", help=_HELP[option.name])
         elif option.name in _HELP:
-            choices = FRAMES if option.name == "box_frame" else None
+            choices = {"box_frame": FRAMES, "prompt": PROMPTS}.get(option.name)
             group.add_argument(flag, type=type(default), default=default, choices=choices,
                                help=f"{_HELP[option.name]} (default: %(default)s)")  # fmt: skip
     for prefix, plural, rules in (("image", "images", ImageRules), ("box", "boxes", BoxRules)):

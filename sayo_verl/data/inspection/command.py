@@ -25,6 +25,7 @@ from sayo_verl.data.inspection.model_view import Model, too_long
 from sayo_verl.data.inspection.page import Picture, Sample, make_page
 from sayo_verl.data.reading import decoded, open_parquet, read_image, rows_at
 from sayo_verl.errors import SayoError
+from sayo_verl.reward import JUDGES
 
 
 @dataclass
@@ -226,8 +227,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                         help="data.max_prompt_length of the run (default: %(default)s)")  # fmt: skip
     parser.add_argument("--coverage", type=float, default=0.5, metavar="X",
                         help="algorithm.attn.region.coverage of the run (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--judge", default="text", metavar="NAME", help="reward_kwargs.judge of the run, or none for "
-                        "a reward function of your own (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--judge", default=JUDGES[0], choices=(*JUDGES, "none"), help="reward_kwargs.judge of the run, "
+                        "or none for a reward function of your own (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
 
 
