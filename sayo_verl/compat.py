@@ -139,8 +139,6 @@ CONTRACT = (
          "opens validation files always; drops a last batch that is not whole"),
     Seam("verl.experimental.agent_loop.agent_loop:AgentLoopBase.ct_build_initial_tokens", "relies on",
          "refuses a prompt with images over rollout.prompt_length, and cuts one of text alone"),
-    Seam("verl.experimental.reward_loop.reward_manager.naive:NaiveRewardManager.run_single", "relies on",
-         "reads data_source and reward_model['ground_truth'] of a row"),
     Seam("verl.utils.model:extract_multi_modal_inputs", "relies on",
          "concatenates every key of multi_modal_inputs over rows and hands it to the model"),
     Seam("verl.models.transformers.dense_common:forward_with_torch_backend", "relies on",
