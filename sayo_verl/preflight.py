@@ -12,6 +12,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from sayo_verl.data_check import check_data
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.methods import METHODS, Method, Mix
 from sayo_verl.model_check import check_model, sequence_parallel
@@ -48,14 +49,13 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
     check_metrics(config)
     resumed = check_resume(config)
     reward = check_reward(config, method, dry_run=dry_run)
+    model, model_type = _check_model(config, method, dry_run)
     plan: Plan = [
         ("estimator", f"{config.algorithm.adv_estimator}" + ("" if method else " (verl's own code, untouched)")),
         ("method", _describe(method) if method else "-"),
-        ("model", _check_model(config, method, dry_run)),
+        ("model", model),
+        *check_data(config, method, model_type, dry_run=dry_run),
     ]
-    for split in ("train_files", "val_files"):
-        plan.append((split.replace("_files", " data"), _check_data(config, split, method, dry_run)))
-    plan.append(("held out", _check_held_out(config)))
     rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
     plan += [
         ("reward", reward),
@@ -155,65 +155,24 @@ def _describe(method: Method) -> str:
     return f"{method.name}: " + ", ".join(f"{key} {value}" for key, value in vars(method).items())
 
 
-def _absent(path: str, where: str, code: str, what: str, fix: str, dry_run: bool) -> str:
-    if dry_run:
-        return f"{path} - NOT THERE YET, needed before the run"
-    raise SayoError(code, what, where=where, got=path, fix=fix)
-
-
-def _check_model(config: DictConfig, method: Method | None, dry_run: bool) -> str:
+def _check_model(config: DictConfig, method: Method | None, dry_run: bool) -> tuple[str, str | None]:
+    """A line for the plan, and ``model_type`` of a model whose folder is there."""
     path = str(config.actor_rollout_ref.model.path)
     folder = Path(path).expanduser()
     if not folder.exists():
         # "models/tiny" could be either; if there is a folder "models", a path was meant
         if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1 or folder.parent.is_dir():
-            return _absent(path, "actor_rollout_ref.model.path", "L17", "there is no model at this path",
-                           "correct it, or give a hub name such as Qwen/Qwen3-VL-8B-Instruct", dry_run)  # fmt: skip
-        return f"{path} - a hub name: its family and layers are checked when it is loaded"
+            if dry_run:
+                return f"{path} - NOT THERE YET, needed before the run", None
+            raise SayoError("L17", "there is no model at this path", where="actor_rollout_ref.model.path", got=path,
+                            fix="correct it, or give a hub name such as Qwen/Qwen3-VL-8B-Instruct")  # fmt: skip
+        return f"{path} - a hub name: its family and layers are checked when it is loaded", None
     file = folder / "config.json"
     if not file.is_file():
         raise SayoError("L17", "the model folder has no config.json", where="actor_rollout_ref.model.path", got=path,
                         fix="point to a folder in Hugging Face format")  # fmt: skip
     model_type = json.loads(file.read_text())["model_type"]
-    return f"{path} ({check_model(config, method, folder, model_type) if method else model_type})"
-
-
-def _check_data(config: DictConfig, split: str, method: Method | None, dry_run: bool) -> str:
-    from sayo_verl.data.check import check_parquet
-
-    told = []
-    for file in _files(config, split):
-        if not Path(file).expanduser().is_file():
-            told.append(
-                _absent(file, f"data.{split}", "D01", "there is no such parquet file",
-                        "correct the path; `sayo prepare synthetic` draws the tiny task", dry_run)
-            )  # fmt: skip
-            continue
-        found = check_parquet(
-            Path(file).expanduser(),
-            image_key=config.data.image_key,
-            prompt_key=config.data.prompt_key,
-            need_boxes=method is not None and method.needs().boxes and bool(method.gives),
-            max_images=int(config.sayo.preflight_images),
-        )
-        told.append(f"{file}: {found}")
-    return "; ".join(told)
-
-
-def _files(config: DictConfig, split: str) -> list[str]:
-    files = config.data[split]
-    return [files] if isinstance(files, str) else list(files)
-
-
-def _check_held_out(config: DictConfig) -> str:
-    from sayo_verl.data.check import check_leakage
-
-    if not config.sayo.held_out:
-        return "not compared with training (sayo.held_out=false)"
-    train, val = ([Path(file).expanduser() for file in _files(config, split)] for split in ("train_files", "val_files"))
-    if not all(path.is_file() for path in train + val):
-        return "not checked: a file is not there yet"
-    return check_leakage(train, val, image_key=config.data.image_key, max_images=int(config.sayo.preflight_images))
+    return f"{path} ({check_model(config, method, folder, model_type) if method else model_type})", model_type
 
 
 def show(plan: Plan, write: Callable[[str], None] = print) -> None:

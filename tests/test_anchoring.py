@@ -399,7 +399,7 @@ def test_rows_that_cannot_be_used_are_refused(folders, tmp_path):
         with pytest.raises(SayoError, match=code):
             AnchorCollator(processor, model.config, alpha=0.1, **kwargs)([row])
 
-    refused("F11", {**row, "prompt": [{"role": "user", "content": "no place for an image"}]})
+    refused("D09", {**row, "prompt": [{"role": "user", "content": "no place for an image"}]})
     refused("F14", row, max_tokens=10)
     refused("P06", {**row, "extra_info": {**row["extra_info"], "boxes": row["extra_info"]["boxes"] * 2}} | {
         "prompt": [{"role": "user", "content": "<image><image><image>"}], "images": row["images"] * 3})  # fmt: skip

@@ -103,6 +103,20 @@ def test_it_gives_the_log_probs_of_the_same_tokens_after_the_changed_image(
         assert torch.allclose(got, plain, atol=1e-5)
 
 
+def test_null_boxes_are_no_boxes(rows, packed_worker):
+    """verl's data set makes them where it joins rows with boxes and rows without."""
+    none, null = copy.deepcopy(rows), copy.deepcopy(rows)
+    for a, b in zip(none, null, strict=True):
+        a["extra_info"]["boxes"], b["extra_info"]["boxes"] = [], None
+    request = StatisticsRequest((Statistic("region_mass"),)).to_wire()
+    for run in (lambda r: log_prob_pass(packed_worker, r, request),
+                lambda r: counterfactual(packed_worker, r, Intervention(kind="region"))):  # fmt: skip
+        one, other = run(none), run(null)
+        for name in one.keys() - {"metrics"}:
+            for a, b in zip(one[name].unbind(), other[name].unbind(), strict=True):
+                assert torch.equal(a.nan_to_num(-7), b.nan_to_num(-7)), name
+
+
 def test_the_first_pass_is_bitwise_what_it_is_without_a_second(rows, packed_worker):
     before = log_prob_pass(packed_worker, rows, REQUEST.to_wire())
     given = copy.deepcopy(rows)

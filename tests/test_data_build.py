@@ -40,6 +40,7 @@ from sayo_verl.data.building.folder import verl_flags
 from sayo_verl.data.building.options import LOSSES
 from sayo_verl.data.building.shards import Hashes, hash64, read_rows
 from sayo_verl.data.check import check_leakage, check_parquet
+from sayo_verl.data.contract import Demands
 from sayo_verl.data.image_files import read_image
 from sayo_verl.data.images import ImageRules
 from sayo_verl.data.inspection.audit import Audit
@@ -183,9 +184,7 @@ def test_rows_are_what_the_examples_say(tmp_path):
 def test_a_folder_passes_the_checks_of_the_launcher_and_of_inspect(tmp_path):
     made = build(mixed(), tmp_path / "out", LENIENT)
     for path in (p for paths in made.files.values() for p in paths):
-        assert "with boxes" in check_parquet(
-            path, image_key="images", prompt_key="prompt", need_boxes=True, max_images=99
-        )
+        assert check_parquet(path, Demands(), max_images=99).with_boxes
     check_leakage(made.files["train"], made.files["val"], image_key="images", max_images=1000)
     findings, figures = Audit(find_data([made.folder])).run()
     assert not [finding for finding in findings.sorted() if finding.level == "FAIL"]

@@ -1,5 +1,7 @@
 """The check of a training parquet: what passes, and every mistake by its code."""
 
+import base64
+import copy
 import io
 import zlib
 from pathlib import Path
@@ -8,9 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, Features, List, Value
+from datasets import Image as DatasetsImage
 from PIL import Image
 
-from sayo_verl.data.check import MAX_PIXELS, check_parquet
+from sayo_verl.data.check import check_boxes_of_run, check_parquet
+from sayo_verl.data.contract import Demands
+from sayo_verl.data.reading import MAX_PIXELS
 from sayo_verl.errors import SayoError
 
 NAN = float("nan")
@@ -44,16 +50,20 @@ def row(*, boxes: Any = GOOD_BOXES, images: Any = ..., text: str = "<image>What 
 def check(tmp_path: Path):
     """``check(row, row, ..., need_boxes=..., max_images=...)`` on a parquet of these rows."""
 
-    def run(*rows: dict, schema: pa.Schema | None = None, need_boxes: bool = True, max_images: int = 512) -> str:
+    def run(*rows: dict, schema: pa.Schema | None = None, **options: Any) -> str:
         path = tmp_path / "rows.parquet"
         pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path)
-        return check_file(path, need_boxes=need_boxes, max_images=max_images)
+        return check_file(path, **options)
 
     return run
 
 
-def check_file(path: Path, *, need_boxes: bool = True, max_images: int = 512) -> str:
-    return check_parquet(path, image_key="images", prompt_key="prompt", need_boxes=need_boxes, max_images=max_images)
+def check_file(path: Path, *, need_boxes: bool = True, max_images: int = 512, **demands: Any) -> str:
+    asked = Demands(headers=max_images > 0, **demands)
+    counted = check_parquet(path, asked, max_images=max_images)
+    if need_boxes:
+        check_boxes_of_run(counted, str(path))
+    return str(counted)
 
 
 # ---------------------------------------------------------------------------------------------------------- what passes
@@ -95,10 +105,17 @@ def test_images_are_sampled_over_the_file(check, rows, limit, decoded):
 
 def test_the_sample_reaches_beyond_the_first_rows(check):
     rows = [row() for _ in range(10)]
-    rows[5] = row(images=[{"bytes": b"not an image", "path": None}])
+    rows[5] = row(images=[{"bytes": encoded("JPEG", (200, 200))[:900], "path": None}])
     assert "1 images" in check(*rows, max_images=1)
     with refusal("D07"):
         check(*rows, max_images=2)
+
+
+def test_pixels_are_read_of_the_sample_and_headers_of_all(check):
+    cut = row(images=[{"bytes": encoded("JPEG", (200, 200))[:900], "path": None}])
+    assert "1 images decoded" in check(row(), cut, max_images=1)
+    with refusal("D07"):
+        check(row(), cut, max_images=2)
 
 
 def test_every_row_is_checked_beyond_the_first_batch(check):
@@ -136,7 +153,10 @@ def test_D02_a_file_that_is_no_parquet(tmp_path):
 def test_D02_a_page_that_was_overwritten(tmp_path, at):
     # The footer is whole, so the file opens; the damage, in the first column, shows when rows are read.
     path = tmp_path / "damaged.parquet"
-    pq.write_table(pa.Table.from_pylist([row()] * 20).select(["prompt", "images", "reward_model", "extra_info"]), path)
+    pq.write_table(
+        pa.Table.from_pylist([row()] * 20).select(["prompt", "images", "reward_model", "extra_info", "data_source"]),
+        path,
+    )
     data = bytearray(path.read_bytes())
     data[at : at + 60] = b"\xff" * 60
     path.write_bytes(data)
@@ -145,13 +165,13 @@ def test_D02_a_page_that_was_overwritten(tmp_path, at):
         check_file(path)
 
 
-@pytest.mark.parametrize("column", ["prompt", "images", "reward_model", "extra_info"])
+@pytest.mark.parametrize("column", ["prompt", "data_source", "reward_model"])
 def test_D03_a_column_is_missing(check, column):
     bare = row()
     del bare[column]
     with refusal("D03", column) as caught:
         check(bare)
-    assert "data_source" in str(caught.value.got)
+    assert "images" in str(caught.value.got)
 
 
 def test_D03_no_rows(tmp_path):
@@ -209,11 +229,11 @@ def test_D05_boxes_that_are_not_nested_by_image(check, boxes):
         ("V03", [0.0, 0.0, 1.01, 1.0]), ("V03", [-0.1, 0.0, 1.0, 1.0]), ("V03", [10.0, 20.0, 30.0, 40.0]),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("need_boxes", [True, False])
-def test_V_a_malformed_box(check, code, box, need_boxes):
+def test_V_a_malformed_box(check, code, box):
     with refusal(code) as caught:
-        check(row(boxes=[[box]]), need_boxes=need_boxes)
+        check(row(boxes=[[box]]), need_boxes=False)
     assert "row 0, extra_info.boxes" in caught.value.where
+    assert "1 rows" in check(row(boxes=[[box]]), need_boxes=False, attention=False)  # verl reads no boxes
 
 
 def test_a_bad_box_after_good_ones(check):
@@ -225,21 +245,81 @@ def test_a_bad_box_after_good_ones(check):
 # --------------------------------------------------------------------------------------------------- D06 to D09: images
 
 
+@pytest.mark.parametrize("attention", [True, False])
 @pytest.mark.parametrize(
-    "image", [{"bytes": None, "path": None}, {"bytes": b"", "path": None}, {"bytes": b"", "path": ""}, None, "a.png"],
+    ("code", "image"),
+    [("D06", {"bytes": None, "path": None}), ("D06", {"bytes": b"", "path": None}), ("D06", {"bytes": b"", "path": ""}),
+     ("D06", None), ("D06", ""), ("D06", {"path": "there.png"}), ("D06", {"bytes": None, "path": "there.png"}),
+     ("D06", {"bytes": None, "image": "there.png"}), ("D06", {"image": None}), ("D73", "absent.png"), ("D73", "."),
+     ("D73", {"image": "absent.png"}), ("D73", {"image": {"bytes": encoded()}}), ("D73", "file://absent.png"),
+     ("D73", "s3://bucket/a.png"), ("D73", "x" * 5000), ("D73", "a\0b"), ("D73", 7), ("D73", b"bytes"),
+     ("D07", "data:image/png;base64,AAAA"), ("D07", "data:image/png;base64,A"), ("D07", "text.png")],
     ids=str,
 )  # fmt: skip
-def test_D06_an_image_that_is_not_there(check, image):
+def test_D06_D73_an_image_that_verl_does_not_open(check, image, code, attention, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.png").write_bytes(encoded())
+    (tmp_path / "text.png").write_text("not an image")
+    with refusal(code) as caught:
+        check(row(images=[image]), attention=attention, need_boxes=False)
+    assert "row 0, images[0]" in caught.value.where
+    opened = verl_opens(image)
+    assert isinstance(opened, Exception), opened
+
+
+def verl_opens(image: Any) -> Any:
+    """The picture that verl makes of an entry of the column, or its error."""
+    from qwen_vl_utils import process_vision_info
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    data = object.__new__(RLHFDataset)
+    vars(data).update(image_key="images", video_key="videos", audio_key="audios", processor=object())
+    example = {"prompt": [{"role": "user", "content": "<image>?"}], "images": [copy.deepcopy(image)]}
+    try:
+        (picture,), _ = process_vision_info(data._build_messages(example, key="prompt"))
+    except Exception as error:  # noqa: BLE001 (whatever it is, verl's run ends with it)
+        return error
+    return picture
+
+
+@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize(
+    "image",
+    [{"bytes": encoded()}, {"bytes": encoded(), "path": "absent.png"}, "there.png", "file://there.png",
+     {"image": "there.png"}, {"image": "there.png", "path": None}, {"image_url": "there.png"},
+     {"bytes": encoded(), "image": None}, "data:image/png;base64," + base64.b64encode(encoded()).decode()],
+    ids=lambda image: str(image)[:60],
+)  # fmt: skip
+def test_every_form_that_verl_opens_passes(check, image, attention, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.png").write_bytes(encoded())
+    assert "1 images decoded" in check(row(images=[image]), attention=attention, need_boxes=attention)
+    assert isinstance(verl_opens(image), Image.Image)
+
+
+def test_an_image_of_a_web_address_is_not_read_and_counted(check):
+    assert "1 images of web addresses not read" in check(row(images=["https://example.org/a.png"]))
+
+
+def test_a_column_that_datasets_marks_as_images_is_opened_as_datasets_does(tmp_path, monkeypatch):
+    """`datasets` opens the path of such a column itself, where verl alone would open bytes only."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.png").write_bytes(encoded())
+    features = Features({"data_source": Value("string"), "prompt": [{"role": Value("string"),
+        "content": Value("string")}], "images": List(DatasetsImage()),
+        "reward_model": {"style": Value("string"), "ground_truth": Value("string")}})  # fmt: skip
+    rows = [{k: v for k, v in row(images=["there.png"]).items() if k != "extra_info"}]
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    path = tmp_path / "alone.parquet"
+    stored = pq.read_table(tmp_path / "rows.parquet")
+    alone = stored.set_column(2, stored.schema.field("images"), pa.array([[{"bytes": None, "path": "there.png"}]],
+                              stored.schema.field("images").type))  # fmt: skip
+    pq.write_table(alone, path)
+    for file in (tmp_path / "rows.parquet", path):
+        assert "1 images decoded" in check_file(file, need_boxes=False)
+    pq.write_table(alone.replace_schema_metadata(None), path)
     with refusal("D06"):
-        check(row(images=[image]))
-
-
-def test_D06_and_D11_an_image_by_its_path_alone_which_verl_does_not_open(check, tmp_path):
-    (tmp_path / "picture.png").write_bytes(encoded())
-    for image in ({"bytes": None, "path": str(tmp_path / "picture.png")}, {"bytes": b"", "path": "absent.png"}):
-        with refusal("D06", "no bytes") as caught:
-            check(row(images=[image]))
-        assert image["path"] in str(caught.value)
+        check_file(path, need_boxes=False)
 
 
 def damaged_png() -> bytes:

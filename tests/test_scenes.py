@@ -17,6 +17,7 @@ from PIL import Image
 
 from sayo_verl.cli import main
 from sayo_verl.data.check import check_parquet
+from sayo_verl.data.contract import Demands
 from sayo_verl.data.scenes import QUESTIONS, SceneConfig, image_digest, prepare, sample_scene, scene_row
 from sayo_verl.data.scenes import rows as scenes_module
 from sayo_verl.data.scenes.config import BAR_KINDS, KINDS, OBJECT_KINDS
@@ -82,7 +83,7 @@ def test_the_files_follow_the_row_contract(tmp_path):
     assert not reused
     for split, n_rows in (("train", 70), ("val", 20)):
         path = folder / f"{split}.parquet"
-        check_parquet(path, image_key="images", prompt_key="prompt", need_boxes=True, max_images=10)
+        assert check_parquet(path, Demands(), max_images=10).with_boxes
         rows = pq.read_table(path).to_pylist()
         assert [row["extra_info"]["index"] for row in rows] == list(range(n_rows))
         for row in rows:
@@ -603,9 +604,7 @@ def test_the_files_of_all_kinds_follow_the_row_contract(tmp_path):
     seen: Counter = Counter()
     for split in ("train", "val"):
         for folder in (right, wrong):
-            check_parquet(
-                folder / f"{split}.parquet", image_key="images", prompt_key="prompt", need_boxes=True, max_images=9
-            )
+            assert check_parquet(folder / f"{split}.parquet", Demands(), max_images=9).with_boxes
         pair = [pq.read_table(folder / f"{split}.parquet").to_pylist() for folder in (right, wrong)]
         for row, control in zip(*pair, strict=True):
             info, other = row["extra_info"], control["extra_info"]

@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image
 
+import sayo_verl.data_check
 import sayo_verl.families
 import sayo_verl.model_check
 import sayo_verl.preflight
@@ -49,6 +50,9 @@ def base(repo: Path) -> DictConfig:
     return composed(repo, "+hardware=cpu", "actor_rollout_ref.rollout.n=4")
 
 
+ROWS = 16  # of a file: at least data.train_batch_size
+
+
 def write_rows(path: Path, *, boxes: list | None) -> Path:
     png = io.BytesIO()
     Image.new("RGB", (8, 8), (zlib.crc32(path.name.encode()) % 256, 0, 0)).save(png, "PNG")  # held out by name
@@ -59,7 +63,7 @@ def write_rows(path: Path, *, boxes: list | None) -> Path:
         "reward_model": {"style": "rule", "ground_truth": "red"},
         "extra_info": {"index": 0} if boxes is None else {"index": 0, "boxes": boxes},
     }
-    pq.write_table(pa.Table.from_pylist([row, row]), path)
+    pq.write_table(pa.Table.from_pylist([row] * ROWS), path)
     return path
 
 
@@ -83,6 +87,8 @@ def make(base: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         "data.val_files": str(write_rows(tmp_path / "val.parquet", boxes=[[[0.5, 0.5, 1.0, 1.0]]])),
         "reward.custom_reward_function.path": "pkg://sayo_verl.reward",
         "trainer.default_local_dir": str(tmp_path / "checkpoints"),
+        "data.train_batch_size": ROWS,
+        "sayo.preflight_prompts": 0,  # the folder of the model holds no processor
     }
 
     def changed(**values: Any) -> DictConfig:
@@ -110,8 +116,8 @@ def test_the_default_configuration_of_a_run_passes(make):
     assert plan["estimator"] == "attn_region"
     assert plan["method"].startswith("attn_region: weight 1.0, entropy_fraction 0.3, layers (-1,), coverage 0.5")
     assert "qwen3_vl, probing layer 3 of 4" in plan["model"]
-    assert "train.parquet: 2 rows, 2 with boxes, 2 images decoded" in plan["train data"]
-    assert "val.parquet: 2 rows, 2 with boxes" in plan["val data"]
+    assert "train.parquet: 16 rows, 16 with boxes, 16 images decoded" in plan["train data"]
+    assert "val.parquet: 16 rows, 16 with boxes" in plan["val data"]
     assert plan["reward"].startswith("pkg://sayo_verl.reward")
     assert "x 4" in plan["rollouts"]
     assert "1 x 1 cpu" in plan["machines"]
@@ -152,8 +158,8 @@ def test_grpo_passes_the_same_files_without_boxes(make, tmp_path):
     plan = dict(preflight(make(**values, **{"algorithm.adv_estimator": "grpo"})))
     assert plan["estimator"] == "grpo (verl's own code, untouched)"
     assert plan["method"] == "-"
-    assert "0 with boxes" in plan["train data"]
-    preflight(make(**values, **{"algorithm.attn.region.weight": 0.0}))
+    assert plan["train data"].endswith("bare.parquet: 16 rows, 16 images decoded")
+    assert "0 with boxes" in dict(preflight(make(**values, **{"algorithm.attn.region.weight": 0.0})))["train data"]
 
 
 @pytest.mark.parametrize(
@@ -496,26 +502,196 @@ def test_D65_validation_on_what_is_trained(make, tmp_path):
 
 def test_every_file_of_a_list_is_checked(make, tmp_path):
     good = str(tmp_path / "train.parquet")
-    assert dict(preflight(make(**{"data.train_files": [good, good]})))["train data"].count("2 rows") == 2
+    assert dict(preflight(make(**{"data.train_files": [good, good]})))["train data"].count("16 rows") == 2
     refused(make(**{"data.train_files": [good, "absent.parquet"]}), "D01")
 
 
-@pytest.mark.parametrize("split", ["train_files", "val_files"])
-def test_D04_no_row_has_a_box(make, tmp_path, split):
-    bare = str(write_rows(tmp_path / "bare.parquet", boxes=[[]]))
-    error = refused(make(**{f"data.{split}": bare}), "D04")
-    assert error.where == bare
+def test_D04_boxes_are_asked_for_over_all_training_files_together(make, tmp_path):
+    bare, good = str(write_rows(tmp_path / "bare.parquet", boxes=[[]])), str(tmp_path / "train.parquet")
+    error = refused(make(**{"data.train_files": bare}), "D04")
+    assert error.where == "data.train_files"
     assert "algorithm.adv_estimator=grpo" in error.fix
+    assert "0 with boxes" in dict(preflight(make(**{"data.train_files": [bare, good]})))["train data"]
+    preflight(make(**{"data.val_files": bare}))
 
 
-def test_a_bad_box_is_refused_under_grpo_too(make, tmp_path):
+def test_boxes_are_nothing_to_verls_own_estimators(make, tmp_path):
     bad = str(write_rows(tmp_path / "bad.parquet", boxes=[[[0.5, 0.5, 0.25, 0.25]]]))
-    refused(make(**{"data.train_files": bad, "algorithm.adv_estimator": "grpo"}), "V02")
+    refused(make(**{"data.train_files": bad}), "V02")
+    preflight(make(**{"data.train_files": bad, "algorithm.adv_estimator": "grpo"}))
 
 
 def test_the_columns_are_those_of_the_configuration(make):
-    error = refused(make(**{"data.image_key": "pictures"}), "D03")
-    assert "pictures" in str(error)
+    assert "'questions'" in str(refused(make(**{"data.prompt_key": "questions"}), "D03"))
+    for estimator in ("attn_region", "grpo"):
+        error = refused(make(**{"data.image_key": "pictures", "algorithm.adv_estimator": estimator}), "D09")
+        assert "data.image_key" in error.fix
+
+
+@pytest.mark.parametrize("split", ["train_files", "val_files"])
+@pytest.mark.parametrize("files", [None, [], "", [None]], ids=str)
+def test_L40_no_data_file_is_named(make, split, files):
+    for estimator in ("attn_region", "grpo"):
+        error = refused(make(**{f"data.{split}": files, "algorithm.adv_estimator": estimator}), "L40")
+        assert error.where == f"data.{split}"
+        refused(make(**{f"data.{split}": files, "algorithm.adv_estimator": estimator}), "L40", dry_run=True)
+
+
+def test_L41_a_kind_of_file_that_verl_does_not_read(make, tmp_path):
+    error = refused(make(**{"data.train_files": str(tmp_path / "rows.csv")}), "L41")
+    assert (error.where, error.got) == ("data.train_files", str(tmp_path / "rows.csv"))
+    for other in ("rows.jsonl", "hdfs://there/rows.parquet"):
+        plan = dict(preflight(make(**{"data.train_files": other})))
+        assert plan["train data"] == f"{other} - not checked: only local parquet files are"
+        assert plan["held out"].startswith("not checked")
+
+
+def test_a_data_set_class_of_ones_own_reads_the_files_in_its_own_way(make):
+    values = {"data.custom_cls.path": "pkg://mine", "data.train_files": "absent.parquet"}
+    plan = dict(preflight(make(**values, **{"algorithm.adv_estimator": "grpo"})))
+    assert plan["data"].startswith("not checked: pkg://mine")
+    refused(make(**values), "D01")  # a method of ours needs the row contract
+
+
+def test_D75_fewer_rows_than_a_batch(make, tmp_path):
+    for estimator in ("attn_region", "grpo"):
+        few = {"data.train_batch_size": ROWS + 1, "algorithm.adv_estimator": estimator}
+        assert f"{ROWS} rows" in str(refused(make(**few), "D75"))
+        preflight(make(**few, **{"data.train_files": [str(tmp_path / "train.parquet")] * 2}))
+    assert "8 rows" in str(refused(make(**{"data.train_max_samples": 8}), "D75"))
+
+
+def test_D64_training_files_that_verl_cannot_join(make, tmp_path):
+    good, other = tmp_path / "train.parquet", tmp_path / "other.parquet"
+    rows = [{**row, "extra_info": "{}"} for row in pq.read_table(write_rows(other, boxes=None)).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows), other)
+    error = refused(make(**{"data.train_files": [str(good), str(other)]}), "D64")
+    assert "extra_info: string" in str(error.got)
+
+
+def test_D74_the_judge_of_the_run_says_which_truths_can_be_graded(make, tmp_path):
+    config, rows = make(), pq.read_table(tmp_path / "train.parquet").to_pylist()
+    for row in rows:
+        row["reward_model"]["ground_truth"] = "\\boxed{3}"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    error = refused(config, "D74")
+    assert "row 0, reward_model.ground_truth" in error.where
+    refused(make(**{"data.val_files": config.data.train_files, "data.train_files": config.data.val_files}), "D74")
+    (tmp_path / "mine.py").write_text("def compute_score(): ...\n")
+    preflight(make(**{"reward.custom_reward_function.path": "mine.py"}))
+
+
+# ----------------------------------------------------------------------------------- rows through the model's processor
+
+
+def write_sizes(path: Path, *sizes: tuple[int, int], text: str = "<image>What colour?") -> str:
+    """A row for each size of an image; (0, 0) is a row without one."""
+    rows = []
+    for i, size in enumerate(sizes):
+        png = io.BytesIO()
+        Image.new("RGB", (max(1, size[0]), max(1, size[1])), (i, zlib.crc32(path.name.encode()) % 256, 0)).save(
+            png, "PNG"
+        )
+        rows.append({
+            "data_source": "sayo/scenes",
+            "prompt": [{"role": "user", "content": text if size[0] else text.replace("<image>", "")}],
+            "images": [{"bytes": png.getvalue(), "path": None}] if size[0] else [],
+            "reward_model": {"style": "rule", "ground_truth": "red"},
+            "extra_info": {"index": i, "boxes": [[[0.0, 0.0, 0.5, 0.5]]] if size[0] else []},
+        })  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+@pytest.fixture
+def through(make, random_policy, tmp_path):
+    """``through((width, height), ..., **values)``: a configuration whose rows go through a processor."""
+
+    def composed_with(*sizes: tuple[int, int], text: str = "<image>What colour?", **values: Any) -> DictConfig:
+        return make(**{
+            "actor_rollout_ref.model.path": str(random_policy), "sayo.preflight_prompts": 8,
+            "actor_rollout_ref.model.use_remove_padding": False, "data.train_batch_size": 2,
+            "data.train_files": write_sizes(tmp_path / "some.parquet", *sizes, text=text),
+        } | values)  # fmt: skip
+
+    return composed_with
+
+
+SMALL, LARGE = (64, 64), (640, 640)  # 4 and 64 visual tokens of the tiny policy
+
+
+@pytest.mark.parametrize("estimator", ["attn_region", "grpo"])
+def test_prompts_that_fit_are_told_in_the_plan(through, estimator):
+    plan = dict(preflight(through(*[SMALL] * 20, **{"algorithm.adv_estimator": estimator})))
+    assert re.match(r"train: [4-8] rows tried, up to \d+ tokens of \d+; val: ", plan["prompts"])
+
+
+@pytest.mark.parametrize("estimator", ["attn_region", "grpo"])
+def test_D68_the_largest_image_is_tried_wherever_it_is(through, estimator):
+    sizes = [SMALL] * 77
+    sizes[41] = LARGE
+    values = {"algorithm.adv_estimator": estimator, "data.max_prompt_length": 60}
+    error = refused(through(*sizes, **values), "D68")
+    assert error.where.endswith("some.parquet row 41")
+    assert "data.max_prompt_length" in error.fix
+    plan = dict(preflight(through(*sizes, **values, **{"data.filter_overlong_prompts": True})))
+    assert "verl's filter drops 0 of 4 evenly spread rows" in plan["prompts"]
+
+
+def test_D68_D75_verls_length_filter_leaves_no_row_or_less_than_a_batch(through):
+    drops = {"data.max_prompt_length": 60, "data.filter_overlong_prompts": True}
+    error = refused(through(LARGE, LARGE, LARGE, **drops), "D68")
+    assert "3 of 3 rows" in str(error.got)
+    error = refused(through(LARGE, SMALL, LARGE, **drops), "D75")
+    assert "1 rows" in str(error.got)
+    preflight(through(LARGE, SMALL, SMALL, **drops))
+
+
+def test_D77_a_narrow_image_is_refused_or_left_to_verls_filter(through):
+    assert "row 1" in refused(through(SMALL, (402, 2), SMALL), "D77").where
+    told = dict(preflight(through(SMALL, (402, 2), SMALL, **{"data.filter_overlong_prompts": True})))
+    assert "1 rows too narrow" in told["train data"]
+    assert "drops 1 of" in told["prompts"]
+    refused(through(SMALL, (402, 2), (402, 2), **{"data.filter_overlong_prompts": True}), "D75")
+
+
+def test_long_text_prompts_are_counted_since_verl_cuts_them(through):
+    config = through(SMALL, (0, 0), SMALL, text="<image>" + "What colour? " * 40, **{"data.max_prompt_length": 120})
+    config.algorithm.adv_estimator = "grpo"
+    images = refused(config, "D68")
+    assert "row 0" in images.where
+    OmegaConf.update(config, "data.train_files", write_sizes(Path(config.data.train_files), (0, 0), (0, 0),
+                     text="What colour? " * 400))  # fmt: skip
+    assert "2 text prompts are cut on the left" in dict(preflight(config))["prompts"]
+
+
+def test_the_chat_template_of_the_run_is_used(through):
+    longer = "{% for m in messages %}" + "what " * 300 + "{% endfor %}"
+    config = through((0, 0), (0, 0), SMALL, **{"actor_rollout_ref.model.custom_chat_template": longer})
+    config.algorithm.adv_estimator = "grpo"
+    refused(config, "D68")
+
+
+def test_D68_a_model_without_its_processor(make):
+    assert "cannot be loaded" in str(refused(make(**{"sayo.preflight_prompts": 8}), "D68"))
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [({"sayo.preflight_prompts": 0}, "sayo.preflight_prompts"), ({"sayo.preflight_images": -1}, "preflight_images"),
+     ({"actor_rollout_ref.model.path": "Qwen/Qwen3-VL-8B-Instruct"}, "not on this machine")],
+    ids=str,
+)  # fmt: skip
+def test_what_was_not_checked_is_told(through, values, says):
+    told = dict(preflight(through(SMALL, SMALL, **values)))["prompts"]
+    assert told.startswith("not checked")
+    assert says in told
+
+
+def test_a_model_of_another_family_is_not_asked_for_prompts(through, tmp_path):
+    other = str(write_model(tmp_path / "other", model_type="llama", num_hidden_layers=2))
+    values = {"actor_rollout_ref.model.path": other, "algorithm.adv_estimator": "grpo"}
+    assert "not checked: the processor of llama" in dict(preflight(through(SMALL, SMALL, **values)))["prompts"]
 
 
 def test_a_dry_run_lists_absent_files_instead_of_refusing(make):
@@ -642,6 +818,7 @@ def test_each_launch_refusal_has_a_test():
     told = {
         code
         for module in (
+            sayo_verl.data_check,
             sayo_verl.families,
             sayo_verl.model_check,
             sayo_verl.preflight,

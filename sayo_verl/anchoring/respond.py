@@ -43,7 +43,7 @@ def write_responses(
         ``rows`` asked and ``kept``.
 
     Raises:
-        SayoError: F11 for images that do not fit a prompt, F18 when no row is kept.
+        SayoError: D09 for images that do not fit a prompt, F18 when no row is kept.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

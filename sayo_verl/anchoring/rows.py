@@ -7,7 +7,6 @@ the end token; where it is absent or null the target is ``<think> </think><answe
 Shape suffixes: B rows, S tokens, V visual tokens of one row.
 """
 
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,9 @@ from torch.utils.data import Dataset
 
 from sayo_verl.anchoring.loss import IGNORE, FocusBatch, target_distribution
 from sayo_verl.anchoring.token import focus_token_id
+from sayo_verl.data.contract import Demands, RowContract, check_placeholders
+from sayo_verl.data.reading import decoded
+from sayo_verl.data.rows import IMAGE_TAG
 from sayo_verl.errors import SayoError
 from sayo_verl.families import FAMILIES, family_of
 from sayo_verl.probe.plan import image_tiles, plan_row
@@ -40,15 +42,15 @@ class AnchorRows(Dataset):
     """
 
     def __init__(self, files: Sequence[Path | str], *, max_rows: int | None = None) -> None:
-        names = {"prompt", "images", "reward_model", "extra_info"}
+        needed, known = {"prompt", "reward_model"}, {"images", "extra_info", "response", "data_source"}
         tables = []
         for file in files:
             have = set(pq.read_schema(file).names)
-            if not names <= have:
+            if not needed <= have:
                 raise SayoError("F10", "the file is no data of this project", where=str(file), got=sorted(have),
-                                wanted=f"the columns {sorted(names)}",
-                                fix="see the row contract in the README")  # fmt: skip
-            table = pq.read_table(file, columns=sorted((names | {"response"}) & have))
+                                wanted=f"the columns {sorted(needed)}",
+                                fix="see the row contract in docs/data.md")  # fmt: skip
+            table = pq.read_table(file, columns=sorted((needed | known) & have))
             tables += [table.slice(i, 1) for i in range(table.num_rows)]
         self._rows = tables[:max_rows]  # each is a view: no row is copied or turned into Python before it is asked
         if not self._rows:
@@ -58,11 +60,21 @@ class AnchorRows(Dataset):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self._rows[index].to_pylist()[0], "_where": f"row {index}"}
+        """A row that the row contract has let through, with ``_where``.
+
+        Raises:
+            SayoError: the first fault of ``sayo_verl.data.contract``.
+        """
+        row, where = self._rows[index].to_pylist()[0], f"row {index}"
+        looked = RowContract(Demands(judge=None, rewarded=not row.get("response"))).look(row, where)
+        if looked.faults:
+            raise looked.faults[0]
+        return {"images": None, "extra_info": None, **row, "_where": where}
 
     def without_boxes(self) -> int:
         """How many rows have no box: they train the language-model loss alone."""
-        return sum(not has_boxes(table.select(["extra_info"]).to_pylist()[0]) for table in self._rows)
+        return sum("extra_info" not in table.column_names or not has_boxes(table.select(["extra_info"]).to_pylist()[0])
+                   for table in self._rows)  # fmt: skip
 
     def without_response(self) -> int:
         """How many rows have no text to imitate: they imitate an empty thought."""
@@ -71,36 +83,34 @@ class AnchorRows(Dataset):
 
 def has_boxes(row: dict[str, Any]) -> bool:
     """Whether any image of the row has a box."""
-    return any(len(image) for image in row["extra_info"].get("boxes") or [])
+    info = row["extra_info"]
+    boxes = info.get("boxes") if isinstance(info, dict) else None
+    return isinstance(boxes, list) and any(boxes)
 
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The row's prompt with its images in their places, as a chat template takes it.
 
     Raises:
-        SayoError: F11 when placeholders and images disagree in number.
+        SayoError: D09 when placeholders and images disagree in number.
     """
-    images, out = list(row["images"] or []), []
+    check_placeholders(row["prompt"], {IMAGE_TAG: len(row["images"] or [])}, row["_where"])
+    out = []
     for message in row["prompt"]:
-        parts: list[dict[str, Any]] = []
-        for piece in re.split("(<image>)", message["content"]):
-            if piece == "<image>":
+        content = message["content"]
+        parts: list[dict[str, Any]] = content if isinstance(content, list) else []
+        for piece in re.split(f"({IMAGE_TAG})", content) if isinstance(content, str) else ():
+            if piece == IMAGE_TAG:
                 parts.append({"type": "image"})
             elif piece:
                 parts.append({"type": "text", "text": piece})
         out.append({"role": message["role"], "content": parts})
-    count = sum(part["type"] == "image" for message in out for part in message["content"])
-    if count != len(images):
-        raise SayoError("F11", "placeholders and images of a row disagree", where=row["_where"],
-                        got=f"{count} <image> for {len(images)} images", wanted="one each",
-                        fix="write <image> into the prompt once per image")  # fmt: skip
     return out
 
 
 def images_of(row: dict[str, Any]) -> list[Image.Image]:
-    """The row's pictures, RGB."""
-    sources = (io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"] for image in row["images"] or [])
-    return [Image.open(source).convert("RGB") for source in sources]
+    """The row's pictures, RGB, with the errors of ``sayo_verl.data.reading``."""
+    return [decoded(image, row["_where"]) for image in row["images"] or []]
 
 
 def response_of(row: dict[str, Any]) -> str:
@@ -140,7 +150,7 @@ class AnchorCollator:
         """Model inputs, ``labels`` [B, S] (response and end token, ``IGNORE`` elsewhere) and ``focus``.
 
         Raises:
-            SayoError: F11 for images that do not fit the prompt, F13 when a row is not prompt, ``<Focus>``, response,
+            SayoError: D09 for images that do not fit the prompt, F13 when a row is not prompt, ``<Focus>``, response,
                 F14 for a row that is too long, P05-P07 and V01-V06 for bad grids and boxes.
         """
         end = self.processor.tokenizer.eos_token
@@ -175,7 +185,7 @@ class AnchorCollator:
             own = [next(grids) for _ in row["images"] or []]
             tiles = image_tiles({"image_grid_thw": torch.stack(own)} if own else {}, self.family, self.config,
                                 where=where)  # fmt: skip
-            boxes = row["extra_info"].get("boxes") or []
+            boxes = (row["extra_info"] or {}).get("boxes") or []
             plan = plan_row(ids_S, n, image_token_id=self.config.image_token_id, images=tiles, boxes=boxes,
                             coverage=REGION_COVERAGE, where=where)  # fmt: skip
             at.append(int(columns[focus]))

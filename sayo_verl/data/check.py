@@ -1,86 +1,194 @@
-"""Checks of training parquet before a run: the row contract, every box, and a sample of the images.
+"""Checks of parquet files before a run, for the launcher: every row by the row contract, a sample of images decoded.
 
-The row contract stands in ``sayo_verl.data.rows``. Of ``extra_info``, rows from elsewhere need ``boxes`` alone; ``id``,
-``image_keys`` and ``image_size_wh`` are checked where they are there. This is the fast form, which the launcher runs:
-no processor is asked. ``sayo_verl.data.inspection.command`` is the thorough one.
+``sayo_verl.data_check`` decides what a run demands of its files. `sayo inspect` looks at the same rows by the same
+contract (``sayo_verl.data.contract``), and draws them.
 """
 
-from collections.abc import Iterator, Sequence
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sayo_verl.data.reading import MAX_PIXELS, Header, digest, leaves, open_parquet, read_image, read_rows, rows_at
+from sayo_verl.data.contract import Demands, RowContract
+from sayo_verl.data.reading import image_digest, leaves, open_parquet, read_image, read_rows, rows_at
 from sayo_verl.errors import SayoError
-from sayo_verl.vision.masks import check_box
 
-__all__ = ["MAX_PIXELS", "check_leakage", "check_parquet"]
+__all__ = ["Counted", "check_boxes_of_run", "check_joined", "check_leakage", "check_parquet", "open_rows"]
 
-# Data sources for which verl's own reward function evaluates the model's text or runs it as a program.
-EVALUATED = ("codecontests", "apps", "codeforces", "taco")
+Kept = tuple[int, str, int, dict[str, Any]]  # size, path, number of the row, its values
 
 
-def check_parquet(path: Path, *, image_key: str, prompt_key: str, need_boxes: bool, max_images: int) -> str:
-    """Check one file and say what was checked.
+@dataclass
+class Counted:
+    """What there is in some files, and a few of their rows.
+
+    Attributes:
+        rows: of them.
+        with_boxes: rows with a box; None where boxes are not looked at.
+        decoded: images that were decoded.
+        remote: images of web addresses, which are not read.
+        narrow: rows that verl's length filter drops for the shape of an image.
+        spread: rows evenly spread over each file.
+        largest, longest: the rows with the most pixels and with the longest questions.
+    """
+
+    rows: int = 0
+    with_boxes: int | None = None
+    decoded: int = 0
+    remote: int = 0
+    narrow: int = 0
+    spread: list[Kept] = field(default_factory=list)
+    largest: list[Kept] = field(default_factory=list)
+    longest: list[Kept] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        told = f"{self.rows} rows" + (f", {self.with_boxes} with boxes" if self.with_boxes is not None else "")
+        told += f", {self.decoded} images decoded"
+        told += f", {self.remote} images of web addresses not read" if self.remote else ""
+        return told + (f", {self.narrow} rows too narrow for Qwen's resize" if self.narrow else "")
+
+    def add(self, other: "Counted", keep: int) -> None:
+        """Count another file as well; ``keep`` as in ``check_parquet``."""
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            setattr(self, name, value if mine is None else mine if value is None else mine + value)
+        self.largest, self.longest = heapq.nlargest(keep // 4, self.largest), heapq.nlargest(keep // 4, self.longest)
+
+
+def open_rows(path: Path, demands: Demands) -> pq.ParquetFile:
+    """A file that has rows and the columns that verl reads.
+
+    Raises:
+        SayoError: D02 unreadable, D03 a column is missing or there is no row, D64 a type that verl's reader has not.
+    """
+    file = open_parquet(path)
+    names = file.schema_arrow.names
+    missing = [column for column in demands.columns() if column not in names]
+    twice = [name for name in names if names.count(name) > 1]
+    wrong = f"has no column {missing[0]!r}" if missing else f"has two columns {twice[0]!r}" if twice else \
+        "" if file.metadata.num_rows else "has no rows"  # fmt: skip
+    if wrong:
+        raise SayoError("D03", f"the parquet {wrong}", where=str(path), got=sorted(names),
+                        wanted=f"rows with the columns {', '.join(demands.columns())}",
+                        fix="follow the row contract in docs/data.md; data.prompt_key names the prompts")  # fmt: skip
+    return file
+
+
+def check_parquet(path: Path, demands: Demands, *, max_images: int = 512, keep: int = 0, spread: int = 0,
+                  drops_narrow: bool = False, tick: Callable[[], None] = lambda: None) -> Counted:  # fmt: skip
+    """Check all rows of one file.
 
     Args:
         path: an existing file.
-        image_key: column of images (``data.image_key``).
-        prompt_key: column of messages (``data.prompt_key``).
-        need_boxes: whether the run's method needs target boxes.
+        demands: what is asked of its rows.
         max_images: decode the images of at most so many rows, evenly spread over the file; none if not positive.
+        keep: remember a quarter of so many rows as the largest, and a quarter as the longest.
+        spread: remember so many rows, evenly spread.
+        drops_narrow: count rows with an image too narrow for Qwen's resize instead of refusing them.
+        tick: called once a row.
 
     Raises:
-        SayoError: D02 unreadable parquet, D03 column missing, D04 no row has a box, D05 boxes not nested by image,
-            D06 image missing, D07 image corrupt, D08 image too large, D09 placeholders and images differ in number,
-            D65 two rows of one id, D66 a data source that verl evaluates, D67 an image that is not upright or not of
-            the size its row says, V01-V03 malformed box.
+        SayoError: of ``open_rows``, and the first fault of the first faulty row.
     """
-    file = open_parquet(path)
-    for column in (image_key, prompt_key, "reward_model", "extra_info"):
-        if column not in file.schema_arrow.names:
-            raise SayoError(
-                "D03",
-                f"the parquet has no column {column!r}",
-                where=str(path),
-                got=sorted(file.schema_arrow.names),
-                fix="follow the row contract in docs/data.md; the column of images is data.image_key",
-            )
+    file = open_rows(path, demands)
     n_rows = file.metadata.num_rows
-    if n_rows == 0:
-        raise SayoError("D03", "the parquet has no rows", where=str(path), fix="prepare it again")
-    sizes: dict[int, Any] = {}
     sampled = set(range(0, n_rows, max(1, -(-n_rows // max_images)))) if max_images > 0 else set()
-    with_box = decoded = 0
-    ids: dict[tuple[Any, Any], str] = {}
-    columns = [_without_bytes(file, image_key), prompt_key, "extra_info"]
-    columns += ["data_source"] if "data_source" in file.schema_arrow.names else []
-    for row, values in enumerate(read_rows(file, path, columns)):
+    spread_over = {i * n_rows // spread for i in range(spread)} if spread < n_rows else set(range(n_rows))
+    contract, counted, key = RowContract(demands), Counted(rows=n_rows), demands.keys.images
+    for row, values in enumerate(read_rows(file, path, columns_of(file, demands))):
         where = f"{path} row {row}"
-        n_images, extra_info = len(values[image_key] or []), values["extra_info"] or {}
-        with_box += check_boxes(extra_info, n_images, where)
-        check_placeholders(values[prompt_key], n_images, where)
-        check_id(values.get("data_source"), extra_info.get("id"), ids, where)
-        if "data_source" in values:
-            check_data_source(values["data_source"], where)
+        looked = contract.look(values, where)
+        narrow = drops_narrow and any(fault.code == "D77" for fault in looked.faults)
+        for fault in looked.faults:
+            if not (narrow and fault.code == "D77"):
+                raise fault
+        counted.narrow += narrow
+        if demands.attention:
+            counted.with_boxes = (counted.with_boxes or 0) + any(looked.boxes)
+        counted.remote += looked.headers.count(None)
         if row in sampled:
-            sizes[row] = extra_info.get("image_size_wh")
-    for row, images in _chosen(file, path, image_key, sampled):
-        where = f"{path} row {row}"
-        for i, image in enumerate(images):
-            told = sizes[row][i] if sizes[row] and i < len(sizes[row]) else None
-            check_stored(read_image(image, where), told, where)
-            decoded += 1
-    if need_boxes and with_box == 0:
+            for i, image in enumerate(values.get(key) or []):
+                counted.decoded += read_image(image, f"{where}, images[{i}]") is not None
+        if row in spread_over and spread:
+            counted.spread.append((0, str(path), row, values))
+        pixels = sum(header.width * header.height for header in looked.headers if header)
+        for kept, size in ((counted.largest, pixels), (counted.longest, len(looked.question))):
+            heapq.heappush(kept, (size, str(path), row, values))
+            if len(kept) > keep // 4:
+                heapq.heappop(kept)
+        tick()
+    return counted
+
+
+def columns_of(file: pq.ParquetFile, demands: Demands) -> list[str]:
+    """What to read of a file: the columns of the contract that are there. Bytes of images only if they are read."""
+    wanted = [*demands.keys, "data_source", "reward_model", "extra_info"]
+    there = [name for name in dict.fromkeys(wanted) if name in file.schema_arrow.names]
+    key = demands.keys.images
+    paths = [name for name in leaves(file) if name.startswith(f"{key}.") and name.endswith(".path")]
+    return there if demands.headers or len(paths) != 1 else [paths[0] if name == key else name for name in there]
+
+
+def check_joined(paths: Sequence[Path]) -> None:
+    """Refuse files that verl's data set cannot join: it concatenates them as `datasets` does.
+
+    A column or a field of a struct may be missing in some files. What is in several must have one type.
+
+    Raises:
+        SayoError: D02 for a file that cannot be read, D64.
+    """
+    from datasets import Dataset, Features, concatenate_datasets
+
+    joined: Dataset | None = None
+    for path in paths:
+        schema = open_parquet(path).schema_arrow
+        try:
+            features = Features.from_arrow_schema(schema)
+            one = Dataset.from_dict(
+                {name: [None] for name in features}, features=features
+            )  # empty ones are passed over
+            joined = one if joined is None else concatenate_datasets([joined, one])
+        except (ValueError, TypeError, KeyError, NotImplementedError, pa.ArrowException) as error:
+            wrong = _differing(open_parquet(paths[0]).schema_arrow, schema) or [" ".join(str(error).split())[:200]]
+            raise SayoError(
+                "D64",
+                "verl's data set cannot join the files, or cannot read one of them",
+                where=f"{path}, after {paths[0]}",
+                got="; ".join(wrong),
+                wanted="one type for each column and field",
+                fix="write the column of both files with one type, or leave a file out",
+            ) from error
+
+
+def _differing(one: pa.Schema | pa.StructType, other: pa.Schema | pa.StructType, prefix: str = "") -> list[str]:
+    """Columns and fields of structs that are in both with different types; names of list items do not count."""
+    found = []
+    for theirs in other:
+        if theirs.name not in [ours.name for ours in one]:
+            continue
+        ours = one.field(theirs.name)
+        if pa.types.is_struct(ours.type) and pa.types.is_struct(theirs.type):
+            found += _differing(ours.type, theirs.type, f"{prefix}{ours.name}.")
+        elif not ours.type.equals(theirs.type) and pa.types.is_null(ours.type) + pa.types.is_null(theirs.type) == 0:
+            found.append(f"{prefix}{ours.name}: {theirs.type}, there {ours.type}")
+    return found
+
+
+def check_boxes_of_run(counted: Counted, where: str) -> None:
+    """Refuse training files of which no row has a box; D04. Validation rows need none."""
+    if not counted.with_boxes:
         raise SayoError(
             "D04",
-            "no row has a target box, so there is no region to reward",
-            where=str(path),
+            "no training row has a target box, so there is no region to reward",
+            where=where,
+            got=f"{counted.rows} rows in all training files together",
             wanted="extra_info.boxes[image][box] = [x0, y0, x1, y1] in [0, 1]",
             fix="add boxes, or set algorithm.adv_estimator=grpo",
         )
-    return f"{n_rows} rows, {with_box} with boxes, {decoded} images decoded"
 
 
 def check_leakage(train: Sequence[Path], val: Sequence[Path], *, image_key: str, max_images: int) -> str:
@@ -101,18 +209,17 @@ def check_leakage(train: Sequence[Path], val: Sequence[Path], *, image_key: str,
             n_rows = file.metadata.num_rows
             whole = file.schema_arrow.names
             if image_key not in whole:
-                continue  # D03 of check_parquet
+                continue  # rows without images
             if any(name.startswith("extra_info.image_keys.") for name in leaves(file)):
                 wanted = [name for name in ("data_source", "extra_info.image_keys") if name in whole or "." in name]
                 for row, values in enumerate(read_rows(file, path, wanted)):
                     for key in (values["extra_info"] or {}).get("image_keys") or []:
-                        keys[side].setdefault((values.get("data_source"), key), f"{path} row {row}")
+                        keys[side].setdefault((repr(values.get("data_source")), repr(key)), f"{path} row {row}")
             share = max(1, max_images // len(paths))
             sampled = set(range(0, n_rows, max(1, -(-n_rows // share)))) if max_images > 0 else set()
             for row, images in _chosen(file, path, image_key, sampled):
                 for image in images:
-                    if isinstance(image, dict) and image.get("bytes"):
-                        hashes[side].setdefault(digest(image["bytes"]), f"{path} row {row}")
+                    hashes[side].setdefault(image_digest(image, f"{path} row {row}"), f"{path} row {row}")
     for what, (of_train, of_val) in (("name", keys), ("bytes", hashes)):
         shared = of_train.keys() & of_val.keys()
         if shared:
@@ -132,115 +239,3 @@ def check_leakage(train: Sequence[Path], val: Sequence[Path], *, image_key: str,
 def _chosen(file: pq.ParquetFile, path: Path, image_key: str, chosen: set[int]) -> Iterator[tuple[int, list[Any]]]:
     for row, values in rows_at(file, path, [image_key], chosen):
         yield row, values[image_key] or []
-
-
-def _without_bytes(file: pq.ParquetFile, image_key: str) -> str:
-    """What to read of the column of images to learn how many there are: not their bytes, where that is possible."""
-    paths = [name for name in leaves(file) if name.startswith(f"{image_key}.") and name.endswith(".path")]
-    return paths[0] if len(paths) == 1 else image_key
-
-
-def check_id(data_source: Any, name: Any, ids: dict[tuple[Any, Any], str], where: str) -> None:
-    """Refuse the id of an earlier row of its data source; ``ids`` remembers where each was. Rows without one pass.
-
-    Raises:
-        SayoError: D65.
-    """
-    if name is None:
-        return
-    if (data_source, name) in ids:
-        raise SayoError(
-            "D65",
-            "two rows of a data source have one id",
-            where=f"{where}, extra_info.id",
-            got=f"{name!r}, as {ids[data_source, name]}",
-            wanted="another id for each row",
-            fix="prepare the data again",
-        )
-    ids[data_source, name] = where
-
-
-def check_data_source(name: Any, where: str) -> None:
-    """Refuse a name for which verl's own reward function evaluates text of the model, and no name at all.
-
-    Raises:
-        SayoError: D66.
-    """
-    if not isinstance(name, str) or not name.strip():
-        raise SayoError("D66", "a row has no data source", where=f"{where}, data_source", got=repr(name),
-                        wanted="a name", fix="name the kind of data; verl's metrics are kept by it")  # fmt: skip
-    if name.lower().startswith("numina") or name.lower() in EVALUATED:
-        raise SayoError(
-            "D66",
-            "for this data source verl's own reward function evaluates the model's text as code",
-            where=f"{where}, data_source",
-            got=name,
-            wanted="any other name",
-            fix="rename the data source, such as my/name",
-        )
-
-
-def check_boxes(extra_info: dict[str, Any], n_images: int, where: str) -> bool:
-    """Whether a row has a box; D05 and V01-V03 for boxes that are not what the contract says."""
-    boxes = extra_info.get("boxes")
-    if not boxes:
-        return False
-    nested = all(isinstance(b, list) and all(isinstance(v, list) for v in b) for b in boxes)
-    if not nested or len(boxes) != n_images:
-        raise SayoError(
-            "D05",
-            "boxes are not nested by image",
-            where=f"{where}, extra_info.boxes",
-            got=f"{len(boxes)} entries for {n_images} images: {str(boxes)[:80]}",
-            wanted="boxes[image][box] = [x0, y0, x1, y1]",
-            fix="write one list of boxes per image, empty for an image without one",
-        )
-    for image in boxes:
-        for box in image:
-            check_box(box, where=f"{where}, extra_info.boxes")
-    return any(len(image) for image in boxes)
-
-
-def check_placeholders(prompt: list[dict[str, Any]], n_images: int, where: str) -> None:
-    """Refuse a prompt that does not name each image once; D09."""
-    told = sum(message["content"].count("<image>") for message in prompt if isinstance(message["content"], str))
-    if told != n_images:
-        raise SayoError(
-            "D09",
-            "the prompt does not name each image once" if n_images else "the row has no image but its prompt names one",
-            where=where,
-            got=f"{told} <image> placeholders, {n_images} images",
-            wanted="as many placeholders as images",
-            fix="put one <image> into the user's message for each image, and store the image's bytes",
-        )
-
-
-def check_stored(header: Header, told: Sequence[int] | None, where: str) -> None:
-    """Refuse an image that boxes were not drawn on as it is stored.
-
-    Args:
-        header: of the image.
-        told: ``[width, height]`` of ``extra_info.image_size_wh``; None: the row does not say.
-        where: names the row.
-
-    Raises:
-        SayoError: D67.
-    """
-    if header.orientation != 1:
-        raise SayoError(
-            "D67",
-            "a stored image is not upright: its EXIF orientation turns it in a viewer, and not in verl",
-            where=where,
-            got=f"EXIF orientation {header.orientation}",
-            wanted="1 or none",
-            fix="turn the pixels and remove the tag, as `sayo prepare` does; boxes belong to the stored pixels",
-        )
-    if told is not None and list(told) != [header.width, header.height]:
-        raise SayoError(
-            "D67",
-            "a stored image has another size than its row says",
-            where=f"{where}, extra_info.image_size_wh",
-            got=f"{header.width} x {header.height}",
-            wanted=" x ".join(map(str, told)),
-            fix="prepare the data again: boxes may be of another picture",
-        )

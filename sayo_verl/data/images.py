@@ -36,6 +36,7 @@ from sayo_verl.data.rows import Drop
 from sayo_verl.errors import SayoError
 
 JPEG_QUALITY = 95
+MAX_RATIO = 200.0  # of the sides: Qwen's resize refuses more
 MAX_SCANS = 300  # of a progressive JPEG, which has about 10: each one costs a pass over the whole picture
 ORIENTATION = 0x0112  # the EXIF tag
 
@@ -50,7 +51,7 @@ TURNS: Mapping[int, Image.Transpose] = {
     8: Image.Transpose.ROTATE_90,
 }
 # What Pillow's readers raise on damaged files. Only calls of Pillow stand under it, so no fault of ours hides in it.
-_DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, AttributeError,
+DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, AttributeError,
            EOFError, MemoryError, struct.error, zlib.error)  # fmt: skip
 
 
@@ -68,7 +69,7 @@ class ImageRules:
 
     max_pixels: int = 50_000_000
     min_side: int = 28
-    max_ratio: float = 200.0
+    max_ratio: float = MAX_RATIO
 
     def __post_init__(self) -> None:
         if not (self.max_pixels >= 1 and self.min_side >= 1 and self.max_ratio >= 1):
@@ -125,7 +126,7 @@ def store_image(data: bytes, *, where: str, options: ImageRules = _DEFAULTS) -> 
             picture = Image.open(io.BytesIO(data), formats=(_format(data),))
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise Drop("image_too_large", str(error)) from error
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise Drop("image_unreadable", told(error)) from error
         with picture:
             _check_header(picture, data, options)
@@ -133,7 +134,7 @@ def store_image(data: bytes, *, where: str, options: ImageRules = _DEFAULTS) -> 
                 picture.load()
             except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
                 raise Drop("image_too_large", str(error)) from error
-            except _DAMAGE as error:
+            except DAMAGE as error:
                 raise Drop("image_unreadable", told(error)) from error
             orientation = _orientation(picture)
             width, height = picture.size
@@ -178,7 +179,7 @@ def _orientation(picture: ImageFile.ImageFile) -> int | None:
     """1 to 8; 1 where there is none or no valid one; None where the EXIF block cannot be read: nobody turns it."""
     try:
         found = picture.getexif().get(ORIENTATION, 1)
-    except _DAMAGE:
+    except DAMAGE:
         return None
     return found if isinstance(found, int) and found in TURNS else 1
 

@@ -1,20 +1,25 @@
 """Rows of parquet files and headers of encoded images, read with errors that name the place."""
 
+import base64
 import hashlib
 import io
+import json
+import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from sayo_verl.data.images import ORIENTATION, ImageRules
+from sayo_verl.data.images import DAMAGE, ORIENTATION, ImageRules
 from sayo_verl.errors import SayoError
 
 MAX_PIXELS = ImageRules().max_pixels  # refused by the header, before decoding: an image bomb or a mistake
-_IMAGE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_IMAGE_ERRORS = (*DAMAGE, Image.DecompressionBombError)
+# What Arrow raises on a damaged page, and on values that Python has no type for.
+_ARROW_ERRORS = (OSError, ValueError, TypeError, LookupError, OverflowError, NotImplementedError)
 
 
 class Header(NamedTuple):
@@ -48,7 +53,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
         _ = file.schema_arrow
-    except (OSError, ValueError, NotImplementedError) as error:  # Arrow's own errors are among these
+    except _ARROW_ERRORS as error:
         raise _unreadable(path, error) from error
     return file
 
@@ -66,12 +71,37 @@ def read_rows(file: pq.ParquetFile, path: Path, columns: list[str], groups: Iter
     Raises:
         SayoError: D02.
     """
+    batches = file.iter_batches(batch_size=256, columns=columns, row_groups=None if groups is None else list(groups))
+    decoded = {name: _as_datasets_decodes for name in image_features(file) if name in columns}
+    while True:
+        try:  # around the reading alone: what the caller raises on a row is not caught here
+            batch = next(batches, None)
+            rows = batch.to_pylist() if batch is not None else []
+        except _ARROW_ERRORS as error:
+            raise _unreadable(path, error) from error
+        if batch is None:
+            return
+        for row in rows:
+            yield row | {name: convert(row[name]) for name, convert in decoded.items()}
+
+
+def image_features(file: pq.ParquetFile) -> list[str]:
+    """Columns that `datasets` marks as lists of images. It opens them itself, so that verl gets pictures."""
     try:
-        for batch in file.iter_batches(batch_size=256, columns=columns,
-                                       row_groups=None if groups is None else list(groups)):  # fmt: skip
-            yield from batch.to_pylist()
-    except (OSError, ValueError, NotImplementedError) as error:
-        raise _unreadable(path, error) from error
+        told = dict(json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"])
+    except (KeyError, TypeError, ValueError):
+        return []
+    return [
+        name for name, kind in told.items() if kind != {"_type": "Image"} and '"_type": "Image"' in json.dumps(kind)
+    ]
+
+
+def _as_datasets_decodes(images: Any) -> Any:
+    """Of a list of images as `datasets` stores them, what verl gets: the bytes, or else the file at the path."""
+    if not isinstance(images, list):
+        return images
+    return [{"image": image.get("path")} if isinstance(image, dict) and image.get("bytes") is None else image
+            for image in images]  # fmt: skip
 
 
 def rows_at(file: pq.ParquetFile, path: Path, columns: list[str], chosen: set[int]) -> Iterator[tuple[int, dict]]:
@@ -96,23 +126,59 @@ def _unreadable(path: Path, error: Exception) -> SayoError:
                      fix="prepare it again; it may have been cut short")  # fmt: skip
 
 
-def read_image(image: Any, where: str, *, decode: bool = True) -> Header:
-    """The header of an image of a row, and, with ``decode``, whether all of it can be decoded.
+def image_source(image: Any, where: str) -> bytes | Path | str:
+    """What verl 0.9.1 opens of one entry of the column of images: bytes, the path of a file, or a web address.
+
+    verl opens a text (a path, ``file://``, ``http(s)://`` or ``data:image``), ``{bytes}`` and ``{image: text}``. Of a
+    dict with ``bytes`` it opens nothing else, and it never opens ``path``. A relative path counts from the working
+    directory.
 
     Raises:
-        SayoError: D06 no bytes, D07 corrupt, D08 too large.
+        SayoError: D06 for no image, D07 for ``data:`` that is not base64, D73 for what verl does not open and for a
+            path without a file.
     """
-    data = image.get("bytes") if isinstance(image, dict) else None
-    if not data:  # verl opens nothing else
-        path = image.get("path") if isinstance(image, dict) else None
-        raise SayoError("D06", "an image has no bytes", where=where, got=f"the path {path!r} alone" if path else None,
+    if isinstance(image, dict) and "bytes" in image:
+        if isinstance(image["bytes"], bytes) and image["bytes"]:
+            return image["bytes"]
+        path = image.get("path") or image.get("image")
+        got = f"the path {path!r} beside empty bytes" if path else "empty bytes"
+        raise SayoError("D06", "an image has no bytes", where=where, got=got,
+                        fix="store the encoded bytes, or the path alone: a text, or {'image': path}")  # fmt: skip
+    text = image.get("image", image.get("image_url")) if isinstance(image, dict) else image
+    if not isinstance(text, str) or not text:
+        none = text is None or text == ""
+        raise SayoError("D06" if none else "D73", "an image is not there" if none else "verl does not open this image",
+                        where=where, got=f"{type(image).__name__} {str(image)[:80]}",
+                        wanted="a path, {'bytes': encoded image} or {'image': path}",
                         fix="store the encoded image as {'bytes': ..., 'path': None}")  # fmt: skip
+    if text.startswith(("http://", "https://")):
+        return text
+    if text.startswith("data:image"):
+        try:
+            return base64.b64decode(text.partition("base64,")[2])
+        except ValueError as error:
+            raise SayoError("D07", f"an image cannot be decoded ({error})", where=where,
+                            fix="store the encoded bytes") from error  # fmt: skip
+    path = Path(text.removeprefix("file://"))
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
+        raise SayoError("D73", "there is no image at a path", where=where, got=f"{text[:200]!r} in {Path.cwd()}",
+                        wanted="a file; relative paths count from the working directory of the run",
+                        fix="store absolute paths, or start the run where the paths begin")  # fmt: skip
+    return path
+
+
+def read_image(image: Any, where: str, *, decode: bool = True) -> Header | None:
+    """The header of an image of a row, and, with ``decode``, whether all of it can be decoded. None for a web address.
+
+    Raises:
+        SayoError: D06, D73 of ``image_source``, D07 corrupt.
+    """
+    source = image_source(image, where)
+    if isinstance(source, str):
+        return None
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             size = picture.size
-            if picture.width * picture.height > MAX_PIXELS:
-                raise SayoError("D08", "an image is too large", where=where, got=f"{picture.width} x {picture.height}",
-                                wanted=f"at most {MAX_PIXELS} pixels", fix="resize it")  # fmt: skip
             if decode:
                 picture.load()
             frames = getattr(picture, "n_frames", 1)  # only formats that can be animated have it
@@ -131,8 +197,23 @@ def _orientation(picture: Image.Image) -> int:
     return found if found in range(1, 9) else 1
 
 
-def decoded(image: dict[str, Any], where: str) -> Image.Image:
-    """The picture of a row, RGB, with the errors of ``read_image``."""
+def decoded(image: Any, where: str) -> Image.Image:
+    """The picture of a row, RGB, with the errors of ``read_image``.
+
+    Raises:
+        SayoError: D73 for a web address, which is not fetched here.
+    """
     read_image(image, where)
-    with Image.open(io.BytesIO(image["bytes"])) as picture:
+    source = image_source(image, where)
+    if isinstance(source, str):
+        raise SayoError("D73", "an image of a web address is not fetched here", where=where, got=source,
+                        wanted="bytes or the path of a file", fix="store the encoded bytes")  # fmt: skip
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
         return picture.convert("RGB")
+
+
+def image_digest(image: Any, where: str) -> bytes:
+    """``digest`` of the encoded bytes, or of the web address."""
+    source = image_source(image, where)
+    return digest(source.read_bytes() if isinstance(source, Path) else
+                  source if isinstance(source, bytes) else source.encode())  # fmt: skip

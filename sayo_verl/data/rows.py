@@ -1,19 +1,4 @@
-"""The row contract: what verl reads, and what the attention methods add in ``extra_info``.
-
-    data_source   string; names the kind of data in verl's validation metrics
-    prompt        list of {role, content}; the user's content is one "<image>" for each image, the
-                  question, and below it what form the answer shall have, or above it a system turn that says so
-    images        list of {bytes, path}: encoded PNG, JPEG or WEBP, upright (no EXIF orientation); path is null
-    ability       string
-    reward_model  {style, ground_truth}
-    extra_info    index, split, id       the row's place in its split, "train" or "val", and its name in the source
-                  question, answer       as asked and expected
-                  kind                   of question, where the source knows it
-                  boxes                  [image][box][x0, y0, x1, y1], in [0, 1] of the stored image, x0 < x1, y0 < y1
-                  box_names              [image][box], strings
-                  box_source             what the boxes are: "gqa_semantic", "refocus_focus", ...
-                  image_keys             [image], names of the images: rows of one image have equal keys
-                  image_size_wh          [image][width, height] of the stored image, in pixels
+"""Rows as they are written: their schema, and what becomes one. docs/data.md describes the columns.
 
 An ``Example`` is a row before its images are read: what a ``Source`` yields. ``sayo_verl.data.building`` turns examples
 into rows. What cannot become a row is left out with a reason of ``REASONS`` and counted (``LeftOut``, or ``Drop``
@@ -29,6 +14,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from sayo_verl.errors import SayoError
+from sayo_verl.reward import why_not_gradable
 
 IMAGE_TAG = "<image>"
 # Files that can run code when they are loaded; none is ever read as data.
@@ -61,6 +47,7 @@ REASONS: Mapping[str, str] = {
     "no_box": "no box is left, and rows without boxes are not kept",
     "empty_question": "there is no question",
     "empty_answer": "there is no answer",
+    "ungradable_answer": "sayo_verl.reward cannot grade the answer",
     "reserved_text": "the question holds text that stands for an image or a control token",
     "image_in_other_split": "the same picture, by its bytes, is in the other split",
     "duplicate": "the same question about the same image was there before",
@@ -223,19 +210,28 @@ class Source(Protocol):
     def examples(self) -> Iterator[Example | LeftOut]: ...
 
 
+def reserved_text(text: str) -> str | None:
+    """Text that chat templates and processors take for something else, or None."""
+    found = RESERVED.search(text)
+    return found.group() if found else None
+
+
 def check_text(question: str, answer: str) -> None:
     """Refuse text that cannot be a question or an answer.
 
     Raises:
-        Drop: ``empty_question``, ``empty_answer``, ``reserved_text``.
+        Drop: ``empty_question``, ``empty_answer``, ``ungradable_answer``, ``reserved_text``.
     """
     if not question.strip():
         raise Drop("empty_question")
     if not answer.strip():
         raise Drop("empty_answer")
-    found = RESERVED.search(question)
-    if found:
-        raise Drop("reserved_text", found.group())
+    reason = why_not_gradable(answer)
+    if reason is not None:
+        raise Drop("ungradable_answer", f"{reason}: {answer[:80]!r}")
+    reserved = reserved_text(question)
+    if reserved:
+        raise Drop("reserved_text", reserved)
 
 
 def record(

@@ -138,7 +138,7 @@ def plan_micro_batch(
                 f"the log-prob pass has no field {field!r}",
                 where="AttentionStatisticsMixin.forward_step",
                 got=sorted(micro_batch.keys()),
-                fix="train on parquet rows with an image and extra_info.boxes (docs: the row contract in the README)",
+                fix="train on parquet rows with an image and extra_info.boxes (docs/data.md, the row contract)",
             )
     names = {s.name for s in request.statistics}
     chat = ChatTokens.of(model_config.tokenizer, family) if names & {"system_mass", "question_mass"} else None
@@ -157,7 +157,7 @@ def plan_micro_batch(
                 images=image_tiles(image, family, model_config.hf_config, where=where),
                 video_token_id=model_config.hf_config.video_token_id if family.geometry == "grid" else None,
                 videos=video_tokens(image, family, model_config.hf_config, where=where),
-                boxes=info.get("boxes", []),
+                boxes=info.get("boxes") or [],
                 coverage=request.coverage,
                 where=where,
                 n_boxes=n_boxes,

@@ -58,7 +58,7 @@ def counterfactual_micro_batch(
             raise SayoError("P07", "a row of a counterfactual pass has a video", where=where,
                             fix="remove videos, or choose a method without counterfactual images")  # fmt: skip
         tiles = image_tiles(image, family, model_config.hf_config, where=where)
-        boxes = info.get("boxes", [])
+        boxes = info.get("boxes") or []
         region = None
         if intervention.kind == "region" and len(boxes) == len(tiles):
             region = [

@@ -17,8 +17,8 @@ from sayo_verl.errors import SayoError
 
 # Reasons that count towards max_drop: what is wrong with images and text, not what the source does not choose.
 LOSSES = frozenset(
-    {"empty_question", "empty_answer", "reserved_text", "image_missing", "image_empty", "image_unreadable",
-     "image_format", "image_too_large", "image_too_small", "image_too_long"}
+    {"empty_question", "empty_answer", "ungradable_answer", "reserved_text", "image_missing", "image_empty",
+     "image_unreadable", "image_format", "image_too_large", "image_too_small", "image_too_long"}
 )  # fmt: skip
 # Options that decide how the work is done, not what is in the folder
 _FREE = ("workers", "max_drop", "allow_missing_images", "overwrite")

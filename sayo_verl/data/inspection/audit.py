@@ -6,20 +6,21 @@ mistake. What is wrong becomes a ``Finding``, counted, with the first rows named
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sayo_verl.data.check import check_boxes, check_data_source, check_id, check_placeholders, check_stored
-from sayo_verl.data.inspection.files import PREPARE, Data, check_manifest, check_schemas
+from sayo_verl.data.check import check_joined, columns_of, open_rows
+from sayo_verl.data.contract import PREPARE, Demands, Looked, RowContract
+from sayo_verl.data.inspection.files import Data, check_manifest
 from sayo_verl.data.inspection.findings import Findings
-from sayo_verl.data.reading import digest, open_parquet, read_image, read_rows
-from sayo_verl.data.rows import IMAGE_TAG, RESERVED
+from sayo_verl.data.reading import image_digest, read_rows
+from sayo_verl.errors import SayoError
 
-COLUMNS = ("data_source", "prompt", "images", "reward_model", "extra_info")
 FORMATS = ("JPEG", "PNG", "WEBP")
 WHOLE = 0.99  # share of the image from which a box counts as all of it
+DEMANDS = Demands()
 MANY = 0.05  # share of rows from which what is neutral is worth a warning
 
 
@@ -34,6 +35,7 @@ class Figures:
         sources, kinds, box_sources: name -> rows.
         formats: of images -> images.
         whole_image_rows: rows with a box that is the whole image.
+        train_rows_with_boxes, rows_of_wrong_boxes: rows.
     """
 
     rows: Counter[str] = field(default_factory=Counter)
@@ -45,6 +47,8 @@ class Figures:
     box_sources: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
     whole_image_rows: int = 0
+    train_rows_with_boxes: int = 0
+    rows_of_wrong_boxes: int = 0
 
 
 class Audit:
@@ -52,11 +56,12 @@ class Audit:
 
     Args:
         data: its files.
+        demands: what is asked of rows.
         tick: called once a row.
     """
 
-    def __init__(self, data: Data, tick: Callable[[], None] = lambda: None) -> None:
-        self.data, self.tick = data, tick
+    def __init__(self, data: Data, demands: Demands = DEMANDS, tick: Callable[[], None] = lambda: None) -> None:
+        self.data, self.demands, self.tick = data, demands, tick
         self.findings, self.figures = Findings(), Figures()
         self._held_out: dict[tuple[str, Any], str] = {}  # ("name", key) or ("bytes", hash) of validation -> where
         self._seen: set[bytes] = set()
@@ -69,57 +74,53 @@ class Audit:
         """
         for folder in self.data.folders:
             check_manifest(folder, self.findings)
-        check_schemas(self.data.train, self.findings)
-        check_schemas(self.data.val, self.findings)
+        for paths in (self.data.train, self.data.val):
+            self.findings.attempt(check_joined, paths)
         for split, paths in (("val", self.data.val), ("train", self.data.train)):  # train is compared with validation
-            ids: dict[tuple[Any, Any], str] = {}
-            questions: dict[Any, str] = {}
+            contract, questions = RowContract(self.demands), dict[Any, str]()
             for path in paths:
-                self._file(path, split, ids, questions)
+                self._file(path, split, contract, questions)
         self.figures.distinct_images = len(self._seen)
         self._of_all_rows()
         return self.findings, self.figures
 
-    def _file(self, path: Path, split: str, ids: dict[tuple[Any, Any], str], questions: dict[Any, str]) -> None:
-        file = open_parquet(path)
-        missing = [column for column in COLUMNS if column not in file.schema_arrow.names]
-        if missing or file.metadata.num_rows == 0:
-            self.findings.add("D03", "FAIL", "a parquet file lacks columns or rows",
-                              f"{path}: no {', '.join(missing) or 'rows'}", PREPARE)  # fmt: skip
+    def _file(self, path: Path, split: str, contract: RowContract, questions: dict[Any, str]) -> None:
+        try:
+            file = open_rows(path, self.demands)
+        except SayoError as error:
+            if error.code != "D03":
+                raise
+            self.findings.refused(error)
             return
-        videos = [name for name in ("videos", "audios") if name in file.schema_arrow.names]
-        for row, values in enumerate(read_rows(file, path, [*COLUMNS, *videos])):
-            self._row(values, split, f"{path} row {row}", ids, questions, videos)
+        for row, values in enumerate(read_rows(file, path, columns_of(file, self.demands))):
+            where = f"{path} row {row}"
+            looked = contract.look(values, where)
+            for fault in looked.faults:
+                self.findings.refused(fault)
+            self.figures.rows[split] += 1
+            self.figures.sources[str(values["data_source"])] += 1
+            if not looked.mistyped:
+                self._row(values, looked, split, where, questions)
             self.tick()
 
-    def _row(self, values: dict[str, Any], split: str, where: str, ids: dict[tuple[Any, Any], str],
-             questions: dict[Any, str], videos: Iterable[str]) -> None:  # fmt: skip
-        found, figures = self.findings, self.figures
-        images, info, source = values["images"] or [], values["extra_info"] or {}, values["data_source"]
-        prompt = values["prompt"] or []
-        figures.rows[split] += 1
-        figures.sources[str(source)] += 1
-        figures.kinds[info.get("kind") or "-"] += 1
-        figures.box_sources[info.get("box_source") or "-"] += 1
-        found.attempt(check_data_source, source, where)
-        found.attempt(check_id, source, info.get("id"), ids, where)
-        found.attempt(check_placeholders, prompt, len(images), where)
-        right = found.attempt(check_boxes, info, len(images), where) is not None
-        for name in videos:
-            if values[name]:
-                found.add("D66", "FAIL", "a row has a video or an audio, and boxes lie in images only",
-                          f"{where}, {name}", "remove it")  # fmt: skip
-        if right:
-            self._boxes(info.get("boxes") or [])
-        self._nesting(info, len(images), where)
-        question = self._text(prompt, info, values["reward_model"], where)
-        hashes = self._images(images, info.get("image_size_wh"), where)
-        names = info.get("image_keys") or []
-        self._apart([("name", (source, name)) for name in names] + [("bytes", h) for h in hashes], split, where)
-        asked = (question, *(names or hashes))
+    def _row(self, values: dict[str, Any], looked: Looked, split: str, where: str, questions: dict[Any, str]) -> None:
+        figures, source = self.figures, repr(values["data_source"])
+        images, info = values.get("images") or [], values.get("extra_info") or {}
+        figures.kinds[str(info.get("kind") or "-")] += 1
+        figures.box_sources[str(info.get("box_source") or "-")] += 1
+        figures.train_rows_with_boxes += split == "train" and any(looked.boxes)
+        if any(fault.code in ("D05", "V01", "V02", "V03") for fault in looked.faults):
+            figures.rows_of_wrong_boxes += 1
+        else:
+            self._boxes(looked.boxes)
+        keys = [("bytes", key) for key in self._images(images, looked, where)]
+        told = info.get("image_keys")
+        names = [("name", (source, repr(name))) for name in told] if isinstance(told, list) else []
+        self._apart(names + keys, split, where)
+        asked = (looked.question if not isinstance(info.get("question"), str) else info["question"], *(names or keys))
         if images and asked in questions:
-            found.add("D65", "WARN", "the same question about the same images is there twice",
-                      f"{where} and {questions[asked]}: {question[:60]!r}", "remove one of them")  # fmt: skip
+            self.findings.add("D65", "WARN", "the same question about the same images is there twice",
+                              f"{where} and {questions[asked]}: {asked[0][:60]!r}", "remove one of them")  # fmt: skip
         questions.setdefault(asked, where)
 
     def _boxes(self, boxes: list[list[list[float]]]) -> None:
@@ -127,56 +128,20 @@ class Audit:
         self.figures.boxes_per_row[len(flat)] += 1
         self.figures.whole_image_rows += any((x1 - x0) * (y1 - y0) >= WHOLE for x0, y0, x1, y1 in flat)
 
-    def _nesting(self, info: dict[str, Any], n_images: int, where: str) -> None:
-        """Lists that go with the boxes or the images."""
-        names, boxes = info.get("box_names"), info.get("boxes") or []
-        got, wanted = ([len(of_image or []) if isinstance(of_image, list | None) else 0 for of_image in each]
-                       for each in (names or [], boxes))  # fmt: skip
-        if names is not None and got != wanted:
-            self.findings.add("D05", "FAIL", "box names are not nested as the boxes are",
-                              f"{where}, extra_info.box_names: got {got}, wanted {wanted}", PREPARE)  # fmt: skip
-        for key in ("image_keys", "image_size_wh"):
-            told = info.get(key)
-            if told is not None and len(told) != n_images:
-                self.findings.add("D05", "FAIL", "a list does not have one entry per image",
-                                  f"{where}, extra_info.{key}: got {len(told)}, wanted {n_images}",
-                                  PREPARE)  # fmt: skip
-
-    def _text(self, prompt: list[dict[str, Any]], info: dict[str, Any], reward: Any, where: str) -> str:
-        """The question, checked with the answer."""
-        asked = "".join(m["content"] for m in prompt if m["role"] == "user" and isinstance(m["content"], str))
-        question = info["question"] if isinstance(info.get("question"), str) else asked.replace(IMAGE_TAG, "")
-        reserved = RESERVED.search(question) or RESERVED.search(asked.replace(IMAGE_TAG, ""))
-        if reserved:
-            self.findings.add("D66", "FAIL", "a question holds text that stands for an image or a control token",
-                              f"{where}: {reserved.group()}", "remove the text, or the row")  # fmt: skip
-        if not asked.replace(IMAGE_TAG, "").strip():
-            self.findings.add("D66", "FAIL", "a row has no question", where, "remove the row")
-        answer = reward.get("ground_truth") if isinstance(reward, dict) else None
-        if not isinstance(answer, str) or not answer.strip():
-            self.findings.add("D66", "FAIL", "a row has no answer to compare with",
-                              f"{where}, reward_model.ground_truth: got {answer!r}", "remove the row")  # fmt: skip
-        return question
-
-    def _images(self, images: list[Any], sizes: Any, where: str) -> list[bytes]:
-        found, hashes = self.findings, []
-        for i, image in enumerate(images):
-            data = image.get("bytes") if isinstance(image, dict) else None
-            if not data:
-                found.add("D06", "FAIL", "an image is not in the row: verl opens its bytes, and never its path",
-                          f"{where}, images[{i}]: got {str(image)[:80]}", "store the encoded bytes")  # fmt: skip
+    def _images(self, images: list[Any], looked: Looked, where: str) -> list[bytes]:
+        """Digests of the images that can be read, or of their web addresses."""
+        hashes = []
+        for i, (image, header) in enumerate(zip(images, looked.headers, strict=True)):
+            try:
+                hashes.append(image_digest(image, where))
+            except SayoError:  # D06, D07, D73: among the faults of the row
                 continue
-            hashes.append(digest(data))
-            header = found.attempt(read_image, image, where, decode=False)
             self.figures.images += 1
-            self.figures.formats[header.format if header else "unreadable"] += 1
-            if header is None:
-                continue
-            told = sizes[i] if sizes and i < len(sizes) else None
-            found.attempt(check_stored, header, told, where)
-            if header.format not in FORMATS or header.frames != 1:
-                found.add("D67", "FAIL", "an image is not JPEG, PNG or WEBP, or is animated",
-                          f"{where}, images[{i}]: got {header.format}, {header.frames} frames", PREPARE)  # fmt: skip
+            self.figures.formats[header.format if header else "not read"] += 1
+            if header and (header.format not in FORMATS or header.frames != 1):
+                self.findings.add("D67", "WARN", "an image is not JPEG, PNG or WEBP, or is animated: verl takes the "
+                                  "first picture", f"{where}, images[{i}]: got {header.format}, {header.frames} frames",
+                                  PREPARE)  # fmt: skip
         self._seen.update(hashes)
         return hashes
 
@@ -196,9 +161,9 @@ class Audit:
         figures, found = self.figures, self.findings
         rows = sum(figures.boxes_per_row.values())  # those whose boxes are right
         with_box = sum(n for boxes, n in figures.boxes_per_row.items() if boxes)
-        if rows and not with_box:
-            found.add("D04", "WARN", "no row has a box: methods that look at a region have nothing to reward",
-                      f"{rows} rows", "add boxes, or set algorithm.adv_estimator=grpo")  # fmt: skip
+        if figures.rows["train"] and not figures.train_rows_with_boxes + figures.rows_of_wrong_boxes:
+            found.add("D04", "WARN", "no training row has a box: methods that look at a region have nothing to reward",
+                      f"{figures.rows['train']} rows", "add boxes, or set algorithm.adv_estimator=grpo")  # fmt: skip
         elif with_box < rows:
             found.add("D69", "INFO", "rows without a box, neutral for methods that look at a region",
                       f"{(rows - with_box) / rows:.1%} of the rows", "nothing, if so meant",

@@ -16,14 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from sayo_verl.data.check import check_boxes, check_placeholders, check_stored
-from sayo_verl.data.inspection.audit import COLUMNS, Audit, Figures
-from sayo_verl.data.inspection.files import PREPARE, Data, find_data
+from sayo_verl.data.check import columns_of, open_rows
+from sayo_verl.data.contract import PREPARE, Demands, RowContract, check_stored
+from sayo_verl.data.inspection.audit import DEMANDS, Audit, Figures
+from sayo_verl.data.inspection.files import Data, find_data
 from sayo_verl.data.inspection.findings import Finding, Findings
-from sayo_verl.data.inspection.model_view import Model
+from sayo_verl.data.inspection.model_view import Model, too_long
 from sayo_verl.data.inspection.page import Picture, Sample, make_page
 from sayo_verl.data.reading import decoded, open_parquet, read_image, rows_at
 from sayo_verl.errors import SayoError
+from sayo_verl.reward import JUDGES
 
 
 @dataclass
@@ -55,36 +57,40 @@ def spread(n: int, k: int, seed: int) -> list[int]:
     return [rng.randrange(i * n // k, (i + 1) * n // k) for i in range(k)]
 
 
-def _locate(paths: Sequence[Path], chosen: Sequence[int]) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+def _locate(
+    paths: Sequence[Path], chosen: Sequence[int], demands: Demands
+) -> Iterator[tuple[Path, int, dict[str, Any]]]:
     """Rows by their number in all files together; files that the first pass refused are passed over."""
     first, wanted = 0, set(chosen)
     for path in paths:
-        file = open_parquet(path)
-        n = file.metadata.num_rows
-        if set(COLUMNS) <= set(file.schema_arrow.names):
-            here = {row - first for row in wanted if first <= row < first + n}
-            for row, values in rows_at(file, path, list(COLUMNS), here):
-                yield path, row, values
+        n = open_parquet(path).metadata.num_rows
+        here = {row - first for row in wanted if first <= row < first + n}
         first += n
+        try:
+            file = open_rows(path, demands)
+        except SayoError:  # counted by the first pass
+            continue
+        for row, values in rows_at(file, path, columns_of(file, demands), here):
+            yield path, row, values
 
 
 def measure(data: Data, model: Model, findings: Findings, *, rows: int, limit: int, seed: int,
-            tick: Callable[[], None] = lambda: None) -> Measured:  # fmt: skip
+            demands: Demands = DEMANDS, tick: Callable[[], None] = lambda: None) -> Measured:  # fmt: skip
     """Send a sample of rows through the processor; what is wrong goes into ``findings``."""
     paths = [*data.train, *data.val]
     total = sum(open_parquet(path).metadata.num_rows for path in paths)
-    got, too_long = Measured(), []
-    for path, number, row in _locate(paths, spread(total, rows, seed)):
-        where, info = f"{path} row {number}", row["extra_info"] or {}
+    got, lengths = Measured(), {}
+    for path, number, row in _locate(paths, spread(total, rows, seed), demands):
+        where, info = f"{path} row {number}", row.get("extra_info") or {}
         tick()
-        if not _was_right(row, where) or not _decodes(row, where, model.cell(), findings):
+        looked = RowContract(demands).look(row, where)  # a fault has been counted by the first pass
+        if looked.faults or None in looked.headers or not _decodes(row, where, model.cell(), findings):
             continue
         seen = findings.attempt(model.see, row, where)
         if seen is None:
             continue
         got.prompts.append(seen.prompt_tokens)
-        if seen.prompt_tokens > limit:
-            too_long.append(f"{where}: {seen.prompt_tokens} tokens")
+        lengths[where] = seen.prompt_tokens
         for tiles, mask_NV, boxes in zip(seen.tiles, seen.masks, info.get("boxes") or [[] for _ in seen.tiles],
                                          strict=True):  # fmt: skip
             V, finest = sum(tile.tokens for tile in tiles), tiles[0]
@@ -99,12 +105,9 @@ def measure(data: Data, model: Model, findings: Findings, *, rows: int, limit: i
         got.per_box += counts
         got.rows.append((path, number, str(row["data_source"]), info.get("kind") or "-", min(counts, default=0),
                          max(counts, default=0)))  # fmt: skip
-    if too_long:
-        longest = max(got.prompts)
-        findings.add("D68", "FAIL", f"prompts are too long: max prompt {longest} > {limit}",
-                     f"{len(too_long)} of {len(got.prompts)} rows, first {too_long[0]}",
-                     f"set data.max_prompt_length to {longest} or more, or prepare smaller images",
-                     count=len(too_long))  # fmt: skip
+    error = too_long(lengths, limit)
+    if error is not None:
+        findings.refused(error, count=sum(n > limit for n in lengths.values()))
     if got.small:
         findings.add("D69", "INFO", f"boxes are smaller than {model.coverage:g} of a visual token, and the most "
                      "covered tokens stand for them", f"{got.small} of {len(got.per_box)} boxes",
@@ -112,26 +115,13 @@ def measure(data: Data, model: Model, findings: Findings, *, rows: int, limit: i
     return got
 
 
-def _was_right(row: Mapping[str, Any], where: str) -> bool:
-    """Whether the first pass can have let a row through: what it refused is counted and not refused once more."""
-    images = row["images"] or []
-    try:
-        check_placeholders(row["prompt"] or [], len(images), where)
-        check_boxes(row["extra_info"] or {}, len(images), where)
-        for image in images:
-            read_image(image, where, decode=False)
-    except SayoError:
-        return False
-    return all(isinstance(image, dict) and image["bytes"] for image in images)
-
-
 def _decodes(row: Mapping[str, Any], where: str, cell: int, findings: Findings) -> bool:
     """Whether all images of a row can be decoded; an orientation behind the pixels of a PNG shows only now."""
-    for i, image in enumerate(row["images"] or []):
-        header = findings.attempt(read_image, image, where)
-        if header is None:
+    for i, image in enumerate(row.get("images") or []):
+        before, header = read_image(image, where, decode=False), findings.attempt(read_image, image, where)
+        if header is None or before is None:
             return False
-        if header.orientation != read_image(image, where, decode=False).orientation:
+        if header.orientation != before.orientation:
             findings.attempt(check_stored, header, None, where)
         if min(header.width, header.height) < cell:
             findings.add("D67", "WARN", "a side of an image is shorter than a visual token; the processor stretches it",
@@ -167,14 +157,16 @@ def build_samples(measured: Measured, model: Model, *, k: int, seed: int) -> lis
     samples = []
     for i, why in choose_samples(measured.rows, k, seed):
         path, number, source, kind, _, _ = measured.rows[i]
-        ((_, row),) = rows_at(open_parquet(path), path, list(COLUMNS), {number})
-        where, info = f"{path} row {number}", row["extra_info"] or {}
+        file = open_parquet(path)
+        ((_, row),) = rows_at(file, path, columns_of(file, DEMANDS), {number})
+        where, info = f"{path} row {number}", row.get("extra_info") or {}
         seen = model.see(row, where)
         none: list[list[Any]] = [[] for _ in seen.tiles]
         pictures = tuple(
             Picture(decoded(image, where), tiles, of_image, names, mask_NV)
             for image, tiles, of_image, names, mask_NV in zip(
-                row["images"], seen.tiles, info.get("boxes") or none, info.get("box_names") or none, seen.masks,
+                row.get("images") or [], seen.tiles, info.get("boxes") or none, info.get("box_names") or none,
+                seen.masks,
                 strict=True,
             )
         )  # fmt: skip
@@ -235,6 +227,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                         help="data.max_prompt_length of the run (default: %(default)s)")  # fmt: skip
     parser.add_argument("--coverage", type=float, default=0.5, metavar="X",
                         help="algorithm.attn.region.coverage of the run (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--judge", default=JUDGES[0], choices=(*JUDGES, "none"), help="reward_kwargs.judge of the run, "
+                        "or none for a reward function of your own (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -252,13 +246,14 @@ def run(args: argparse.Namespace) -> int:
 
     data = find_data(args.data, args.val)
     model = Model(args.model, args.coverage)
+    demands = Demands(judge=None if args.judge == "none" else args.judge, qwen_resize=model.family.geometry == "grid")
     total = sum(open_parquet(path).metadata.num_rows for path in (*data.train, *data.val))
     with Progress(console=Console(stderr=True), transient=True) as progress:
         every = progress.add_task("every row", total=total)
-        found, figures = Audit(data, lambda: progress.advance(every)).run()
+        found, figures = Audit(data, demands, lambda: progress.advance(every)).run()
         some = progress.add_task("through the processor", total=min(max(args.rows, 0), total))
         measured = measure(data, model, found, rows=max(args.rows, 0), limit=args.max_prompt_length, seed=args.seed,
-                           tick=lambda: progress.advance(some))  # fmt: skip
+                           demands=demands, tick=lambda: progress.advance(some))  # fmt: skip
     told, findings = figures_told(figures, measured, args.max_prompt_length), found.sorted()
     _print(Console(), told, findings)
     if args.page:

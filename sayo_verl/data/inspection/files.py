@@ -1,21 +1,16 @@
 """The files of a data set: found, compared with their manifest and with each other."""
 
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-
 from sayo_verl.data.building.shards import PROGRESS, file_sha256
+from sayo_verl.data.contract import PREPARE
 from sayo_verl.data.inspection.findings import Findings
 from sayo_verl.data.prepared import MANIFEST
-from sayo_verl.data.reading import open_parquet
 from sayo_verl.data.rows import RUNS_CODE
 from sayo_verl.errors import SayoError
-
-PREPARE = "prepare the data again, with `sayo prepare`"
 
 
 @dataclass(frozen=True)
@@ -94,29 +89,3 @@ def check_manifest(folder: Path, findings: Findings) -> None:
     for file in sorted(folder.glob("*.parquet")):
         if file.name not in sizes:
             findings.add("D64", "WARN", "a parquet file that the manifest does not name", str(file), PREPARE)
-
-
-def check_schemas(paths: Sequence[Path], findings: Findings) -> None:
-    """verl joins the files of a run into one table, so they must have the same columns and types; D64."""
-    first = None
-    for path in paths:
-        types = {
-            name: re.sub(r"list<\w+: ", "list<", str(kind)) for name, kind in _flat(open_parquet(path).schema_arrow)
-        }
-        if first is None:
-            first = types
-        wrong = [f"{name}: {types.get(name, 'absent')}, there {first.get(name, 'absent')}"
-                 for name in sorted({*types, *first}) if types.get(name) != first.get(name)]  # fmt: skip
-        if wrong:
-            findings.add("D64", "FAIL", "the files have different columns or types",
-                         f"{path} against {paths[0]}: {'; '.join(wrong)}", PREPARE)  # fmt: skip
-
-
-def _flat(schema: pa.Schema | pa.DataType, prefix: str = "") -> Iterable[tuple[str, pa.DataType]]:
-    """Columns, and the fields of structs, with their types."""
-    for child in schema:
-        name = f"{prefix}{child.name}"
-        if pa.types.is_struct(child.type):
-            yield from _flat(child.type, f"{name}.")
-        else:
-            yield name, child.type

@@ -57,14 +57,21 @@ class Findings:
             self.refused(error)
             return None
 
-    def refused(self, error: SayoError) -> None:
+    def refused(self, error: SayoError, *, count: int = 1) -> None:
         """Count a refusal."""
         # what a library said differs from row to row
         what, bracket, detail = error.what.partition(" (")
         told = [f"got {error.got}"] if error.got is not None else []
         told += [f"wanted {error.wanted}"] if error.wanted is not None else []
         told += [detail.removesuffix(")")] if bracket else []
-        self.add(error.code, "FAIL", what, ": ".join([error.where, *([", ".join(told)] if told else [])]), error.fix)
+        self.add(
+            error.code,
+            "FAIL",
+            what,
+            ": ".join([error.where, *([", ".join(told)] if told else [])]),
+            error.fix,
+            count=count,
+        )
 
     def sorted(self) -> list[Finding]:
         """All of them."""

@@ -44,13 +44,17 @@ class Model:
     Args:
         path: folder or hub name.
         coverage: share of a visual token that a box must cover, ``algorithm.attn.region.coverage``.
+        where: the flag or key that named the model, for messages.
+        data: ``apply_chat_template_kwargs`` and ``mm_processor_kwargs`` of the run's ``data``.
+        chat_template: ``actor_rollout_ref.model.custom_chat_template`` of the run.
 
     Raises:
         SayoError: L17 for no model, L18 for a family that is not known, L23 for the processor of another family, D68
             for a processor that cannot be loaded or does not belong to the weights.
     """
 
-    def __init__(self, path: str, coverage: float = 0.5) -> None:
+    def __init__(self, path: str, coverage: float = 0.5, *, where: str = "--model",
+                 data: Mapping[str, Any] | None = None, chat_template: str | None = None) -> None:  # fmt: skip
         from omegaconf import OmegaConf
         from transformers import AutoConfig, AutoProcessor
         from verl.utils.dataset.rl_dataset import RLHFDataset
@@ -61,22 +65,24 @@ class Model:
 
         model_type = model_type_of(path)
         if model_type is None:
-            raise SayoError("L17", "there is no model at this path", where="--model", got=path,
+            raise SayoError("L17", "there is no model at this path", where=where, got=path,
                             fix="correct it, or give a hub name such as Qwen/Qwen3-VL-8B-Instruct")  # fmt: skip
-        self.path, self.coverage, self.family = path, coverage, family_of(model_type, where=f"--model {path}")
+        self.where, self.coverage = f"{where} {path}", coverage
+        self.family = family_of(model_type, where=self.where)
         tiled = self.family.geometry == "tiles"
         try:
             self.config = AutoConfig.from_pretrained(path)
             self.processor = (internvl_model.load_processor if tiled else AutoProcessor.from_pretrained)(path)
         except (OSError, ValueError, KeyError) as error:
             raise SayoError("D68", f"the model's processor cannot be loaded ({' '.join(str(error).split())[:200]})",
-                            where=f"--model {path}", fix="copy the processor files of the original model into the "
+                            where=self.where, fix="copy the processor files of the original model into the "
                             "folder") from error  # fmt: skip
         found = type(self.processor).__name__
         if found != self.family.processor:
-            raise SayoError("L23", "the model folder holds the processor of another family", where=f"--model {path}",
+            raise SayoError("L23", "the model folder holds the processor of another family", where=self.where,
                             got=f"{found} for a {model_type} model", wanted=self.family.processor,
                             fix="copy the processor files of the original model into the folder")  # fmt: skip
+        self.processor.chat_template = chat_template or self.processor.chat_template
         self._check_sizes()
         base = internvl_data.InternVLDataset if tiled else RLHFDataset
 
@@ -89,7 +95,7 @@ class Model:
             def _read_files_and_tokenize(self) -> None:
                 pass
 
-        self._rows = Rows([], self.processor.tokenizer, OmegaConf.create({}), self.processor)
+        self._rows = Rows([], self.processor.tokenizer, OmegaConf.create(dict(data or {})), self.processor)
 
     def _check_sizes(self) -> None:
         """Patches of another size, or merged otherwise, would be another grid."""
@@ -102,7 +108,7 @@ class Model:
             wanted = {"image_seq_length": self.config.image_seq_length}
         if got != wanted:
             raise SayoError("D68", "the processor does not make the visual tokens of these weights",
-                            where=f"--model {self.path}", got=got, wanted=wanted,
+                            where=self.where, got=got, wanted=wanted,
                             fix="copy the processor files of the original model into the folder")  # fmt: skip
 
     def cell(self) -> int:
@@ -124,7 +130,7 @@ class Model:
         features = self._features(row, where)
         ids_S = features["input_ids"][0]
         tiles = image_tiles(features, self.family, self.config, where=where)
-        boxes = (row["extra_info"] or {}).get("boxes") or [[] for _ in tiles]
+        boxes = (row.get("extra_info") or {}).get("boxes") or [[] for _ in tiles]
         plan = plan_row(ids_S, 0, image_token_id=self.config.image_token_id, images=tiles, boxes=boxes,
                         coverage=self.coverage, where=where)  # fmt: skip
         counts = [sum(tile.tokens for tile in of_image) for of_image in tiles]
@@ -140,19 +146,25 @@ class Model:
         masks = [box_masks(b, t, self.coverage, where=where) for b, t in zip(boxes, tiles, strict=True)]
         return Seen(tiles, masks, len(ids_S))
 
+    def prompt_tokens(self, row: Mapping[str, Any], where: str) -> int:
+        """Length of a row's prompt; D68 when the processor refuses it. Boxes are not looked at."""
+        return len(self._features(row, where)["input_ids"][0])
+
     def _features(self, row: Mapping[str, Any], where: str) -> Any:
         from verl.utils.tokenizer import build_multimodal_processor_inputs
 
         # verl writes into what it is given
-        images = [dict(image) if isinstance(image, dict) else image for image in row["images"] or []]
+        images = [dict(image) if isinstance(image, dict) else image for image in row.get("images") or []]
         example = {"prompt": [dict(message) for message in row["prompt"] or []], "images": images}
         try:
             messages = self._rows._build_messages(example, key="prompt")
-            text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False,
+                                                      **self._rows.apply_chat_template_kwargs)  # fmt: skip
             given, _, _ = self._rows._process_multi_modal_info(messages, self._rows.image_patch_size, self._rows.config)
             if given is None:
                 return self.processor.tokenizer(text=[text], add_special_tokens=False, return_tensors="pt")
-            return build_multimodal_processor_inputs(self.processor, text=[text], images=given)
+            return build_multimodal_processor_inputs(self.processor, text=[text], images=given,
+                                                     mm_processor_kwargs=self._rows.mm_processor_kwargs)  # fmt: skip
         except SayoError as error:
             raise SayoError(error.code, error.what, where=f"{where}, {error.where}", got=error.got,
                             wanted=error.wanted, fix=error.fix) from error  # fmt: skip
@@ -161,6 +173,22 @@ class Model:
             raise SayoError("D68", f"the model's processor refuses a row ({type(error).__name__}: {told})",
                             where=where, fix="remove the row, or store its images in another size"
                             ) from error  # fmt: skip
+
+
+def too_long(lengths: Mapping[str, int], limit: int) -> SayoError | None:
+    """D68 for prompts of more than ``limit`` tokens, or None.
+
+    Args:
+        lengths: where the row is -> tokens of its prompt.
+        limit: ``data.max_prompt_length``.
+    """
+    over = [where for where, n in lengths.items() if n > limit]
+    if not over:
+        return None
+    longest = max(lengths.values())
+    return SayoError("D68", f"prompts are too long: max prompt {longest} > {limit}", where=over[0],
+                     got=f"{len(over)} of {len(lengths)} rows, first {lengths[over[0]]} tokens",
+                     fix=f"set data.max_prompt_length to {longest} or more, or prepare smaller images")  # fmt: skip
 
 
 def _runs(columns_V: np.ndarray) -> list[int]:
