@@ -229,7 +229,7 @@ def mean_reward_of_random_tokens(k: int, pooling: str) -> tuple[float, float]:
     return float(r_v.mean()), float(r_v.std() / len(r_v) ** 0.5)
 
 
-def test_the_papers_reward_grows_with_the_number_of_tokens_although_they_are_random():
+def test_pooling_attention_grows_with_the_number_of_tokens_although_they_are_random():
     means = [mean_reward_of_random_tokens(k, "attention")[0] for k in (1, 3, 8, 24)]
     assert means == sorted(means)
     assert means[2] - means[0] > 0.25
@@ -237,7 +237,7 @@ def test_the_papers_reward_grows_with_the_number_of_tokens_although_they_are_ran
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
-def test_the_mean_of_ratios_does_not_depend_on_the_number_of_tokens(k):
+def test_pooling_ratios_does_not_depend_on_the_number_of_tokens(k):
     mean, error = mean_reward_of_random_tokens(k, "ratio")
     whole, _ = mean_reward_of_random_tokens(24, "ratio")  # of the same responses: all tokens, no chance in it
     print(f"pooling=ratio, k = {k}: {mean:.3f} against {whole:.3f} over all tokens, standard error {error:.3f}")
