@@ -146,7 +146,11 @@ def _check_manager(config: DictConfig) -> None:
 def _function(module: Any, path: str, name: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
-        functions = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
+        functions = [
+            n
+            for n, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__ and not n.startswith("_")
+        ]
         raise SayoError("L35", f"there is no such reward function{did_you_mean(name, functions)}",
                         where=f"{FUNCTION}.name", got=name, wanted=f"a function of {path}: {', '.join(functions)}",
                         fix="correct the name")  # fmt: skip
