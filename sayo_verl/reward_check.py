@@ -146,7 +146,8 @@ def _check_manager(config: DictConfig) -> None:
 def _function(module: Any, path: str, name: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
-        functions = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
+        own = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        functions = [n for n in own if inspect.isfunction(vars(module)[n]) and not n.startswith("_")]
         raise SayoError("L35", f"there is no such reward function{did_you_mean(name, functions)}",
                         where=f"{FUNCTION}.name", got=name, wanted=f"a function of {path}: {', '.join(functions)}",
                         fix="correct the name")  # fmt: skip
@@ -263,12 +264,8 @@ class _Prompt:
 def _prompt(config: DictConfig) -> _Prompt | str:
     model = config.actor_rollout_ref.model
     kwargs = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}))
-    return _render(
-        str(model.get("tokenizer_path") or model.path),
-        model.get("custom_chat_template"),
-        json.dumps(kwargs),
-        bool(model.get("trust_remote_code", False)),
-    )
+    path, remote = model.get("tokenizer_path") or model.path, bool(model.get("trust_remote_code", False))
+    return _render(str(path), model.get("custom_chat_template"), json.dumps(kwargs), remote)
 
 
 @functools.lru_cache(maxsize=1)

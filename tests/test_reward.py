@@ -188,7 +188,13 @@ def test_a_number_as_a_truth_is_equalled_by_its_decimal_text(value):
     assert marks(f"<answer>{Decimal(str(value)):f}</answer>", value)[1] == 1
 
 
-@pytest.mark.parametrize("truth", [None, ["red"], True, "", "?", "<answer>red</answer>", float("inf")], ids=str)
+@pytest.mark.parametrize("truth", ["", " ", "?", "。", "“”", "\u200b", "[]"], ids=ascii)
+def test_a_truth_of_punctuation_equals_nothing(truth):
+    for answer in (truth, "!", "?", "red", "。", "()"):
+        assert compute_score("", f"<think>x</think><answer>{answer}</answer>", truth)["acc"] == 0
+
+
+@pytest.mark.parametrize("truth", [None, ["red"], True, "<answer>red</answer>", float("inf"), "#### 3"], ids=str)
 def test_D70_a_truth_that_cannot_be_graded_is_never_graded(truth):
     for response in (GOOD, "", "<answer>None</answer>", f"<answer>{truth}</answer>"):
         with pytest.raises(SayoError, match=r"^SAYO-D70: .* \| at reward_model.ground_truth \| got .*fix: "):

@@ -10,7 +10,9 @@
  - acc is 1 when the answer equals the ground truth, as ``sayo_verl.reward.text`` compares them or, with
    ``judge="math"``, as math-verify does (``sayo_verl.reward.formula``). It does not depend on format: the answer is the
    content of the only answer block, or of the last one with ``format="released"``. An answer of more than
-   ``SLACK_CHARACTERS`` plus four times the ground truth is wrong unread.
+   ``SLACK_CHARACTERS`` plus four times the ground truth is wrong unread. A ground truth of punctuation alone equals no
+   answer. Any other that cannot be graded (null, a list, tags, a solution: ``why_not_gradable``) raises D70; verl then
+   drops the group of that row and logs the error. The launcher refuses all of them before.
  - With ``length_tokenizer`` (a model folder or hub name) format is multiplied by the length factor of SAYO's released
    code, which its paper does not mention: 1 for 60 to 100 tokens, 0.6 * 100 / n above, 0.6 * n / 60 below. n counts the
    decoded response tokenised again, without the end token. It belongs to the released format: set both for that form.
@@ -109,29 +111,25 @@ def _tokenizer(path: str) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _gradable(truth: str, judge: str) -> str:
-    """The normal form of a ground truth.
+def _why_not(truth: str, judge: str) -> str | None:
+    return why_not_gradable(truth, judge=judge)
+
+
+def _same(answer: str | None, truth: object, judge: str) -> bool:
+    """Whether an answer is right.
 
     Raises:
         SayoError: D70.
     """
-    reason = why_not_gradable(truth, judge=judge)
-    if reason is not None:
-        raise _not_gradable(truth, reason)
-    return normalise(truth)
-
-
-def _not_gradable(truth: object, reason: str) -> SayoError:
-    return SayoError("D70", f"a ground truth cannot be graded: {reason}", where="reward_model.ground_truth",
-                     got=f"{truth!r:.80}", wanted="the answer alone, as text or a number",
-                     fix="correct or remove the row")  # fmt: skip
-
-
-def _same(answer: str | None, truth: object, judge: str) -> bool:
     text = truth_text(truth)
-    if text is None:
-        raise _not_gradable(truth, why_not_gradable(truth, judge=judge) or "")
-    wanted = _gradable(text, judge)
+    wanted = "" if text is None else normalise(text)
+    if text is not None and not wanted:
+        return False  # it equals nothing
+    reason = why_not_gradable(truth) if text is None else _why_not(text, judge)
+    if text is None or reason is not None:
+        raise SayoError("D70", f"a ground truth cannot be graded: {reason}", where="reward_model.ground_truth",
+                        got=f"{truth!r:.80}", wanted="the answer alone, as text or a number",
+                        fix="correct or remove the row")  # fmt: skip
     if not answer or len(answer) > SLACK_CHARACTERS + 4 * len(text):
         return False
     return normalise(answer) == wanted or (judge == "math" and equal_formulas(answer, text))
@@ -172,8 +170,8 @@ def compute_score(
         ``length_tokenizer`` also ``length_factor``.
 
     Raises:
-        SayoError: D70 for a ground truth that cannot be graded (``why_not_gradable``): its rows then fail in verl and
-            are not trained on. L34 for a setting out of range, L32 and D71 as ``equal_formulas``.
+        SayoError: D70 for a ground truth that cannot be graded, L34 for a setting out of range, L32 and D71 as
+            ``equal_formulas``.
     """
     check_settings(format_weight=format_weight, accuracy_weight=accuracy_weight, judge=judge, format=format,
                    think_opened=think_opened)  # fmt: skip
