@@ -313,11 +313,11 @@ def test_equal_names_of_two_data_sources_are_two_questions(audit):
 
 
 def test_rows_without_boxes(audit):
+    assert only(audit(row(0), row(1, boxes=[[]]))[0], "D69", "INFO").count == 1
+    only(audit(row(0, boxes=[[]]), row(1, boxes=[[]]))[0], "D04", "WARN")
     got, _ = audit(row(0, boxes=[[]]), row(1), val=[row(2, boxes=[[]])])
     assert [finding.code for finding in got] == ["D69"]
     only(audit(row(0, boxes=[[]]), val=[row(1)])[0], "D04", "WARN", "no training row")
-    assert only(audit(row(0), row(1, boxes=[[]]))[0], "D69", "INFO").count == 1
-    only(audit(row(0, boxes=[[]]), row(1, boxes=[[]]))[0], "D04", "WARN")
 
 
 def test_a_file_without_a_column_is_a_finding_and_the_others_are_read(tmp_path):

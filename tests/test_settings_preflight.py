@@ -577,7 +577,7 @@ def test_D74_the_judge_of_the_run_says_which_truths_can_be_graded(make, tmp_path
     error = refused(config, "D74")
     assert "row 0, reward_model.ground_truth" in error.where
     refused(make(**{"data.val_files": config.data.train_files, "data.train_files": config.data.val_files}), "D74")
-    (tmp_path / "mine.py").write_text("def compute_score(): ...\n")
+    (tmp_path / "mine.py").write_text("def compute_score(**kwargs): ...\n")
     preflight(make(**{"reward.custom_reward_function.path": "mine.py"}))
 
 
