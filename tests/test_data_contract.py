@@ -152,11 +152,22 @@ def test_the_good_row_is_good(tmp_path):
 def test_D72_a_column_of_another_type(column, value, says, attention):
     looked = RowContract(Demands(attention=attention)).look(good() | {column: value}, "f row 0")
     (fault,) = looked.faults
+    assert looked.mistyped
     assert (fault.code, fault.where) == ("D72", f"f row 0, {column}")
     assert says in str(fault)
 
 
 @pytest.mark.parametrize("column", ["images", "extra_info"])
+def test_what_is_mistyped_or_absent_is_one_finding(tmp_path):
+    """Nothing is said of the boxes of a row that cannot be read, nor of questions about images that are not there."""
+    rows = [good() | {"images": ["absent.png"], "extra_info": {"index": i, "boxes": [[[0.1, 0.1, 0.9, 0.9]]]}}
+            for i in range(2)]  # fmt: skip
+    for changed, code in (([good() | {"extra_info": "{}"}] * 2, "D72"), (rows, "D73")):
+        pq.write_table(pa.Table.from_pylist(changed), tmp_path / "rows.parquet")
+        found, _ = Audit(find_data([tmp_path / "rows.parquet"])).run()
+        assert [(finding.code, finding.count) for finding in found.sorted()] == [(code, 2)]
+
+
 def test_null_and_absent_columns_that_verl_takes(column):
     row = good() | {"prompt": [{"role": "user", "content": "2 + 2?"}], "images": None}
     row["extra_info"] = {"index": 0}

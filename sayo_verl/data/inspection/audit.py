@@ -35,7 +35,8 @@ class Figures:
         sources, kinds, box_sources: name -> rows.
         formats: of images -> images.
         whole_image_rows: rows with a box that is the whole image.
-        train_rows_with_boxes, rows_of_wrong_boxes: rows.
+        train_rows_with_boxes: rows.
+        rows_of_wrong_boxes: rows of which it is not known whether they have a box.
     """
 
     rows: Counter[str] = field(default_factory=Counter)
@@ -99,7 +100,9 @@ class Audit:
                 self.findings.refused(fault)
             self.figures.rows[split] += 1
             self.figures.sources[str(values["data_source"])] += 1
-            if not looked.mistyped:
+            if looked.mistyped:
+                self.figures.rows_of_wrong_boxes += 1
+            else:
                 self._row(values, looked, split, where, questions)
             self.tick()
 
@@ -118,7 +121,7 @@ class Audit:
         names = [("name", (source, repr(name))) for name in told] if isinstance(told, list) else []
         self._apart(names + keys, split, where)
         asked = (looked.question if not isinstance(info.get("question"), str) else info["question"], *(names or keys))
-        if images and asked in questions:
+        if len(asked) > 1 and asked in questions:
             self.findings.add("D65", "WARN", "the same question about the same images is there twice",
                               f"{where} and {questions[asked]}: {asked[0][:60]!r}", "remove one of them")  # fmt: skip
         questions.setdefault(asked, where)
