@@ -64,7 +64,7 @@ def test_a_folder_of_rows_is_all_its_shards(repo, environment, tmp_path, script)
         (tmp_path / "data").mkdir(exist_ok=True)
         (made / "train.parquet").rename(tmp_path / "data" / f"train-{n:05d}.parquet")
         (made / "val.parquet").rename(tmp_path / "data" / f"val-{n:05d}.parquet")
-    done = launch(repo, script, environment, DRY_RUN="1", DATA=str(tmp_path / "data"))
+    done = launch(repo, script, environment, DRY_RUN="1", DATA=str(tmp_path / "data"), TRAIN_BATCH_SIZE="12")
     assert done.returncode == 0, done.stderr
     for name in [
         f"{split}-{n:05d}.parquet: {rows} rows" for split, rows in (("train", 4), ("val", 2)) for n in range(3)
