@@ -157,7 +157,6 @@ def test_D72_a_column_of_another_type(column, value, says, attention):
     assert says in str(fault)
 
 
-@pytest.mark.parametrize("column", ["images", "extra_info"])
 def test_what_is_mistyped_or_absent_is_one_finding(tmp_path):
     """Nothing is said of the boxes of a row that cannot be read, nor of questions about images that are not there."""
     rows = [good() | {"images": ["absent.png"], "extra_info": {"index": i, "boxes": [[[0.1, 0.1, 0.9, 0.9]]]}}
@@ -168,6 +167,7 @@ def test_what_is_mistyped_or_absent_is_one_finding(tmp_path):
         assert [(finding.code, finding.count) for finding in found.sorted()] == [(code, 2)]
 
 
+@pytest.mark.parametrize("column", ["images", "extra_info"])
 def test_null_and_absent_columns_that_verl_takes(column):
     row = good() | {"prompt": [{"role": "user", "content": "2 + 2?"}], "images": None}
     row["extra_info"] = {"index": 0}
