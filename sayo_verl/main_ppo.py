@@ -18,8 +18,6 @@ import hydra
 import ray
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
-from verl.trainer.ppo.utils import need_critic, need_reference_policy
-from verl.utils.config import validate_config
 from verl.utils.device import auto_set_device
 
 from sayo_verl import __version__
@@ -32,6 +30,7 @@ from sayo_verl.report.runs import run_card
 from sayo_verl.resume import how_to_resume
 from sayo_verl.reward_check import configure as configure_reward
 from sayo_verl.settings import load_methods
+from sayo_verl.training_check import check_by_verl
 
 PLUGIN = "sayo_verl.plugin"
 ENGINE = "sayo_verl.engine"
@@ -119,6 +118,7 @@ def main(config: DictConfig) -> None:
         config.sayo.modules = load_methods(config.sayo.modules)
         internvl.configure(config)
         plan = preflight(config, dry_run=config.sayo.dry_run)
+        check_by_verl(config)
     except SayoError as error:
         sys.exit(str(error))
     print(f"sayo-verl {__version__}: the plan")
@@ -130,7 +130,6 @@ def main(config: DictConfig) -> None:
     auto_set_device(config)
     prepare_workers(config)
     ours = select_method(config)
-    validate_config(config, need_reference_policy(config), need_critic(config))
     write_run_card(config)
     atexit.register(say_how_to_resume, config)  # after the traceback of a run that failed
     run_ppo(config, task_runner_class=SayoTaskRunner if ours else TaskRunnerV1)

@@ -28,7 +28,8 @@ def check_batch(config: DictConfig, rows: int) -> None:
     if rows < wanted:
         raise SayoError("D75", "fewer training rows than a batch, so the run has no step", where="data.train_files",
                         got=f"{rows} rows", wanted=f"at least data.train_batch_size, {wanted}",
-                        fix="add rows, or set data.train_batch_size to fewer")  # fmt: skip
+                        fix="add rows, or make the batch smaller (TRAIN_BATCH_SIZE=... for our scripts, which sets the "
+                        "mini-batch as well)")  # fmt: skip
 
 
 def check_prompts(config: DictConfig, demands: Demands, model_type: str | None, counted: Mapping[str, Counted]) -> str:

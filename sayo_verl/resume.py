@@ -6,6 +6,7 @@ is not there, ``load_contents`` lacks the model, ``resume_from_path`` is given w
 
 import os
 import re
+import warnings
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -180,7 +181,9 @@ def _parts(config: DictConfig) -> dict[str, str]:
     from verl.trainer.ppo.utils import need_critic
 
     parts = {"actor": "actor_rollout_ref.actor.checkpoint"}
-    return parts | ({"critic": "critic.checkpoint"} if need_critic(config) else {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # verl says again, when it starts, that there is no critic
+        return parts | ({"critic": "critic.checkpoint"} if need_critic(config) else {})
 
 
 def _devices(config: DictConfig) -> int:

@@ -20,6 +20,23 @@ AVERAGE_OVER_TOKENS = ("geo_mean",)
 NEEDS_BYPASS = ("bypass_mode",)
 
 
+def check_by_verl(config: DictConfig) -> None:
+    """Let verl check the configuration as it does before a run, in a dry run as well.
+
+    Raises:
+        SayoError: L50 with what verl says.
+    """
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    try:
+        validate_config(config, need_reference_policy(config), need_critic(config))
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise SayoError("L50", f"verl refuses the configuration: {said}", where="verl.utils.config.validate_config",
+                        fix="change the settings that the message names") from error  # fmt: skip
+
+
 def check_training(config: DictConfig, method: Method | None) -> None:
     """Refuse settings with which verl would stop after the first rollout, or undo what a method does.
 

@@ -32,6 +32,7 @@ class Counted:
         decoded: images that were decoded.
         remote: images of web addresses, which are not read.
         narrow: rows that verl's length filter drops for the shape of an image.
+        silent: rows whose prompt does not name ``<answer>``, where ``sayo_verl.reward`` reads the answer.
         spread: rows evenly spread over each file.
         largest, longest: the rows with the most pixels and with the longest questions.
     """
@@ -41,6 +42,7 @@ class Counted:
     decoded: int = 0
     remote: int = 0
     narrow: int = 0
+    silent: int = 0
     spread: list[Kept] = field(default_factory=list)
     largest: list[Kept] = field(default_factory=list)
     longest: list[Kept] = field(default_factory=list)
@@ -49,7 +51,9 @@ class Counted:
         told = f"{self.rows} rows" + (f", {self.with_boxes} with boxes" if self.with_boxes is not None else "")
         told += f", {self.decoded} images decoded"
         told += f", {self.remote} images of web addresses not read" if self.remote else ""
-        return told + (f", {self.narrow} rows too narrow for Qwen's resize" if self.narrow else "")
+        told += f", {self.narrow} rows too narrow for Qwen's resize" if self.narrow else ""
+        return told + (f", {self.silent} prompts without <answer>: fine if the model answers so anyway"
+                       if self.silent else "")  # fmt: skip
 
     def add(self, other: "Counted", keep: int) -> None:
         """Count another file as well; ``keep`` as in ``check_parquet``."""
@@ -107,6 +111,7 @@ def check_parquet(path: Path, demands: Demands, *, max_images: int = 512, keep: 
             if not (narrow and fault.code == "D77"):
                 raise fault
         counted.narrow += narrow
+        counted.silent += demands.judge is not None and "<answer>" not in str(values[demands.keys.prompt])
         if demands.attention:
             counted.with_boxes = (counted.with_boxes or 0) + any(looked.boxes)
         counted.remote += looked.headers.count(None)

@@ -199,7 +199,7 @@ def figures_told(figures: Figures, measured: Measured, limit: int) -> list[tuple
         ("rows through the processor", str(len(measured.prompts))),
         ("visual tokens per image", spans(measured.visual)),
         ("visual tokens per box", spans(measured.per_box)),
-        ("share of an image in boxes", spans([100 * share for share in measured.shares], "{:.1f} %")
+        ("share of visual tokens in boxes", spans([100 * share for share in measured.shares], "{:.1f} %")
                                        + (f"; all of it in {full}" if full else "")),
         ("prompt length", f"{spans(measured.prompts)}; limit {limit}"),
     ]  # fmt: skip
