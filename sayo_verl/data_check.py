@@ -69,8 +69,8 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
         plan.append((f"{split} data", "; ".join(told)))
     complete = {split: len(there[split]) == len(files[split]) for split in SPLITS}
     if complete["train"]:
-        if method is not None and method.needs().boxes and method.gives:
-            check_boxes_of_run(counted["train"], "data.train_files")
+        if method is not None and method.gives:
+            check_boxes_of_run(counted["train"], "data.train_files", boxes=method.needs().boxes)
         check_batch(config, counted["train"].rows - counted["train"].narrow)
     held = "not compared with training (sayo.held_out=false)"
     if config.sayo.held_out:

@@ -24,10 +24,14 @@ def check_batch(config: DictConfig, rows: int) -> None:
     """Refuse fewer rows than a batch: verl's loader drops the last batch if it is not whole; D75."""
     limit = int(config.data.get("train_max_samples", -1))
     rows = min(rows, limit) if limit > 0 else rows
-    wanted = int(config.data.train_batch_size)
+    # verl fetches prompts one by one where it replaces groups
+    one_by_one = config.algorithm.filter_groups.enable or config.trainer.v1.sampler.sync_refill_failed_groups
+    fetched = 0 if one_by_one else int(config.data.get("gen_batch_size") or 0)
+    wanted = max(int(config.data.train_batch_size), fetched)
     if rows < wanted:
         raise SayoError("D75", "fewer training rows than a batch, so the run has no step", where="data.train_files",
-                        got=f"{rows} rows", wanted=f"at least data.train_batch_size, {wanted}",
+                        got=f"{rows} rows",
+                        wanted=f"at least {wanted}, data.{'gen' if fetched == wanted else 'train'}_batch_size",
                         fix="add rows, or make the batch smaller (TRAIN_BATCH_SIZE=... for our scripts, which sets the "
                         "mini-batch as well)")  # fmt: skip
 

@@ -20,6 +20,10 @@ def check_batch_sizes(config: DictConfig) -> None:
         SayoError: L22.
     """
     rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
+    prompts = config.data.train_batch_size
+    if not isinstance(prompts, int) or prompts < 1:
+        raise SayoError("L22", "a batch needs prompts", where="data.train_batch_size", got=prompts,
+                        wanted="a whole number of at least 1", fix="correct it")  # fmt: skip
     devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
     mini = int(actor.ppo_mini_batch_size) * int(rollout.n)
     multiple = math.lcm(devices, mini)

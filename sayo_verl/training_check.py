@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.methods import Method
+from sayo_verl.reward_check import is_ours
 
 LOSS_MODE = "actor_rollout_ref.actor.policy_loss.loss_mode"
 LOSS_AGG_MODE = "actor_rollout_ref.actor.loss_agg_mode"
@@ -18,6 +19,7 @@ LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-tok
 AVERAGE_OVER_TOKENS = ("geo_mean",)
 # The loss of bypass mode, in which there is no log-prob pass to measure attention in.
 NEEDS_BYPASS = ("bypass_mode",)
+REPORTED = ("score", "acc", "format", "length_factor")  # by sayo_verl.reward, in every row but for the last
 
 
 def check_by_verl(config: DictConfig) -> None:
@@ -26,13 +28,14 @@ def check_by_verl(config: DictConfig) -> None:
     Raises:
         SayoError: L50 with what verl says.
     """
+    from hydra.errors import InstantiationException
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
     try:
         validate_config(config, need_reference_policy(config), need_critic(config))
-    except (AssertionError, ValueError, NotImplementedError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
+    except (AssertionError, ValueError, NotImplementedError, InstantiationException) as error:
+        said = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise SayoError("L50", f"verl refuses the configuration: {said}", where="verl.utils.config.validate_config",
                         fix="change the settings that the message names") from error  # fmt: skip
 
@@ -47,7 +50,7 @@ def check_training(config: DictConfig, method: Method | None) -> None:
     Raises:
         SayoError: L04 for the old trainer, L37 for a loss that does not exist, L38 for a loss without the setting that
             it needs, L39 for a loss that cancels the method's token weights or takes no log-prob pass, L49 for ``gae``
-            without a critic.
+            without a critic, L52 for dynamic sampling that verl would not do.
     """
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
@@ -76,6 +79,33 @@ def check_training(config: DictConfig, method: Method | None) -> None:
             wanted=", ".join(name for name in POLICY_LOSS_REGISTRY if name not in AVERAGE_OVER_TOKENS + NEEDS_BYPASS),
             fix=f"set {LOSS_MODE}=vanilla, or choose a method that gives a reward or trajectory weights",
         )
+    _check_sampling(config)
     if config.algorithm.adv_estimator == "gae" and config.critic.enable is False:
         raise SayoError("L49", "gae needs a critic", where="critic.enable", got=False, wanted="null or true",
                         fix="leave critic.enable out")  # fmt: skip
+
+
+def _check_sampling(config: DictConfig) -> None:
+    """Refuse dynamic sampling that verl leaves out, or stops at, without a word at launch.
+
+    verl gives a custom sampler neither the metric of group filtering nor the refill of failed groups.
+    """
+    sampler, groups = config.trainer.v1.sampler, config.algorithm.filter_groups
+    custom = sampler.get("custom_sampler") or {}
+    if custom.get("path") and custom.get("name"):
+        refill = "trainer.v1.sampler.sync_refill_failed_groups"
+        for key, on in (
+            ("algorithm.filter_groups.enable", groups.enable),
+            (refill, sampler.sync_refill_failed_groups),
+        ):
+            if on:
+                raise SayoError("L52", "verl does not do this with a custom sampler", where=key, got=True,
+                                fix=f"set {key}=False, or leave trainer.v1.sampler.custom_sampler out")  # fmt: skip
+    if not groups.enable:
+        return
+    reported = (*REPORTED, "reward") if is_ours(config) else None
+    if not groups.metric or (reported is not None and groups.metric not in reported):
+        raise SayoError("L52", "the reward function does not report the metric of dynamic sampling",
+                        where="algorithm.filter_groups.metric", got=groups.metric,
+                        wanted=", ".join(reported or ("a key that your reward function returns", "reward")),
+                        fix="set it to acc")  # fmt: skip

@@ -172,3 +172,31 @@ def test_verl_reads_these_settings_late_still_needed():
     from verl.workers.utils import losses
 
     assert "get_policy_loss_fn(loss_mode)" in inspect.getsource(losses.ppo_loss)
+
+
+CUSTOM = {"trainer.v1.sampler.custom_sampler.path": "pkg://mine", "trainer.v1.sampler.custom_sampler.name": "Buffer"}
+
+
+@pytest.mark.parametrize("key", ["algorithm.filter_groups.enable", "trainer.v1.sampler.sync_refill_failed_groups"])
+def test_dynamic_sampling_beside_a_custom_sampler_is_refused(base, key):
+    error = code_of(base, None, **CUSTOM, **{key: True, "algorithm.filter_groups.metric": "acc"})
+    assert (error.code, error.where) == ("L52", key)
+    checked(base, None, **CUSTOM)
+    checked(base, None, **{key: True, "algorithm.filter_groups.metric": "acc"})
+
+
+@pytest.mark.parametrize("metric", [None, "accuracy", "seq_reward"])
+def test_dynamic_sampling_by_a_metric_that_our_reward_does_not_report_is_refused(base, metric):
+    ours = {"reward.custom_reward_function.path": "pkg://sayo_verl.reward", "algorithm.filter_groups.enable": True}
+    assert code_of(base, None, **ours, **{"algorithm.filter_groups.metric": metric}).code == "L52"
+    for right in ("acc", "score", "reward"):
+        checked(base, None, **ours, **{"algorithm.filter_groups.metric": right})
+
+
+def test_what_verl_itself_refuses_is_one_line(base):
+    from sayo_verl.training_check import check_by_verl
+
+    changes = {"actor_rollout_ref.actor.use_dynamic_bsz": False,
+               "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": None}  # fmt: skip
+    with pytest.raises(SayoError, match=r"^SAYO-L50: verl refuses the configuration: .*ppo_micro_batch_size"):
+        check_by_verl(checked(base, None, **changes))

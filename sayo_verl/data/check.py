@@ -29,6 +29,7 @@ class Counted:
     Attributes:
         rows: of them.
         with_boxes: rows with a box; None where boxes are not looked at.
+        with_images: rows with an image.
         decoded: images that were decoded.
         remote: images of web addresses, which are not read.
         narrow: rows that verl's length filter drops for the shape of an image.
@@ -39,6 +40,7 @@ class Counted:
 
     rows: int = 0
     with_boxes: int | None = None
+    with_images: int = 0
     decoded: int = 0
     remote: int = 0
     narrow: int = 0
@@ -114,6 +116,7 @@ def check_parquet(path: Path, demands: Demands, *, max_images: int = 512, keep: 
         counted.silent += demands.judge is not None and "<answer>" not in str(values[demands.keys.prompt])
         if demands.attention:
             counted.with_boxes = (counted.with_boxes or 0) + any(looked.boxes)
+        counted.with_images += bool(values.get(key))
         counted.remote += looked.headers.count(None)
         if row in sampled:
             for i, image in enumerate(values.get(key) or []):
@@ -183,9 +186,19 @@ def _differing(one: pa.Schema | pa.StructType, other: pa.Schema | pa.StructType,
     return found
 
 
-def check_boxes_of_run(counted: Counted, where: str) -> None:
-    """Refuse training files of which no row has a box; D04. Validation rows need none."""
-    if not counted.with_boxes:
+def check_boxes_of_run(counted: Counted, where: str, *, boxes: bool = True) -> None:
+    """Refuse training files of which no row has what a method looks at; D04. Validation rows need none.
+
+    Args:
+        counted: the training rows.
+        where: names them.
+        boxes: the method looks at boxes; otherwise at images.
+    """
+    if not counted.with_images:
+        raise SayoError("D04", "no training row has an image, so every row would train as with grpo", where=where,
+                        got=f"{counted.rows} rows in all training files together", wanted="images in some rows",
+                        fix="correct data.image_key, add images, or set algorithm.adv_estimator=grpo")  # fmt: skip
+    if boxes and not counted.with_boxes:
         raise SayoError(
             "D04",
             "no training row has a target box, so there is no region to reward",

@@ -104,5 +104,5 @@ def show_built(made: Built, manifest: Mapping[str, Any], console: Console) -> No
     console.print(f"{'reused' if made.reused else 'made'} {made.folder}", markup=False, highlight=False, soft_wrap=True)
     console.print(verl_flags(made.files), markup=False, highlight=False, soft_wrap=True)
     if not made.rows["val"]:
-        console.print("no image was held out: for validation rows set --val-share higher or another --seed, with --overwrite",
+        console.print("no image was held out: for validation rows set a higher --val-share and --overwrite",
                       markup=False, highlight=False, soft_wrap=True)  # fmt: skip
