@@ -67,6 +67,10 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
             counted[split].add(found, keep_of(config))
             told.append(f"{path}: {found}")
         plan.append((f"{split} data", "; ".join(told)))
+    silent, rows = (sum(getattr(of_split, name) for of_split in counted.values()) for name in ("silent", "rows"))
+    if silent:
+        plan.append(("instruction", f"{silent} of {rows} prompts do not ask for <answer>, where the reward reads the "
+                     "answer: right only if the model answers so anyway"))  # fmt: skip
     complete = {split: len(there[split]) == len(files[split]) for split in SPLITS}
     if complete["train"]:
         if method is not None and method.gives:

@@ -53,12 +53,12 @@ def base(repo: Path) -> DictConfig:
 ROWS = 16  # of a file: at least data.train_batch_size
 
 
-def write_rows(path: Path, *, boxes: list | None) -> Path:
+def write_rows(path: Path, *, boxes: list | None, question: str = "What colour?") -> Path:
     png = io.BytesIO()
     Image.new("RGB", (8, 8), (zlib.crc32(path.name.encode()) % 256, 0, 0)).save(png, "PNG")  # held out by name
     row = {
         "data_source": "sayo/scenes",
-        "prompt": [{"role": "user", "content": "<image>What colour?"}],
+        "prompt": [{"role": "user", "content": f"<image>{question}"}],
         "images": [{"bytes": png.getvalue(), "path": None}],
         "reward_model": {"style": "rule", "ground_truth": "red"},
         "extra_info": {"index": 0} if boxes is None else {"index": 0, "boxes": boxes},
@@ -178,6 +178,27 @@ def test_grpo_passes_the_same_files_without_boxes(make, tmp_path):
 )
 def test_under_grpo_verls_own_settings_are_verls_business(make, values):
     preflight(make(**values, **{"algorithm.adv_estimator": "grpo"}))
+
+
+def test_the_plan_says_when_prompts_do_not_ask_for_what_the_reward_reads(make, tmp_path):
+    assert dict(preflight(make()))["instruction"].startswith("32 of 32 prompts do not ask for <answer>")
+    asking = write_rows(
+        tmp_path / "asking.parquet", boxes=[[[0.0, 0.0, 0.5, 0.5]]], question="What? <answer> ... </answer>"
+    )
+    plan = dict(preflight(make(**{"data.train_files": str(asking)})))
+    assert plan["instruction"].startswith("16 of 32")
+    assert "instruction" not in dict(preflight(make(**{"reward.custom_reward_function.path": None})))
+
+
+def test_training_rows_without_an_image_are_refused_for_a_method_that_acts(make, tmp_path):
+    text = tmp_path / "text.parquet"
+    bare = {"images": None, "prompt": [{"role": "user", "content": "What?"}], "extra_info": {"index": 0}}
+    rows = [row | bare for row in pq.read_table(make()["data"]["train_files"]).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows), text)
+    for estimator in ("attn_dual", "attn_region"):
+        changed = {"data.train_files": str(text), "algorithm.adv_estimator": estimator, "sayo.held_out": False}
+        assert "no training row has an image" in refused(make(**changed), "D04").what
+    preflight(make(**{"data.train_files": str(text), "algorithm.adv_estimator": "grpo", "sayo.held_out": False}))
 
 
 def test_another_model_family_passes_under_grpo(make, tmp_path):

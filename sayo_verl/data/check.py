@@ -53,9 +53,7 @@ class Counted:
         told = f"{self.rows} rows" + (f", {self.with_boxes} with boxes" if self.with_boxes is not None else "")
         told += f", {self.decoded} images decoded"
         told += f", {self.remote} images of web addresses not read" if self.remote else ""
-        told += f", {self.narrow} rows too narrow for Qwen's resize" if self.narrow else ""
-        return told + (f", {self.silent} prompts without <answer>: fine if the model answers so anyway"
-                       if self.silent else "")  # fmt: skip
+        return told + (f", {self.narrow} rows too narrow for Qwen's resize" if self.narrow else "")
 
     def add(self, other: "Counted", keep: int) -> None:
         """Count another file as well; ``keep`` as in ``check_parquet``."""
