@@ -79,8 +79,8 @@ def saved(out, step, world):
     actor.mkdir(parents=True)
     for name in [f"{state}_world_size_{world}_rank_{rank}.pt" for state in ("model", "optim", "extra_state")
                  for rank in range(world)]:  # fmt: skip
-        (actor / name).touch()
-    (actor.parent / "data.pt").touch()
+        (actor / name).write_bytes(b"saved")
+    (actor.parent / "data.pt").write_bytes(b"saved")
     (out / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step))
     (out / "metrics.jsonl").write_text('{"step": 1, "data": {}}\n')
     (out / "run.json").write_text("{}")
