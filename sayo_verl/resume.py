@@ -159,11 +159,12 @@ def _tracked(folder: Path, config: DictConfig) -> Path | None:
 
 
 def _no_start(config: DictConfig, tracker: Path, what: str, got: str | None) -> SayoError:
-    first = "move that folder away, then " if tracker.is_dir() else ""
+    mend = f"write such a number into it (echo -n <n> > {shlex.quote(str(tracker))})"
+    if tracker.is_dir():
+        mend = f"move that folder away, then {mend}"
     return SayoError(
         "L44", what, where=str(tracker), got=got, wanted=f"the step of a whole checkpoint ({_whole(config, tracker)})",
-        fix=f"{first}write such a number into it (echo -n <n> > {shlex.quote(str(tracker))}); where there is none, begin a new run in a new "
-            "output folder (OUT=...)",
+        fix=f"{mend}; where there is none, begin a new run in a new output folder (OUT=...)",
     )  # fmt: skip
 
 

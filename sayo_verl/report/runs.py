@@ -222,7 +222,9 @@ def _check_one_run(attempts: list[_Attempt]) -> None:
     """
     for attempt in attempts[1:]:
         if attempt.starts_anew():
-            files = [f"{a.file.name} (from step {a.records[0][0]} to {a.records[-1][0]})" for a in (attempts[0], attempt)]
+            files = [
+                f"{a.file.name} (from step {a.records[0][0]} to {a.records[-1][0]})" for a in (attempts[0], attempt)
+            ]
             raise SayoError(
                 "R06",
                 "the folder holds metrics of two runs: the second starts anew, it resumes no checkpoint",
