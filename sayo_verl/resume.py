@@ -6,6 +6,7 @@ is not there, ``load_contents`` lacks the model, ``resume_from_path`` is given w
 
 import os
 import re
+import shlex
 import warnings
 from pathlib import Path
 
@@ -59,14 +60,14 @@ def check_resume(config: DictConfig) -> str:
 
     Raises:
         SayoError: L16 for a checkpoint folder of another run, L43 for a wrong ``resume_mode`` or ``resume_from_path``,
-            L44 for a tracker that names no checkpoint, L45 for another number of devices, L46 for a checkpoint that
-            lacks files, L47 for ``load_contents`` that lack a state, L48 if no step is left to train.
+            L44 for a tracker that names no checkpoint, L45 for another number of devices, L46 for a checkpoint with
+            absent or empty files, L47 for ``load_contents`` that lack a state, L48 if no step is left to train.
     """
     folder = Path(str(config.trainer.default_local_dir))
     start = _start(config, folder)
     steps = _checkpoints(folder)
     # Another run's: this one starts anew, or from a checkpoint that lies elsewhere.
-    if steps and (start is None or start.absolute().parent != folder.absolute()):
+    if steps and (start is None or start.parent.resolve() != folder.resolve()):
         raise SayoError(
             "L16",
             "the checkpoint folder belongs to another run",
@@ -148,6 +149,8 @@ def _tracked(folder: Path, config: DictConfig) -> Path | None:
         start = folder / f"global_step_{int(tracker.read_bytes().decode())}"
     except ValueError as error:  # bad UTF-8 as well
         raise _no_start(config, tracker, "the tracker holds no step", repr(tracker.read_bytes()[:40])) from error
+    except OSError as error:
+        raise _no_start(config, tracker, "the tracker cannot be read", error.strerror) from error
     if not start.is_dir():
         raise _no_start(
             config, tracker, "the tracker names a checkpoint that is not there: verl would begin a new run", start.name
@@ -155,11 +158,13 @@ def _tracked(folder: Path, config: DictConfig) -> Path | None:
     return start
 
 
-def _no_start(config: DictConfig, tracker: Path, what: str, got: str) -> SayoError:
+def _no_start(config: DictConfig, tracker: Path, what: str, got: str | None) -> SayoError:
+    mend = f"write such a number into it (echo -n <n> > {shlex.quote(str(tracker))})"
+    if tracker.is_dir():
+        mend = f"move that folder away, then {mend}"
     return SayoError(
         "L44", what, where=str(tracker), got=got, wanted=f"the step of a whole checkpoint ({_whole(config, tracker)})",
-        fix=f"write such a number into it (echo -n <n> > {tracker}); where there is none, begin a new run in a new "
-            "output folder (OUT=...)",
+        fix=f"{mend}; where there is none, begin a new run in a new output folder (OUT=...)",
     )  # fmt: skip
 
 
@@ -191,13 +196,16 @@ def _devices(config: DictConfig) -> int:
 
 
 def _missing(config: DictConfig, start: Path) -> list[str]:
-    """Files that verl would look for in a checkpoint and not find; the names of other strategies are not known here."""
+    """Files that verl would load from a checkpoint and that are absent or empty (an interrupted save).
+
+    The names of other strategies than FSDP are not known here.
+    """
     wanted = ["data.pt"]
     if config.actor_rollout_ref.actor.strategy in ("fsdp", "fsdp2"):
         world = _devices(config)
         wanted += [f"{part}/{state}_world_size_{world}_rank_{rank}.pt"
                    for part in _parts(config) for state in STATE.values() for rank in range(world)]  # fmt: skip
-    return [name for name in wanted if not (start / name).is_file()]
+    return [name for name in wanted if not (start / name).is_file() or (start / name).stat().st_size == 0]
 
 
 def _check_files(config: DictConfig, start: Path) -> None:
@@ -219,7 +227,7 @@ def _check_files(config: DictConfig, start: Path) -> None:
         "L46",
         "the checkpoint is not whole: what is missing would start anew",
         where=str(start),
-        got=f"no {others}",
+        got=f"absent or empty: {others}",
         fix=f"resume a whole one with trainer.resume_mode=resume_path trainer.resume_from_path={start.parent}"
         f"/global_step_<n> (whole: {_whole(config, start)}), or begin a new run in a new output folder; one from "
         "saved Hugging Face weights has actor_rollout_ref.model.path=<checkpoint>/actor/huggingface",

@@ -5,8 +5,12 @@ set -euo pipefail
 # Prints NAME=value of every setting of this script that was given from outside: a resumed run needs the same ones.
 # To be called before the script sets its defaults.
 given_settings() {
-  local name
-  for name in $(grep -oE '([A-Z_]+)=\$\{\1:-' "$0" | cut -d = -f 1 | sort -u); do
+  local name names script="$ROOT/scripts/${0##*/}" # $0 itself may be relative to the folder before `cd "$ROOT"`
+  names=$(grep -oE '([A-Z_]+)=\$\{\1:-' "$script" | cut -d = -f 1 | sort -u) || {
+    echo "cannot read the settings of $script" >&2
+    return 1
+  }
+  for name in $names; do
     case "$name" in OUT | RESUME) continue ;; esac
     [[ ! -v $name ]] || printf '%s=%q ' "$name" "${!name}"
   done

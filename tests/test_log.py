@@ -4,6 +4,7 @@ The logs in tests/logs are of real runs, shortened: ray.log of two nested Ray ac
 libraries were being replaced, reward.log of a tiny run with a mistake in its reward function.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,9 @@ def test_why_it_failed_shows_the_last_meaningful_lines_where_no_code_is(tmp_path
             [
                 "ZeroDivisionError: division by zero",
                 "  at /home/me/my_reward.py, line 6, in compute_score",
-                "the log ends with: RuntimeError: Sync replay buffer selected terminal groups with no materializable "
+                "the last traceback: RuntimeError: Sync replay buffer selected terminal groups with no materializable "
                 "trajectories. Enable trainer.v1.sampler.sync_refill_failed_groups to replace failed groups.",
+                "  at /home/me/sayo-verl/sayo_verl/main_ppo.py, line 131, in main",
             ],
         ),
         (
@@ -54,8 +56,9 @@ def test_why_it_failed_shows_the_last_meaningful_lines_where_no_code_is(tmp_path
             [
                 "OSError: libnvrtc.so.13: cannot open shared object file: No such file or directory",
                 "  at /usr/local/lib/python3.11/ctypes/__init__.py, line 376, in __init__",
-                "the log ends with: RuntimeError: Engine core initialization failed. See root cause above. Failed core "
-                "proc(s): {'EngineCore': 1}",
+                "the last traceback: RuntimeError: Engine core initialization failed. See root cause above. Failed "
+                "core proc(s): {'EngineCore': 1}",
+                "  at /home/me/sayo-verl/sayo_verl/main_ppo.py, line 131, in main",
             ],
         ),
         (
@@ -101,3 +104,86 @@ def test_a_traceback_of_the_engine_loses_vllms_prefix():
         b'\x1b[36m(vLLM pid=7)\x1b[0m (EngineCore pid=9) ERROR 11-26 10:41:26 [core.py:12]   File "a.py", line 1, in f'
     )
     assert clean_log_line(raw) == '  File "a.py", line 1, in f'
+
+
+def traceback(exception: str, *frames: tuple[str, int, str]) -> str:
+    """As Python prints it."""
+    lines = [f'  File "{file}", line {number}, in {name}\n    call()\n' for file, number, name in frames]
+    return "".join(["Traceback (most recent call last):\n", *lines, exception, "\n"])
+
+
+HANDLED = traceback("ModuleNotFoundError: No module named 'flash_attn'", ("/home/u/a.py", 9, "load"))
+FATAL = traceback("ZeroDivisionError: division by zero", ("/home/u/r.py", 3, "score"))
+AND_THEN = "\nThe above exception was the direct cause of the following exception:\n\n"
+HIDING = [
+    "ModuleNotFoundError: No module named 'flash_attn'",
+    "  at /home/u/a.py, line 9, in load",
+    "the last traceback: ZeroDivisionError: division by zero",
+    "  at /home/u/r.py, line 3, in score",
+]
+
+
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        (FATAL, HIDING),
+        (FATAL + "note: bye\n", [*HIDING, "the log ends with: note: bye"]),  # no second exception of that traceback
+        (
+            FATAL + AND_THEN + traceback("RuntimeError: no batch", ("/home/u/job.py", 8, "main")),
+            [*HIDING, "the log ends with: RuntimeError: no batch"],
+        ),
+        (HANDLED, HIDING[:2]),
+    ],
+)
+def test_a_handled_exception_does_not_hide_the_last_traceback(tmp_path, end, told):
+    steps = "".join(f"step {n}: reward 0.5\n" for n in range(50))
+    (tmp_path / "train.log").write_text(HANDLED + steps + end)
+    assert why_it_failed(tmp_path / "train.log") == told
+
+
+FILTER = ("/x/lib/python3.11/site-packages/verl/utils/dataset/rl_dataset.py", 228, "doc2len")
+SKIPPING = "Error processing one of the samples, skipping...\n"
+SAMPLE = traceback("OSError: cannot identify image file", FILTER, ("/home/u/images.py", 4, "open_it"))
+
+
+@pytest.mark.parametrize("skipped", [
+    SKIPPING + SAMPLE,
+    SAMPLE + SKIPPING,  # two streams
+    SKIPPING + traceback("KeyError: 'x'", ("/home/u/images.py", 2, "read")) + AND_THEN + SAMPLE,
+])  # fmt: skip
+def test_a_traceback_of_a_sample_that_verl_skips_is_no_cause(tmp_path, skipped):
+    log = tmp_path / "train.log"
+    told = ["ZeroDivisionError: division by zero", "  at /home/u/r.py, line 3, in score"]
+    log.write_text(skipped + FATAL)
+    assert why_it_failed(log) == told
+    log.write_text(FATAL + skipped + "bye\n")
+    assert why_it_failed(log) == [*told, "the log ends with: bye"]
+    log.write_text(skipped + "Killed\n")
+    assert why_it_failed(log)[-1] == "Killed"
+
+
+def test_verl_still_skips_samples_in_doc2len():
+    from verl.utils.dataset import rl_dataset
+
+    source = Path(rl_dataset.__file__).read_text()
+    functions = re.findall(r"( +)def doc2len\(doc\) -> int:\n((?:\1 .*\n|\n)+)", source)
+    assert functions
+    for _, body in functions:
+        assert "except Exception:" in body
+        assert SKIPPING.strip() in body
+
+
+@pytest.mark.parametrize(
+    "mention", ["WARNING see SAYO-L15: docs", "the fix of SAYO-L15: a new folder", "# SAYO-L15: x"]
+)
+def test_a_mention_of_an_error_of_ours_is_not_the_error(tmp_path, mention):
+    log = tmp_path / "train.log"
+    log.write_text(f"{mention}\n{FATAL}")
+    assert why_it_failed(log)[0] == "ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize("before", ["", "  ", "SayoError: ", "ERROR x: sayo_verl.errors.SayoError: ", "SayoError('"])
+def test_an_error_of_ours_starts_a_line_or_the_text_of_an_exception(tmp_path, before):
+    log = tmp_path / "train.log"
+    log.write_text(f"{before}SAYO-L15: used | fix: y\n{FATAL}")
+    assert why_it_failed(log) == ["SAYO-L15: used | fix: y"]

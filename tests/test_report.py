@@ -170,6 +170,36 @@ def test_attempts_without_a_start_are_ordered_by_first_step_then_by_number(tmp_p
     assert run.series["x"] == [(1, 1.0), (2, 1.0), (3, 10.0), (4, 10.0)]
 
 
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("started", [None, "2026-11-26T10:00:00+0000"])
+def test_a_second_file_that_starts_anew_is_refused(tmp_path, first, started):
+    """A copy of another run's metrics beside those of the run: neither resumed the other."""
+    attempt(tmp_path, "", range(1, 4), 1.0, started)
+    attempt(tmp_path, "-old", range(first, 3), 2.0, started and "2026-11-26T11:00:00+0000")
+    with pytest.raises(SayoError, match="SAYO-R06") as caught:
+        load_run(tmp_path)
+    error = caught.value
+    assert error.where == str(tmp_path)
+    assert "metrics.jsonl (from step 1 to 3)" in str(error.got)
+    assert f"metrics-old.jsonl (from step {first} to 2)" in str(error.got)
+    assert "run.json" in error.fix
+    assert "run-old.json" in error.fix
+    (tmp_path / "metrics-old.jsonl").unlink()
+    assert load_run(tmp_path).series["x"] == [(1, 1.0), (2, 1.0), (3, 1.0)]
+
+
+@pytest.mark.parametrize("start", [1, 2])
+@pytest.mark.parametrize("names", [("", "-2"), ("-a", "")])  # by name, the resumed attempt of ("-a", "") comes first
+def test_a_resumed_attempt_may_begin_with_the_validation_of_the_step_it_starts_from(tmp_path, start, names):
+    one, two = (tmp_path / f"metrics{name}.jsonl" for name in names)
+    one.write_text("".join(line(n, x=1.0) for n in (1, 2, 3)))
+    two.write_text(line(start, **{VALIDATION: 0.5}) + line(start + 1, x=2.0))
+    run = load_run(tmp_path)
+    assert run.files == [one, two]
+    assert run.series["x"] == [(n, 1.0) for n in range(1, start + 1)] + [(start + 1, 2.0)]
+    assert run.validation_accuracy() == {"sayo/scenes": [(start, 0.5)]}
+
+
 def test_an_attempt_without_a_step_is_left_out(tmp_path):
     attempt(tmp_path, "", range(1, 3), 1.0, "2026-11-26T10:00:00+0000")
     attempt(tmp_path, "-2", range(0), 2.0, "2026-11-26T11:00:00+0000", estimator="rloo")

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,8 @@ def save(
             (place / "huggingface").mkdir(parents=True)
             for rank in range(world):
                 for state in STATES:
-                    (place / f"{state}_world_size_{world}_rank_{rank}.pt").touch()
-        (folder / f"global_step_{step}" / "data.pt").touch()
+                    (place / f"{state}_world_size_{world}_rank_{rank}.pt").write_bytes(b"saved")
+        (folder / f"global_step_{step}" / "data.pt").write_bytes(b"saved")
     if tracker is not None:
         (folder / TRACKER).write_text(str(tracker))
     return folder
@@ -128,6 +129,10 @@ def test_a_named_checkpoint_is_resumed_into_its_own_or_a_fresh_folder(make, tmp_
     named = {"trainer.resume_mode": "resume_path", "trainer.resume_from_path": path}
     assert check_resume(make(**named)).startswith("global_step_2 of 12")
     assert check_resume(make(**named, **{FOLDER: "fresh"})).startswith("global_step_2 of 12")
+    (tmp_path / "link").symlink_to(tmp_path / "checkpoints")
+    assert check_resume(make(**named, **{FOLDER: "link"})).startswith("global_step_2 of 12")
+    through = named | {"trainer.resume_from_path": str(tmp_path / "link" / "global_step_2")}
+    assert check_resume(make(**through)).startswith("global_step_2 of 12")
     save(tmp_path / "used", 4)
     assert "global_step_4" in refused(make(**named, **{FOLDER: "used"}), "L16").got
 
@@ -189,6 +194,23 @@ def test_L44_a_tracker_alone_or_of_other_bytes(make, tmp_path):
     refused(make(), "L44")
 
 
+def test_L44_a_tracker_that_is_a_folder(make, tmp_path):
+    folder = save(tmp_path / "checkpoints", 2)
+    (folder / TRACKER).mkdir()
+    error = refused(make(), "L44")
+    assert (error.what, error.got) == ("the tracker cannot be read", "Is a directory")
+    assert error.fix.startswith("move that folder away, then write")
+    assert how_to_resume(make()) is None
+
+
+def test_L44_the_command_that_mends_the_tracker_can_be_pasted(make, tmp_path):
+    folder = save(tmp_path / "my run's checkpoints", 2)
+    config = make(**{FOLDER: str(folder)})
+    command = re.search(r"\((echo -n .*)\); where", refused(config, "L44").fix)[1].replace("<n>", "2")
+    subprocess.run(["bash", "-c", command], check=True)
+    assert check_resume(config).startswith("global_step_2 of 12")
+
+
 @pytest.mark.parametrize(("saved", "now"), [(1, 2), (4, 2)])
 def test_L45_another_number_of_devices(make, tmp_path, saved, now):
     save(tmp_path / "checkpoints", 2, tracker=2, world=saved)
@@ -202,15 +224,17 @@ def test_L46_a_checkpoint_that_is_not_whole(make, tmp_path, lost):
     folder = save(tmp_path / "checkpoints", 2, 10, tracker=10, world=2)
     (folder / "global_step_10" / lost).unlink()
     error = refused(make(**{"trainer.n_gpus_per_node": 2}), "L46")
-    assert error.got == f"no {lost}"
+    assert error.got == f"absent or empty: {lost}"
     assert "(whole: 2)" in error.fix
+    (folder / "global_step_10" / lost).touch()  # a save that was interrupted
+    assert str(refused(make(**{"trainer.n_gpus_per_node": 2}), "L46")) == str(error)
 
 
 def test_L46_saved_weights_alone(make, tmp_path):
     (tmp_path / "checkpoints/global_step_5/actor/huggingface").mkdir(parents=True)
     (tmp_path / "checkpoints" / TRACKER).write_text("5")
     error = refused(make(**{f"{CONTENTS}.save_contents": ["hf_model"]}), "L46")
-    assert error.got == "no data.pt and 3 more"
+    assert error.got == "absent or empty: data.pt and 3 more"
     assert "actor_rollout_ref.model.path" in error.fix
 
 

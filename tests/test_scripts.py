@@ -79,8 +79,8 @@ def saved(out, step, world):
     actor.mkdir(parents=True)
     for name in [f"{state}_world_size_{world}_rank_{rank}.pt" for state in ("model", "optim", "extra_state")
                  for rank in range(world)]:  # fmt: skip
-        (actor / name).touch()
-    (actor.parent / "data.pt").touch()
+        (actor / name).write_bytes(b"saved")
+    (actor.parent / "data.pt").write_bytes(b"saved")
     (out / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step))
     (out / "metrics.jsonl").write_text('{"step": 1, "data": {}}\n')
     (out / "run.json").write_text("{}")
@@ -151,6 +151,34 @@ def test_the_printed_command_resumes_the_same_job(faked, tmp_path, script, setti
     assert f"trainer.default_local_dir={old}/checkpoints" in again.stdout
     assert "trainer.resume_mode=disable" not in again.stdout
     assert "trainer.test_freq=7 a='b c'" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "settings"),
+    [("run_tiny.sh", {"METHOD": "grpo", "LR": "1e-4", "SEED": "7"}), ("run_vgpo_qwen2_5vl_7b.sh", {"LR": "1e-6"})],
+)
+def test_the_printed_command_keeps_the_settings_of_a_script_started_from_another_folder(
+    faked, tmp_path, script, settings
+):
+    copy, env = faked
+    (tmp_path / "out").mkdir()
+    done = subprocess.run(["bash", f"copy/scripts/{script}", "a=1"], env={**env, **settings}, capture_output=True,
+                          text=True, check=False, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "grep" not in done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("to resume after step 2: ")]
+    assert f" bash {copy}/scripts/run_" in line
+    expected = settings if script == "run_tiny.sh" else {"METHOD": "dual", **settings}
+    assert [name for name, value in expected.items() if f" {name}={value} " not in line] == [], line
+
+
+def test_a_script_whose_settings_cannot_be_read_stops(faked):
+    copy, env = faked
+    (copy / "scripts" / "bare.sh").write_text(f'set -e\nROOT={copy}\nsource {copy}/scripts/lib.sh\n'
+                                              'GIVEN=$(given_settings)\necho went on\n')  # fmt: skip
+    done = launch(copy, "bare.sh", env)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "cannot read the settings of" in done.stderr
 
 
 @pytest.mark.parametrize("status", ["0", "3"])

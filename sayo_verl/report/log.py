@@ -18,7 +18,8 @@ _LEVEL = re.compile(r"^ERROR \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]+\] ?")
 _REPEATED = re.compile(r"\s*\[repeated \d+x across cluster\].*$")
 # Blank, the carets under a traceback line, progress bars; what Hydra and the launcher add below an error.
 _NOISE = re.compile(r"^[\s^~]*$|\d+%\||^Set the environment variable HYDRA_FULL_ERROR=1|^to resume after step ")
-_ERROR = re.compile(r"SAYO-[A-Z][0-9][0-9]: .*")
+# At the start of a line or of an exception's text; elsewhere it is a mention.
+_ERROR = re.compile(r"(?:^\s*|(?:Error|Exception)(?:: |\(['\"]))(SAYO-[A-Z][0-9][0-9]: .*)")
 
 
 def clean_log_line(raw: bytes) -> str:
@@ -60,25 +61,31 @@ def why_it_failed(log: Path, *, offset: int = 0, lines: int = 30) -> list[str]:
 
     Returns:
         The distinct SAYO-… errors (at most three, the first first); else the first exception of any process, the
-        line of code that raised it and the log's last line; else the last meaningful lines.
+        last one if it is another (the first may have been handled), each with the line of code that raised it, and the
+        log's last line; else the last meaningful lines. Of exceptions raised from one another the first counts.
     """
     errors: dict[str, None] = {}
-    first: list[str] = []
+    causes: list[_Cause] = []
     last: deque[str] = deque(maxlen=lines)
     tracebacks: defaultdict[str, _Traceback] = defaultdict(_Traceback)
     if log.exists():
         for process, text in _lines_from(log, offset):
             if match := _ERROR.search(text):
-                errors[match[0]] = None
-            if not first:
-                first = tracebacks[process].cause(text)
+                errors[match[1]] = None
+            if cause := tracebacks[process].new_cause(text):
+                causes.append(cause)
             if not _NOISE.search(text) and (not last or last[-1] != text):
                 last.append(text)
     if errors:
         return list(errors)[:3]
-    if first:
-        return first + [f"the log ends with: {text}" for text in list(last)[-1:] if text != first[0]]
-    return list(last)
+    causes = [cause for cause in causes if not cause.skipped]
+    if not causes:
+        return list(last)
+    first, final = causes[0], causes[-1]
+    shown = [first.exception, first.place]
+    if final.exception != first.exception:
+        shown += [f"the last traceback: {final.exception}", final.place]
+    return shown + [f"the log ends with: {t}" for t in list(last)[-1:] if t not in (first.exception, final.exception)]
 
 
 _FRAME = re.compile(r'^\s+File "(?P<file>.+)", line (?P<line>\d+), in (?P<name>.+)$')
@@ -86,24 +93,50 @@ _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(: .*)?$")
 _INSTALLED = re.compile(r"/(site|dist)-packages/|/lib/python3\.\d+/|^<")
 
 
+_CHAIN = ("The above exception was the direct cause of", "During handling of the above exception")
+
+
+@dataclass
+class _Cause:
+    """The first exception of a chain and the place that raised it; ``skipped`` if verl only left a sample out."""
+
+    exception: str
+    place: str
+    skipped: bool = False
+
+
 @dataclass
 class _Traceback:
     """The traceback that one process is printing."""
 
     frames: list[re.Match[str]] = field(default_factory=list)
+    cause: _Cause | None = None
+    chained: bool = False
 
-    def cause(self, text: str) -> list[str]:
-        """Take the next line; where it ends a traceback, the exception and the place that raised it, else nothing."""
+    def new_cause(self, text: str) -> _Cause | None:
+        """Take the next line; where it ends the first traceback of a chain, its cause, else None."""
         # Ray puts the traceback of the other process below this line: what that one raised is the cause.
         if text.startswith(("Traceback (most recent call last)", "ray.exceptions.RayTaskError(", "ray::")):
             self.frames = []
+        elif text.startswith(_CHAIN):
+            self.chained = True
         elif frame := _FRAME.match(text):
             self.frames.append(frame)
         elif self.frames and _EXCEPTION.match(text):
-            own = [frame for frame in self.frames if not _INSTALLED.search(frame["file"])]
-            place = (own or self.frames)[-1]
-            return [text, f"  at {place['file']}, line {place['line']}, in {place['name']}"]
-        return []
+            frames, self.frames = self.frames, []
+            # verl's length filter catches what a sample raises and prints it beside "Error processing one of the
+            # samples, skipping...". Ray may part the two, so the traceback is known by where it starts.
+            skipped = frames[0]["name"] == "doc2len" and frames[0]["file"].endswith("rl_dataset.py")
+            if self.chained and self.cause:
+                self.cause.skipped |= skipped
+                self.chained = False
+                return None
+            own = [frame for frame in frames if not _INSTALLED.search(frame["file"])]
+            place = (own or frames)[-1]
+            where = f"  at {place['file']}, line {place['line']}, in {place['name']}"
+            self.cause, self.chained = _Cause(text, where, skipped), False
+            return self.cause
+        return None
 
 
 def _lines_from(log: Path, offset: int) -> Iterator[tuple[str, str]]:

@@ -118,7 +118,7 @@ def load_run(path: Path | str) -> Run:
 
     Raises:
         SayoError: R01 for a broken line (file:line), R02 if no metrics file can be read, R03 if they hold no step,
-            R04 if a run card is damaged.
+            R04 if a run card is damaged, R06 if a second file starts anew and so is of another run.
     """
     path = Path(path)
     # Without any, the usual name is opened, for the error of the system.
@@ -132,6 +132,7 @@ def load_run(path: Path | str) -> Run:
             fix=f"look at {path / LOG_FILE} for the reason",
         )
     attempts = _in_order(attempts)
+    _check_one_run(attempts)
     notes = [note for attempt in attempts for note in attempt.notes]
     if len(attempts) > 1:
         notes.insert(0, f"one run in several attempts, in this order: {', '.join(a.file.name for a in attempts)}")
@@ -173,6 +174,12 @@ class _Attempt:
     has_card: bool
     notes: list[str]
 
+    def starts_anew(self) -> bool:
+        """Whether it begins before training or with its first step: what resumes the checkpoint of step n begins with
+        step n + 1, or with verl's validation of the weights of step n."""
+        step, values, _ = self.records[0]
+        return step < 1 or (step == 1 and not all(name.startswith("val-") for name in values))
+
 
 def _read_attempt(file: Path) -> _Attempt:
     try:
@@ -204,7 +211,29 @@ def _in_order(attempts: list[_Attempt]) -> list[_Attempt]:
         numbers = re.compile(r"(\d+)")
         by_name = sorted(attempts, key=lambda a: [(len(x), x) if x.isdigit() else (0, x)
                                                   for x in numbers.split(a.file.stem)])  # fmt: skip
-        return sorted(by_name, key=lambda a: a.records[0][0])
+        return sorted(by_name, key=lambda a: (a.records[0][0], not a.starts_anew()))
+
+
+def _check_one_run(attempts: list[_Attempt]) -> None:
+    """Refuse a later file that starts anew: its numbers would replace those of the run, as if it had resumed it.
+
+    Raises:
+        SayoError: R06.
+    """
+    for attempt in attempts[1:]:
+        if attempt.starts_anew():
+            files = [
+                f"{a.file.name} (from step {a.records[0][0]} to {a.records[-1][0]})" for a in (attempts[0], attempt)
+            ]
+            raise SayoError(
+                "R06",
+                "the folder holds metrics of two runs: the second starts anew, it resumes no checkpoint",
+                where=str(attempt.file.parent),
+                got=" and ".join(files),
+                wanted="the files of one run and of its resumed attempts",
+                fix="move the one that does not belong here into a folder of its own, with its run card "
+                f"({run_card(attempts[0].file).name} or {run_card(attempt.file).name})",
+            )
 
 
 def nan_count(series: Series) -> str:
