@@ -25,6 +25,17 @@ KWARGS = f"{FUNCTION}.reward_kwargs"
 # Keywords by which every reward manager of verl calls the function, and those beside a reward model.
 PASSED = ("data_source", "solution_str", "ground_truth", "extra_info")
 PASSED_BESIDE_MODEL = ("reward_router_address", "reward_model_tokenizer")
+# verl/trainer/config/reward/reward.yaml, and what verl's managers read beside it (experimental/reward_loop).
+KEYS: dict[str, tuple[str, ...]] = {
+    "reward": ("_target_", "num_workers", "custom_reward_function", "reward_manager", "reward_model", "sandbox_fusion"),
+    "reward.custom_reward_function": ("path", "name", "reward_kwargs"),
+    "reward.reward_manager": ("_target_", "source", "name", "module"),
+    "reward.reward_kwargs": ("overlong_buffer_cfg", "max_resp_len"),
+}
+MANAGER_KEYS: dict[str, tuple[str, ...]] = {
+    "dapo": ("reward_kwargs",),
+    "rate_limited": ("max_concurrent", "max_rpm", "max_tpm", "estimated_tokens_per_request", "timeout"),
+}
 # What the keys of earlier versions of verl are called today; the rest moves below reward.
 _RENAMED = {
     "reward_model.num_workers": "reward.num_workers",
@@ -55,7 +66,9 @@ def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) ->
     """
     from verl.utils.import_utils import load_module
 
+    _check_overrides(_kwargs(config))
     _check_legacy(config)
+    _check_keys(config)
     _check_manager(config)
     path, name = config.reward.custom_reward_function.path, str(config.reward.custom_reward_function.name)
     if path is None:
@@ -106,6 +119,41 @@ def _kwargs(config: DictConfig) -> dict[str, Any]:
         raise SayoError("L34", "not a group of settings", where=KWARGS, got=repr(kwargs), wanted="settings by name",
                         fix=f"set {KWARGS}.<name> to a value")  # fmt: skip
     return {str(key): value for key, value in (kwargs or {}).items()}
+
+
+def _check_overrides(kwargs: Mapping[str, Any]) -> None:
+    """verl lets ``reward_kwargs`` replace what it passes itself: every response would have the same truth."""
+    for key in kwargs:
+        if key in PASSED + PASSED_BESIDE_MODEL:
+            raise SayoError("L34", "this setting would replace what verl passes for each response",
+                            where=f"{KWARGS}.{key}", got=repr(kwargs[key]), wanted="settings of the function's own",
+                            fix="leave it out")  # fmt: skip
+
+
+def _check_keys(config: DictConfig) -> None:
+    """Keys, added with "+", that neither verl nor sayo-verl reads."""
+    manager = config.reward.reward_manager
+    known = KEYS | {"reward": KEYS["reward"] + MANAGER_KEYS.get(str(manager.name), ()), "sayo": _sayo_keys()}
+    if manager.source != "register":
+        del known["reward"], known["reward.reward_kwargs"]  # a manager of the user's reads what it likes there
+    for group, names in known.items():
+        for key in OmegaConf.select(config, group) or ():
+            if key not in names:
+                value = OmegaConf.select(config, f"{group}.{key}")
+                raise SayoError("L34", f"nothing reads this key{did_you_mean(str(key), _names(names))}",
+                                where=f"{group}.{key}", got=value, wanted=", ".join(_names(names)),
+                                fix=f"correct the name; settings of a reward function stand in {KWARGS}"
+                                if group != "sayo" else "correct the name")  # fmt: skip
+
+
+def _names(keys: tuple[str, ...]) -> list[str]:
+    return [key for key in keys if key != "_target_"]
+
+
+@functools.cache
+def _sayo_keys() -> tuple[str, ...]:
+    """The keys of the group ``sayo`` that the package ships."""
+    return tuple(OmegaConf.load(Path(__file__).with_name("config") / "sayo_trainer.yaml").sayo)
 
 
 def _check_legacy(config: DictConfig) -> None:

@@ -20,7 +20,7 @@ import sayo_verl.reward_check
 from sayo_verl.methods import METHODS
 from sayo_verl.preflight import preflight
 from sayo_verl.reward import compute_score
-from sayo_verl.reward_check import KWARGS, configure
+from sayo_verl.reward_check import KEYS, KWARGS, configure
 
 PATH, NAME, MANAGER = (f"reward.{key}" for key in ("custom_reward_function.path", "custom_reward_function.name",
                                                    "reward_manager.name"))  # fmt: skip
@@ -124,6 +124,40 @@ def test_L34_a_value_out_of_range(make, key, value):  # noqa: F811
 def test_L34_settings_that_are_no_group(make):  # noqa: F811
     refused(add(make(), KWARGS, [1]), "L34")
     preflight(add(make(), KWARGS, None))
+
+
+@pytest.mark.parametrize("key", ["ground_truth", "solution_str", "data_source", "extra_info", "reward_router_address"])
+def test_L34_a_setting_does_not_replace_what_verl_passes(make, tmp_path, key):  # noqa: F811
+    (tmp_path / "mine.py").write_text("def compute_score(**kwargs): ...\n")
+    for path in ("pkg://sayo_verl.reward", "mine.py"):
+        error = refused(with_kwargs(make(**{PATH: path}), **{key: "red"}), "L34")
+        assert (error.where, error.got) == (f"{KWARGS}.{key}", "'red'")
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("reward.custom_reward_function.reward_kwrgs.accuracy_weight", "reward_kwargs"),
+        ("reward.custom_reward_function.pth", "path"),
+        ("reward.reward_kwargs.x", None), ("reward.num_worker", "num_workers"),
+        ("reward.reward_manager.reward_kwargs.x", None), ("reward.reward_manager.nam", "name"),
+        ("sayo.preflight_image", "preflight_images"),
+    ],
+)  # fmt: skip
+def test_L34_a_key_that_nothing_reads(make, key, near):  # noqa: F811
+    error = refused(add(make(), key, 3), "L34")
+    assert key.startswith(error.where)
+    assert (f"did you mean {near!r}?" in str(error)) == (near is not None)
+
+
+def test_keys_of_a_manager_are_taken_with_that_manager(make, base):  # noqa: F811
+    for group in ("reward", "reward.custom_reward_function", "reward.reward_manager"):
+        composed_keys = set(OmegaConf.select(base, group))
+        assert composed_keys == set(KEYS[group]) - {"reward_kwargs"}
+    preflight(add(make(**{MANAGER: "dapo"}), "reward.reward_kwargs.max_resp_len", 3))
+    refused(add(make(**{MANAGER: "dapo"}), "reward.reward_kwargs.max_resp_length", 3), "L34")
+    preflight(add(make(**{MANAGER: "rate_limited", PATH: None, **GRPO}), "reward.timeout", 3))
+    refused(add(make(), "reward.timeout", 3), "L34")
 
 
 def test_L32_math_without_its_package(make, monkeypatch):  # noqa: F811
