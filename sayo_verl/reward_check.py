@@ -64,8 +64,6 @@ def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) ->
             L35 for a function that is not there or does not take what verl passes, L36 for a manager or reward model
             that does not work with it.
     """
-    from verl.utils.import_utils import load_module
-
     _check_overrides(_kwargs(config))
     _check_legacy(config)
     _check_keys(config)
@@ -73,15 +71,14 @@ def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) ->
     path, name = config.reward.custom_reward_function.path, str(config.reward.custom_reward_function.name)
     if path is None:
         return "verl's built-in rule for the data source"
-    file = Path(str(path).removeprefix("file://"))
-    if not str(path).startswith("pkg://") and not file.is_file():
+    file = _file(str(path))
+    if file is not None and not file.is_file():
         raise SayoError("L19", "there is no reward function file", where=f"{FUNCTION}.path", got=path,
                         fix="use pkg://sayo_verl.reward or correct the path")  # fmt: skip
     kwargs = _kwargs(config)
     plan = f"{path}:{name} {kwargs or ''}".strip()
-    try:
-        module = load_module(str(path))
-    except (ImportError, SyntaxError, RuntimeError) as error:
+    module, error = _load(str(path))
+    if error is not None:
         reason = f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split())[:200]}"
         if dry_run:
             return f"{plan} - NOT CHECKED, it cannot be loaded here ({reason})"
@@ -99,9 +96,36 @@ def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) ->
 
 
 def is_ours(config: DictConfig) -> bool:
-    """Whether the run's reward function is ``sayo_verl.reward``'s."""
+    """Whether the run's reward function is ``sayo_verl.reward``'s, under whatever path and name it is loaded."""
     path, name = config.reward.custom_reward_function.path, config.reward.custom_reward_function.name
-    return str(path).replace("/", ".") == "pkg:..sayo_verl.reward" and name == compute_score.__name__
+    function = None if path is None else getattr(_load(str(path))[0], str(name), None)
+    # loaded from its file it is another object with the same code
+    return getattr(function, "__code__", None) == compute_score.__code__
+
+
+def _file(path: str) -> Path | None:
+    """The file that a path of verl's ``load_module`` names; None for a package."""
+    return None if path.startswith("pkg://") else Path(path.removeprefix("file://"))
+
+
+def _load(path: str) -> tuple[Any, Exception | None]:
+    """The module of a reward function, or None and why it cannot be loaded; run once per state of the file."""
+    file = _file(path)
+    if file is None:
+        return _load_once(path, None)
+    if not file.is_file():
+        return None, FileNotFoundError(path)
+    return _load_once(str(file.resolve()), (file.stat().st_mtime_ns, file.stat().st_size))
+
+
+@functools.lru_cache(maxsize=4)
+def _load_once(path: str, state: tuple[int, int] | None) -> tuple[Any, Exception | None]:
+    from verl.utils.import_utils import load_module
+
+    try:
+        return load_module(path), None
+    except Exception as error:  # noqa: BLE001 (a user's module may raise anything; the caller reports it)
+        return None, error
 
 
 def own_settings(config: DictConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import sayo_verl.reward_check
 from sayo_verl.methods import METHODS
 from sayo_verl.preflight import preflight
 from sayo_verl.reward import compute_score
-from sayo_verl.reward_check import KEYS, KWARGS, configure
+from sayo_verl.reward_check import KEYS, KWARGS, configure, is_ours
 
 PATH, NAME, MANAGER = (f"reward.{key}" for key in ("custom_reward_function.path", "custom_reward_function.name",
                                                    "reward_manager.name"))  # fmt: skip
@@ -203,6 +203,27 @@ def test_L31_a_reward_that_no_answer_changes(make, values, format_weight, remark
         plan = dict(preflight(with_kwargs(make(**values), **weights)))["reward"]
         assert remark in plan
         assert ("nothing says" in plan) == bool(remark)
+
+
+@pytest.mark.parametrize("path", ["{file}", "file://{file}", "pkg://sayo_verl.reward.__init__", "pkg://sayo_verl/reward",
+                                  "alias.py"])  # fmt: skip
+def test_our_function_is_known_under_every_path(make, tmp_path, path):  # noqa: F811
+    (tmp_path / "alias.py").write_text("from sayo_verl.reward import compute_score\n")
+    path = path.format(file=sayo_verl.reward.__file__)
+    assert is_ours(make(**{PATH: path}))
+    refused(with_kwargs(make(**{PATH: path}, **GRPO), accuracy_weight=0.0), "L31")
+
+
+def test_a_function_of_the_users_is_not_ours_and_is_loaded_once(make, tmp_path):  # noqa: F811
+    assert not is_ours(make(**{PATH: None}))
+    assert not is_ours(make(**{PATH: "absent.py"}))
+    assert not is_ours(make(**{NAME: "length_factor"}))
+    count = "from pathlib import Path\nwith Path('loads').open('a') as file:\n    file.write('x')\n"
+    (tmp_path / "mine.py").write_text(count + "def compute_score(**kwargs): ...\n")
+    config = make(**{PATH: "mine.py"})
+    preflight(config)
+    assert not is_ours(config)
+    assert (tmp_path / "loads").read_text() == "x"
 
 
 def test_every_method_has_a_case_above(repo):
