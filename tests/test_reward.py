@@ -122,7 +122,16 @@ def test_answers_are_compared_after_normalising(answer, truth, same):
         ("_red_", "red", True), ("~~red~~", "red", True), ("\u200bred\ufeff", "red", True),
         ("\u200fred\u200e", "red", True),
         ("\u2066red\u2069", "red", True), ("re\u00add", "red", True), ("red…", "red", True), ("ＲＥＤ．", "red", True),
-        ("Straße", "STRASSE", True), ("(red)!", "red", True), ("don't", "don’t", False), ("red's", "reds", False),
+        ("Straße", "STRASSE", True), ("(red)!", "red", True), ("don't", "don’t", True), ("red's", "reds", False),
+        ("Men’s", "Men's", True), ("O’Brien", "O'Brien", True), ("oʼbrien", "O‛Brien", True), ("5′", "5'", True),
+        ("5″", '5"', True), ("the “Queen” hotel", 'the "Queen" hotel', True), ("Mens", "Men's", False),
+        ("5′", "5″", False),
+        ("A'", "A", False), ("f′", "f", False), ("n!", "n", False), ("(n)!", "n", False), ("f(x)'", "f(x)", False),
+        ("2n!", "2n", False), ("sin(x)", "sin(x).", True), ("__init__", "init", False),
+        ("__the one__", "the one", True),
+        ("red!", "red", True), ("Vitamin C!", "vitamin C", True), ("“A”", "A", True), ("'A'", "A", True),
+        ('"A\'"', "A'", True), ("“A”.", "A", True), ("红！", "红", True), ("5»", "5", True),
+        ("the boys’", "boys", True),
         # letters of a choice
         ("(A)", "A", True), ("A)", "A", True), ("[B]", "B", True), ("A.", "A", True), ("(A)", "B", False),
         ("A B", "B", False), ("A, B", "B", False), ("the A", "a", True),
@@ -169,7 +178,8 @@ def test_normalising_twice_changes_nothing(text):
     end=st.sampled_from(["", ".", "。", "！", "؟", "।", "\u200b", " \n"]),
 )
 def test_a_right_word_in_quotation_marks_is_right(word, quotes, end):
-    if why_not_gradable(word) is None:
+    formula = len(word) == 1 and end == "！"  # "n!" is not "n"
+    if why_not_gradable(word) is None and not formula:
         assert marks(f"<answer>{quotes[0]}{word}{end}{quotes[1]}{end}</answer>", word)[1] == 1
 
 

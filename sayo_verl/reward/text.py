@@ -4,12 +4,15 @@ Two answers are equal when their normal forms are equal and not empty. ``normali
 
  - Characters. Canonical composition (NFC) and case folding. Compatible characters (full width, ligatures) are one
    character. Superscripts, subscripts, fractions and circled numbers stay, for "10⁵" is not "105". Decimal digits of
-   any script are ASCII digits; dashes and the minus sign are "-". Characters that cannot be seen are dropped:
-   zero-width characters, byte order marks, marks of direction. White space is collapsed. A character keeps at most
-   30 combining marks, for composing takes time that grows with the square of their number.
+   any script are ASCII digits; dashes and the minus sign are "-"; apostrophes and primes are "'", double ones '"'.
+   Characters that cannot be seen are dropped: zero-width characters, byte order marks, marks of direction. White space
+   is collapsed. A character keeps at most 30 combining marks, for composing takes time that grows with the square of
+   their number.
  - Ends. Quotation marks of any script, paired Markdown emphasis (``**red**``, ``_red_``, ``~~red~~``) and sentence
-   punctuation of any script are dropped. Three things stay: punctuation directly before a digit (".5"), "!" directly
-   after a digit or a bracketed formula ("5!", "(n-1)!"), and a quotation mark after a digit if none is in front (5").
+   punctuation of any script are dropped. ``__red__`` stays, for names of programs look so (``__init__``). Three other
+   things stay: punctuation directly before a digit (".5"), and directly after a digit or a formula "!" ("5!", "n!",
+   "(n-1)!") and a quotation mark if none like it is in front (5", "f'"). A formula ends in a letter or a bracket and
+   has no two letters in a row, or ends in a bracket and has a digit or an operator.
  - Brackets. "(A)", "(A", "A)" are "A", "[red]" is "red", "(3)" is "3". Brackets stay around anything with a separator
    or another bracket in it ("[0,1)", "(0,1]", "{a, b}"), and around a number if they are square or curly.
  - Articles. A leading "the" or "an" is dropped, and a leading "a" unless a single letter follows ("A B").
@@ -39,14 +42,17 @@ _TRANSLATED = {
     "\N{ARABIC THOUSANDS SEPARATOR}": ",",
     "\N{MINUS SIGN}": "-",
     "\N{ACUTE ACCENT}": "'",
-    "`": "'",
+    **dict.fromkeys("`\N{LEFT SINGLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK}\N{PRIME}"
+                    "\N{SINGLE HIGH-REVERSED-9 QUOTATION MARK}\N{MODIFIER LETTER APOSTROPHE}", "'"),
+    **dict.fromkeys("\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}"
+                    "\N{DOUBLE LOW-9 QUOTATION MARK}\N{DOUBLE PRIME}", '"'),
     "【": "[",
     "】": "]",
-}
+}  # fmt: skip
 # Invisible operators separate what stands beside them: 2 times 3 is not 23.
 _UNSEEN = regex.compile(r"(?![\u2061-\u2064])[\p{Cf}\p{Cc}\p{Default_Ignorable_Code_Point}]")
 _MARKS = regex.compile(r"(\p{M}{30})\p{M}+")
-_FORMULA = regex.compile(r"[\d+*/^-].*[)\]}]$")
+_FORMULA = regex.compile(r"(?!.*\p{L}{2}).*[\p{Latin}\p{Greek})\]}]|.*[\d+*/^-].*[)\]}]")
 _QUOTE = regex.compile(r"[\p{Quotation_Mark}《》〈〉]")
 _PUNCTUATION = regex.compile(r"[\p{Terminal_Punctuation}¿¡]")
 _EMPHASIS = ("***", "**", "*", "___", "__", "_", "~~")
@@ -111,13 +117,12 @@ def _ends(text: str) -> str:
         last -= 1
     if first == last:
         return ""
-    quoted = any(_kind(c) == "quote" for c in text[:first])
+    opened, core = text[:first], text[first:last]
     if text[first].isdigit():
         while first > 0 and text[first - 1] not in "¿¡" and _kind(text[first - 1]) == "punctuation":
             first -= 1
-    digit = text[last - 1].isdigit()
-    if digit or (text[last - 1] in ")]}" and _FORMULA.search(text, 0, last)):
-        while last < len(text) and (text[last] == "!" or (digit and not quoted and _kind(text[last]) == "quote")):
+    if core[-1].isdigit() or _FORMULA.fullmatch(core):
+        while last < len(text) and (text[last] == "!" or (text[last] in "'\"" and text[last] not in opened)):
             last += 1
     return text[first:last]
 
@@ -127,7 +132,7 @@ def _emphasis(text: str) -> str:
     for mark in _EMPHASIS:
         inner = text[len(mark) : -len(mark)]
         if text.startswith(mark) and text.endswith(mark) and inner.strip("*_~ ") and mark not in inner:
-            return inner
+            return text if mark == "__" and inner.isascii() and inner.isidentifier() else inner
     return text
 
 
