@@ -84,15 +84,29 @@ def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) ->
             return f"{plan} - NOT CHECKED, it cannot be loaded here ({reason})"
         raise SayoError("L19", "the reward function cannot be loaded", where=f"{FUNCTION}.path",
                         got=f"{path} ({reason})", fix="correct the module") from error  # fmt: skip
-    _check_arguments(config, _function(module, str(path), name), kwargs)
+    function = _function(module, str(path), name)
+    _check_kind(config, function)
+    _check_arguments(config, function, kwargs)
     if not is_ours(config):
         return plan
     settings = own_settings(config)
     check_settings(**settings)
     if settings["judge"] == "math":
         require_math_verify()
-    remark = _check_correctness(settings, method)
-    return plan + (f"; {remark}" if remark else "")
+    remarks = [_check_correctness(settings, method), _check_tokenizer(settings["length_tokenizer"], dry_run)]
+    return "; ".join([plan, *filter(None, remarks)])
+
+
+def _check_tokenizer(path: str | None, dry_run: bool) -> str:
+    """Refuse a path of a tokenizer that is not there; other names are looked for on the hub."""
+    local = path is not None and (path.startswith(("/", ".", "~")) or path.count("/") > 1 or
+                                  ("/" in path and Path(path).parent.is_dir()))  # fmt: skip
+    if path is None or not local or Path(path).is_dir():
+        return ""
+    if dry_run:
+        return f"{path} - NOT THERE YET, needed before the run"
+    raise SayoError("L34", "there is no tokenizer at this path", where=f"{KWARGS}.length_tokenizer", got=path,
+                    wanted="a model folder or hub name", fix="correct it; ~ is not expanded")  # fmt: skip
 
 
 def is_ours(config: DictConfig) -> bool:
@@ -226,6 +240,32 @@ def _function(module: Any, path: str, name: str) -> Callable[..., Any]:
     return function
 
 
+def _check_kind(config: DictConfig, function: Callable[..., Any]) -> None:
+    """Refuse what verl would not call as meant: it awaits a function defined with ``async def``, and nothing else."""
+    asynchronous = inspect.iscoroutinefunction(function)
+    hidden = [f for f in (inspect.unwrap(function), getattr(function, "__call__", None))  # noqa: B004 (its kind)
+              if inspect.iscoroutinefunction(f)]  # fmt: skip
+    kind, fix = "", "name a function defined with def or async def"
+    if inspect.isclass(function):
+        kind = "a class"
+    elif hidden and not asynchronous:
+        kind = "a wrapper around an async function: verl does not await it and takes the coroutine as the score"
+        fix = "name a function defined with async def; or with def, without functools.wraps, that runs it"
+    else:
+        try:
+            inspect.signature(function)
+        except ValueError:
+            kind = "a function without a signature"
+    if kind:
+        raise SayoError("L35", f"the reward function is {kind}", where=f"{FUNCTION}.name", got=f"{function!r:.80}",
+                        wanted="a function", fix=fix)  # fmt: skip
+    manager = config.reward.reward_manager
+    if asynchronous and manager.source == "register" and manager.name == "remote":
+        raise SayoError("L36", "this manager does not await an async reward function",
+                        where="reward.reward_manager.name", got=manager.name,
+                        fix="set it to naive, or define the function with def")  # fmt: skip
+
+
 def _check_arguments(config: DictConfig, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
     """What verl passes and what the configuration sets, against the function's parameters."""
     passed = PASSED + (PASSED_BESIDE_MODEL if config.reward.reward_model.enable else ())
@@ -286,7 +326,8 @@ def check_template(config: DictConfig) -> str:
 
     Raises:
         SayoError: L33 for a ``think_opened`` that contradicts the template, and for a tokenizer that takes a tag for a
-            special token: verl drops those from the text of a response.
+            special token: verl drops those from the text of a response. L33 also for a template that has opened the
+            answer block: no response then holds ``<answer>``.
     """
     if not is_ours(config):
         return "-"
@@ -299,6 +340,10 @@ def check_template(config: DictConfig) -> str:
         raise SayoError("L33", "the tokenizer takes a tag for a special token, and verl drops those from responses",
                         where="actor_rollout_ref.model.path", got=", ".join(dropped), wanted="the tag as plain text",
                         fix="add the token to the tokenizer with special=False")  # fmt: skip
+    if found.opens(TAGS[2], TAGS[3]):
+        raise SayoError("L33", "the chat template opens the answer block, and responses are read for <answer>",
+                        where="actor_rollout_ref.model.path", got=repr(found.text[-80:]), wanted="no open <answer>",
+                        fix="set actor_rollout_ref.model.custom_chat_template to one that does not")  # fmt: skip
     if released:
         return "format=released reads no think block"
     asked = _kwargs(config).get("think_opened")
@@ -330,7 +375,10 @@ class _Prompt:
 
     @property
     def opened(self) -> bool:
-        return self.text.rfind(TAGS[0]) > self.text.rfind(TAGS[1])
+        return self.opens(TAGS[0], TAGS[1])
+
+    def opens(self, start: str, end: str) -> bool:
+        return self.text.rfind(start) > self.text.rfind(end)
 
 
 def _prompt(config: DictConfig) -> _Prompt | str:
@@ -364,7 +412,7 @@ def _render(path: str, template: str | None, kwargs: str, trust_remote_code: boo
                                 add_generation_prompt=generation, **json.loads(kwargs))
             for generation in (True, False)
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, ImportError, TemplateError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, ArithmeticError, TemplateError) as error:
         return f"no prompt can be rendered here ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     decoded = {tag: tokenizer.decode(tokenizer.encode(tag, add_special_tokens=False), skip_special_tokens=True)
                for tag in TAGS}  # fmt: skip

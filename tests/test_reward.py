@@ -8,6 +8,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,7 @@ def test_truths_that_an_answer_can_equal(truth):
     ("truth", "reason"),
     [
         (None, "null"), (["red"], "list"), ({"a": 1}, "dict"), (True, "bool"), (float("nan"), "float"),
-        (b"red", "bytes"),
+        (b"red", "bytes"), (Fraction(1, 3), "Fraction"),
         ("", "empty"), (" \n", "empty"), ("?", "punctuation"), ("。", "punctuation"), ("“”", "punctuation"),
         ("\u200b", "cannot be seen"), ("[]", "punctuation"), ("<answer> 3 </answer>", "<answer>"),
         ("</Think>3", "</Think>"),

@@ -99,6 +99,38 @@ def test_what_a_function_of_the_users_takes(make, tmp_path, head, kwargs, code, 
         assert named in str(refused(config, code))
 
 
+ASYNC = "import asyncio, functools\nasync def inner(**kwargs): return 1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("compute_score = max", "without a signature"),
+        ("class compute_score:\n  def __init__(self, **kwargs): ...", "a class"),
+        ("class C:\n  async def __call__(self, **kwargs): return 1.0\ncompute_score = C()", "takes the coroutine"),
+        ("@functools.wraps(inner)\ndef compute_score(**kwargs): return inner(**kwargs)", "takes the coroutine"),
+        ("class C:\n  def __call__(self, **kwargs): return 1.0\ncompute_score = C()", None),
+        ("compute_score = functools.partial(inner, x=1)", None),
+        ("@functools.wraps(inner)\nasync def compute_score(**kwargs): return await inner(**kwargs)", None),
+        ("def compute_score(**kwargs): return asyncio.run(inner(**kwargs))", None),
+    ],
+)
+def test_L35_what_verl_does_not_call_as_meant(make, tmp_path, text, named):  # noqa: F811
+    (tmp_path / "mine.py").write_text(ASYNC + text)
+    config = make(**{PATH: "mine.py"})
+    if named is None:
+        preflight(config)
+    else:
+        assert named in str(refused(config, "L35"))
+
+
+def test_L36_an_async_function_with_remote(make, tmp_path):  # noqa: F811
+    (tmp_path / "mine.py").write_text(ASYNC)
+    values = {PATH: "mine.py", NAME: "inner"}
+    assert refused(make(**values, **{MANAGER: "remote", "ray_kwargs.ray_init.num_cpus": 100}), "L36").where == MANAGER
+    preflight(make(**values))
+
+
 # --------------------------------------------------------------------------------------------------- settings: L32, L34
 
 
@@ -112,13 +144,22 @@ def test_L34_a_misspelt_setting_suggests_the_right_one(make):  # noqa: F811
 @pytest.mark.parametrize(
     ("key", "value"),
     [("format_weight", -1.0), ("accuracy_weight", "1"), ("accuracy_weight", True), ("accuracy_weight", float("nan")),
-     ("judge", "maths"), ("format", "ours"), ("think_opened", "yes")],
+     ("judge", "maths"), ("format", "ours"), ("think_opened", "yes"),
+     ("length_tokenizer", 3), ("length_tokenizer", "")],
 )  # fmt: skip
 def test_L34_a_value_out_of_range(make, key, value):  # noqa: F811
     error = refused(with_kwargs(make(), **{key: value}), "L34")
     assert (error.where, error.got) == (f"{KWARGS}.{key}", repr(value))
     with pytest.raises(sayo_verl.reward.SayoError, match="SAYO-L34"):
         compute_score("", "", "red", **{key: value})
+
+
+@pytest.mark.parametrize("path", ["/absent/model", "~/model", "model/absent", "models/of/mine"])
+def test_L34_a_tokenizer_that_is_not_there(make, path):  # noqa: F811
+    config = with_kwargs(make(), length_tokenizer=path)
+    assert refused(config, "L34").got == path
+    assert f"{path} - NOT THERE YET" in dict(preflight(config, dry_run=True))["reward"]
+    preflight(with_kwargs(make(), length_tokenizer="nobody/nothing"))
 
 
 def test_L34_settings_that_are_no_group(make):  # noqa: F811
@@ -414,6 +455,19 @@ def test_the_released_format_reads_no_think_block(template):
     config = template(OPENED, format="released")
     assert dict(preflight(config))["template"] == "format=released reads no think block"
     assert think_opened(config) is None
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"format": "released"}])
+def test_L33_an_answer_block_that_the_template_opens(template, kwargs):
+    assert "<answer>" in refused(template("<think>\n\n</think>\n<answer>", **kwargs), "L33").got
+    preflight(template("<answer>x</answer>", **kwargs))
+
+
+def test_a_template_that_divides_by_zero_is_not_checked(template):
+    config = template("")
+    text = "{%- if add_generation_prompt -%}{{- 1 // 0 -}}{%- endif -%}"
+    OmegaConf.update(config, "actor_rollout_ref.model.custom_chat_template", text)
+    assert "not checked: no prompt can be rendered here (ZeroDivisionError" in dict(preflight(config))["template"]
 
 
 def test_L33_a_tag_that_decoding_drops(template):

@@ -165,7 +165,10 @@ def truth_text(ground_truth: object) -> str | None:
         return ground_truth
     if isinstance(ground_truth, bool) or not isinstance(ground_truth, (numbers.Real, decimal.Decimal)):
         return None
-    value = decimal.Decimal(str(ground_truth))
+    try:
+        value = decimal.Decimal(str(ground_truth))
+    except decimal.InvalidOperation:  # fractions.Fraction(1, 3)
+        return None
     return format(value, "f") if value.is_finite() else None
 
 
