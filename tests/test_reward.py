@@ -213,8 +213,9 @@ def test_D70_a_truth_that_cannot_be_graded_is_never_graded(truth):
 
 
 @pytest.mark.parametrize(
-    "truth", ["red", "3", 3, 3.0, 0, 1e-7, "None", "a", "-3", "x < y", "10⁵", "[0,1)", "%", "+", "The red one.", "<b>"]
-)
+    "truth", ["red", "3", 3, 3.0, 0, 1e-7, "None", "a", "-3", "x < y", "10⁵", "[0,1)", "%", "+", "The red one.", "<b>",
+              "The answer is blowing in the wind", "a saline solution", "answer", "The solution is clear", "<s>"],
+)  # fmt: skip
 def test_truths_that_an_answer_can_equal(truth):
     assert why_not_gradable(truth) is None
 
@@ -228,7 +229,13 @@ def test_truths_that_an_answer_can_equal(truth):
         ("\u200b", "cannot be seen"), ("[]", "punctuation"), ("<answer> 3 </answer>", "<answer>"),
         ("</Think>3", "</Think>"),
         ("3<|im_end|>", "<|im_end|>"), ("\\boxed{3}", "boxed"), ("2 + 1 = 3\n#### 3", "####"),
-        ("It is round. So the answer is red.", "the answer is"), ("Answer: red", "Answer:"), ("x" * 20_000, "20000"),
+        ("It is round. So the answer is red.", "the answer is"), ("Answer: red", "Answer:"),
+        ("**Answer:** B", "Answer:"),
+        ("**Answer**: B", "Answer**:"), ("Ans: B", "Ans:"), ("The answer: B", "The answer:"),
+        ("Correct answer: B", "Correct answer:"), ("Solution: 5", "Solution:"), ("答案：B", "答案："),
+        ("<analysis>x</analysis>B", "<analysis>"), ("B</s>", "</s>"), ("The answer is **B**", "answer is"),
+        ("the correct answer is:\nthe very long way round", "answer is:"), ("The answer is 3.5. Done", "answer is"),
+        ("x" * 20_000, "20000"),
     ],
 )  # fmt: skip
 def test_truths_that_no_answer_can_equal_are_named(truth, reason):

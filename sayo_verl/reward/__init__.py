@@ -93,8 +93,12 @@ def check_settings(*, format_weight: Any, accuracy_weight: Any, judge: Any, form
         ("judge", judge, judge in JUDGES, " or ".join(JUDGES)),
         ("format", format, format in FORMATS, " or ".join(FORMATS)),
         ("think_opened", think_opened, isinstance(think_opened, bool), "true or false"),
-        ("length_tokenizer", length_tokenizer, length_tokenizer is None or
-         (isinstance(length_tokenizer, str) and bool(length_tokenizer.strip())), "a model folder or hub name, or null"),
+        (
+            "length_tokenizer",
+            length_tokenizer,
+            length_tokenizer is None or (isinstance(length_tokenizer, str) and bool(length_tokenizer.strip())),
+            "a model folder or hub name, or null",
+        ),
     ):
         if not right:
             raise SayoError("L34", f"{name} of the reward function is out of range",

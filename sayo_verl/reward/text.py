@@ -63,11 +63,14 @@ _ARTICLE = regex.compile(r"(?:(?:the|an) |a (?=\w\w|\d))+(?=\S)")
 _NUMBER = regex.compile(r"([-+]?)(0|[1-9]\d*|[1-9]\d{0,2}(?:,\d{3})+)?(?:\.(\d*))?")
 # What shows that a truth holds more than the answer, and what the response is marked up with.
 _MARKUP = regex.compile(
-    r"(?i)</?\s*(?:think(?:ing)?|thought|answer|reason(?:ing)?|rationale|reflection|solution|conclusion|image|video)\s*/?>"
-    r"|<\|.{1,40}?\|>"
+    r"(?i)</?\s*(?:think(?:ing)?|thought|answer|reason(?:ing)?|rationale|reflection|analysis|solution|conclusion|image|video)\s*/?>"
+    r"|<\|.{1,40}?\|>|</s>"
 )
+# A label with a colon, or "the answer is" and at most three words: more may be an answer ("... blowing in the wind").
 _THOUGHT = regex.compile(
-    r"(?im)####|\b(?:the (?:final |correct |right )?answer is|final answer)\b|^\s*answer\s*[:\uff1a]"
+    r"(?im)####|\bfinal answer\b|答案[*_ ]*[:\uff1a]"
+    r"|(?:^[ \t*_#>-]*(?:the )?|\bthe )(?:correct |right )?"
+    r"(?:(?:answer|ans|solution)[*_ ]*[:\uff1a]|answer is(?:[*_ ]*[:\uff1a]|(?:\s+\S+){1,3}?(?:$|[.!。](?=\s))))"
 )
 _BOXED = regex.compile(r"\\(?:boxed|fbox)\b")
 
