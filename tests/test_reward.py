@@ -133,6 +133,10 @@ def test_answers_are_compared_after_normalising(answer, truth, same):
         ("red!", "red", True), ("Vitamin C!", "vitamin C", True), ("“A”", "A", True), ("'A'", "A", True),
         ('"A\'"', "A'", True), ("“A”.", "A", True), ("红！", "红", True), ("5»", "5", True),
         ("the boys’", "boys", True),
+        # spacing
+        ("a,b", "a, b", True), ("(1,2)", "(1, 2)", True), ("a ;b", "a; b", True), ("50 %", "50%", True),
+        ("1, 200", "1200", False), ("1,200", "1200", True), ("(100,200)", "(100, 200)", True), ("a,b", "ab", False),
+        ("$x$", "x", True), (r"\(3\)", "3", True), ("$5$ or $6$", "5$ or $6", False), ("**“1,200”**", "1200", True),
         # letters of a choice
         ("(A)", "A", True), ("A)", "A", True), ("[B]", "B", True), ("A.", "A", True), ("(A)", "B", False),
         ("A B", "B", False), ("A, B", "B", False), ("the A", "a", True),
@@ -148,7 +152,7 @@ def test_answers_are_compared_after_normalising(answer, truth, same):
         ("10⁵", "105", False),
         ("x²", "x2", False), ("H₂O", "H2O", False), ("½", "1/2", False), ("1½", "11/2", False), ("①", "1", False),
         ("2\u20623", "23", False), ("[0,1)", "(0,1]", False), ("(0,1)", "[0,1]", False), ("{1,2}", "(1,2)", False),
-        ("[0, 1)", "[0,1)", False), ("{3}", "3", False), ("*a* and *b*", "a* and *b", False), ("a-b", "ab", False),
+        ("[0, 1)", "[0,1)", True), ("{3}", "3", False), ("*a* and *b*", "a* and *b", False), ("a-b", "ab", False),
         ("!", "!!", False),
     ],
     ids=ascii,
@@ -496,6 +500,11 @@ def math_acc(answer: str, truth: Any) -> float:
         (".5", "5", False), ("act", "cat", False), ("not 3", "3", False), ("3 cm", "3 m", False),
         ("3 or 4", "4", False),
         ("", "3", False), ("x", "y", False), ("1/0", "3", False),
+        ("5%", "5", False), ("5 m", "5 s", False), ("12°C", "12°F", False), ("2020-01-01", "2018", False),
+        ("8:30", "8/30", False), ("5_2", "5_3", False), ("A,B", "B,A", False), ("5=6", "6", False),
+        ("n!", "n", False), ("f'(x)", "f(x)", False), ("X", "x", False), ("Blue", "blue", True),
+        ("x+1", "1+x", True), ("x+x", "2x", True), ("y+x", "x+y", True), (r"12^\circ", "12°", True),
+        (r"5\%", "5%", True),
     ],
 )  # fmt: skip
 def test_math_verify_judges_numbers_and_formulas(answer, truth, same):

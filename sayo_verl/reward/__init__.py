@@ -30,7 +30,7 @@ import math
 from typing import Any
 
 from sayo_verl.errors import SayoError
-from sayo_verl.reward.formula import equal_formulas
+from sayo_verl.reward.formula import equal_formulas, same_letters
 from sayo_verl.reward.text import (
     MAX_CHARACTERS,
     SLACK_CHARACTERS,
@@ -139,7 +139,9 @@ def _same(answer: str | None, truth: object, judge: str) -> bool:
                         fix="correct or remove the row")  # fmt: skip
     if not answer or len(answer) > SLACK_CHARACTERS + 4 * len(text):
         return False
-    return normalise(answer) == wanted or (judge == "math" and equal_formulas(answer, text))
+    if judge == "math":
+        return (normalise(answer) == wanted and same_letters(answer, text)) or equal_formulas(answer, text)
+    return normalise(answer) == wanted
 
 
 def compute_score(

@@ -19,6 +19,8 @@ Two answers are equal when their normal forms are equal and not empty. ``normali
  - Numbers. A plain decimal number stands for its value: "3", "3.0" and "+3."; ".5" and "0.5"; "1,000" and "1000", with
    exact groups of three. Exponents, fractions, percentages and units are text. So is a number with a needless zero in
    front ("007").
+ - Spacing. One "$...$" or "\\(...\\)" around everything is dropped. In all but a plain number one space follows a
+   comma or semicolon between two things ("(1,2)" is "(1, 2)"), and none stands between a digit and "%".
 """
 
 import decimal
@@ -55,6 +57,9 @@ _MARKS = regex.compile(r"(\p{M}{30})\p{M}+")
 _FORMULA = regex.compile(r"(?!.*\p{L}{2}).*[\p{Latin}\p{Greek})\]}]|.*[\d+*/^-].*[)\]}]")
 _QUOTE = regex.compile(r"[\p{Quotation_Mark}《》〈〉]")
 _PUNCTUATION = regex.compile(r"[\p{Terminal_Punctuation}¿¡]")
+_MATH = regex.compile(r"\$([^$]+)\$|\\\(((?:(?!\\[()]).)+)\\\)")
+_SEPARATOR = regex.compile(r"(?<=[^\s.,;:!?¿¡]) *([,;]) *(?=[^\s\p{Terminal_Punctuation}])")
+_PERCENT = regex.compile(r"(?<=\d) +(?=%)")
 _EMPHASIS = ("***", "**", "*", "___", "__", "_", "~~")
 _ROUND = regex.compile(r"\(([^()\[\]{},;:|]+)\)")
 _SQUARE = regex.compile(r"[\[{](?=\p{L})([^()\[\]{},;:|]+)[\]}]")
@@ -149,16 +154,25 @@ def _number(text: str) -> str:
     return f"-{value}" if found[1] == "-" and value != "0" else value
 
 
+def _spacing(text: str) -> str:
+    """The rule on spacing, for text that is no number: a space after the comma of "1,200" would hide its value."""
+    return _PERCENT.sub("", _SEPARATOR.sub(r"\1 ", text))
+
+
 def normalise(answer: str) -> str:
     """The form in which an answer is compared; empty if nothing of it can be compared. See the rules above."""
     text = _characters(answer)
     while True:
         shorter = _emphasis(_ends(text))
+        if found := _MATH.fullmatch(shorter):
+            shorter = found[1] or found[2]
         for brackets in (_LETTER, _ROUND, _SQUARE):
             shorter = brackets.sub(r"\1", shorter) if brackets.fullmatch(shorter) else shorter
         shorter = _ARTICLE.sub("", shorter) if _ARTICLE.match(shorter) else shorter
         if shorter == text:
-            return _number(text) if text.strip("()[]{} ") else ""
+            if not text.strip("()[]{} "):
+                return ""
+            return _number(text) if _NUMBER.fullmatch(text) else _spacing(text)
         text = shorter
 
 
