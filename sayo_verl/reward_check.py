@@ -25,6 +25,17 @@ KWARGS = f"{FUNCTION}.reward_kwargs"
 # Keywords by which every reward manager of verl calls the function, and those beside a reward model.
 PASSED = ("data_source", "solution_str", "ground_truth", "extra_info")
 PASSED_BESIDE_MODEL = ("reward_router_address", "reward_model_tokenizer")
+# verl/trainer/config/reward/reward.yaml, and what verl's managers read beside it (experimental/reward_loop).
+KEYS: dict[str, tuple[str, ...]] = {
+    "reward": ("_target_", "num_workers", "custom_reward_function", "reward_manager", "reward_model", "sandbox_fusion"),
+    "reward.custom_reward_function": ("path", "name", "reward_kwargs"),
+    "reward.reward_manager": ("_target_", "source", "name", "module"),
+    "reward.reward_kwargs": ("overlong_buffer_cfg", "max_resp_len"),
+}
+MANAGER_KEYS: dict[str, tuple[str, ...]] = {
+    "dapo": ("reward_kwargs",),
+    "rate_limited": ("max_concurrent", "max_rpm", "max_tpm", "estimated_tokens_per_request", "timeout"),
+}
 # What the keys of earlier versions of verl are called today; the rest moves below reward.
 _RENAMED = {
     "reward_model.num_workers": "reward.num_workers",
@@ -53,42 +64,82 @@ def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) ->
             L35 for a function that is not there or does not take what verl passes, L36 for a manager or reward model
             that does not work with it.
     """
-    from verl.utils.import_utils import load_module
-
+    _check_overrides(_kwargs(config))
     _check_legacy(config)
+    _check_keys(config)
     _check_manager(config)
     path, name = config.reward.custom_reward_function.path, str(config.reward.custom_reward_function.name)
     if path is None:
         return "verl's built-in rule for the data source"
-    file = Path(str(path).removeprefix("file://"))
-    if not str(path).startswith("pkg://") and not file.is_file():
+    file = _file(str(path))
+    if file is not None and not file.is_file():
         raise SayoError("L19", "there is no reward function file", where=f"{FUNCTION}.path", got=path,
                         fix="use pkg://sayo_verl.reward or correct the path")  # fmt: skip
     kwargs = _kwargs(config)
     plan = f"{path}:{name} {kwargs or ''}".strip()
-    try:
-        module = load_module(str(path))
-    except (ImportError, SyntaxError, RuntimeError) as error:
+    module, error = _load(str(path))
+    if error is not None:
         reason = f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split())[:200]}"
         if dry_run:
             return f"{plan} - NOT CHECKED, it cannot be loaded here ({reason})"
         raise SayoError("L19", "the reward function cannot be loaded", where=f"{FUNCTION}.path",
                         got=f"{path} ({reason})", fix="correct the module") from error  # fmt: skip
-    _check_arguments(config, _function(module, str(path), name), kwargs)
+    function = _function(module, str(path), name)
+    _check_kind(config, function)
+    _check_arguments(config, function, kwargs)
     if not is_ours(config):
         return plan
     settings = own_settings(config)
     check_settings(**settings)
     if settings["judge"] == "math":
         require_math_verify()
-    remark = _check_correctness(settings, method)
-    return plan + (f"; {remark}" if remark else "")
+    remarks = [_check_correctness(settings, method), _check_tokenizer(settings["length_tokenizer"], dry_run)]
+    return "; ".join([plan, *filter(None, remarks)])
+
+
+def _check_tokenizer(path: str | None, dry_run: bool) -> str:
+    """Refuse a path of a tokenizer that is not there; other names are looked for on the hub."""
+    local = path is not None and (path.startswith(("/", ".", "~")) or path.count("/") > 1 or
+                                  ("/" in path and Path(path).parent.is_dir()))  # fmt: skip
+    if path is None or not local or Path(path).is_dir():
+        return ""
+    if dry_run:
+        return f"{path} - NOT THERE YET, needed before the run"
+    raise SayoError("L34", "there is no tokenizer at this path", where=f"{KWARGS}.length_tokenizer", got=path,
+                    wanted="a model folder or hub name", fix="correct it; ~ is not expanded")  # fmt: skip
 
 
 def is_ours(config: DictConfig) -> bool:
-    """Whether the run's reward function is ``sayo_verl.reward``'s."""
+    """Whether the run's reward function is ``sayo_verl.reward``'s, under whatever path and name it is loaded."""
     path, name = config.reward.custom_reward_function.path, config.reward.custom_reward_function.name
-    return str(path).replace("/", ".") == "pkg:..sayo_verl.reward" and name == compute_score.__name__
+    function = None if path is None else getattr(_load(str(path))[0], str(name), None)
+    # loaded from its file it is another object with the same code
+    return getattr(function, "__code__", None) == compute_score.__code__
+
+
+def _file(path: str) -> Path | None:
+    """The file that a path of verl's ``load_module`` names; None for a package."""
+    return None if path.startswith("pkg://") else Path(path.removeprefix("file://"))
+
+
+def _load(path: str) -> tuple[Any, Exception | None]:
+    """The module of a reward function, or None and why it cannot be loaded; run once per state of the file."""
+    file = _file(path)
+    if file is None:
+        return _load_once(path, None)
+    if not file.is_file():
+        return None, FileNotFoundError(path)
+    return _load_once(str(file.resolve()), (file.stat().st_mtime_ns, file.stat().st_size))
+
+
+@functools.lru_cache(maxsize=4)
+def _load_once(path: str, state: tuple[int, int] | None) -> tuple[Any, Exception | None]:
+    from verl.utils.import_utils import load_module
+
+    try:
+        return load_module(path), None
+    except Exception as error:  # noqa: BLE001 (a user's module may raise anything; the caller reports it)
+        return None, error
 
 
 def own_settings(config: DictConfig) -> dict[str, Any]:
@@ -106,6 +157,41 @@ def _kwargs(config: DictConfig) -> dict[str, Any]:
         raise SayoError("L34", "not a group of settings", where=KWARGS, got=repr(kwargs), wanted="settings by name",
                         fix=f"set {KWARGS}.<name> to a value")  # fmt: skip
     return {str(key): value for key, value in (kwargs or {}).items()}
+
+
+def _check_overrides(kwargs: Mapping[str, Any]) -> None:
+    """verl lets ``reward_kwargs`` replace what it passes itself: every response would have the same truth."""
+    for key in kwargs:
+        if key in PASSED + PASSED_BESIDE_MODEL:
+            raise SayoError("L34", "this setting would replace what verl passes for each response",
+                            where=f"{KWARGS}.{key}", got=repr(kwargs[key]), wanted="settings of the function's own",
+                            fix="leave it out")  # fmt: skip
+
+
+def _check_keys(config: DictConfig) -> None:
+    """Keys, added with "+", that neither verl nor sayo-verl reads."""
+    manager = config.reward.reward_manager
+    known = KEYS | {"reward": KEYS["reward"] + MANAGER_KEYS.get(str(manager.name), ()), "sayo": _sayo_keys()}
+    if manager.source != "register":
+        del known["reward"], known["reward.reward_kwargs"]  # a manager of the user's reads what it likes there
+    for group, names in known.items():
+        for key in OmegaConf.select(config, group) or ():
+            if key not in names:
+                value = OmegaConf.select(config, f"{group}.{key}")
+                raise SayoError("L34", f"nothing reads this key{did_you_mean(str(key), _names(names))}",
+                                where=f"{group}.{key}", got=value, wanted=", ".join(_names(names)),
+                                fix=f"correct the name; settings of a reward function stand in {KWARGS}"
+                                if group != "sayo" else "correct the name")  # fmt: skip
+
+
+def _names(keys: tuple[str, ...]) -> list[str]:
+    return [key for key in keys if key != "_target_"]
+
+
+@functools.cache
+def _sayo_keys() -> tuple[str, ...]:
+    """The keys of the group ``sayo`` that the package ships."""
+    return tuple(OmegaConf.load(Path(__file__).with_name("config") / "sayo_trainer.yaml").sayo)
 
 
 def _check_legacy(config: DictConfig) -> None:
@@ -152,6 +238,32 @@ def _function(module: Any, path: str, name: str) -> Callable[..., Any]:
                         where=f"{FUNCTION}.name", got=name, wanted=f"a function of {path}: {', '.join(functions)}",
                         fix="correct the name")  # fmt: skip
     return function
+
+
+def _check_kind(config: DictConfig, function: Callable[..., Any]) -> None:
+    """Refuse what verl would not call as meant: it awaits a function defined with ``async def``, and nothing else."""
+    asynchronous = inspect.iscoroutinefunction(function)
+    hidden = [f for f in (inspect.unwrap(function), getattr(function, "__call__", None))  # noqa: B004 (its kind)
+              if inspect.iscoroutinefunction(f)]  # fmt: skip
+    kind, fix = "", "name a function defined with def or async def"
+    if inspect.isclass(function):
+        kind = "a class"
+    elif hidden and not asynchronous:
+        kind = "a wrapper around an async function: verl does not await it and takes the coroutine as the score"
+        fix = "name a function defined with async def; or with def, without functools.wraps, that runs it"
+    else:
+        try:
+            inspect.signature(function)
+        except ValueError:
+            kind = "a function without a signature"
+    if kind:
+        raise SayoError("L35", f"the reward function is {kind}", where=f"{FUNCTION}.name", got=f"{function!r:.80}",
+                        wanted="a function", fix=fix)  # fmt: skip
+    manager = config.reward.reward_manager
+    if asynchronous and manager.source == "register" and manager.name == "remote":
+        raise SayoError("L36", "this manager does not await an async reward function",
+                        where="reward.reward_manager.name", got=manager.name,
+                        fix="set it to naive, or define the function with def")  # fmt: skip
 
 
 def _check_arguments(config: DictConfig, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
@@ -214,7 +326,8 @@ def check_template(config: DictConfig) -> str:
 
     Raises:
         SayoError: L33 for a ``think_opened`` that contradicts the template, and for a tokenizer that takes a tag for a
-            special token: verl drops those from the text of a response.
+            special token: verl drops those from the text of a response. L33 also for a template that has opened the
+            answer block: no response then holds ``<answer>``.
     """
     if not is_ours(config):
         return "-"
@@ -227,6 +340,10 @@ def check_template(config: DictConfig) -> str:
         raise SayoError("L33", "the tokenizer takes a tag for a special token, and verl drops those from responses",
                         where="actor_rollout_ref.model.path", got=", ".join(dropped), wanted="the tag as plain text",
                         fix="add the token to the tokenizer with special=False")  # fmt: skip
+    if found.opens(TAGS[2], TAGS[3]):
+        raise SayoError("L33", "the chat template opens the answer block, and responses are read for <answer>",
+                        where="actor_rollout_ref.model.path", got=repr(found.text[-80:]), wanted="no open <answer>",
+                        fix="set actor_rollout_ref.model.custom_chat_template to one that does not")  # fmt: skip
     if released:
         return "format=released reads no think block"
     asked = _kwargs(config).get("think_opened")
@@ -258,7 +375,10 @@ class _Prompt:
 
     @property
     def opened(self) -> bool:
-        return self.text.rfind(TAGS[0]) > self.text.rfind(TAGS[1])
+        return self.opens(TAGS[0], TAGS[1])
+
+    def opens(self, start: str, end: str) -> bool:
+        return self.text.rfind(start) > self.text.rfind(end)
 
 
 def _prompt(config: DictConfig) -> _Prompt | str:
@@ -292,7 +412,7 @@ def _render(path: str, template: str | None, kwargs: str, trust_remote_code: boo
                                 add_generation_prompt=generation, **json.loads(kwargs))
             for generation in (True, False)
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, ImportError, TemplateError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, ArithmeticError, TemplateError) as error:
         return f"no prompt can be rendered here ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     decoded = {tag: tokenizer.decode(tokenizer.encode(tag, add_special_tokens=False), skip_special_tokens=True)
                for tag in TAGS}  # fmt: skip

@@ -8,6 +8,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,20 @@ def test_answers_are_compared_after_normalising(answer, truth, same):
         ("_red_", "red", True), ("~~red~~", "red", True), ("\u200bred\ufeff", "red", True),
         ("\u200fred\u200e", "red", True),
         ("\u2066red\u2069", "red", True), ("re\u00add", "red", True), ("red…", "red", True), ("ＲＥＤ．", "red", True),
-        ("Straße", "STRASSE", True), ("(red)!", "red", True), ("don't", "don’t", False), ("red's", "reds", False),
+        ("Straße", "STRASSE", True), ("(red)!", "red", True), ("don't", "don’t", True), ("red's", "reds", False),
+        ("Men’s", "Men's", True), ("O’Brien", "O'Brien", True), ("oʼbrien", "O‛Brien", True), ("5′", "5'", True),
+        ("5″", '5"', True), ("the “Queen” hotel", 'the "Queen" hotel', True), ("Mens", "Men's", False),
+        ("5′", "5″", False),
+        ("A'", "A", False), ("f′", "f", False), ("n!", "n", False), ("(n)!", "n", False), ("f(x)'", "f(x)", False),
+        ("2n!", "2n", False), ("sin(x)", "sin(x).", True), ("__init__", "init", False),
+        ("__the one__", "the one", True),
+        ("red!", "red", True), ("Vitamin C!", "vitamin C", True), ("“A”", "A", True), ("'A'", "A", True),
+        ('"A\'"', "A'", True), ("“A”.", "A", True), ("红！", "红", True), ("5»", "5", True),
+        ("the boys’", "boys", True),
+        # spacing
+        ("a,b", "a, b", True), ("(1,2)", "(1, 2)", True), ("a ;b", "a; b", True), ("50 %", "50%", True),
+        ("1, 200", "1200", False), ("1,200", "1200", True), ("(100,200)", "(100, 200)", True), ("a,b", "ab", False),
+        ("$x$", "x", True), (r"\(3\)", "3", True), ("$5$ or $6$", "5$ or $6", False), ("**“1,200”**", "1200", True),
         # letters of a choice
         ("(A)", "A", True), ("A)", "A", True), ("[B]", "B", True), ("A.", "A", True), ("(A)", "B", False),
         ("A B", "B", False), ("A, B", "B", False), ("the A", "a", True),
@@ -138,7 +152,7 @@ def test_answers_are_compared_after_normalising(answer, truth, same):
         ("10⁵", "105", False),
         ("x²", "x2", False), ("H₂O", "H2O", False), ("½", "1/2", False), ("1½", "11/2", False), ("①", "1", False),
         ("2\u20623", "23", False), ("[0,1)", "(0,1]", False), ("(0,1)", "[0,1]", False), ("{1,2}", "(1,2)", False),
-        ("[0, 1)", "[0,1)", False), ("{3}", "3", False), ("*a* and *b*", "a* and *b", False), ("a-b", "ab", False),
+        ("[0, 1)", "[0,1)", True), ("{3}", "3", False), ("*a* and *b*", "a* and *b", False), ("a-b", "ab", False),
         ("!", "!!", False),
     ],
     ids=ascii,
@@ -169,7 +183,8 @@ def test_normalising_twice_changes_nothing(text):
     end=st.sampled_from(["", ".", "。", "！", "؟", "।", "\u200b", " \n"]),
 )
 def test_a_right_word_in_quotation_marks_is_right(word, quotes, end):
-    if why_not_gradable(word) is None:
+    formula = len(word) == 1 and end == "！"  # "n!" is not "n"
+    if why_not_gradable(word) is None and not formula:
         assert marks(f"<answer>{quotes[0]}{word}{end}{quotes[1]}{end}</answer>", word)[1] == 1
 
 
@@ -202,8 +217,9 @@ def test_D70_a_truth_that_cannot_be_graded_is_never_graded(truth):
 
 
 @pytest.mark.parametrize(
-    "truth", ["red", "3", 3, 3.0, 0, 1e-7, "None", "a", "-3", "x < y", "10⁵", "[0,1)", "%", "+", "The red one.", "<b>"]
-)
+    "truth", ["red", "3", 3, 3.0, 0, 1e-7, "None", "a", "-3", "x < y", "10⁵", "[0,1)", "%", "+", "The red one.", "<b>",
+              "The answer is blowing in the wind", "a saline solution", "answer", "The solution is clear", "<s>"],
+)  # fmt: skip
 def test_truths_that_an_answer_can_equal(truth):
     assert why_not_gradable(truth) is None
 
@@ -212,12 +228,18 @@ def test_truths_that_an_answer_can_equal(truth):
     ("truth", "reason"),
     [
         (None, "null"), (["red"], "list"), ({"a": 1}, "dict"), (True, "bool"), (float("nan"), "float"),
-        (b"red", "bytes"),
+        (b"red", "bytes"), (Fraction(1, 3), "Fraction"),
         ("", "empty"), (" \n", "empty"), ("?", "punctuation"), ("。", "punctuation"), ("“”", "punctuation"),
         ("\u200b", "cannot be seen"), ("[]", "punctuation"), ("<answer> 3 </answer>", "<answer>"),
         ("</Think>3", "</Think>"),
         ("3<|im_end|>", "<|im_end|>"), ("\\boxed{3}", "boxed"), ("2 + 1 = 3\n#### 3", "####"),
-        ("It is round. So the answer is red.", "the answer is"), ("Answer: red", "Answer:"), ("x" * 20_000, "20000"),
+        ("It is round. So the answer is red.", "the answer is"), ("Answer: red", "Answer:"),
+        ("**Answer:** B", "Answer:"),
+        ("**Answer**: B", "Answer**:"), ("Ans: B", "Ans:"), ("The answer: B", "The answer:"),
+        ("Correct answer: B", "Correct answer:"), ("Solution: 5", "Solution:"), ("答案：B", "答案："),
+        ("<analysis>x</analysis>B", "<analysis>"), ("B</s>", "</s>"), ("The answer is **B**", "answer is"),
+        ("the correct answer is:\nthe very long way round", "answer is:"), ("The answer is 3.5. Done", "answer is"),
+        ("x" * 20_000, "20000"),
     ],
 )  # fmt: skip
 def test_truths_that_no_answer_can_equal_are_named(truth, reason):
@@ -478,6 +500,11 @@ def math_acc(answer: str, truth: Any) -> float:
         (".5", "5", False), ("act", "cat", False), ("not 3", "3", False), ("3 cm", "3 m", False),
         ("3 or 4", "4", False),
         ("", "3", False), ("x", "y", False), ("1/0", "3", False),
+        ("5%", "5", False), ("5 m", "5 s", False), ("12°C", "12°F", False), ("2020-01-01", "2018", False),
+        ("8:30", "8/30", False), ("5_2", "5_3", False), ("A,B", "B,A", False), ("5=6", "6", False),
+        ("n!", "n", False), ("f'(x)", "f(x)", False), ("X", "x", False), ("Blue", "blue", True),
+        ("x+1", "1+x", True), ("x+x", "2x", True), ("y+x", "x+y", True), (r"12^\circ", "12°", True),
+        (r"5\%", "5%", True),
     ],
 )  # fmt: skip
 def test_math_verify_judges_numbers_and_formulas(answer, truth, same):

@@ -20,7 +20,7 @@ import sayo_verl.reward_check
 from sayo_verl.methods import METHODS
 from sayo_verl.preflight import preflight
 from sayo_verl.reward import compute_score
-from sayo_verl.reward_check import KWARGS, configure
+from sayo_verl.reward_check import KEYS, KWARGS, configure, is_ours
 
 PATH, NAME, MANAGER = (f"reward.{key}" for key in ("custom_reward_function.path", "custom_reward_function.name",
                                                    "reward_manager.name"))  # fmt: skip
@@ -99,6 +99,38 @@ def test_what_a_function_of_the_users_takes(make, tmp_path, head, kwargs, code, 
         assert named in str(refused(config, code))
 
 
+ASYNC = "import asyncio, functools\nasync def inner(**kwargs): return 1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("compute_score = max", "without a signature"),
+        ("class compute_score:\n  def __init__(self, **kwargs): ...", "a class"),
+        ("class C:\n  async def __call__(self, **kwargs): return 1.0\ncompute_score = C()", "takes the coroutine"),
+        ("@functools.wraps(inner)\ndef compute_score(**kwargs): return inner(**kwargs)", "takes the coroutine"),
+        ("class C:\n  def __call__(self, **kwargs): return 1.0\ncompute_score = C()", None),
+        ("compute_score = functools.partial(inner, x=1)", None),
+        ("@functools.wraps(inner)\nasync def compute_score(**kwargs): return await inner(**kwargs)", None),
+        ("def compute_score(**kwargs): return asyncio.run(inner(**kwargs))", None),
+    ],
+)
+def test_L35_what_verl_does_not_call_as_meant(make, tmp_path, text, named):  # noqa: F811
+    (tmp_path / "mine.py").write_text(ASYNC + text)
+    config = make(**{PATH: "mine.py"})
+    if named is None:
+        preflight(config)
+    else:
+        assert named in str(refused(config, "L35"))
+
+
+def test_L36_an_async_function_with_remote(make, tmp_path):  # noqa: F811
+    (tmp_path / "mine.py").write_text(ASYNC)
+    values = {PATH: "mine.py", NAME: "inner"}
+    assert refused(make(**values, **{MANAGER: "remote", "ray_kwargs.ray_init.num_cpus": 100}), "L36").where == MANAGER
+    preflight(make(**values))
+
+
 # --------------------------------------------------------------------------------------------------- settings: L32, L34
 
 
@@ -112,7 +144,8 @@ def test_L34_a_misspelt_setting_suggests_the_right_one(make):  # noqa: F811
 @pytest.mark.parametrize(
     ("key", "value"),
     [("format_weight", -1.0), ("accuracy_weight", "1"), ("accuracy_weight", True), ("accuracy_weight", float("nan")),
-     ("judge", "maths"), ("format", "ours"), ("think_opened", "yes")],
+     ("judge", "maths"), ("format", "ours"), ("think_opened", "yes"),
+     ("length_tokenizer", 3), ("length_tokenizer", "")],
 )  # fmt: skip
 def test_L34_a_value_out_of_range(make, key, value):  # noqa: F811
     error = refused(with_kwargs(make(), **{key: value}), "L34")
@@ -121,9 +154,51 @@ def test_L34_a_value_out_of_range(make, key, value):  # noqa: F811
         compute_score("", "", "red", **{key: value})
 
 
+@pytest.mark.parametrize("path", ["/absent/model", "~/model", "model/absent", "models/of/mine"])
+def test_L34_a_tokenizer_that_is_not_there(make, path):  # noqa: F811
+    config = with_kwargs(make(), length_tokenizer=path)
+    assert refused(config, "L34").got == path
+    assert f"{path} - NOT THERE YET" in dict(preflight(config, dry_run=True))["reward"]
+    preflight(with_kwargs(make(), length_tokenizer="nobody/nothing"))
+
+
 def test_L34_settings_that_are_no_group(make):  # noqa: F811
     refused(add(make(), KWARGS, [1]), "L34")
     preflight(add(make(), KWARGS, None))
+
+
+@pytest.mark.parametrize("key", ["ground_truth", "solution_str", "data_source", "extra_info", "reward_router_address"])
+def test_L34_a_setting_does_not_replace_what_verl_passes(make, tmp_path, key):  # noqa: F811
+    (tmp_path / "mine.py").write_text("def compute_score(**kwargs): ...\n")
+    for path in ("pkg://sayo_verl.reward", "mine.py"):
+        error = refused(with_kwargs(make(**{PATH: path}), **{key: "red"}), "L34")
+        assert (error.where, error.got) == (f"{KWARGS}.{key}", "'red'")
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("reward.custom_reward_function.reward_kwrgs.accuracy_weight", "reward_kwargs"),
+        ("reward.custom_reward_function.pth", "path"),
+        ("reward.reward_kwargs.x", None), ("reward.num_worker", "num_workers"),
+        ("reward.reward_manager.reward_kwargs.x", None), ("reward.reward_manager.nam", "name"),
+        ("sayo.preflight_image", "preflight_images"),
+    ],
+)  # fmt: skip
+def test_L34_a_key_that_nothing_reads(make, key, near):  # noqa: F811
+    error = refused(add(make(), key, 3), "L34")
+    assert key.startswith(error.where)
+    assert (f"did you mean {near!r}?" in str(error)) == (near is not None)
+
+
+def test_keys_of_a_manager_are_taken_with_that_manager(make, base):  # noqa: F811
+    for group in ("reward", "reward.custom_reward_function", "reward.reward_manager"):
+        composed_keys = set(OmegaConf.select(base, group))
+        assert composed_keys == set(KEYS[group]) - {"reward_kwargs"}
+    preflight(add(make(**{MANAGER: "dapo"}), "reward.reward_kwargs.max_resp_len", 3))
+    refused(add(make(**{MANAGER: "dapo"}), "reward.reward_kwargs.max_resp_length", 3), "L34")
+    preflight(add(make(**{MANAGER: "rate_limited", PATH: None, **GRPO}), "reward.timeout", 3))
+    refused(add(make(), "reward.timeout", 3), "L34")
 
 
 def test_L32_math_without_its_package(make, monkeypatch):  # noqa: F811
@@ -169,6 +244,27 @@ def test_L31_a_reward_that_no_answer_changes(make, values, format_weight, remark
         plan = dict(preflight(with_kwargs(make(**values), **weights)))["reward"]
         assert remark in plan
         assert ("nothing says" in plan) == bool(remark)
+
+
+@pytest.mark.parametrize("path", ["{file}", "file://{file}", "pkg://sayo_verl.reward.__init__", "pkg://sayo_verl/reward",
+                                  "alias.py"])  # fmt: skip
+def test_our_function_is_known_under_every_path(make, tmp_path, path):  # noqa: F811
+    (tmp_path / "alias.py").write_text("from sayo_verl.reward import compute_score\n")
+    path = path.format(file=sayo_verl.reward.__file__)
+    assert is_ours(make(**{PATH: path}))
+    refused(with_kwargs(make(**{PATH: path}, **GRPO), accuracy_weight=0.0), "L31")
+
+
+def test_a_function_of_the_users_is_not_ours_and_is_loaded_once(make, tmp_path):  # noqa: F811
+    assert not is_ours(make(**{PATH: None}))
+    assert not is_ours(make(**{PATH: "absent.py"}))
+    assert not is_ours(make(**{NAME: "length_factor"}))
+    count = "from pathlib import Path\nwith Path('loads').open('a') as file:\n    file.write('x')\n"
+    (tmp_path / "mine.py").write_text(count + "def compute_score(**kwargs): ...\n")
+    config = make(**{PATH: "mine.py"})
+    preflight(config)
+    assert not is_ours(config)
+    assert (tmp_path / "loads").read_text() == "x"
 
 
 def test_every_method_has_a_case_above(repo):
@@ -359,6 +455,19 @@ def test_the_released_format_reads_no_think_block(template):
     config = template(OPENED, format="released")
     assert dict(preflight(config))["template"] == "format=released reads no think block"
     assert think_opened(config) is None
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"format": "released"}])
+def test_L33_an_answer_block_that_the_template_opens(template, kwargs):
+    assert "<answer>" in refused(template("<think>\n\n</think>\n<answer>", **kwargs), "L33").got
+    preflight(template("<answer>x</answer>", **kwargs))
+
+
+def test_a_template_that_divides_by_zero_is_not_checked(template):
+    config = template("")
+    text = "{%- if add_generation_prompt -%}{{- 1 // 0 -}}{%- endif -%}"
+    OmegaConf.update(config, "actor_rollout_ref.model.custom_chat_template", text)
+    assert "not checked: no prompt can be rendered here (ZeroDivisionError" in dict(preflight(config))["template"]
 
 
 def test_L33_a_tag_that_decoding_drops(template):

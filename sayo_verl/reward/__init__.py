@@ -30,7 +30,7 @@ import math
 from typing import Any
 
 from sayo_verl.errors import SayoError
-from sayo_verl.reward.formula import equal_formulas
+from sayo_verl.reward.formula import equal_formulas, same_letters
 from sayo_verl.reward.text import (
     MAX_CHARACTERS,
     SLACK_CHARACTERS,
@@ -80,7 +80,8 @@ def length_factor(tokens: int, low: int = 60, high: int = 100) -> float:
     return 1.0 if tokens >= low else 0.6 * tokens / low
 
 
-def check_settings(*, format_weight: Any, accuracy_weight: Any, judge: Any, format: Any, think_opened: Any) -> None:
+def check_settings(*, format_weight: Any, accuracy_weight: Any, judge: Any, format: Any, think_opened: Any,
+                   length_tokenizer: Any) -> None:  # fmt: skip
     """Refuse settings of ``compute_score`` that mean nothing.
 
     Raises:
@@ -92,6 +93,12 @@ def check_settings(*, format_weight: Any, accuracy_weight: Any, judge: Any, form
         ("judge", judge, judge in JUDGES, " or ".join(JUDGES)),
         ("format", format, format in FORMATS, " or ".join(FORMATS)),
         ("think_opened", think_opened, isinstance(think_opened, bool), "true or false"),
+        (
+            "length_tokenizer",
+            length_tokenizer,
+            length_tokenizer is None or (isinstance(length_tokenizer, str) and bool(length_tokenizer.strip())),
+            "a model folder or hub name, or null",
+        ),
     ):
         if not right:
             raise SayoError("L34", f"{name} of the reward function is out of range",
@@ -132,7 +139,9 @@ def _same(answer: str | None, truth: object, judge: str) -> bool:
                         fix="correct or remove the row")  # fmt: skip
     if not answer or len(answer) > SLACK_CHARACTERS + 4 * len(text):
         return False
-    return normalise(answer) == wanted or (judge == "math" and equal_formulas(answer, text))
+    if judge == "math":
+        return (normalise(answer) == wanted and same_letters(answer, text)) or equal_formulas(answer, text)
+    return normalise(answer) == wanted
 
 
 def compute_score(
@@ -174,7 +183,7 @@ def compute_score(
             ``equal_formulas``.
     """
     check_settings(format_weight=format_weight, accuracy_weight=accuracy_weight, judge=judge, format=format,
-                   think_opened=think_opened)  # fmt: skip
+                   think_opened=think_opened, length_tokenizer=length_tokenizer)  # fmt: skip
     right, answer = split_response(solution_str, format=format, think_opened=think_opened)
     acc = float(_same(answer, ground_truth, judge))
     parts = {"acc": acc, "format": float(right)}

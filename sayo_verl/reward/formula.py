@@ -6,7 +6,9 @@ functions in other threads. So a worker process compares, and is ended after ``T
 
 math-verify takes letters for factors ("cat" would equal "act") and reads past words ("not 3" would equal "3"). It is
 asked only where both sides have the same words, in the same order; a word is two or more letters that are no LaTeX
-command. All else is compared as text.
+command. Both sides must also have the same single letters ("5 m" is not "5 s", "X" is not "x"), as many of the marks
+that it reads past or in its own way (``MARKS``), and the same indices, dates and numbers like "01". All else is
+compared as text.
 """
 
 import atexit
@@ -23,6 +25,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
 from sayo_verl.errors import SayoError
+from sayo_verl.reward.text import _fold
 
 PIP = "pip install 'sayo-verl[math]'"
 MAX_FORMULA_CHARACTERS = 512
@@ -32,6 +35,10 @@ MEMORY_LIMIT = 4 << 30
 START_SECONDS = 600.0
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _WORD = re.compile(r"[^\W\d_]{2,}")
+_LETTER = re.compile(r"(?<![^\W\d_])[A-Za-z](?![^\W\d_])")
+_DEGREE = re.compile(r"\^?\s*\{?\s*\\circ(?![a-zA-Z])\s*\}?|\\degree(?![a-zA-Z])")
+_FIXED = re.compile(r"_\{?(\w+)|(\d{4}-\d\d?-\d\d?)|(?<![\d.,])(0\d+)")
+MARKS = "°%_:'!="
 _DELIMITERS = ("$", "\\(", "\\[", "\\boxed", "\\fbox")
 
 
@@ -51,13 +58,13 @@ def require_math_verify() -> None:
 def equal_formulas(answer: str, truth: str) -> bool:
     """Whether math-verify takes two texts for the same number or formula.
 
-    False for texts of more than ``MAX_FORMULA_CHARACTERS``, with other words, that it cannot read, or that it does not
-    compare within ``TIME_LIMIT`` seconds.
+    False for texts of more than ``MAX_FORMULA_CHARACTERS``, with other words, letters or marks, that it cannot read,
+    or that it does not compare within ``TIME_LIMIT`` seconds.
 
     Raises:
         SayoError: L32 without the packages, D71 when the worker process does not start.
     """
-    if max(len(answer), len(truth)) > MAX_FORMULA_CHARACTERS or _words(answer) != _words(truth):
+    if max(len(answer), len(truth)) > MAX_FORMULA_CHARACTERS or _read_past(answer) != _read_past(truth):
         return False
     require_math_verify()
     from pebble import ProcessExpired
@@ -74,6 +81,23 @@ def equal_formulas(answer: str, truth: str) -> bool:
         return False
     except (CancelledError, ImportError) as error:
         raise _no_worker(pool) from error
+
+
+def same_letters(answer: str, truth: str) -> bool:
+    """Whether two texts without words have the same single letters, in the same case: "X" is another name than "x"."""
+    return bool(_words(answer) or _words(truth)) or _letters(answer) == _letters(truth)
+
+
+def _letters(text: str) -> list[str]:
+    return _LETTER.findall(_COMMAND.sub(" ", text))
+
+
+def _read_past(text: str) -> tuple[object, ...]:
+    """What math-verify does not compare, or not in this sense."""
+    text = "".join(map(_fold, _DEGREE.sub("°", text)))
+    letters = _letters(text)
+    ordered = "," in text and not text.strip("$\\ ").startswith("{")  # of a list, not of a set
+    return _words(text), letters if ordered else set(letters), [text.count(m) for m in MARKS], _FIXED.findall(text)
 
 
 def _words(text: str) -> list[str]:

@@ -4,18 +4,23 @@ Two answers are equal when their normal forms are equal and not empty. ``normali
 
  - Characters. Canonical composition (NFC) and case folding. Compatible characters (full width, ligatures) are one
    character. Superscripts, subscripts, fractions and circled numbers stay, for "10⁵" is not "105". Decimal digits of
-   any script are ASCII digits; dashes and the minus sign are "-". Characters that cannot be seen are dropped:
-   zero-width characters, byte order marks, marks of direction. White space is collapsed. A character keeps at most
-   30 combining marks, for composing takes time that grows with the square of their number.
+   any script are ASCII digits; dashes and the minus sign are "-"; apostrophes and primes are "'", double ones '"'.
+   Characters that cannot be seen are dropped: zero-width characters, byte order marks, marks of direction. White space
+   is collapsed. A character keeps at most 30 combining marks, for composing takes time that grows with the square of
+   their number.
  - Ends. Quotation marks of any script, paired Markdown emphasis (``**red**``, ``_red_``, ``~~red~~``) and sentence
-   punctuation of any script are dropped. Three things stay: punctuation directly before a digit (".5"), "!" directly
-   after a digit or a bracketed formula ("5!", "(n-1)!"), and a quotation mark after a digit if none is in front (5").
+   punctuation of any script are dropped. ``__red__`` stays, for names of programs look so (``__init__``). Three other
+   things stay: punctuation directly before a digit (".5"), and directly after a digit or a formula "!" ("5!", "n!",
+   "(n-1)!") and a quotation mark if none like it is in front (5", "f'"). A formula ends in a letter or a bracket and
+   has no two letters in a row, or ends in a bracket and has a digit or an operator.
  - Brackets. "(A)", "(A", "A)" are "A", "[red]" is "red", "(3)" is "3". Brackets stay around anything with a separator
    or another bracket in it ("[0,1)", "(0,1]", "{a, b}"), and around a number if they are square or curly.
  - Articles. A leading "the" or "an" is dropped, and a leading "a" unless a single letter follows ("A B").
  - Numbers. A plain decimal number stands for its value: "3", "3.0" and "+3."; ".5" and "0.5"; "1,000" and "1000", with
    exact groups of three. Exponents, fractions, percentages and units are text. So is a number with a needless zero in
    front ("007").
+ - Spacing. One "$...$" or "\\(...\\)" around everything is dropped. In all but a plain number one space follows a
+   comma or semicolon between two things ("(1,2)" is "(1, 2)"), and none stands between a digit and "%".
 """
 
 import decimal
@@ -39,16 +44,22 @@ _TRANSLATED = {
     "\N{ARABIC THOUSANDS SEPARATOR}": ",",
     "\N{MINUS SIGN}": "-",
     "\N{ACUTE ACCENT}": "'",
-    "`": "'",
+    **dict.fromkeys("`\N{LEFT SINGLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK}\N{PRIME}"
+                    "\N{SINGLE HIGH-REVERSED-9 QUOTATION MARK}\N{MODIFIER LETTER APOSTROPHE}", "'"),
+    **dict.fromkeys("\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}"
+                    "\N{DOUBLE LOW-9 QUOTATION MARK}\N{DOUBLE PRIME}", '"'),
     "【": "[",
     "】": "]",
-}
+}  # fmt: skip
 # Invisible operators separate what stands beside them: 2 times 3 is not 23.
 _UNSEEN = regex.compile(r"(?![\u2061-\u2064])[\p{Cf}\p{Cc}\p{Default_Ignorable_Code_Point}]")
 _MARKS = regex.compile(r"(\p{M}{30})\p{M}+")
-_FORMULA = regex.compile(r"[\d+*/^-].*[)\]}]$")
+_FORMULA = regex.compile(r"(?!.*\p{L}{2}).*[\p{Latin}\p{Greek})\]}]|.*[\d+*/^-].*[)\]}]")
 _QUOTE = regex.compile(r"[\p{Quotation_Mark}《》〈〉]")
 _PUNCTUATION = regex.compile(r"[\p{Terminal_Punctuation}¿¡]")
+_MATH = regex.compile(r"\$([^$]+)\$|\\\(((?:(?!\\[()]).)+)\\\)")
+_SEPARATOR = regex.compile(r"(?<=[^\s.,;:!?¿¡]) *([,;]) *(?=[^\s\p{Terminal_Punctuation}])")
+_PERCENT = regex.compile(r"(?<=\d) +(?=%)")
 _EMPHASIS = ("***", "**", "*", "___", "__", "_", "~~")
 _ROUND = regex.compile(r"\(([^()\[\]{},;:|]+)\)")
 _SQUARE = regex.compile(r"[\[{](?=\p{L})([^()\[\]{},;:|]+)[\]}]")
@@ -57,11 +68,14 @@ _ARTICLE = regex.compile(r"(?:(?:the|an) |a (?=\w\w|\d))+(?=\S)")
 _NUMBER = regex.compile(r"([-+]?)(0|[1-9]\d*|[1-9]\d{0,2}(?:,\d{3})+)?(?:\.(\d*))?")
 # What shows that a truth holds more than the answer, and what the response is marked up with.
 _MARKUP = regex.compile(
-    r"(?i)</?\s*(?:think(?:ing)?|thought|answer|reason(?:ing)?|rationale|reflection|solution|conclusion|image|video)\s*/?>"
-    r"|<\|.{1,40}?\|>"
+    r"(?i)</?\s*(?:think(?:ing)?|thought|answer|reason(?:ing)?|rationale|reflection|analysis|solution|conclusion|image|video)\s*/?>"
+    r"|<\|.{1,40}?\|>|</s>"
 )
+# A label with a colon, or "the answer is" and at most three words: more may be an answer ("... blowing in the wind").
 _THOUGHT = regex.compile(
-    r"(?im)####|\b(?:the (?:final |correct |right )?answer is|final answer)\b|^\s*answer\s*[:\uff1a]"
+    r"(?im)####|\bfinal answer\b|答案[*_ ]*[:\uff1a]"
+    r"|(?:^[ \t*_#>-]*(?:the )?|\bthe )(?:correct |right )?"
+    r"(?:(?:answer|ans|solution)[*_ ]*[:\uff1a]|answer is(?:[*_ ]*[:\uff1a]|(?:\s+\S+){1,3}?(?:$|[.!。](?=\s))))"
 )
 _BOXED = regex.compile(r"\\(?:boxed|fbox)\b")
 
@@ -111,13 +125,12 @@ def _ends(text: str) -> str:
         last -= 1
     if first == last:
         return ""
-    quoted = any(_kind(c) == "quote" for c in text[:first])
+    opened, core = text[:first], text[first:last]
     if text[first].isdigit():
         while first > 0 and text[first - 1] not in "¿¡" and _kind(text[first - 1]) == "punctuation":
             first -= 1
-    digit = text[last - 1].isdigit()
-    if digit or (text[last - 1] in ")]}" and _FORMULA.search(text, 0, last)):
-        while last < len(text) and (text[last] == "!" or (digit and not quoted and _kind(text[last]) == "quote")):
+    if core[-1].isdigit() or _FORMULA.fullmatch(core):
+        while last < len(text) and (text[last] == "!" or (text[last] in "'\"" and text[last] not in opened)):
             last += 1
     return text[first:last]
 
@@ -127,7 +140,7 @@ def _emphasis(text: str) -> str:
     for mark in _EMPHASIS:
         inner = text[len(mark) : -len(mark)]
         if text.startswith(mark) and text.endswith(mark) and inner.strip("*_~ ") and mark not in inner:
-            return inner
+            return text if mark == "__" and inner.isascii() and inner.isidentifier() else inner
     return text
 
 
@@ -141,16 +154,25 @@ def _number(text: str) -> str:
     return f"-{value}" if found[1] == "-" and value != "0" else value
 
 
+def _spacing(text: str) -> str:
+    """The rule on spacing, for text that is no number: a space after the comma of "1,200" would hide its value."""
+    return _PERCENT.sub("", _SEPARATOR.sub(r"\1 ", text))
+
+
 def normalise(answer: str) -> str:
     """The form in which an answer is compared; empty if nothing of it can be compared. See the rules above."""
     text = _characters(answer)
     while True:
         shorter = _emphasis(_ends(text))
+        if found := _MATH.fullmatch(shorter):
+            shorter = found[1] or found[2]
         for brackets in (_LETTER, _ROUND, _SQUARE):
             shorter = brackets.sub(r"\1", shorter) if brackets.fullmatch(shorter) else shorter
         shorter = _ARTICLE.sub("", shorter) if _ARTICLE.match(shorter) else shorter
         if shorter == text:
-            return _number(text) if text.strip("()[]{} ") else ""
+            if not text.strip("()[]{} "):
+                return ""
+            return _number(text) if _NUMBER.fullmatch(text) else _spacing(text)
         text = shorter
 
 
@@ -160,7 +182,10 @@ def truth_text(ground_truth: object) -> str | None:
         return ground_truth
     if isinstance(ground_truth, bool) or not isinstance(ground_truth, (numbers.Real, decimal.Decimal)):
         return None
-    value = decimal.Decimal(str(ground_truth))
+    try:
+        value = decimal.Decimal(str(ground_truth))
+    except decimal.InvalidOperation:  # fractions.Fraction(1, 3)
+        return None
     return format(value, "f") if value.is_finite() else None
 
 
