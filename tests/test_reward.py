@@ -378,6 +378,14 @@ def test_a_huge_response_is_scored_at_once(response):
     assert found["acc"] == 0.0
 
 
+@pytest.mark.parametrize("part", ["a,", "+", "the ", "*_ ", "5 ", "'", "n!"])
+def test_a_long_answer_is_normalised_at_once(part):
+    start = time.process_time()
+    normalise(part * (MAX_CHARACTERS // len(part)))
+    normalise(part * (MAX_CHARACTERS // len(part)) + "x")
+    assert time.process_time() - start < 1.0
+
+
 def test_a_response_is_cut_where_it_says():
     fill = MAX_CHARACTERS - len("<think></think><answer>red</answer>")
     fits = "<think>" + "x" * fill + "</think><answer>red</answer>"

@@ -54,7 +54,9 @@ _TRANSLATED = {
 # Invisible operators separate what stands beside them: 2 times 3 is not 23.
 _UNSEEN = regex.compile(r"(?![\u2061-\u2064])[\p{Cf}\p{Cc}\p{Default_Ignorable_Code_Point}]")
 _MARKS = regex.compile(r"(\p{M}{30})\p{M}+")
-_FORMULA = regex.compile(r"(?!.*\p{L}{2}).*[\p{Latin}\p{Greek})\]}]|.*[\d+*/^-].*[)\]}]")
+_OPERATOR = regex.compile(r"[\d+*/^-]")
+_SYMBOL = regex.compile(r"[\p{Latin}\p{Greek})\]}]")
+_WORD = regex.compile(r"\p{L}{2}")
 _QUOTE = regex.compile(r"[\p{Quotation_Mark}《》〈〉]")
 _PUNCTUATION = regex.compile(r"[\p{Terminal_Punctuation}¿¡]")
 _MATH = regex.compile(r"\$([^$]+)\$|\\\(((?:(?!\\[()]).)+)\\\)")
@@ -129,10 +131,17 @@ def _ends(text: str) -> str:
     if text[first].isdigit():
         while first > 0 and text[first - 1] not in "¿¡" and _kind(text[first - 1]) == "punctuation":
             first -= 1
-    if core[-1].isdigit() or _FORMULA.fullmatch(core):
+    if core[-1].isdigit() or _is_formula(core):
         while last < len(text) and (text[last] == "!" or (text[last] in "'\"" and text[last] not in opened)):
             last += 1
     return text[first:last]
+
+
+def _is_formula(text: str) -> bool:
+    """Whether "!" and "'" behind a text mean something; see the rule on ends."""
+    if text[-1] in ")]}" and _OPERATOR.search(text):
+        return True
+    return bool(_SYMBOL.match(text[-1])) and not _WORD.search(text)
 
 
 def _emphasis(text: str) -> str:
