@@ -118,7 +118,7 @@ def main(config: DictConfig) -> None:
         config.sayo.modules = load_methods(config.sayo.modules)
         internvl.configure(config)
         plan = preflight(config, dry_run=config.sayo.dry_run)
-        check_by_verl(config)
+        check_by_verl(config, dry_run=config.sayo.dry_run)
     except SayoError as error:
         sys.exit(str(error))
     print(f"sayo-verl {__version__}: the plan")

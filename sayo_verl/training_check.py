@@ -4,6 +4,9 @@ verl reads these settings when it first trains, after models are loaded and roll
 a method's token weights is shown by ``tests/test_training_check.py``, loss by loss.
 """
 
+import contextlib
+import io
+
 from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.errors import SayoError, did_you_mean
@@ -22,8 +25,12 @@ NEEDS_BYPASS = ("bypass_mode",)
 REPORTED = ("score", "acc", "format", "length_factor")  # by sayo_verl.reward, in every row but for the last
 
 
-def check_by_verl(config: DictConfig) -> None:
-    """Let verl check the configuration as it does before a run, in a dry run as well.
+def check_by_verl(config: DictConfig, *, dry_run: bool = False) -> None:
+    """Let verl check the configuration as it does before a run.
+
+    Args:
+        config: the composed configuration.
+        dry_run: keep what verl and vLLM print meanwhile out of the plan.
 
     Raises:
         SayoError: L50 with what verl says.
@@ -33,7 +40,8 @@ def check_by_verl(config: DictConfig) -> None:
     from verl.utils.config import validate_config
 
     try:
-        validate_config(config, need_reference_policy(config), need_critic(config))
+        with contextlib.redirect_stdout(io.StringIO()) if dry_run else contextlib.nullcontext():
+            validate_config(config, need_reference_policy(config), need_critic(config))
     except (AssertionError, ValueError, NotImplementedError, InstantiationException) as error:
         said = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise SayoError("L50", f"verl refuses the configuration: {said}", where="verl.utils.config.validate_config",
