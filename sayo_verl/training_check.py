@@ -22,7 +22,7 @@ LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-tok
 AVERAGE_OVER_TOKENS = ("geo_mean",)
 # The loss of bypass mode, in which there is no log-prob pass to measure attention in.
 NEEDS_BYPASS = ("bypass_mode",)
-REPORTED = ("score", "acc", "format", "length_factor")  # by sayo_verl.reward, in every row but for the last
+REPORTED = ("score", "acc", "format")  # by sayo_verl.reward, for every response
 
 
 def check_by_verl(config: DictConfig, *, dry_run: bool = False) -> None:
