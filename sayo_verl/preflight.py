@@ -6,16 +6,14 @@ yet into entries of that plan instead of refusals, so that a job can be looked a
 
 import dataclasses
 import importlib.util
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.data_check import check_data
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.methods import METHODS, Method, Mix
-from sayo_verl.model_check import check_model, sequence_parallel
+from sayo_verl.model_check import check_model, is_hub_name, load_config, model_folder, sequence_parallel
 from sayo_verl.resources import check_batch_sizes, check_ray_cpus
 from sayo_verl.resume import check_metrics, check_resume, describe_checkpoints, metrics_file
 from sayo_verl.reward_check import check_reward, check_template
@@ -156,23 +154,13 @@ def _describe(method: Method) -> str:
 
 
 def _check_model(config: DictConfig, method: Method | None, dry_run: bool) -> tuple[str, str | None]:
-    """A line for the plan, and ``model_type`` of a model whose folder is there."""
+    """A line for the plan, and ``model_type`` of a model that is at hand."""
     path = str(config.actor_rollout_ref.model.path)
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        # "models/tiny" could be either; if there is a folder "models", a path was meant
-        if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1 or folder.parent.is_dir():
-            if dry_run:
-                return f"{path} - NOT THERE YET, needed before the run", None
-            raise SayoError("L17", "there is no model at this path", where="actor_rollout_ref.model.path", got=path,
-                            fix="correct it, or give a hub name such as Qwen/Qwen3-VL-8B-Instruct")  # fmt: skip
-        return f"{path} - a hub name: its family and layers are checked when it is loaded", None
-    file = folder / "config.json"
-    if not file.is_file():
-        raise SayoError("L17", "the model folder has no config.json", where="actor_rollout_ref.model.path", got=path,
-                        fix="point to a folder in Hugging Face format")  # fmt: skip
-    model_type = json.loads(file.read_text())["model_type"]
-    return f"{path} ({check_model(config, method, folder, model_type) if method else model_type})", model_type
+    model, folder = load_config(path, dry_run=dry_run), model_folder(path, dry_run=dry_run)
+    if model is None or folder is None:
+        absent = "the hub cannot be reached from here, so its family and layers were not checked"
+        return f"{path} - {absent if is_hub_name(path) else 'NOT THERE YET, needed before the run'}", None
+    return f"{path} ({check_model(config, method, folder, model) if method else model.model_type})", model.model_type
 
 
 def show(plan: Plan, write: Callable[[str], None] = print) -> None:
