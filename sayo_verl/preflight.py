@@ -23,6 +23,7 @@ from sayo_verl.model_check import (
     model_folder,
     sequence_parallel,
 )
+from sayo_verl.probe.statistics import check_lse_path
 from sayo_verl.resources import check_batch_sizes, check_ray_cpus
 from sayo_verl.resume import check_metrics, check_resume, describe_checkpoints, metrics_file
 from sayo_verl.reward_check import check_reward, check_template
@@ -141,6 +142,8 @@ def check_settings(config: DictConfig, method: Method) -> None:
     for code, broken, what, where, got, fix in rules:
         if broken:
             raise SayoError(code, what, where=where, got=got, fix=fix)
+    check_lse_path(str(config.sayo.probe_path), packed=bool(config.actor_rollout_ref.model.use_remove_padding),
+                   ranks=sequence_parallel(config), flash="flash_attention" in attention)  # fmt: skip
 
 
 def check_packages(method: Method) -> None:
