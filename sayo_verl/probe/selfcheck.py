@@ -5,6 +5,7 @@ Kernels are compiled for the device they run on, so no test made elsewhere can v
 Shape suffixes: B rows, H query heads, G key heads, S tokens, D head dimension.
 """
 
+import subprocess
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -31,8 +32,25 @@ def check_path(path: str, *, heads: int, key_heads: int, head_dim: int, device: 
         The module that runs and its largest difference from the reference (0 for the reference itself).
 
     Raises:
-        SayoError: P16 and P17 when the path cannot run here, P24 when it does not agree.
+        SayoError: P16, P17 and P29 when the path cannot run here, P24 when it does not agree.
     """
+    try:
+        return _compare(path, heads, key_heads, head_dim, device)
+    except (SayoError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:  # what Triton's build of its driver raises
+        raise SayoError(
+            "P29",
+            "the probe's kernels cannot be built or started on this machine",
+            where="sayo.probe_path",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            wanted="a C compiler (gcc, clang or CC) and Python.h, with which Triton builds",
+            fix="install gcc and the headers of this Python (python3-dev), see `sayo doctor`; or set "
+            "sayo.probe_path=reference, which is slower",
+        ) from error
+
+
+def _compare(path: str, heads: int, key_heads: int, head_dim: int, device: torch.device) -> tuple[str, float]:
     chosen = kernels(path, device)
     name = chosen.__name__.rsplit(".", 1)[-1]
     if chosen is reference:
