@@ -9,11 +9,13 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.data_check import check_data
 from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.memory import check_memory
 from sayo_verl.methods import METHODS, Method, Mix
 from sayo_verl.model_check import check_model, sequence_parallel
 from sayo_verl.resources import check_batch_sizes, check_ray_cpus
@@ -66,6 +68,7 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
                    f"{actor.kl_loss_coef if actor.use_kl_loss else 'off'}, LoRA rank "
                    f"{config.actor_rollout_ref.model.lora_rank or 'off'}"),
         ("machines", f"{config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {config.trainer.device}; {cpus}"),
+        *check_memory(config, method, _model_config(config), dry_run=dry_run),
         ("length", f"{config.trainer.total_training_steps or '-'} steps, {config.trainer.total_epochs} epochs"),
         ("resumes", resumed),
         ("checkpoints", describe_checkpoints(config)),
@@ -173,6 +176,14 @@ def _check_model(config: DictConfig, method: Method | None, dry_run: bool) -> tu
                         fix="point to a folder in Hugging Face format")  # fmt: skip
     model_type = json.loads(file.read_text())["model_type"]
     return f"{path} ({check_model(config, method, folder, model_type) if method else model_type})", model_type
+
+
+def _model_config(config: DictConfig) -> Any:
+    """transformers' configuration of a model whose folder is there."""
+    from transformers import AutoConfig
+
+    folder = Path(str(config.actor_rollout_ref.model.path)).expanduser()
+    return AutoConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
 
 
 def show(plan: Plan, write: Callable[[str], None] = print) -> None:

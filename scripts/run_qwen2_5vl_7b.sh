@@ -69,9 +69,8 @@ if [[ "$METHOD" != grpo && "$METHOD" != dapo && ! -f "configs/method/$METHOD.yam
     "$(cd configs/method && ls | sed 's/\.yaml//' | paste -sd ' ') | fix: correct the name" >&2
   exit 2
 fi
-# Shards of a folder as verl takes them; the pattern itself where there are none, which the launcher then refuses.
-shards() { local IFS=, && local files=("$DATA/$1"-*.parquet) && printf '[%s]' "${files[*]}"; }
-if [[ -n "$DATA" ]]; then TRAIN_FILE=$(shards train) VAL_FILE=$(shards val); fi
+if [[ -n "$DATA" ]]; then TRAIN_FILE='' VAL_FILE=''; fi
+place_inputs
 
 if [[ "$DRY_RUN" != 1 && "$(nvidia-smi -L 2>/dev/null || true)" != GPU* && -z "${RAY_ADDRESS:-}" ]]; then
   echo "SAYO-L21: no GPU on this machine and no RAY_ADDRESS of a cluster that has some | at $0 |" \
@@ -138,6 +137,7 @@ ROLLOUT=(
   actor_rollout_ref.rollout.top_p="$TOP_P"
   actor_rollout_ref.rollout.tensor_model_parallel_size="$ROLLOUT_TP"
   actor_rollout_ref.rollout.gpu_memory_utilization="$ROLLOUT_GPU_MEM_UTIL"
+  actor_rollout_ref.rollout.max_model_len=$((MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH))
   actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True
   actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu="$PPO_MAX_TOKEN_LEN_PER_GPU"
   actor_rollout_ref.ref.log_prob_use_dynamic_bsz=True

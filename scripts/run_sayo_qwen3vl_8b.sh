@@ -60,9 +60,7 @@ TEST_FREQ=${TEST_FREQ:-50}                                   # [ours]
 LOGGER=${LOGGER:-[console,file]}                             # such as [console,file,wandb]
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Shards of a folder as verl takes them; the pattern itself where there are none, which the launcher then refuses.
-shards() { local IFS=, && local files=("$DATA/$1"-*.parquet) && printf '[%s]' "${files[*]}"; }
-TRAIN_FILE="${TRAIN_FILE:-$(shards train)}" VAL_FILE="${VAL_FILE:-$(shards val)}"
+place_inputs
 
 if [[ "$DRY_RUN" != 1 && "$(nvidia-smi -L 2>/dev/null || true)" != GPU* && -z "${RAY_ADDRESS:-}" ]]; then
   echo "SAYO-L21: no GPU on this machine and no RAY_ADDRESS of a cluster that has some | at $0 |" \
@@ -138,6 +136,8 @@ ROLLOUT=(
   actor_rollout_ref.rollout.top_p="$TOP_P"
   actor_rollout_ref.rollout.tensor_model_parallel_size="$ROLLOUT_TP"
   actor_rollout_ref.rollout.gpu_memory_utilization="$ROLLOUT_GPU_MEM_UTIL"
+  # unset it is the model's 262,144 tokens, for which vLLM reserves more KV cache than the card has
+  actor_rollout_ref.rollout.max_model_len=$((MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH))
   actor_rollout_ref.rollout.load_format=safetensors
   actor_rollout_ref.rollout.layered_summon=True
   actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True
