@@ -43,7 +43,7 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
     Args:
         config: the composed configuration.
         method: the run's method; None for an estimator of verl's own.
-        model_type: of the model's config.json; None: no folder of a model is at hand.
+        model_type: of the model's config.json; None: the model is not at hand.
         dry_run: report absent files instead of refusing them.
 
     Returns:

@@ -30,10 +30,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from transformers import CONFIG_MAPPING
 
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import Method
-from sayo_verl.model_check import sequence_parallel
+from sayo_verl.model_check import load_config, sequence_parallel
 
 GIB = 2**30
 CARD = 79.0  # GiB that a card of 80 GB shows (A100: 79.2, H100: 79.1 to 79.6)
@@ -240,21 +241,20 @@ def card_gib(config: DictConfig) -> tuple[float, str]:
     return CARD, "a card of 80 GB, assumed; sayo.gpu_memory_gib says another"
 
 
-def check_memory(
-    config: DictConfig, method: Method | None, hf_config: Any, *, dry_run: bool = False
-) -> list[tuple[str, str]]:
+def check_memory(config: DictConfig, method: Method | None, *, dry_run: bool) -> list[tuple[str, str]]:
     """Lines of the plan, and a refusal of what cannot fit.
 
     Args:
         config: the full configuration.
         method: the run's method, for the probe.
-        hf_config: transformers' configuration of the model; None where it cannot be read.
-        dry_run: may be on another machine; flash-attn, whose cross entropy keeps no float32 logits, counts as there.
+        dry_run: this may be another machine: the model may be absent, and flash-attn, whose cross entropy keeps no
+            float32 logits, counts as installed.
 
     Raises:
         SayoError: L58 for a ``max_model_len`` that is shorter than prompt and response, longer than the model's positions
             or longer than the KV cache; L60 for a phase that needs more than the card.
     """
+    hf_config = load_config(str(config.actor_rollout_ref.model.path), dry_run=dry_run)
     check_length(config, hf_config)
     if config.trainer.device != "cuda":
         return []
@@ -292,12 +292,17 @@ def check_memory(
 def check_length(config: DictConfig, hf_config: Any) -> None:
     """Refuse lengths that vLLM would cut or refuse, on any device.
 
+    Args:
+        config: the full configuration.
+        hf_config: transformers' configuration of the model; None where it is not at hand.
+
     Raises:
         SayoError: L58.
     """
     data, length = config.data, config.actor_rollout_ref.rollout.max_model_len
     needed = int(data.max_prompt_length) + int(data.max_response_length)
-    positions = hf_config.get_text_config().max_position_embeddings if hf_config is not None else math.inf
+    known = hf_config is not None and hf_config.model_type in CONFIG_MAPPING
+    positions = hf_config.get_text_config().max_position_embeddings if known else math.inf
     if positions < max(needed, int(length or 0)) or int(length or needed) < needed:
         raise SayoError("L58", "prompt and response, vLLM's max_model_len and the model's positions do not go together",
                         where="actor_rollout_ref.rollout.max_model_len",
@@ -311,7 +316,7 @@ def _not_estimated(config: DictConfig, hf_config: Any) -> str | None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     if hf_config is None:
-        return "the model's config.json cannot be read here"
+        return "the model's configuration is not at hand"
     if hf_config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return f"{hf_config.model_type} is no image-text-to-text model of transformers"
     if config.actor_rollout_ref.actor.strategy not in ("fsdp", "fsdp2"):

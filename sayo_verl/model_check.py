@@ -1,15 +1,108 @@
 """Checks of the model before a run: its family, layers and processor, and the modes verl cannot run that family in."""
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+import httpx
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
 from omegaconf import DictConfig, OmegaConf
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from sayo_verl.errors import SayoError
 from sayo_verl.families import Family, family_of
 from sayo_verl.methods import Method
+
+WHERE = "actor_rollout_ref.model.path"
+# Configuration, processor and tokenizer: some 20 MB of a hub model, none of its weights.
+SMALL_FILES = ["*.json", "*.jinja", "*.txt"]
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a model path without a folder is a name on the hub: "owner/name", and no folder "owner" is here."""
+    folder = Path(path).expanduser()
+    local = path.startswith(("/", "./", "../", "~")) or path.count("/") != 1
+    return not (local or folder.exists() or folder.parent.is_dir())
+
+
+def model_folder(path: str, *, dry_run: bool) -> Path | None:
+    """The folder that holds a model's configuration and, where it has them, its processor and tokenizer.
+
+    For a hub name it is the snapshot in the hub's cache, of which small files are downloaded if they are absent.
+
+    Args:
+        path: as in ``actor_rollout_ref.model.path``.
+        dry_run: return None where the model is not on this machine, instead of an error.
+
+    Raises:
+        SayoError: L17 for a path without a model, and for a name that the hub refuses; L53 for a hub that cannot be
+            reached.
+    """
+    if not is_hub_name(path):
+        folder = Path(path).expanduser()
+        if folder.exists():
+            return folder
+        if dry_run:
+            return None
+        raise SayoError("L17", "there is no model at this path", where=WHERE, got=path,
+                        fix="correct it, or give a hub name such as Qwen/Qwen3-VL-8B-Instruct")  # fmt: skip
+    found = _hub_folder(path)
+    if isinstance(found, Path):
+        return found
+    if isinstance(found, RepositoryNotFoundError | HFValidationError):
+        raise SayoError("L17", "the hub has no such model, or does not show it to you", where=WHERE, got=path,
+                        fix="correct the name; for a gated or private model: hf auth login") from found  # fmt: skip
+    if dry_run:
+        return None
+    cause = found.__cause__ or found
+    raise SayoError("L53", "the hub cannot be reached, and the model is not in its cache", where=WHERE,
+                    got=f"{path}, {type(cause).__name__}: {' '.join(str(cause).split())[:120]}",
+                    fix="check the network, HF_ENDPOINT and HF_HUB_OFFLINE; without a network, give the folder of a "
+                    f"download (hf download {path})")  # fmt: skip
+
+
+@functools.cache
+def _hub_folder(name: str) -> Path | Exception:
+    """The snapshot of a hub model, or why it cannot be had. The hub is tried once per process."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=SMALL_FILES))
+    except (OSError, httpx.HTTPError, HFValidationError) as error:
+        cached = try_to_load_from_cache(name, "config.json")  # of a snapshot that lacks some of the files
+        return Path(cached).parent if isinstance(cached, str) else error
+
+
+def load_config(path: str, *, dry_run: bool) -> PretrainedConfig | None:
+    """The transformers configuration of a model folder or hub name; no weights and no code of the model are loaded.
+
+    Args:
+        path: as in ``actor_rollout_ref.model.path``.
+        dry_run: return None where the model is not on this machine and cannot be had from the hub.
+
+    Returns:
+        The configuration. One of a model type that transformers does not know has the keys of config.json as
+        attributes, and nested configurations as dictionaries.
+
+    Raises:
+        SayoError: L17 for a folder without a readable config.json, and what ``model_folder`` raises.
+    """
+    folder = model_folder(path, dry_run=dry_run)
+    if folder is None:
+        return None
+    if not (folder / "config.json").is_file():
+        raise SayoError("L17", "the model folder has no config.json", where=WHERE, got=path,
+                        fix="point to a folder in Hugging Face format")  # fmt: skip
+    try:
+        values = json.loads((folder / "config.json").read_text())
+        if values["model_type"] in CONFIG_MAPPING:
+            return AutoConfig.from_pretrained(folder)
+        return PretrainedConfig.from_dict(values)
+    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
+        raise SayoError("L17", "the model's config.json cannot be read", where=WHERE, got=f"{path}: {error!r}"[:200],
+                        wanted="a configuration of transformers with a model_type",
+                        fix="copy config.json of the original model into the folder") from error  # fmt: skip
 
 
 def sequence_parallel(config: DictConfig) -> int:
@@ -22,14 +115,14 @@ def sequence_parallel(config: DictConfig) -> int:
     )
 
 
-def check_model(config: DictConfig, method: Method, folder: Path, model_type: str) -> str:
+def check_model(config: DictConfig, method: Method, folder: Path, model: PretrainedConfig) -> str:
     """Refuse a model whose attention cannot be read, or cannot under these settings.
 
     Args:
         config: the composed configuration.
         method: the run's method.
         folder: of the model, in Hugging Face format.
-        model_type: of its config.json.
+        model: its configuration.
 
     Returns:
         One line for the plan.
@@ -38,14 +131,12 @@ def check_model(config: DictConfig, method: Method, folder: Path, model_type: st
         SayoError: L18 for an unknown family, L23 for another family's processor, L09, L25 and L26 for modes that verl
             cannot run it in, P03 and P11 for layers that are not there or not of full attention.
     """
-    from transformers import AutoConfig
-
     from sayo_verl.probe.taps import resolve_layers
 
-    family = family_of(model_type, where="actor_rollout_ref.model.path")
+    family = family_of(model.model_type, where=WHERE)
     _check_modes(config, family, method)
     _check_processor(folder, family)
-    text = AutoConfig.from_pretrained(folder).get_text_config()
+    text = model.get_text_config()
     request = method.needs().statistics
     where = f"algorithm.attn.{method.name.removeprefix('attn_')}.layers"
     n_layers = text.num_hidden_layers

@@ -6,10 +6,7 @@ yet into entries of that plan instead of refusals, so that a job can be looked a
 
 import dataclasses
 import importlib.util
-import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,8 +14,8 @@ from sayo_verl.data_check import check_data
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.memory import check_memory
 from sayo_verl.methods import METHODS, Method, Mix
-from sayo_verl.model_check import check_model, sequence_parallel
-from sayo_verl.resources import check_batch_sizes, check_ray_cpus
+from sayo_verl.model_check import check_model, is_hub_name, load_config, model_folder, sequence_parallel
+from sayo_verl.resources import check_batch_sizes, check_paths, check_ray_cpus
 from sayo_verl.resume import check_metrics, check_resume, describe_checkpoints, metrics_file
 from sayo_verl.reward_check import check_reward, check_template
 from sayo_verl.settings import settings_from_config
@@ -48,10 +45,12 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
         dataclasses.replace(method.needs().statistics, path=str(config.sayo.probe_path))  # P14
     check_batch_sizes(config)
     cpus = check_ray_cpus(config, dry_run=dry_run)
+    check_paths(config)
     check_metrics(config)
     resumed = check_resume(config)
     reward = check_reward(config, method, dry_run=dry_run)
     model, model_type = _check_model(config, method, dry_run)
+    memory = check_memory(config, method, dry_run=dry_run)
     plan: Plan = [
         ("estimator", f"{config.algorithm.adv_estimator}" + ("" if method else " (verl's own code, untouched)")),
         ("method", _describe(method) if method else "-"),
@@ -68,7 +67,7 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
                    f"{actor.kl_loss_coef if actor.use_kl_loss else 'off'}, LoRA rank "
                    f"{config.actor_rollout_ref.model.lora_rank or 'off'}"),
         ("machines", f"{config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {config.trainer.device}; {cpus}"),
-        *check_memory(config, method, _model_config(config), dry_run=dry_run),
+        *memory,
         ("length", f"{config.trainer.total_training_steps or '-'} steps, {config.trainer.total_epochs} epochs"),
         ("resumes", resumed),
         ("checkpoints", describe_checkpoints(config)),
@@ -159,31 +158,13 @@ def _describe(method: Method) -> str:
 
 
 def _check_model(config: DictConfig, method: Method | None, dry_run: bool) -> tuple[str, str | None]:
-    """A line for the plan, and ``model_type`` of a model whose folder is there."""
+    """A line for the plan, and ``model_type`` of a model that is at hand."""
     path = str(config.actor_rollout_ref.model.path)
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        # "models/tiny" could be either; if there is a folder "models", a path was meant
-        if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1 or folder.parent.is_dir():
-            if dry_run:
-                return f"{path} - NOT THERE YET, needed before the run", None
-            raise SayoError("L17", "there is no model at this path", where="actor_rollout_ref.model.path", got=path,
-                            fix="correct it, or give a hub name such as Qwen/Qwen3-VL-8B-Instruct")  # fmt: skip
-        return f"{path} - a hub name: its family and layers are checked when it is loaded", None
-    file = folder / "config.json"
-    if not file.is_file():
-        raise SayoError("L17", "the model folder has no config.json", where="actor_rollout_ref.model.path", got=path,
-                        fix="point to a folder in Hugging Face format")  # fmt: skip
-    model_type = json.loads(file.read_text())["model_type"]
-    return f"{path} ({check_model(config, method, folder, model_type) if method else model_type})", model_type
-
-
-def _model_config(config: DictConfig) -> Any:
-    """transformers' configuration of a model whose folder is there."""
-    from transformers import AutoConfig
-
-    folder = Path(str(config.actor_rollout_ref.model.path)).expanduser()
-    return AutoConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
+    model, folder = load_config(path, dry_run=dry_run), model_folder(path, dry_run=dry_run)
+    if model is None or folder is None:
+        absent = "the hub cannot be reached from here, so its family and layers were not checked"
+        return f"{path} - {absent if is_hub_name(path) else 'NOT THERE YET, needed before the run'}", None
+    return f"{path} ({check_model(config, method, folder, model) if method else model.model_type})", model.model_type
 
 
 def show(plan: Plan, write: Callable[[str], None] = print) -> None:

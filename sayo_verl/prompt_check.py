@@ -3,11 +3,8 @@
 The calls are those of verl's data set, as in `sayo inspect` (``sayo_verl.data.inspection.model_view``).
 """
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import Progress
@@ -18,6 +15,7 @@ from sayo_verl.data.inspection.model_view import Model, too_long
 from sayo_verl.data.reading import image_source
 from sayo_verl.errors import SayoError
 from sayo_verl.families import FAMILIES
+from sayo_verl.model_check import is_hub_name, model_folder
 
 
 def check_batch(config: DictConfig, rows: int) -> None:
@@ -42,7 +40,7 @@ def check_prompts(config: DictConfig, demands: Demands, model_type: str | None, 
     Args:
         config: the composed configuration; ``sayo.preflight_prompts`` rows of each split are taken.
         demands: of the run.
-        model_type: of the model's config.json; None: no folder of a model is at hand.
+        model_type: of the model's config.json; None: the model is not at hand.
         counted: split -> its rows; the rows to take are those that it has kept.
 
     Returns:
@@ -55,11 +53,11 @@ def check_prompts(config: DictConfig, demands: Demands, model_type: str | None, 
     if int(config.sayo.preflight_prompts) <= 0 or not demands.headers:
         return "not checked (sayo.preflight_prompts, sayo.preflight_images)"
     chosen = config.actor_rollout_ref.model
-    folder: Path | None = Path(str(chosen.path)).expanduser()
-    if model_type is None:
-        folder, model_type = _cached(str(chosen.path))
+    folder = model_folder(str(chosen.path), dry_run=True)
     if folder is None or model_type is None:
         return "not checked: the model is not on this machine"
+    if is_hub_name(str(chosen.path)) and not (folder / "preprocessor_config.json").is_file():
+        return "not checked: the hub's cache holds the model's configuration, but not its processor"
     if model_type not in FAMILIES:
         return f"not checked: the processor of {model_type} is not one of {', '.join(FAMILIES)}"
     if not any(of_split.spread for of_split in counted.values()):
@@ -70,16 +68,6 @@ def check_prompts(config: DictConfig, demands: Demands, model_type: str | None, 
                   chat_template=chosen.get("custom_chat_template"))  # fmt: skip
     told = [_check_split(config, demands, model, name, of_split) for name, of_split in counted.items() if of_split.rows]
     return "; ".join(told)
-
-
-def _cached(name: str) -> tuple[Path | None, str | None]:
-    """Folder and ``model_type`` of a hub model of which the configuration and the processor were downloaded before."""
-    found = [try_to_load_from_cache(name, file) for file in ("config.json", "preprocessor_config.json")] \
-        if name.count("/") == 1 and not name.startswith((".", "~", "/")) else []  # fmt: skip
-    if not found or not all(isinstance(file, str) for file in found):
-        return None, None
-    config = Path(str(found[0]))
-    return config.parent, json.loads(config.read_text()).get("model_type")
 
 
 def _check_split(config: DictConfig, demands: Demands, model: Model, split: str, counted: Counted) -> str:

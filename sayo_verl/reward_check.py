@@ -14,9 +14,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sayo_verl.adapters.internvl import model_type_of
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.methods import Method, Mix
+from sayo_verl.model_check import model_folder
 from sayo_verl.reward import TAGS, check_settings, compute_score
 from sayo_verl.reward.formula import require_math_verify
 
@@ -391,7 +391,7 @@ def _prompt(config: DictConfig) -> _Prompt | str:
 @functools.lru_cache(maxsize=1)
 def _render(path: str, template: str | None, kwargs: str, trust_remote_code: bool) -> _Prompt | str:
     """The generation prompt, or why it cannot be had here."""
-    if model_type_of(path) is None:
+    if model_folder(path, dry_run=True) is None:
         return "the model is not there yet"
     from jinja2 import TemplateError
     from verl.utils import hf_tokenizer

@@ -60,7 +60,11 @@ def configure(config: Any) -> bool:
     """
     from omegaconf import OmegaConf, open_dict
 
-    if model_type_of(str(config.actor_rollout_ref.model.path)) != MODEL_TYPE:
+    from sayo_verl.model_check import load_config
+
+    # A model that is not there is for preflight to judge.
+    model = load_config(str(config.actor_rollout_ref.model.path), dry_run=True)
+    if model is None or model.model_type != MODEL_TYPE:
         return False
     sequence_parallel = tuple(
         f"{role}.{key}"
