@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.data_check import check_data
 from sayo_verl.errors import SayoError, did_you_mean
-from sayo_verl.memory import check_memory
+from sayo_verl.memory_check import check_memory
 from sayo_verl.methods import METHODS, Method, Mix
 from sayo_verl.model_check import check_model, is_hub_name, load_config, model_folder, sequence_parallel
 from sayo_verl.resources import check_batch_sizes, check_paths, check_ray_cpus

@@ -1,5 +1,4 @@
-"""Checks of machines before a run: do batches divide, has Ray the CPUs that verl's processes hold, and do all nodes find
-the files."""
+"""Checks of machines before a run: do batches divide, has Ray the CPUs that verl holds, do all nodes find the files."""
 
 import math
 import os
@@ -80,8 +79,10 @@ def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:
 
 
 def check_paths(config: DictConfig) -> None:
-    """On several nodes, refuse relative paths: verl reads data in the task runner (``trainer_base.py: _init_dataloader``)
-    and models and checkpoints in its workers, wherever Ray puts them.
+    """On several nodes, refuse relative paths.
+
+    verl reads data in its task runner (``trainer_base.py: _init_dataloader``), models and checkpoints in its workers,
+    on whatever node Ray puts them.
 
     Raises:
         SayoError: L59.
