@@ -24,7 +24,7 @@ GIVEN=$(given_settings)
 METHOD=${METHOD:-dual}                                       # a file of configs/method, or grpo or dapo for verl's own code
 case "$METHOD" in
   dual | dual_released | dapo) RL=${RL:-dapo} ;;             # [C] VGPO trains on DAPO
-  *) RL=${RL:-grpo} ;;                                       # [ours]
+  *) RL=${RL:-grpo} ;;                                       # [ours] AT-RL and Faithful-MR1 name no more than GRPO
 esac
 NAME=${NAME:-${METHOD}_qwen2_5vl_7b}
 DRY_RUN=${DRY_RUN:-0}
@@ -56,10 +56,10 @@ LR=${LR:-1e-6}                                               # [C] constant
 WEIGHT_DECAY=${WEIGHT_DECAY:-0.01}                           # [C]
 GRAD_CLIP=${GRAD_CLIP:-1.0}                                  # [C]
 EPOCHS=${EPOCHS:-2}                                          # [C]
-PPO_MAX_TOKEN_LEN_PER_GPU=${PPO_MAX_TOKEN_LEN_PER_GPU:-16384}  # [ours] fits 80 GB
+PPO_MAX_TOKEN_LEN_PER_GPU=${PPO_MAX_TOKEN_LEN_PER_GPU:-16384}  # [ours] two rows of full length, 4.6 GiB of logits
 ROLLOUT_TP=${ROLLOUT_TP:-2}                                  # [C]
-ROLLOUT_GPU_MEM_UTIL=${ROLLOUT_GPU_MEM_UTIL:-0.6}            # [ours]
-SAVE_FREQ=${SAVE_FREQ:-25}                                   # [ours]
+ROLLOUT_GPU_MEM_UTIL=${ROLLOUT_GPU_MEM_UTIL:-0.6}            # [ours] of 80 GB: 234 sequences of full length on two cards
+SAVE_FREQ=${SAVE_FREQ:-25}                                   # [ours] steps, of 75 an epoch: a checkpoint has 93 GiB
 TEST_FREQ=${TEST_FREQ:-25}                                   # [ours]
 LOGGER=${LOGGER:-[console,file]}                             # such as [console,file,wandb]
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Memory of a job by arithmetic, against real modules and counts by hand, and the launch checks that it feeds."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
+from public_shapes import MODELS, write_config
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, Qwen2_5_VLVisionBlock
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer, Qwen3VLVisionBlock
@@ -23,50 +23,10 @@ from sayo_verl.memory_check import CARD, card_gib, check_memory
 from sayo_verl.methods import AnchorMethod, RegionMethod
 from sayo_verl.resources import check_paths
 
-ROPE3 = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
-ROPE25 = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-# public shapes: name -> (model type, text, vision, parameters as the hub counts them)
-MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
-    "Qwen3-VL-8B": (
-        "qwen3_vl",
-        {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
-         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rope_parameters": ROPE3,
-         "max_position_embeddings": 262144},
-        {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "patch_size": 16,
-         "out_hidden_size": 4096, "num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24]},
-        8_767_123_696,
-    ),
-    "Qwen3-VL-4B": (
-        "qwen3_vl",
-        {"vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
-         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rope_parameters": ROPE3,
-         "max_position_embeddings": 262144, "tie_word_embeddings": True},
-        {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "patch_size": 16,
-         "out_hidden_size": 2560, "num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17]},
-        4_437_815_808,
-    ),
-    "Qwen2.5-VL-7B": (
-        "qwen2_5_vl",
-        {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-         "num_attention_heads": 28, "num_key_value_heads": 4, "rope_parameters": ROPE25,
-         "max_position_embeddings": 128000},
-        {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14,
-         "out_hidden_size": 3584, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]},
-        8_292_166_656,
-    ),
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
-    """Folders that hold a config.json each."""
-    folders = {}
-    for name, (kind, text, vision, _) in MODELS.items():
-        folders[name] = tmp_path_factory.mktemp(name)
-        tied = text.get("tie_word_embeddings", False)
-        values = {"model_type": kind, "text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
-        (folders[name] / "config.json").write_text(json.dumps(values))
-    return folders
+    return {name: write_config(name, tmp_path_factory.mktemp(name)) for name in MODELS}
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +272,7 @@ def test_one_card_holds_4b_with_an_adapter(make):
 def test_a_plan_close_to_the_card_is_marked(make):
     text = plan(make(**{"actor_rollout_ref.rollout.gpu_memory_utilization": 0.85}))
     (line,) = [line for line in text.splitlines() if "TIGHT" in line]
-    assert line.startswith("memory per GPU: rollout 74.7")
+    assert line.startswith("memory per GPU: rollout 74.8")
     assert line.endswith("TIGHT, 95% of the card")
 
 
