@@ -535,7 +535,7 @@ def test_respond_keeps_right_answers_only(folders, parquet, tmp_path, monkeypatc
                 for i, answer in enumerate(answers)]  # fmt: skip
 
     monkeypatch.setattr(respond, "_sample", sample)
-    done = respond.write_responses(folders["qwen3_vl"], parquet, tmp_path / "r.parquet", tries=2, batch_size=64,
+    done = respond.write_responses(folders["qwen3_vl"], [parquet], tmp_path / "r.parquet", tries=2, batch_size=64,
                                    max_rows=8)  # fmt: skip
     assert calls == [8, 4]
     assert done == {"rows": 8, "kept": 6}
@@ -546,8 +546,85 @@ def test_respond_keeps_right_answers_only(folders, parquet, tmp_path, monkeypatc
 
 def test_respond_says_when_nothing_is_right(folders, parquet, tmp_path):
     with pytest.raises(SayoError, match="F18"):
-        respond.write_responses(folders["qwen3_vl"], parquet, tmp_path / "r.parquet", tries=1, max_new_tokens=3,
+        respond.write_responses(folders["qwen3_vl"], [parquet], tmp_path / "r.parquet", tries=1, max_new_tokens=3,
                                 max_rows=2)  # fmt: skip
+    empty = tmp_path / "empty.parquet"
+    pq.write_table(pq.read_table(parquet).slice(0, 0), empty)
+    with pytest.raises(SayoError, match="F10"):
+        respond.write_responses(folders["qwen3_vl"], [empty], tmp_path / "e.parquet")
+
+
+@pytest.fixture
+def guesses(monkeypatch):
+    """Answers drawn from torch's generator, about half of them right; a list of the rows that were sampled."""
+    sampled: list[str] = []
+
+    def sample(_model, _processor, rows, *_):
+        sampled.extend(row["_where"] for row in rows)
+        right = torch.rand(len(rows)) < 0.5
+        return [f"<think> {float(torch.rand(1)):.6f}</think><answer> {row['reward_model']['ground_truth']}</answer>"
+                if ok else "no" for row, ok in zip(rows, right, strict=True)]  # fmt: skip
+
+    monkeypatch.setattr(respond, "_sample", sample)
+    return sampled
+
+
+def test_responses_do_not_depend_on_the_number_of_processes(folders, parquet, tmp_path, guesses):
+    files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]  # 30 and 18 rows
+    table = pq.read_table(parquet)
+    pq.write_table(table.slice(0, 30), files[0])
+    pq.write_table(table.slice(30), files[1])
+    settings_ = {"tries": 2, "batch_size": 2, "max_rows": 45, "seed": 3}
+    one = respond.write_responses(folders["qwen3_vl"], files, tmp_path / "one.parquet", **settings_)
+    guesses.clear()
+    first = respond.write_responses(folders["qwen3_vl"], files, tmp_path / "two.parquet", rank=1, world=2, **settings_)
+    assert first == {"rows": 45, "left": 3}, (
+        "blocks of 8 rows, none across files: 4 of the first file and 2 of the second"
+    )
+    assert not (tmp_path / "two.parquet").exists()
+    second = respond.write_responses(folders["qwen3_vl"], files, tmp_path / "two.parquet", rank=0, world=2, **settings_)
+    assert second == one
+    assert 0 < one["kept"] < 45
+    assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
+    kept = pq.read_table(tmp_path / "one.parquet")
+    order = [row["index"] for row in kept["extra_info"].to_pylist()]
+    assert order == sorted(order)
+    assert len(set(kept["response"].to_pylist())) == one["kept"], "each block has random numbers of its own"
+
+
+def test_an_interrupted_run_goes_on_where_it_stood(folders, parquet, tmp_path, guesses, monkeypatch):
+    whole, cut = tmp_path / "whole.parquet", tmp_path / "cut.parquet"
+    settings_ = {"tries": 2, "batch_size": 4, "seed": 1}
+    done = respond.write_responses(folders["qwen3_vl"], [parquet], whole, **settings_)
+    answers, n = respond._answers, 0
+
+    def stops(*args: Any, **kwargs: Any) -> Any:
+        nonlocal n
+        n += 1
+        if n == 3:
+            raise KeyboardInterrupt
+        return answers(*args, **kwargs)
+
+    monkeypatch.setattr(respond, "_answers", stops)
+    with pytest.raises(KeyboardInterrupt):
+        respond.write_responses(folders["qwen3_vl"], [parquet], cut, **settings_)
+    assert not cut.exists()
+    monkeypatch.setattr(respond, "_answers", answers)
+    guesses.clear()
+    assert respond.write_responses(folders["qwen3_vl"], [parquet], cut, **settings_) == done
+    assert {int(where.split()[1]) for where in guesses} == set(range(32, 48)), "the third block of 16"
+    assert cut.read_bytes() == whole.read_bytes()
+    monkeypatch.setattr(respond, "AutoModelForImageTextToText", None)  # nothing is left to sample: no model is loaded
+    assert respond.write_responses(folders["qwen3_vl"], [parquet], cut, **settings_) == done
+
+
+@pytest.mark.parametrize("change", [{"tries": 3}, {"seed": 2}, {"max_rows": 40}, {"batch_size": 2}])
+def test_F19_responses_begun_with_other_settings(folders, parquet, tmp_path, guesses, change):
+    out, settings_ = tmp_path / "r.parquet", {"tries": 2, "batch_size": 4, "seed": 1}
+    respond.write_responses(folders["qwen3_vl"], [parquet], out, rank=0, world=2, **settings_)
+    with pytest.raises(SayoError, match=r"F19: .*settings.json.* got {.*}, wanted {.*} .*rm -r"):
+        respond.write_responses(folders["qwen3_vl"], [parquet], out, **(settings_ | change))
+    assert "kept" in respond.write_responses(folders["qwen3_vl"], [parquet], out, **settings_)
 
 
 def test_report_measures_what_the_loss_is_about(folders, tmp_path):

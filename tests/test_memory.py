@@ -376,8 +376,11 @@ def test_memory_of_a_card_is_set_read_or_assumed(make, tmp_path):
     assert card_gib(make(**{"sayo.gpu_memory_gib": 141})) == (141.0, "sayo.gpu_memory_gib")
     fake.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2\nexit 9\n")
     assert card_gib(make())[0] == CARD
-    for wrong in (0, "much"):
-        refused(make(**{"sayo.gpu_memory_gib": wrong}), "L61")
+
+
+@pytest.mark.parametrize("wrong", [0, "much"])
+def test_L61_memory_that_is_no_number(make, wrong):
+    refused(make(**{"sayo.gpu_memory_gib": wrong}), "L61", f"got {wrong}")
 
 
 @pytest.mark.parametrize("key", ["data.train_files", "data.val_files", "trainer.default_local_dir",
