@@ -408,8 +408,11 @@ def test_rows_that_cannot_be_used_are_refused(folders, tmp_path):
     with pytest.raises(SayoError, match="F12"):
         AnchorCollator(processor, SimpleNamespace(model_type="internvl"), alpha=0.1)
     pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(SayoError, match="F10"):
-        AnchorRows([tmp_path / "a.parquet"])
+    for read in (AnchorRows, lambda files: respond.write_responses(folders["qwen3_vl"], files, tmp_path / "out")):
+        with pytest.raises(SayoError, match=r"F10: .* at .*a.parquet .* got \['prompt'\]"):
+            read([tmp_path / "a.parquet"])
+        with pytest.raises(SayoError, match=r"F20: .* got .*train-\*.parquet"):
+            read([tmp_path / "train-*.parquet"])
 
 
 # ---------------------------------------------------------------------------------------------------------- the stage
@@ -665,12 +668,42 @@ def test_the_commands_work_together(folders, parquet, tmp_path, capsys):
     assert "SAYO-F05" in capsys.readouterr().err
 
 
-def test_the_gpu_script_prints_its_plan(repo, tmp_path):
+def gpu_plan(repo: Path, tmp_path: Path, **variables: str) -> str:
     done = subprocess.run(["bash", "scripts/run_faithful_anchor_qwen2_5vl_7b.sh"], cwd=repo, text=True,
-                          capture_output=True, check=False,
-                          env={"PATH": "/usr/bin:/bin", "DRY_RUN": "1", "OUT": str(tmp_path / "out")})  # fmt: skip
+                          capture_output=True, check=False, env={"PATH": "/usr/bin:/bin", "DRY_RUN": "1",
+                          "OUT": str(tmp_path / "out"), **variables})  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out").exists()
+    return done.stdout
+
+
+def test_the_gpu_script_prints_its_plan(repo, tmp_path):
+    plan = gpu_plan(repo, tmp_path)
     for told in ("Qwen/Qwen2.5-VL-7B-Instruct", "--nproc_per_node=8", "sayo_verl.anchoring train", "NOT THERE YET",
                  "nothing was started"):  # fmt: skip
-        assert told in done.stdout
-    assert not (tmp_path / "out").exists()
+        assert told in plan
+
+
+def test_the_gpu_script_samples_on_all_devices_within_a_limit(repo, tmp_path):
+    sample = next(line for line in gpu_plan(repo, tmp_path).splitlines() if " respond " in line)
+    assert "torchrun --standalone --nproc_per_node=8 -m sayo_verl.anchoring respond" in sample
+    assert sample.rstrip().endswith("--tries 4 --max-new-tokens 1024 --batch-size 32 --max-rows 8192")
+    sample = next(line for line in gpu_plan(repo, tmp_path, ROWS="all", TRIES="2", NGPUS="4").splitlines()
+                  if " respond " in line)  # fmt: skip
+    assert "--max-rows" not in sample
+    assert "--nproc_per_node=4" in sample
+    assert "--tries 2" in sample
+
+
+def test_the_gpu_script_takes_all_shards_of_a_prepared_folder(repo, tmp_path, parquet):
+    names = ["train-00000.parquet", "train-00001.parquet", "val-00000.parquet"]
+    for name in names:
+        (tmp_path / name).write_bytes(parquet.read_bytes())
+    plan = gpu_plan(repo, tmp_path, DATA=str(tmp_path))
+    assert "NOT THERE YET" not in plan
+    assert f"--rows {tmp_path}/{names[0]} {tmp_path}/{names[1]} --out" in plan
+    assert f"--rows {tmp_path}/{names[2]} --out" in plan
+    plan = gpu_plan(repo, tmp_path, DATA=str(tmp_path), RESPOND="0")
+    assert " respond " not in plan
+    train = next(line for line in plan.splitlines() if " train " in line)
+    assert f"--rows {tmp_path}/{names[0]} {tmp_path}/{names[1]} --out" in train

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sayo_verl.anchoring.rows import images_of, messages_of
+from sayo_verl.anchoring.rows import columns_of, images_of, messages_of
 from sayo_verl.errors import SayoError
 from sayo_verl.reward import compute_score
 
@@ -73,7 +73,7 @@ def write_responses(
 
     Raises:
         SayoError: D09 for images that do not fit a prompt, F10 for no row, F18 when no row is kept, F19 when ``out``
-            was begun with other settings.
+            was begun with other settings, and what ``columns_of`` raises.
     """
     out = Path(out)
     parts = out.with_name(f"{out.name}.parts")
@@ -115,6 +115,8 @@ def write_responses(
 
 def _blocks(files: Sequence[Path | str], size: int, max_rows: int | None) -> list[Block]:
     """Runs of at most ``size`` rows, none across files."""
+    for file in files:
+        columns_of(file)
     left = sum(pq.read_metadata(file).num_rows for file in files) if max_rows is None else max_rows
     blocks = []
     for file in files:
