@@ -18,6 +18,9 @@ from sayo_verl.model_check import load_config, sequence_parallel
 CARD = 79.0  # GiB that a card of 80 GB shows (A100: 79.2, H100: 79.1 to 79.6)
 TIGHT = 0.9  # of the card, from which the plan warns; beyond the card the job is refused
 NAME = "memory per GPU"
+# arguments of vLLM that verl passes on, under which its memory is another
+CHANGES_MEMORY = {"kv_cache_dtype", "kv_cache_memory_bytes", "gpu_memory_utilization", "max_model_len", "cpu_offload_gb",
+                  "quantization", "mm_encoder_tp_mode"}  # fmt: skip
 
 
 def check_memory(config: DictConfig, method: Method | None, *, dry_run: bool) -> list[tuple[str, str]]:
@@ -105,12 +108,22 @@ def check_length(config: DictConfig, hf_config: Any) -> None:
 
 
 def _not_estimated(config: DictConfig, hf_config: Any) -> str | None:
+    """Why the arithmetic does not apply, or None."""
     if hf_config is None:
         return "the model's configuration is not at hand"
     if hf_config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return f"{hf_config.model_type} is no image-text-to-text model of transformers"
-    if config.actor_rollout_ref.actor.strategy not in ("fsdp", "fsdp2"):
-        return f"actor.strategy={config.actor_rollout_ref.actor.strategy}"
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    engine = set(rollout.engine_kwargs.get("vllm") or {}) & CHANGES_MEMORY
+    for setting, value, known in (
+        ("actor.strategy", actor.strategy, ("fsdp", "fsdp2")),
+        ("trainer.v1.trainer_mode", config.trainer.v1.trainer_mode, ("sync", "sayo_sync")),
+        ("rollout.name", rollout.name, ("vllm",)),
+        ("rollout.quantization", rollout.get("quantization"), (None,)),
+        ("rollout.engine_kwargs.vllm", sorted(engine), ([],)),
+    ):
+        if value not in known:
+            return f"{setting}={value}"
     return None
 
 
