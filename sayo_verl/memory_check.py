@@ -19,8 +19,8 @@ CARD = 79.0  # GiB that a card of 80 GB shows (A100: 79.2, H100: 79.1 to 79.6)
 TIGHT = 0.9  # of the card, from which the plan warns; beyond the card the job is refused
 NAME = "memory per GPU"
 # arguments of vLLM that verl passes on, under which its memory is another
-CHANGES_MEMORY = {"kv_cache_dtype", "kv_cache_memory_bytes", "gpu_memory_utilization", "max_model_len", "cpu_offload_gb",
-                  "quantization", "mm_encoder_tp_mode"}  # fmt: skip
+CHANGES_MEMORY = {"kv_cache_dtype", "kv_cache_memory_bytes", "gpu_memory_utilization", "max_model_len", "quantization",
+                  "cpu_offload_gb", "mm_encoder_tp_mode"}  # fmt: skip
 
 
 def check_memory(config: DictConfig, method: Method | None, *, dry_run: bool) -> list[tuple[str, str]]:

@@ -361,8 +361,10 @@ def test_what_is_not_estimated_is_said(make, tmp_path):
     text.mkdir()
     (text / "config.json").write_text('{"model_type": "qwen3"}')
     assert "not estimated: qwen3 is no image-text-to-text model" in plan(make(str(text)), None)
-    fp8 = {"actor_rollout_ref.rollout.engine_kwargs.vllm": {"kv_cache_dtype": "fp8", "enable_log_requests": True}}
-    assert "not estimated: rollout.engine_kwargs.vllm=['kv_cache_dtype']" in plan(make(**fp8))
+    fp8 = make()
+    for key, value in {"kv_cache_dtype": "fp8", "enable_log_requests": True}.items():
+        OmegaConf.update(fp8, f"actor_rollout_ref.rollout.engine_kwargs.vllm.{key}", value, force_add=True)
+    assert "not estimated: rollout.engine_kwargs.vllm=['kv_cache_dtype']" in plan(fp8)
     assert "not estimated: rollout.name=sglang" in plan(make(**{"actor_rollout_ref.rollout.name": "sglang"}))
     assert "trainer_mode=separate_async" in plan(make(**{"trainer.v1.trainer_mode": "separate_async"}))
     assert "not estimated: actor.strategy=megatron" in plan(
