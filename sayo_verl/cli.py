@@ -88,7 +88,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
     from sayo_verl.doctor import examine
 
-    findings = examine(args.stack)
+    findings = examine(args.stack, args.job)
     table = Table(title=f"sayo-verl {__version__}", title_justify="left")
     for column in ("", "what", "found", "wanted"):
         table.add_column(column, overflow="fold")
@@ -150,7 +150,8 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     doctor = commands.add_parser("doctor", help="check versions, device and whether the plug-in loads in Ray workers")
-    doctor.add_argument("--stack", choices=("cpu", "gpu"), help="which pins to check (default: gpu if there is one)")
+    doctor.add_argument("--stack", choices=("cpu", "gpu"), help="which pins to check (default: those of torch's build)")
+    doctor.add_argument("--job", metavar="SCRIPT", help="a launch script: its dry run and its memory, on this machine")
     doctor.set_defaults(function=_doctor)
 
     prepare = commands.add_parser("prepare", help="make data or the tiny policy").add_subparsers(

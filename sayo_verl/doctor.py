@@ -5,6 +5,8 @@ Nothing is repaired here; every line that is not right says what to do.
 
 import os
 import platform
+import re
+import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -13,6 +15,7 @@ from packaging.utils import canonicalize_name
 
 from sayo_verl import __version__
 from sayo_verl.errors import SayoError
+from sayo_verl.machine import Card, cards, missing_to_compile, shared_memory, why_no_card
 
 
 @dataclass(frozen=True)
@@ -66,21 +69,111 @@ def check_versions(stack: str) -> list[Finding]:
                                     f"bash scripts/setup_env.sh {stack}"))  # fmt: skip
             continue
         right = specifier is None or specifier.contains(found, prereleases=True)
-        fix = f"pip install 'sayo-verl[{stack}]'"
+        fix = f"bash scripts/setup_env.sh {stack}, or in the clone: pip install -c configs/constraints-{stack}.txt " \
+            f"'.[{stack}]'"  # fmt: skip
         findings.append(Finding(name, found, str(specifier or "any"), right, fix))
     return findings
 
 
-def check_device() -> Finding:
-    """The accelerator, or the CPU platform when there is none."""
+def check_device(stack: str) -> list[Finding]:
+    """The accelerators with their memory, or why torch sees none; on CPU, the CPU platform."""
     import torch
 
+    try:
+        listed = cards()
+    except OSError as error:
+        fix = "mend the driver (on a container: its NVIDIA runtime), or take nvidia-smi off PATH"
+        return [Finding("device", str(error), "nvidia-smi that answers", stack == "cpu", fix)]
     if torch.cuda.is_available():
-        return Finding("device", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}", "", True)
+        found = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+        return [Finding("device", found, "", True), *_memory(listed)]
+    if listed:
+        return [_unseen(listed, stack), *_memory(listed)]
     cpu = os.environ.get("VERL_PLATFORM") == "cpu"
     found = f"no accelerator ({os.cpu_count()} CPUs, {platform.machine()})"
-    return Finding("device", found + (", VERL_PLATFORM=cpu" if cpu else ""), "", True,
-                   "the tiny task runs here: bash scripts/run_sayo_tiny.sh")  # fmt: skip
+    return [Finding("device", found + (", VERL_PLATFORM=cpu" if cpu else ""), "", True,
+                    "the tiny task runs here: bash scripts/run_sayo_tiny.sh")]  # fmt: skip
+
+
+def _unseen(listed: list[Card], stack: str) -> Finding:
+    import torch
+
+    found = f"{len(listed)} x {listed[0].name}, of which torch {torch.__version__} sees none"
+    cuda = torch.version.cuda
+    if cuda is None:
+        return Finding(
+            "device", f"{found}: it is a build for CPUs", "", stack == "cpu", "bash scripts/setup_env.sh gpu"
+        )
+    if wrong := why_no_card(listed[0].driver, cuda):
+        return Finding("device", f"{found}: {wrong[0]}", wrong[1], False, wrong[2])
+    try:
+        torch.cuda.init()
+        said = "without a reason"
+    except (RuntimeError, AssertionError) as error:
+        said = " ".join(str(error).split())[:160]
+    said += f" (driver {listed[0].driver}, CUDA {cuda}, CUDA_VISIBLE_DEVICES {os.environ.get('CUDA_VISIBLE_DEVICES')})"
+    return Finding("device", f"{found}: {said}", "cards that torch sees", False,
+                   "unset CUDA_VISIBLE_DEVICES, or look at the driver")  # fmt: skip
+
+
+def _memory(listed: list[Card]) -> list[Finding]:
+    """A line for the memory of all cards."""
+    told = "; ".join(
+        f"{n}: {card.total / 1024:.1f} GiB, {card.used / 1024:.1f} in use" for n, card in enumerate(listed)
+    )
+    return [Finding("GPU memory", told, "", True)] if listed else []
+
+
+def check_build() -> Finding:
+    """What Triton and torch.compile build with."""
+    absent = missing_to_compile()
+    return Finding("C compiler", f"missing: {', '.join(absent)}" if absent else "there, with Python.h",
+                   "a C compiler and Python.h, for Triton and torch.compile", not absent,
+                   "install gcc and python3.11-dev (of conda: gcc_linux-64), or name a compiler in CC")  # fmt: skip
+
+
+def check_flash_attn() -> Finding:
+    """flash-attn, which verl's default attention and its fast log-probs need."""
+    from sayo_verl.model_check import ATTENTION, DENSE_MASK, INSTALL_FLASH_ATTN, SLOW_LOG_PROBS, flash_attn_problem
+
+    problem, wanted = flash_attn_problem(), INSTALL_FLASH_ATTN.rpartition("==")[2]
+    found = problem or version("flash-attn")
+    return Finding("flash-attn", found, f"=={wanted}", found.partition("+")[0] == wanted,
+                   f"bash scripts/setup_env.sh gpu, or {INSTALL_FLASH_ATTN}; or train with ++{ATTENTION}=sdpa, not "
+                   f"Qwen2.5-VL packed ({DENSE_MASK}; {SLOW_LOG_PROBS})")  # fmt: skip
+
+
+def check_shared_memory() -> Finding:
+    """/dev/shm, where Ray's object store lies."""
+    free, wanted = shared_memory()
+    return Finding("/dev/shm", f"{free / 1e9:.1f} GB free", f"at least {wanted / 1e9:.0f} GB: for Ray's object store, "
+                   "which is slow on disk otherwise, and for NCCL", free >= wanted,
+                   "start the container with --shm-size=64g or --ipc=host, or mount a larger tmpfs there")  # fmt: skip
+
+
+def check_job(script: str) -> list[Finding]:
+    """A launch script's dry run: what it refuses, its memory per GPU and its number of cards, against this machine."""
+    done = subprocess.run(["bash", script], env={**os.environ, "DRY_RUN": "1"}, capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    if done.returncode:
+        lines = (done.stdout + done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
+        said = next((line for line in reversed(lines) if "SAYO-" in line), lines[-1])
+        return [Finding("job", said, "a dry run without refusals", False, said.rpartition("fix: ")[2])]
+    memory = re.findall(r"^ *memory per GPU +(.+)$", done.stdout, re.MULTILINE) or ["not estimated"]
+    found = [Finding("job", f"{script}: its dry run passes", "", True)]
+    found += [Finding("job, memory per GPU", line, "", True) for line in memory]
+    if machines := re.search(r"^ *machines +\d+ x (\d+) cuda", done.stdout, re.MULTILINE):
+        n_cards, wanted = _number_of_cards(), int(machines[1])
+        found.append(Finding("job, cards", f"{n_cards} on this machine", f"{wanted} on each node", n_cards >= wanted,
+                             f"run it where there are {wanted}, or set NGPUS_PER_NODE"))  # fmt: skip
+    return found
+
+
+def _number_of_cards() -> int:
+    try:
+        return len(cards())
+    except OSError:  # told by check_device
+        return 0
 
 
 def check_probe() -> Finding:
@@ -134,15 +227,22 @@ def check_ray_worker() -> Finding:
         ray.shutdown()
 
 
-def examine(stack: str | None = None) -> list[Finding]:
-    """Every finding, in the order of the report."""
+def examine(stack: str | None = None, job: str | None = None) -> list[Finding]:
+    """Every finding, in the order of the report.
+
+    Args:
+        stack: whose pins are checked, ``"cpu"`` or ``"gpu"``; None: what torch was built for.
+        job: a launch script to look at as well.
+    """
     import torch
 
-    stack = stack or ("gpu" if torch.cuda.is_available() else "cpu")
+    stack = stack or ("gpu" if torch.version.cuda or torch.version.hip else "cpu")
     return [
         *check_versions(stack),
-        check_device(),
+        *check_device(stack),
+        *([check_flash_attn(), check_build(), check_shared_memory()] if stack == "gpu" else []),
         check_probe(),
         check_plugin("this process", plugin_state()),
         check_ray_worker(),
+        *(check_job(job) if job else []),
     ]

@@ -1,9 +1,6 @@
 """Whether the model's lengths and the job's memory fit, before anything is loaded; the arithmetic is in ``memory``."""
 
-import importlib.util
 import math
-import shutil
-import subprocess
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,9 +8,10 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from sayo_verl.errors import SayoError
+from sayo_verl.machine import cards
 from sayo_verl.memory import GIB, Job, Shapes, estimate, kv_bytes, kv_cache, shapes_of
 from sayo_verl.methods import Method
-from sayo_verl.model_check import load_config, sequence_parallel
+from sayo_verl.model_check import flash_attn_problem, load_config, sequence_parallel
 
 CARD = 79.0  # GiB that a card of 80 GB shows (A100: 79.2, H100: 79.1 to 79.6)
 TIGHT = 0.9  # of the card, from which the plan warns; beyond the card the job is refused
@@ -46,7 +44,7 @@ def check_memory(config: DictConfig, method: Method | None, *, dry_run: bool) ->
     model = config.actor_rollout_ref.model
     s = shapes_of(hf_config, lora_rank=int(model.lora_rank), exclude_modules=_plain(model.exclude_modules),
                   target_modules=_plain(model.target_modules))  # fmt: skip
-    flash = dry_run or importlib.util.find_spec("flash_attn") is not None
+    flash = dry_run or flash_attn_problem() is None
     j = _job(config, method, s, card=card, flash=flash)
     totals = {phase: (sum(terms.values()), terms) for phase, terms in estimate(s, j).items()}
     largest = max(totals, key=lambda phase: totals[phase][0])
@@ -75,13 +73,13 @@ def card_gib(config: DictConfig) -> tuple[float, str]:
             raise SayoError("L61", "memory of a GPU is no positive number", where="sayo.gpu_memory_gib", got=given,
                             wanted="GiB, such as 79; null: nvidia-smi is read", fix="correct it")  # fmt: skip
         return float(given), "sayo.gpu_memory_gib"
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-        sizes = [int(line) for line in done.stdout.splitlines() if line.strip().isdigit()]
-        if done.returncode == 0 and sizes:
-            return min(sizes) / 1024, "nvidia-smi"
-    return CARD, "assumed: a card of 80 GB; sayo.gpu_memory_gib names another"
+    try:
+        listed, why = cards(), ""
+    except OSError as error:
+        listed, why = [], f", as {error}"
+    if listed:
+        return min(card.total for card in listed) / 1024, "nvidia-smi"
+    return CARD, f"assumed: a card of 80 GB{why}; sayo.gpu_memory_gib names another"
 
 
 def check_length(config: DictConfig, hf_config: Any) -> None:

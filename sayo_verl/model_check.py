@@ -1,24 +1,42 @@
 """Checks of the model before a run: its family, layers and processor, and the modes verl cannot run that family in."""
 
 import functools
-import importlib.util
+import importlib
 import json
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
 from omegaconf import DictConfig, OmegaConf
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_kernels_available, is_torch_npu_available
 
-from sayo_verl.errors import SayoError
-from sayo_verl.families import Family, family_of
+from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.families import FAMILIES, Family, family_of
 from sayo_verl.methods import Method
 
 WHERE = "actor_rollout_ref.model.path"
 # Configuration, processor and tokenizer: some 20 MB of a hub model, none of its weights.
 SMALL_FILES = ["*.json", "*.jinja", "*.txt"]
+ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
+# attn_implementation -> the distribution and the module that transformers takes it from (its import_utils.py)
+FLASH = {
+    "flash_attention_2": ("flash-attn", "flash_attn"),
+    "flash_attention_3": ("flash-attn-3", "flash_attn_interface"),
+    "flash_attention_4": ("flash-attn-4", "flash_attn.cute"),
+}
+# verl's own pin; built against the torch that is installed, hence without isolation
+INSTALL_FLASH_ATTN = "pip install --no-build-isolation flash-attn==2.8.3"
+# What a run pays without it. Arithmetic for 16k packed tokens of an 8B model, not measured.
+DENSE_MASK = "packed rows under a dense mask: about 3 times the time of a log-prob pass"
+SLOW_LOG_PROBS = "verl takes log-probs token by token without flash-attn: 0.3 to 1 s more a micro-batch"
+# Families that we do not read attention of, whose packed rows verl hands to flash-attn (verl/models/transformers).
+OTHERS_THAT_CALL_FLASH_ATTN = ("qwen2_vl", "glm4v", "kimi_vl")
 
 
 def is_hub_name(path: str) -> bool:
@@ -115,6 +133,94 @@ def sequence_parallel(config: DictConfig) -> int:
     )
 
 
+def attention_of(config: DictConfig) -> str:
+    """The implementation of attention in the actor: what the configuration names, else verl's default."""
+    name = OmegaConf.select(config, ATTENTION, default="flash_attention_2")  # verl/workers/config/model.py
+    return "sdpa" if name is None else str(name)  # transformers' default
+
+
+def flash_attn_problem(implementation: str = "flash_attention_2") -> str | None:
+    """Why the package of a flash attention cannot be used on this machine; None where it can."""
+    distribution, module = FLASH[implementation]
+    try:
+        found = version(distribution)
+    except PackageNotFoundError:
+        return f"{distribution} is not installed"
+    try:
+        importlib.import_module(module)
+        if implementation == "flash_attention_2":  # verl falls back without a word where this one does not import
+            importlib.import_module("flash_attn.ops.triton.cross_entropy")
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"{distribution} {found} does not import ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+    return None
+
+
+def check_attention(config: DictConfig, model: PretrainedConfig | None, *, dry_run: bool) -> str:
+    """Refuse an attention that cannot run here, for every estimator, before Ray starts.
+
+    Args:
+        config: the composed configuration.
+        model: the model's configuration; None where the model is not at hand.
+        dry_run: on a machine without a GPU, say what a run will need instead of refusing what this machine lacks.
+
+    Returns:
+        A line for the plan: the implementation, and what it needs or costs.
+
+    Raises:
+        SayoError: L26 for a flash attention whose package is absent or does not import, L54 for an implementation that
+            transformers does not have, or not for this family.
+    """
+    name, chosen = attention_of(config), config.actor_rollout_ref.model
+    if config.actor_rollout_ref.actor.strategy not in ("fsdp", "fsdp2"):
+        return f"not checked: {config.actor_rollout_ref.actor.strategy} brings its own"
+    _check_implementation(name, model)
+    if is_torch_npu_available():  # transformers has flash attention of its own there
+        return name
+    model_type = getattr(model, "model_type", "the model")
+    packed, family = bool(chosen.use_remove_padding), FAMILIES.get(model_type)
+    direct = packed and (family.packed_needs_flash_attn if family else model_type in OTHERS_THAT_CALL_FLASH_ATTN)
+    needed = "flash_attention_2" if direct else name
+    slow = (
+        ""
+        if chosen.use_fused_kernels or config.trainer.device == "cpu" or not flash_attn_problem()
+        else f"; {SLOW_LOG_PROBS}"
+    )
+    if needed in FLASH and (problem := flash_attn_problem(needed)):
+        if not direct and is_kernels_available():
+            return f"{name}, {problem}: transformers takes its kernel from the hub{slow}"
+        install = INSTALL_FLASH_ATTN if needed == "flash_attention_2" else f"install {FLASH[needed][0]}"
+        without = f"++{ATTENTION}=sdpa"
+        without += f" with actor_rollout_ref.model.use_remove_padding=False (then padding is computed too{slow})" \
+            if direct else f" ({DENSE_MASK if packed else 'slower'}{slow})"  # fmt: skip
+        fix = f"{install}, or {without}"
+        if dry_run and not torch.cuda.is_available():
+            return f"{name}, needs {FLASH[needed][0]} where the run is to start ({problem} here): {fix}"
+        raise SayoError("L26", f"verl calls flash-attn for packed rows of {model_type}, whatever attn_implementation "
+                        "says" if direct else "the attention of this run comes from a package",
+                        where=f"{ATTENTION} (default: flash_attention_2)", got=f"{name}, {problem}",
+                        wanted=f"{FLASH[needed][0]} that imports", fix=fix)  # fmt: skip
+    if needed in FLASH:
+        return f"{name}, {FLASH[needed][0]} {version(FLASH[needed][0])}{slow}"
+    dense = packed and config.trainer.device != "cpu" and name in ("sdpa", "eager")
+    return name + (f", {DENSE_MASK}" if dense else "") + slow
+
+
+def _check_implementation(name: str, model: PretrainedConfig | None) -> None:
+    """L54, where transformers stops when it makes the model, and for its kernels for generation."""
+    if name.count("/") == 1 and is_kernels_available():
+        return  # a kernel of the hub
+    known = ["eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in key)]
+    what = f"transformers has no such attention for training{did_you_mean(name, known)}"
+    if name in known:
+        cls = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(model), None) if name == "flex_attention" else None
+        if cls is None or cls._supports_flex_attn:
+            return
+        known.remove(name)
+        what = f"{cls.__name__} of transformers does not run with this attention"
+    raise SayoError("L54", what, where=ATTENTION, got=name, wanted=", ".join(known),
+                    fix="name another, or leave it out for flash_attention_2")  # fmt: skip
+
+
 def check_model(config: DictConfig, method: Method, folder: Path, model: PretrainedConfig) -> str:
     """Refuse a model whose attention cannot be read, or cannot under these settings.
 
@@ -128,8 +234,8 @@ def check_model(config: DictConfig, method: Method, folder: Path, model: Pretrai
         One line for the plan.
 
     Raises:
-        SayoError: L18 for an unknown family, L23 for another family's processor, L09, L25 and L26 for modes that verl
-            cannot run it in, P03 and P11 for layers that are not there or not of full attention.
+        SayoError: L18 for an unknown family, L23 for another family's processor, L09, L25 and L27 for modes that
+            verl cannot run it in, P03 and P11 for layers that are not there or not of full attention.
     """
     from sayo_verl.probe.taps import resolve_layers
 
@@ -154,7 +260,6 @@ def check_model(config: DictConfig, method: Method, folder: Path, model: Pretrai
 def _check_modes(config: DictConfig, family: Family, method: Method) -> None:
     whole = [s.name for s in method.needs().statistics.statistics if s.name.startswith("neighbour")]
     model, strategy = config.actor_rollout_ref.model, config.actor_rollout_ref.actor.strategy
-    flash = importlib.util.find_spec("flash_attn") is not None
     rules = [
         ("L09", sequence_parallel(config) > 1 and not family.sequence_parallel,
          "verl does not split the tokens of this family over devices, and would not say so",
@@ -165,10 +270,6 @@ def _check_modes(config: DictConfig, family: Family, method: Method) -> None:
         ("L25", bool(model.use_fused_kernels) and strategy not in family.fused_kernels,
          f"verl's fused kernels do not run this family under {strategy}", "model.use_fused_kernels", True,
          "set it to False" + "".join(f", or actor_rollout_ref.actor.strategy={s}" for s in family.fused_kernels)),
-        ("L26", bool(model.use_remove_padding) and family.packed_needs_flash_attn and not flash
-         and not config.sayo.dry_run,
-         "verl calls flash-attn for packed rows of this family, whatever attn_implementation says, and it is not "
-         "installed", "model.use_remove_padding", True, "pip install flash-attn, or set it to False"),
     ]  # fmt: skip
     for code, broken, what, key, got, fix in rules:
         if broken:

@@ -14,7 +14,17 @@ from sayo_verl.data_check import check_data
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.memory_check import check_memory
 from sayo_verl.methods import METHODS, Method, Mix
-from sayo_verl.model_check import check_model, is_hub_name, load_config, model_folder, sequence_parallel
+from sayo_verl.model_check import (
+    ATTENTION,
+    attention_of,
+    check_attention,
+    check_model,
+    is_hub_name,
+    load_config,
+    model_folder,
+    sequence_parallel,
+)
+from sayo_verl.probe.statistics import check_lse_path
 from sayo_verl.resources import check_batch_sizes, check_paths, check_ray_cpus
 from sayo_verl.resume import check_metrics, check_resume, describe_checkpoints, metrics_file
 from sayo_verl.reward_check import check_reward, check_template
@@ -49,12 +59,12 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
     check_metrics(config)
     resumed = check_resume(config)
     reward = check_reward(config, method, dry_run=dry_run)
-    model, model_type = _check_model(config, method, dry_run)
+    of_model, model_type = _check_model(config, method, dry_run)
     memory = check_memory(config, method, dry_run=dry_run)
     plan: Plan = [
         ("estimator", f"{config.algorithm.adv_estimator}" + ("" if method else " (verl's own code, untouched)")),
         ("method", _describe(method) if method else "-"),
-        ("model", model),
+        *of_model,
         *check_data(config, method, model_type, dry_run=dry_run),
     ]
     rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
@@ -104,8 +114,7 @@ def check_settings(config: DictConfig, method: Method) -> None:
     """Refuse the settings of verl under which attention statistics would be absent, wrong or without effect."""
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     correction = config.algorithm.get("rollout_correction") or {}
-    attention = str(OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation",
-                                     default="flash_attention_2"))  # fmt: skip
+    attention = attention_of(config)
     rules: list[tuple[str, bool, str, str, object, str]] = [
         ("L05", config.trainer.v1.trainer_mode not in ("sync", "sayo_sync"), "only the synchronous trainer is known",
          "trainer.v1.trainer_mode", config.trainer.v1.trainer_mode, "set trainer.v1.trainer_mode=sync"),
@@ -121,7 +130,7 @@ def check_settings(config: DictConfig, method: Method) -> None:
          "set it to True, or actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1"),
         ("L24", sequence_parallel(config) > 1 and "flash_attention" not in attention,
          "verl exchanges heads for tokens in FlashAttention only; with another kernel each device attends to its own "
-         "part, and no error says so", "actor_rollout_ref.model.override_config.attn_implementation", attention,
+         "part, and no error says so", ATTENTION, attention,
          "set it to flash_attention_2, or actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1"),
         ("L10", bool(config.algorithm.filter_groups.enable) and "reward" in method.gives,
          "group filtering acts before attention is known and would drop groups that differ only in the method's reward",
@@ -137,6 +146,8 @@ def check_settings(config: DictConfig, method: Method) -> None:
     for code, broken, what, where, got, fix in rules:
         if broken:
             raise SayoError(code, what, where=where, got=got, fix=fix)
+    check_lse_path(str(config.sayo.probe_path), packed=bool(config.actor_rollout_ref.model.use_remove_padding),
+                   ranks=sequence_parallel(config), flash="flash_attention" in attention)  # fmt: skip
 
 
 def check_packages(method: Method) -> None:
@@ -157,14 +168,18 @@ def _describe(method: Method) -> str:
     return f"{method.name}: " + ", ".join(f"{key} {value}" for key, value in vars(method).items())
 
 
-def _check_model(config: DictConfig, method: Method | None, dry_run: bool) -> tuple[str, str | None]:
-    """A line for the plan, and ``model_type`` of a model that is at hand."""
+def _check_model(config: DictConfig, method: Method | None, dry_run: bool) -> tuple[Plan, str | None]:
+    """Lines for the plan, and ``model_type`` of a model that is at hand."""
     path = str(config.actor_rollout_ref.model.path)
     model, folder = load_config(path, dry_run=dry_run), model_folder(path, dry_run=dry_run)
     if model is None or folder is None:
-        absent = "the hub cannot be reached from here, so its family and layers were not checked"
-        return f"{path} - {absent if is_hub_name(path) else 'NOT THERE YET, needed before the run'}", None
-    return f"{path} ({check_model(config, method, folder, model) if method else model.model_type})", model.model_type
+        found = "the hub cannot be reached from here, so its family and layers were not checked" \
+            if is_hub_name(path) else "NOT THERE YET, needed before the run"  # fmt: skip
+        told = f"{path} - {found}"
+    else:
+        told = f"{path} ({check_model(config, method, folder, model) if method else model.model_type})"
+    attention = check_attention(config, model, dry_run=dry_run)
+    return [("model", told), ("attention", attention)], getattr(model, "model_type", None)
 
 
 def show(plan: Plan, write: Callable[[str], None] = print) -> None:

@@ -9,8 +9,15 @@
 # state of pyproject.toml is brought up to date; one that was never finished is built anew. One that another checkout made
 # is refused and left as it is.
 #
+# The gpu stack builds flash-attn after torch, which needs nvcc of CUDA 13 and takes minutes on 64 cores, an hour or more on
+# few. Without nvcc the script stops before it downloads anything.
+#
 #   SAYO_VENV             another folder (a relative path counts from the root of the repository)
 #   SAYO_TORCH_INDEX_URL  where torch's CPU build is taken from if the configured package index lacks it
+#   SAYO_FLASH_ATTN       0: go on without flash-attn, at the price that a run's plan names; or a wheel of it to install
+#   CUDA_HOME             the CUDA toolkit, if nvcc is neither on PATH nor in /usr/local/cuda
+#   MAX_JOBS              compilers at once for flash-attn (default: by cores and by 9 GB of memory each)
+#   FLASH_ATTN_CUDA_ARCHS for which cards: 80 A100, 90 H100 and H200, 100 B200, 120 RTX 50; default 80;90;100;120
 set -euo pipefail
 
 # Packages and settings from outside would end up in what pip believes to be installed.
@@ -19,9 +26,9 @@ export PYTHONNOUSERSITE=1 PIP_USER=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHEC
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"
-CONSTRAINTS=configs/constraints-cpu.txt
+CUDA_MAJOR=13 # of torch in configs/constraints-gpu.txt
 TORCH_INDEX="${SAYO_TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}"
-STAGES=5
+STAGES=5 IMPORTS=5
 
 die() { # code, what, fix
   printf 'SAYO-%s: %s | at scripts/setup_env.sh | fix: %s\n' "$1" "$2" "$3" >&2
@@ -83,6 +90,7 @@ if missing:
 own = find_spec("sayo_verl")
 if own is None or own.origin is None or not Path(own.origin).is_relative_to(sys.argv[1]):
     sys.exit(f"sayo_verl of this checkout is not installed (found: {own and own.origin})")
+shown += ["flash-attn"] if find_spec("flash_attn") else []  # built last, where it is not left out
 print(", ".join([f"python {sys.version.split()[0]}"] + [f"{name} {version(name)}" for name in shown]))
 PY
 }
@@ -111,6 +119,12 @@ another_folder() {
   fi
 }
 
+write_stamp() {
+  STACK="$(stack)"
+  printf 'layout %s\nfiles %s\nstack %s\n' "$MODE $VENV" "$(files_hash)" "$STACK" >"$STAMP.new"
+  mv "$STAMP.new" "$STAMP"
+}
+
 # Leaves the reason in WHY and, in KEEP, whether the environment can be brought up to date as it stands.
 is_ready() {
   KEEP=no
@@ -127,6 +141,8 @@ is_ready() {
     WHY="packages were changed since: $STACK" KEEP=yes
   elif [[ "$(sed -n 's/^files //p' "$STAMP")" != "$(files_hash)" ]]; then
     WHY="pyproject.toml, the constraints or the setup scripts changed" KEEP=yes
+  elif [[ "$MODE" == gpu && "${SAYO_FLASH_ATTN:-1}" != 0 && "$STACK" != *flash-attn* ]]; then
+    WHY="flash-attn is missing" KEEP=yes
   else
     return 0
   fi
@@ -176,10 +192,59 @@ install_cpu() {
   sed -n '/^torchvision: /,$p' "$LOG" | cut -c 1-150 | sed 's/^/            /'
 }
 
+find_nvcc() { # prints the folder of the CUDA toolkit that torch's build tools will take
+  local nvcc places=("$(command -v nvcc || true)" /usr/local/cuda/bin/nvcc)
+  [[ -z "${CUDA_HOME-}" ]] || places=("$CUDA_HOME/bin/nvcc")
+  for nvcc in "${places[@]}"; do
+    if [[ -x "$nvcc" ]]; then
+      printf '%s\n' "${nvcc%/bin/nvcc}"
+      return
+    fi
+  done
+}
+
+# Before gigabytes are downloaded: flash-attn is installed last, and is the only package that is compiled.
+check_nvcc() {
+  [[ "${SAYO_FLASH_ATTN:-1}" == 1 ]] || return 0
+  local found=""
+  CUDA_HOME="$(find_nvcc)"
+  [[ -z "$CUDA_HOME" ]] || found="$("$CUDA_HOME/bin/nvcc" --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')"
+  if [[ "${found%%.*}" != "$CUDA_MAJOR" ]]; then
+    die X96 "flash-attn cannot be built here, for want of nvcc of CUDA $CUDA_MAJOR (found: ${found:-none})" \
+      "install the CUDA $CUDA_MAJOR toolkit and set CUDA_HOME (the build takes minutes on 64 cores, 9 GB of memory for each of \
+MAX_JOBS), or give a wheel in SAYO_FLASH_ATTN, or go on with SAYO_FLASH_ATTN=0: then Qwen2.5-VL does not train packed, and \
+Qwen3-VL and InternVL do with sdpa, where a log-prob pass takes about 3 times as long (by arithmetic)"
+  fi
+  export CUDA_HOME
+}
+
 install_gpu() {
   stage 2 "verl's own GPU stack (several minutes, some 10 GB)"
-  pip_install --editable '.[gpu,dev]' ||
+  # First what the next step builds with, since it builds without isolation.
+  pip_install --no-deps "pip==$(pinned pip)" "setuptools==$(pinned setuptools)" ||
+    step_failed "setuptools could not be installed" "Look at the first ERROR line above (network? disk space?)."
+  pip_install --no-build-isolation --constraint "$CONSTRAINTS" --editable '.[gpu,dev]' ||
     step_failed "the packages could not be installed" "Look at the first ERROR line above (network? disk space?)."
+}
+
+has_flash_attn() { # what verl imports of it
+  "$PY" -I -c 'import flash_attn.bert_padding, flash_attn.ops.triton.cross_entropy' >>"$LOG" 2>&1
+}
+
+install_flash_attn() {
+  if [[ "${SAYO_FLASH_ATTN:-1}" == 0 ]]; then
+    stage "$STAGES" "without flash-attn (SAYO_FLASH_ATTN=0): a run's plan names the price"
+    return
+  fi
+  local wanted="${SAYO_FLASH_ATTN:-1}"
+  [[ "$wanted" != 1 ]] || wanted="flash-attn==$(pinned flash-attn)"
+  stage "$STAGES" "$wanted (built for torch; minutes on 64 cores, an hour or more on few)"
+  # Its setup would take a wheel for CUDA 12 from the web, if there is one, whatever torch was built for.
+  has_flash_attn ||
+    FLASH_ATTENTION_FORCE_BUILD=TRUE pip_install --no-build-isolation --constraint "$CONSTRAINTS" "$wanted" ||
+    step_failed "flash-attn could not be built" "Out of memory? Try MAX_JOBS=4, and FLASH_ATTN_CUDA_ARCHS=90 for H100."
+  has_flash_attn || step_failed "flash-attn is there but does not import" \
+    "It was built for another torch: $PY -m pip uninstall -y flash-attn."
 }
 
 WHERE=no
@@ -192,6 +257,7 @@ case "${1-}" in
 esac
 if [[ "$MODE" == cpu ]]; then VENV="${SAYO_VENV:-.venv}"; else VENV="${SAYO_VENV:-.venv-gpu}"; fi
 [[ "$VENV" == /* ]] || VENV="$ROOT/$VENV"
+CONSTRAINTS="configs/constraints-$MODE.txt"
 if [[ "$WHERE" == yes ]]; then printf '%s\n' "$VENV" && exit 0; fi
 NAME="${VENV#"$ROOT"/}"
 PY="$VENV/bin/python"
@@ -220,7 +286,10 @@ else
   printf 'environment: no flock on this machine, so nothing keeps two setups apart\n'
 fi
 
-[[ "$MODE" == cpu ]] || STAGES=3
+if [[ "$MODE" == gpu ]]; then
+  STAGES=4 IMPORTS=3
+  check_nvcc
+fi
 if [[ "$KEEP" == yes ]]; then
   stage 1 "bringing $NAME up to date ($WHY)"
   printf 'root %s\n' "$ROOT" >"$OWNED"
@@ -232,15 +301,17 @@ else
   make_empty "$PYTHON"
 fi
 "install_$MODE"
-stage "$STAGES" "trying all imports"
+stage "$IMPORTS" "trying all imports"
 "$PY" -I - >>"$LOG" 2>&1 <<'PY' || step_failed "the packages are there but do not import" "The error above names the one; $NAME is built anew next time."
 import ray, tensordict, torch, torchvision, transfer_queue, transformers, verl, vllm
 from transformers import Qwen2VLImageProcessor, Qwen3VLForConditionalGeneration
 
 import sayo_verl
 PY
-STACK="$(stack)"
-printf 'layout %s\nfiles %s\nstack %s\n' "$MODE $VENV" "$(files_hash)" "$STACK" >"$STAMP.new"
-mv "$STAMP.new" "$STAMP"
+write_stamp
+if [[ "$MODE" == gpu ]]; then # an environment without it is finished, and brought up to date by the next try
+  install_flash_attn
+  write_stamp
+fi
 printf 'environment: built %s in %d s, %s (%s)\nto enter it: source %s/bin/activate\n' \
   "$NAME" "$SECONDS" "$(du -sh "$VENV" | cut -f 1)" "$STACK" "$NAME"

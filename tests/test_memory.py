@@ -343,7 +343,7 @@ def test_copies_of_the_logits(make, key, value, logits):
 
 
 def test_without_flash_attn_logits_are_kept_in_float32(make, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sayo_verl.memory_check.flash_attn_problem", lambda: "not installed")
     lines = check_memory(make(), RegionMethod(), dry_run=False)
     assert "logits or one layer 23.2" in {value.split()[0]: value for _, value in lines}["update"]
 
@@ -376,12 +376,13 @@ def test_memory_of_a_card_is_set_read_or_assumed(make, tmp_path):
     assert card_gib(make()) == (CARD, "assumed: a card of 80 GB; sayo.gpu_memory_gib names another")
     (tmp_path / "bin").mkdir()
     fake = tmp_path / "bin" / "nvidia-smi"
-    fake.write_text("#!/bin/sh\necho 81559\necho 40960\n")
+    fake.write_text("#!/bin/sh\necho 'NVIDIA H100, 580.1, 81559, 0'\necho 'NVIDIA A100, 580.1, 40960, 0'\n")
     fake.chmod(0o755)
     assert card_gib(make()) == (40.0, "nvidia-smi")
     assert card_gib(make(**{"sayo.gpu_memory_gib": 141})) == (141.0, "sayo.gpu_memory_gib")
     fake.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2\nexit 9\n")
-    assert card_gib(make())[0] == CARD
+    assert card_gib(make()) == (CARD, "assumed: a card of 80 GB, as nvidia-smi fails: NVIDIA-SMI has failed; "
+                                "sayo.gpu_memory_gib names another")  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", [0, "much"])

@@ -428,11 +428,11 @@ def test_L09_a_family_that_verl_does_not_split_over_devices(make, tmp_path):
                         text_config={"model_type": "qwen3", "num_hidden_layers": 4})  # fmt: skip
     flash = {"actor_rollout_ref.model.override_config.attn_implementation": "flash_attention_2"}
     values = {"actor_rollout_ref.model.path": str(model), **flash}
-    assert "internvl, probing layer 3 of 4" in dict(preflight(make(**values)))["model"]
+    assert "internvl, probing layer 3 of 4" in dict(preflight(make(**values), dry_run=True))["model"]
     error = refused(make(**values, **{"actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2}), "L09")
     assert error.got == "2, internvl"
     split = {"actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2}
-    preflight(make(**split, **flash))  # verl splits Qwen3-VL
+    preflight(make(**split, **flash), dry_run=True)  # verl splits Qwen3-VL
 
 
 def test_L23_a_processor_of_another_family(make):
@@ -460,18 +460,6 @@ def test_L25_fused_kernels_that_do_not_run(make, tmp_path):
     preflight(make(**fused, **{"actor_rollout_ref.actor.strategy": "fsdp2"}))  # Qwen3-VL
 
 
-def test_L26_packed_rows_that_need_flash_attn(make, tmp_path, monkeypatch):
-    config, installed = make(**qwen2_5(tmp_path / "qwen2_5")), [None]
-    monkeypatch.setattr(sayo_verl.model_check.importlib.util, "find_spec", lambda name: installed[0])
-    error = refused(config, "L26")
-    assert error.got == "True, qwen2_5_vl"
-    installed[0] = object()
-    preflight(config)
-    installed[0] = None
-    config.actor_rollout_ref.model.use_remove_padding = False
-    preflight(config)
-
-
 def test_P11_a_sliding_window_layer(make, tmp_path):
     text = {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}
     model = write_model(tmp_path / "sliding", model_type="qwen2_5_vl", text_config=text)
@@ -493,6 +481,22 @@ def test_the_released_qwen2_5_vl_configuration_has_no_text_config(make, tmp_path
 def test_P14_an_unknown_path_of_the_probe(make):
     error = refused(make(**{"sayo.probe_path": "quick"}), "P14")
     assert (error.where, error.got) == ("sayo.probe_path", "quick")
+
+
+def test_P31_the_log_sum_exp_of_flash_attention_needs_flash_attention_and_whole_packed_rows(make):
+    attention = "actor_rollout_ref.model.override_config"
+    ok = {
+        "sayo.probe_path": "fast_lse",
+        "actor_rollout_ref.model.use_remove_padding": True,
+        attention: {"attn_implementation": "flash_attention_2"},
+    }
+    for broken in (
+        {"actor_rollout_ref.model.use_remove_padding": False},
+        {attention: {"attn_implementation": "sdpa"}},
+        {"actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2},
+    ):
+        error = refused(make(**{**ok, **broken}), "P31")
+        assert (error.where, error.fix) == ("sayo.probe_path", "set sayo.probe_path=fast, which computes its own")
 
 
 @pytest.mark.parametrize("layers", [[4], [-5], [-1, 3]], ids=str)

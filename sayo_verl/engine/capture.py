@@ -27,12 +27,15 @@ from sayo_verl.probe.measure import Measurement, Shard
 from sayo_verl.probe.plan import ChatTokens, RowPlan, image_tiles, plan_row, video_tokens
 from sayo_verl.probe.statistics import (
     COUNTERFACTUAL_LOG_PROBS,
+    FAST_LSE,
     INTERVENTION_KEY,
     REQUEST_KEY,
     WIRE_PREFIX,
     StatisticsRequest,
+    check_lse_path,
 )
 from sayo_verl.probe.taps import ForwardTap, asked_layers
+from sayo_verl.probe.transfer import to_device
 
 LAYERS = "algorithm.attn.*.layers"
 
@@ -57,6 +60,7 @@ class AttentionStatisticsMixin:
         request = StatisticsRequest.from_wire(wire)
         family = family_of(self.model_config.hf_config.model_type, where="the loaded model")
         shard = self._shard(family, packed)
+        check_lse_path(request.path, packed=packed, ranks=shard.size if shard else 1)
         numbers = asked_layers(self.module, request.layers, where=LAYERS)
         clock = _Clock(device)
 
@@ -76,7 +80,9 @@ class AttentionStatisticsMixin:
 
         attention = {numbers[n] for s in request.statistics if s.fact.source != "hidden" for n in s.layers}
         hidden = any(s.fact.source == "hidden" for s in request.statistics)
-        with ForwardTap(self.module, sorted(attention), read, read_hidden if hidden else None):
+        tap = ForwardTap(self.module, sorted(attention), read, read_hidden if hidden else None,
+                         with_lse=request.path == FAST_LSE)  # fmt: skip
+        with tap:
             loss, output = super().forward_step(micro_batch, loss_function, forward_only)  # type: ignore[misc]
         with clock:
             results = measurement().finish()
@@ -179,15 +185,14 @@ def wire_tensors(
         "region_tokens": [row.region_tokens for row in rows],
         "probe_seconds": [seconds / len(rows)] * len(rows),
     }
-    singles = {
-        name: (torch.tensor(values, dtype=torch.float32, device=device), [1] * len(rows))
-        for name, values in per_row.items()
-    }
+    lengths = [*(parts for _, parts in results.values()), *([1] * len(rows) for _ in per_row)]
+    offsets = [torch.tensor([0, *parts]).cumsum(0) for parts in lengths]
+    numbers = [torch.tensor(numbers, dtype=torch.float32) for numbers in per_row.values()]
+    there = to_device([*offsets, *numbers], device)  # one copy for all
+    values = [*(values for values, _ in results.values()), *there[len(offsets) :]]
     return {
-        WIRE_PREFIX + name: torch.nested.nested_tensor_from_jagged(
-            values, torch.tensor([0, *lengths], device=device).cumsum(0)
-        )
-        for name, (values, lengths) in {**results, **singles}.items()
+        WIRE_PREFIX + name: torch.nested.nested_tensor_from_jagged(values, offsets)
+        for name, values, offsets in zip([*results, *per_row], values, there[: len(offsets)], strict=True)
     }
 
 

@@ -1,0 +1,69 @@
+"""What a machine offers to a run on GPUs, found without touching a card: cards, driver, compiler, shared memory."""
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+# CUDA major version of torch -> oldest driver branch that runs it on Linux: "CUDA minor version compatibility" in
+# https://docs.nvidia.com/cuda/cuda-toolkit-release-notes. Newer drivers run older CUDA.
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+# Ray (ray/_private/utils.py) gives its object store 30 % of memory, cut to what /dev/shm has free, but not below this.
+# Where less is free it goes to the disk of /tmp, with a warning. NCCL and vLLM use /dev/shm as well.
+RAY_STORE, RAY_STORE_LEAST = 0.3, 10e9
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as nvidia-smi lists it. Memory in MiB."""
+
+    name: str
+    driver: str
+    total: int
+    used: int
+
+
+def cards() -> list[Card]:
+    """The GPUs of this machine; none where there is no nvidia-smi.
+
+    Raises:
+        OSError: nvidia-smi is there and fails, with what it says.
+    """
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise OSError("nvidia-smi does not answer") from error
+    rows = [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines()]
+    if done.returncode or not all(len(row) == 4 and row[2].isdigit() and row[3].isdigit() for row in rows):
+        raise OSError(f"nvidia-smi fails: {' '.join((done.stdout + done.stderr).split())[:160]}")
+    return [Card(name, driver, int(total), int(used)) for name, driver, total, used in rows]
+
+
+def why_no_card(driver: str, cuda: str) -> tuple[str, str, str] | None:
+    """What is wrong, what is wanted and what to do where this driver does not run torch's CUDA; None where it does."""
+    oldest = OLDEST_DRIVER.get(int(cuda.partition(".")[0]))
+    if oldest is None or int(driver.partition(".")[0]) >= oldest:
+        return None
+    return (f"driver {driver} is too old for torch's CUDA {cuda}", f"driver {oldest} or newer",
+            f"update the driver to {oldest} or newer; or install a torch for an older CUDA, with its vLLM")  # fmt: skip
+
+
+def missing_to_compile() -> list[str]:
+    """Of the C compiler and the Python headers that Triton and torch.compile build with, what is not there."""
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does, for Debian
+    header = Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
+    compiler = os.environ.get("CC") or "gcc"
+    found = shutil.which(compiler) or ("CC" not in os.environ and shutil.which("clang"))
+    return [*([] if found else ["a C compiler (gcc, clang or CC)"]), *([] if header.is_file() else [str(header)])]
+
+
+def shared_memory() -> tuple[float, float]:
+    """Bytes free in /dev/shm, and the bytes that Ray's object store wants there."""
+    room = os.statvfs("/dev/shm")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return float(room.f_bavail * room.f_frsize), min(RAY_STORE * memory, RAY_STORE_LEAST)
