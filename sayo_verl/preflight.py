@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.data_check import check_data
 from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.memory_check import check_memory
 from sayo_verl.methods import METHODS, Method, Mix
 from sayo_verl.model_check import (
     ATTENTION,
@@ -24,7 +25,7 @@ from sayo_verl.model_check import (
     sequence_parallel,
 )
 from sayo_verl.probe.statistics import check_lse_path
-from sayo_verl.resources import check_batch_sizes, check_ray_cpus
+from sayo_verl.resources import check_batch_sizes, check_paths, check_ray_cpus
 from sayo_verl.resume import check_metrics, check_resume, describe_checkpoints, metrics_file
 from sayo_verl.reward_check import check_reward, check_template
 from sayo_verl.settings import settings_from_config
@@ -54,10 +55,12 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
         dataclasses.replace(method.needs().statistics, path=str(config.sayo.probe_path))  # P14
     check_batch_sizes(config)
     cpus = check_ray_cpus(config, dry_run=dry_run)
+    check_paths(config)
     check_metrics(config)
     resumed = check_resume(config)
     reward = check_reward(config, method, dry_run=dry_run)
     of_model, model_type = _check_model(config, method, dry_run)
+    memory = check_memory(config, method, dry_run=dry_run)
     plan: Plan = [
         ("estimator", f"{config.algorithm.adv_estimator}" + ("" if method else " (verl's own code, untouched)")),
         ("method", _describe(method) if method else "-"),
@@ -74,6 +77,7 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
                    f"{actor.kl_loss_coef if actor.use_kl_loss else 'off'}, LoRA rank "
                    f"{config.actor_rollout_ref.model.lora_rank or 'off'}"),
         ("machines", f"{config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {config.trainer.device}; {cpus}"),
+        *memory,
         ("length", f"{config.trainer.total_training_steps or '-'} steps, {config.trainer.total_epochs} epochs"),
         ("resumes", resumed),
         ("checkpoints", describe_checkpoints(config)),

@@ -1,11 +1,13 @@
-"""Checks before a run that need arithmetic: do batches divide, and has Ray the CPUs that verl's processes hold."""
+"""Checks of machines before a run: do batches divide, has Ray the CPUs that verl holds, do all nodes find the files."""
 
 import math
 import os
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.errors import SayoError
+from sayo_verl.model_check import is_hub_name
 
 # Ray CPUs that verl's processes hold: a placement bundle of 3 a device (ResourcePoolManager, max_colocate_count),
 # one for TransferQueue's controller, one for the task runner.
@@ -74,3 +76,27 @@ def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:
             "transfer_queue.backend.SimpleStorage.num_data_storage_units",
         )
     return f"Ray needs {wanted} CPUs" + (" (not checked here)" if elsewhere else "")
+
+
+def check_paths(config: DictConfig) -> None:
+    """On several nodes, refuse relative paths.
+
+    verl reads data in its task runner (``trainer_base.py: _init_dataloader``), models and checkpoints in its workers,
+    on whatever node Ray puts them.
+
+    Raises:
+        SayoError: L59.
+    """
+    if int(config.trainer.nnodes) == 1:
+        return
+    model = str(config.actor_rollout_ref.model.path)
+    paths = [("trainer.default_local_dir", str(config.trainer.default_local_dir))]
+    paths += [("actor_rollout_ref.model.path", model)] if not is_hub_name(model) else []
+    for key in ("train_files", "val_files"):
+        files = config.data[key]
+        paths += [(f"data.{key}", str(file)) for file in ([files] if isinstance(files, str) else files or [])]
+    for where, path in paths:
+        if "://" not in path and not Path(path).expanduser().is_absolute():
+            raise SayoError("L59", "another node would look for this path in another folder", where=where, got=path,
+                            wanted="an absolute path that every node sees",
+                            fix=f"for example {Path(path).absolute()}, on a shared disk")  # fmt: skip

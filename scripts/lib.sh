@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Where a launch script writes and what it resumes. Sourced by the launch scripts after `cd "$ROOT"`.
+# What launch scripts share: where they write, what they resume, where their files lie. Sourced by the launch scripts after `cd "$ROOT"`.
 set -euo pipefail
 
 # Prints NAME=value of every setting of this script that was given from outside: a resumed run needs the same ones.
@@ -41,4 +41,28 @@ place_output() {
   fi
   SAYO_RESUME_COMMAND="RESUME=$(printf '%q' "$OUT") ${GIVEN}bash$(printf ' %q' "$ROOT/scripts/${0##*/}" "$@")"
   export SAYO_RESUME_COMMAND
+}
+
+# Prints a path, or a list of paths [a,b], absolute: verl reads them on whatever machine its workers are. What has a scheme,
+# a quote or a ~ in front is left as it is.
+absolute() {
+  local part made=() parts
+  IFS=, read -ra parts <<<"${1//[\[\]]/}"
+  for part in "${parts[@]}"; do
+    part=${part# }
+    case "$part" in
+      /* | *://* | \'* | \"* | \~*) made+=("$part") ;;
+      *) made+=("$ROOT/$part") ;;
+    esac
+  done
+  if [[ "$1" == \[* ]]; then (IFS=, && printf '[%s]' "${made[*]}"); else printf '%s' "${made[0]-}"; fi
+}
+
+# Makes the paths of a job's data and of a model in a folder absolute. Shards of a folder DATA are lists as verl takes
+# them; where there are none, the pattern itself, which the launcher then refuses.
+place_inputs() {
+  shards() { (IFS=, && files=("$DATA/$1"-*.parquet) && printf '[%s]' "${files[*]}"); }
+  if [[ -n "$DATA" ]]; then TRAIN_FILE="${TRAIN_FILE:-$(shards train)}" VAL_FILE="${VAL_FILE:-$(shards val)}"; fi
+  TRAIN_FILE=$(absolute "$TRAIN_FILE") VAL_FILE=$(absolute "$VAL_FILE")
+  [[ ! -d "$MODEL_PATH" ]] || MODEL_PATH=$(absolute "$MODEL_PATH")
 }

@@ -24,7 +24,7 @@ GIVEN=$(given_settings)
 METHOD=${METHOD:-dual}                                       # a file of configs/method, or grpo or dapo for verl's own code
 case "$METHOD" in
   dual | dual_released | dapo) RL=${RL:-dapo} ;;             # [C] VGPO trains on DAPO
-  *) RL=${RL:-grpo} ;;                                       # [ours]
+  *) RL=${RL:-grpo} ;;                                       # [ours] AT-RL and Faithful-MR1 name no more than GRPO
 esac
 NAME=${NAME:-${METHOD}_qwen2_5vl_7b}
 DRY_RUN=${DRY_RUN:-0}
@@ -56,10 +56,10 @@ LR=${LR:-1e-6}                                               # [C] constant
 WEIGHT_DECAY=${WEIGHT_DECAY:-0.01}                           # [C]
 GRAD_CLIP=${GRAD_CLIP:-1.0}                                  # [C]
 EPOCHS=${EPOCHS:-2}                                          # [C]
-PPO_MAX_TOKEN_LEN_PER_GPU=${PPO_MAX_TOKEN_LEN_PER_GPU:-16384}  # [ours] fits 80 GB
+PPO_MAX_TOKEN_LEN_PER_GPU=${PPO_MAX_TOKEN_LEN_PER_GPU:-16384}  # [ours] two rows of full length, 4.6 GiB of logits
 ROLLOUT_TP=${ROLLOUT_TP:-2}                                  # [C]
-ROLLOUT_GPU_MEM_UTIL=${ROLLOUT_GPU_MEM_UTIL:-0.6}            # [ours]
-SAVE_FREQ=${SAVE_FREQ:-25}                                   # [ours]
+ROLLOUT_GPU_MEM_UTIL=${ROLLOUT_GPU_MEM_UTIL:-0.6}            # [ours] of 80 GB: 234 sequences of full length on two cards
+SAVE_FREQ=${SAVE_FREQ:-25}                                   # [ours] steps, of 75 an epoch: a checkpoint has 93 GiB
 TEST_FREQ=${TEST_FREQ:-25}                                   # [ours]
 LOGGER=${LOGGER:-[console,file]}                             # such as [console,file,wandb]
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,9 +69,8 @@ if [[ "$METHOD" != grpo && "$METHOD" != dapo && ! -f "configs/method/$METHOD.yam
     "$(cd configs/method && ls | sed 's/\.yaml//' | paste -sd ' ') | fix: correct the name" >&2
   exit 2
 fi
-# Shards of a folder as verl takes them; the pattern itself where there are none, which the launcher then refuses.
-shards() { local IFS=, && local files=("$DATA/$1"-*.parquet) && printf '[%s]' "${files[*]}"; }
-if [[ -n "$DATA" ]]; then TRAIN_FILE=$(shards train) VAL_FILE=$(shards val); fi
+if [[ -n "$DATA" ]]; then TRAIN_FILE='' VAL_FILE=''; fi
+place_inputs
 
 if [[ "$DRY_RUN" != 1 && "$(nvidia-smi -L 2>/dev/null || true)" != GPU* && -z "${RAY_ADDRESS:-}" ]]; then
   echo "SAYO-L21: no GPU on this machine and no RAY_ADDRESS of a cluster that has some | at $0 |" \
@@ -138,6 +137,7 @@ ROLLOUT=(
   actor_rollout_ref.rollout.top_p="$TOP_P"
   actor_rollout_ref.rollout.tensor_model_parallel_size="$ROLLOUT_TP"
   actor_rollout_ref.rollout.gpu_memory_utilization="$ROLLOUT_GPU_MEM_UTIL"
+  actor_rollout_ref.rollout.max_model_len=$((MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH))
   actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True
   actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu="$PPO_MAX_TOKEN_LEN_PER_GPU"
   actor_rollout_ref.ref.log_prob_use_dynamic_bsz=True

@@ -10,7 +10,7 @@
 #   NNODES=2 bash scripts/run_sayo_qwen3vl_8b.sh                                    on a Ray cluster that is up
 #   bash scripts/run_sayo_qwen3vl_8b.sh algorithm.adv_estimator=rloo                any hydra override goes at the end
 #
-# The paired baseline is scripts/run_grpo_qwen3vl_8b.sh.
+# The paired baseline is scripts/run_grpo_qwen3vl_8b.sh. scripts/run_sayo_qwen3vl_4b_1gpu.sh is the job for one card.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"
@@ -52,17 +52,15 @@ LORA_RANK=${LORA_RANK:-16}                                   # [C]
 LORA_ALPHA=${LORA_ALPHA:-32}                                 # [C]
 EPOCHS=${EPOCHS:-4}                                          # [P] 4; the released script has 3
 LORA_EXCLUDE=${LORA_EXCLUDE:-.*visual.*}                     # [ours] [C] has all-linear; vLLM serves adapters of the decoder
-PPO_MAX_TOKEN_LEN_PER_GPU=${PPO_MAX_TOKEN_LEN_PER_GPU:-16384}  # [ours] fits 80 GB
-ROLLOUT_TP=${ROLLOUT_TP:-1}                                  # [ours]
-ROLLOUT_GPU_MEM_UTIL=${ROLLOUT_GPU_MEM_UTIL:-0.6}            # [ours]
-SAVE_FREQ=${SAVE_FREQ:-100}                                  # [ours]
+PPO_MAX_TOKEN_LEN_PER_GPU=${PPO_MAX_TOKEN_LEN_PER_GPU:-16384}  # [ours] two rows of full length, 4.6 GiB of logits
+ROLLOUT_TP=${ROLLOUT_TP:-1}                                  # [ours] 16.3 GiB of weights leave room on one card
+ROLLOUT_GPU_MEM_UTIL=${ROLLOUT_GPU_MEM_UTIL:-0.6}            # [ours] of 80 GB: 33 sequences of full length beside the actor
+SAVE_FREQ=${SAVE_FREQ:-100}                                  # [ours] steps, of 833 an epoch with 20,000 rows
 TEST_FREQ=${TEST_FREQ:-50}                                   # [ours]
 LOGGER=${LOGGER:-[console,file]}                             # such as [console,file,wandb]
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Shards of a folder as verl takes them; the pattern itself where there are none, which the launcher then refuses.
-shards() { local IFS=, && local files=("$DATA/$1"-*.parquet) && printf '[%s]' "${files[*]}"; }
-TRAIN_FILE="${TRAIN_FILE:-$(shards train)}" VAL_FILE="${VAL_FILE:-$(shards val)}"
+place_inputs
 
 if [[ "$DRY_RUN" != 1 && "$(nvidia-smi -L 2>/dev/null || true)" != GPU* && -z "${RAY_ADDRESS:-}" ]]; then
   echo "SAYO-L21: no GPU on this machine and no RAY_ADDRESS of a cluster that has some | at $0 |" \
@@ -138,6 +136,8 @@ ROLLOUT=(
   actor_rollout_ref.rollout.top_p="$TOP_P"
   actor_rollout_ref.rollout.tensor_model_parallel_size="$ROLLOUT_TP"
   actor_rollout_ref.rollout.gpu_memory_utilization="$ROLLOUT_GPU_MEM_UTIL"
+  # unset it is the model's 262,144 tokens, for which vLLM reserves more KV cache than the card has
+  actor_rollout_ref.rollout.max_model_len=$((MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH))
   actor_rollout_ref.rollout.load_format=safetensors
   actor_rollout_ref.rollout.layered_summon=True
   actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True

@@ -408,8 +408,11 @@ def test_rows_that_cannot_be_used_are_refused(folders, tmp_path):
     with pytest.raises(SayoError, match="F12"):
         AnchorCollator(processor, SimpleNamespace(model_type="internvl"), alpha=0.1)
     pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(SayoError, match="F10"):
-        AnchorRows([tmp_path / "a.parquet"])
+    for read in (AnchorRows, lambda files: respond.write_responses(folders["qwen3_vl"], files, tmp_path / "out")):
+        with pytest.raises(SayoError, match=r"F10: .* at .*a.parquet .* got \['prompt'\]"):
+            read([tmp_path / "a.parquet"])
+        with pytest.raises(SayoError, match=r"F20: .* got .*train-\*.parquet"):
+            read([tmp_path / "train-*.parquet"])
 
 
 # ---------------------------------------------------------------------------------------------------------- the stage
@@ -535,7 +538,7 @@ def test_respond_keeps_right_answers_only(folders, parquet, tmp_path, monkeypatc
                 for i, answer in enumerate(answers)]  # fmt: skip
 
     monkeypatch.setattr(respond, "_sample", sample)
-    done = respond.write_responses(folders["qwen3_vl"], parquet, tmp_path / "r.parquet", tries=2, batch_size=64,
+    done = respond.write_responses(folders["qwen3_vl"], [parquet], tmp_path / "r.parquet", tries=2, batch_size=64,
                                    max_rows=8)  # fmt: skip
     assert calls == [8, 4]
     assert done == {"rows": 8, "kept": 6}
@@ -546,8 +549,85 @@ def test_respond_keeps_right_answers_only(folders, parquet, tmp_path, monkeypatc
 
 def test_respond_says_when_nothing_is_right(folders, parquet, tmp_path):
     with pytest.raises(SayoError, match="F18"):
-        respond.write_responses(folders["qwen3_vl"], parquet, tmp_path / "r.parquet", tries=1, max_new_tokens=3,
+        respond.write_responses(folders["qwen3_vl"], [parquet], tmp_path / "r.parquet", tries=1, max_new_tokens=3,
                                 max_rows=2)  # fmt: skip
+    empty = tmp_path / "empty.parquet"
+    pq.write_table(pq.read_table(parquet).slice(0, 0), empty)
+    with pytest.raises(SayoError, match="F10"):
+        respond.write_responses(folders["qwen3_vl"], [empty], tmp_path / "e.parquet")
+
+
+@pytest.fixture
+def guesses(monkeypatch):
+    """Answers drawn from torch's generator, about half of them right; a list of the rows that were sampled."""
+    sampled: list[str] = []
+
+    def sample(_model, _processor, rows, *_):
+        sampled.extend(row["_where"] for row in rows)
+        right = torch.rand(len(rows)) < 0.5
+        return [f"<think> {float(torch.rand(1)):.6f}</think><answer> {row['reward_model']['ground_truth']}</answer>"
+                if ok else "no" for row, ok in zip(rows, right, strict=True)]  # fmt: skip
+
+    monkeypatch.setattr(respond, "_sample", sample)
+    return sampled
+
+
+def test_responses_do_not_depend_on_the_number_of_processes(folders, parquet, tmp_path, guesses):
+    files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]  # 30 and 18 rows
+    table = pq.read_table(parquet)
+    pq.write_table(table.slice(0, 30), files[0])
+    pq.write_table(table.slice(30), files[1])
+    settings_ = {"tries": 2, "batch_size": 2, "max_rows": 45, "seed": 3}
+    one = respond.write_responses(folders["qwen3_vl"], files, tmp_path / "one.parquet", **settings_)
+    guesses.clear()
+    first = respond.write_responses(folders["qwen3_vl"], files, tmp_path / "two.parquet", rank=1, world=2, **settings_)
+    assert first == {"rows": 45, "left": 3}, (
+        "blocks of 8 rows, none across files: 4 of the first file and 2 of the second"
+    )
+    assert not (tmp_path / "two.parquet").exists()
+    second = respond.write_responses(folders["qwen3_vl"], files, tmp_path / "two.parquet", rank=0, world=2, **settings_)
+    assert second == one
+    assert 0 < one["kept"] < 45
+    assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
+    kept = pq.read_table(tmp_path / "one.parquet")
+    order = [row["index"] for row in kept["extra_info"].to_pylist()]
+    assert order == sorted(order)
+    assert len(set(kept["response"].to_pylist())) == one["kept"], "each block has random numbers of its own"
+
+
+def test_an_interrupted_run_goes_on_where_it_stood(folders, parquet, tmp_path, guesses, monkeypatch):
+    whole, cut = tmp_path / "whole.parquet", tmp_path / "cut.parquet"
+    settings_ = {"tries": 2, "batch_size": 4, "seed": 1}
+    done = respond.write_responses(folders["qwen3_vl"], [parquet], whole, **settings_)
+    answers, n = respond._answers, 0
+
+    def stops(*args: Any, **kwargs: Any) -> Any:
+        nonlocal n
+        n += 1
+        if n == 3:
+            raise KeyboardInterrupt
+        return answers(*args, **kwargs)
+
+    monkeypatch.setattr(respond, "_answers", stops)
+    with pytest.raises(KeyboardInterrupt):
+        respond.write_responses(folders["qwen3_vl"], [parquet], cut, **settings_)
+    assert not cut.exists()
+    monkeypatch.setattr(respond, "_answers", answers)
+    guesses.clear()
+    assert respond.write_responses(folders["qwen3_vl"], [parquet], cut, **settings_) == done
+    assert {int(where.split()[1]) for where in guesses} == set(range(32, 48)), "the third block of 16"
+    assert cut.read_bytes() == whole.read_bytes()
+    monkeypatch.setattr(respond, "AutoModelForImageTextToText", None)  # nothing is left to sample: no model is loaded
+    assert respond.write_responses(folders["qwen3_vl"], [parquet], cut, **settings_) == done
+
+
+@pytest.mark.parametrize("change", [{"tries": 3}, {"seed": 2}, {"max_rows": 40}, {"batch_size": 2}])
+def test_F19_responses_begun_with_other_settings(folders, parquet, tmp_path, guesses, change):
+    out, settings_ = tmp_path / "r.parquet", {"tries": 2, "batch_size": 4, "seed": 1}
+    respond.write_responses(folders["qwen3_vl"], [parquet], out, rank=0, world=2, **settings_)
+    with pytest.raises(SayoError, match=r"F19: .*settings.json.* got {.*}, wanted {.*} .*rm -r"):
+        respond.write_responses(folders["qwen3_vl"], [parquet], out, **(settings_ | change))
+    assert "kept" in respond.write_responses(folders["qwen3_vl"], [parquet], out, **settings_)
 
 
 def test_report_measures_what_the_loss_is_about(folders, tmp_path):
@@ -588,12 +668,42 @@ def test_the_commands_work_together(folders, parquet, tmp_path, capsys):
     assert "SAYO-F05" in capsys.readouterr().err
 
 
-def test_the_gpu_script_prints_its_plan(repo, tmp_path):
+def gpu_plan(repo: Path, tmp_path: Path, **variables: str) -> str:
     done = subprocess.run(["bash", "scripts/run_faithful_anchor_qwen2_5vl_7b.sh"], cwd=repo, text=True,
-                          capture_output=True, check=False,
-                          env={"PATH": "/usr/bin:/bin", "DRY_RUN": "1", "OUT": str(tmp_path / "out")})  # fmt: skip
+                          capture_output=True, check=False, env={"PATH": "/usr/bin:/bin", "DRY_RUN": "1",
+                          "OUT": str(tmp_path / "out"), **variables})  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out").exists()
+    return done.stdout
+
+
+def test_the_gpu_script_prints_its_plan(repo, tmp_path):
+    plan = gpu_plan(repo, tmp_path)
     for told in ("Qwen/Qwen2.5-VL-7B-Instruct", "--nproc_per_node=8", "sayo_verl.anchoring train", "NOT THERE YET",
                  "nothing was started"):  # fmt: skip
-        assert told in done.stdout
-    assert not (tmp_path / "out").exists()
+        assert told in plan
+
+
+def test_the_gpu_script_samples_on_all_devices_within_a_limit(repo, tmp_path):
+    sample = next(line for line in gpu_plan(repo, tmp_path).splitlines() if " respond " in line)
+    assert "torchrun --standalone --nproc_per_node=8 -m sayo_verl.anchoring respond" in sample
+    assert sample.rstrip().endswith("--tries 4 --max-new-tokens 1024 --batch-size 32 --max-rows 8192")
+    sample = next(line for line in gpu_plan(repo, tmp_path, ROWS="all", TRIES="2", NGPUS="4").splitlines()
+                  if " respond " in line)  # fmt: skip
+    assert "--max-rows" not in sample
+    assert "--nproc_per_node=4" in sample
+    assert "--tries 2" in sample
+
+
+def test_the_gpu_script_takes_all_shards_of_a_prepared_folder(repo, tmp_path, parquet):
+    names = ["train-00000.parquet", "train-00001.parquet", "val-00000.parquet"]
+    for name in names:
+        (tmp_path / name).write_bytes(parquet.read_bytes())
+    plan = gpu_plan(repo, tmp_path, DATA=str(tmp_path))
+    assert "NOT THERE YET" not in plan
+    assert f"--rows {tmp_path}/{names[0]} {tmp_path}/{names[1]} --out" in plan
+    assert f"--rows {tmp_path}/{names[2]} --out" in plan
+    plan = gpu_plan(repo, tmp_path, DATA=str(tmp_path), RESPOND="0")
+    assert " respond " not in plan
+    train = next(line for line in plan.splitlines() if " train " in line)
+    assert f"--rows {tmp_path}/{names[0]} {tmp_path}/{names[1]} --out" in train

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from public_shapes import write_config
 
 from sayo_verl import __version__
 from sayo_verl.cli import SOURCES, main
@@ -27,7 +28,7 @@ def launch(repo, script, environment, *overrides, **variables):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("script", ["run_sayo_qwen3vl_8b.sh", "run_grpo_qwen3vl_8b.sh"])
+@pytest.mark.parametrize("script", ["run_sayo_qwen3vl_8b.sh", "run_grpo_qwen3vl_8b.sh", "run_sayo_qwen3vl_4b_1gpu.sh"])
 def test_gpu_job_without_a_gpu_stops_at_once_and_names_the_tiny_script(repo, environment, script):
     start = time.monotonic()
     done = launch(repo, script, environment)
@@ -71,6 +72,56 @@ def test_a_folder_of_rows_is_all_its_shards(repo, environment, tmp_path, script)
     ]:
         assert name in done.stdout
     assert "6 images of validation are not among" in done.stdout
+
+
+@pytest.mark.parametrize(("script", "model"), [("run_sayo_qwen3vl_8b.sh", "Qwen3-VL-8B"),
+                                               ("run_qwen2_5vl_7b.sh", "Qwen2.5-VL-7B")])  # fmt: skip
+def test_the_gpu_jobs_fit_a_card_and_serve_prompt_and_response(repo, environment, tmp_path, script, model):
+    done = launch(repo, script, environment, DRY_RUN="1", MODEL_PATH=str(write_config(model, tmp_path)))
+    assert done.returncode == 0, done.stderr
+    assert f"sequences of {6500 + 110 if '8b' in script else 4096 + 2048} tokens at once" in done.stdout
+    assert "TIGHT" not in done.stdout
+
+
+def test_the_header_of_the_one_gpu_job_is_its_plan(repo, environment, tmp_path):
+    done = launch(repo, "run_sayo_qwen3vl_4b_1gpu.sh", environment, DRY_RUN="1",
+                  MODEL_PATH=str(write_config("Qwen3-VL-4B", tmp_path)))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 x 1 cuda" in done.stdout
+    plan = [line.split("memory per GPU")[1].strip() for line in done.stdout.splitlines() if "memory per GPU" in line]
+    header = (repo / "scripts" / "run_sayo_qwen3vl_4b_1gpu.sh").read_text()
+    for line in plan[1:-1]:
+        phase, terms = line.split(": ")
+        said = re.search(rf"^#   {phase}  +(.*)$", header, re.MULTILINE)
+        assert said, phase
+        told = re.findall(r"([A-Za-z][A-Za-z ]*) (\d+\.\d)", re.sub(r"\(.*?\)", "", said[1]).replace("  ", " "))
+        assert len(told) >= 3
+        assert [term for term in told if f"{term[0].strip()} {term[1]}" not in terms] == []
+    assert plan[-1] == "KV cache for 42 sequences of 6610 tokens at once"
+    assert "42 sequences of 6,610 tokens" in header
+
+
+def test_paths_of_data_and_model_become_absolute(repo, environment, tmp_path):
+    def made(value):
+        code = f'ROOT=/r; source {repo}/scripts/lib.sh; absolute "$1"'
+        done = subprocess.run(["bash", "-c", code, "_", value], capture_output=True, text=True, check=True, cwd=repo)
+        return done.stdout
+
+    for value, wanted in {
+        "a.parquet": "/r/a.parquet", "/b/c.parquet": "/b/c.parquet", "": "", "hdfs://a/b": "hdfs://a/b", "~/x": "~/x",
+        "with space/*.parquet": "/r/with space/*.parquet", "['q','/r']": "['q','/r']",
+        "[scripts/*.sh, b/c.parquet,/d]": "[/r/scripts/*.sh,/r/b/c.parquet,/d]",
+    }.items():  # fmt: skip
+        assert made(value) == wanted
+    write_config("Qwen3-VL-8B", tmp_path)
+    relative = os.path.relpath(tmp_path, repo)
+    done = launch(repo, "run_sayo_qwen3vl_8b.sh", environment, DRY_RUN="1", NNODES="2", MODEL_PATH=relative,
+                  TRAIN_FILE="[a.parquet,b.parquet]", VAL_FILE="c.parquet")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for told in (f"{repo}/a.parquet", f"{repo}/b.parquet", f"{repo}/c.parquet", f"{repo}/{relative}"):
+        assert told in done.stdout
+    done = launch(repo, "run_sayo_qwen3vl_8b.sh", environment, "data.val_files=c.parquet", DRY_RUN="1", NNODES="2")
+    assert "SAYO-L59: " in done.stderr
 
 
 def saved(out, step, world):

@@ -21,6 +21,7 @@ from PIL import Image
 
 import sayo_verl.data_check
 import sayo_verl.families
+import sayo_verl.memory_check
 import sayo_verl.model_check
 import sayo_verl.preflight
 import sayo_verl.resources
@@ -840,6 +841,7 @@ def test_each_launch_refusal_has_a_test():
         for module in (
             sayo_verl.data_check,
             sayo_verl.families,
+            sayo_verl.memory_check,
             sayo_verl.model_check,
             sayo_verl.preflight,
             sayo_verl.resources,
@@ -848,7 +850,8 @@ def test_each_launch_refusal_has_a_test():
         for code in re.findall(r'"(L\d\d)"', Path(module.__file__).read_text())
     }
     tests = "".join(
-        (Path(__file__).parent / f"test_{name}.py").read_text() for name in ("settings_preflight", "model_check")
+        (Path(__file__).parent / f"test_{name}.py").read_text()
+        for name in ("settings_preflight", "model_check", "memory")
     )
     tested = set(re.findall(r"^def test_(L\d\d)_", tests, re.MULTILINE))
     assert told == tested | {code for code, *_ in SETTINGS}

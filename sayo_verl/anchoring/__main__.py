@@ -1,6 +1,6 @@
 """``python -m sayo_verl.anchoring``: ``train`` writes a model folder, ``respond`` makes targets, ``report`` compares.
 
-``torchrun --nproc_per_node=N -m sayo_verl.anchoring train ...`` runs on N devices.
+``torchrun --nproc_per_node=N -m sayo_verl.anchoring train ...`` runs on N devices, ``respond ...`` too.
 """
 
 import argparse
@@ -51,11 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     respond = commands.add_parser("respond", help="write rows with the policy's own right answers to imitate")
     respond.add_argument("--base", required=True)
-    respond.add_argument("--rows", required=True, help="parquet file")
-    respond.add_argument("--out", type=Path, required=True, help="parquet file")
+    respond.add_argument("--rows", nargs="+", required=True, help="parquet files")
+    respond.add_argument("--out", type=Path, required=True, help="parquet file; the same command goes on with it")
     for name, default in (("tries", 4), ("max-new-tokens", 512), ("batch-size", 32), ("seed", 0)):
         respond.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
-    respond.add_argument("--max-rows", type=int, help="default: all")
+    respond.add_argument("--max-rows", type=int, help="the first ones only; default: all")
     respond.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
     respond.set_defaults(function=_respond)
 
@@ -105,11 +105,18 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _respond(args: argparse.Namespace) -> None:
+    import torch
+
     from sayo_verl.anchoring.respond import write_responses
 
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else None
     done = write_responses(args.base, args.rows, args.out, tries=args.tries, max_new_tokens=args.max_new_tokens,
                            temperature=args.temperature, batch_size=args.batch_size, max_rows=args.max_rows,
-                           seed=args.seed)  # fmt: skip
+                           seed=args.seed, rank=rank, world=world, device=device)  # fmt: skip
+    if "left" in done:  # the process that finishes last says the rest
+        print(f"process {rank} of {world} is done; {done['left']} blocks are with others", file=sys.stderr)
+        return
     print(f"kept {done['kept']} of {done['rows']} rows", file=sys.stderr)
     print(args.out)
 

@@ -30,6 +30,25 @@ REGION_COVERAGE = 0.5  # of a cell, for figures; the loss takes shares as they a
 FOCUS_KEY = "focus"  # of a batch: its FocusBatch
 
 
+NEEDED, KNOWN = {"prompt", "reward_model"}, {"images", "extra_info", "response", "data_source"}
+
+
+def columns_of(file: Path | str) -> set[str]:
+    """Names of a parquet file's columns.
+
+    Raises:
+        SayoError: F20 for a file that is not there, F10 for one without the columns of a row.
+    """
+    if not Path(file).is_file():
+        raise SayoError("F20", "there is no such file of rows", where="--rows", got=str(file),
+                        fix="name parquet files, such as DATA/train-*.parquet of `sayo prepare`")  # fmt: skip
+    have = set(pq.read_schema(file).names)
+    if not have >= NEEDED:
+        raise SayoError("F10", "the file is no data of this project", where=str(file), got=sorted(have),
+                        wanted=f"the columns {sorted(NEEDED)}", fix="see the row contract in docs/data.md")  # fmt: skip
+    return have
+
+
 class AnchorRows(Dataset):
     """Rows of parquet files, as dictionaries.
 
@@ -38,19 +57,13 @@ class AnchorRows(Dataset):
         max_rows: take the first ones only; None: all.
 
     Raises:
-        SayoError: F10 for a missing column or no row.
+        SayoError: F10 for no row, and what ``columns_of`` raises.
     """
 
     def __init__(self, files: Sequence[Path | str], *, max_rows: int | None = None) -> None:
-        needed, known = {"prompt", "reward_model"}, {"images", "extra_info", "response", "data_source"}
         tables = []
         for file in files:
-            have = set(pq.read_schema(file).names)
-            if not needed <= have:
-                raise SayoError("F10", "the file is no data of this project", where=str(file), got=sorted(have),
-                                wanted=f"the columns {sorted(needed)}",
-                                fix="see the row contract in docs/data.md")  # fmt: skip
-            table = pq.read_table(file, columns=sorted((needed | known) & have))
+            table = pq.read_table(file, columns=sorted((NEEDED | KNOWN) & columns_of(file)))
             tables += [table.slice(i, 1) for i in range(table.num_rows)]
         self._rows = tables[:max_rows]  # each is a view: no row is copied or turned into Python before it is asked
         if not self._rows:

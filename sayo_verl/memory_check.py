@@ -1,0 +1,227 @@
+"""Whether the model's lengths and the job's memory fit, before anything is loaded; the arithmetic is in ``memory``."""
+
+import math
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from sayo_verl.errors import SayoError
+from sayo_verl.machine import cards
+from sayo_verl.memory import GIB, Job, Shapes, estimate, kv_bytes, kv_cache, shapes_of
+from sayo_verl.methods import Method
+from sayo_verl.model_check import flash_attn_problem, load_config, sequence_parallel
+
+CARD = 79.0  # GiB that a card of 80 GB shows (A100: 79.2, H100: 79.1 to 79.6)
+TIGHT = 0.9  # of the card, from which the plan warns; beyond the card the job is refused
+NAME = "memory per GPU"
+# arguments of vLLM that verl passes on, under which its memory is another
+CHANGES_MEMORY = {"kv_cache_dtype", "kv_cache_memory_bytes", "gpu_memory_utilization", "max_model_len", "quantization",
+                  "cpu_offload_gb", "mm_encoder_tp_mode"}  # fmt: skip
+
+
+def check_memory(config: DictConfig, method: Method | None, *, dry_run: bool) -> list[tuple[str, str]]:
+    """Lines of the plan, and a refusal of what cannot fit.
+
+    Args:
+        config: the full configuration.
+        method: the run's method, for the probe.
+        dry_run: this may be another machine: the model may be absent, and flash-attn, whose cross entropy keeps no
+            float32 logits, counts as installed.
+
+    Raises:
+        SayoError: L58 for lengths that do not go together and for a KV cache that does not hold one sequence, L60 for a
+            phase that needs more than the card, L61 for a wrong ``sayo.gpu_memory_gib``.
+    """
+    hf_config = load_config(str(config.actor_rollout_ref.model.path), dry_run=dry_run)
+    check_length(config, hf_config)
+    if config.trainer.device != "cuda":
+        return []
+    if reason := _not_estimated(config, hf_config):
+        return [(NAME, f"not estimated: {reason}")]
+    card, source = card_gib(config)
+    model = config.actor_rollout_ref.model
+    s = shapes_of(hf_config, lora_rank=int(model.lora_rank), exclude_modules=_plain(model.exclude_modules),
+                  target_modules=_plain(model.target_modules))  # fmt: skip
+    flash = dry_run or flash_attn_problem() is None
+    j = _job(config, method, s, card=card, flash=flash)
+    totals = {phase: (sum(terms.values()), terms) for phase, terms in estimate(s, j).items()}
+    largest = max(totals, key=lambda phase: totals[phase][0])
+    if totals[largest][0] > card:
+        raise _too_large(largest, totals[largest][1], j, source)
+    lines = [(NAME, f"by arithmetic, in GiB of {card:.1f} ({source})")]
+    for phase, (total, terms) in totals.items():
+        mark = f" - TIGHT, {total / card:.0%} of the card" if total > TIGHT * card else ""
+        lines.append((NAME, f"{phase} {total:.1f}: {_listed(terms)}{mark}"))
+    lines.append((NAME, f"KV cache for {_sequences(s, j):.0f} sequences of {j.max_model_len} tokens at once"))
+    if (config.algorithm.use_kl_in_reward or config.actor_rollout_ref.actor.use_kl_loss) and not j.lora:
+        held = s.parameters * 4 * int(config.trainer.n_gpus_per_node) / j.shards / GIB
+        lines.append(("memory per node", f"reference model {held:.0f} GiB of the host's"))
+    return lines
+
+
+def card_gib(config: DictConfig) -> tuple[float, str]:
+    """GiB of the smallest card, and where the number is from: the setting, nvidia-smi, or a card of 80 GB.
+
+    Raises:
+        SayoError: L61.
+    """
+    given = config.sayo.gpu_memory_gib
+    if given is not None:
+        if not isinstance(given, int | float) or not given > 0:
+            raise SayoError("L61", "memory of a GPU is no positive number", where="sayo.gpu_memory_gib", got=given,
+                            wanted="GiB, such as 79; null: nvidia-smi is read", fix="correct it")  # fmt: skip
+        return float(given), "sayo.gpu_memory_gib"
+    try:
+        listed, why = cards(), ""
+    except OSError as error:
+        listed, why = [], f", as {error}"
+    if listed:
+        return min(card.total for card in listed) / 1024, "nvidia-smi"
+    return CARD, f"assumed: a card of 80 GB{why}; sayo.gpu_memory_gib names another"
+
+
+def check_length(config: DictConfig, hf_config: Any) -> None:
+    """Refuse lengths that vLLM would cut or refuse, on any device.
+
+    Args:
+        config: the full configuration.
+        hf_config: transformers' configuration of the model; None where it is not at hand.
+
+    Raises:
+        SayoError: L58.
+    """
+    data, length = config.data, config.actor_rollout_ref.rollout.max_model_len
+    needed = int(data.max_prompt_length) + int(data.max_response_length)
+    known = hf_config is not None and hf_config.model_type in CONFIG_MAPPING
+    positions = hf_config.get_text_config().max_position_embeddings if known else math.inf
+    if positions < max(needed, int(length or 0)) or int(length or needed) < needed:
+        raise SayoError("L58", "prompt and response, vLLM's max_model_len and the model's positions do not go together",
+                        where="actor_rollout_ref.rollout.max_model_len",
+                        got=f"{length}; data.max_prompt_length + data.max_response_length = {needed}",
+                        wanted=f"prompt + response <= max_model_len <= {positions}",
+                        fix=f"set it to {needed}" if needed <= positions else
+                        "lower data.max_prompt_length or data.max_response_length")  # fmt: skip
+
+
+def _not_estimated(config: DictConfig, hf_config: Any) -> str | None:
+    """Why the arithmetic does not apply, or None."""
+    if hf_config is None:
+        return "the model's configuration is not at hand"
+    if hf_config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return f"{hf_config.model_type} is no image-text-to-text model of transformers"
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    engine = set(rollout.engine_kwargs.get("vllm") or {}) & CHANGES_MEMORY
+    for setting, value, known in (
+        ("actor.strategy", actor.strategy, ("fsdp", "fsdp2")),
+        ("trainer.v1.trainer_mode", config.trainer.v1.trainer_mode, ("sync", "sayo_sync")),
+        ("rollout.name", rollout.name, ("vllm",)),
+        ("rollout.quantization", rollout.get("quantization"), (None,)),
+        ("rollout.engine_kwargs.vllm", sorted(engine), ([],)),
+    ):
+        if value not in known:
+            return f"{setting}={value}"
+    return None
+
+
+def _job(config: DictConfig, method: Method | None, s: Shapes, *, card: float, flash: bool) -> Job:
+    actor, rollout, model = (config.actor_rollout_ref[name] for name in ("actor", "rollout", "model"))
+    fsdp, n, sp = actor.fsdp_config, int(rollout.n), sequence_parallel(config)
+    devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
+    length = int(config.data.max_prompt_length) + int(config.data.max_response_length)
+
+    def tokens(dynamic: bool, budget: int | None, micro: int | None, rows: int) -> int:
+        """Of the largest micro-batch, by device; never more than there are rows for."""
+        rows = math.ceil(rows * n * sp / devices)
+        return min(int(budget or 0) if dynamic else (micro or rows) * length // sp, max(rows * length // sp, 1))
+
+    update = tokens(actor.use_dynamic_bsz, actor.ppo_max_token_len_per_gpu, actor.ppo_micro_batch_size_per_gpu,
+                    int(actor.ppo_mini_batch_size))  # fmt: skip
+    infer = tokens(rollout.log_prob_use_dynamic_bsz, rollout.log_prob_max_token_len_per_gpu,
+                   rollout.log_prob_micro_batch_size_per_gpu, int(config.data.train_batch_size))  # fmt: skip
+    # verl: transformer_impl.py, prepare_model_outputs. bfloat16 logits; a copy for a temperature other than 1; without
+    # flash-attn float32 log-softmax rows are kept; entropy with gradients keeps backward from working in place.
+    copies = 2 * (1 + (float(rollout.temperature) != 1.0) + (not model.use_remove_padding))
+    entropy = bool(actor.calculate_entropy) or float(actor.entropy_coeff) != 0
+    fused = bool(model.use_fused_kernels)
+    eager_entropy = 0 if fsdp.use_torch_compile or fsdp.entropy_from_logits_with_chunking else 12
+    statistics = method.needs().statistics.statistics if method else ()
+    return Job(
+        shards=int(fsdp.fsdp_size) if int(fsdp.fsdp_size) > 0 else devices,
+        tensor_parallel=int(rollout.tensor_model_parallel_size),
+        tokens=update,
+        log_prob_tokens=infer,
+        visual_tokens=update * sp * int(config.data.max_prompt_length) // length,
+        max_prompt=int(config.data.max_prompt_length),
+        max_response=int(config.data.max_response_length),
+        max_model_len=int(rollout.max_model_len or s.positions),
+        weight_bytes=2 if str(fsdp.model_dtype) in ("bf16", "bfloat16", "fp16", "float16") else 4,
+        param_offload=bool(fsdp.param_offload),
+        optimizer_offload=bool(fsdp.optimizer_offload),
+        host_policy=bool(fsdp.offload_policy) and actor.strategy == "fsdp2",
+        lora=int(model.lora_rank) > 0,
+        checkpointing=bool(model.enable_gradient_checkpointing),
+        unreduced=bool(fsdp.use_no_sync_for_gradient_accumulation),
+        update_logits=0 if fused else copies + 4 * entropy + (0 if flash else 8),
+        log_prob_logits=0 if fused else copies + eager_entropy,
+        utilization=float(rollout.gpu_memory_utilization),
+        sleeps=bool(rollout.free_cache_engine),
+        batched_tokens=int(rollout.max_num_batched_tokens),
+        sequences=int(rollout.max_num_seqs),
+        bucket=int(rollout.checkpoint_engine.update_weights_bucket_megabytes) * 2**20,
+        card=card,
+        probe_sets=len({s.name for s in statistics if s.fact.source in ("mass", "lse")}),
+        probe_profile=any(s.fact.source == "profile" for s in statistics),
+        probe_hidden=any(s.fact.source == "hidden" for s in statistics),
+    )
+
+
+def _sequences(s: Shapes, j: Job) -> float:
+    """Sequences of ``max_model_len`` that the KV cache holds.
+
+    Raises:
+        SayoError: L58 for less than one, which vLLM refuses to serve (``v1/core/kv_cache_utils.py``).
+    """
+    per_token, free = kv_bytes(s, j.tensor_parallel) / GIB, max(kv_cache(s, j)[2], 0.0)
+    held, needed = free / (per_token * j.max_model_len), j.max_prompt + j.max_response
+    if held < 1:
+        raise SayoError("L58", "vLLM's KV cache does not hold one sequence of max_model_len, and vLLM would not start",
+                        where="actor_rollout_ref.rollout.max_model_len",
+                        got=f"{j.max_model_len}{', the positions of the model' * (j.max_model_len == s.positions)}: "
+                        f"{per_token * j.max_model_len:.1f} GiB of {free:.1f} that are left of {j.utilization} x "
+                        f"{j.card:.1f} by arithmetic",
+                        wanted=f"about {int(free / per_token)} at most",
+                        fix=f"set it to {needed} (prompt + response)" if per_token * needed <= free else
+                        "raise rollout.gpu_memory_utilization or rollout.tensor_model_parallel_size")  # fmt: skip
+    return held
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _listed(terms: dict[str, float]) -> str:
+    return ", ".join(f"{name} {size:.1f}" for name, size in sorted(terms.items(), key=lambda t: -t[1]) if size >= 0.05)
+
+
+def _too_large(phase: str, terms: dict[str, float], j: Job, source: str) -> SayoError:
+    largest = max(terms, key=lambda term: terms[term])
+    actor = "actor_rollout_ref.actor"
+    if phase == "rollout":
+        others = sum(terms.values()) - j.utilization * j.card
+        where = "actor_rollout_ref.rollout.gpu_memory_utilization"
+        fix = f"set it to {max(math.floor(100 * (1 - others / j.card)), 0) / 100} or less"
+    elif largest in ("logits", "one layer", "logits or one layer", "kept activations"):
+        which, tokens = ("rollout.log_prob", j.log_prob_tokens) if phase == "log-probs" else ("actor.ppo", j.tokens)
+        where = f"actor_rollout_ref.{which}_max_token_len_per_gpu"
+        fix = f"lower it (or the micro-batch) from {tokens} tokens"
+    else:
+        where = f"{actor} on {j.shards} GPUs"
+        fix = "use more GPUs or a smaller model"
+        if not j.lora:
+            fix += (f", train a LoRA (actor_rollout_ref.model.lora_rank=16), or keep weights and optimizer on the host "
+                    f"({actor}.strategy=fsdp2 {actor}.fsdp_config.offload_policy=True)")  # fmt: skip
+    return SayoError("L60", f"{phase} needs more memory than a GPU has, most of it for {largest}", where=where,
+                     got=f"{sum(terms.values()):.1f} GiB by arithmetic: {_listed(terms)}",
+                     wanted=f"at most {j.card:.1f} ({source})", fix=fix)  # fmt: skip
