@@ -13,6 +13,7 @@ OUT/report.jsonl has one line per finding, with what stood in for what. OUT/cuda
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import shutil
@@ -27,6 +28,7 @@ from cost.store import append_line, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 SPARE = 15  # seconds: no stage is begun with less
+GRACE = 5  # seconds between the limit that a stage keeps by itself and its end by force
 STOPPED = 3  # exit status of a stage that had no time for all of its findings
 TINY = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "VERL_PLATFORM": "cpu", "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": "1"}  # fmt: skip
@@ -36,7 +38,7 @@ ALWAYS = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VERL_USE_EX
 
 @dataclass(frozen=True)
 class Entry:
-    """A stage: the module of ``gpu`` whose ``run`` it is, with which argument, its limit in seconds, and what it says."""
+    """A stage: its module in ``gpu``, what ``run`` of it gets, its limit in seconds, and what it measures."""
 
     module: str
     argument: str
@@ -69,7 +71,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder (default: outputs/on_gpu, with --tiny outputs/on_gpu_tiny)")
     parser.add_argument("--train", action="store_true", help="also the stage 'train'")
     parser.add_argument("--model", default="", help="of the stage 'train': folder or hub name (default: tiny policy)")
-    parser.add_argument("--stage-limit", type=int, help="seconds of every stage, instead of its own limit")
     parser.add_argument("--run-stage", help=argparse.SUPPRESS)
     parser.add_argument("--card", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -83,13 +84,14 @@ def run_stage(args: argparse.Namespace) -> int:
     """The process of one stage: 0 when all went well, 1 when a finding failed, ``STOPPED`` when time was short."""
     from gpu.report import NoTimeLeftError, Stage
 
-    name = args.run_stage
-    entry = (STAGES | {"train": TRAIN})[name]
-    argument = args.model if name == "train" else entry.argument
-    stage = Stage(name, args.out, args.limit, args.tiny, args.card)
+    entry = (STAGES | {"train": TRAIN})[args.run_stage]
+    stage = Stage(args.run_stage, args.out, args.limit, args.tiny, args.card)
     try:
         run = importlib.import_module(f"gpu.{entry.module}").run
-        run(stage, argument) if argument or name == "train" else run(stage)
+        if entry is TRAIN:
+            run(stage, args.model)
+        else:
+            run(stage, *[entry.argument] * bool(entry.argument))
     except NoTimeLeftError as finding:
         stage.tell("no time left", next=str(finding))
         return 1 if stage.wrong else STOPPED
@@ -113,35 +115,50 @@ def find_card(tiny: bool) -> str:
     return found.stdout.strip()
 
 
-def supervise(args: argparse.Namespace, name: str, limit: int, card: str) -> str:
-    """Run one stage; end it, with all that it started, when its limit is over. Returns how it ended."""
-    command = [sys.executable, __file__, "--run-stage", name, "--card", card, "--limit", str(limit), "--out",
-               str(args.out), "--model", args.model, *["--tiny"] * args.tiny]  # fmt: skip
+def stage_command(args: argparse.Namespace, name: str, limit: int, card: str) -> list[str]:
+    """The command of a stage's own process."""
+    options = ["--limit", str(limit), "--out", str(args.out), "--model", args.model, *["--tiny"] * args.tiny]
+    return [sys.executable, __file__, "--run-stage", name, "--card", card, *options]
+
+
+def environment_of(args: argparse.Namespace) -> dict[str, str]:
+    """Of a stage: one card, the project's own modules, and a cache of kernels of its own."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, **ALWAYS, "TRITON_CACHE_DIR": str(args.out / "triton"), "PYTHONPATH": path}
-    environment |= TINY if args.tiny else {}
-    with (args.out / f"{name}.log").open("w") as log:
-        child = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True)
+    one_card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    common = {"CUDA_VISIBLE_DEVICES": one_card, "TRITON_CACHE_DIR": str(args.out / "triton"), "PYTHONPATH": path}
+    return {**os.environ, **ALWAYS, **common, **(TINY if args.tiny else {})}
+
+
+def supervise(command: list[str], log: Path, limit: float, environment: dict[str, str]) -> str:
+    """Run a stage; end it, with all that it started, when its limit is over. Returns how it ended."""
+    with log.open("w") as file:
+        child = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=ROOT, start_new_session=True)
         try:
-            status = child.wait(timeout=limit + 5)
+            status = child.wait(timeout=limit)
         except subprocess.TimeoutExpired:
             return "over its limit"
         finally:
-            if child.poll() is None:
-                _end(child)
+            _end(child.pid)
     return {0: "done", STOPPED: "stopped for lack of time"}.get(status, "failed")
 
 
-def _end(child: subprocess.Popen) -> None:
-    """End a stage and all that it started."""
+def _end(group: int) -> None:
+    """End what is left of a stage: also what it started and did not wait for."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(child.pid, sign)
-            child.wait(timeout=5)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+        for _ in range(20):
+            try:
+                os.killpg(group, sign)
+            except ProcessLookupError:
+                return
+            time.sleep(0.1)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(group, os.WNOHANG)
+
+
+def finished(report: Path, card: str) -> set[str]:
+    """Stages that were done on this card, by their last line in the report."""
+    ends = {line["stage"]: line["status"] for line in read_lines(report) if "status" in line and line["card"] == card}
+    return {name for name, status in ends.items() if status == "done"}
 
 
 def main() -> int:
@@ -149,42 +166,48 @@ def main() -> int:
     args = parse()
     if args.run_stage:
         return run_stage(args)
-    stages = STAGES | ({"train": TRAIN} if args.train else {})
     if args.list:
         for name, entry in (STAGES | {"train": TRAIN}).items():
             print(f"{name:18} {entry.limit:5} s  {entry.about}")
         return 0
-    begin = time.monotonic()
-    card = find_card(args.tiny)
+    begin, card = time.monotonic(), find_card(args.tiny)
     args.out.mkdir(parents=True, exist_ok=True)
     report = args.out / "report.jsonl"
-    ends = {line["stage"]: line["status"] for line in read_lines(report) if "status" in line and line["card"] == card}
-    named = set(args.stages or ())
-    failed = []
-    for n, (name, entry) in enumerate(((s, e) for s, e in stages.items() if not named or s in named), 1):
-        count = f"[{n} of {len(named) or len(stages)}]"
-        if not named and ends.get(name) == "done":
-            print(f"{count} {name}: done in an earlier call", flush=True)
+    wanted = {name: entry for name, entry in (STAGES | {"train": TRAIN}).items()
+              if name in (args.stages or [*STAGES, *["train"] * args.train])}  # fmt: skip
+    done = finished(report, card) - set(args.stages or ())
+    left_over = []
+    for n, (name, entry) in enumerate(wanted.items(), 1):
+        print(f"[{n} of {len(wanted)}] {name}: ", end="", flush=True)
+        if name in done:
+            print("done in an earlier call", flush=True)
             continue
         left = int(args.limit - (time.monotonic() - begin))
-        limit = min(args.stage_limit or entry.limit, left - 5)
-        if left < SPARE and not args.stage_limit:
-            status, took = f"not begun: {left} s are left", 0.0
+        limit, lines, start = min(entry.limit, left - GRACE), len(read_lines(report)), time.monotonic()
+        if left < SPARE:
+            status = f"not begun: {max(left, 0)} s are left"
         else:
-            print(f"{count} {name}: {entry.about}; at most {limit} s ... ", end="", flush=True)
+            print(f"{entry.about}; at most {limit} s ... ", end="", flush=True)
             if name == "kernels":
                 shutil.rmtree(args.out / "triton", ignore_errors=True)  # it measures compilation
-            start = time.monotonic()
-            status = supervise(args, name, limit, card)
-            took = time.monotonic() - start
-        append_line(report, {"stage": name, "status": status, "seconds": round(took, 1), "card": card})
-        mine = [line for line in read_lines(report) if line["stage"] == name and "finding" in line]
-        print(f"{status} after {took:.0f} s, {len(mine)} lines" if took else f"{count} {name}: {status}", flush=True)
-        if status != "done":
-            failed.append(name)
-    print(f"{args.out / 'report.jsonl'} after {time.monotonic() - begin:.0f} s" + (
-        f"; not done: {' '.join(failed)} (see {args.out}/STAGE.log)" if failed else "; every stage is done"))
-    return 1 if failed else 0
+            command, log = stage_command(args, name, limit, card), args.out / f"{name}.log"
+            status = supervise(command, log, limit + GRACE, environment_of(args))
+        end = {"stage": name, "status": status, "seconds": round(time.monotonic() - start, 1), "card": card}
+        if status in ("failed", "over its limit"):
+            end["last_of_log"] = log.read_text(errors="replace").strip().splitlines()[-3:]
+        found = len(read_lines(report)) - lines
+        append_line(report, end)
+        print(
+            status if status.startswith("not") else f"{status} after {end['seconds']:.0f} s, {found} findings",
+            flush=True,
+        )
+        left_over += [name] if status != "done" else []
+    print(f"{report} after {time.monotonic() - begin:.0f} s")
+    if left_over:
+        print(
+            f"not done: {' '.join(left_over)}; what they said is in {args.out}/STAGE.log; a second call goes on there"
+        )
+    return 1 if left_over else 0
 
 
 if __name__ == "__main__":

@@ -48,8 +48,7 @@ class Case:
         chunks: chunk sizes of the reference path to try in all layers.
         extras: whether profile statistics and the hidden-state cosine are measured too.
         rounds: of the probe; eager attention takes part in the first ``slow_rounds``.
-        brief: without what takes longest: the reference path in more than one layer and by itself, and eager weights
-            that are kept.
+        brief: without the slowest: the reference path in several layers and by itself, and eager weights that are kept.
     """
 
     part: str
@@ -110,12 +109,8 @@ def fitting_sequences(stack: TextStack, case: Case, meter: Meter, max_tokens: in
     by_memory = int(0.8 * torch.cuda.mem_get_info(stack.device)[0]) // need
     by_tokens = max_tokens // case.lengths.total if max_tokens else by_memory
     n = max(1, min(by_memory, by_tokens))
-    return (
-        n,
-        "memory"
-        if by_memory <= by_tokens
-        else f"{max_tokens:,} tokens a pass (memory would take {by_memory} sequences)",
-    )
+    by_limit = f"{max_tokens:,} tokens a pass (memory would take {by_memory} sequences)"
+    return n, "memory" if by_memory <= by_tokens else by_limit
 
 
 def passes(case: Case, work: Workload) -> dict[str, Timed]:

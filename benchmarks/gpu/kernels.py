@@ -4,6 +4,7 @@ Shape suffixes: H query heads, G key heads, S tokens, D head dimension, Q query 
 sets of keys, V chosen keys.
 """
 
+import functools
 import inspect
 import os
 import time
@@ -29,16 +30,16 @@ def run(stage: Stage) -> None:
     shapes = (("tiny", 4, 2, 16),) if stage.tiny else HEADS
     for dtype in (torch.bfloat16,) if stage.tiny else tuple(LIMITS):
         for i, (name, H, G, D) in enumerate(shapes):
-            stage.run(f"float64: {name}, {dtype}", lambda a=(H, G, D, dtype, i): _exactness(stage, *a))
+            stage.run(f"float64: {name}, {dtype}", _exactness, stage, H, G, D, dtype, i)
     for name, H, G, D in shapes:
-        stage.run(f"self-check of the handshake: {name}", lambda a=(H, G, D): _handshake(stage, *a))
+        stage.run(f"self-check of the handshake: {name}", _handshake, stage, H, G, D)
     if stage.device.type == "cuda":
-        stage.run("offsets beyond 2^31", lambda: _far(stage), needs=10)
-    stage.run("kernels compiled for many lengths", lambda: _variants(stage), needs=15)
+        stage.run("offsets beyond 2^31", _far, stage, needs=10)
+    stage.run("kernels compiled for many lengths", _variants, stage, needs=15)
     for shape in REAL[:1] if stage.tiny else REAL:
         for n in (Lengths(4, (2, 3), 2, 9),) if stage.tiny else REAL_LENGTHS:
             title = f"{shape.name}, {n.image_tokens} image + {n.response} response tokens"
-            stage.run(title, lambda a=(shape, n): _real_size(stage, *a))
+            stage.run(title, _real_size, stage, shape, n)
 
 
 def packed(*sequences: tuple[int, int]) -> list[Span]:
@@ -133,8 +134,8 @@ def _handshake(stage: Stage, H: int, G: int, D: int) -> dict[str, Any]:
 def _far(stage: Stage) -> dict[str, Any]:
     """Statistics of the last sequence of a row whose elements an int32 cannot count."""
     H, G, D, n_keys = 32, 8, 128, 800
-    make = {"device": stage.device, "dtype": torch.bfloat16}
-    query, key = (torch.empty(1, FAR_TOKENS, n, D, **make).transpose(1, 2) for n in (H, G))
+    make = functools.partial(torch.empty, device=stage.device, dtype=torch.bfloat16)
+    query, key = (make(1, FAR_TOKENS, n, D).transpose(1, 2) for n in (H, G))
     for x in (query, key):
         x[:, :, -n_keys:].normal_()
     sets = torch.randint(0, 4, (1, FAR_TOKENS), device=stage.device, dtype=torch.int32)

@@ -17,8 +17,8 @@ PACKAGES = ("torch", "triton", "transformers", "verl", "vllm", "ray", "flash-att
 
 def run(stage: Stage) -> None:
     stage.run("versions", _versions)
-    stage.run("what Triton's compiler needs", lambda: _compiler(stage))
-    stage.run("rates", lambda: _rates(stage))
+    stage.run("what Triton's compiler needs", _compiler, stage)
+    stage.run("rates", _rates, stage)
 
 
 def _versions() -> dict[str, Any]:

@@ -13,7 +13,7 @@ NEIGHBOURS = 8
 
 def run(stage: Stage) -> None:
     for T, V in ((12, 6),) if stage.tiny else SIZES:
-        stage.run(f"{T} response tokens, {V} visual tokens", lambda a=(T, V): _one(stage, *a))
+        stage.run(f"{T} response tokens, {V} visual tokens", _one, stage, T, V)
 
 
 def _one(stage: Stage, T: int, V: int) -> dict[str, Any]:

@@ -55,12 +55,15 @@ class Stage:
         head = {"stage": self.name, "finding": finding, "at_s": round(time.monotonic() - self._begin, 1)}
         append_line(self.out / REPORT, {**head, "card": self.card, "stood_in": self.stood_in, **facts})
 
-    def run(self, finding: str, function: Callable[[], dict[str, Any]], *, needs: float = 5) -> dict[str, Any] | None:
+    def run(
+        self, finding: str, function: Callable[..., dict[str, Any]], *arguments: Any, needs: float = 5
+    ) -> dict[str, Any] | None:
         """Make one finding: the facts that a function returns, or its error, which costs this finding alone.
 
         Args:
             finding: its name.
-            function: returns facts; ``wrong`` among them, if true, says that a result was not what it must be.
+            function: called with ``arguments``; returns facts. ``wrong`` among them, if true, says that a result was
+                not what it must be.
             needs: seconds that it is likely to take.
 
         Returns:
@@ -73,7 +76,7 @@ class Stage:
             raise NoTimeLeftError(finding)
         begin = time.monotonic()
         try:
-            facts = function()
+            facts = function(*arguments)
         except Exception as error:  # noqa: BLE001 (it goes into the report, and the stage ends as failed)
             traceback.print_exc()
             self.tell(finding, error=f"{type(error).__name__}: {error}"[:1000])
@@ -119,7 +122,7 @@ class Stage:
 def host_waits(device: torch.device) -> Iterator[dict[str, int]]:
     """Count by place how often the host waits for the device, as torch's sync debug mode reports it.
 
-    torch does not report ``torch.cuda.synchronize`` and waits inside other libraries. On a CPU there is nothing to count.
+    torch does not report ``torch.cuda.synchronize`` and waits inside other libraries. Nothing is counted on a CPU.
     """
     places: dict[str, int] = {}
     if device.type == "cpu":

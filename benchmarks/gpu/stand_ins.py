@@ -111,10 +111,10 @@ def _varlen_takes() -> frozenset[str]:
 
 def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
     """``flash_attn_func`` for [B, S, heads, D]."""
-    B, starts = q.shape[0], []
-    for x in (q, k):
-        starts.append(torch.arange(B + 1, dtype=torch.int32, device=q.device) * x.shape[1])
-    out = _packed(*(x.flatten(0, 1) for x in (q, k, v)), *starts, q.shape[1], k.shape[1], **options)
+    B, S, T = q.shape[0], q.shape[1], k.shape[1]
+    starts_q, starts_k = (torch.arange(B + 1, dtype=torch.int32, device=q.device) * n for n in (S, T))
+    q_L, k_L, v_L = (x.flatten(0, 1) for x in (q, k, v))
+    out = _packed(q_L, k_L, v_L, starts_q, starts_k, S, T, **options)
     return out.unflatten(0, (B, -1))
 
 
@@ -188,5 +188,5 @@ class _AbsentPackages(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def absent_packages(*names: str) -> list[str]:
     """Make importable those of some packages that are not installed; a call into them raises. Returns their names."""
     absent = [name for name in names if importlib.util.find_spec(name) is None]
-    sys.meta_path.append(_AbsentPackages(absent))
+    sys.meta_path.insert(0, _AbsentPackages(absent))
     return absent
