@@ -746,3 +746,12 @@ def test_a_rank_whose_part_is_missing_is_noticed(monkeypatch):
         assert compare(rows, sharded(rows, [s], 2, monkeypatch)[0]) <= 1e-6
         with refusal("P22"):
             sharded(rows, [s], 2, monkeypatch, lost=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_profiles_that_are_not_finite_are_refused_before_anybody_uses_their_neighbours(value):
+    rows = Rows(SHAPES, seed=3)
+    rows.query[0][0][:, -2] = value
+    with refusal("P25", "not finite"):
+        rows.measure([statistic("neighbour_index")])
+    rows.measure([statistic("top_patch_mass")])  # its values are seen as they are

@@ -170,11 +170,3 @@ def test_inputs_of_any_floating_type_stay_as_they_are():
 def test_profiles_that_do_not_fit_are_refused(profile, m, chunk):
     with refusal("P18", "profiles"):
         top_neighbours(profile, m, chunk=chunk)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_is_refused(value):
-    profile = attention(4, 5, 0)
-    profile[1, 2] = value
-    with refusal("P25", "not finite"):
-        top_neighbours(profile, 2)

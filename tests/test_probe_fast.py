@@ -5,6 +5,7 @@ of all sequences, T of one, N keys of one sequence, K sets of keys, V chosen key
 """
 
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -13,10 +14,12 @@ import textwrap
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sayo_verl.errors import SayoError
 from sayo_verl.probe import fast, kernels, reference
-from sayo_verl.probe.reference import Masses, Span
+from sayo_verl.probe.reference import Masses, Span, stretches
 
 NAN = float("nan")
 # a key after its row is no part of the log-sum-exp: its term may overflow before it is left out
@@ -100,6 +103,12 @@ def dense_masses(query, key, spans, sets, n_sets, scale) -> Masses:
     return Masses(torch.cat(masses, 1), torch.cat(lses))
 
 
+def with_marks(spans, sets) -> list[Span]:
+    """Spans that say where the keys of their sets lie, as the probe's own do."""
+    rows = [sets[span.key_batch, span.key_start : span.key_start + span.n_keys].cpu() for span in spans]
+    return [span._replace(marked=stretches(row != 0)) for span, row in zip(spans, rows, strict=True)]
+
+
 class Errors:
     """Absolute errors of many comparisons, to be printed and bounded."""
 
@@ -123,6 +132,10 @@ def compare(errors: Errors, query, key, spans, sets, n_sets, scale) -> None:
     wanted = dense_masses(query, key, spans, sets, n_sets, scale)
     errors.add("mass", found.mass, wanted.mass)
     errors.add("log-sum-exp", found.lse, wanted.lse)
+    given = fast.attention_masses(
+        query, key, with_marks(spans, sets), sets, n_sets, scale=scale, lse=wanted.lse.float()
+    )
+    errors.add("mass, log-sum-exp given", given.mass, wanted.mass)
     done = 0
     for span in spans:
         lse_TH = found.lse[done : done + span.n_queries]
@@ -447,9 +460,9 @@ def test_a_column_outside_the_sequence_is_told_by_nan():
 def test_tiles_cover_every_row_once_and_never_two_sequences():
     spans = (*packed((9, 13), (40, 25), (7, 0), (2, 1)), Span(3, 11, 8, 20, 2, 5, 30))
     for rows in (1, 4, 18, 128):
-        tiles = fast._tiles(spans, rows, torch.device("cpu")).tolist()
+        tiles = fast._tiles(spans, rows, 64, torch.device("cpu"))[0].tolist()
         covered = {}
-        for query_batch, query_start, n, position, key_batch, key_start, out in tiles:
+        for query_batch, query_start, n, position, key_batch, key_start, out, _, _ in tiles:
             assert 0 < n <= rows
             for i in range(n):
                 assert out + i not in covered
@@ -462,6 +475,59 @@ def test_tiles_cover_every_row_once_and_never_two_sequences():
         assert [covered[i] for i in range(len(wanted))] == wanted
         assert len(covered) == len(wanted)
         assert [tile[3] for tile in tiles] == sorted((tile[3] for tile in tiles), reverse=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.booleans(), max_size=300), st.sampled_from([1, 16, 64]), st.integers(1, 80))
+def test_stretches_cover_what_is_marked_in_whole_tiles_and_visit_no_key_twice(marks, keys, gap):
+    marked_N = torch.tensor(marks, dtype=torch.bool)
+    found = stretches(marked_N, gap=gap)
+    tiles = fast._whole_tiles(found, keys)
+    for parts in (found, tiles):
+        covered = [n for first, end in parts for n in range(first, end)]
+        assert covered == sorted(set(covered))
+        assert set(marked_N.nonzero().flatten().tolist()) <= set(covered)
+    assert all(b[0] - a[1] >= gap for a, b in itertools.pairwise(found))
+    assert all(first % keys == end % keys == 0 for first, end in tiles)
+    assert all(marked_N[first] and marked_N[end - 1] for first, end in found)
+
+
+def test_with_the_log_sum_exp_given_keys_of_no_set_are_not_visited():
+    spans = packed((300, 90))
+    query, key, sets = random_case(spans, 4, 32, dtype=torch.bfloat16)
+    sets.zero_()
+    sets[0, 70:110], sets[0, 340:350] = 1, 2
+    whole = fast.attention_masses(query, key, spans, sets, 2, scale=0.2)
+    poisoned = key.clone()
+    poisoned[:, :, :64] = poisoned[:, :, 128:320] = poisoned[:, :, 384:] = NAN  # tiles without a key of a set
+    found = fast.attention_masses(query, poisoned, with_marks(spans, sets), sets, 2, scale=0.2, lse=whole.lse)
+    assert torch.allclose(found.mass, whole.mass, atol=1e-6, rtol=0)
+    assert torch.equal(found.lse, whole.lse)
+    # nothing is marked: no key is visited at all
+    sets.zero_()
+    none = fast.attention_masses(query, key * NAN, with_marks(spans, sets), sets, 2, scale=0.2, lse=whole.lse)
+    assert torch.equal(none.mass, torch.zeros_like(none.mass))
+    # without marks all keys are
+    every = fast.attention_masses(query, key, spans, sets + 1, 1, scale=0.2, lse=whole.lse)
+    assert torch.allclose(every.mass, torch.ones_like(every.mass), atol=1e-5)
+
+
+def test_both_paths_agree_with_the_log_sum_exp_given(quick):
+    errors = Errors("fast against reference, log-sum-exp given")
+    for seed, group in enumerate((1, 3, 4)):
+        spans = packed((17, 12), (60, 33))
+        query, key, sets = random_case(spans, group, 64, seed=seed, n_sets=5)
+        lse = reference.attention_masses(query, key, spans, sets, 5, scale=0.125).lse
+        spans = with_marks(spans, sets)
+        found, wanted = (
+            m.attention_masses(query, key, spans, sets, 5, scale=0.125, lse=lse) for m in (fast, reference)
+        )
+        computed = reference.attention_masses(query, key, spans, sets, 5, scale=0.125)
+        errors.add("mass", found.mass, wanted.mass)
+        errors.add("mass, computed", wanted.mass, computed.mass)
+        assert torch.equal(found.lse, lse)
+        assert torch.equal(wanted.lse, lse)
+    errors.check(2e-6)
 
 
 def test_layers_share_one_table_of_tiles():
@@ -498,6 +564,10 @@ def test_types_and_shapes_that_do_not_fit_are_refused():
         fast.attention_masses(query, key, spans, sets, 32, scale=1.0)
     with refusal("P01"):
         fast.attention_profile(query, key, spans[0], lse[1:], columns, scale=1.0)
+    for paths in (fast, reference):
+        for wrong in (lse[1:], lse.T.contiguous()[:3], lse.half()):
+            with refusal("P01", "log-sum-exp"):
+                paths.attention_masses(query, key, spans, sets, 3, scale=1.0, lse=wrong)
 
 
 def test_a_cpu_without_the_interpreter_is_refused(compiled):
@@ -570,6 +640,7 @@ COMPILE = """
         span = Span(0, 100, 300, 100, 0, 0, 400)
         sets = torch.zeros(1, 999, dtype=torch.int32)
         fast.attention_masses(query, query[:, :G], [span], sets, n_sets, scale=0.1)
+        fast.attention_masses(query, query[:, :G], [span], sets, n_sets, scale=0.1, lse=torch.zeros(300, G * group))
         fast.attention_profile(query, query[:, :G], span, torch.zeros(300, G * group), torch.arange(77), scale=0.1)
     print("REPORT" + json.dumps(report))
 """
@@ -589,8 +660,8 @@ def test_the_kernels_compile_for_hopper_without_spilling(repo, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads(run.stdout.split("REPORT")[1])
-    assert [entry["kernel"] for entry in report] == ["masses_kernel", "profile_kernel"] * 4
-    for case, entry in zip([case for case in cases for _ in range(2)], report, strict=True):
+    assert [entry["kernel"] for entry in report] == ["masses_kernel", "masses_kernel", "profile_kernel"] * 4
+    for case, entry in zip([case for case in cases for _ in range(3)], report, strict=True):
         print(*case, entry)
         assert entry["stack"] == 0  # registers that did not fit would lie there
         assert entry["shared"] <= 227 * 1024  # of a Hopper multiprocessor

@@ -33,6 +33,7 @@ from sayo_verl.probe.statistics import (
     StatisticsRequest,
 )
 from sayo_verl.probe.taps import ForwardTap, asked_layers
+from sayo_verl.probe.transfer import to_device
 
 LAYERS = "algorithm.attn.*.layers"
 
@@ -179,15 +180,14 @@ def wire_tensors(
         "region_tokens": [row.region_tokens for row in rows],
         "probe_seconds": [seconds / len(rows)] * len(rows),
     }
-    singles = {
-        name: (torch.tensor(values, dtype=torch.float32, device=device), [1] * len(rows))
-        for name, values in per_row.items()
-    }
+    lengths = [*(parts for _, parts in results.values()), *([1] * len(rows) for _ in per_row)]
+    offsets = [torch.tensor([0, *parts]).cumsum(0) for parts in lengths]
+    numbers = [torch.tensor(numbers, dtype=torch.float32) for numbers in per_row.values()]
+    there = to_device([*offsets, *numbers], device)  # one copy for all
+    values = [*(values for values, _ in results.values()), *there[len(offsets) :]]
     return {
-        WIRE_PREFIX + name: torch.nested.nested_tensor_from_jagged(
-            values, torch.tensor([0, *lengths], device=device).cumsum(0)
-        )
-        for name, (values, lengths) in {**results, **singles}.items()
+        WIRE_PREFIX + name: torch.nested.nested_tensor_from_jagged(values, offsets)
+        for name, values, offsets in zip([*results, *per_row], values, there[: len(offsets)], strict=True)
     }
 
 

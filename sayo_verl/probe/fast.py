@@ -6,6 +6,9 @@ in. A program handles one tile of rows for one key head, with that head's query 
 atomics, every run gives the same bits. Memory beside the results is one small table of tiles per micro-batch, shared by
 its layers, so a layer costs one launch.
 
+With the log-sum-exp given, as FlashAttention returns it, keys that belong to no set need not be visited. The work then
+shrinks by their share: text and response.
+
 ``attention_profile`` is one pass over rows x chosen keys with the log-sum-exp known; the mean over heads is finished in
 registers.
 
@@ -21,7 +24,8 @@ from typing import NamedTuple
 import torch
 
 from sayo_verl.errors import SayoError
-from sayo_verl.probe.reference import Masses, Span, check_inputs, check_profile, check_sets
+from sayo_verl.probe.reference import Masses, Span, check_inputs, check_lse, check_profile, check_sets
+from sayo_verl.probe.transfer import to_device
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIMENSION = 256
@@ -52,7 +56,14 @@ _FLOAT32 = _Tiling(lanes=16, keys=32, warps=4, stages=1)
 
 @torch.no_grad()
 def attention_masses(
-    query: torch.Tensor, key: torch.Tensor, spans: Sequence[Span], sets: torch.Tensor, n_sets: int, *, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    spans: Sequence[Span],
+    sets: torch.Tensor,
+    n_sets: int,
+    *,
+    scale: float,
+    lse: torch.Tensor | None = None,
 ) -> Masses:
     """How much attention each query row gives to each set of keys; see ``reference.attention_masses``.
 
@@ -64,6 +75,8 @@ def attention_masses(
         sets: int32 [B, S] beside ``key``; bit k says that the key belongs to set k.
         n_sets: K, at most ``MAX_SETS``; few are fast.
         scale: factor on the logits, usually D ** -0.5.
+        lse: float32 [Q, H] of the same queries and keys. Then only ``Span.marked`` stretches of keys are visited, in
+            whole tiles; all keys where they are not known.
 
     Returns:
         ``Masses`` with the query rows in the order of ``spans``.
@@ -73,21 +86,23 @@ def attention_masses(
     """
     check_inputs(query, key, spans)
     check_sets(key, sets, n_sets)
+    check_lse(query, spans, lse)
     kernels = _kernels(query)
     H, G, D, Q = query.shape[1], key.shape[1], query.shape[3], sum(span.n_queries for span in spans)
     mass_KQH = torch.empty(n_sets, Q, H, dtype=torch.float32, device=query.device)
-    lse_QH = torch.empty(Q, H, dtype=torch.float32, device=query.device)
+    lse_QH = torch.empty(Q, H, dtype=torch.float32, device=query.device) if lse is None else lse.contiguous()
     if Q == 0:
         return Masses(mass_KQH, lse_QH)
     tiling = _masses_tiling(query.dtype, D, n_sets)
     lanes = max(tiling.lanes, _power_of_two(H // G))
-    tiles = _tiles(tuple(spans), lanes // (H // G), query.device)
+    tiles, marked = _tiles(tuple(spans), lanes // (H // G), tiling.keys, query.device)
     with torch.cuda.device_of(query):  # Triton launches on the current device, not on the tensors'
         kernels.masses_kernel[(tiles.shape[0], G)](
             query.detach(),
             key.detach(),
             sets,
             tiles,
+            marked,
             mass_KQH,
             lse_QH,
             *query.stride(),
@@ -95,6 +110,7 @@ def attention_masses(
             *sets.stride(),
             Q,
             scale * _LOG2_E,
+            LSE_GIVEN=lse is not None,
             GROUP=H // G,
             N_SETS=n_sets,
             BLOCK_M=lanes,
@@ -159,10 +175,21 @@ def attention_profile(
 
 
 @functools.lru_cache(maxsize=16)  # one per micro-batch in flight is enough; they are small
-def _tiles(spans: tuple[Span, ...], rows: int, device: torch.device) -> torch.Tensor:
-    """int32 [tiles, 7]: tiles of at most ``rows`` query rows of one sequence; fields as ``kernels`` reads them."""
-    tiles, done = [], 0
+def _tiles(spans: tuple[Span, ...], rows: int, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tiles of query rows and the stretches of keys that they visit when the log-sum-exp is given.
+
+    Args:
+        spans: the sequences.
+        rows: query rows of a tile, at most.
+        keys: of a tile.
+        device: of the tables.
+
+    Returns:
+        int32 [tiles, 9], fields as ``kernels`` reads them, and int32 [stretches, 2].
+    """
+    tiles, stretches, done = [], [], 0
     for span in spans:
+        marked = _whole_tiles(((0, span.n_keys),) if span.marked is None else span.marked, keys)
         for first in range(0, span.n_queries, rows):
             tiles.append(
                 (
@@ -173,12 +200,31 @@ def _tiles(spans: tuple[Span, ...], rows: int, device: torch.device) -> torch.Te
                     span.key_batch,
                     span.key_start,
                     done + first,
+                    len(stretches),
+                    len(marked),
                 )
             )
+        stretches += marked
         done += span.n_queries
     # the tiles with most keys start first, so that the last ones to run are short
     tiles.sort(key=lambda tile: -tile[3])
-    return torch.tensor(tiles, dtype=torch.int32, device=device)
+    tables = [
+        torch.tensor(table, dtype=torch.int32).view(-1, n) for table, n in ((tiles, 9), (stretches or [(0, 0)], 2))
+    ]
+    there = to_device(tables, device)
+    return there[0], there[1]
+
+
+def _whole_tiles(stretches: Sequence[tuple[int, int]], keys: int) -> list[tuple[int, int]]:
+    """Stretches widened to whole tiles of keys; those that meet become one, so that no key is visited twice."""
+    found: list[tuple[int, int]] = []
+    for first, end in sorted(stretches):
+        first, end = first // keys * keys, -(-end // keys) * keys
+        if found and first <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((first, end))
+    return found
 
 
 def _masses_tiling(dtype: torch.dtype, D: int, n_sets: int) -> _Tiling:

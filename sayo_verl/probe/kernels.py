@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.standard import _elementwise_max, _sum_combine
 
-TILE_FIELDS = tl.constexpr(7)  # query batch, query start, rows, position, key batch, key start, first row of the output
+# query batch, query start, rows, position, key batch, key start, first row of the output, first stretch, stretches
+TILE_FIELDS = tl.constexpr(9)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -64,12 +65,13 @@ def _visit_keys(
         else:
             key_ND = tl.load(at_ND, mask=d[None, :] < D, other=0.0)
             sets_N = tl.load(sets + wide_n * sets_stride_s)
-        logits_MN = _products(query_MD, key_ND, PRECISION, WIDEN) * scale_log2
+        logits_MN = _products(query_MD, key_ND, PRECISION, WIDEN)
         if DIAGONAL:
             logits_MN = tl.where(n[None, :] <= position_M[:, None], logits_MN, float("-inf"))
         # every lane sees key 0, which lies in the first tile: the maximum is finite from then on
-        new_max_M = tl.maximum(max_M, tl.reduce(logits_MN, 1, _elementwise_max))
-        p_MN = tl.exp2(logits_MN - new_max_M[:, None])
+        new_max_M = tl.maximum(max_M, tl.reduce(logits_MN, 1, _elementwise_max) * scale_log2)
+        # scaled and shifted in one multiply-add per logit, which is all but the exponential
+        p_MN = tl.exp2(logits_MN * scale_log2 - new_max_M[:, None])
         shrink_M = tl.exp2(max_M - new_max_M)
         sum_M = sum_M * shrink_M + tl.reduce(p_MN, 1, _sum_combine)
         shrunk_K = ()
@@ -89,12 +91,58 @@ def _visit_keys(
     return max_M, sum_M, masses_K
 
 
+@triton.jit
+def _visit_marked_keys(
+    masses_K,
+    query_MD,
+    lse_M,
+    position_M,
+    key,
+    sets,
+    first,
+    last,
+    key_stride_s,
+    key_stride_d,
+    sets_stride_s,
+    scale_log2,
+    N_SETS: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+):
+    """As ``_visit_keys`` with the log-sum-exp known (to base 2): a sum per set and nothing else."""
+    d = tl.arange(0, D_PAD)
+    for start in range(first, last, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        wide_n = n.to(tl.int64)
+        at_ND = key + wide_n[:, None] * key_stride_s + d[None, :] * key_stride_d
+        if DIAGONAL:
+            key_ND = tl.load(at_ND, mask=(n[:, None] < last) & (d[None, :] < D), other=0.0)
+            sets_N = tl.load(sets + wide_n * sets_stride_s, mask=n < last, other=0)
+        else:
+            key_ND = tl.load(at_ND, mask=d[None, :] < D, other=0.0)
+            sets_N = tl.load(sets + wide_n * sets_stride_s)
+        p_MN = tl.exp2(_products(query_MD, key_ND, PRECISION, WIDEN) * scale_log2 - lse_M[:, None])
+        if DIAGONAL:  # a later key is no part of the log-sum-exp: its term may be anything
+            p_MN = tl.where(n[None, :] <= position_M[:, None], p_MN, 0.0)
+        grown_K = ()
+        for k in tl.static_range(N_SETS):
+            member_N = (sets_N >> k) & 1
+            grown_K = grown_K + (masses_K[k] + tl.reduce(tl.where(member_N[None, :] != 0, p_MN, 0.0), 1, _sum_combine),)
+        masses_K = grown_K
+    return masses_K
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def masses_kernel(
     query,
     key,
     sets,
     tiles,
+    marked,
     mass,
     lse,
     query_stride_b,
@@ -109,6 +157,7 @@ def masses_kernel(
     sets_stride_s,
     n_rows,
     scale_log2,
+    LSE_GIVEN: tl.constexpr,
     GROUP: tl.constexpr,
     N_SETS: tl.constexpr,
     D: tl.constexpr,
@@ -118,7 +167,10 @@ def masses_kernel(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One tile of query rows x one key head: grid (tiles, G). Lane m is query head m % GROUP of row m // GROUP."""
+    """One tile of query rows x one key head: grid (tiles, G). Lane m is query head m % GROUP of row m // GROUP.
+
+    LSE_GIVEN: ``lse`` is read, and of the keys only the stretches in ``marked`` are visited; else it is written.
+    """
     tile = tiles + tl.program_id(0) * TILE_FIELDS
     query_batch = tl.load(tile).to(tl.int64)
     query_start = tl.load(tile + 1).to(tl.int64)
@@ -144,27 +196,45 @@ def masses_kernel(
     key += key_batch * key_stride_b + key_head.to(tl.int64) * key_stride_h + key_start * key_stride_s
     sets += key_batch * sets_stride_b + key_start * sets_stride_s
 
-    max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    sum_M = tl.full([BLOCK_M], 0.0, tl.float32)
+    n_heads = tl.num_programs(1) * GROUP
+    out_M = (out_start + row_M) * n_heads + head_M
     masses_K = ()
     for _ in tl.static_range(N_SETS):
         masses_K = masses_K + (tl.full([BLOCK_M], 0.0, tl.float32),)
     # Up to `seen_by_all` every row of the tile sees every key; lanes without a row (zero queries) are never stored.
     seen_by_all = (position + 1) // BLOCK_N * BLOCK_N
-    max_M, sum_M, masses_K = _visit_keys(
-        max_M, sum_M, masses_K, query_MD, position + row_M, key, sets, 0, seen_by_all,
-        key_stride_s, key_stride_d, sets_stride_s, scale_log2, N_SETS, D, D_PAD, BLOCK_N, PRECISION, WIDEN, False,
-    )  # fmt: skip
-    max_M, sum_M, masses_K = _visit_keys(
-        max_M, sum_M, masses_K, query_MD, position + row_M, key, sets, seen_by_all, position + rows,
-        key_stride_s, key_stride_d, sets_stride_s, scale_log2, N_SETS, D, D_PAD, BLOCK_N, PRECISION, WIDEN, True,
-    )  # fmt: skip
-
-    n_heads = tl.num_programs(1) * GROUP
-    out_M = (out_start + row_M) * n_heads + head_M
-    tl.store(lse + out_M, (max_M + tl.log2(sum_M)) * LN_2, mask=real_M)
-    for k in tl.static_range(N_SETS):
-        tl.store(mass + k * n_rows.to(tl.int64) * n_heads + out_M, masses_K[k] / sum_M, mask=real_M)
+    if LSE_GIVEN:
+        lse_M = tl.load(lse + out_M, mask=real_M, other=0.0) * LOG2_E
+        first_stretch = tl.load(tile + 7)
+        for stretch in range(first_stretch, first_stretch + tl.load(tile + 8)):
+            first = tl.load(marked + 2 * stretch)  # a multiple of BLOCK_N, as `seen_by_all` is
+            last = tl.minimum(tl.load(marked + 2 * stretch + 1), position + rows)
+            masses_K = _visit_marked_keys(
+                masses_K, query_MD, lse_M, position + row_M, key, sets, first, tl.minimum(last, seen_by_all),
+                key_stride_s, key_stride_d, sets_stride_s, scale_log2, N_SETS, D, D_PAD, BLOCK_N, PRECISION, WIDEN,
+                False,
+            )  # fmt: skip
+            masses_K = _visit_marked_keys(
+                masses_K, query_MD, lse_M, position + row_M, key, sets, tl.maximum(first, seen_by_all), last,
+                key_stride_s, key_stride_d, sets_stride_s, scale_log2, N_SETS, D, D_PAD, BLOCK_N, PRECISION, WIDEN,
+                True,
+            )  # fmt: skip
+        for k in tl.static_range(N_SETS):
+            tl.store(mass + k * n_rows.to(tl.int64) * n_heads + out_M, masses_K[k], mask=real_M)
+    else:
+        max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        sum_M = tl.full([BLOCK_M], 0.0, tl.float32)
+        max_M, sum_M, masses_K = _visit_keys(
+            max_M, sum_M, masses_K, query_MD, position + row_M, key, sets, 0, seen_by_all,
+            key_stride_s, key_stride_d, sets_stride_s, scale_log2, N_SETS, D, D_PAD, BLOCK_N, PRECISION, WIDEN, False,
+        )  # fmt: skip
+        max_M, sum_M, masses_K = _visit_keys(
+            max_M, sum_M, masses_K, query_MD, position + row_M, key, sets, seen_by_all, position + rows,
+            key_stride_s, key_stride_d, sets_stride_s, scale_log2, N_SETS, D, D_PAD, BLOCK_N, PRECISION, WIDEN, True,
+        )  # fmt: skip
+        tl.store(lse + out_M, (max_M + tl.log2(sum_M)) * LN_2, mask=real_M)
+        for k in tl.static_range(N_SETS):
+            tl.store(mass + k * n_rows.to(tl.int64) * n_heads + out_M, masses_K[k] / sum_M, mask=real_M)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_columns", "n_keys", "position"])

@@ -13,6 +13,7 @@ hidden size.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from sayo_verl.errors import SayoError
 from sayo_verl.probe import reference
 from sayo_verl.probe.neighbours import top_neighbours
+from sayo_verl.probe.place import Placement, place
 from sayo_verl.probe.plan import RowPlan
 from sayo_verl.probe.reference import Span
 from sayo_verl.probe.shard import Shard
@@ -38,8 +40,27 @@ def kernels(path: str, device: torch.device) -> ModuleType:
     return fast
 
 
+@dataclass
+class _Profiles:
+    """The statistics that read the same attention profiles, and what has been read of those profiles.
+
+    Attributes:
+        layers: numbers from 0, over which a profile is averaged.
+        query_row: the convention.
+        statistics: what is made of them.
+        held: row -> its profile so far [T, V], when more layers are to come; and how many have.
+    """
+
+    layers: frozenset[int]
+    query_row: str
+    statistics: list[Statistic]
+    held: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)
+
+
 class Measurement:
     """One micro-batch.
+
+    Nothing here waits for the device but ``finish``, once: the host is to go on to the model's next layers.
 
     Args:
         request: what to measure.
@@ -75,70 +96,81 @@ class Measurement:
                             fix="set actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1")  # fmt: skip
         self._sets = list(dict.fromkeys(name for s in request.statistics for name in _sets_of(s)))
         self._values: dict[Statistic, torch.Tensor] = {}  # [L, W], by attention row
-        self._held: dict[tuple[Statistic, int], tuple[torch.Tensor, int]] = {}  # profile so far, layers in it
+        groups: dict[tuple[frozenset[int], str], list[Statistic]] = {}
+        for s, numbers in self._statistics.items():
+            if s.fact.source == "profile":
+                groups.setdefault((frozenset(numbers), s.query_row), []).append(s)
+        self._profiles = [_Profiles(*key, statistics) for key, statistics in groups.items()]
+        self._not_finite = torch.zeros((), dtype=torch.int64, device=device)  # values of profiles that are compared
         empty = [0.0 if row.image_columns.numel() else float("nan") for row in rows]
         self._sums = [
             {s: torch.full((max(row.image_columns.numel(), 1),), value, device=device)
              for s in request.statistics if s.name == "patch_sums"}
             for row, value in zip(rows, empty, strict=True)
         ]  # fmt: skip
-        self._key_sets: torch.Tensor | None = None
-        self._rows_at = torch.zeros(0)  # int64 [Q], where query rows lie among all tokens
-        self._spans: list[Span] = []
-        self._span_rows: list[int] = []
+        self._placement: Placement | None = None
 
     # ------------------------------------------------------------------------------------------------ reading
-    def read(self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
-        """One layer's queries [B, H, S, D] and keys [B, G, S, D], rotary applied."""
+    def read(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float, lse: torch.Tensor | None = None
+    ) -> None:
+        """One layer's queries [B, H, S, D] and keys [B, G, S, D], rotary applied.
+
+        Args:
+            layer: number from 0.
+            query, key: of this rank's tokens.
+            scale: of the logits.
+            lse: float32 [H, tokens], the log-sum-exp that the attention kernel computed for these tokens; None: the
+                probe computes its own. Packed rows on one rank only.
+        """
         self._reads[layer] = self._reads.get(layer, 0) + 1
         if self._shard is not None:
             key = self._shard.gather(key.detach())
-        if self._key_sets is None:
-            self._place(query.shape, key.shape)
-        assert self._key_sets is not None
-        wanted = [s for s, numbers in self._statistics.items() if layer in numbers and s.fact.source != "hidden"]
+        placed = self._place(key.shape[0], key.shape[2], "keys")
+        lse_QH = None if lse is None else lse.T.index_select(0, placed.query_at)
         masses = self._kernels.attention_masses(
-            query, key, self._spans, self._key_sets, max(len(self._sets), 1), scale=scale
+            query, key, placed.spans, placed.key_sets, max(len(self._sets), 1), scale=scale, lse=lse_QH
         )
-        mass_QK = masses.mass.mean(-1).T
-        for statistic in wanted:
-            sets = [self._sets.index(name) for name in _sets_of(statistic)]
-            if statistic.fact.source == "mass":
-                self._add(statistic, masses.mass[sets[0]] if statistic.per_head else mass_QK[:, sets])
-            elif statistic.fact.source == "lse":
+        mass_KQ = masses.mass.mean(-1)
+        for statistic, numbers in self._statistics.items():
+            if layer not in numbers or statistic.fact.source not in ("mass", "lse"):
+                continue
+            if statistic.fact.source == "lse":
                 self._add(statistic, masses.lse if statistic.per_head else masses.lse.mean(-1, keepdim=True))
-        profiled = [s for s in wanted if s.fact.source == "profile"]
-        if profiled:
-            done = 0
-            for statistic in (s for s in profiled if s.size):
-                self._expect(statistic, statistic.size)
-            for n, span in zip(self._span_rows, self._spans, strict=True):
-                columns_V = self.rows[n].image_columns.to(self._device)
-                lse_TH = masses.lse[done : done + span.n_queries]
-                profile_TV = self._kernels.attention_profile(query, key, span, lse_TH, columns_V, scale=scale)
-                for statistic in profiled:
-                    self._add_profile(statistic, n, span, profile_TV)
-                done += span.n_queries
+                continue
+            sets = [self._sets.index(name) for name in _sets_of(statistic)]
+            # one by one: a list of columns would be copied to the device
+            by_set = [mass_KQ[k] for k in sets]
+            self._add(statistic, masses.mass[sets[0]] if statistic.per_head else torch.stack(by_set, 1))
+        profiles = [group for group in self._profiles if layer in group.layers]
+        for statistic in (s for group in profiles for s in group.statistics if s.size):
+            self._expect(statistic, statistic.size)  # also where no row has query rows on this rank
+        done = 0
+        for n, span in zip(placed.span_rows, placed.spans, strict=True) if profiles else ():
+            rows_TH = masses.lse[done : done + span.n_queries]
+            profile_TV = self._kernels.attention_profile(query, key, span, rows_TH, placed.columns[n], scale=scale)
+            for group in profiles:
+                self._add_profile(group, n, span, profile_TV)
+            done += span.n_queries
 
     def read_hidden(self, hidden: torch.Tensor) -> None:
         """The last hidden states [B, S, D] (a slice of the packed tokens under sequence parallelism)."""
         B, S, D = hidden.shape
-        self._check_batch(B, S * (self._shard.size if self._shard else 1), "hidden states", hidden.shape)
+        placed = self._place(B, S * (self._shard.size if self._shard else 1), "hidden states")
         self._reads["hidden"] = self._reads.get("hidden", 0) + 1
         low = self._shard.rank * S if self._shard else 0
         flat_LD = hidden.detach().reshape(B * S, D)
         means_ND = torch.zeros(len(self.rows), D, dtype=torch.float32, device=self._device)
         for n, row in enumerate(self.rows):
-            at = row.image_columns.to(self._device) + self._flat_start(n, S) - low
-            at = at[(at >= 0) & (at < B * S)]
-            means_ND[n] = flat_LD[at].float().sum(0) / max(row.image_columns.numel(), 1)
+            image_VD = flat_LD.index_select(0, placed.hidden_columns[n])
+            means_ND[n] = image_VD.float().sum(0) / max(row.image_columns.numel(), 1)
         if self._shard:
             self._shard.add_up(means_ND)
         for statistic in (s for s in self._statistics if s.fact.source == "hidden"):
             self._expect(statistic, 1)
             for n, row in enumerate(self.rows):
                 first = row.length - row.response_length + QUERY_ROWS[statistic.query_row]
-                start = self._flat_start(n, S) - low + first
+                start = (self._starts[n] if self._packed else n * S) - low + first
                 begin, end = max(start, 0), min(start + row.response_length, B * S)
                 if begin < end:
                     cosine_T = torch.cosine_similarity(flat_LD[begin:end].float(), means_ND[n][None], dim=-1)
@@ -151,7 +183,8 @@ class Measurement:
         Per-token ones are float32 [L] or [L, W], in the wire layout; per visual token ones [sum of max(V, 1)].
 
         Raises:
-            SayoError: P22 for a statistic that was not read once in every layer and for every response token.
+            SayoError: P22 for a statistic that was not read once in every layer and for every response token, P25 for
+                profiles to be compared that are not finite.
         """
         out: dict[str, tuple[torch.Tensor, list[int]]] = {}
         unseen: dict[str, torch.Tensor] = {}
@@ -174,7 +207,12 @@ class Measurement:
                 values, unseen[statistic.key] = self._to_wire(statistic, values)
             out[statistic.key] = values, lengths
         # all at once and last: it waits for the device
-        missed = torch.stack(list(unseen.values())).tolist() if unseen else []
+        *missed, not_finite = torch.stack([*unseen.values(), self._not_finite]).tolist()
+        if not_finite:
+            raise SayoError("P25", "an attention profile is not finite", where="Measurement",
+                            got=f"{not_finite} values", wanted="finite numbers",
+                            fix="look for NaN in the model's queries and keys; if they are finite, this is a defect "
+                            "of the probe")  # fmt: skip
         if any(missed):
             raise SayoError("P22", "a statistic was not measured once for every response token", where="Measurement",
                             got=f"tokens otherwise: {dict(zip(unseen, missed, strict=True))}", wanted="0",
@@ -182,42 +220,17 @@ class Measurement:
         return out
 
     # ------------------------------------------------------------------------------------------------ helpers
-    def _flat_start(self, n: int, S: int) -> int:
-        return self._starts[n] if self._packed else n * S
+    def _place(self, B: int, S: int, what: str) -> Placement:
+        """Where the rows lie: known once the first tensor shows how long a slice is.
 
-    def _place(self, query_shape: torch.Size, key_shape: torch.Size) -> None:
-        """Where the rows lie in these tensors: known once the first layer shows how long a slice is."""
-        B, S = key_shape[0], key_shape[2]
-        self._check_batch(B, S, "keys", key_shape)
-        sets_LN = torch.zeros(B * S, dtype=torch.int32)
-        low = self._shard.rank * query_shape[2] if self._shard else 0
-        high = low + query_shape[2] if self._shard else B * S
-        for n, row in enumerate(self.rows):
-            start = self._flat_start(n, S)
-            for bit, name in enumerate(self._sets):
-                sets_LN[start : start + row.length] |= row.keys[name].to(torch.int32) << bit
-            if row.response_length == 0:
-                continue
-            # rows P - 1 .. P + T - 1 serve both conventions, and give the same bits whichever is asked beside which
-            first = row.length - row.response_length - 1
-            begin, end = max(start + first, low), min(start + row.length, high)
-            if begin < end:
-                batch, at = (0, begin - low) if self._packed else (n, begin - start)
-                key_at = (0, start) if self._packed else (n, 0)
-                self._spans.append(Span(batch, at, end - begin, begin - start, *key_at, row.length))
-                self._span_rows.append(n)
-        self._key_sets = sets_LN.view(B, S).to(self._device)
-        starts = [self._starts[n] + span.position for n, span in zip(self._span_rows, self._spans, strict=True)]
-        rows = [torch.arange(at, at + span.n_queries) for at, span in zip(starts, self._spans, strict=True)]
-        self._rows_at = torch.cat([torch.zeros(0, dtype=torch.int64), *rows]).to(self._device)
-
-    def _check_batch(self, B: int, S: int, what: str, shape: torch.Size) -> None:
-        longest = self._starts[-1] if self._packed else max(row.length for row in self.rows)
-        if (B != 1 if self._packed else len(self.rows) != B) or longest > S:
-            raise SayoError("P01", "the model's batch is not that of the plan", where="Measurement",
-                            got=f"{what} {tuple(shape)}, rows of {[row.length for row in self.rows]}",
-                            wanted="one batch row for all" if self._packed else "a batch row for each",
-                            fix="this is a defect of the capture; report it with verl's settings")  # fmt: skip
+        Raises:
+            SayoError: P01.
+        """
+        if self._placement is None:
+            self._placement = place(self.rows, self._sets, B, S, packed=self._packed, shard=self._shard,
+                                    device=self._device, what=what)  # fmt: skip
+        self._placement.check(B, S, what)
+        return self._placement
 
     def _expect(self, statistic: Statistic, width: int) -> None:
         """Make room for W values per token, by attention row, and for the share of its layers that each row has seen:
@@ -234,36 +247,50 @@ class Measurement:
     def _add(self, statistic: Statistic, values_QW: torch.Tensor) -> None:
         """Values of one layer for all query rows: few operations however many sequences there are."""
         self._expect(statistic, values_QW.shape[1])
+        assert self._placement is not None
         ones_Q = values_QW.new_ones(values_QW.shape[0], 1)
-        self._values[statistic].index_add_(0, self._rows_at, torch.cat([values_QW, ones_Q], 1) / len(statistic.layers))
+        share_QW = torch.cat([values_QW, ones_Q], 1) / len(statistic.layers)
+        self._values[statistic].index_add_(0, self._placement.rows_at, share_QW)
 
-    def _add_profile(self, statistic: Statistic, n: int, span: Span, profile_TV: torch.Tensor) -> None:
+    def _add_profile(self, group: _Profiles, n: int, span: Span, profile_TV: torch.Tensor) -> None:
         """Take one layer's profile of a sequence; what is not linear in it waits for the mean over layers."""
-        prompt, offset = self.rows[n].length - self.rows[n].response_length, QUERY_ROWS[statistic.query_row]
+        prompt, offset = self.rows[n].length - self.rows[n].response_length, QUERY_ROWS[group.query_row]
         # only the rows of the statistic's own convention: the span has one more
         first = max(prompt + offset, span.position)
         last = min(self.rows[n].length + offset, span.position + span.n_queries)
-        profile_TV = profile_TV[first - span.position : last - span.position] / len(statistic.layers)
-        if statistic.name == "patch_sums":
-            self._sums[n][statistic][: profile_TV.shape[1]] += profile_TV.sum(0)
+        profile_TV = profile_TV[first - span.position : last - span.position] / len(group.layers)
+        sized = [s for s in group.statistics if s.size]
+        for statistic in group.statistics:
+            if not statistic.size:
+                self._sums[n][statistic][: profile_TV.shape[1]] += profile_TV.sum(0)
+        if not sized:
             return
-        held, reads = self._held.pop((statistic, n), (None, 0))
+        held, reads = group.held.pop(n, (None, 0))
         profile_TV, reads = profile_TV if held is None else held + profile_TV, reads + 1
-        if reads < len(statistic.layers):
-            self._held[statistic, n] = profile_TV, reads
+        if reads < len(group.layers):
+            group.held[n] = profile_TV, reads
             self._check_held()
             return
-        k, V = statistic.size, profile_TV.shape[1]
-        if statistic.name.startswith("top_patch_"):
-            mass_Tk, index_Tk = profile_TV.topk(min(k, V))
-            index, mass = _widen(index_Tk, k, -1.0), _widen(mass_Tk, k, 0.0)
-        else:
-            index, mass = top_neighbours(profile_TV, k)
-        values_Tk = index.float() if statistic.name.endswith("_index") else mass
-        self._put(statistic, self._starts[n] + first, values_Tk, 1.0)
+        made: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}  # kind, size -> index, values
+        for statistic in sized:
+            kind = statistic.name.rpartition("_")[0]
+            if (kind, statistic.size) not in made:
+                made[kind, statistic.size] = self._ranked(kind, profile_TV, statistic.size)
+            index_Tk, values_Tk = made[kind, statistic.size]
+            chosen_Tk = index_Tk.float() if statistic.name.endswith("_index") else values_Tk
+            self._put(statistic, self._starts[n] + first, chosen_Tk, 1.0)
+
+    def _ranked(self, kind: str, profile_TV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index [T, k] and attention or similarity [T, k] of what a profile is asked for."""
+        if kind == "top_patch":
+            mass_Tk, index_Tk = profile_TV.topk(min(k, profile_TV.shape[1]))
+            return _widen(index_Tk, k, -1.0), _widen(mass_Tk, k, 0.0)
+        self._not_finite += (~profile_TV.isfinite()).sum()
+        return top_neighbours(profile_TV, k)
 
     def _check_held(self) -> None:
-        size = sum(profile.numel() * 4 for profile, _ in self._held.values())
+        held = [profile for group in self._profiles for profile, _ in group.held.values()]
+        size = sum(profile.numel() * 4 for profile in held)
         if size > MAX_PROFILE_BYTES:
             raise SayoError("P23", "attention profiles of several layers do not fit in memory together",
                             where="Measurement.read", got=f"{size / 2**20:.0f} MiB in one micro-batch",
@@ -275,8 +302,8 @@ class Measurement:
 
         Also the number of response tokens that were not seen once in every layer.
         """
-        ends = zip(self._starts[1:], self.rows, strict=True)
-        tokens = torch.cat([torch.arange(end - row.response_length, end) for end, row in ends]).to(self._device)
+        assert self._placement is not None
+        tokens = self._placement.tokens_at
         values_W = rows_LW[tokens + QUERY_ROWS[statistic.query_row]]
         wire_LW = torch.full_like(rows_LW[:, :-1], float("nan"))
         wire_LW[tokens - 1] = values_W[:, :-1]

@@ -5,7 +5,7 @@ formulas and code are not public. This file is our reading: a token's pattern is
 visual tokens (mean over heads), alike means cosine, and a token's neighbours are the few most like it. The graph is
 made of them in ``sayo_verl.partition``.
 
-Shape suffixes: T tokens of one response, t of a chunk, V visual tokens, m neighbours.
+Shape suffixes: T tokens of one response, t and s of a chunk, V visual tokens, m neighbours.
 """
 
 import torch
@@ -14,13 +14,16 @@ from sayo_verl.errors import SayoError
 
 
 @torch.no_grad()
-def top_neighbours(profile: torch.Tensor, m: int, *, chunk: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+def top_neighbours(profile: torch.Tensor, m: int, *, chunk: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens whose attention profiles are most like each token's own: edges of AT-RL's graph in our reading.
 
+    The host does not wait for the device here, so values are not looked at: the caller refuses a profile that is not
+    finite (``Measurement.finish`` does, with P25).
+
     Args:
-        profile: [T, V] attention of each token to each visual token, any floating type.
+        profile: [T, V] attention of each token to each visual token, any floating type, finite.
         m: neighbours asked for.
-        chunk: tokens handled at once; memory is chunk * T and T * V numbers, never T * T.
+        chunk: tokens handled at once; memory is chunk * T and chunk * V numbers, never T * T.
 
     Returns:
         index int64 [T, m] and similarity float32 [T, m], most alike first and the lower index first among equals; the
@@ -28,7 +31,7 @@ def top_neighbours(profile: torch.Tensor, m: int, *, chunk: int = 256) -> tuple[
         there are fewer than m other tokens, index is -1 and similarity 0.
 
     Raises:
-        SayoError: P18 for shapes and numbers that do not fit, P25 for a profile that is not finite.
+        SayoError: P18 for shapes and numbers that do not fit.
     """
     if profile.ndim != 2 or not profile.is_floating_point() or m < 1 or chunk < 1:
         raise SayoError(
@@ -39,29 +42,37 @@ def top_neighbours(profile: torch.Tensor, m: int, *, chunk: int = 256) -> tuple[
             wanted="floating [T, V], m and chunk at least 1",
             fix="ask for at least one neighbour; else this is a defect of the probe, report it",
         )
-    wrong = int((~profile.isfinite()).sum())
-    if wrong:  # they would be sorted somewhere
-        raise SayoError(
-            "P25",
-            "an attention profile is not finite",
-            where="top_neighbours",
-            got=f"{wrong} of {profile.numel()} values",
-            wanted="finite numbers",
-            fix="look for NaN in the model's queries and keys; if they are finite, this is a defect of the probe",
-        )
     T, found = profile.shape[0], min(m, max(profile.shape[0] - 1, 0))
-    # Products in float64, ranks by float32: profiles that are equal give equal similarities wherever they stand in a
-    # matrix product, so that neither chunks nor devices decide between them, and no cosine is above 1. Autocast leaves
-    # float64 alone.
-    profile_TV = profile.detach().double()
-    norm_T1 = torch.linalg.vector_norm(profile_TV, dim=1, keepdim=True)
-    unit_TV = profile_TV / norm_T1.masked_fill(norm_T1 == 0, 1.0)
     index_Tm = torch.full((T, m), -1, dtype=torch.int64, device=profile.device)
     similarity_Tm = torch.zeros(T, m, dtype=torch.float32, device=profile.device)
+    if found == 0:
+        return index_Tm, similarity_Tm
+    profile_TV = profile.detach()
+    last_first_T = torch.arange(T - 1, -1, -1, device=profile.device)
     for first in range(0, T, chunk):
-        cosine_tT = (unit_TV[first : first + chunk] @ unit_TV.T).float()
+        unit_tV = _unit(profile_TV[first : first + chunk])
+        # Products in float64, ranks by float32: profiles that are equal give equal similarities wherever they stand in
+        # a matrix product, so that neither chunks nor devices decide between them, and no cosine is above 1. Autocast
+        # leaves float64 alone.
+        parts = [(unit_tV @ _unit(part_sV).T).float() for part_sV in profile_TV.split(chunk)]
+        cosine_tT = torch.cat(parts, 1)
         cosine_tT.diagonal(first).fill_(float("-inf"))  # comes last, and there are at most T - 1 others to take
-        values_tT, order_tT = cosine_tT.sort(dim=1, descending=True, stable=True)
-        index_Tm[first : first + chunk, :found] = order_tT[:, :found]
-        similarity_Tm[first : first + chunk, :found] = values_tT[:, :found]
+        # topk may take any of several equals, so it ranks whole numbers that are all different
+        rank_tT = (_in_order(cosine_tT) << 32) | last_first_T
+        order_tm = T - 1 - (rank_tT.topk(found, dim=1).values & 0xFFFFFFFF)
+        index_Tm[first : first + chunk, :found] = order_tm
+        similarity_Tm[first : first + chunk, :found] = cosine_tT.gather(1, order_tm)
     return index_Tm, similarity_Tm
+
+
+def _unit(part_sV: torch.Tensor) -> torch.Tensor:
+    """float64 [s, V]: profiles of length one; those that are all zero stay so."""
+    part_sV = part_sV.double()
+    norm_s1 = torch.linalg.vector_norm(part_sV, dim=1, keepdim=True)
+    return part_sV / norm_s1.masked_fill(norm_s1 == 0, 1.0)
+
+
+def _in_order(values: torch.Tensor) -> torch.Tensor:
+    """int64 in the order of float32 numbers: their bits, with those of negative numbers turned round."""
+    bits = (values + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()

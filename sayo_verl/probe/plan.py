@@ -1,12 +1,18 @@
-"""Which keys of a row are what: visual tokens, those in its boxes, the text of its turns. Made before the forward pass.
+"""Which keys of a row are what: visual tokens, those in its boxes, the text of its turns.
+
+All of it is host work on CPU tensors, and nearly all of it depends on the prompt alone. The responses of a group share
+a prompt, so what is found in a prompt is kept for the rows that follow.
 
 Shape suffixes: S tokens of one row, P prompt tokens, T response tokens, V visual tokens.
 """
 
+import functools
+import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from sayo_verl.errors import SayoError
@@ -164,9 +170,62 @@ def plan_row(
         raise SayoError("P21", "a row has no prompt token before its response", where=where,
                         got=f"{S} tokens, {response_length} of the response", wanted="1 prompt token or more",
                         fix="check the agent loop's response_mask")  # fmt: skip
-    prompt_S = torch.arange(S) < P
-    image_S = (ids_S == image_token_id) & prompt_S
-    columns_V = image_S.nonzero().flatten()
+    prompt = _plan_prompt(
+        _Prompt.of(
+            ids=ids_S[:P].contiguous().numpy(),
+            image_token_id=image_token_id,
+            images=images,
+            boxes=boxes,
+            coverage=coverage,
+            n_boxes=n_boxes,
+            chat=chat,
+            video_token_id=video_token_id,
+            videos=videos,
+            where=where,
+        )
+    )
+    keys = {name: torch.nn.functional.pad(mask_P, (0, response_length)) for name, mask_P in prompt.keys.items()}
+    keys["response"] = torch.arange(S) >= P
+    return RowPlan(S, response_length, keys, prompt.image_columns, prompt.region_tokens)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """The arguments of ``plan_row`` that do not depend on the response. Prompts are equal when their bytes are: the
+    place in an error differs from row to row."""
+
+    as_bytes: bytes
+    given: Mapping[str, Any] = field(compare=False)
+    where: str = field(compare=False)
+
+    @classmethod
+    def of(cls, *, where: str, **given: Any) -> "_Prompt":
+        return cls(pickle.dumps(given), given, where)
+
+
+# more prompts than a micro-batch has; an entry holds some 10 bytes a token
+@functools.lru_cache(maxsize=128)
+def _plan_prompt(prompt: _Prompt) -> RowPlan:
+    """The plan of a prompt without a response; errors are those of ``plan_row``."""
+    return _find(where=prompt.where, **prompt.given)
+
+
+def _find(
+    *,
+    ids: np.ndarray,
+    image_token_id: int,
+    images: Sequence[Sequence[Tile]],
+    boxes: Sequence[Sequence[Sequence[float]]],
+    coverage: float,
+    n_boxes: int,
+    chat: ChatTokens | None,
+    video_token_id: int | None,
+    videos: int,
+    where: str,
+) -> RowPlan:
+    ids_P = torch.from_numpy(ids)
+    image_P = ids_P == image_token_id
+    columns_V = image_P.nonzero().flatten()
     counts = [sum(tile.tokens for tile in tiles) for tiles in images]
     if sum(counts) != columns_V.numel():
         raise SayoError(
@@ -177,17 +236,17 @@ def plan_row(
             wanted=f"{sum(counts)} ({len(counts)} images of {counts} visual tokens)",
             fix="the prompt was cut or a second processor resized the image; raise data.max_prompt_length",
         )
-    video_S = prompt_S & (ids_S == video_token_id) if video_token_id is not None else torch.zeros_like(prompt_S)
-    if int(video_S.sum()) != videos:
+    video_P = ids_P == video_token_id if video_token_id is not None else torch.zeros_like(image_P)
+    if int(video_P.sum()) != videos:
         raise SayoError("P05", "the prompt's video placeholders do not fit the video grids", where=where,
-                        got=f"{int(video_S.sum())} placeholders", wanted=videos,
+                        got=f"{int(video_P.sum())} placeholders", wanted=videos,
                         fix="the prompt was cut; raise data.max_prompt_length")  # fmt: skip
     if videos and any(len(b) for b in boxes):
         raise SayoError("P07", "a row with a video has boxes", where=where,
                         fix="remove the boxes, or the video: in which frames a box lies is not known")  # fmt: skip
-    image_S = image_S | video_S
-    keys = {"image": image_S, "region": torch.zeros(S, dtype=torch.bool)}
-    keys |= {f"box{i}": torch.zeros(S, dtype=torch.bool) for i in range(n_boxes)}
+    image_P = image_P | video_P
+    keys = {"image": image_P, "region": torch.zeros_like(image_P)}
+    keys |= {f"box{i}": torch.zeros_like(image_P) for i in range(n_boxes)}
     if images and any(len(b) for b in boxes):
         if len(boxes) != len(images):
             raise SayoError(
@@ -207,17 +266,16 @@ def plan_row(
                     keys[f"box{box}"][marked] = True
                 box += 1
             columns = columns[count:]
-    keys["sink"] = torch.arange(S) == 0
-    keys["response"] = ~prompt_S
+    keys["sink"] = torch.arange(ids_P.shape[0]) == 0
     if chat is not None:
-        keys |= _turns(ids_S, prompt_S & ~image_S, chat)
-    return RowPlan(S, response_length, keys, image_S.nonzero().flatten(), int(keys["region"].sum()))
+        keys |= _turns(ids_P, ~image_P, chat)
+    return RowPlan(ids_P.shape[0], 0, keys, image_P.nonzero().flatten(), int(keys["region"].sum()))
 
 
-def _turns(ids_S: torch.Tensor, text_S: torch.Tensor, chat: ChatTokens) -> dict[str, torch.Tensor]:
+def _turns(ids_P: torch.Tensor, text_P: torch.Tensor, chat: ChatTokens) -> dict[str, torch.Tensor]:
     """The text of system and user turns, without the tokens that frame a turn or an image."""
-    ids, inside = ids_S.tolist(), text_S.tolist()
-    out = {"system": torch.zeros_like(text_S), "question": torch.zeros_like(text_S)}
+    ids, inside = ids_P.tolist(), text_P.tolist()
+    out = {"system": torch.zeros_like(text_P), "question": torch.zeros_like(text_P)}
     names = {chat.roles["system"]: "system", chat.roles["user"]: "question"}
     current, frame = None, 0  # frame: how many tokens of a turn's head are still to come
     for i, token in enumerate(ids):

@@ -33,6 +33,8 @@ class Span(NamedTuple):
         position: place of the first query row in its sequence; row i attends to the keys 0 .. position + i.
         key_batch, key_start: the sequence's first key is ``key[key_batch, :, key_start]``.
         n_keys: length of the sequence.
+        marked: stretches (first, end) of keys outside of which no key belongs to a set, as ``stretches`` finds them.
+            None: not known. With a log-sum-exp given, the fast path visits no other keys.
     """
 
     query_batch: int
@@ -42,6 +44,7 @@ class Span(NamedTuple):
     key_batch: int
     key_start: int
     n_keys: int
+    marked: tuple[tuple[int, int], ...] | None = None
 
 
 class Masses(NamedTuple):
@@ -98,6 +101,7 @@ def attention_masses(
     n_sets: int,
     *,
     scale: float,
+    lse: torch.Tensor | None = None,
     chunk: int = 128,
 ) -> Masses:
     """How much attention each query row gives to each set of keys.
@@ -109,6 +113,7 @@ def attention_masses(
         sets: int32 [B, S] beside ``key``; bit k says that the key belongs to set k.
         n_sets: K, at most ``MAX_SETS``.
         scale: factor on the logits, usually D ** -0.5.
+        lse: float32 [Q, H] log-sum-exp of the same queries and keys, if somebody has it; None: it is computed.
         chunk: query rows handled at once; bounds memory at chunk * H * S float32.
 
     Returns:
@@ -119,9 +124,10 @@ def attention_masses(
     """
     check_inputs(query, key, spans)
     check_sets(key, sets, n_sets)
+    check_lse(query, spans, lse)
     H, Q = query.shape[1], sum(span.n_queries for span in spans)
     mass_KQH = torch.empty(n_sets, Q, H, dtype=torch.float32, device=query.device)
-    lse_QH = torch.empty(Q, H, dtype=torch.float32, device=query.device)
+    lse_QH = torch.empty(Q, H, dtype=torch.float32, device=query.device) if lse is None else lse
     bits_K = torch.arange(n_sets, device=query.device, dtype=torch.int32)
     done = 0
     for span in spans:
@@ -129,11 +135,15 @@ def attention_masses(
         member_KN = ((sets_N >> bits_K[:, None]) & 1).float()
         for first, rows, logits_GgtN in _logits(query, key, span, scale, chunk):
             n = logits_GgtN.shape[-1]
-            max_Ggt = logits_GgtN.amax(-1)
-            p_GgtN = logits_GgtN.sub_(max_Ggt[..., None]).exp_()
-            sum_Ggt = p_GgtN.sum(-1)
             at = slice(done + first, done + first + rows)
-            lse_QH[at] = (max_Ggt + sum_Ggt.log()).reshape(H, rows).T
+            if lse is None:
+                max_Ggt = logits_GgtN.amax(-1)
+                p_GgtN = logits_GgtN.sub_(max_Ggt[..., None]).exp_()
+                sum_Ggt = p_GgtN.sum(-1)
+                lse_QH[at] = (max_Ggt + sum_Ggt.log()).reshape(H, rows).T
+            else:
+                p_GgtN = logits_GgtN.sub_(lse[at].T.reshape(*logits_GgtN.shape[:3], 1)).exp_()
+                sum_Ggt = torch.ones_like(p_GgtN[..., 0])
             with torch.autocast(query.device.type, enabled=False):
                 for mass_QH, member_N in zip(mass_KQH, member_KN, strict=True):
                     # one by one: the bits of a set's mass must not depend on which others are asked
@@ -220,6 +230,32 @@ def check_sets(key: torch.Tensor, sets: torch.Tensor, n_sets: int) -> None:
             wanted=f"{wanted} torch.int32 on {key.device}, 1 to {MAX_SETS} sets",
             fix="this is a defect of the capture; report it with the model family and verl's settings",
         )
+
+
+def check_lse(query: torch.Tensor, spans: Sequence[Span], lse: torch.Tensor | None) -> None:
+    """Refuse a log-sum-exp that is not one number for each query row and head.
+
+    Raises:
+        SayoError: P01.
+    """
+    wanted = (sum(span.n_queries for span in spans), query.shape[1])
+    if lse is None or (tuple(lse.shape) == wanted and lse.dtype == torch.float32 and lse.device == query.device):
+        return
+    raise SayoError("P01", "the log-sum-exp is not that of the query rows", where="attention_masses",
+                    got=f"{tuple(lse.shape)} {lse.dtype} on {lse.device}",
+                    wanted=f"{wanted} torch.float32 on {query.device}",
+                    fix="this is a defect of the capture; report it with verl's settings")  # fmt: skip
+
+
+def stretches(marked_N: torch.Tensor, gap: int = 64) -> tuple[tuple[int, int], ...]:
+    """The stretches (first, end) that cover all True of a CPU mask; those less than ``gap`` apart are one."""
+    at = marked_N.nonzero().flatten()
+    if at.numel() == 0:
+        return ()
+    breaks = (at.diff() > gap).nonzero().flatten()
+    firsts = torch.cat([at[:1], at[breaks + 1]]).tolist()
+    ends = (torch.cat([at[breaks], at[-1:]]) + 1).tolist()
+    return tuple(zip(firsts, ends, strict=True))
 
 
 def check_profile(span: Span, query: torch.Tensor, lse: torch.Tensor, columns: torch.Tensor) -> None:
