@@ -96,7 +96,7 @@ def write_page(path: Path, raw: Raw) -> None:
     run = [model for model in models if _cases(raw, "card", model) or _failures(raw, "card", model)]
     for model in run:
         lines += [f"### {model}", "", *_part(raw, "card", model)]
-    lines += _figures(raw) if run else [NOT_RUN]
+    lines += [*_figures(raw), *(f"{model}: not run.\n" for model in models if model not in run)] if run else [NOT_RUN]
     lines += ["## On a CPU", "", *_part(raw, "cpu", None), LIMITS]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines))
