@@ -27,6 +27,8 @@ class Family:
         sequence_parallel: verl slices this family's inputs under Ulysses; without that a run is silently wrong.
         fused_kernels: strategies under which verl's fused kernels run this family.
         packed_needs_flash_attn: verl calls flash-attn for packed rows whatever ``attn_implementation`` says.
+        flash: the names, ``module:name``, by which the attention of packed rows calls FlashAttention's function for
+            sequences of different lengths.
     """
 
     model_type: str
@@ -38,6 +40,9 @@ class Family:
     sequence_parallel: bool = field(default=True, kw_only=True)
     fused_kernels: tuple[str, ...] = field(default=("fsdp", "fsdp2"), kw_only=True)
     packed_needs_flash_attn: bool = field(default=False, kw_only=True)
+    flash: tuple[str, ...] = field(
+        default=("transformers.modeling_flash_attention_utils:_flash_varlen_fn",), kw_only=True
+    )
 
 
 _MODELS = "transformers.models"
@@ -69,6 +74,10 @@ FAMILIES = {
             ("Qwen2_5_VLTextModel",),
             fused_kernels=("fsdp",),
             packed_needs_flash_attn=True,
+            flash=(
+                "verl.models.transformers.qwen2_vl:flash_attn_varlen_func",
+                "transformers.modeling_flash_attention_utils:_flash_varlen_fn",
+            ),
         ),
         Family(
             "internvl",

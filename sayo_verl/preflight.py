@@ -16,6 +16,7 @@ from sayo_verl.data_check import check_data
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.methods import METHODS, Method, Mix
 from sayo_verl.model_check import check_model, sequence_parallel
+from sayo_verl.probe.statistics import check_lse_path
 from sayo_verl.resources import check_batch_sizes, check_ray_cpus
 from sayo_verl.resume import check_metrics, check_resume, describe_checkpoints, metrics_file
 from sayo_verl.reward_check import check_reward, check_template
@@ -135,6 +136,8 @@ def check_settings(config: DictConfig, method: Method) -> None:
     for code, broken, what, where, got, fix in rules:
         if broken:
             raise SayoError(code, what, where=where, got=got, fix=fix)
+    check_lse_path(str(config.sayo.probe_path), packed=bool(config.actor_rollout_ref.model.use_remove_padding),
+                   ranks=sequence_parallel(config), flash="flash_attention" in attention)  # fmt: skip
 
 
 def check_packages(method: Method) -> None:

@@ -27,15 +27,18 @@ class FlashCalls:
     Attributes:
         dense: query shapes [B, S, H, D] of calls without ``cu_seqlens``.
         varlen: (query shape [L, H, D], number of sequences, causal) of the others.
+        lse: how many of them were asked for the log-sum-exp.
     """
 
     dense: list[tuple[int, ...]] = field(default_factory=list)
     varlen: list[tuple[tuple[int, ...], int, bool]] = field(default_factory=list)
+    lse: int = 0
 
 
 def _attend(
     q_SHD: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, scale: float | None, causal: bool
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output [S, H, D] and the log-sum-exp of the logits [H, S], float32."""
     repeats = q_SHD.shape[1] // k_SGD.shape[1]
     assert repeats * k_SGD.shape[1] == q_SHD.shape[1], "query heads are not a multiple of key heads"
     q, k, v = (x.transpose(0, 1) for x in (q_SHD, k_SGD, v_SGD))
@@ -44,17 +47,14 @@ def _attend(
     if causal:
         late = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + scores.shape[2] - scores.shape[1])
         scores = scores.masked_fill(late, float("-inf"))
-    return (scores.softmax(-1) @ v).transpose(0, 1)
+    return (scores.softmax(-1) @ v).transpose(0, 1), scores.float().logsumexp(-1)
 
 
-def _require_plain(
-    dropout_p: float, window_size: tuple[int, int], softcap: float, alibi_slopes: Any, probs: bool
-) -> None:
+def _require_plain(dropout_p: float, window_size: tuple[int, int], softcap: float, alibi_slopes: Any) -> None:
     assert not dropout_p, "the stand-in has no dropout"
     assert tuple(window_size) == (-1, -1), "the stand-in has no sliding window"
     assert not softcap, "the stand-in has no softcap"
     assert alibi_slopes is None, "the stand-in has no alibi slopes"
-    assert not probs, "the stand-in returns no probabilities"
 
 
 @contextmanager
@@ -77,16 +77,17 @@ def flash_attention_on_cpu(*, float32_in_verl: bool = True) -> Iterator[FlashCal
         q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
         deterministic=False, return_attn_probs=False,
     ):  # fmt: skip
-        _require_plain(dropout_p, window_size, softcap, alibi_slopes, return_attn_probs)
+        _require_plain(dropout_p, window_size, softcap, alibi_slopes)
+        assert not return_attn_probs, "not asked for without cu_seqlens"
         calls.dense.append(tuple(q.shape))
-        return torch.stack([_attend(*row, softmax_scale, causal) for row in zip(q, k, v, strict=True)])
+        return torch.stack([_attend(*row, softmax_scale, causal)[0] for row in zip(q, k, v, strict=True)])
 
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
         causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
         return_attn_probs=False, block_table=None,
     ):  # fmt: skip
-        _require_plain(dropout_p, window_size, softcap, alibi_slopes, return_attn_probs)
+        _require_plain(dropout_p, window_size, softcap, alibi_slopes)
         assert block_table is None, "the stand-in has no block table"
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32, "the kernel takes int32 cu_seqlens"
         ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -96,7 +97,12 @@ def flash_attention_on_cpu(*, float32_in_verl: bool = True) -> Iterator[FlashCal
         assert int(cu_seqlens_k.diff().max()) <= int(max_seqlen_k), "a sequence is longer than max_seqlen_k"
         calls.varlen.append((tuple(q.shape), len(ends_q) - 1, causal))
         parts = zip(ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:], strict=True)
-        return torch.cat([_attend(q[a:b], k[c:d], v[c:d], softmax_scale, causal) for a, b, c, d in parts])
+        made = [_attend(q[a:b], k[c:d], v[c:d], softmax_scale, causal) for a, b, c, d in parts]
+        output = torch.cat([output for output, _ in made])
+        if not return_attn_probs:
+            return output
+        calls.lse += 1
+        return output, torch.cat([lse for _, lse in made], 1), None
 
     matrix = flash_utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX
     names: list[tuple[Any, str, Any]] = [

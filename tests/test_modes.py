@@ -5,11 +5,13 @@ that verl can run occurs in at least one of them (``test_the_modes_cover_every_p
 without Ulysses.
 """
 
+import dataclasses
 import itertools
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from family_models import TINY, TinyFamily, patches_undone, trained_lora
 from flash_stand_in import flash_attention_on_cpu
 from sequence_parallel import Case, Outcome, run_on_two_ranks
 
+from sayo_verl.probe import measure, reference
 from sayo_verl.probe.statistics import WIRE_PREFIX, Statistic, StatisticsRequest
 
 LOG_PROB_TOLERANCE = 1e-4  # float32 against float32, another order of sums
@@ -226,7 +229,17 @@ def test_a_mode(worlds, name, mode):
         request = StatisticsRequest((*ASKED, *NEIGHBOURS))
         plain = unbound(log_prob_pass(built, world.rows, None))
         probed = unbound(log_prob_pass(built, world.rows, request.to_wire()))
+        with_lse = None
+        if calls is not None and mode.packed:
+            assert calls.lse == 0
+            stack.enter_context(mock.patch.object(measure, "kernels", return_value=reference))
+            given = dataclasses.replace(request, path="fast_lse")
+            with_lse = unbound(log_prob_pass(built, world.rows, given.to_wire()))
+            assert calls.lse > 0
 
+    if with_lse is not None:  # the kernel's own log-sum-exp, in the same pass
+        assert all(torch.equal(a, b) for a, b in zip(plain["log_probs"], with_lse["log_probs"], strict=True))
+        assert statistics_error(with_lse, request, world.rows, world.truth[mode.lora])[0] < TOLERANCE
     assert calls is None or calls.varlen, "the flash path was not taken"
     assert not [key for key in plain if key.startswith(WIRE_PREFIX)]
     for key in ("log_probs", "entropy"):

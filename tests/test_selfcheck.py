@@ -24,7 +24,9 @@ def test_the_reference_needs_no_comparison():
 
 def test_a_path_that_agrees_passes(monkeypatch):
     fast(monkeypatch)
-    assert selfcheck.check_path("fast", **SHAPE) == ("fast", 0.0)
+    name, difference = selfcheck.check_path("fast", **SHAPE)
+    assert name == "fast"
+    assert difference < 2e-6  # of masses with the log-sum-exp given from those without
 
     def nearly(*args, **kwargs):
         mass, lse = reference.attention_masses(*args, **kwargs)
@@ -83,3 +85,47 @@ def test_doctor_tells_the_path_and_what_is_wrong_with_it(monkeypatch):
     assert not found.right
     assert "SAYO-P24" in found.found
     assert "probe_path=reference" in found.fix
+
+
+def flash_attention(wrong=lambda lse: lse):
+    """A function as flash-attn's for packed rows, which returns its log-sum-exp [H, tokens]."""
+
+    def varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, causal, softmax_scale, return_attn_probs):
+        assert causal
+        assert return_attn_probs
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        logits = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * softmax_scale
+        of = torch.bucketize(torch.arange(len(q)), starts_q[1:], right=True)
+        at = torch.arange(len(q))
+        seen = (of[:, None] == of) & (at <= at[:, None])
+        return q, wrong(logits.masked_fill(~seen, float("-inf")).logsumexp(-1)), None
+
+    return lambda: [(selfcheck, "varlen", varlen)]
+
+
+def test_the_log_sum_exp_of_flash_attention_is_compared_before_it_is_used(monkeypatch):
+    fast(monkeypatch)
+    monkeypatch.setattr(selfcheck, "flash_functions", flash_attention())
+    assert selfcheck.check_path("fast_lse", **SHAPE)[1] < 1e-5
+    for wrong in (lambda lse: lse * 1.4427, lambda lse: lse.T, lambda lse: lse[:, None], lambda lse: lse.roll(1, 1)):
+        monkeypatch.setattr(selfcheck, "flash_functions", flash_attention(wrong))
+        assert selfcheck.check_path("fast", **SHAPE)[1] < 1e-5  # which has no use for it
+        with pytest.raises(SayoError, match="SAYO-P24"):
+            selfcheck.check_path("fast_lse", **SHAPE)
+
+
+def test_no_flash_attention_to_take_a_log_sum_exp_from_is_refused(monkeypatch):
+    fast(monkeypatch)
+    monkeypatch.setattr(selfcheck, "flash_functions", list)
+    with pytest.raises(SayoError, match=r"SAYO-P31: there is no FlashAttention .*probe_path=fast"):
+        selfcheck.check_path("fast_lse", **SHAPE)
+
+
+def test_masses_that_are_wrong_only_with_a_log_sum_exp_given_stop_the_run(monkeypatch):
+    def wrong(*args, lse=None, **kwargs):
+        mass, found = reference.attention_masses(*args, lse=lse, **kwargs)
+        return reference.Masses(mass if lse is None else mass * 0.99, found)
+
+    fast(monkeypatch, attention_masses=wrong)
+    with pytest.raises(SayoError, match="SAYO-P24"):
+        selfcheck.check_path("fast", **SHAPE)

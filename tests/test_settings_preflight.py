@@ -499,6 +499,22 @@ def test_P14_an_unknown_path_of_the_probe(make):
     assert (error.where, error.got) == ("sayo.probe_path", "quick")
 
 
+def test_P31_the_log_sum_exp_of_flash_attention_needs_flash_attention_and_whole_packed_rows(make):
+    attention = "actor_rollout_ref.model.override_config"
+    ok = {
+        "sayo.probe_path": "fast_lse",
+        "actor_rollout_ref.model.use_remove_padding": True,
+        attention: {"attn_implementation": "flash_attention_2"},
+    }
+    for broken in (
+        {"actor_rollout_ref.model.use_remove_padding": False},
+        {attention: {"attn_implementation": "sdpa"}},
+        {"actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2},
+    ):
+        error = refused(make(**{**ok, **broken}), "P31")
+        assert (error.where, error.fix) == ("sayo.probe_path", "set sayo.probe_path=fast, which computes its own")
+
+
 @pytest.mark.parametrize("layers", [[4], [-5], [-1, 3]], ids=str)
 def test_P03_a_layer_the_model_does_not_have(make, layers):
     error = refused(make(**{"algorithm.attn.region.layers": layers}), "P03")

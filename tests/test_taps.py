@@ -6,11 +6,13 @@ Shape suffixes: B rows, S tokens, H query heads, G key heads, D head dimension.
 import copy
 import importlib
 import inspect
+import itertools
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from flash_stand_in import flash_attention_on_cpu
 from probe_rows import refusal
 from torch import nn
 from transformers import (
@@ -729,3 +731,69 @@ def test_attention_of_the_vision_tower_is_not_taken_for_the_texts(model_type):
     assert n_layers == LAYERS
     assert {type(m).__name__ for m in modules.values()} == set(FAMILIES[model_type].attention)
     assert text_decoder(model) is model.model.language_model
+
+
+# ------------------------------------------------------------------------------------------------------ log-sum-exp
+
+
+class LseReads:
+    def __init__(self) -> None:
+        self.found: dict[int, tuple[torch.Tensor, ...]] = {}
+
+    def attention(self, layer, query, key, scale, lse):
+        self.found[layer] = query.clone(), key.clone(), lse.clone(), scale
+
+
+def packed_inputs(name: str) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Two sequences in one row; transformers finds the second by its position 0."""
+    ends = [0, 4, 9]
+    given = inputs(name, B=1)
+    starts = torch.cat([torch.arange(4), torch.arange(5)])[None]
+    given["position_ids"] = starts.expand_as(given["position_ids"]).clone()
+    if given["position_ids"].ndim == 3:  # the text positions come first when there are four rows
+        given["position_ids"] = torch.cat([starts[None], given["position_ids"]])
+    return given | {"attention_mask": None}, ends
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_log_sum_exp_is_that_of_the_queries_and_keys_that_were_read(name):
+    with flash_attention_on_cpu() as calls:
+        model, (given, ends), reads = build(name, attention="flash_attention_2"), packed_inputs(name), LseReads()
+        with torch.no_grad():
+            plain = model(**given).last_hidden_state
+            with ForwardTap(model, [0, 2], reads.attention, with_lse=True):
+                probed = model(**given).last_hidden_state
+        assert calls.lse == 2
+        assert torch.equal(plain, probed)
+        assert sorted(reads.found) == [0, 2]
+        for query, key, lse, scale in reads.found.values():
+            for a, b in itertools.pairwise(ends):
+                weights = causal_weights(query[:, :, a:b], key[:, :, a:b], scale)
+                logits = query[0, :, a:b].double() @ key[0].repeat_interleave(3, 0)[:, a:b].double().transpose(1, 2)
+                recovered = (logits * scale - lse[:, a:b, None].double()).exp()
+                seen = weights[0] > 0
+                torch.testing.assert_close(recovered[seen], weights[0][seen], atol=1e-6, rtol=1e-5)
+        assert calls.lse == 2  # the functions are their own again
+        with torch.no_grad():
+            model(**given)
+        assert calls.lse == 2
+
+
+def test_a_kernel_without_a_log_sum_exp_is_refused():
+    for attention in ("eager", "sdpa"):
+        model = build("Qwen3VLTextModel", attention=attention)
+        tap = ForwardTap(model, [0, 1], LseReads().attention, with_lse=True)
+        with refusal("P31", "no log-sum-exp"), torch.no_grad(), tap:
+            model(**inputs("Qwen3VLTextModel"))
+
+
+@pytest.mark.parametrize("broken", ["other tokens", "other type"])
+def test_a_log_sum_exp_of_other_tokens_or_rounded_queries_is_refused(broken):
+    tap = ForwardTap(build("Qwen3VLTextModel"), [1], LseReads().attention, with_lse=True)
+    query, key = torch.zeros(1, 6, 9, 16), torch.zeros(1, 2, 9, 16)
+    tokens = 8 if broken == "other tokens" else 9
+    attend = tap._with_its_lse(lambda q, return_attn_probs: ("output", torch.zeros(6, tokens), None))
+    with refusal("P31", "no log-sum-exp"), tap:
+        tap._current, tap._pending = 1, (query, key, 1.0)
+        seen = query[0].transpose(0, 1)
+        assert attend(seen.bfloat16() if broken == "other type" else seen) == "output"

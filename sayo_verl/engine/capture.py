@@ -27,10 +27,12 @@ from sayo_verl.probe.measure import Measurement, Shard
 from sayo_verl.probe.plan import ChatTokens, RowPlan, image_tiles, plan_row, video_tokens
 from sayo_verl.probe.statistics import (
     COUNTERFACTUAL_LOG_PROBS,
+    FAST_LSE,
     INTERVENTION_KEY,
     REQUEST_KEY,
     WIRE_PREFIX,
     StatisticsRequest,
+    check_lse_path,
 )
 from sayo_verl.probe.taps import ForwardTap, asked_layers
 from sayo_verl.probe.transfer import to_device
@@ -58,6 +60,7 @@ class AttentionStatisticsMixin:
         request = StatisticsRequest.from_wire(wire)
         family = family_of(self.model_config.hf_config.model_type, where="the loaded model")
         shard = self._shard(family, packed)
+        check_lse_path(request.path, packed=packed, ranks=shard.size if shard else 1)
         numbers = asked_layers(self.module, request.layers, where=LAYERS)
         clock = _Clock(device)
 
@@ -77,7 +80,9 @@ class AttentionStatisticsMixin:
 
         attention = {numbers[n] for s in request.statistics if s.fact.source != "hidden" for n in s.layers}
         hidden = any(s.fact.source == "hidden" for s in request.statistics)
-        with ForwardTap(self.module, sorted(attention), read, read_hidden if hidden else None):
+        tap = ForwardTap(self.module, sorted(attention), read, read_hidden if hidden else None,
+                         with_lse=request.path == FAST_LSE)  # fmt: skip
+        with tap:
             loss, output = super().forward_step(micro_batch, loss_function, forward_only)  # type: ignore[misc]
         with clock:
             results = measurement().finish()

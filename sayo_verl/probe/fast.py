@@ -187,7 +187,9 @@ def _tiles(spans: tuple[Span, ...], rows: int, keys: int, device: torch.device) 
     Returns:
         int32 [tiles, 9], fields as ``kernels`` reads them, and int32 [stretches, 2].
     """
-    tiles, stretches, done = [], [], 0
+    tiles: list[tuple[int, ...]] = []
+    stretches: list[tuple[int, int]] = []
+    done = 0
     for span in spans:
         marked = _whole_tiles(((0, span.n_keys),) if span.marked is None else span.marked, keys)
         for first in range(0, span.n_queries, rows):

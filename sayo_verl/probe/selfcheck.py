@@ -5,12 +5,16 @@ Kernels are compiled for the device they run on, so no test made elsewhere can v
 Shape suffixes: B rows, H query heads, G key heads, S tokens, D head dimension.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from sayo_verl.errors import SayoError
 from sayo_verl.probe import reference
 from sayo_verl.probe.measure import kernels
-from sayo_verl.probe.reference import Span
+from sayo_verl.probe.reference import Span, stretches
+from sayo_verl.probe.statistics import FAST_LSE
+from sayo_verl.probe.taps import flash_functions
 
 TOLERANCE = 1e-4  # of masses and profiles, which lie in [0, 1], and relative to the spread of the log-sum-exp
 
@@ -39,14 +43,21 @@ def check_path(path: str, *, heads: int, key_heads: int, head_dim: int, device: 
     query, key = (
         torch.randn(1, n, 320, head_dim, generator=generator).to(device, torch.bfloat16) for n in (heads, key_heads)
     )
-    sets = torch.randint(0, 8, (1, 320), generator=generator, dtype=torch.int32).to(device)
+    sets = torch.randint(0, 8, (1, 320), generator=generator, dtype=torch.int32)
+    sets[:, 20:] *= torch.rand(1, 300, generator=generator) < 0.05  # most keys belong to no set
+    marked = [s._replace(marked=stretches(sets[0, s.key_start : s.key_start + s.n_keys] != 0)) for s in spans]
+    sets = sets.to(device)
     columns = torch.randperm(155, generator=generator)[:50].to(device)
     scale = 3 * head_dim**-0.5  # sharper than random heads are
     found, expected = (m.attention_masses(query, key, spans, sets, 3, scale=scale) for m in (chosen, reference))
     profiles = [
         m.attention_profile(query, key, spans[0], expected.lse[:70], columns, scale=scale) for m in (chosen, reference)
     ]
+    given = chosen.attention_masses(query, key, marked, sets, 3, scale=scale, lse=expected.lse)
     differences = [found.mass - expected.mass, found.lse - expected.lse, profiles[0] - profiles[1]]
+    differences.append(given.mass - expected.mass)
+    if path == FAST_LSE:
+        differences += [lse.T - expected.lse for lse in _kernels_own(query, key, spans, scale)]
     # NaN must not pass: max() of a comparison with it is false
     largest = max(float(d.abs().nan_to_num(float("inf")).max()) for d in differences)
     if not largest <= TOLERANCE:
@@ -59,3 +70,28 @@ def check_path(path: str, *, heads: int, key_heads: int, head_dim: int, device: 
             fix="set sayo.probe_path=reference and report it with the device, torch and triton versions",
         )
     return name, largest
+
+
+def _kernels_own(query: torch.Tensor, key: torch.Tensor, spans: Sequence[Span], scale: float) -> Iterator[torch.Tensor]:
+    """The log-sum-exp [H, Q] of the spans' query rows by each of FlashAttention's functions that is loaded: releases of
+    it have returned other layouts.
+
+    Raises:
+        SayoError: P31 when none is loaded.
+    """
+    functions = flash_functions()
+    if not functions:
+        raise SayoError("P31", "there is no FlashAttention whose log-sum-exp could be taken", where="sayo.probe_path",
+                        got="no function for packed rows is loaded", wanted="flash-attn",
+                        fix="set sayo.probe_path=fast, which computes its own")  # fmt: skip
+    bounds = torch.tensor([0, *(end for s in spans for end in (s.key_start, s.key_start + s.n_keys)), query.shape[2]])
+    longest = int(bounds.diff().max())
+    starts = bounds.to(query.device, torch.int32)
+    packed_query, packed_key = (x[0].transpose(0, 1) for x in (query, key))
+    rows = torch.cat([torch.arange(s.query_start, s.query_start + s.n_queries) for s in spans]).to(query.device)
+    for _, _, function in functions:
+        _, lse, *_ = function(packed_query, packed_key, packed_key, starts, starts, longest, longest, causal=True,
+                              softmax_scale=scale, return_attn_probs=True)  # fmt: skip
+        yield (
+            lse[:, rows] if lse.shape == query.shape[1:3] else query.new_full((query.shape[1], len(rows)), float("nan"))
+        )

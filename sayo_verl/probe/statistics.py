@@ -32,7 +32,8 @@ INTERVENTION_KEY = "sayo_intervention"
 COUNTERFACTUAL_LOG_PROBS = WIRE_PREFIX + "counterfactual_log_probs"
 
 QUERY_ROWS = {"input": 0, "predicting": -1}  # offset of the query row from the position of y_t
-PATHS = ("auto", "reference", "fast")
+FAST_LSE = "fast_lse"
+PATHS = ("auto", "reference", "fast", FAST_LSE)
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ class StatisticsRequest:
         statistics: without duplicates.
         coverage: share of a visual token's cell that a box must cover, see ``sayo_verl.vision.masks``.
         path: ``"fast"`` (Triton), ``"reference"`` (plain torch) or ``"auto"``: fast on a GPU, reference elsewhere.
+            ``"fast_lse"`` is the fast path with FlashAttention's log-sum-exp instead of one of its own.
     """
 
     statistics: tuple[Statistic, ...]
@@ -196,3 +198,23 @@ def union(requests: Sequence[StatisticsRequest]) -> StatisticsRequest:
     ((coverage, path),) = settings
     statistics = dict.fromkeys(statistic for request in requests for statistic in request.statistics)
     return StatisticsRequest(tuple(statistics), coverage, path)
+
+
+def check_lse_path(path: str, *, packed: bool, ranks: int, flash: bool = True) -> None:
+    """Refuse ``fast_lse`` where FlashAttention has no log-sum-exp of the tokens that the probe reads.
+
+    Args:
+        path: of the probe.
+        packed: whether rows lie one behind another.
+        ranks: how many share a sequence.
+        flash: whether the model runs FlashAttention.
+
+    Raises:
+        SayoError: P31.
+    """
+    if path == FAST_LSE and not (packed and ranks == 1 and flash):
+        raise SayoError("P31", "FlashAttention's log-sum-exp can be taken for whole packed rows only",
+                        where="sayo.probe_path", got=f"{'packed' if packed else 'padded'} rows, sequence parallel size "
+                        f"{ranks}, {'FlashAttention' if flash else 'another attention kernel'}",
+                        wanted="use_remove_padding=True, ulysses_sequence_parallel_size=1, flash_attention_2",
+                        fix="set sayo.probe_path=fast, which computes its own")  # fmt: skip

@@ -6,10 +6,14 @@ QK-norm and LoRA, before Ulysses exchanges heads for tokens, without a matrix pr
 the layer say whose call it is. Hooks and the wrapped function exist only between ``__enter__`` and ``__exit__`` of
 ``ForwardTap``: the training forward never sees them.
 
+On request the log-sum-exp of the logits is taken, too, where FlashAttention is called for packed rows. The kernel has
+computed it anyway and returns it when asked (``return_attn_probs``); its output stays as it was.
+
 Shape suffixes: B rows of the model's batch, S tokens, H query heads, G key heads, D head dimension.
 """
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from types import ModuleType
@@ -22,13 +26,14 @@ from torch import nn
 from sayo_verl.errors import SayoError
 from sayo_verl.families import FAMILIES
 
-# layer number, query [B, H, S, D], key [B, G, S, D], scale of the logits
-ReadAttention = Callable[[int, torch.Tensor, torch.Tensor, float], None]
+# layer number, query [B, H, S, D], key [B, G, S, D], scale of the logits; with ``with_lse`` also log-sum-exp [H, S]
+ReadAttention = Callable[..., None]
 ReadHidden = Callable[[torch.Tensor], None]
 
 ROTARY: Mapping[str, tuple[str, ...]] = {
     name: f for family in FAMILIES.values() for name, f in family.attention.items()
 }
+FLASH = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.flash))
 DECODERS = {name for family in FAMILIES.values() for name in family.decoder}
 
 
@@ -151,6 +156,14 @@ def _rotary(target: str) -> tuple[ModuleType, str]:
     return module, name
 
 
+def flash_functions() -> list[tuple[ModuleType, str, Callable[..., Any]]]:
+    """FlashAttention's functions for sequences of different lengths, where the loaded code keeps them. Code that is not
+    loaded calls none, and a name may be empty where flash-attn is not installed."""
+    places = [(sys.modules.get(source), name) for source, _, name in (target.partition(":") for target in FLASH)]
+    found = [(module, name, getattr(module, name, None)) for module, name in places if module is not None]
+    return [(module, name, function) for module, name, function in found if function is not None]
+
+
 class ForwardTap:
     """Hands queries and keys of some layers, and the last hidden states, to readers during one forward pass.
 
@@ -159,14 +172,21 @@ class ForwardTap:
         layers: layer numbers from 0; may be empty.
         read: called once per layer, inside the layer's forward; it must not keep what it gets.
         read_hidden: called once, with the output of the text model's last norm; None: not wanted.
+        with_lse: hand over the log-sum-exp of packed rows as well; ``read`` is then called after the attention kernel.
 
     Raises:
         SayoError: P02 and P11 for a model or layer that cannot be read; on leaving without an exception, P04 when
-            something was read a number of times other than one.
+            something was read a number of times other than one, P31 when a layer's kernel gave no log-sum-exp.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[int], read: ReadAttention, read_hidden: ReadHidden | None = None
+        self,
+        model: nn.Module,
+        layers: Sequence[int],
+        read: ReadAttention,
+        read_hidden: ReadHidden | None = None,
+        *,
+        with_lse: bool = False,
     ) -> None:
         attention, _ = text_attention_layers(model)
         check_full_attention(layers, attention, where="the layers of a statistic")
@@ -177,6 +197,11 @@ class ForwardTap:
         self._read, self._read_hidden = read, read_hidden
         self._handles: list[Any] = []
         self._originals: list[tuple[Any, str, Any]] = []
+        self._with_lse = with_lse
+        self._pending: tuple[torch.Tensor, torch.Tensor, float] | None = (
+            None  # queries and keys before their kernel ran
+        )
+        self._without_lse: dict[int, str] = {}
         self._current: int | None = None
         self._reads: dict[int | str, int] = dict.fromkeys(layers, 0)
         if read_hidden:
@@ -191,6 +216,9 @@ class ForwardTap:
             original = getattr(python_module, name)
             self._originals.append((python_module, name, original))
             setattr(python_module, name, self._listening(original))
+        for python_module, name, original in flash_functions() if self._with_lse else ():
+            self._originals.append((python_module, name, original))
+            setattr(python_module, name, self._with_its_lse(original))
         if self._norm is not None:
             self._handles.append(self._norm.register_forward_hook(self._take_hidden))
         return self
@@ -202,6 +230,11 @@ class ForwardTap:
             setattr(python_module, name, original)
         self._handles.clear()
         self._originals.clear()
+        if exc_type is None and self._without_lse:
+            raise SayoError("P31", "the attention kernel gave no log-sum-exp of the probed tokens", where="ForwardTap",
+                            got=self._without_lse, wanted="one number for each head and token, from flash-attn's "
+                            "function for packed rows, of the queries that were read",
+                            fix="set sayo.probe_path=fast, which computes its own")  # fmt: skip
         if exc_type is None and any(n != 1 for n in self._reads.values()):
             raise SayoError(
                 "P04",
@@ -220,7 +253,9 @@ class ForwardTap:
         return hook
 
     def _end(self, _module: nn.Module, _args: object, _output: object) -> None:
-        self._current = None
+        if self._pending is not None and self._current is not None:
+            self._without_lse[self._current] = "FlashAttention was not called for packed rows"
+        self._current = self._pending = None
 
     def _listening(self, original: Callable[..., tuple[torch.Tensor, torch.Tensor]]):
         def rotate(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,11 +263,33 @@ class ForwardTap:
             if self._current is not None:
                 self._reads[self._current] += 1
                 scale = float(self._modules[self._current].scaling)  # type: ignore[arg-type]
-                with torch.no_grad():
-                    self._read(self._current, query.detach(), key.detach(), scale)
+                if self._with_lse:
+                    self._pending = query.detach(), key.detach(), scale
+                else:
+                    with torch.no_grad():
+                        self._read(self._current, query.detach(), key.detach(), scale)
             return query, key
 
         return rotate
+
+    def _with_its_lse(self, original: Callable[..., Any]):
+        def attend(*args: Any, **kwargs: Any) -> Any:
+            if self._pending is None or self._current is None:  # another layer's, or the vision tower's
+                return original(*args, **kwargs)
+            output, lse, *_ = original(*args, **kwargs, return_attn_probs=True)
+            (query, key, scale), self._pending = self._pending, None
+            seen = kwargs["q"] if "q" in kwargs else args[0]
+            if lse.shape != query.shape[1:3] or seen.dtype != query.dtype:
+                self._without_lse[self._current] = (
+                    f"{tuple(lse.shape)} of {seen.dtype} for {query.shape[1]} heads and {query.shape[2]} tokens of "
+                    f"{query.dtype}"
+                )
+                return output
+            with torch.no_grad():
+                self._read(self._current, query, key, scale, lse.detach())
+            return output
+
+        return attend
 
     def _take_hidden(self, _module: nn.Module, _args: object, output: torch.Tensor) -> None:
         assert self._read_hidden is not None  # the hook was set because of it
