@@ -192,7 +192,7 @@ def test_a_stage_that_had_no_time_left_is_not_done(on_gpu, tmp_path, monkeypatch
 # ------------------------------------------------------------------------------------------------------------ stand-ins
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_stand_in_for_flash_attn_is_attention_of_each_sequence(causal):
-    from gpu.stand_ins import _packed
+    from gpu.stand_ins import _dense, _packed
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(12, heads, 8, generator=generator) for heads in (4, 2, 2))
@@ -207,6 +207,11 @@ def test_the_stand_in_for_flash_attn_is_attention_of_each_sequence(causal):
             logits = logits.masked_fill(torch.ones(b - a, b - a).triu(1).bool(), float("-inf"))
         assert torch.allclose(lse[:, a:b].double(), logits.logsumexp(-1), atol=1e-6)
     assert torch.equal(_packed(q, k, v, starts, starts, 7, 7, causal=causal), out)
+    rows, lse_rows, _ = _dense(*(x.unflatten(0, (2, 6)) for x in (q, k, v)), causal=causal, return_attn_probs=True)
+    even = torch.tensor([0, 6, 12], dtype=torch.int32)
+    out, lse, _ = _packed(q, k, v, even, even, 6, 6, causal=causal, return_attn_probs=True)
+    assert torch.equal(rows, out.unflatten(0, (2, 6)))
+    assert torch.equal(lse_rows[1], lse[:, 6:])
     with pytest.raises(NotImplementedError):
         _packed(q, k, v, starts, starts, 7, 7, softcap=2.0)
 

@@ -30,7 +30,8 @@ def run(stage: Stage, argument: str) -> None:
     if stage.run("worker", _build, stage, shape, bool(lora), held, needs=20) is None:
         return
     bench = _Bench(stage, held["worker"])
-    stage.run("handshake", bench.handshake)
+    for name in [name for name in bench.requests if "last layer" in name]:
+        stage.run(f"handshake: {name}", bench.handshake, name)
     if lora:
         stage.run("adapter for vLLM", bench.adapter)
     if stage.run("pass without probe", bench.first, None, needs=10) is None:
@@ -39,7 +40,7 @@ def run(stage: Stage, argument: str) -> None:
         stage.run(f"pass: {name}", bench.first, name, needs=5)
     stage.run("counterfactual pass", bench.counterfactual, needs=10)
     stage.run("times", bench.times, needs=10)
-    for name in bench.requests if stage.device.type == "cuda" else ():
+    for name in bench.ran if stage.device.type == "cuda" else ():
         stage.run(f"waits of the host: {name}", bench.waits, name, needs=8)
 
 
@@ -53,7 +54,7 @@ class _Bench:
     """One worker, its rows and the requests that the methods make of it."""
 
     def __init__(self, stage: Stage, worker: Any) -> None:
-        from sayo_verl.probe.statistics import WIRE_PREFIX, Statistic, StatisticsRequest
+        from sayo_verl.probe.statistics import FAST_LSE, WIRE_PREFIX, Statistic, StatisticsRequest
 
         self.stage, self.worker, self.prefix = stage, worker, WIRE_PREFIX
         config = worker.engine.model_config.hf_config
@@ -67,10 +68,16 @@ class _Bench:
             "attn_anchor, neighbours": tuple(Statistic(f"neighbour_{x}", size=8) for x in ("index", "similarity")),
             "heat map": (Statistic("patch_sums"), Statistic("top_patch_mass", size=8)),
         }
-        path = "fast" if stage.tiny else "auto"
-        self.requests = {name: StatisticsRequest(asked, path=path).to_wire() for name, asked in wanted.items()}
+        own = {name: StatisticsRequest(asked, path="fast") for name, asked in wanted.items()}
+        given = {
+            f"{name}, log-sum-exp given": StatisticsRequest(wanted[name], path=FAST_LSE)
+            for name in ("attn_region, last layer", "masses, all layers")
+        }
+        self.requests = {name: request.to_wire() for name, request in {**own, **given}.items()}
         self.region = {name: WIRE_PREFIX + Statistic(f"{name}_mass").key for name in ("image", "region")}
         self.plain: Any = None
+        self.without: dict[str, int] | None = None  # waits of the host in a pass without the probe
+        self.ran: list[str] = []  # requests whose first pass did not fail
 
     def call(self, name: str | None, **extra: Any) -> Any:
         from sayo_verl.probe.statistics import REQUEST_KEY
@@ -85,14 +92,13 @@ class _Bench:
         self.stage.sync()
         return output, time.monotonic() - begin
 
-    def handshake(self) -> dict[str, Any]:
+    def handshake(self, name: str) -> dict[str, Any]:
         """What the launcher asks of every worker before it trains."""
         from sayo_verl.compat import worker_report
 
         class ActorRolloutRefWorker:  # the name that the report looks for
             actor = self.worker
 
-        name = next(iter(self.requests))
         return worker_report(SimpleNamespace(worker_dict={"actor": ActorRolloutRefWorker()}), self.requests[name])
 
     def adapter(self) -> dict[str, Any]:
@@ -105,7 +111,7 @@ class _Bench:
     def first(self, name: str | None) -> dict[str, Any]:
         """The first pass with a request: it compiles, so its time is no figure; its results are compared."""
         self.stage.reset_peak()
-        compares = name == next(iter(self.requests))  # copies of all layers would not fit
+        compares = name is not None and "last layer" in name  # copies of all layers would not fit
         reading: Any = queries_and_keys() if compares else contextlib.nullcontext([])
         with reading as taken:
             output, took = self.timed_call(name)
@@ -113,6 +119,7 @@ class _Bench:
         if name is None:
             self.plain = output
             return facts | {"rows": len(self.rows), "tokens": sum(len(row["input_ids"]) for row in self.rows)}
+        self.ran.append(name)
         facts["same_bits"] = {
             key: all(torch.equal(a, b) for a, b in zip(self.plain[key].unbind(), output[key].unbind(), strict=True))
             for key in ("log_probs", "entropy")
@@ -164,7 +171,7 @@ class _Bench:
 
     def times(self) -> dict[str, Any]:
         """Passes side by side, a round at a time, and the time that the probe itself says it took."""
-        names = [None, *self.requests]
+        names = [None, *self.ran]
         seconds: dict[str | None, list[float]] = {name: [] for name in names}
         own: dict[str, float] = {}
         for _ in range(1 if self.stage.tiny else ROUNDS):
@@ -176,7 +183,7 @@ class _Bench:
         plain = statistics.median(seconds[None])
         self.stage.figure("pass of verl's engine", f"{plain:.3f} s for {len(self.rows)} rows")
         facts: dict[str, Any] = {"plain_s": [round(x, 4) for x in seconds[None]]}
-        for name in self.requests:
+        for name in self.ran:
             ratios = [a / b for a, b in zip(seconds[name], seconds[None], strict=True)]
             more, share = 100 * (statistics.median(ratios) - 1), 100 * own[name] / plain
             facts[name] = {"more_percent": round(more, 3), "own_percent": round(share, 4),
@@ -188,11 +195,13 @@ class _Bench:
 
     def waits(self, name: str) -> dict[str, Any]:
         """How often the host waits in a call, with the probe and without it."""
-        with host_waits(self.stage.device) as without:
-            self.call(None)
+        if self.without is None:
+            with host_waits(self.stage.device) as self.without:
+                self.call(None)
         with host_waits(self.stage.device) as probed:
             self.call(name)
-        added = {place: n - without.get(place, 0) for place, n in probed.items() if n != without.get(place, 0)}
-        total, before = sum(probed.values()), sum(without.values())
+        plain = self.without
+        added = {place: n - plain.get(place, 0) for place, n in probed.items() if n != plain.get(place, 0)}
+        total, before = sum(probed.values()), sum(plain.values())
         self.stage.figure(f"waits of the host, {name}", f"{total} in a call, {before} without the probe")
         return {"plain": before, "probed": total, "added": added}

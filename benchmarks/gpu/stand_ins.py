@@ -109,12 +109,14 @@ def _varlen_takes() -> frozenset[str]:
     return frozenset(inspect.signature(varlen.varlen_attn).parameters)
 
 
-def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
-    """``flash_attn_func`` for [B, S, heads, D]."""
+def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
+    """``flash_attn_func`` for [B, S, heads, D]; with ``return_attn_probs`` also float32 [B, H, S] and None."""
     B, S, T = q.shape[0], q.shape[1], k.shape[1]
     starts_q, starts_k = (torch.arange(B + 1, dtype=torch.int32, device=q.device) * n for n in (S, T))
     q_L, k_L, v_L = (x.flatten(0, 1) for x in (q, k, v))
     out = _packed(q_L, k_L, v_L, starts_q, starts_k, S, T, **options)
+    if options.get("return_attn_probs"):
+        return out[0].unflatten(0, (B, -1)), out[1].unflatten(1, (B, -1)).transpose(0, 1), None
     return out.unflatten(0, (B, -1))
 
 
@@ -123,6 +125,7 @@ def _refuse(dropout: float, window: tuple[int, int], softcap: float, alibi: Any,
         raise NotImplementedError("the stand-in for flash-attn has no dropout, window, softcap, alibi or block table")
 
 
+@torch.autocast("cpu", enabled=False)  # the kernel's log-sum-exp is float32 whatever the model runs in
 def _one_by_one(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends_q: list[int], ends_k: list[int], scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
