@@ -73,7 +73,7 @@ def test_profiles_are_compared_once_for_index_and_similarity(monkeypatch):
         calls.append(m)
         return neighbours.top_neighbours(profile, m)
 
-    monkeypatch.setattr("sayo_verl.probe.measure.top_neighbours", spy)
+    monkeypatch.setattr("sayo_verl.probe.profiles.top_neighbours", spy)
     rows = Rows([(9, 4, 5), (8, 7, 3)], layers=2)
     asked = [statistic(name, layers=(0, 1)) for name in ("neighbour_index", "neighbour_similarity")]
     rows.measure(asked)

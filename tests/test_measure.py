@@ -10,7 +10,7 @@ import pytest
 import torch
 from probe_rows import ALL, CPU, NAN, PER_HEAD, ROW_OFFSET, SHAPES, Rows, largest_difference, refusal, same, statistic
 
-from sayo_verl.probe import fast, measure, reference
+from sayo_verl.probe import fast, profiles, reference
 from sayo_verl.probe.measure import Measurement, kernels
 from sayo_verl.probe.shard import Shard
 from sayo_verl.probe.statistics import CATALOGUE, Statistic, StatisticsRequest
@@ -502,9 +502,9 @@ def test_profiles_of_many_layers_that_do_not_fit_are_refused(monkeypatch):
     rows = Rows([(9, 4, 5), (12, 7, 6)], layers=3)
     needed = 4 * (5 * 4 + 6 * 7)  # bytes that both rows hold between two layers
     s = Statistic("top_patch_mass", size=2, layers=(0, 1, 2))
-    monkeypatch.setattr(measure, "MAX_PROFILE_BYTES", needed)
+    monkeypatch.setattr(profiles, "MAX_PROFILE_BYTES", needed)
     assert compare(rows, rows.measure([s])) <= 1e-6
-    monkeypatch.setattr(measure, "MAX_PROFILE_BYTES", needed - 1)
+    monkeypatch.setattr(profiles, "MAX_PROFILE_BYTES", needed - 1)
     with refusal("P23", "do not fit in memory") as caught:
         rows.measure([s])
     assert "MiB" in str(caught.value)

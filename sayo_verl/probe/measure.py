@@ -13,22 +13,18 @@ hidden size.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
 
 from sayo_verl.errors import SayoError
 from sayo_verl.probe import reference
-from sayo_verl.probe.neighbours import top_neighbours
 from sayo_verl.probe.place import Placement, place
 from sayo_verl.probe.plan import RowPlan
+from sayo_verl.probe.profiles import Profiles, check_held, grouped
 from sayo_verl.probe.reference import Span
 from sayo_verl.probe.shard import Shard
 from sayo_verl.probe.statistics import QUERY_ROWS, Statistic, StatisticsRequest
-
-# Profiles of a micro-batch that must live at once, when a statistic averages them over layers.
-MAX_PROFILE_BYTES = 2**30
 
 
 def kernels(path: str, device: torch.device) -> ModuleType:
@@ -38,23 +34,6 @@ def kernels(path: str, device: torch.device) -> ModuleType:
     from sayo_verl.probe import fast
 
     return fast
-
-
-@dataclass
-class _Profiles:
-    """The statistics that read the same attention profiles, and what has been read of those profiles.
-
-    Attributes:
-        layers: numbers from 0, over which a profile is averaged.
-        query_row: the convention.
-        statistics: what is made of them.
-        held: row -> its profile so far [T, V], when more layers are to come; and how many have.
-    """
-
-    layers: frozenset[int]
-    query_row: str
-    statistics: list[Statistic]
-    held: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)
 
 
 class Measurement:
@@ -96,12 +75,7 @@ class Measurement:
                             fix="set actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1")  # fmt: skip
         self._sets = list(dict.fromkeys(name for s in request.statistics for name in _sets_of(s)))
         self._values: dict[Statistic, torch.Tensor] = {}  # [L, W], by attention row
-        groups: dict[tuple[frozenset[int], str], list[Statistic]] = {}
-        for s, numbers in self._statistics.items():
-            if s.fact.source == "profile":
-                groups.setdefault((frozenset(numbers), s.query_row), []).append(s)
-        self._profiles = [_Profiles(*key, statistics) for key, statistics in groups.items()]
-        self._not_finite = torch.zeros((), dtype=torch.int64, device=device)  # values of profiles that are compared
+        self._profiles = grouped(self._statistics, device)
         empty = [0.0 if row.image_columns.numel() else float("nan") for row in rows]
         self._sums = [
             {s: torch.full((max(row.image_columns.numel(), 1),), value, device=device)
@@ -207,7 +181,9 @@ class Measurement:
                 values, unseen[statistic.key] = self._to_wire(statistic, values)
             out[statistic.key] = values, lengths
         # all at once and last: it waits for the device
-        *missed, not_finite = torch.stack([*unseen.values(), self._not_finite]).tolist()
+        counts = [*unseen.values(), *(group.not_finite for group in self._profiles)]
+        counted = torch.stack(counts).tolist() if counts else []
+        missed, not_finite = counted[: len(unseen)], sum(counted[len(unseen) :])
         if not_finite:
             raise SayoError("P25", "an attention profile is not finite", where="Measurement",
                             got=f"{not_finite} values", wanted="finite numbers",
@@ -252,50 +228,19 @@ class Measurement:
         share_QW = torch.cat([values_QW, ones_Q], 1) / len(statistic.layers)
         self._values[statistic].index_add_(0, self._placement.rows_at, share_QW)
 
-    def _add_profile(self, group: _Profiles, n: int, span: Span, profile_TV: torch.Tensor) -> None:
-        """Take one layer's profile of a sequence; what is not linear in it waits for the mean over layers."""
+    def _add_profile(self, group: Profiles, n: int, span: Span, profile_TV: torch.Tensor) -> None:
+        """Take one layer's profile of a sequence."""
         prompt, offset = self.rows[n].length - self.rows[n].response_length, QUERY_ROWS[group.query_row]
         # only the rows of the statistic's own convention: the span has one more
         first = max(prompt + offset, span.position)
         last = min(self.rows[n].length + offset, span.position + span.n_queries)
         profile_TV = profile_TV[first - span.position : last - span.position] / len(group.layers)
-        sized = [s for s in group.statistics if s.size]
-        for statistic in group.statistics:
-            if not statistic.size:
-                self._sums[n][statistic][: profile_TV.shape[1]] += profile_TV.sum(0)
-        if not sized:
-            return
-        held, reads = group.held.pop(n, (None, 0))
-        profile_TV, reads = profile_TV if held is None else held + profile_TV, reads + 1
-        if reads < len(group.layers):
-            group.held[n] = profile_TV, reads
-            self._check_held()
-            return
-        made: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}  # kind, size -> index, values
-        for statistic in sized:
-            kind = statistic.name.rpartition("_")[0]
-            if (kind, statistic.size) not in made:
-                made[kind, statistic.size] = self._ranked(kind, profile_TV, statistic.size)
-            index_Tk, values_Tk = made[kind, statistic.size]
-            chosen_Tk = index_Tk.float() if statistic.name.endswith("_index") else values_Tk
-            self._put(statistic, self._starts[n] + first, chosen_Tk, 1.0)
-
-    def _ranked(self, kind: str, profile_TV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index [T, k] and attention or similarity [T, k] of what a profile is asked for."""
-        if kind == "top_patch":
-            mass_Tk, index_Tk = profile_TV.topk(min(k, profile_TV.shape[1]))
-            return _widen(index_Tk, k, -1.0), _widen(mass_Tk, k, 0.0)
-        self._not_finite += (~profile_TV.isfinite()).sum()
-        return top_neighbours(profile_TV, k)
-
-    def _check_held(self) -> None:
-        held = [profile for group in self._profiles for profile, _ in group.held.values()]
-        size = sum(profile.numel() * 4 for profile in held)
-        if size > MAX_PROFILE_BYTES:
-            raise SayoError("P23", "attention profiles of several layers do not fit in memory together",
-                            where="Measurement.read", got=f"{size / 2**20:.0f} MiB in one micro-batch",
-                            wanted=f"at most {MAX_PROFILE_BYTES / 2**20:.0f} MiB", fix="ask for one layer, or lower "
-                            "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu")  # fmt: skip
+        for statistic, values in group.take(n, profile_TV):
+            if statistic.name == "patch_sums":
+                self._sums[n][statistic][: values.shape[0]] += values
+            else:
+                self._put(statistic, self._starts[n] + first, values, 1.0)
+        check_held(self._profiles)
 
     def _to_wire(self, statistic: Statistic, rows_LW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """From attention rows to the layout verl slices: token t's value at position P + t - 1, NaN elsewhere.
@@ -316,8 +261,3 @@ def _sets_of(statistic: Statistic) -> list[str]:
     if statistic.name == "box_mass":
         return [f"box{i}" for i in range(statistic.size)]
     return [statistic.fact.keys] if statistic.fact.source == "mass" else []
-
-
-def _widen(values_Tn: torch.Tensor, k: int, fill: float) -> torch.Tensor:
-    """[T, n] -> [T, k]: there are fewer visual tokens than asked."""
-    return torch.nn.functional.pad(values_Tn.float(), (0, k - values_Tn.shape[1]), value=fill)
