@@ -48,7 +48,7 @@ class Entry:
 
 STAGES = {
     "machine": Entry("machine", "", 30, "versions, compiler, rates of products and copies"),
-    "kernels": Entry("kernels", "", 90, "against float64 at every family's heads; compilation; times at real sizes"),
+    "kernels": Entry("kernels", "", 110, "against float64 at every family's heads; compilation; times at real sizes"),
     "passes-qwen3": Entry("passes", "qwen3_vl", 110, "probe in 1, 4, all layers and eager beside the pass; memory"),
     "engine-qwen3": Entry("engine", "qwen3_vl", 120, "verl's engine at the 8B shape; waits; counterfactual pass"),
     "passes-qwen2.5": Entry("passes", "qwen2_5_vl", 90, "the same passes at the 7B shape"),
