@@ -100,7 +100,10 @@ def _packed(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     starts = (cu_seqlens_q.int(), cu_seqlens_k.int(), int(max_seqlen_q), int(max_seqlen_k))
     found = varlen.varlen_attn(q, k, v, *starts, scale=scale, **options)
-    return (*found, None) if return_attn_probs else found
+    if not return_attn_probs:
+        return found
+    out, lse = found
+    return out, lse if lse.shape[0] == q.shape[1] else lse.T, None  # torch documents [L, H], its kernel gives [H, L]
 
 
 @functools.cache
