@@ -78,9 +78,13 @@ def flash_attention_on_cpu(*, float32_in_verl: bool = True) -> Iterator[FlashCal
         deterministic=False, return_attn_probs=False,
     ):  # fmt: skip
         _require_plain(dropout_p, window_size, softcap, alibi_slopes)
-        assert not return_attn_probs, "not asked for without cu_seqlens"
         calls.dense.append(tuple(q.shape))
-        return torch.stack([_attend(*row, softmax_scale, causal)[0] for row in zip(q, k, v, strict=True)])
+        made = [_attend(*row, softmax_scale, causal) for row in zip(q, k, v, strict=True)]
+        output = torch.stack([output for output, _ in made])
+        if not return_attn_probs:
+            return output
+        calls.lse += 1
+        return output, torch.stack([lse for _, lse in made]), None
 
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,

@@ -95,11 +95,11 @@ def test_without_numbers_the_page_says_so_and_still_has_target_and_arithmetic(re
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.md").read_text()
     assert "SELF-CHECK" not in page
-    assert row(page, "one layer")[1:] == ["at most 0.1 %", "0.023 to 0.083 %", "not measured"]
-    assert row(page, "all 36 layers")[1:] == ["at most 3 %", "0.82 to 2.98 %", "not measured"]
-    for model in ("### Qwen3-VL-8B", "### Qwen2.5-VL-7B"):
-        (only,) = tables(page.split(model)[1].split("##")[0])
-        assert {cell for cells in only[1:] for cell in cells[1:]} == {"not measured"}
+    assert row(page, "one layer")[1:] == ["at most 0.1 %", "0.030 to 0.146 %", "0.045 to 0.189 %", "not measured"]
+    assert row(page, "all 36 layers")[1:] == ["at most 3 %", "1.1 to 5.2 %", "1.6 to 6.8 %", "not measured"]
+    on_gpu = page.split("## On a GPU")[1].split("## On a CPU")[0]
+    assert on_gpu.strip().startswith("Not run: there was no card.")
+    assert not tables(on_gpu), "an empty table says less than a line"
 
 
 def test_a_gpu_that_is_not_there_is_refused_at_once(repo, tmp_path):
@@ -124,6 +124,54 @@ def test_the_arithmetic_against_counting():
     assert pass_operations(shape, real) == 36 * real.total * per_token + attention + 2 * real.total * 4096 * 151936
     assert masses_operations(shape, real) == 2 * 32 * 128 * real.pairs
     assert qwen3_vision_operations(4096, 1024) / 1e12 == pytest.approx(5.8, abs=0.05)
+
+
+def test_the_forecast_against_counting():
+    from cost.forecast import BYTES, EXPONENTIALS, PRODUCTS, forecast, in_turn_limit, work
+    from cost.shapes import REAL, Lengths
+
+    shape, n = REAL[0], Lengths(64, (64, 64), 64, 2048)
+    seen = [sum(range(n.prompt + 1, n.total + 1)), n.response * 4096]  # causal keys; those of the image
+    for lse_given, pairs in zip((False, True), seen, strict=True):
+        layer = work(shape, n, lse_given)
+        assert layer.exponentials == 32 * pairs
+        assert layer.operations == 2 * 128 * 32 * pairs
+        keys = 4096 if lse_given else n.total
+        assert layer.moved == 2 * 128 * (32 * 2048 + 8 * keys) + 4 * 3 * 32 * 2048
+        products, exponentials, moved = layer.floors
+        assert products == pytest.approx(layer.operations / PRODUCTS)
+        assert exponentials == pytest.approx(32 * pairs / EXPONENTIALS)
+        assert moved == pytest.approx(layer.moved / BYTES)
+        assert layer.overlapped == products
+        assert layer.in_turn == products + exponentials
+    assert in_turn_limit() / 1e12 == pytest.approx(1 / (1 / 800 + 1 / (256 * EXPONENTIALS / 1e12)), rel=1e-6)
+    low, high = forecast(n, 1, lse_given=False, vision=True)
+    assert (low, high) == pytest.approx((0.114, 0.130), abs=5e-4)
+    low, high = forecast(n, 36, lse_given=False, vision=True)
+    assert (low, high) == pytest.approx((4.1, 4.7), abs=0.05)
+
+
+def test_the_page_shows_figures_of_a_card_and_none_of_a_rehearsal(self_check, tmp_path):
+    from cost.page import write_page
+
+    _, raw = self_check
+    case = copy.deepcopy(next(c for c in raw["cases"].values() if c["part"] == "card"))
+    case["shape"] |= {"name": "Qwen3-VL-8B", "layers": 5}
+    case["times"].pop("profile reference")  # a brief case leaves variants out
+    figures = {
+        "a": {"stage": "focus", "what": "a step", "value": "1.2 s", "stood_in": {"weights": "random"}, "card": "H100"},
+        "b": {"stage": "kernels", "what": "masses", "value": "rehearsed", "stood_in": {"tiny": "a CPU"}, "card": "CPU"},
+    }
+    raw = {"cases": {"one": case}, "scaling": {}, "failures": {}, "figures": figures}
+    write_page(tmp_path / "page.md", raw)
+    page = (tmp_path / "page.md").read_text()
+    assert row(page, "focus") == ["focus", "a step", "1.2 s", ""]
+    assert "rehearsed" not in page
+    on_gpu = page.split("## On a GPU")[1].split("## On a CPU")[0]
+    assert "profile kernel of the reference path" not in on_gpu
+    assert "out of memory" not in on_gpu, "what was left out did not run out of memory"
+    assert "### Qwen2.5-VL-7B" not in page
+    assert "Qwen2.5-VL-7B: not run.\n" in on_gpu
 
 
 def test_verdicts_exponents_and_failures_come_from_the_numbers(self_check, tmp_path):

@@ -236,10 +236,16 @@ def test_a_mode(worlds, name, mode):
             given = dataclasses.replace(request, path="fast_lse")
             with_lse = unbound(log_prob_pass(built, world.rows, given.to_wire()))
             assert calls.lse > 0
+            before, one_each = len(calls.dense), {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 1}
+            alone = unbound(log_prob_pass(built, world.rows[:2], given.to_wire(), **one_each))
+            assert len(calls.dense) > before or mode.bucket, (
+                "a row by itself does not go to flash-attn's other function"
+            )
 
     if with_lse is not None:  # the kernel's own log-sum-exp, in the same pass
         assert all(torch.equal(a, b) for a, b in zip(plain["log_probs"], with_lse["log_probs"], strict=True))
         assert statistics_error(with_lse, request, world.rows, world.truth[mode.lora])[0] < TOLERANCE
+        assert statistics_error(alone, request, world.rows[:2], world.truth[mode.lora][:2])[0] < TOLERANCE
     assert calls is None or calls.varlen, "the flash path was not taken"
     assert not [key for key in plain if key.startswith(WIRE_PREFIX)]
     for key in ("log_probs", "entropy"):

@@ -8,6 +8,7 @@ import torch
 from sayo_verl import doctor
 from sayo_verl.errors import SayoError
 from sayo_verl.probe import reference, selfcheck
+from sayo_verl.probe.taps import FLASH, FLASH_OF_ONE
 
 SHAPE = {"heads": 6, "key_heads": 2, "head_dim": 32, "device": torch.device("cpu")}
 
@@ -100,7 +101,7 @@ def flash_attention(wrong=lambda lse: lse):
         seen = (of[:, None] == of) & (at <= at[:, None])
         return q, wrong(logits.masked_fill(~seen, float("-inf")).logsumexp(-1)), None
 
-    return lambda: [(selfcheck, "varlen", varlen)]
+    return lambda targets=FLASH: [(selfcheck, "varlen", varlen)] if targets is FLASH else []
 
 
 def test_the_log_sum_exp_of_flash_attention_is_compared_before_it_is_used(monkeypatch):
@@ -114,9 +115,31 @@ def test_the_log_sum_exp_of_flash_attention_is_compared_before_it_is_used(monkey
             selfcheck.check_path("fast_lse", **SHAPE)
 
 
+def test_the_log_sum_exp_of_a_row_by_itself_is_compared_too(monkeypatch):
+    """A micro-batch of one row calls flash-attn's function for sequences of one length."""
+    fast(monkeypatch)
+    ((_, _, varlen),) = flash_attention()()
+
+    def of_one(wrong):
+        def dense(q, k, v, **settings):
+            ends = torch.tensor([0, q.shape[1]], dtype=torch.int32)
+            _, lse, _ = varlen(q[0], k[0], v[0], ends, ends, q.shape[1], q.shape[1], **settings)
+            return q, wrong(lse[None]), None
+
+        both = {FLASH: varlen, FLASH_OF_ONE: dense}
+        monkeypatch.setattr(selfcheck, "flash_functions", lambda targets=FLASH: [(selfcheck, "", both[targets])])
+
+    of_one(lambda lse: lse)
+    assert selfcheck.check_path("fast_lse", **SHAPE)[1] < 1e-5
+    for wrong in (lambda lse: lse * 1.4427, lambda lse: lse.transpose(1, 2), lambda lse: lse[0]):
+        of_one(wrong)
+        with pytest.raises(SayoError, match="SAYO-P24"):
+            selfcheck.check_path("fast_lse", **SHAPE)
+
+
 def test_no_flash_attention_to_take_a_log_sum_exp_from_is_refused(monkeypatch):
     fast(monkeypatch)
-    monkeypatch.setattr(selfcheck, "flash_functions", list)
+    monkeypatch.setattr(selfcheck, "flash_functions", lambda targets=FLASH: [])
     with pytest.raises(SayoError, match=r"SAYO-P31: there is no FlashAttention .*probe_path=fast"):
         selfcheck.check_path("fast_lse", **SHAPE)
 

@@ -38,7 +38,9 @@ class PackedAttention:
     def backend(self, device: torch.device) -> str:
         """What computes attention on a device, in words."""
         if device.type == "cuda" and self._flash:
-            return "flash_attn_varlen_func of flash-attn"
+            import flash_attn
+
+            return getattr(flash_attn, "stands_in", "flash_attn_varlen_func of flash-attn")
         return "torch's fused scaled_dot_product_attention (flash kernel forced), one call per sequence"
 
     def __call__(

@@ -48,6 +48,7 @@ class Case:
         chunks: chunk sizes of the reference path to try in all layers.
         extras: whether profile statistics and the hidden-state cosine are measured too.
         rounds: of the probe; eager attention takes part in the first ``slow_rounds``.
+        brief: without the slowest: the reference path in several layers and by itself, and eager weights that are kept.
     """
 
     part: str
@@ -59,6 +60,7 @@ class Case:
     extras: bool
     rounds: int
     slow_rounds: int
+    brief: bool = False
 
     @property
     def key(self) -> str:
@@ -107,12 +109,8 @@ def fitting_sequences(stack: TextStack, case: Case, meter: Meter, max_tokens: in
     by_memory = int(0.8 * torch.cuda.mem_get_info(stack.device)[0]) // need
     by_tokens = max_tokens // case.lengths.total if max_tokens else by_memory
     n = max(1, min(by_memory, by_tokens))
-    return (
-        n,
-        "memory"
-        if by_memory <= by_tokens
-        else f"{max_tokens:,} tokens a pass (memory would take {by_memory} sequences)",
-    )
+    by_limit = f"{max_tokens:,} tokens a pass (memory would take {by_memory} sequences)"
+    return n, "memory" if by_memory <= by_tokens else by_limit
 
 
 def passes(case: Case, work: Workload) -> dict[str, Timed]:
@@ -120,10 +118,11 @@ def passes(case: Case, work: Workload) -> dict[str, Timed]:
     n_layers = work.stack.shape.layers
     timed = {"pass": Timed(work.plain)}
     for path in case.paths:
-        for count in (1, 4, n_layers):
+        slow = case.brief and path == "reference"
+        for count in (1,) if slow else (1, 4, n_layers):
             request = masses_request(some_layers(n_layers, count), path)
             timed[f"probe {path} {count}"] = Timed(functools.partial(work.probed, request))
-        if case.extras:
+        if case.extras and not slow:
             timed[f"profile {path} 1"] = Timed(functools.partial(work.probed, profile_request(path)))
     for chunk in case.chunks:
         request = masses_request(range(n_layers), "reference")
@@ -136,7 +135,8 @@ def passes(case: Case, work: Workload) -> dict[str, Timed]:
         (f"eager {n_layers}", range(n_layers), False),
         (f"eager {n_layers} kept", range(n_layers), True),
     ):
-        timed[name] = Timed(functools.partial(work.eager, layers, keep), rounds=case.slow_rounds)
+        if not (case.brief and keep):
+            timed[name] = Timed(functools.partial(work.eager, layers, keep), rounds=case.slow_rounds)
     return timed
 
 
@@ -150,7 +150,7 @@ def pieces(case: Case, work: Workload) -> dict[str, Timed]:
     query, key, scale = work.queries_and_keys(layer)
     sets, columns_V = work.key_sets(), work.plan(masses_request([layer], "auto"))[0].image_columns.to(work.stack.device)
     timed: dict[str, Timed] = {}
-    for path in case.paths:
+    for path in case.paths[:1] if case.brief else case.paths:
         of_path, measurement = kernels(path, work.stack.device), work.measurement(masses_request([layer], path))
         masses = functools.partial(of_path.attention_masses, query, key, work.spans, sets, 2, scale=scale)
         functions: dict[str, Callable[[], Any]] = {

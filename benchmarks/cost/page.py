@@ -19,26 +19,37 @@ from cost.cells import (
     span,
     table,
 )
-from cost.shapes import REAL, REAL_LENGTHS, TINY, masses_operations, pass_operations, qwen3_vision_operations
+from cost.forecast import IN_TURN, SHAPE, arithmetic, forecast_cell, in_turn_limit, size
+from cost.shapes import REAL, REAL_LENGTHS, TINY
 
 Raw = Mapping[str, Mapping[str, Entry]]
 ONE_LAYER, ALL_LAYERS = 0.1, 3.0  # the target, per cent of the pass
 
 HEAD = """\
-Written by `benchmarks/probe_cost.py` from `benchmarks/results/*.json`; its `--help` says how to add a device.
+Written by `benchmarks/probe_cost.py` from `benchmarks/results/*.json`. `benchmarks/on_gpu.py` measures a card in ten
+minutes and leaves a file for that folder; the `--help` of both says how.
 
 Everything stands beside the pass that the probe rides on: verl's old-log-prob pass over one packed micro-batch, without
 gradient, with `lm_head`, log-softmax and entropy of every token. Weights are random, which changes no cost. The vision
 tower is left out of every measured pass: that makes the pass shorter and every ratio here larger than in training.
 """
 SELF_CHECK = "**SELF-CHECK: models this small measure nothing. Do not read the figures.**\n"
-ARITHMETIC = """\
-Multiplications and additions of one sequence at the shape of Qwen3-VL-8B, with 128 tokens of text in the prompt. The
-fast path goes over the keys once and computes the log-sum-exp anew over all causal keys, so a layer takes 2 x H x D x
-pairs: H query heads of D dimensions, pairs = response rows x mean number of causal keys. If every operation took the
-same time, this would be the probe's share of the pass. Exponentials, memory traffic, launches and work on the host are
-not in it.
+TARGET = """\
+{name}, bfloat16, one H100 (an H200 computes as fast), the fast path (Triton), added to the old-log-prob pass.
+The forecast covers the four sizes below. It is that of a kernel whose exponentials wait for its products. The units
+allow {limit:.0f} T operations a second then; it is counted with {slow:.0f} to {fast:.0f} T.
 """
+FORECAST = """\
+**By this forecast the kernel misses the target.** At {size} tokens, beside a pass with the vision tower:
+
+- one layer takes {one}, {layers} layers {all};
+- with the log-sum-exp given, one layer takes {one_given}, {layers} layers {all_given}.
+"""
+FIGURES = """\
+From the other stages of `benchmarks/on_gpu.py`, on {cards}. Weights are random; the last column says what else stood in
+for what.
+"""
+NOT_RUN = "Not run: there was no card. `python benchmarks/on_gpu.py` measures it in ten minutes.\n"
 TIME = """\
 "/ pass" is the ratio to the plain pass of the same round: median (least to most) of {rounds} rounds, of {slow} for
 eager attention. "Alone" is all that the probe adds to a pass for one layer, run by itself in the same rounds: planning
@@ -80,45 +91,44 @@ def write_page(path: Path, raw: Raw) -> None:
     """
     tiny = {shape.name for shape in TINY}
     self_check = [SELF_CHECK] if any(case["shape"]["name"] in tiny for case in raw["cases"].values()) else []
-    lines = ["# What the probe costs", "", *self_check, HEAD, *_target(raw), *_arithmetic(), "## On a GPU", ""]
+    lines = ["# What the probe costs", "", *self_check, HEAD, *_target(raw), *arithmetic(), "## On a GPU", ""]
     models = [shape.name for shape in REAL] if not self_check else sorted(tiny)
-    for model in models:
+    run = [model for model in models if _cases(raw, "card", model) or _failures(raw, "card", model)]
+    for model in run:
         lines += [f"### {model}", "", *_part(raw, "card", model)]
+    lines += [*_figures(raw), *(f"{model}: not run.\n" for model in models if model not in run)] if run else [NOT_RUN]
     lines += ["## On a CPU", "", *_part(raw, "cpu", None), LIMITS]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines))
 
 
 def _target(raw: Raw) -> list[str]:
-    shape = REAL[0]
-    cases = _cases(raw, "card", shape.name)
+    cases = _cases(raw, "card", SHAPE.name)
     one = [100 * statistics.median(found) for c in cases if (found := ratios(c, "alone fast"))]
-    whole = [100 * statistics.median(found) - 100 for c in cases if (found := ratios(c, f"probe fast {shape.layers}"))]
-    series = raw["scaling"].get(f"card: {shape.name}")
+    whole = [100 * statistics.median(found) - 100 for c in cases if (found := ratios(c, f"probe fast {SHAPE.layers}"))]
+    series = raw["scaling"].get(f"card: {SHAPE.name}")
     grows = None if series is None else exponent(series, "fast", "memory")
-    share = [100 * masses_operations(shape, n) / pass_operations(shape, n) for n in REAL_LENGTHS]
+    forecasts = [
+        [forecast_cell(REAL_LENGTHS, layers, digits, lse_given=False, vision=vision) for vision in (True, False)]
+        for layers, digits in ((1, 3), (SHAPE.layers, 1))
+    ]
+    linear = "linear: some numbers per response token and head"
     rows = [
-        ["one layer", f"at most {ONE_LAYER:g} %", span(share, "%", 3), _verdict(one, ONE_LAYER)],
-        [
-            f"all {shape.layers} layers",
-            f"at most {ALL_LAYERS:g} %",
-            span([shape.layers * x for x in share], "%", 2),
-            _verdict(whole, ALL_LAYERS),
-        ],
-        [
-            "memory",
-            "linear in tokens",
-            "linear: some numbers per response token and head",
-            MISSING if grows is None else f"exponent {grows:.2f} over tokens",
-        ],
-    ]
-    return [
-        "## Target",
-        "",
-        f"{shape.name}, bfloat16, one H200, the fast path (Triton), added to the old-log-prob pass:",
-        "",
-        *table(["", "target", "by arithmetic (operations)", "measured"], rows),
-    ]
+        ["one layer", f"at most {ONE_LAYER:g} %", *forecasts[0], _verdict(one, ONE_LAYER)],
+        [f"all {SHAPE.layers} layers", f"at most {ALL_LAYERS:g} %", *forecasts[1], _verdict(whole, ALL_LAYERS)],
+        ["memory", "linear in tokens", linear, "",
+         MISSING if grows is None else f"exponent {grows:.2f} over tokens"],
+    ]  # fmt: skip
+    longest = REAL_LENGTHS[-1:]
+    said = {
+        name + given: forecast_cell(longest, layers, digits, lse_given=bool(given), vision=True)
+        for name, layers, digits in (("one", 1, 3), ("all", SHAPE.layers, 1))
+        for given in ("", "_given")
+    }
+    rates = {"slow": IN_TURN[0] / 1e12, "fast": IN_TURN[1] / 1e12, "limit": in_turn_limit() / 1e12}
+    header = ["", "target", "forecast, pass with vision tower", "forecast, text model alone", "measured beside it"]
+    return ["## Target", "", TARGET.format(name=SHAPE.name, **rates), *table(header, rows),
+            FORECAST.format(size=size(longest[0]), layers=SHAPE.layers, **said)]  # fmt: skip
 
 
 def _verdict(values: Sequence[float], target: float) -> str:
@@ -127,56 +137,36 @@ def _verdict(values: Sequence[float], target: float) -> str:
     return f"{span(values, '%', 3)}: {'met' if max(values) <= target else 'missed'}"
 
 
-def _arithmetic() -> list[str]:
-    shape = REAL[0]
-    rows = []
-    for n in REAL_LENGTHS:
-        text, probe = pass_operations(shape, n), masses_operations(shape, n)
-        vision = qwen3_vision_operations(shape.hidden, n.image_tokens)
-        rows.append(
-            [
-                f"{n.image_tokens:,} + {n.response:,}",
-                f"{text / 1e12:.1f} T",
-                f"{vision / 1e12:.1f} T",
-                f"{probe / 1e9:.1f} G",
-                f"{100 * probe / text:.3f} %",
-                f"{100 * shape.layers * probe / text:.2f} %",
-                f"{100 * shape.layers * probe / (text + vision):.2f} %",
-            ]
-        )
-    header = ["image + response tokens", "pass, text model", "vision tower", "probe, one layer"]
-    header += ["one layer / text model", f"{shape.layers} layers / text model", f"{shape.layers} layers / both"]
-    return ["## Arithmetic, not measurement", "", ARITHMETIC, *table(header, rows)]
-
-
 def _part(raw: Raw, part: str, model: str | None) -> list[str]:
     """Everything that was measured of one model (None: of all) in one part, or that it was not."""
     cases = _cases(raw, part, model)
-    told = [
+    failed = _failures(raw, part, model)
+    if not cases:
+        return [*failed, f"{MISSING.capitalize()}.\n"]
+    name = cases[0]["shape"]["name"]
+    series = raw["scaling"].get(f"{part}: {name}")
+    lines = [*failed, *_about(cases), *_times(cases, series), *_memory(cases)]
+    return lines if series is None else [*lines, *_growth(name, series)]
+
+
+def _failures(raw: Raw, part: str, model: str | None) -> list[str]:
+    return [
         f"The last run failed ({entry['date']}): `{entry['error']}`\n"
         for key, entry in raw["failures"].items()
         if key.startswith(part) and (model is None or model in key)
     ]
-    if not cases:
-        return [*told, *_not_measured(model)]
-    name = cases[0]["shape"]["name"]
-    series = raw["scaling"].get(f"{part}: {name}")
-    lines = [*told, *_about(cases), *_times(cases, series), *_memory(cases)]
-    return lines if series is None else [*lines, *_growth(name, series)]
 
 
-def _not_measured(model: str | None) -> list[str]:
-    if model is None:
-        return [MISSING, ""]
-    n = next(shape.layers for shape in REAL if shape.name == model)
-    wanted = [f"probe, {k} layer{'s' * (k > 1)}, fast path / pass" for k in (1, 4, n)]
-    wanted += [
-        f"eager attention in all {n} layers / pass",
-        "masses kernel of the fast path, time / floor",
-        "peak memory",
+def _figures(raw: Raw) -> list[str]:
+    """What the stages of ``on_gpu.py`` measured beside the passes."""
+    found = [entry for entry in raw.get("figures", {}).values() if "tiny" not in entry["stood_in"]]
+    rows = [
+        [x["stage"], x["what"], x["value"], "; ".join(f"{k}: {v}" for k, v in x["stood_in"].items() if k != "weights")]
+        for x in found
     ]
-    header = ["image + response tokens", *(f"{x.image_tokens:,} + {x.response:,}" for x in REAL_LENGTHS)]
-    return table(header, [[row, *[MISSING] * len(REAL_LENGTHS)] for row in wanted])
+    cards = ", ".join(sorted({x["card"] for x in found}))
+    header = ["stage", "what", "measured", "stood in"]
+    return ["### Beside the passes", "", FIGURES.format(cards=cards), *table(header, rows)] if found else []
 
 
 def _about(cases: Sequence[Entry]) -> list[str]:
@@ -270,24 +260,25 @@ def _variants(cases: Sequence[Entry]) -> list[tuple[str, str]]:
         f"eager {n}": f"eager attention in all {n} layers, weights dropped / pass",
         f"eager {n} kept": f"eager attention in all {n} layers, weights kept (`output_attentions`) / pass",
     }
-    return [(name, title) for name, title in titles.items() if any(name in case["times"] for case in cases)]
+    return _measured(cases, titles)
 
 
 def _shares(cases: Sequence[Entry]) -> list[tuple[str, str]]:
     words = {"alone": "probe alone, 1 layer", "plan": "of it planning", "read": "of it reading the layer"}
-    return [
-        (f"{part} {path}", f"{title}, {path} path / pass")
-        for path in cases[0]["paths"]
-        for part, title in words.items()
-    ]
+    titles = {
+        f"{part} {path}": f"{title}, {path} path / pass" for path in cases[0]["paths"] for part, title in words.items()
+    }
+    return _measured(cases, titles)
 
 
 def _kernels(cases: Sequence[Entry]) -> list[tuple[str, str]]:
-    return [
-        (f"{part} {path}", f"{part} kernel of the {path} path")
-        for path in cases[0]["paths"]
-        for part in ("masses", "profile")
-    ]
+    parts = [(part, path) for path in cases[0]["paths"] for part in ("masses", "profile")]
+    return _measured(cases, {f"{part} {path}": f"{part} kernel of the {path} path" for part, path in parts})
+
+
+def _measured(cases: Sequence[Entry], titles: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Those that any of the cases has."""
+    return [(name, title) for name, title in titles.items() if any(name in case["times"] for case in cases)]
 
 
 def _cases(raw: Raw, part: str, model: str | None) -> list[Entry]:

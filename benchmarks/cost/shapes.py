@@ -56,6 +56,21 @@ REAL = (
     Shape("Qwen3-VL-8B", "qwen3_vl", 36, 4096, 32, 8, 128, 12288, 151936),
     Shape("Qwen2.5-VL-7B", "qwen2_5_vl", 28, 3584, 28, 4, 128, 18944, 152064),
 )
+# (name, H, G, D) of every family's text attention, and head dimensions that no family has yet
+HEADS = (
+    ("Qwen3-VL-2B", 16, 8, 128),
+    ("Qwen3-VL-4B and 8B, InternVL3.5-4B and 8B", 32, 8, 128),
+    ("Qwen3-VL-32B", 64, 8, 128),
+    ("Qwen3-VL-30B-A3B, InternVL3.5-30B-A3B", 32, 4, 128),
+    ("Qwen3-VL-235B-A22B", 64, 4, 128),
+    ("Qwen2.5-VL-3B", 16, 2, 128),
+    ("Qwen2.5-VL-7B", 28, 4, 128),
+    ("Qwen2.5-VL-32B, InternVL3.5-14B", 40, 8, 128),
+    ("D 64", 8, 2, 64),
+    ("D 80", 8, 4, 80),
+    ("D 96", 12, 4, 96),
+    ("D 256", 8, 2, 256),
+)
 # for the self-check
 TINY = (
     Shape("tiny Qwen3-VL", "qwen3_vl", 5, 64, 4, 1, 16, 96, 96),

@@ -1,5 +1,6 @@
-"""The raw numbers: JSON files that are whole at any time."""
+"""The raw numbers: JSON files that are whole at any time, and reports that grow line by line."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -37,8 +38,23 @@ class Store:
 
 def read_all(paths: list[Path]) -> dict[str, dict[str, dict[str, Any]]]:
     """Several files as one; a later file's entry wins."""
-    whole: dict[str, dict[str, dict[str, Any]]] = {"cases": {}, "scaling": {}, "failures": {}}
+    whole: dict[str, dict[str, dict[str, Any]]] = {"cases": {}, "scaling": {}, "failures": {}, "figures": {}}
     for path in paths:
         for section, entries in Store(path).read().items():
             whole[section].update(entries)
     return whole
+
+
+def append_line(report: Path, line: dict[str, Any]) -> None:
+    """Add a line to a report; it is on disk when this returns."""
+    with report.open("a") as file:
+        file.write(json.dumps(line, default=str) + "\n")
+
+
+def read_lines(report: Path) -> list[dict[str, Any]]:
+    """The lines of a report, oldest first; one that was cut short is left out."""
+    lines = []
+    for text in report.read_text().splitlines() if report.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines

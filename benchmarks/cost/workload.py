@@ -44,9 +44,7 @@ class TextStack:
 
     def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
         self.shape, self.device, self.dtype = shape, device, dtype
-        half = shape.head_dim // 2
-        spatial = half * 5 // 16 if shape.family == "qwen3_vl" else half * 3 // 8
-        rope: dict[str, Any] = {"rope_type": "default", "mrope_section": [half - 2 * spatial, spatial, spatial]}
+        rope = rope_parameters(shape)
         sizes: dict[str, Any] = {
             "vocab_size": shape.vocabulary,
             "hidden_size": shape.hidden,
@@ -62,11 +60,9 @@ class TextStack:
             torch.manual_seed(0)
             config: Any
             if shape.family == "qwen3_vl":
-                rope |= {"rope_theta": 5e6, "mrope_interleaved": True}
                 config = Qwen3VLTextConfig(**sizes, head_dim=shape.head_dim, rope_parameters=rope)
                 make: Any = Qwen3VLTextModel
             else:
-                rope |= {"rope_theta": 1e6}
                 config = Qwen2_5_VLTextConfig(**sizes, bos_token_id=None, eos_token_id=None, rope_parameters=rope)
                 make = Qwen2_5_VLTextModel
             config._attn_implementation = PackedAttention.name
@@ -75,6 +71,15 @@ class TextStack:
         used = {parameter.dtype for parameter in self.model.parameters()} | {self.head.weight.dtype}
         if used != {dtype}:
             raise RuntimeError(f"wanted weights of {dtype}, got {used}")
+
+
+def rope_parameters(shape: Shape) -> dict[str, Any]:
+    """The family's rotary embedding: how the frequencies are shared out over time, height and width."""
+    half = shape.head_dim // 2
+    of_qwen3 = shape.family == "qwen3_vl"
+    spatial = half * 5 // 16 if of_qwen3 else half * 3 // 8
+    rope: dict[str, Any] = {"rope_type": "default", "mrope_section": [half - 2 * spatial, spatial, spatial]}
+    return rope | ({"rope_theta": 5e6, "mrope_interleaved": True} if of_qwen3 else {"rope_theta": 1e6})
 
 
 @contextlib.contextmanager
@@ -104,7 +109,7 @@ class Workload:
         ids_NS[:, lengths.before : lengths.before + lengths.image_tokens] = self.image_token
         self.ids_L = ids_NS.flatten().to(device)
         self.labels_L = self.ids_L.roll(-1)
-        self.positions = _mrope_positions(lengths).repeat(1, sequences)[:, None].to(device)  # [3, 1, L]
+        self.positions = mrope_positions(lengths).repeat(1, sequences)[:, None].to(device)  # [3, 1, L]
         self.bounds = [(n * S, (n + 1) * S) for n in range(sequences)]
         self.spans = [Span(0, a + lengths.prompt, lengths.response, lengths.prompt, 0, a, S) for a, _ in self.bounds]
 
@@ -242,7 +247,7 @@ def some_layers(n_layers: int, count: int) -> tuple[int, ...]:
     return tuple(n_layers * (i + 1) // count - 1 for i in range(count))
 
 
-def _mrope_positions(lengths: Lengths) -> torch.Tensor:
+def mrope_positions(lengths: Lengths) -> torch.Tensor:
     """int64 [3, S]: time, height and width of every token, as Qwen-VL counts them."""
     rows, cols = lengths.image
     text = torch.arange(lengths.before).expand(3, -1)

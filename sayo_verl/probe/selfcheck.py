@@ -15,7 +15,7 @@ from sayo_verl.probe import reference
 from sayo_verl.probe.measure import kernels
 from sayo_verl.probe.reference import Span, stretches
 from sayo_verl.probe.statistics import FAST_LSE
-from sayo_verl.probe.taps import flash_functions
+from sayo_verl.probe.taps import FLASH_OF_ONE, flash_functions
 
 TOLERANCE = 1e-4  # of masses and profiles, which lie in [0, 1], and relative to the spread of the log-sum-exp
 
@@ -113,3 +113,12 @@ def _kernels_own(query: torch.Tensor, key: torch.Tensor, spans: Sequence[Span], 
         yield (
             lse[:, rows] if lse.shape == query.shape[1:3] else query.new_full((query.shape[1], len(rows)), float("nan"))
         )
+    for _, _, function in flash_functions(FLASH_OF_ONE):
+        parts = []
+        for s in spans:
+            q, k = (x[None, s.key_start : s.key_start + s.n_keys] for x in (packed_query, packed_key))
+            _, lse, *_ = function(q, k, k, causal=True, softmax_scale=scale, return_attn_probs=True)
+            if lse.shape != (1, query.shape[1], s.n_keys):
+                lse = query.new_full((1, query.shape[1], s.n_keys), float("nan"))
+            parts.append(lse[0, :, s.position : s.position + s.n_queries])
+        yield torch.cat(parts, 1)

@@ -34,6 +34,8 @@ ROTARY: Mapping[str, tuple[str, ...]] = {
     name: f for family in FAMILIES.values() for name, f in family.attention.items()
 }
 FLASH = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.flash))
+# what every family's attention calls where a packed row holds one sequence: a micro-batch of one row
+FLASH_OF_ONE = ("transformers.modeling_flash_attention_utils:_flash_fn",)
 DECODERS = {name for family in FAMILIES.values() for name in family.decoder}
 
 
@@ -156,10 +158,10 @@ def _rotary(target: str) -> tuple[ModuleType, str]:
     return module, name
 
 
-def flash_functions() -> list[tuple[ModuleType, str, Callable[..., Any]]]:
-    """FlashAttention's functions for sequences of different lengths, where the loaded code keeps them. Code that is not
-    loaded calls none, and a name may be empty where flash-attn is not installed."""
-    places = [(sys.modules.get(source), name) for source, _, name in (target.partition(":") for target in FLASH)]
+def flash_functions(targets: Sequence[str] = FLASH) -> list[tuple[ModuleType, str, Callable[..., Any]]]:
+    """FlashAttention's functions for sequences of different lengths (``FLASH_OF_ONE``: of one length), where the loaded
+    code keeps them. Code that is not loaded calls none, and a name may be empty where flash-attn is not installed."""
+    places = [(sys.modules.get(source), name) for source, _, name in (target.partition(":") for target in targets)]
     found = [(module, name, getattr(module, name, None)) for module, name in places if module is not None]
     return [(module, name, function) for module, name, function in found if function is not None]
 
@@ -198,9 +200,8 @@ class ForwardTap:
         self._handles: list[Any] = []
         self._originals: list[tuple[Any, str, Any]] = []
         self._with_lse = with_lse
-        self._pending: tuple[torch.Tensor, torch.Tensor, float] | None = (
-            None  # queries and keys before their kernel ran
-        )
+        # queries and keys before their kernel ran
+        self._pending: tuple[torch.Tensor, torch.Tensor, float] | None = None
         self._without_lse: dict[int, str] = {}
         self._current: int | None = None
         self._reads: dict[int | str, int] = dict.fromkeys(layers, 0)
@@ -216,7 +217,7 @@ class ForwardTap:
             original = getattr(python_module, name)
             self._originals.append((python_module, name, original))
             setattr(python_module, name, self._listening(original))
-        for python_module, name, original in flash_functions() if self._with_lse else ():
+        for python_module, name, original in flash_functions((*FLASH, *FLASH_OF_ONE)) if self._with_lse else ():
             self._originals.append((python_module, name, original))
             setattr(python_module, name, self._with_its_lse(original))
         if self._norm is not None:
@@ -277,6 +278,7 @@ class ForwardTap:
             if self._pending is None or self._current is None:  # another layer's, or the vision tower's
                 return original(*args, **kwargs)
             output, lse, *_ = original(*args, **kwargs, return_attn_probs=True)
+            lse = lse[0] if lse.ndim == 3 and lse.shape[0] == 1 else lse  # [1, H, S] of a row with one sequence
             (query, key, scale), self._pending = self._pending, None
             seen = kwargs["q"] if "q" in kwargs else args[0]
             if lse.shape != query.shape[1:3] or seen.dtype != query.dtype:

@@ -1,0 +1,28 @@
+"""The project's own tests that need a card, and those that compile the kernels for one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from gpu.report import Stage
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CHOSEN = ("tests/test_probe_fast.py", "-k", "on_cuda or for_hopper")
+
+
+def run(stage: Stage) -> None:
+    stage.run("pytest", _pytest, stage, needs=20)
+
+
+def _pytest(stage: Stage) -> dict[str, Any]:
+    """Without Triton's interpreter, which the rehearsal sets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-s", "-p", "no:cacheprovider", *CHOSEN]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=stage.left(),
+                          check=False)  # fmt: skip
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    skipped = "skipped" in lines[-1] and not stage.tiny  # they are there to run on a card
+    return {"command": " ".join(command[1:]), "last_line": lines[-1], "tail": lines[-40:], 
+            "wrong": done.returncode != 0 or skipped}  # fmt: skip

@@ -1,0 +1,214 @@
+"""Everything about the probe that only a GPU can tell, on one card, in ten minutes.
+
+    python benchmarks/on_gpu.py                            every stage, at most 600 s in all
+    python benchmarks/on_gpu.py --stages kernels focus     these, again
+    python benchmarks/on_gpu.py --train --model MODEL      also 20 steps of GRPO and of attn_region, with vLLM
+    python benchmarks/on_gpu.py --tiny                     rehearsal on a CPU: every stage, sizes that measure nothing
+
+Stages run in the order of their value, each in a process of its own with a limit of its own. One that fails or hangs
+costs no more than its limit. A second call goes on where the first stopped. --list names the stages.
+
+OUT/report.jsonl has one line per finding, with what stood in for what. OUT/cuda.json has the figures of the page:
+    cp OUT/cuda.json benchmarks/results/ && python benchmarks/probe_cost.py --page-only
+"""
+
+import argparse
+import contextlib
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cost.store import append_line, read_lines
+
+ROOT = Path(__file__).resolve().parent.parent
+SPARE = 15  # seconds: no stage is begun with less
+GRACE = 5  # seconds between the limit that a stage keeps by itself and its end by force
+STOPPED = 3  # exit status of a stage that had no time for all of its findings
+TINY = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "VERL_PLATFORM": "cpu", "TORCHDYNAMO_DISABLE": "1",
+        "OMP_NUM_THREADS": "1"}  # fmt: skip
+ALWAYS = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VERL_USE_EXTERNAL_MODULES": "sayo_verl.plugin",
+          "PYTHONUNBUFFERED": "1"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A stage: its module in ``gpu``, what ``run`` of it gets, its limit in seconds, and what it measures."""
+
+    module: str
+    argument: str
+    limit: int
+    about: str
+
+
+STAGES = {
+    "machine": Entry("machine", "", 30, "versions, compiler, rates of products and copies"),
+    "kernels": Entry("kernels", "", 110, "against float64 at every family's heads; compilation; times at real sizes"),
+    "passes-qwen3": Entry("passes", "qwen3_vl", 110, "probe in 1, 4, all layers and eager beside the pass; memory"),
+    "engine-qwen3": Entry("engine", "qwen3_vl", 120, "verl's engine at the 8B shape; waits; counterfactual pass"),
+    "passes-qwen2.5": Entry("passes", "qwen2_5_vl", 90, "the same passes at the 7B shape"),
+    "engine-qwen2.5": Entry("engine", "qwen2_5_vl", 110, "the same engine at the 7B shape"),
+    "engine-qwen3-lora": Entry("engine", "qwen3_vl lora", 110, "the 8B shape with LoRA, and what vLLM would get"),
+    "neighbours": Entry("neighbours", "", 30, "of attn_anchor: time, waits"),
+    "focus": Entry("focus", "qwen2_5_vl", 90, "steps of the anchoring stage at the 7B shape, LoRA"),
+    "tests": Entry("project_tests", "", 90, "the project's own CUDA tests"),
+}
+TRAIN = Entry("train", "", 1800, "20 steps of GRPO and of attn_region with the whole stack (needs vLLM)")
+
+
+def parse() -> argparse.Namespace:
+    """The command line; the defaults that hang on one another are filled in."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", choices=[*STAGES, "train"], help="these, done or not")
+    parser.add_argument("--list", action="store_true", help="name the stages and their limits, run nothing")
+    parser.add_argument("--limit", type=int, help="seconds in all (default: 600; with --train 2400)")
+    parser.add_argument("--tiny", action="store_true", help="rehearsal on the CPU")
+    parser.add_argument("--out", type=Path, help="folder (default: outputs/on_gpu, with --tiny outputs/on_gpu_tiny)")
+    parser.add_argument("--train", action="store_true", help="also the stage 'train'")
+    parser.add_argument("--model", default="", help="of the stage 'train': folder or hub name (default: tiny policy)")
+    parser.add_argument("--run-stage", help=argparse.SUPPRESS)
+    parser.add_argument("--card", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.train = args.train or "train" in (args.stages or [])
+    args.limit = args.limit or (2400 if args.train else 600)
+    args.out = (args.out or ROOT / "outputs" / ("on_gpu_tiny" if args.tiny else "on_gpu")).resolve()
+    return args
+
+
+def run_stage(args: argparse.Namespace) -> int:
+    """The process of one stage: 0 when all went well, 1 when a finding failed, ``STOPPED`` when time was short."""
+    from gpu.report import NoTimeLeftError, Stage
+
+    entry = (STAGES | {"train": TRAIN})[args.run_stage]
+    stage = Stage(args.run_stage, args.out, args.limit, args.tiny, args.card)
+    try:
+        run = importlib.import_module(f"gpu.{entry.module}").run
+        if entry is TRAIN:
+            run(stage, args.model)
+        else:
+            run(stage, *[entry.argument] * bool(entry.argument))
+    except NoTimeLeftError as finding:
+        stage.tell("no time left", next=str(finding))
+        return 1 if stage.wrong else STOPPED
+    return 1 if stage.wrong else 0
+
+
+def find_card(tiny: bool) -> str:
+    """The name of the card, asked in a process of its own: it would hold memory in this one.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    if tiny:
+        return "CPU rehearsal"
+    ask = "import torch; torch.cuda.init(); print(torch.cuda.get_device_name(0))"
+    found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
+    if found.returncode:
+        last = (found.stderr.strip().splitlines() or ["no word why"])[-1]
+        sys.exit(f"torch finds no GPU: {last}\nfix: run it on a machine with a card (sayo doctor says what is amiss), "
+                 "or rehearse with --tiny")  # fmt: skip
+    return found.stdout.strip()
+
+
+def stage_command(args: argparse.Namespace, name: str, limit: int, card: str) -> list[str]:
+    """The command of a stage's own process."""
+    options = ["--limit", str(limit), "--out", str(args.out), "--model", args.model, *["--tiny"] * args.tiny]
+    return [sys.executable, __file__, "--run-stage", name, "--card", card, *options]
+
+
+def environment_of(args: argparse.Namespace) -> dict[str, str]:
+    """Of a stage: one card, the project's own modules, and a cache of kernels of its own."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    one_card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    common = {"CUDA_VISIBLE_DEVICES": one_card, "TRITON_CACHE_DIR": str(args.out / "triton"), "PYTHONPATH": path}
+    return {**os.environ, **ALWAYS, **common, **(TINY if args.tiny else {})}
+
+
+def supervise(command: list[str], log: Path, limit: float, environment: dict[str, str]) -> str:
+    """Run a stage; end it, with all that it started, when its limit is over. Returns how it ended."""
+    with log.open("w") as file:
+        child = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=ROOT, start_new_session=True)
+        try:
+            status = child.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            return "over its limit"
+        finally:
+            _end(child.pid)
+    return {0: "done", STOPPED: "stopped for lack of time"}.get(status, "failed")
+
+
+def _end(group: int) -> None:
+    """End what is left of a stage: also what it started and did not wait for."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        for _ in range(20):
+            try:
+                os.killpg(group, sign)
+            except ProcessLookupError:
+                return
+            time.sleep(0.1)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(group, os.WNOHANG)
+
+
+def finished(report: Path, card: str) -> set[str]:
+    """Stages that were done on this card, by their last line in the report."""
+    ends = {line["stage"]: line["status"] for line in read_lines(report) if "status" in line and line["card"] == card}
+    return {name for name, status in ends.items() if status == "done"}
+
+
+def main() -> int:
+    """0 when every stage that was wanted is done."""
+    args = parse()
+    if args.run_stage:
+        return run_stage(args)
+    if args.list:
+        for name, entry in (STAGES | {"train": TRAIN}).items():
+            print(f"{name:18} {entry.limit:5} s  {entry.about}")
+        return 0
+    begin, card = time.monotonic(), find_card(args.tiny)
+    args.out.mkdir(parents=True, exist_ok=True)
+    report = args.out / "report.jsonl"
+    wanted = {name: entry for name, entry in (STAGES | {"train": TRAIN}).items()
+              if name in (args.stages or [*STAGES, *["train"] * args.train])}  # fmt: skip
+    done = finished(report, card) - set(args.stages or ())
+    left_over = []
+    for n, (name, entry) in enumerate(wanted.items(), 1):
+        print(f"[{n} of {len(wanted)}] {name}: ", end="", flush=True)
+        if name in done:
+            print("done in an earlier call", flush=True)
+            continue
+        left = int(args.limit - (time.monotonic() - begin))
+        limit, lines, start = min(entry.limit, left - GRACE), len(read_lines(report)), time.monotonic()
+        if left < SPARE:
+            status = f"not begun: {max(left, 0)} s are left"
+        else:
+            print(f"{entry.about}; at most {limit} s ... ", end="", flush=True)
+            if name == "kernels":
+                shutil.rmtree(args.out / "triton", ignore_errors=True)  # it measures compilation
+            command, log = stage_command(args, name, limit, card), args.out / f"{name}.log"
+            status = supervise(command, log, limit + GRACE, environment_of(args))
+        end = {"stage": name, "status": status, "seconds": round(time.monotonic() - start, 1), "card": card}
+        if status in ("failed", "over its limit"):
+            end["last_of_log"] = log.read_text(errors="replace").strip().splitlines()[-3:]
+        found = len(read_lines(report)) - lines
+        append_line(report, end)
+        print(
+            status if status.startswith("not") else f"{status} after {end['seconds']:.0f} s, {found} findings",
+            flush=True,
+        )
+        left_over += [name] if status != "done" else []
+    print(f"{report} after {time.monotonic() - begin:.0f} s")
+    if left_over:
+        print(
+            f"not done: {' '.join(left_over)}; what they said is in {args.out}/STAGE.log; a second call goes on there"
+        )
+    return 1 if left_over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
