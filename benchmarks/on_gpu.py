@@ -202,7 +202,7 @@ def main() -> int:
             flush=True,
         )
         left_over += [name] if status != "done" else []
-    print(f"{report} after {time.monotonic() - begin:.0f} s")
+    print(f"{report} after {time.monotonic() - begin:.0f} s; figures for the page: {args.out / 'cuda.json'}")
     if left_over:
         print(
             f"not done: {' '.join(left_over)}; what they said is in {args.out}/STAGE.log; a second call goes on there"

@@ -12,7 +12,6 @@ import importlib.util
 import inspect
 import sys
 import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,8 +35,8 @@ def flash_attention(tiny: bool) -> str:
         return ""
     names = {"flash_attn_func": _dense, "flash_attn_varlen_func": _packed, "flash_attn_with_kvcache": None}
     _module("flash_attn", __version__="2.8.3", stands_in=_way(tiny), **names)
-    padding = _padding_helpers()
-    _module("flash_attn.bert_padding", **padding)
+    unused = ("index_first_axis", "pad_input", "rearrange", "unpad_input")
+    _module("flash_attn.bert_padding", **dict.fromkeys(unused, _not_here))
     _module("flash_attn.ops")
     _module("flash_attn.ops.triton")
     _module("flash_attn.ops.triton.cross_entropy", cross_entropy_loss=_cross_entropy)
@@ -62,17 +61,8 @@ def _module(name: str, **members: Any) -> None:
     sys.modules[name] = module
 
 
-def _padding_helpers() -> dict[str, Callable[..., Any]]:
-    """verl's own fall-backs under flash-attn's names."""
-    import einops
-    from verl.utils import attention_utils as verl_own
-
-    return {
-        "index_first_axis": verl_own._fallback_index_first_axis,
-        "pad_input": verl_own._fallback_pad_input,
-        "unpad_input": verl_own._fallback_unpad_input,
-        "rearrange": einops.rearrange,
-    }
+def _not_here(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError("the stand-in for flash-attn neither pads nor unpads: rows are packed here")
 
 
 def _packed(

@@ -78,7 +78,7 @@ def _job(stage: Stage, script: str, model: str, scenes: Path, lora: bool, more: 
     if done.returncode:
         raise RuntimeError(f"{script} ended with {done.returncode}: {' / '.join(lines[-3:])}")
     if stage.tiny:
-        return {"checked": [line for line in lines if line.strip()][-3:]}
+        return {"checked": [line for line in done.stdout.splitlines() if line.strip()][-3:]}
     return {"folder": str(out), **_measured(stage, out, Path(script).stem)}
 
 
