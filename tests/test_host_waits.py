@@ -6,10 +6,11 @@ from probe_rows import ALL, SHAPES, Rows, same, statistic
 from waits import DEVICE, Waits, counted, on_device
 
 from sayo_verl.engine.capture import wire_tensors
-from sayo_verl.probe import fast, neighbours
+from sayo_verl.probe import neighbours
 from sayo_verl.probe.measure import Measurement
 from sayo_verl.probe.reference import Span
 from sayo_verl.probe.statistics import StatisticsRequest
+from sayo_verl.probe.tiles import tiles_of
 from sayo_verl.probe.transfer import to_device
 
 
@@ -50,10 +51,12 @@ def test_the_results_go_to_the_device_in_one_copy():
 
 
 def test_the_table_of_tiles_is_copied_without_waiting():
-    fast._tiles.cache_clear()
+    tiles_of.cache_clear()
     with counted() as waits:
-        tiles, stretches = fast._tiles((Span(0, 5, 9, 5, 0, 0, 14), Span(0, 20, 40, 6, 0, 14, 46)), 8, 32, DEVICE)
-    assert (tiles.shape, stretches.shape) == ((2 + 5, 9), (2, 2))
+        tiles, stretches, key_tiles = tiles_of(
+            (Span(0, 5, 9, 5, 0, 0, 14), Span(0, 20, 40, 6, 0, 14, 46)), 8, 32, DEVICE
+        )
+    assert (tiles.shape, stretches.shape, key_tiles.shape) == ((2 + 5, 10), (2, 2), (1 + 2, 3))
     assert not waits
 
 

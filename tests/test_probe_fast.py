@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from sayo_verl.errors import SayoError
 from sayo_verl.probe import fast, kernels, reference
 from sayo_verl.probe.reference import Masses, Span, stretches
+from sayo_verl.probe.tiles import tiles_of, whole_tiles
 
 NAN = float("nan")
 # a key after its row is no part of the log-sum-exp: its term may overflow before it is left out
@@ -460,9 +461,9 @@ def test_a_column_outside_the_sequence_is_told_by_nan():
 def test_tiles_cover_every_row_once_and_never_two_sequences():
     spans = (*packed((9, 13), (40, 25), (7, 0), (2, 1)), Span(3, 11, 8, 20, 2, 5, 30))
     for rows in (1, 4, 18, 128):
-        tiles = fast._tiles(spans, rows, 64, torch.device("cpu"))[0].tolist()
+        tiles = tiles_of(spans, rows, 64, torch.device("cpu"))[0].tolist()
         covered = {}
-        for query_batch, query_start, n, position, key_batch, key_start, out, _, _ in tiles:
+        for query_batch, query_start, n, position, key_batch, key_start, out, *_ in tiles:
             assert 0 < n <= rows
             for i in range(n):
                 assert out + i not in covered
@@ -482,7 +483,7 @@ def test_tiles_cover_every_row_once_and_never_two_sequences():
 def test_stretches_cover_what_is_marked_in_whole_tiles_and_visit_no_key_twice(marks, keys, gap):
     marked_N = torch.tensor(marks, dtype=torch.bool)
     found = stretches(marked_N, gap=gap)
-    tiles = fast._whole_tiles(found, keys)
+    tiles = whole_tiles(found, keys)
     for parts in (found, tiles):
         covered = [n for first, end in parts for n in range(first, end)]
         assert covered == sorted(set(covered))
@@ -490,6 +491,26 @@ def test_stretches_cover_what_is_marked_in_whole_tiles_and_visit_no_key_twice(ma
     assert all(b[0] - a[1] >= gap for a, b in itertools.pairwise(found))
     assert all(first % keys == end % keys == 0 for first, end in tiles)
     assert all(marked_N[first] and marked_N[end - 1] for first, end in found)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tiles_that_lie_in_a_set_wholly_in_part_or_not_at_all(seed, quick):
+    # as images and boxes do: each set is a few long stretches
+    spans = packed((250, 40), (97, 66))
+    query, key, sets = random_case(spans, 2, 16, seed=seed)
+    sets.zero_()
+    generator = torch.Generator().manual_seed(seed)
+    for k in range(3):
+        for start in torch.randint(0, sets.shape[1], (3,), generator=generator).tolist():
+            sets[0, start : start + int(torch.randint(1, 130, (1,), generator=generator))] |= 1 << k
+    errors = Errors(f"sets of long stretches, {seed}")
+    compare(errors, query, key, spans, sets, 3, 0.25)
+    errors.check(1e-5)
+    # the bits of a set's mass do not depend on which others are asked
+    together = fast.attention_masses(query, key, spans, sets, 3, scale=0.25)
+    for k in range(3):
+        alone = fast.attention_masses(query, key, spans, (sets >> k) & 1, 1, scale=0.25)
+        assert torch.equal(alone.mass[0], together.mass[k])
 
 
 def test_with_the_log_sum_exp_given_keys_of_no_set_are_not_visited():
@@ -533,11 +554,11 @@ def test_both_paths_agree_with_the_log_sum_exp_given(quick):
 def test_layers_share_one_table_of_tiles():
     spans = packed((11, 3), (4, 2))
     query, key, sets = random_case(spans, 2, 16, dtype=torch.float16)
-    fast._tiles.cache_clear()
+    tiles_of.cache_clear()
     for layer in range(3):
         fast.attention_masses(query + layer, key, list(spans), sets, 3, scale=0.2)
-    assert fast._tiles.cache_info().misses == 1
-    assert fast._tiles.cache_info().hits == 2
+    assert tiles_of.cache_info().misses == 1
+    assert tiles_of.cache_info().hits == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -632,7 +653,7 @@ COMPILE = """
 
         return Launcher()
 
-    names = ("masses_kernel", "profile_kernel")
+    names = ("members_kernel", "masses_kernel", "profile_kernel")
     stand_in = SimpleNamespace(INTERPRETED=False, **{n: only_compile(getattr(kernels, n)) for n in names})
     fast._kernels = lambda query: stand_in
     for dtype, D, G, group, n_sets in json.loads(sys.argv[1]):
@@ -660,6 +681,8 @@ def test_the_kernels_compile_for_hopper_without_spilling(repo, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads(run.stdout.split("REPORT")[1])
+    assert {entry["kernel"] for entry in report} == {"members_kernel", "masses_kernel", "profile_kernel"}
+    report = [entry for entry in report if entry["kernel"] != "members_kernel"]
     assert [entry["kernel"] for entry in report] == ["masses_kernel", "masses_kernel", "profile_kernel"] * 4
     for case, entry in zip([case for case in cases for _ in range(3)], report, strict=True):
         print(*case, entry)

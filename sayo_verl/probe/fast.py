@@ -4,7 +4,8 @@
 softmax carries a sum per set of keys beside the sum over all keys, so that the log-sum-exp comes out instead of going
 in. A program handles one tile of rows for one key head, with that head's query heads side by side in the tile: no
 atomics, every run gives the same bits. Memory beside the results is one small table of tiles per micro-batch, shared by
-its layers, so a layer costs one launch.
+its layers. A layer costs two launches: a small one finds the tiles of keys that belong to the same sets throughout,
+where one sum serves all sets.
 
 With the log-sum-exp given, as FlashAttention returns it, keys that belong to no set need not be visited. The work then
 shrinks by their share: text and response.
@@ -15,7 +16,6 @@ registers.
 There is no fall-back in here: where Triton cannot run, these functions say so.
 """
 
-import functools
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
@@ -25,7 +25,7 @@ import torch
 
 from sayo_verl.errors import SayoError
 from sayo_verl.probe.reference import Masses, Span, check_inputs, check_lse, check_profile, check_sets
-from sayo_verl.probe.transfer import to_device
+from sayo_verl.probe.tiles import tiles_of
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIMENSION = 256
@@ -95,12 +95,17 @@ def attention_masses(
         return Masses(mass_KQH, lse_QH)
     tiling = _masses_tiling(query.dtype, D, n_sets)
     lanes = max(tiling.lanes, _power_of_two(H // G))
-    tiles, marked = _tiles(tuple(spans), lanes // (H // G), tiling.keys, query.device)
+    tiles, marked, key_tiles = tiles_of(tuple(spans), lanes // (H // G), tiling.keys, query.device)
+    members = torch.empty(key_tiles.shape[0], 2, dtype=torch.int32, device=query.device)
     with torch.cuda.device_of(query):  # Triton launches on the current device, not on the tensors'
+        kernels.members_kernel[(key_tiles.shape[0],)](
+            sets, key_tiles, members, *sets.stride(), N_SETS=n_sets, BLOCK_N=tiling.keys
+        )
         kernels.masses_kernel[(tiles.shape[0], G)](
             query.detach(),
             key.detach(),
             sets,
+            members,
             tiles,
             marked,
             mass_KQH,
@@ -172,61 +177,6 @@ def attention_profile(
             **_common(query, tiling, kernels.INTERPRETED),
         )
     return profile_TV
-
-
-@functools.lru_cache(maxsize=16)  # one per micro-batch in flight is enough; they are small
-def _tiles(spans: tuple[Span, ...], rows: int, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tiles of query rows and the stretches of keys that they visit when the log-sum-exp is given.
-
-    Args:
-        spans: the sequences.
-        rows: query rows of a tile, at most.
-        keys: of a tile.
-        device: of the tables.
-
-    Returns:
-        int32 [tiles, 9], fields as ``kernels`` reads them, and int32 [stretches, 2].
-    """
-    tiles: list[tuple[int, ...]] = []
-    stretches: list[tuple[int, int]] = []
-    done = 0
-    for span in spans:
-        marked = _whole_tiles(((0, span.n_keys),) if span.marked is None else span.marked, keys)
-        for first in range(0, span.n_queries, rows):
-            tiles.append(
-                (
-                    span.query_batch,
-                    span.query_start + first,
-                    min(rows, span.n_queries - first),
-                    span.position + first,
-                    span.key_batch,
-                    span.key_start,
-                    done + first,
-                    len(stretches),
-                    len(marked),
-                )
-            )
-        stretches += marked
-        done += span.n_queries
-    # the tiles with most keys start first, so that the last ones to run are short
-    tiles.sort(key=lambda tile: -tile[3])
-    tables = [
-        torch.tensor(table, dtype=torch.int32).view(-1, n) for table, n in ((tiles, 9), (stretches or [(0, 0)], 2))
-    ]
-    there = to_device(tables, device)
-    return there[0], there[1]
-
-
-def _whole_tiles(stretches: Sequence[tuple[int, int]], keys: int) -> list[tuple[int, int]]:
-    """Stretches widened to whole tiles of keys; those that meet become one, so that no key is visited twice."""
-    found: list[tuple[int, int]] = []
-    for first, end in sorted(stretches):
-        first, end = first // keys * keys, -(-end // keys) * keys
-        if found and first <= found[-1][1]:
-            found[-1] = found[-1][0], max(end, found[-1][1])
-        else:
-            found.append((first, end))
-    return found
 
 
 def _masses_tiling(dtype: torch.dtype, D: int, n_sets: int) -> _Tiling:

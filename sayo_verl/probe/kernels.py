@@ -5,7 +5,7 @@
 
 Both are flash attention without values. Only language features that Triton's interpreter has too are used, and
 reductions name their combining function themselves: ``tl.sum`` and ``tl.max`` cannot be interpreted in a process that
-imported Triton before it was told to interpret.
+imported Triton before it was told to interpret. The file is long because arguments stand one to a line.
 
 Shape suffixes: M lanes of a tile (rows x query heads of one key head), N keys or columns of a tile, R rows of a tile,
 D head dimension (padded to a power of two), K sets.
@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from triton.language.standard import _elementwise_max, _sum_combine
 
-# query batch, query start, rows, position, key batch, key start, first row of the output, first stretch, stretches
-TILE_FIELDS = tl.constexpr(9)
+# query batch, query start, rows, position, key batch, key start, first row of the output, first stretch, stretches,
+# first tile of keys
+TILE_FIELDS = tl.constexpr(10)
+KEY_TILE_FIELDS = tl.constexpr(3)  # key batch, first key, keys
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -31,6 +33,49 @@ def _products(query_MD, key_ND, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def _add_to_sets(masses_K, p_MN, share_M, sets_at_N, exists_N, whole, mixed, N_SETS: tl.constexpr):
+    """Add a tile's sums to those of the sets.
+
+    Where all keys of a tile belong to a set, as in nearly all of an image, ``share_M`` is the set's sum. Only a set
+    with some of the keys has to select them.
+    """
+    shared_K = ()
+    for k in tl.static_range(N_SETS):
+        shared_K = shared_K + (masses_K[k] + share_M * ((whole >> k) & 1),)
+    masses_K = shared_K
+    if mixed > 0:
+        sets_N = tl.load(sets_at_N, mask=exists_N, other=0)
+        selected_K = ()
+        for k in tl.static_range(N_SETS):
+            sum_M = masses_K[k]
+            if (mixed >> k) & 1 > 0:
+                member_N = (sets_N >> k) & 1
+                sum_M += tl.reduce(tl.where(member_N[None, :] != 0, p_MN, 0.0), 1, _sum_combine)
+            selected_K = selected_K + (sum_M,)
+        masses_K = selected_K
+    return masses_K
+
+
+@triton.jit
+def members_kernel(sets, key_tiles, members, sets_stride_b, sets_stride_s, N_SETS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For each tile of keys, as bits: the sets that all its keys belong to, and those that some do. Grid (tiles,)."""
+    tile = key_tiles + tl.program_id(0) * KEY_TILE_FIELDS
+    n = tl.arange(0, BLOCK_N)
+    exists_N = n < tl.load(tile + 2)
+    at_N = sets + tl.load(tile).to(tl.int64) * sets_stride_b + (tl.load(tile + 1) + n).to(tl.int64) * sets_stride_s
+    sets_N = tl.load(at_N, mask=exists_N, other=0)
+    whole, mixed = 0, 0
+    for k in tl.static_range(N_SETS):
+        member_N = (sets_N >> k) & 1
+        some = tl.reduce(member_N, 0, _elementwise_max)
+        none = tl.reduce(tl.where(exists_N, 1 - member_N, 0), 0, _elementwise_max)
+        whole = whole | ((some & (1 - none)) << k)
+        mixed = mixed | ((some & none) << k)
+    tl.store(members + 2 * tl.program_id(0), whole)
+    tl.store(members + 2 * tl.program_id(0) + 1, mixed)
+
+
+@triton.jit
 def _visit_keys(
     max_M,
     sum_M,
@@ -39,6 +84,7 @@ def _visit_keys(
     position_M,
     key,
     sets,
+    members,
     first,
     last,
     key_stride_s,
@@ -61,10 +107,8 @@ def _visit_keys(
         at_ND = key + wide_n[:, None] * key_stride_s + d[None, :] * key_stride_d
         if DIAGONAL:
             key_ND = tl.load(at_ND, mask=(n[:, None] < last) & (d[None, :] < D), other=0.0)
-            sets_N = tl.load(sets + wide_n * sets_stride_s, mask=n < last, other=0)
         else:
             key_ND = tl.load(at_ND, mask=d[None, :] < D, other=0.0)
-            sets_N = tl.load(sets + wide_n * sets_stride_s)
         logits_MN = _products(query_MD, key_ND, PRECISION, WIDEN)
         if DIAGONAL:
             logits_MN = tl.where(n[None, :] <= position_M[:, None], logits_MN, float("-inf"))
@@ -73,20 +117,15 @@ def _visit_keys(
         # scaled and shifted in one multiply-add per logit, which is all but the exponential
         p_MN = tl.exp2(logits_MN * scale_log2 - new_max_M[:, None])
         shrink_M = tl.exp2(max_M - new_max_M)
-        sum_M = sum_M * shrink_M + tl.reduce(p_MN, 1, _sum_combine)
+        share_M = tl.reduce(p_MN, 1, _sum_combine)
+        sum_M = sum_M * shrink_M + share_M
         shrunk_K = ()
         for k in tl.static_range(N_SETS):
             shrunk_K = shrunk_K + (masses_K[k] * shrink_M,)
         masses_K = shrunk_K
-        sets_N = sets_N & ((1 << N_SETS) - 1)
-        if tl.reduce(sets_N, 0, _elementwise_max) > 0:  # most tiles are text that belongs to no set
-            grown_K = ()
-            for k in tl.static_range(N_SETS):
-                member_N = (sets_N >> k) & 1
-                grown_K = grown_K + (
-                    masses_K[k] + tl.reduce(tl.where(member_N[None, :] != 0, p_MN, 0.0), 1, _sum_combine),
-                )
-            masses_K = grown_K
+        whole = tl.load(members + 2 * (start // BLOCK_N))
+        mixed = tl.load(members + 2 * (start // BLOCK_N) + 1)
+        masses_K = _add_to_sets(masses_K, p_MN, share_M, sets + wide_n * sets_stride_s, n < last, whole, mixed, N_SETS)
         max_M = new_max_M
     return max_M, sum_M, masses_K
 
@@ -99,6 +138,7 @@ def _visit_marked_keys(
     position_M,
     key,
     sets,
+    members,
     first,
     last,
     key_stride_s,
@@ -108,6 +148,7 @@ def _visit_marked_keys(
     N_SETS: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -121,18 +162,17 @@ def _visit_marked_keys(
         at_ND = key + wide_n[:, None] * key_stride_s + d[None, :] * key_stride_d
         if DIAGONAL:
             key_ND = tl.load(at_ND, mask=(n[:, None] < last) & (d[None, :] < D), other=0.0)
-            sets_N = tl.load(sets + wide_n * sets_stride_s, mask=n < last, other=0)
         else:
             key_ND = tl.load(at_ND, mask=d[None, :] < D, other=0.0)
-            sets_N = tl.load(sets + wide_n * sets_stride_s)
         p_MN = tl.exp2(_products(query_MD, key_ND, PRECISION, WIDEN) * scale_log2 - lse_M[:, None])
         if DIAGONAL:  # a later key is no part of the log-sum-exp: its term may be anything
             p_MN = tl.where(n[None, :] <= position_M[:, None], p_MN, 0.0)
-        grown_K = ()
-        for k in tl.static_range(N_SETS):
-            member_N = (sets_N >> k) & 1
-            grown_K = grown_K + (masses_K[k] + tl.reduce(tl.where(member_N[None, :] != 0, p_MN, 0.0), 1, _sum_combine),)
-        masses_K = grown_K
+        whole = tl.load(members + 2 * (start // BLOCK_N))
+        mixed = tl.load(members + 2 * (start // BLOCK_N) + 1)
+        share_M = tl.full([BLOCK_M], 0.0, tl.float32)
+        if whole > 0:
+            share_M = tl.reduce(p_MN, 1, _sum_combine)
+        masses_K = _add_to_sets(masses_K, p_MN, share_M, sets + wide_n * sets_stride_s, n < last, whole, mixed, N_SETS)
     return masses_K
 
 
@@ -141,6 +181,7 @@ def masses_kernel(
     query,
     key,
     sets,
+    members,
     tiles,
     marked,
     mass,
@@ -195,6 +236,7 @@ def masses_kernel(
     query_MD = tl.load(at_MD, mask=real_M[:, None] & (d[None, :] < D), other=0.0)
     key += key_batch * key_stride_b + key_head.to(tl.int64) * key_stride_h + key_start * key_stride_s
     sets += key_batch * sets_stride_b + key_start * sets_stride_s
+    members += 2 * tl.load(tile + 9)
 
     n_heads = tl.num_programs(1) * GROUP
     out_M = (out_start + row_M) * n_heads + head_M
@@ -210,14 +252,14 @@ def masses_kernel(
             first = tl.load(marked + 2 * stretch)  # a multiple of BLOCK_N, as `seen_by_all` is
             last = tl.minimum(tl.load(marked + 2 * stretch + 1), position + rows)
             masses_K = _visit_marked_keys(
-                masses_K, query_MD, lse_M, position + row_M, key, sets, first, tl.minimum(last, seen_by_all),
-                key_stride_s, key_stride_d, sets_stride_s, scale_log2, N_SETS, D, D_PAD, BLOCK_N, PRECISION, WIDEN,
-                False,
+                masses_K, query_MD, lse_M, position + row_M, key, sets, members, first, tl.minimum(last, seen_by_all),
+                key_stride_s, key_stride_d, sets_stride_s, scale_log2, N_SETS, D, D_PAD, BLOCK_M, BLOCK_N, PRECISION,
+                WIDEN, False,
             )  # fmt: skip
             masses_K = _visit_marked_keys(
-                masses_K, query_MD, lse_M, position + row_M, key, sets, tl.maximum(first, seen_by_all), last,
-                key_stride_s, key_stride_d, sets_stride_s, scale_log2, N_SETS, D, D_PAD, BLOCK_N, PRECISION, WIDEN,
-                True,
+                masses_K, query_MD, lse_M, position + row_M, key, sets, members, tl.maximum(first, seen_by_all), last,
+                key_stride_s, key_stride_d, sets_stride_s, scale_log2, N_SETS, D, D_PAD, BLOCK_M, BLOCK_N, PRECISION,
+                WIDEN, True,
             )  # fmt: skip
         for k in tl.static_range(N_SETS):
             tl.store(mass + k * n_rows.to(tl.int64) * n_heads + out_M, masses_K[k], mask=real_M)
@@ -225,11 +267,11 @@ def masses_kernel(
         max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
         sum_M = tl.full([BLOCK_M], 0.0, tl.float32)
         max_M, sum_M, masses_K = _visit_keys(
-            max_M, sum_M, masses_K, query_MD, position + row_M, key, sets, 0, seen_by_all,
+            max_M, sum_M, masses_K, query_MD, position + row_M, key, sets, members, 0, seen_by_all,
             key_stride_s, key_stride_d, sets_stride_s, scale_log2, N_SETS, D, D_PAD, BLOCK_N, PRECISION, WIDEN, False,
         )  # fmt: skip
         max_M, sum_M, masses_K = _visit_keys(
-            max_M, sum_M, masses_K, query_MD, position + row_M, key, sets, seen_by_all, position + rows,
+            max_M, sum_M, masses_K, query_MD, position + row_M, key, sets, members, seen_by_all, position + rows,
             key_stride_s, key_stride_d, sets_stride_s, scale_log2, N_SETS, D, D_PAD, BLOCK_N, PRECISION, WIDEN, True,
         )  # fmt: skip
         tl.store(lse + out_M, (max_M + tl.log2(sum_M)) * LN_2, mask=real_M)
