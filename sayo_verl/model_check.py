@@ -168,7 +168,7 @@ def check_attention(config: DictConfig, model: PretrainedConfig | None, *, dry_r
 
     Raises:
         SayoError: L26 for a flash attention whose package is absent or does not import, L54 for an implementation that
-            transformers does not have, or not for this family.
+            transformers does not have, or that does not run this family.
     """
     name, chosen = attention_of(config), config.actor_rollout_ref.model
     if config.actor_rollout_ref.actor.strategy not in ("fsdp", "fsdp2"):
@@ -179,25 +179,28 @@ def check_attention(config: DictConfig, model: PretrainedConfig | None, *, dry_r
     model_type = getattr(model, "model_type", "the model")
     packed, family = bool(chosen.use_remove_padding), FAMILIES.get(model_type)
     direct = packed and (family.packed_needs_flash_attn if family else model_type in OTHERS_THAT_CALL_FLASH_ATTN)
+    if direct and name == "eager":
+        what = f"for packed rows of {model_type} verl hands eager's mask to flash-attn, as one of padding"
+        raise SayoError("L54", what, where=ATTENTION, got=name, wanted="flash_attention_2",
+                        fix="leave it out for flash_attention_2")  # fmt: skip
     needed = "flash_attention_2" if direct else name
-    slow = (
-        ""
-        if chosen.use_fused_kernels or config.trainer.device == "cpu" or not flash_attn_problem()
-        else f"; {SLOW_LOG_PROBS}"
-    )
-    if needed in FLASH and (problem := flash_attn_problem(needed)):
-        if not direct and is_kernels_available():
-            return f"{name}, {problem}: transformers takes its kernel from the hub{slow}"
-        install = INSTALL_FLASH_ATTN if needed == "flash_attention_2" else f"install {FLASH[needed][0]}"
-        without = f"++{ATTENTION}=sdpa"
-        without += f" with actor_rollout_ref.model.use_remove_padding=False (then padding is computed too{slow})" \
-            if direct else f" ({DENSE_MASK if packed else 'slower'}{slow})"  # fmt: skip
-        fix = f"{install}, or {without}"
+    problem = flash_attn_problem(needed) if needed in FLASH else None
+    at_once = chosen.use_fused_kernels or config.trainer.device == "cpu" or not flash_attn_problem()
+    slow = "" if at_once else f"; {SLOW_LOG_PROBS}"
+    if problem and is_kernels_available() and not direct:
+        return f"{name}, {problem}: transformers takes its kernel from the hub{slow}"
+    if problem:
+        fix = INSTALL_FLASH_ATTN if needed == "flash_attention_2" else f"install {FLASH[needed][0]}"
+        if direct:
+            fix += f", or actor_rollout_ref.model.use_remove_padding=False with ++{ATTENTION}=sdpa, where padding is " \
+                f"computed too{slow}"  # fmt: skip
+        elif model is not None:
+            fix += f", or ++{ATTENTION}=sdpa ({DENSE_MASK if packed else 'slower'}{slow})"
         if dry_run and not torch.cuda.is_available():
-            return f"{name}, needs {FLASH[needed][0]} where the run is to start ({problem} here): {fix}"
-        raise SayoError("L26", f"verl calls flash-attn for packed rows of {model_type}, whatever attn_implementation "
-                        "says" if direct else "the attention of this run comes from a package",
-                        where=f"{ATTENTION} (default: flash_attention_2)", got=f"{name}, {problem}",
+            return f"{name}, needs {FLASH[needed][0]} on the machine of the run ({problem} here): {fix}"
+        what = f"verl calls flash-attn for packed rows of {model_type}, whatever attn_implementation says" if direct \
+            else f"{name} comes from a package"  # fmt: skip
+        raise SayoError("L26", what, where=f"{ATTENTION} (default: flash_attention_2)", got=f"{name}, {problem}",
                         wanted=f"{FLASH[needed][0]} that imports", fix=fix)  # fmt: skip
     if needed in FLASH:
         return f"{name}, {FLASH[needed][0]} {version(FLASH[needed][0])}{slow}"

@@ -56,7 +56,8 @@ def check_prompts(config: DictConfig, demands: Demands, model_type: str | None, 
     folder = model_folder(str(chosen.path), dry_run=True)
     if folder is None or model_type is None:
         return "not checked: the model is not on this machine"
-    if is_hub_name(str(chosen.path)) and not (folder / "preprocessor_config.json").is_file():
+    processors = [folder / f"{name}_config.json" for name in ("preprocessor", "processor")]
+    if is_hub_name(str(chosen.path)) and not any(file.is_file() for file in processors):
         return "not checked: the hub's cache holds the model's configuration, but not its processor"
     if model_type not in FAMILIES:
         return f"not checked: the processor of {model_type} is not one of {', '.join(FAMILIES)}"

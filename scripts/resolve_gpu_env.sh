@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Resolves the GPU environment without installing it: does configs/constraints-gpu.txt still describe one that pip can make?
+# Resolves the GPU environment without installing it: can pip still make what configs/constraints-gpu.txt describes?
 #
 #   bash scripts/resolve_gpu_env.sh            resolve '.[gpu,dev,anchor,math]' under the constraints, compare
 #   bash scripts/resolve_gpu_env.sh --renew    resolve it without them, and write what comes out into the file
@@ -22,7 +22,8 @@ die() { # what, fix
 
 [[ "$(uname -sm)" == "Linux x86_64" ]] ||
   die "the constraints are for Linux x86_64, this is $(uname -sm)" "run it on such a machine"
-command -v python3.11 >/dev/null || die "no python3.11 on PATH" "install Python 3.11 with pip, or put its folder on PATH"
+command -v python3.11 >/dev/null ||
+  die "no python3.11 on PATH" "install Python 3.11 with pip, or put its folder on PATH"
 
 TMP="$(mktemp -d)"
 trap 'rm -rf "$TMP"' EXIT

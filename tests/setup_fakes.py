@@ -50,7 +50,7 @@ if mode == "disk-full":
     sys.exit("ERROR: [Errno 28] No space left on device")
 if mode == "no-torch" and "--no-deps" in args and "--extra-index-url" not in args:
     sys.exit("ERROR: No matching distribution found for torch==2.13.0+cpu")
-if "flash-attn==" in args[-1]:
+if "flash-attn==" in args[-1] or args[-1].endswith(".whl"):
     if mode == "flash-attn-fails":
         sys.exit("RuntimeError: Error compiling objects for extension")
     put("flash_attn", "2.8.3", os.environ.get("FAKE_FLASH_ATTN", ""), distribution="flash_attn")

@@ -197,6 +197,22 @@ def test_packed_qwen2_5_needs_flash_attention_whatever_is_configured(models, row
             log_prob_pass(built, rows["qwen2_5_vl"], None)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_qwen2_5_gives_eagers_mask_to_flash_attention(models, rows, attention):
+    """A micro-batch of one row: flash-attn takes the dense mask for one of padding. With sdpa there is no mask."""
+    expected = reference_log_probs(models["qwen2_5_vl"], rows["qwen2_5_vl"])
+    with patches_undone(), flash_attention_on_cpu():
+        config = model_config(models["qwen2_5_vl"], packed=True, attention=attention)
+        built = worker(config, dynamic=False, micro_batch=1)
+        if attention == "eager":
+            with pytest.raises(IndexError, match="out of bounds"):
+                log_prob_pass(built, rows["qwen2_5_vl"], None)
+            return
+        found = unbound(log_prob_pass(built, rows["qwen2_5_vl"], None), ["log_probs"])["log_probs"]
+    for got, (want, _) in zip(found, expected, strict=True):
+        torch.testing.assert_close(got[:-1], want, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 def test_fused_kernels_of_qwen2_5_need_fsdp1(models, rows, engine, packed):
     """verl/models/transformers/qwen2_vl.py:517 hands lm_head's DTensor to a product; Qwen3-VL gathers it first."""

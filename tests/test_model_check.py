@@ -182,17 +182,17 @@ def test_L26_verls_default_attention_without_flash_attn(on_gpu, model_type, esti
         return
     error = refused(on_gpu(model_type, estimator=estimator), "L26")
     assert error.got == "flash_attention_2, flash-attn is not installed"
-    assert error.fix.startswith(f"{INSTALL_FLASH_ATTN}, or ++{ATTENTION}=sdpa")
     if model_type == "qwen2_vl":  # verl puts flash-attn's calls into its packed rows
-        assert f"{PACKED}=False" in error.fix
+        assert error.fix.startswith(f"{INSTALL_FLASH_ATTN}, or {PACKED}=False with ++{ATTENTION}=sdpa")
     else:
+        assert error.fix.startswith(f"{INSTALL_FLASH_ATTN}, or ++{ATTENTION}=sdpa")
         assert f"({DENSE_MASK}; {SLOW_LOG_PROBS})" in error.fix
         plan = dict(preflight(on_gpu(model_type, "sdpa", estimator)))
         assert plan["attention"] == f"sdpa, {DENSE_MASK}; {SLOW_LOG_PROBS}"
 
 
 @pytest.mark.parametrize("estimator", ["attn_region", "grpo"])
-@pytest.mark.parametrize("attention", [None, "sdpa", "eager"])
+@pytest.mark.parametrize("attention", [None, "sdpa"])
 def test_L26_packed_rows_of_qwen2_5_vl_run_on_flash_attn_only(on_gpu, attention, estimator):
     error = refused(on_gpu("qwen2_5_vl", attention, estimator), "L26")
     assert "packed rows of qwen2_5_vl, whatever attn_implementation says" in error.what
@@ -214,7 +214,7 @@ def test_flash_attn_that_is_there_is_named_in_the_plan(on_gpu, installed):
 
 def test_a_dry_run_without_a_gpu_says_what_the_run_will_need(on_gpu, monkeypatch):
     told = dict(preflight(on_gpu(), dry_run=True))["attention"]
-    assert told.startswith("flash_attention_2, needs flash-attn where the run is to start (flash-attn is not installed")
+    assert told.startswith("flash_attention_2, needs flash-attn on the machine of the run (flash-attn is not installed")
     assert INSTALL_FLASH_ATTN in told
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     refused(on_gpu(), "L26", dry_run=True)
@@ -222,7 +222,9 @@ def test_a_dry_run_without_a_gpu_says_what_the_run_will_need(on_gpu, monkeypatch
 
 def test_a_model_that_is_not_there_yet_is_told_of_flash_attn(on_gpu):
     config = on_gpu(**{"actor_rollout_ref.model.path": "/not/there"})
-    assert "needs flash-attn" in dict(preflight(config, dry_run=True))["attention"]
+    told = dict(preflight(config, dry_run=True))["attention"]
+    assert "needs flash-attn" in told
+    assert "sdpa" not in told, "whether sdpa can run depends on the family"
 
 
 def test_transformers_takes_the_kernel_of_the_hub_where_the_package_kernels_is(on_gpu, monkeypatch):
@@ -245,6 +247,13 @@ def test_L26_flash_attention_3_is_another_package(on_gpu, installed):
 @pytest.mark.parametrize("name", ["flash_attn_2", "paged|sdpa", "kernels-community/flash-attn2", "flex_attention"])
 def test_L54_an_attention_that_transformers_does_not_run(on_gpu, name):
     assert refused(on_gpu(attention=name), "L54", dry_run=True).got == name
+
+
+def test_L54_packed_qwen2_5_vl_with_eager(on_gpu, installed):
+    installed()
+    assert "one of padding" in refused(on_gpu("qwen2_5_vl", "eager"), "L54").what
+    preflight(on_gpu("qwen2_5_vl", "eager", **{PACKED: False}))
+    preflight(on_gpu("qwen2_5_vl", "sdpa"))
 
 
 def test_flex_attention_is_left_to_the_families_that_have_it(on_gpu):

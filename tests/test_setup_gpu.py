@@ -76,6 +76,13 @@ def test_without_flash_attn_the_gpu_stack_needs_no_nvcc_and_gets_it_later(copy: 
     assert "reused" in copy.built("gpu")
 
 
+def test_a_wheel_of_flash_attn_needs_no_nvcc(copy: Copy) -> None:
+    copy.venv = copy.root / ".venv-gpu"
+    wheel = "/wheels/flash_attn-2.8.3+cu13torch2.11-cp311-cp311-linux_x86_64.whl"
+    assert "flash-attn 2.8.3)" in copy.built("gpu", SAYO_FLASH_ATTN=wheel)
+    assert copy.calls[-1].endswith(f"--constraint configs/constraints-gpu.txt {wheel}")
+
+
 def test_a_failed_build_of_flash_attn_does_not_cost_the_rest(with_nvcc: Copy) -> None:
     status, output = with_nvcc.run("gpu", FAKE_PIP="flash-attn-fails")
     assert status == 1

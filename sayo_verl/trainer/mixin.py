@@ -93,8 +93,8 @@ class AttentionTrainerMixin:
 
         Raises:
             SayoError: X03 naming the workers that differ; from a worker L18 and P02 for a model that is not known, P03
-                and P11 for a layer that is not there or not of full attention, P16, P17 and P24 for a path of the probe
-                that cannot run or is wrong there.
+                and P11 for a layer that is not there or not of full attention, P16, P17, P24 and P29 for a path of the
+                probe that cannot run or is wrong there.
         """
         workers, request = self.actor_rollout_wg.workers, self._request.to_wire()
         reports = ray.get([worker.__ray_call__.remote(worker_report, request) for worker in workers])
