@@ -132,9 +132,9 @@ def _job(config: DictConfig, method: Method | None, s: Shapes, *, card: float, f
     length = int(config.data.max_prompt_length) + int(config.data.max_response_length)
 
     def tokens(dynamic: bool, budget: int | None, micro: int | None, rows: int) -> int:
-        """Of the largest micro-batch, by device; never more than there are rows for."""
+        """Of the largest micro-batch, on one device, within the rows there are. verl refuses an unset size later."""
         rows = math.ceil(rows * n * sp / devices)
-        return min(int(budget or 0) if dynamic else (micro or rows) * length // sp, max(rows * length // sp, 1))
+        return min(int(budget or 0) if dynamic else int(micro or 1) * length // sp, rows * length // sp)
 
     update = tokens(actor.use_dynamic_bsz, actor.ppo_max_token_len_per_gpu, actor.ppo_micro_batch_size_per_gpu,
                     int(actor.ppo_mini_batch_size))  # fmt: skip

@@ -165,7 +165,11 @@ def on_gpu(config_of, tmp_path):
         text = {"model_type": "qwen3"} if model_type == "internvl" else {}
         model = write_model(tmp_path / model_type, model_type=model_type, text_config={**text, "num_hidden_layers": 4})
         ours = {"actor_rollout_ref.model.path": str(model), "algorithm.adv_estimator": estimator}
-        config = config_of(**{**ours, "trainer.device": "cuda", ATTENTION: attention, **values})
+        cuda = {
+            "trainer.device": "cuda",
+            "sayo.gpu_memory_gib": 10_000,
+        }  # default sizes of a family; not the matter here
+        config = config_of(**{**ours, **cuda, ATTENTION: attention, **values})
         if attention is None:
             with open_dict(config):
                 del config.actor_rollout_ref.model.override_config["attn_implementation"]
