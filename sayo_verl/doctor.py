@@ -172,7 +172,7 @@ def check_job(script: str) -> list[Finding]:
 def _number_of_cards() -> int:
     try:
         return len(cards())
-    except OSError:  # told by check_device
+    except OSError:  # check_device reports it
         return 0
 
 

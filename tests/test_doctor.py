@@ -95,7 +95,7 @@ def test_cards_that_torch_sees_are_shown_with_their_memory(nvidia_smi, monkeypat
      (["NVIDIA GB10, 580.95.05, [N/A], [N/A]"], 0)],
     ids=["fails", "no numbers"],
 )  # fmt: skip
-def test_an_nvidia_smi_that_does_not_list_cards_is_told(nvidia_smi, lines, status):
+def test_an_nvidia_smi_that_does_not_list_cards_is_reported(nvidia_smi, lines, status):
     nvidia_smi(*lines, status=status)
     (device,) = doctor.check_device("gpu")
     assert not device.right
@@ -218,7 +218,7 @@ def test_a_job_is_looked_at_with_its_memory_and_its_cards(tmp_path, monkeypatch)
     assert doctor.check_job(job(tmp_path, PLAN))[-1].right
 
 
-def test_a_job_that_is_refused_is_told_with_its_fix(tmp_path):
+def test_a_job_that_is_refused_is_reported_with_its_fix(tmp_path):
     said = SayoError("L60", "update needs more memory than a GPU has", where="there", fix="use more GPUs")
     (found,) = doctor.check_job(job(tmp_path, f"{said}\nanother line", status=1))
     assert not found.right

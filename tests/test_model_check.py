@@ -224,7 +224,7 @@ def test_a_dry_run_without_a_gpu_says_what_the_run_will_need(on_gpu, monkeypatch
     refused(on_gpu(), "L26", dry_run=True)
 
 
-def test_a_model_that_is_not_there_yet_is_told_of_flash_attn(on_gpu):
+def test_the_plan_of_an_absent_model_names_flash_attn_but_not_sdpa(on_gpu):
     config = on_gpu(**{"actor_rollout_ref.model.path": "/not/there"})
     told = dict(preflight(config, dry_run=True))["attention"]
     assert "needs flash-attn" in told
@@ -269,7 +269,7 @@ def test_another_engine_of_verl_needs_no_flash_attn_from_us(on_gpu):
     assert "megatron brings its own" in dict(preflight(config))["attention"]
 
 
-def test_a_job_on_cpu_is_told_no_price(config_of):
+def test_a_job_on_cpu_has_no_price(config_of):
     assert dict(preflight(config_of()))["attention"] == "sdpa"
 
 

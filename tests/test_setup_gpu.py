@@ -93,7 +93,7 @@ def test_a_failed_build_of_flash_attn_does_not_cost_the_rest(with_nvcc: Copy) ->
     assert (with_nvcc.venv / "mark").exists()
 
 
-def test_a_flash_attn_that_does_not_import_is_told(with_nvcc: Copy) -> None:
+def test_a_flash_attn_that_does_not_import_stops_the_set_up(with_nvcc: Copy) -> None:
     status, output = with_nvcc.run("gpu", FAKE_FLASH_ATTN="raise ImportError('undefined symbol: _ZN3c10')")
     assert status == 1
     assert "undefined symbol: _ZN3c10" in output
