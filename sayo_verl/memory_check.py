@@ -202,7 +202,9 @@ def _plain(value: Any) -> Any:
 
 
 def _listed(terms: dict[str, float]) -> str:
-    return ", ".join(f"{name} {size:.1f}" for name, size in sorted(terms.items(), key=lambda t: -t[1]) if size >= 0.05)
+    """Terms from the largest on; without those of nothing, but with the probe, however small."""
+    shown = [(name, size) for name, size in terms.items() if size >= 0.05 or (name == "probe" and size > 0)]
+    return ", ".join(f"{name} {size:.1f}" for name, size in sorted(shown, key=lambda term: -term[1]))
 
 
 def _too_large(phase: str, terms: dict[str, float], j: Job, source: str) -> SayoError:

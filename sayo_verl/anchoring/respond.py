@@ -5,9 +5,9 @@ written changes how it reasons: imitating an empty thought unlearns thinking. It
 token is there, keep what it does.
 
 Rows are sampled in blocks, in any number of processes: block n is the work of process n modulo their number, and is
-written to ``<out>.parts`` when it is done. Whoever finds all blocks there writes ``out``. Random numbers are seeded per
-block and try, and a block is sampled by one process, so the number of processes changes no response. ``batch_size`` and
-another kind of device do.
+written to ``<out>.parts`` when it is done. The process that finds all blocks there writes ``out``. Random numbers are
+seeded per block and try, and one process samples a block. So the number of processes changes no response;
+``batch_size`` and another kind of device do.
 
 Shape suffixes: B prompts of a batch, P prompt tokens, T response tokens.
 """
@@ -178,7 +178,10 @@ def _answers(
 ) -> list[str | None]:  # fmt: skip
     """The first right answer of each row, or None."""
     responses: list[str | None] = [None] * len(rows)
-    with torch.random.fork_rng():
+    own = (
+        [model.device] if model.device.type == "cuda" else []
+    )  # all GPUs otherwise: a context on each, of each process
+    with torch.random.fork_rng(devices=own):
         for attempt in range(tries):
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{attempt}".encode()).digest()[:8]))
             for chosen in _batches([i for i, response in enumerate(responses) if response is None], batch_size):
