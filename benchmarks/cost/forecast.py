@@ -102,13 +102,13 @@ same exponential, so exponentials weigh twice as much here. An H100 is counted w
 Launches and work on the host are not in it.
 """
 FLOORS = """\
-One layer. "Overlapped" is the larger of the times, "in turn" has the exponentials wait for the products. "All causal
-keys" is what a kernel visits that computes the log-sum-exp itself. With the log-sum-exp of the model's own attention
-given, it visits the image alone.
+Bounds for one layer, from the card's own rates. "Overlapped" is the larger of the times, "in turn" has the exponentials
+wait for the products. "All causal keys" is what a kernel visits that computes the log-sum-exp itself. With the
+log-sum-exp of the model's own attention given, it visits the image alone.
 """
 SHARES = """\
-The same as a share of the pass, from overlapped to in turn. The pass is counted at the full rate of products, which a
-real one does not reach: its shares are smaller. What is timed on this page is the pass without the vision tower.
+The same bounds as a share of the pass, from overlapped to in turn. The pass is counted at the full rate of products,
+which a real one does not reach: its shares are smaller. This page times the pass without the vision tower.
 """
 
 

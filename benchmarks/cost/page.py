@@ -36,8 +36,9 @@ tower is left out of every measured pass: that makes the pass shorter and every 
 SELF_CHECK = "**SELF-CHECK: models this small measure nothing. Do not read the figures.**\n"
 TARGET = """\
 {name}, bfloat16, one H100 (an H200 computes as fast), the fast path (Triton), added to the old-log-prob pass.
-The forecast covers the four sizes below. It is that of a kernel whose exponentials wait for its products. The units
-allow {limit:.0f} T operations a second then; it is counted with {slow:.0f} to {fast:.0f} T.
+The forecast covers the four sizes below. It is for a kernel whose exponentials wait for its products. The card's own
+rates bound such a kernel at {limit:.0f} T operations a second (the column "in turn" of the next section). No kernel
+reaches its bound, so the forecast takes {slow:.0f} to {fast:.0f} T, and its shares are larger than those of the bound.
 """
 FORECAST = """\
 **By this forecast the kernel misses the target.** At {size} tokens, beside a pass with the vision tower:
