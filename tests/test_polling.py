@@ -1,5 +1,6 @@
 """Dynamic sampling on the CPU stack: verl's own buffer, with group filtering, asked more often."""
 
+import threading
 import time
 from types import SimpleNamespace
 
@@ -88,8 +89,9 @@ def test_without_dynamic_sampling_a_uniform_group_stays(repo, queue):
 def test_verls_own_buffers_poll_at_the_configured_interval(repo, monkeypatch, mode, cls):
     buffer = build(repo, print, mode=mode, enable=False)
     assert type(buffer) is getattr(replay_buffer, cls)
-    slept = []
-    monkeypatch.setattr(time, "sleep", slept.append)
+    slept, here = [], threading.get_ident()
+    original = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda s: slept.append(s) if threading.get_ident() == here else original(s))
     buffer._wait_for_next_poll("train", time.time())
     assert slept == [OmegaConf.load(repo / CPU).trainer.v1.sampler.sampler_kwargs.poll_interval]
 
