@@ -34,7 +34,7 @@ class Span(NamedTuple):
         key_batch, key_start: the sequence's first key is ``key[key_batch, :, key_start]``.
         n_keys: length of the sequence.
         marked: stretches (first, end) of keys outside of which no key belongs to a set, as ``stretches`` finds them.
-            None: not known. With a log-sum-exp given, the fast path visits no other keys.
+            None: not known. With a log-sum-exp given no other keys are visited.
     """
 
     query_batch: int
@@ -133,6 +133,11 @@ def attention_masses(
     for span in spans:
         sets_N = sets[span.key_batch, span.key_start : span.key_start + span.n_keys]
         member_KN = ((sets_N >> bits_K[:, None]) & 1).float()
+        if lse is not None and span.marked is not None:  # as the fast path: a wrong stretch must show here, too
+            visited_N = torch.zeros_like(member_KN[0])
+            for begin, end in span.marked:
+                visited_N[begin:end] = 1.0
+            member_KN = member_KN * visited_N
         for first, rows, logits_GgtN in _logits(query, key, span, scale, chunk):
             n = logits_GgtN.shape[-1]
             at = slice(done + first, done + first + rows)
