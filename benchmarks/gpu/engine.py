@@ -18,6 +18,7 @@ from gpu.report import Stage, host_waits
 from gpu.worker import build, log_prob_pass, prepare, queries_and_keys
 
 ROUNDS = 3
+GIVEN = ", log-sum-exp given"
 COMPARED = 6  # rows whose masses are compared with float64
 
 
@@ -70,7 +71,7 @@ class _Bench:
         }
         own = {name: StatisticsRequest(asked, path="fast") for name, asked in wanted.items()}
         given = {
-            f"{name}, log-sum-exp given": StatisticsRequest(wanted[name], path=FAST_LSE)
+            f"{name}{GIVEN}": StatisticsRequest(wanted[name], path=FAST_LSE)
             for name in ("attn_region, last layer", "masses, all layers")
         }
         self.requests = {name: request.to_wire() for name, request in {**own, **given}.items()}
@@ -78,6 +79,7 @@ class _Bench:
         self.plain: Any = None
         self.without: dict[str, int] | None = None  # waits of the host in a pass without the probe
         self.ran: list[str] = []  # requests whose first pass did not fail
+        self.masses: dict[str, dict[str, torch.Tensor]] = {}  # of each request: statistic -> its values
 
     def call(self, name: str | None, **extra: Any) -> Any:
         from sayo_verl.probe.statistics import REQUEST_KEY
@@ -125,6 +127,12 @@ class _Bench:
             for key in ("log_probs", "entropy")
         }
         facts["wrong"] = not all(facts["same_bits"].values())
+        self.masses[name] = {key: torch.cat(list(output[key].unbind())).nan_to_num(-1.0).cpu()
+                             for key in output.keys() if "_mass." in key}  # fmt: skip
+        if (own := name.removesuffix(GIVEN)) != name and own in self.masses:
+            pairs = zip(self.masses[name].values(), self.masses[own].values(), strict=True)
+            facts["from_own_log_sum_exp"] = max(largest(a, b) for a, b in pairs)
+            facts["wrong"] |= not facts["from_own_log_sum_exp"] <= 1e-4
         if compares:
             error, compared = self._error(output, taken)
             facts |= {"mass_error_against_float64": error, "rows_compared": compared}
