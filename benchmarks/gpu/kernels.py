@@ -8,6 +8,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from sayo_verl.probe.reference import Span
 from sayo_verl.probe.selfcheck import check_path
 
 LIMITS = {torch.bfloat16: 1e-4, torch.float16: 1e-4, torch.float32: 1e-5}  # largest error of a value
+# Beside the kernel's own, which were chosen by arithmetic: what might be faster on a card
+SIZES = ((128, 64, 4, 2), (128, 128, 8, 2), (128, 128, 8, 3), (128, 128, 4, 2), (64, 64, 4, 3), (256, 64, 8, 3))
+TILINGS = tuple(fast._Tiling(*sizes) for sizes in SIZES)
 FAR_TOKENS = 600_000  # x 32 heads x 128: beyond 2^31 elements
 
 
@@ -36,6 +40,9 @@ def run(stage: Stage) -> None:
             title = f"{shape.name}, {n.image_tokens} image + {n.response} response tokens"
             stage.run(title, _real_size, stage, shape, n)
     stage.run("kernels compiled for many lengths", _variants, stage, needs=10)
+    for tiling in TILINGS[:1] if stage.tiny else TILINGS:
+        stage.run(f"tiles of {tiling.lanes} x {tiling.keys}, {tiling.warps} warps, {tiling.stages} stages",
+                  _other_tiles, stage, tiling, needs=5)  # fmt: skip
     for name, H, G, D in shapes:
         stage.run(f"self-check of the handshake: {name}", _handshake, stage, H, G, D)
     for dtype in () if stage.tiny else (torch.float16, torch.float32):
@@ -165,27 +172,69 @@ def _variants(stage: Stage) -> dict[str, Any]:
             "all_s": round(time.monotonic() - begin, 1)}  # fmt: skip
 
 
-def _real_size(stage: Stage, shape: Any, n: Lengths) -> dict[str, Any]:
-    """One layer at some 16,000 packed tokens: masses with the log-sum-exp made and given, and the profile."""
+@dataclass(frozen=True)
+class _Sized:
+    """One layer at some 16,000 packed tokens of one size: each row has an image and a box in it."""
+
+    masses: Callable[..., Any]  # of spans and a log-sum-exp
+    profile: Callable[..., Any]  # of a span, its log-sum-exp and columns
+    spans: list[Span]
+    marked: list[Span]
+    columns: torch.Tensor
+    reference: Callable[[], Any]
+
+
+def _sized(stage: Stage, shape: Any, n: Lengths) -> _Sized:
     H, G, D = (4, 2, 16) if stage.tiny else (shape.heads, shape.kv_heads, shape.head_dim)
     sequences = 2 if stage.tiny else 16384 // n.total
     spans = packed(*[(n.prompt, n.response)] * sequences)
     query, key, sets = random_case(stage, H, G, D, sequences * n.total, torch.bfloat16, 2, seed=0)
+    image = torch.ones(n.image, dtype=torch.int32)
+    rows, cols = n.image
+    image[3 * rows // 10 : 8 * rows // 10, 2 * cols // 10 : 7 * cols // 10] |= 2  # the box of the other stages
     sets.zero_()
-    image = (n.before, n.before + n.image_tokens)
+    first, end = n.before, n.before + n.image_tokens
     for span in spans:
-        sets[:, span.key_start + image[0] : span.key_start + image[1]] = 1
-    masses = functools.partial(fast.attention_masses, query, key, sets=sets, n_sets=2, scale=D**-0.5)
-    lse, columns = masses(spans=spans).lse, torch.arange(*image, device=stage.device)
-    marked = [span._replace(marked=(image,)) for span in spans]
+        sets[0, span.key_start + first : span.key_start + end] = image.flatten().to(stage.device)
+    given = {"scale": D**-0.5}
+    return _Sized(
+        functools.partial(fast.attention_masses, query, key, sets=sets, n_sets=2, **given),
+        functools.partial(fast.attention_profile, query, key, **given),
+        spans,
+        [span._replace(marked=((first, end),)) for span in spans],
+        torch.arange(first, end, device=stage.device),
+        functools.partial(reference.attention_masses, query, key, spans, sets, 2, **given),
+    )
+
+
+def _other_tiles(stage: Stage, tiling: Any) -> dict[str, Any]:
+    """Times with other tiles, at the largest size; nothing is changed by what comes out."""
+    case = _sized(stage, REAL[0], Lengths(4, (2, 3), 2, 9) if stage.tiny else REAL_LENGTHS[-1])
+    lse = case.masses(spans=case.spans).lse
+    facts: dict[str, Any] = {}
+    own, fast._MASSES = fast._MASSES, tiling
+    try:
+        given = {"spans": case.marked, "lse": lse}
+        for name, how in (("masses_ms", {"spans": case.spans}), ("masses_lse_given_ms", given)):
+            facts[name] = round(stage.milliseconds(functools.partial(case.masses, **how)), 4)
+    finally:
+        fast._MASSES = own
+    return facts
+
+
+def _real_size(stage: Stage, shape: Any, n: Lengths) -> dict[str, Any]:
+    """Masses with the log-sum-exp made and given, and the profile."""
+    case = _sized(stage, shape, n)
+    sequences = len(case.spans)
+    lse = case.masses(spans=case.spans).lse
 
     def profiles() -> None:
-        for span, lse_TH in zip(spans, lse.split(n.response), strict=True):
-            fast.attention_profile(query, key, span, lse_TH, columns, scale=D**-0.5)
+        for span, lse_TH in zip(case.spans, lse.split(n.response), strict=True):
+            case.profile(span, lse_TH, case.columns)
 
     pieces: dict[str, tuple[Callable[[], Any], int]] = {
-        "masses": (lambda: masses(spans=spans), masses_operations(shape, n)),
-        "masses, lse given": (lambda: masses(spans=marked, lse=lse), profile_operations(shape, n)),
+        "masses": (lambda: case.masses(spans=case.spans), masses_operations(shape, n)),
+        "masses, lse given": (lambda: case.masses(spans=case.marked, lse=lse), profile_operations(shape, n)),
         "profile": (profiles, profile_operations(shape, n)),
     }
     facts: dict[str, Any] = {"sequences": sequences}
@@ -195,10 +244,10 @@ def _real_size(stage: Stage, shape: Any, n: Lengths) -> dict[str, Any]:
         facts[name] = {"ms": round(took, 4), "tflops": round(rate, 1)}
         what = f"{name}, one layer, {shape.name}, {sequences} x ({n.image_tokens:,} + {n.response:,})"
         stage.figure(what, f"{duration(took / 1000)}, {rate:.0f} TFLOP/s")
-    wanted = reference.attention_masses(query, key, spans, sets, 2, scale=D**-0.5).mass
+    wanted = case.reference().mass
     facts["errors"] = {
-        "masses": largest(masses(spans=spans).mass, wanted),
-        "masses, lse given": largest(masses(spans=marked, lse=lse).mass, wanted),
+        "masses": largest(case.masses(spans=case.spans).mass, wanted),
+        "masses, lse given": largest(case.masses(spans=case.marked, lse=lse).mass, wanted),
     }
     facts["wrong"] = not max(facts["errors"].values()) <= LIMITS[torch.bfloat16]
     return facts
