@@ -30,8 +30,8 @@ FLASH = {
     "flash_attention_3": ("flash-attn-3", "flash_attn_interface"),
     "flash_attention_4": ("flash-attn-4", "flash_attn.cute"),
 }
-# verl's own pin; built against the torch that is installed, hence without isolation
-INSTALL_FLASH_ATTN = "pip install --no-build-isolation flash-attn==2.8.3"
+# verl's own pin; built against the torch that is installed, hence without isolation and not from a wheel for CUDA 12
+INSTALL_FLASH_ATTN = "FLASH_ATTENTION_FORCE_BUILD=TRUE pip install --no-build-isolation flash-attn==2.8.3"
 # What a run pays without it. Arithmetic for 16k packed tokens of an 8B model, not measured.
 DENSE_MASK = "packed rows under a dense mask: about 3 times the time of a log-prob pass"
 SLOW_LOG_PROBS = "verl takes log-probs token by token without flash-attn: 0.3 to 1 s more a micro-batch"
