@@ -191,13 +191,13 @@ def check_attention(config: DictConfig, model: PretrainedConfig | None, *, dry_r
         return f"{name}, {problem}: transformers takes its kernel from the hub{slow}"
     if problem:
         fix = INSTALL_FLASH_ATTN if needed == "flash_attention_2" else f"install {FLASH[needed][0]}"
+        if dry_run and not torch.cuda.is_available():
+            return f"{name}, needs {FLASH[needed][0]} on the machine of the run ({problem} here): {fix}"
         if direct:
             fix += f", or actor_rollout_ref.model.use_remove_padding=False with ++{ATTENTION}=sdpa, where padding is " \
                 f"computed too{slow}"  # fmt: skip
         elif model is not None:
             fix += f", or ++{ATTENTION}=sdpa ({DENSE_MASK if packed else 'slower'}{slow})"
-        if dry_run and not torch.cuda.is_available():
-            return f"{name}, needs {FLASH[needed][0]} on the machine of the run ({problem} here): {fix}"
         what = f"verl calls flash-attn for packed rows of {model_type}, whatever attn_implementation says" if direct \
             else f"{name} comes from a package"  # fmt: skip
         raise SayoError("L26", what, where=f"{ATTENTION} (default: flash_attention_2)", got=f"{name}, {problem}",
