@@ -160,15 +160,20 @@ def check_flash_attn() -> Finding:
 
 
 def check_nvcc() -> list[Finding]:
-    """What flash-attn is built with; nothing where flash-attn is there."""
+    """What flash-attn is built with, of the CUDA that torch has; nothing where flash-attn is there."""
+    import torch
+
     from sayo_verl.model_check import flash_attn_problem
 
     if flash_attn_problem() is None:
         return []
-    found = find_nvcc()
-    return [Finding("nvcc", found or "not found", "nvcc of torch's CUDA, which builds flash-attn", bool(found),
-                    "install the CUDA toolkit and set CUDA_HOME, or go without flash-attn: SAYO_FLASH_ATTN=0")
-            ]  # fmt: skip
+    nvcc, major = find_nvcc(), (torch.version.cuda or "").partition(".")[0]
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout if nvcc else ""
+    release = re.search(r"release ([\d.]+)", said)
+    found = f"{nvcc}, CUDA {release[1] if release else 'unknown'}" if nvcc else "not found"
+    right = bool(nvcc) and (not major or (release is not None and release[1].partition(".")[0] == major))
+    fix = "install that CUDA toolkit and set CUDA_HOME, or go without flash-attn: SAYO_FLASH_ATTN=0"
+    return [Finding("nvcc", found, f"nvcc of CUDA {major or 'as torch has it'}, which builds flash-attn", right, fix)]
 
 
 def check_shared_memory() -> Finding:

@@ -282,16 +282,22 @@ def test_without_a_clone_the_gpu_stack_has_the_pins_of_the_packages(monkeypatch,
     assert all(name.lower() in wanted for name in doctor.SHOWN)
 
 
-def test_nvcc_is_looked_for_only_where_flash_attn_is_absent(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+def test_nvcc_must_be_of_torchs_cuda_and_is_looked_for_only_where_flash_attn_is_absent(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "find_nvcc", lambda: None)
+    torch_of(monkeypatch, "13.0")
     (found,) = doctor.check_nvcc()
-    assert found.right == (found.found != "not found") == os.access("/usr/local/cuda/bin/nvcc", os.X_OK)
+    assert (found.right, found.found) == (False, "not found")
+    monkeypatch.undo()
+    torch_of(monkeypatch, "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     (tmp_path / "bin").mkdir()
     nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.touch(0o755)
-    (found,) = doctor.check_nvcc()
-    assert (found.right, found.found) == (True, str(nvcc))
+    for release, right in (("13.2", True), ("12.8", False)):
+        nvcc.write_text(f"#!/bin/bash\necho 'Cuda compilation tools, release {release}, V{release}.86'\n")
+        nvcc.chmod(0o755)
+        (found,) = doctor.check_nvcc()
+        assert (found.right, found.found) == (right, f"{nvcc}, CUDA {release}")
+        assert found.wanted.startswith("nvcc of CUDA 13")
     monkeypatch.setattr("sayo_verl.model_check.flash_attn_problem", lambda: None)
     assert doctor.check_nvcc() == []
 
