@@ -1,12 +1,13 @@
 """Everything about the probe that only a GPU can tell, on one card, in ten minutes.
 
-    python benchmarks/on_gpu.py                            every stage, at most 600 s in all
+    python benchmarks/on_gpu.py                            every stage, usually within 600 s; again for the rest
     python benchmarks/on_gpu.py --stages kernels focus     these, again
     python benchmarks/on_gpu.py --train --model MODEL      also 20 steps of GRPO and of attn_region, with vLLM
     python benchmarks/on_gpu.py --tiny                     rehearsal on a CPU: every stage, sizes that measure nothing
 
 Stages run in the order of their value, each in a process of its own with a limit of its own. One that fails or hangs
-costs no more than its limit. A second call goes on where the first stopped. --list names the stages.
+costs no more than its limit. The limits add up to more than a call has, for a stage seldom needs its own. A second call
+goes on where the first stopped. --list names the stages. The packages: pip install '.[gpu,dev]'.
 
 OUT/report.jsonl has one line per finding, with what stood in for what. OUT/cuda.json has the figures of the page:
     cp OUT/cuda.json benchmarks/results/ && python benchmarks/probe_cost.py --page-only
@@ -21,8 +22,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cost.store import append_line, read_lines
 
@@ -121,12 +124,15 @@ def stage_command(args: argparse.Namespace, name: str, limit: int, card: str) ->
     return [sys.executable, __file__, "--run-stage", name, "--card", card, *options]
 
 
-def environment_of(args: argparse.Namespace) -> dict[str, str]:
+def environment_of(args: argparse.Namespace, name: str) -> dict[str, str]:
     """Of a stage: one card, the project's own modules, and a cache of kernels of its own."""
+    always = dict(ALWAYS)
+    if name == "train" and args.model and not Path(args.model).expanduser().exists():
+        del always["HF_HUB_OFFLINE"]  # the model comes from the hub
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     one_card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     common = {"CUDA_VISIBLE_DEVICES": one_card, "TRITON_CACHE_DIR": str(args.out / "triton"), "PYTHONPATH": path}
-    return {**os.environ, **ALWAYS, **common, **(TINY if args.tiny else {})}
+    return {**os.environ, **always, **common, **(TINY if args.tiny else {})}
 
 
 def supervise(command: list[str], log: Path, limit: float, environment: dict[str, str]) -> str:
@@ -161,6 +167,33 @@ def finished(report: Path, card: str) -> set[str]:
     return {name for name, status in ends.items() if status == "done"}
 
 
+def verdicts(report: Path, card: str, stages: Iterable[str]) -> list[str]:
+    """A line for each finding of these stages that was judged on this card, by its last line in the report."""
+    judged = {(line["stage"], line["finding"]): line for line in read_lines(report)
+              if "finding" in line and line["card"] == card and ("wrong" in line or "error" in line)}  # fmt: skip
+    return [
+        f"{'WRONG' if line.get('wrong') or 'error' in line else 'ok':5} {stage:18} {finding}: {_figure_of(line)}"
+        for (stage, finding), line in judged.items()
+        if stage in stages
+    ]
+
+
+def _figure_of(line: dict[str, Any]) -> str:
+    """The fact that the verdict rests on: an error if there is one, else the first number or text."""
+    if "error" in line:
+        return str(line["error"])
+    names = [name for name in line if name not in ("stage", "finding", "at_s", "card", "stood_in", "wrong", "seconds")]
+    for name in sorted(names, key=lambda name: "error" not in name):
+        value = line[name]
+        if isinstance(value, dict) and value and all(isinstance(x, bool) for x in value.values()):
+            return f"{name} {all(value.values())}"
+        if isinstance(value, dict) and value and all(isinstance(x, int | float) for x in value.values()):
+            return f"{name} {max(value.values()):.3g} at most"
+        if isinstance(value, int | float | str):
+            return f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+    return "no figure"
+
+
 def main() -> int:
     """0 when every stage that was wanted is done."""
     args = parse()
@@ -168,7 +201,9 @@ def main() -> int:
         return run_stage(args)
     if args.list:
         for name, entry in (STAGES | {"train": TRAIN}).items():
-            print(f"{name:18} {entry.limit:5} s  {entry.about}")
+            only = "only with --train: " if entry is TRAIN else ""
+            print(f"{name:18} {entry.limit:5} s  {only}{entry.about}")
+        print("Limits of a stage. All but train usually end within 600 s; start it again for the rest.")
         return 0
     begin, card = time.monotonic(), find_card(args.tiny)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -191,7 +226,7 @@ def main() -> int:
             if name == "kernels":
                 shutil.rmtree(args.out / "triton", ignore_errors=True)  # it measures compilation
             command, log = stage_command(args, name, limit, card), args.out / f"{name}.log"
-            status = supervise(command, log, limit + GRACE, environment_of(args))
+            status = supervise(command, log, limit + GRACE, environment_of(args, name))
         end = {"stage": name, "status": status, "seconds": round(time.monotonic() - start, 1), "card": card}
         if status in ("failed", "over its limit"):
             end["last_of_log"] = log.read_text(errors="replace").strip().splitlines()[-3:]
@@ -202,11 +237,22 @@ def main() -> int:
             flush=True,
         )
         left_over += [name] if status != "done" else []
+    found_wrong = False
+    for line in verdicts(report, card, wanted):
+        found_wrong |= line.startswith("WRONG")
+        print(line)
     print(f"{report} after {time.monotonic() - begin:.0f} s; figures for the page: {args.out / 'cuda.json'}")
     if left_over:
         print(
             f"not done: {' '.join(left_over)}; what they said is in {args.out}/STAGE.log; a second call goes on there"
         )
+    figures = f"cp {args.out / 'cuda.json'} benchmarks/results/ && python benchmarks/probe_cost.py --page-only"
+    if args.tiny:
+        print("next: the same on a card; no figure of a rehearsal counts")
+    elif found_wrong:
+        print(f"next: send {report} and the STAGE.log of what is WRONG in an issue")
+    else:
+        print(f"next: {figures}; then send report.jsonl and cuda.json in an issue")
     return 1 if left_over else 0
 
 

@@ -88,17 +88,20 @@ def _doctor(args: argparse.Namespace) -> int:
 
     from sayo_verl.doctor import examine
 
+    job = f", a dry run of {' '.join(args.job)}" if args.job else ""
+    print(f"looking at versions, device, probe, a Ray worker{job}: about half a minute", file=sys.stderr, flush=True)
     findings = examine(args.stack, args.job)
-    table = Table(title=f"sayo-verl {__version__}", title_justify="left")
+    # as wide as the terminal; in a file every finding keeps to one line
+    console = Console() if sys.stdout.isatty() else Console(width=10_000)
+    table = Table(title=f"sayo-verl {__version__}", title_justify="left", expand=console.is_terminal)
     for column in ("", "what", "found", "wanted"):
         table.add_column(column, overflow="fold")
     for finding in findings:
         table.add_row("ok" if finding.right else "NO", finding.name, finding.found, finding.wanted)
-    console = Console()
     console.print(table)
     wrong = [finding for finding in findings if not finding.right]
     for finding in wrong:
-        console.print(f"{finding.name}: {finding.fix}", markup=False)
+        console.print(f"{finding.name}: {finding.fix}", markup=False, soft_wrap=True)
     return 1 if wrong else 0
 
 
@@ -149,9 +152,20 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sayo-verl {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    doctor = commands.add_parser("doctor", help="check versions, device and whether the plug-in loads in Ray workers")
+    doctor = commands.add_parser(
+        "doctor",
+        help="check versions, device and whether the plug-in loads in Ray workers",
+        epilog=DOCTOR_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     doctor.add_argument("--stack", choices=("cpu", "gpu"), help="which pins to check (default: those of torch's build)")
-    doctor.add_argument("--job", metavar="SCRIPT", help="a launch script: its dry run and its memory, on this machine")
+    doctor.add_argument(
+        "--job",
+        nargs="+",
+        default=[],
+        metavar=("SCRIPT", "OVERRIDE"),
+        help="a launch script: its dry run and its memory, on this machine",
+    )
     doctor.set_defaults(function=_doctor)
 
     prepare = commands.add_parser("prepare", help="make data or the tiny policy").add_subparsers(
@@ -196,6 +210,10 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     evaluate.set_defaults(function=_evaluate)
     return parser
 
+
+DOCTOR_EXAMPLE = """a job, with variables in front and overrides after the script as in its own call:
+  LORA_RANK=16 NGPUS_PER_NODE=4 sayo doctor --job scripts/run_sayo_qwen3vl_8b.sh sayo.gpu_memory_gib=48
+"""
 
 SOURCES = {
     "gqa": "GQA: scene graphs, questions, images",

@@ -7,15 +7,17 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from sayo_verl import __version__
 from sayo_verl.errors import SayoError
-from sayo_verl.machine import Card, cards, missing_to_compile, shared_memory, why_no_card
+from sayo_verl.machine import Card, cards, find_nvcc, missing_to_compile, shared_memory, why_no_card
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,31 @@ class Finding:
 SHOWN = ("torch", "torchvision", "transformers", "vllm", "ray", "tensordict", "TransferQueue", "verl")
 
 
+# Of a clone; an installed wheel has none.
+CONSTRAINTS = Path(__file__).resolve().parent.parent / "configs" / "constraints-gpu.txt"
+
+
 def pinned(stack: str) -> dict[str, Requirement]:
-    """Requirements of a stack by canonical name: ours for it, and for the GPU stack those of verl's own extra."""
-    found: dict[str, Requirement] = {}
-    sources = [("sayo-verl", {"extra": stack})]
+    """Requirements of a stack by canonical name.
+
+    Ours, for the GPU stack also those of verl's own extra, and in a clone the versions of its constraints. Of several
+    for one package an exact version counts.
+    """
+    lines: list[tuple[str, tuple[str, ...]]] = [(line, (stack,)) for line in requires("sayo-verl") or []]
     if stack == "gpu":
-        sources.append(("verl", {"extra": "vllm"}))
-    for distribution, environment in sources:
-        for line in requires(distribution) or []:
-            requirement = Requirement(line)
-            if requirement.marker is None or requirement.marker.evaluate(environment):
-                found[canonicalize_name(requirement.name)] = requirement
+        lines += [(line, ("vllm", "verl-core")) for line in requires("verl") or []]
+        if CONSTRAINTS.is_file():
+            kept = [line for line in CONSTRAINTS.read_text().splitlines() if line and not line.startswith("#")]
+            lines = [*((line, (stack,)) for line in kept), *lines]
+    found: dict[str, Requirement] = {}
+    for line, extras in lines:
+        requirement = Requirement(line)
+        name, marker = canonicalize_name(requirement.name), requirement.marker
+        if marker is not None and not any(marker.evaluate({"extra": extra}) for extra in extras):
+            continue
+        exact = name in found and "==" in str(found[name].specifier)
+        if requirement.specifier and not exact:  # verl[vllm]==0.9.1 asks for verl[verl-core], of any version
+            found[name] = requirement
     return found
 
 
@@ -143,6 +159,23 @@ def check_flash_attn() -> Finding:
                    f"Qwen2.5-VL packed ({DENSE_MASK}; {SLOW_LOG_PROBS})")  # fmt: skip
 
 
+def check_nvcc() -> list[Finding]:
+    """What flash-attn is built with, of the CUDA that torch has; nothing where flash-attn is there."""
+    import torch
+
+    from sayo_verl.model_check import flash_attn_problem
+
+    if flash_attn_problem() is None:
+        return []
+    nvcc, major = find_nvcc(), (torch.version.cuda or "").partition(".")[0]
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout if nvcc else ""
+    release = re.search(r"release ([\d.]+)", said)
+    found = f"{nvcc}, CUDA {release[1] if release else 'unknown'}" if nvcc else "not found"
+    right = bool(nvcc) and (not major or (release is not None and release[1].partition(".")[0] == major))
+    fix = "install that CUDA toolkit and set CUDA_HOME, or go without flash-attn: SAYO_FLASH_ATTN=0"
+    return [Finding("nvcc", found, f"nvcc of CUDA {major or 'as torch has it'}, which builds flash-attn", right, fix)]
+
+
 def check_shared_memory() -> Finding:
     """/dev/shm, where Ray's object store lies."""
     free, wanted = shared_memory()
@@ -151,10 +184,15 @@ def check_shared_memory() -> Finding:
                    "start the container with --shm-size=64g or --ipc=host, or mount a larger tmpfs there")  # fmt: skip
 
 
-def check_job(script: str) -> list[Finding]:
-    """A launch script's dry run: what it refuses, its memory per GPU and its number of cards, against this machine."""
-    done = subprocess.run(["bash", script], env={**os.environ, "DRY_RUN": "1"}, capture_output=True, text=True,
-                          check=False)  # fmt: skip
+def check_job(script: str, *overrides: str) -> list[Finding]:
+    """A launch script's dry run: what it refuses, its memory per GPU and its number of cards, against this machine.
+
+    Args:
+        script: its path.
+        overrides: its arguments.
+    """
+    done = subprocess.run(["bash", script, *overrides], env={**os.environ, "DRY_RUN": "1"}, capture_output=True,
+                          text=True, check=False)  # fmt: skip
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
         said = next((line for line in reversed(lines) if "SAYO-" in line), lines[-1])
@@ -164,8 +202,9 @@ def check_job(script: str) -> list[Finding]:
     found += [Finding("job, memory per GPU", line, "", True) for line in memory]
     if machines := re.search(r"^ *machines +\d+ x (\d+) cuda", done.stdout, re.MULTILINE):
         n_cards, wanted = _number_of_cards(), int(machines[1])
-        found.append(Finding("job, cards", f"{n_cards} on this machine", f"{wanted} on each node", n_cards >= wanted,
-                             f"run it where there are {wanted}, or set NGPUS_PER_NODE"))  # fmt: skip
+        needs = f"needs {wanted} GPU{'s' * (wanted > 1)} on each node, found {n_cards}"
+        found.append(Finding("job, cards", needs, "", n_cards >= wanted,
+                             f"run it where there are {wanted}, or put NGPUS_PER_NODE in front of sayo"))  # fmt: skip
     return found
 
 
@@ -227,12 +266,12 @@ def check_ray_worker() -> Finding:
         ray.shutdown()
 
 
-def examine(stack: str | None = None, job: str | None = None) -> list[Finding]:
+def examine(stack: str | None = None, job: Sequence[str] = ()) -> list[Finding]:
     """Every finding, in the order of the report.
 
     Args:
         stack: whose pins are checked, ``"cpu"`` or ``"gpu"``; None: what torch was built for.
-        job: a launch script to look at as well.
+        job: a launch script to look at as well, and its arguments.
     """
     import torch
 
@@ -240,9 +279,9 @@ def examine(stack: str | None = None, job: str | None = None) -> list[Finding]:
     return [
         *check_versions(stack),
         *check_device(stack),
-        *([check_flash_attn(), check_build(), check_shared_memory()] if stack == "gpu" else []),
+        *([check_flash_attn(), *check_nvcc(), check_build(), check_shared_memory()] if stack == "gpu" else []),
         check_probe(),
         check_plugin("this process", plugin_state()),
         check_ray_worker(),
-        *(check_job(job) if job else []),
+        *(check_job(*job) if job else []),
     ]

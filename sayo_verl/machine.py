@@ -62,6 +62,13 @@ def missing_to_compile() -> list[str]:
     return [*([] if found else ["a C compiler (gcc, clang or CC)"]), *([] if header.is_file() else [str(header)])]
 
 
+def find_nvcc() -> str | None:
+    """The CUDA compiler where torch's build tools, and scripts/setup_env.sh, look for it."""
+    home = os.environ.get("CUDA_HOME")
+    places = [*([f"{home}/bin/nvcc"] if home else []), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    return next((place for place in places if place and os.access(place, os.X_OK)), None)
+
+
 def shared_memory() -> tuple[float, float]:
     """Bytes free in /dev/shm, and the bytes that Ray's object store wants there."""
     room = os.statvfs("/dev/shm")

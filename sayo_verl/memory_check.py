@@ -1,6 +1,8 @@
 """Whether the model's lengths and the job's memory fit, before anything is loaded; the arithmetic is in ``memory``."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,11 +12,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from sayo_verl.errors import SayoError
 from sayo_verl.machine import cards
 from sayo_verl.memory import GIB, Job, Shapes, estimate, kv_bytes, kv_cache, shapes_of
+from sayo_verl.memory_fix import ACTOR, TIGHT, UTILIZATION, held, ways
 from sayo_verl.methods import Method
 from sayo_verl.model_check import flash_attn_problem, load_config, sequence_parallel
 
 CARD = 79.0  # GiB that a card of 80 GB shows (A100: 79.2, H100: 79.1 to 79.6)
-TIGHT = 0.9  # of the card, from which the plan warns; beyond the card the job is refused
+# What changes a term of the arithmetic, for the reader of a refusal
+CHANGED_BY = {"weights": "model_dtype, number of GPUs",
+              **dict.fromkeys(("Adam", "a copy", "gradients"), "LoRA, number of GPUs"),
+              "vLLM weights": "rollout.tensor_model_parallel_size, model",
+              "vLLM asleep": "rollout.free_cache_engine", "KV cache": "rollout.gpu_memory_utilization",
+              "vLLM forward": "rollout.max_num_batched_tokens, rollout.max_num_seqs",
+              "bucket": "rollout.checkpoint_engine.update_weights_bucket_megabytes",
+              **dict.fromkeys(("logits", "one layer", "logits or one layer", "kept activations", "probe"),
+                              "tokens of a micro-batch")}  # fmt: skip
 NAME = "memory per GPU"
 # arguments of vLLM that verl passes on, under which its memory is another
 CHANGES_MEMORY = {"kv_cache_dtype", "kv_cache_memory_bytes", "gpu_memory_utilization", "max_model_len", "quantization",
@@ -42,22 +53,28 @@ def check_memory(config: DictConfig, method: Method | None, *, dry_run: bool) ->
         return [(NAME, f"not estimated: {reason}")]
     card, source = card_gib(config)
     model = config.actor_rollout_ref.model
-    s = shapes_of(hf_config, lora_rank=int(model.lora_rank), exclude_modules=_plain(model.exclude_modules),
-                  target_modules=_plain(model.target_modules))  # fmt: skip
+
+    def shapes(rank: int) -> Shapes:
+        return shapes_of(hf_config, lora_rank=rank, exclude_modules=_plain(model.exclude_modules),
+                         target_modules=_plain(model.target_modules))  # fmt: skip
+
+    s = shapes(int(model.lora_rank))
     flash = dry_run or flash_attn_problem() is None
     j = _job(config, method, s, card=card, flash=flash)
     totals = {phase: (sum(terms.values()), terms) for phase, terms in estimate(s, j).items()}
     largest = max(totals, key=lambda phase: totals[phase][0])
     if totals[largest][0] > card:
-        raise _too_large(largest, totals[largest][1], j, source)
+        raise _too_large(largest, totals[largest][1], j, source, ways(s, j, shapes))
     lines = [(NAME, f"by arithmetic, in GiB of {card:.1f} ({source})")]
     for phase, (total, terms) in totals.items():
         mark = f" - TIGHT, {total / card:.0%} of the card" if total > TIGHT * card else ""
         lines.append((NAME, f"{phase} {total:.1f}: {_listed(terms)}{mark}"))
-    lines.append((NAME, f"KV cache for {_sequences(s, j):.0f} sequences of {j.max_model_len} tokens at once"))
+    sequences = round(_sequences(s, j, shapes))
+    at_once = f"KV cache for {sequences} sequences of {j.max_model_len} tokens at once"
+    lines.append((NAME, f"{at_once}; {_waves(config, j, sequences)}"))
     if (config.algorithm.use_kl_in_reward or config.actor_rollout_ref.actor.use_kl_loss) and not j.lora:
-        held = s.parameters * 4 * int(config.trainer.n_gpus_per_node) / j.shards / GIB
-        lines.append(("memory per node", f"reference model {held:.0f} GiB of the host's"))
+        host = s.parameters * 4 * int(config.trainer.n_gpus_per_node) / j.shards / GIB
+        lines.append(("memory per node", f"reference model {host:.0f} GiB of the host's"))
     return lines
 
 
@@ -177,15 +194,15 @@ def _job(config: DictConfig, method: Method | None, s: Shapes, *, card: float, f
     )
 
 
-def _sequences(s: Shapes, j: Job) -> float:
-    """Sequences of ``max_model_len`` that the KV cache holds.
+def _sequences(s: Shapes, j: Job, shapes: Callable[[int], Shapes]) -> float:
+    """As ``held``.
 
     Raises:
         SayoError: L58 for less than one, which vLLM refuses to serve (``v1/core/kv_cache_utils.py``).
     """
     per_token, free = kv_bytes(s, j.tensor_parallel) / GIB, max(kv_cache(s, j)[2], 0.0)
-    held, needed = free / (per_token * j.max_model_len), j.max_prompt + j.max_response
-    if held < 1:
+    there, needed = held(s, j), j.max_prompt + j.max_response
+    if there < 1:
         raise SayoError("L58", "vLLM's KV cache does not hold one sequence of max_model_len, and vLLM would not start",
                         where="actor_rollout_ref.rollout.max_model_len",
                         got=f"{j.max_model_len}{', the positions of the model' * (j.max_model_len == s.positions)}: "
@@ -193,8 +210,18 @@ def _sequences(s: Shapes, j: Job) -> float:
                         f"{j.card:.1f} by arithmetic",
                         wanted=f"about {int(free / per_token)} at most",
                         fix=f"set it to {needed} (prompt + response)" if per_token * needed <= free else
-                        "raise rollout.gpu_memory_utilization or rollout.tensor_model_parallel_size")  # fmt: skip
-    return held
+                        ways(s, replace(j, max_model_len=needed), shapes))  # fmt: skip
+    return there
+
+
+def _waves(config: DictConfig, j: Job, sequences: int) -> str:
+    """How many responses of a step a vLLM engine samples, and in how many waves if all have full length."""
+    devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
+    responses = int(config.data.train_batch_size) * int(config.actor_rollout_ref.rollout.n)
+    share = math.ceil(responses * j.tensor_parallel / devices)
+    waves = math.ceil(share / min(sequences, j.sequences))
+    cards = "a card" if j.tensor_parallel == 1 else f"for {j.tensor_parallel} cards"
+    return f"{share} responses {cards}: {waves} wave{'s' * (waves > 1)} at most"
 
 
 def _plain(value: Any) -> Any:
@@ -207,23 +234,15 @@ def _listed(terms: dict[str, float]) -> str:
     return ", ".join(f"{name} {size:.1f}" for name, size in sorted(shown, key=lambda term: -term[1]))
 
 
-def _too_large(phase: str, terms: dict[str, float], j: Job, source: str) -> SayoError:
-    largest = max(terms, key=lambda term: terms[term])
-    actor = "actor_rollout_ref.actor"
+def _too_large(phase: str, terms: dict[str, float], j: Job, source: str, fix: str) -> SayoError:
+    largest = max((term for term in terms if term in CHANGED_BY), key=lambda term: terms[term])
     if phase == "rollout":
-        others = sum(terms.values()) - j.utilization * j.card
-        where = "actor_rollout_ref.rollout.gpu_memory_utilization"
-        fix = f"set it to {max(math.floor(100 * (1 - others / j.card)), 0) / 100} or less"
-    elif largest in ("logits", "one layer", "logits or one layer", "kept activations"):
-        which, tokens = ("rollout.log_prob", j.log_prob_tokens) if phase == "log-probs" else ("actor.ppo", j.tokens)
+        where = UTILIZATION
+    elif CHANGED_BY[largest] == "tokens of a micro-batch":
+        which = "rollout.log_prob" if phase == "log-probs" else "actor.ppo"
         where = f"actor_rollout_ref.{which}_max_token_len_per_gpu"
-        fix = f"lower it (or the micro-batch) from {tokens} tokens"
     else:
-        where = f"{actor} on {j.shards} GPUs"
-        fix = "use more GPUs or a smaller model"
-        if not j.lora:
-            fix += (f", train a LoRA (actor_rollout_ref.model.lora_rank=16), or keep weights and optimizer on the host "
-                    f"({actor}.strategy=fsdp2 {actor}.fsdp_config.offload_policy=True)")  # fmt: skip
-    return SayoError("L60", f"{phase} needs more memory than a GPU has, most of it for {largest}", where=where,
-                     got=f"{sum(terms.values()):.1f} GiB by arithmetic: {_listed(terms)}",
+        where = f"{ACTOR} on {j.shards} GPU{'s' * (j.shards > 1)}"
+    what = f"{phase} needs more memory than a GPU has, most of it for {largest} ({CHANGED_BY[largest]})"
+    return SayoError("L60", what, where=where, got=f"{sum(terms.values()):.1f} GiB by arithmetic: {_listed(terms)}",
                      wanted=f"at most {j.card:.1f} ({source})", fix=fix)  # fmt: skip

@@ -30,8 +30,8 @@ FLASH = {
     "flash_attention_3": ("flash-attn-3", "flash_attn_interface"),
     "flash_attention_4": ("flash-attn-4", "flash_attn.cute"),
 }
-# verl's own pin; built against the torch that is installed, hence without isolation
-INSTALL_FLASH_ATTN = "pip install --no-build-isolation flash-attn==2.8.3"
+# verl's own pin; built against the torch that is installed, hence without isolation and not from a wheel for CUDA 12
+INSTALL_FLASH_ATTN = "FLASH_ATTENTION_FORCE_BUILD=TRUE pip install --no-build-isolation flash-attn==2.8.3"
 # What a run pays without it. Arithmetic for 16k packed tokens of an 8B model, not measured.
 DENSE_MASK = "packed rows under a dense mask: about 3 times the time of a log-prob pass"
 SLOW_LOG_PROBS = "verl takes log-probs token by token without flash-attn: 0.3 to 1 s more a micro-batch"
@@ -191,13 +191,13 @@ def check_attention(config: DictConfig, model: PretrainedConfig | None, *, dry_r
         return f"{name}, {problem}: transformers takes its kernel from the hub{slow}"
     if problem:
         fix = INSTALL_FLASH_ATTN if needed == "flash_attention_2" else f"install {FLASH[needed][0]}"
+        if dry_run and not torch.cuda.is_available():
+            return f"{name}, needs {FLASH[needed][0]} on the machine of the run ({problem} here): {fix}"
         if direct:
             fix += f", or actor_rollout_ref.model.use_remove_padding=False with ++{ATTENTION}=sdpa, where padding is " \
                 f"computed too{slow}"  # fmt: skip
         elif model is not None:
             fix += f", or ++{ATTENTION}=sdpa ({DENSE_MASK if packed else 'slower'}{slow})"
-        if dry_run and not torch.cuda.is_available():
-            return f"{name}, needs {FLASH[needed][0]} on the machine of the run ({problem} here): {fix}"
         what = f"verl calls flash-attn for packed rows of {model_type}, whatever attn_implementation says" if direct \
             else f"{name} comes from a package"  # fmt: skip
         raise SayoError("L26", what, where=f"{ATTENTION} (default: flash_attention_2)", got=f"{name}, {problem}",

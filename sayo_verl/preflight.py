@@ -6,6 +6,9 @@ yet into entries of that plan instead of refusals, so that a job can be looked a
 
 import dataclasses
 import importlib.util
+import shutil
+import sys
+import textwrap
 from collections.abc import Callable
 
 from omegaconf import DictConfig, OmegaConf
@@ -65,7 +68,7 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
         ("estimator", f"{config.algorithm.adv_estimator}" + ("" if method else " (verl's own code, untouched)")),
         ("method", _describe(method) if method else "-"),
         *of_model,
-        *check_data(config, method, model_type, dry_run=dry_run),
+        *(of_data := check_data(config, method, model_type, dry_run=dry_run)),
     ]
     rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
     plan += [
@@ -78,7 +81,7 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
                    f"{config.actor_rollout_ref.model.lora_rank or 'off'}"),
         ("machines", f"{config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {config.trainer.device}; {cpus}"),
         *memory,
-        ("length", f"{config.trainer.total_training_steps or '-'} steps, {config.trainer.total_epochs} epochs"),
+        ("length", _length(config, of_data)),
         ("resumes", resumed),
         ("checkpoints", describe_checkpoints(config)),
         ("metrics", str(metrics_file(config) or 'no file, nothing for sayo report: trainer.logger has no "file"')),
@@ -183,7 +186,20 @@ def _check_model(config: DictConfig, method: Method | None, dry_run: bool) -> tu
 
 
 def show(plan: Plan, write: Callable[[str], None] = print) -> None:
-    """Print the plan as aligned lines."""
-    width = max(len(name) for name, _ in plan)
+    """Print the plan as aligned lines, wrapped to a terminal; in a log, which is searched, an entry keeps to a line."""
+    indent = 4 + max(len(name) for name, _ in plan)
+    columns = max(shutil.get_terminal_size().columns, indent + 40) if sys.stdout.isatty() else sys.maxsize
     for name, value in plan:
-        write(f"  {name.ljust(width)}  {value}")
+        lines = textwrap.wrap(value, columns - indent, break_long_words=False, break_on_hyphens=False) or [""]
+        for n, line in enumerate(lines):
+            write(f"  {'' if n else name}".ljust(indent) + line)
+
+
+def _length(config: DictConfig, of_data: Plan) -> str:
+    """Steps, where they are set, and epochs."""
+    steps, epochs = config.trainer.total_training_steps, f"{config.trainer.total_epochs} epochs"
+    if steps is not None:
+        return f"{steps} steps, {epochs}"
+    absent = any(name == "train data" and "NOT THERE YET" in value for name, value in of_data)
+    why = "the data is not there yet" if absent else "verl counts them when it has filtered the prompts"
+    return f"{epochs}; steps unknown: {why}"

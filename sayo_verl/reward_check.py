@@ -6,6 +6,8 @@ Error codes: L11, L19, L31 to L36.
 import functools
 import inspect
 import json
+import re
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -413,7 +415,8 @@ def _render(path: str, template: str | None, kwargs: str, trust_remote_code: boo
             for generation in (True, False)
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, ImportError, ArithmeticError, TemplateError) as error:
-        return f"no prompt can be rendered here ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+        said = re.split(r"(?<=[.!?]) ", " ".join(str(error).split()), maxsplit=1)[0]  # its first sentence
+        return f"no prompt can be rendered here ({type(error).__name__}: {textwrap.shorten(said, 200)})"
     decoded = {tag: tokenizer.decode(tokenizer.encode(tag, add_special_tokens=False), skip_special_tokens=True)
                for tag in TAGS}  # fmt: skip
     return _Prompt(asked.removeprefix(plain), tuple(tag for tag, text in decoded.items() if tag not in text))

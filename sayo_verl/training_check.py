@@ -6,6 +6,7 @@ a method's token weights is shown by ``tests/test_training_check.py``, loss by l
 
 import contextlib
 import io
+import warnings
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -40,7 +41,10 @@ def check_by_verl(config: DictConfig, *, dry_run: bool = False) -> None:
     from verl.utils.config import validate_config
 
     try:
-        with contextlib.redirect_stdout(io.StringIO()) if dry_run else contextlib.nullcontext():
+        with contextlib.redirect_stdout(io.StringIO()) if dry_run else contextlib.nullcontext(), \
+                warnings.catch_warnings():  # fmt: skip
+            if dry_run:
+                warnings.filterwarnings("ignore", "Disabled critic")
             validate_config(config, need_reference_policy(config), need_critic(config))
     except (AssertionError, ValueError, NotImplementedError, InstantiationException) as error:
         said = " ".join(str(error.__cause__ or error).split()) or type(error).__name__

@@ -76,7 +76,7 @@ if ! python3 -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("say
   bash scripts/setup_env.sh "$STACK"
   export PATH="$(bash scripts/setup_env.sh --where "$STACK")/bin:$PATH"
 fi
-[[ "$DRY_RUN" != 1 ]] || export VERL_PLATFORM=${VERL_PLATFORM:-cpu}
+[[ "$DRY_RUN" != 1 ]] || export VERL_PLATFORM=${VERL_PLATFORM:-cpu} VERL_LOGGING_LEVEL=${VERL_LOGGING_LEVEL:-WARNING}
 export VERL_USE_EXTERNAL_MODULES=sayo_verl.plugin
 
 ALGORITHM=(

@@ -10,6 +10,7 @@ import torch
 from triton.runtime import build
 
 from sayo_verl import doctor, machine
+from sayo_verl.cli import build_parser, main
 from sayo_verl.errors import SayoError
 from sayo_verl.model_check import INSTALL_FLASH_ATTN
 from sayo_verl.probe import selfcheck
@@ -213,7 +214,7 @@ def test_a_job_is_looked_at_with_its_memory_and_its_cards(tmp_path, monkeypatch)
     assert passed.right
     assert [line.found for line in memory] == ["by arithmetic, in GiB of 79.6 (nvidia-smi)",
                                                "update 74.1: weights 30.1 - TIGHT, 93% of the card"]  # fmt: skip
-    assert (cards.found, cards.wanted, cards.right) == ("4 on this machine", "8 on each node", False)
+    assert (cards.found, cards.right) == ("needs 8 GPUs on each node, found 4", False)
     monkeypatch.setattr(doctor, "cards", lambda: [machine.Card("H100", "580.1", 81559, 0)] * 8)
     assert doctor.check_job(job(tmp_path, PLAN))[-1].right
 
@@ -227,12 +228,86 @@ def test_a_job_that_is_refused_is_reported_with_its_fix(tmp_path):
     assert "No such file" in absent.found
 
 
+def test_a_job_gets_the_overrides_after_its_script_and_the_variables_in_front(tmp_path, monkeypatch):
+    script = tmp_path / "job.sh"
+    script.write_text('echo "  machines  1 x $NGPUS_PER_NODE cuda"\necho "  memory per GPU  $*"\n')
+    monkeypatch.setattr(doctor, "cards", lambda: [])
+    monkeypatch.setenv("NGPUS_PER_NODE", "1")
+    args = build_parser(["doctor"]).parse_args(["doctor", "--job", str(script), "sayo.gpu_memory_gib=24", "a.b=1"])
+    findings = doctor.check_job(*args.job)
+    assert [line.found for line in findings[1:]] == [
+        "sayo.gpu_memory_gib=24 a.b=1",
+        "needs 1 GPU on each node, found 0",
+    ]
+
+
+def test_help_of_doctor_shows_a_job_with_variables_in_front(capsys):
+    with pytest.raises(SystemExit):
+        build_parser(["doctor"]).parse_args(["doctor", "--help"])
+    assert (
+        "LORA_RANK=16 NGPUS_PER_NODE=4 sayo doctor --job scripts/run_sayo_qwen3vl_8b.sh sayo."
+        in capsys.readouterr().out
+    )
+
+
+def test_the_report_keeps_a_finding_to_a_line_where_there_is_no_terminal(monkeypatch, capsys):
+    long = doctor.Finding("job", "x " * 200 + "end", "y " * 200, False, "z " * 200)
+    monkeypatch.setattr(doctor, "examine", lambda stack, job: [long])
+    assert main(["doctor", "--job", "some.sh"]) == 1
+    said = capsys.readouterr()
+    assert "dry run of some.sh" in said.err
+    assert [line for line in said.out.splitlines() if "x x" in line and "end" in line and "y y" in line]
+
+
+# ------------------------------------------------------------ versions
+
+
+def wanted_of(stack):
+    return {name: str(requirement.specifier) for name, requirement in doctor.pinned(stack).items()}
+
+
+def test_the_gpu_stack_is_compared_with_the_constraints_of_the_clone(repo):
+    wanted = wanted_of("gpu")
+    lines = (repo / "configs" / "constraints-gpu.txt").read_text().splitlines()
+    for name in doctor.SHOWN:
+        assert f"{name}{wanted[name.lower()]}" in lines
+
+
+def test_without_a_clone_the_gpu_stack_has_the_pins_of_the_packages(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "CONSTRAINTS", tmp_path / "none.txt")
+    wanted = wanted_of("gpu")
+    assert wanted["verl"] == "==0.9.1"
+    assert wanted["torch"] == "==2.11.0"
+    assert wanted["transferqueue"].startswith(">=")
+    assert all(name.lower() in wanted for name in doctor.SHOWN)
+
+
+def test_nvcc_must_be_of_torchs_cuda_and_is_looked_for_only_where_flash_attn_is_absent(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "find_nvcc", lambda: None)
+    torch_of(monkeypatch, "13.0")
+    (found,) = doctor.check_nvcc()
+    assert (found.right, found.found) == (False, "not found")
+    monkeypatch.undo()
+    torch_of(monkeypatch, "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    for release, right in (("13.2", True), ("12.8", False)):
+        nvcc.write_text(f"#!/bin/bash\necho 'Cuda compilation tools, release {release}, V{release}.86'\n")
+        nvcc.chmod(0o755)
+        (found,) = doctor.check_nvcc()
+        assert (found.right, found.found) == (right, f"{nvcc}, CUDA {release}")
+        assert found.wanted.startswith("nvcc of CUDA 13")
+    monkeypatch.setattr("sayo_verl.model_check.flash_attn_problem", lambda: None)
+    assert doctor.check_nvcc() == []
+
+
 def test_the_shipped_job_is_looked_at(repo, monkeypatch):
     monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}:/usr/bin:/bin")
     monkeypatch.delenv("VERL_PLATFORM", raising=False)
     findings = doctor.check_job(str(repo / "scripts" / "run_sayo_qwen3vl_8b.sh"))
     assert [finding.name for finding in findings[:2]] == ["job", "job, memory per GPU"]
-    assert findings[-1].wanted == "8 on each node"
+    assert findings[-1].found == "needs 8 GPUs on each node, found 0"
 
 
 def test_the_gpu_stack_is_looked_at_more_closely(monkeypatch):
@@ -241,6 +316,6 @@ def test_the_gpu_stack_is_looked_at_more_closely(monkeypatch):
     for name in ("check_probe", "check_ray_worker"):
         monkeypatch.setattr(doctor, name, lambda: SimpleNamespace(name="other"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    names = {"flash-attn", "C compiler", "/dev/shm"}
+    names = {"flash-attn", "nvcc", "C compiler", "/dev/shm"}
     assert names < {finding.name for finding in doctor.examine()}
     assert not names & {finding.name for finding in doctor.examine("cpu")}

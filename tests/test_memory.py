@@ -2,11 +2,13 @@
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from family_models import TINY
 from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
@@ -282,7 +284,7 @@ def test_L58_unset_length_of_8b(make):
     config = make("Qwen2.5-VL-7B", **{"actor_rollout_ref.rollout.max_model_len": None})
     assert "sequences of 128000 tokens" in plan(config), "6.8 GiB fit"
     config = make(**{"actor_rollout_ref.rollout.gpu_memory_utilization": 0.2})
-    refused(config, "L58", "GiB of 0.0", "raise rollout.gpu_memory_utilization")
+    refused(config, "L58", "GiB of 0.0", "ROLLOUT_GPU_MEM_UTIL=0.8")
 
 
 def test_L58_lengths_that_do_not_go_together(make):
@@ -307,14 +309,70 @@ def test_L60_a_full_8b_on_one_card(make):
 
 
 def test_L60_names_the_setting_of_the_largest_term(make):
-    refused(make(**{"actor_rollout_ref.rollout.gpu_memory_utilization": 0.95}), "L60", "rollout needs more",
-            "gpu_memory_utilization", "set it to 0.9 or less")  # fmt: skip
+    refused(
+        make(**{"actor_rollout_ref.rollout.gpu_memory_utilization": 0.95}),
+        "L60",
+        "rollout needs more",
+        "most of it for KV cache (rollout.gpu_memory_utilization)",
+        "fix: ROLLOUT_GPU_MEM_UTIL=0.8 in front of the script, or actor_rollout_ref.rollout.gpu_memory_utilization=0.8",
+    )
     refused(make(**{"actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 200_000,
                     "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": 16384}), "L60", "update needs more",
             "actor.ppo_max_token_len_per_gpu", "from 200000 tokens")  # fmt: skip
     refused(make(**{"actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": 300_000,
                     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 16384}), "L60", "log-probs needs more",
             "rollout.log_prob_max_token_len_per_gpu")  # fmt: skip
+
+
+FOUR = {"trainer.n_gpus_per_node": 1, "actor_rollout_ref.rollout.temperature": 1.0}
+
+
+def test_L60_names_no_utilization_where_none_fits_and_the_changes_it_names_do(make):
+    config = make("Qwen3-VL-4B", **FOUR, **{"sayo.gpu_memory_gib": 24})
+    refused(config, "L60", "most of it for weights (model_dtype, number of GPUs)", "fix: ", "param_offload=True",
+            "model_dtype=bf16", "GPUs (NGPUS_PER_NODE, NNODES)")  # fmt: skip
+    with pytest.raises(SayoError) as caught:
+        plan(config)
+    ways = caught.value.fix.split("; or ")
+    assert not any(way.startswith("ROLLOUT_GPU_MEM_UTIL") for way in ways), "the utilization alone does not do it"
+    assert not any("offload_policy" in way or "LORA_RANK" in way for way in ways), "the job has an adapter"
+    for way in ways:
+        said = dict(re.findall(r"(actor_rollout_ref\.[\w.]+)=([\w.]+)", way))
+        values = {key: yaml.safe_load(value) for key, value in said.items()}
+        if cards := re.match(r"(\d+) GPUs", way):
+            values["trainer.n_gpus_per_node"] = int(cards[1])
+        changed = config.copy()
+        for key, value in values.items():
+            OmegaConf.update(changed, key, value, force_add=True)
+        assert "KV cache for" in plan(changed), way
+
+
+@pytest.mark.parametrize("card", [17, 20, 24, 28, 32, 36, 40, 44, 48])
+def test_L60_a_utilization_it_names_leaves_a_tenth_of_the_card(make, card):
+    config = make("Qwen3-VL-4B", **FOUR, **{"sayo.gpu_memory_gib": card})
+    OmegaConf.update(config, "actor_rollout_ref.rollout.gpu_memory_utilization", 0.9)
+    with pytest.raises(SayoError) as caught:
+        plan(config)
+    if caught.value.fix.startswith("ROLLOUT_GPU_MEM_UTIL="):
+        value = float(caught.value.fix.split("=")[1].split()[0])
+        OmegaConf.update(config, "actor_rollout_ref.rollout.gpu_memory_utilization", value)
+        line = next(line for line in plan(config).splitlines() if "rollout " in line)
+        assert float(line.split("rollout ")[1].split(":")[0]) <= 0.9 * card + 0.05
+    assert caught.value.fix.startswith("ROLLOUT_GPU_MEM_UTIL=") == (card >= 36)
+
+
+def test_L60_a_job_that_no_change_makes_fit_needs_a_smaller_model(make):
+    refused(make("Qwen3-VL-8B", **{"sayo.gpu_memory_gib": 4}), "L60", "fix: a smaller model")
+
+
+def test_the_plan_says_in_how_many_waves_a_card_samples(make):
+    assert plan(make()).endswith(
+        "KV cache for 33 sequences of 6610 tokens at once; 48 responses a card: 2 waves at most"
+    )
+    two = plan(make(**{"actor_rollout_ref.rollout.tensor_model_parallel_size": 2}))
+    assert two.endswith("; 96 responses for 2 cards: 2 waves at most")
+    assert "24 responses a card: 1 wave at most" in plan(make(**{"data.train_batch_size": 12}))
+    assert plan(make(**{"actor_rollout_ref.rollout.max_num_seqs": 8})).endswith("48 responses a card: 6 waves at most")
 
 
 def test_micro_batches_are_no_larger_than_the_batch(make):

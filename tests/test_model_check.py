@@ -219,7 +219,7 @@ def test_flash_attn_that_is_there_is_named_in_the_plan(on_gpu, installed):
 def test_a_dry_run_without_a_gpu_says_what_the_run_will_need(on_gpu, monkeypatch):
     told = dict(preflight(on_gpu(), dry_run=True))["attention"]
     assert told.startswith("flash_attention_2, needs flash-attn on the machine of the run (flash-attn is not installed")
-    assert INSTALL_FLASH_ATTN in told
+    assert told.endswith(f"(flash-attn is not installed here): {INSTALL_FLASH_ATTN}"), "the price is in the refusal"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     refused(on_gpu(), "L26", dry_run=True)
 
@@ -276,3 +276,10 @@ def test_a_job_on_cpu_has_no_price(config_of):
 def test_the_pin_of_flash_attn_is_verls():
     (pin,) = {line.partition(";")[0] for line in requires("verl") if line.startswith("flash-attn==")}
     assert INSTALL_FLASH_ATTN.endswith(f" {pin}")
+
+
+def test_flash_attn_is_installed_by_one_command_wherever_it_is_named(repo):
+    assert INSTALL_FLASH_ATTN in (repo / "README.md").read_text()
+    build = "FLASH_ATTENTION_FORCE_BUILD=TRUE pip_install --no-build-isolation"
+    assert build.replace("pip_install", "pip install") in INSTALL_FLASH_ATTN
+    assert build in (repo / "scripts" / "setup_env.sh").read_text()

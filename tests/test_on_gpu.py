@@ -61,7 +61,11 @@ def test_every_finding_of_a_rehearsal_is_right_and_says_what_stood_in(rehearsal)
     assert set(exact["errors"]) == {"mass", "lse", "profile", "mass, lse given"}
     assert all(0 <= error < 1e-5 for error in exact["errors"].values())
     assert [line["status"] for line in lines if "status" in line] == ["done"] * len(REHEARSED)
-    assert len(said.splitlines()) == len(REHEARSED) + 1, "one line for each stage, and where the report is"
+    judged = [line for line in findings if "wrong" in line]
+    assert len(said.splitlines()) == len(REHEARSED) + len(judged) + 2, "stages, verdicts, the report, what is next"
+    assert said.splitlines()[-1] == "next: the same on a card; no figure of a rehearsal counts"
+    assert "ok    kernels            float64: tiny, torch.bfloat16: errors " in said
+    assert "WRONG" not in said
 
 
 def test_figures_of_a_rehearsal_are_marked(rehearsal):
@@ -90,6 +94,61 @@ def test_without_a_card_it_says_so_and_leaves_nothing(repo, tmp_path, monkeypatc
     assert "torch finds no GPU" in done.stderr
     assert "--tiny" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_verdicts_are_those_of_the_last_call_on_this_card(on_gpu, tmp_path):
+    report = tmp_path / "report.jsonl"
+    lines = [
+        {"stage": "kernels", "finding": "exact", "card": "H100", "errors": {"mass": 0.25, "lse": 0.5}, "wrong": True},
+        {"stage": "kernels", "finding": "exact", "card": "H200", "errors": {"mass": 9.0}, "wrong": True},
+        {"stage": "kernels", "finding": "exact", "card": "H100", "errors": {"mass": 1e-6, "lse": 2e-6}, "wrong": False},
+        {"stage": "kernels", "finding": "times", "card": "H100", "ms": 3.0},
+        {
+            "stage": "engine-qwen3",
+            "finding": "pass",
+            "card": "H100",
+            "same_bits": {"a": True, "b": False},
+            "wrong": True,
+        },
+        {"stage": "tests", "finding": "pytest", "card": "H100", "error": "RuntimeError: needs pytest"},
+        {"stage": "focus", "finding": "steps", "card": "H100", "wrong": False},
+    ]
+    report.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert on_gpu.verdicts(report, "H100", ["kernels", "engine-qwen3", "tests"]) == [
+        "ok    kernels            exact: errors 2e-06 at most",
+        "WRONG engine-qwen3       pass: same_bits False",
+        "WRONG tests              pytest: RuntimeError: needs pytest",
+    ]
+
+
+def test_only_training_a_model_of_the_hub_may_reach_the_hub(on_gpu, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+    def offline(stage, *arguments):
+        monkeypatch.setattr(sys, "argv", ["on_gpu.py", "--train", *map(str, arguments)])
+        return "HF_HUB_OFFLINE" in on_gpu.environment_of(on_gpu.parse(), stage)
+
+    assert not offline("train", "--model", "Qwen/Qwen3-VL-4B-Instruct")
+    assert offline("train", "--model", tmp_path)
+    assert offline("train")
+    assert offline("kernels", "--model", "Qwen/Qwen3-VL-4B-Instruct")
+
+
+def test_without_pytest_the_stage_of_tests_says_what_to_install(tmp_path, monkeypatch):
+    from gpu import project_tests
+    from gpu.report import Stage
+
+    monkeypatch.setattr(project_tests.importlib.util, "find_spec", lambda name: None)
+    project_tests.run(Stage("tests", tmp_path, 60, True, "a card"))
+    (line,) = lines_of(tmp_path)
+    assert line["error"].endswith("the stage 'tests' needs pytest: pip install '.[gpu,dev]'")
+
+
+def test_help_and_list_say_that_a_second_call_does_the_rest(repo):
+    assert "usually within 600 s; again for the rest" in call(repo, "--help").stdout
+    said = call(repo, "--list").stdout
+    assert "only with --train" in said
+    assert "start it again for the rest" in said
 
 
 def test_help_and_list_fit_a_screen(repo):

@@ -40,6 +40,8 @@ def test_gpu_job_without_a_gpu_stops_at_once_and_names_the_tiny_script(repo, env
 def test_dry_run_composes_checks_and_prints_the_papers_values(repo, environment, tmp_path):
     done = launch(repo, "run_sayo_qwen3vl_8b.sh", environment, DRY_RUN="1")
     assert done.returncode == 0, done.stderr
+    assert "Disabled critic" not in done.stderr
+    assert "Platform override" not in done.stderr
     for told in (
         "attn_region: weight 1.0, entropy_fraction 0.3, layers (-1,)",
         "Qwen/Qwen3-VL-8B-Instruct",
@@ -97,7 +99,7 @@ def test_the_header_of_the_one_gpu_job_is_its_plan(repo, environment, tmp_path):
         told = re.findall(r"([A-Za-z][A-Za-z ]*) (\d+\.\d)", re.sub(r"\(.*?\)", "", said[1]).replace("  ", " "))
         assert len(told) >= 3
         assert [term for term in told if f"{term[0].strip()} {term[1]}" not in terms] == []
-    assert plan[-1] == "KV cache for 42 sequences of 6610 tokens at once"
+    assert plan[-1] == "KV cache for 42 sequences of 6610 tokens at once; 384 responses a card: 10 waves at most"
     assert "42 sequences of 6,610 tokens" in header
 
 

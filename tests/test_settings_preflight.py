@@ -146,6 +146,26 @@ def test_the_plan_is_printed_line_by_line(make):
         assert line.endswith(value)
 
 
+def test_the_plan_wraps_to_a_terminal_under_its_names(monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    lines: list[str] = []
+    show([("length", "word " * 30 + "end"), ("a name", "x" * 100)], lines.append)
+    assert len(lines) > 3
+    assert all(len(line) <= 60 for line in lines[:-1])
+    assert all(line.startswith(" " * 10) and line[10] != " " for line in lines[1:-1])
+    assert lines[-1].endswith("x" * 100), "a path is not cut"
+    assert " ".join(line.strip() for line in lines[:-1]).split() == ["length", *["word"] * 30, "end"]
+
+
+def test_the_plan_says_why_the_number_of_steps_is_unknown(make):
+    absent = make(**{"data.train_files": "/not/there.parquet", "trainer.total_training_steps": None})
+    assert dict(preflight(absent, dry_run=True))["length"].endswith("steps unknown: the data is not there yet")
+    there = make(**{"trainer.total_training_steps": None})
+    assert "steps unknown: verl counts them" in dict(preflight(there, dry_run=True))["length"]
+    assert dict(preflight(make(**{"trainer.total_training_steps": 7}), dry_run=True))["length"].startswith("7 steps, ")
+
+
 def test_settings_reach_the_method(make):
     config = make(**{"algorithm.attn.region": {"weight": 2, "layers": [-1, 0], "coverage": 1, "entropy_fraction": 1}})
     assert check_estimator(config) == RegionMethod(weight=2.0, layers=(-1, 0), coverage=1.0, entropy_fraction=1.0)

@@ -1,5 +1,6 @@
 """The project's own tests that need a card, and those that compile the kernels for one."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -18,6 +19,8 @@ def run(stage: Stage) -> None:
 
 def _pytest(stage: Stage) -> dict[str, Any]:
     """Without Triton's interpreter, which the rehearsal sets."""
+    if importlib.util.find_spec("pytest") is None:
+        raise RuntimeError("the stage 'tests' needs pytest: pip install '.[gpu,dev]'")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-s", "-p", "no:cacheprovider", *CHOSEN]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=stage.left(),
