@@ -186,7 +186,7 @@ def estimate(s: Shapes, j: Job) -> dict[str, dict[str, float]]:
         work = j.tokens * 6 * s.ffn
     logits = j.tokens * s.vocab * j.update_logits
     probe = 4.0 * j.log_prob_tokens * (s.heads * (j.probe_sets + 1) if j.probe_sets else 0)
-    probe += 4.0 * 5 * j.max_response * j.max_prompt if j.probe_profile else 0  # a profile, its mean over layers, their parts to be ranked
+    probe += 4.0 * 5 * j.max_response * j.max_prompt if j.probe_profile else 0  # with its mean and ranked parts
     probe += 4.0 * j.log_prob_tokens * s.hidden if j.probe_hidden else 0
     own, forward, cache = (value * GIB for value in kv_cache(s, j))
     asleep = VLLM_ASLEEP * GIB if j.sleeps else own + forward + cache
