@@ -1,6 +1,16 @@
 #!/usr/bin/env bash
-# What launch scripts share: where they write, what they resume, where their files lie. Sourced by the launch scripts after `cd "$ROOT"`.
+# What scripts share: their help, where they write, what they resume, where their files lie. Sourced after `cd "$ROOT"`.
 set -euo pipefail
+
+# Prints the script's header comment and ends it, where -h or --help is among its arguments. To be called first.
+help_or_go_on() {
+  local argument
+  for argument; do
+    case "$argument" in
+      -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$(dirname "${BASH_SOURCE[0]}")/${0##*/}" && exit 0 ;;
+    esac
+  done
+}
 
 # Prints NAME=value of every setting of this script that was given from outside: a resumed run needs the same ones.
 # To be called before the script sets its defaults.

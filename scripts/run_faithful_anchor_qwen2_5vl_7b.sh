@@ -18,6 +18,8 @@
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"
+source scripts/lib.sh
+help_or_go_on "$@"
 
 # ---------------------------------------------------------------------------------------------------------------------
 NAME=${NAME:-faithful_anchor_qwen2_5vl_7b}

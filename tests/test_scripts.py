@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from public_shapes import write_config
 
 from sayo_verl import __version__
 from sayo_verl.cli import SOURCES, main
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
 @pytest.fixture
@@ -26,6 +29,26 @@ def launch(repo, script, environment, *overrides, **variables):
         ["bash", str(repo / "scripts" / script), *overrides], env={**environment, **variables}, capture_output=True,
         text=True, check=False, cwd=repo,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("script", sorted({path.name for path in SCRIPTS.glob("*.sh")} - {"lib.sh"}))
+@pytest.mark.parametrize("arguments", [["--help"], ["trainer.test_freq=1", "-h"]], ids=str)
+def test_help_prints_the_header_and_starts_nothing(repo, environment, tmp_path, script, arguments):
+    for name in ("python3", "python3.11", "nvidia-smi", "sayo", "flock"):
+        (tmp_path / name).write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+        (tmp_path / name).chmod(0o755)
+    command = ["bash", os.path.relpath(SCRIPTS / script, tmp_path), *arguments]  # a relative name, from another folder
+    done = subprocess.run(command, env={**environment, "PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True,
+                          text=True, check=False, cwd=tmp_path)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    called = re.search(r"^exec bash .*/(\w+\.sh)", (SCRIPTS / script).read_text(), re.MULTILINE)
+    while called:  # a wrapper shows the options of the script it calls
+        script = called[1]
+        called = re.search(r"^exec bash .*/(\w+\.sh)", (SCRIPTS / script).read_text(), re.MULTILINE)
+    header = (SCRIPTS / script).read_text().partition("\nset -euo")[0].splitlines()[1:]
+    assert done.stdout.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in header]
+    assert not (tmp_path / "started").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("script", ["run_sayo_qwen3vl_8b.sh", "run_grpo_qwen3vl_8b.sh", "run_sayo_qwen3vl_4b_1gpu.sh"])
