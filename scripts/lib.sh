@@ -68,6 +68,16 @@ absolute() {
   if [[ "$1" == \[* ]]; then (IFS=, && printf '[%s]' "${made[*]}"); else printf '%s' "${made[0]-}"; fi
 }
 
+# Refuses several nodes without a cluster: Ray would start one on this machine and wait for GPUs that it does not have.
+# Arguments: those of the script.
+need_cluster() {
+  if [[ "$NNODES" != 1 && "$DRY_RUN" != 1 && -z "${RAY_ADDRESS:-}" && " $*" != *ray_init.address=* ]]; then
+    echo "SAYO-L55: several nodes need a Ray cluster that is up, and no address of one is given | at NNODES | got $NNODES |" \
+      "fix: start one (ray start) and give its address: RAY_ADDRESS=auto NNODES=$NNODES bash ... on one of its nodes" >&2
+    exit 2
+  fi
+}
+
 # Makes the paths of a job's data and of a model in a folder absolute. Shards of a folder DATA are lists as verl takes
 # them; where there are none, the pattern itself, which the launcher then refuses.
 place_inputs() {

@@ -141,10 +141,24 @@ def test_paths_of_data_and_model_become_absolute(repo, environment, tmp_path):
     done = launch(repo, "run_sayo_qwen3vl_8b.sh", environment, DRY_RUN="1", NNODES="2", MODEL_PATH=relative,
                   TRAIN_FILE="[a.parquet,b.parquet]", VAL_FILE="c.parquet")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for told in (f"{repo}/a.parquet", f"{repo}/b.parquet", f"{repo}/c.parquet", f"{repo}/{relative}"):
-        assert told in done.stdout
+    (seen,) = [line for line in done.stdout.splitlines() if line.strip().startswith("every node must see ")]
+    for told in (f"{repo}/a.parquet", f"{repo}/b.parquet", f"{repo}/c.parquet", f"{repo}/{relative}", "/checkpoints"):
+        assert told in seen
     done = launch(repo, "run_sayo_qwen3vl_8b.sh", environment, "data.val_files=c.parquet", DRY_RUN="1", NNODES="2")
     assert "SAYO-L59: " in done.stderr
+
+
+@pytest.mark.parametrize("script", ["run_sayo_qwen3vl_8b.sh", "run_vgpo_qwen2_5vl_7b.sh"])
+def test_L55_several_nodes_without_a_cluster(faked, script):
+    copy, env = faked
+    done = launch(copy, script, env, NNODES="2")
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"SAYO-L55: .* \| at NNODES \| got 2 \| fix: .*RAY_ADDRESS=auto NNODES=2 bash .*\n", done.stderr
+    )
+    assert "main_ppo" not in done.stdout
+    assert "main_ppo" in launch(copy, script, env, NNODES="2", RAY_ADDRESS="auto").stdout
+    assert "main_ppo" in launch(copy, script, env, "+ray_kwargs.ray_init.address=auto", NNODES="2").stdout
 
 
 def saved(out, step, world):
