@@ -17,8 +17,8 @@
 #
 # Data: METHOD=region, region_dual, and faithful with causal_unit=region need boxes in some rows; the others need none. The
 # default files are [C]'s data as parquet files of verl's own format ("The row contract" in docs/data.md). Nothing here
-# makes them: `sayo prepare` makes rows with boxes, from other sources. So give two files of your own, TRAIN_FILE=...
-# VAL_FILE=..., or a folder of `sayo prepare`, DATA=data/gqa. Which rows are needed, the dry run checks.
+# downloads or converts them. Give two files of your own, TRAIN_FILE=... VAL_FILE=..., or a folder of `sayo prepare`,
+# DATA=data/gqa. Without boxes: `sayo prepare jsonl --keep-without-boxes`, with "boxes": [] in each line.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"
