@@ -118,7 +118,7 @@ sampling() {
 if [[ "$DRY_RUN" == 1 ]]; then
   if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     CHECKED=$(check_arguments)
-    CHECKED=$(sort -u <<<"$CHECKED" | paste -sd ';')
+    CHECKED=$(sort -u <<<"$CHECKED" | paste -sd ';' | sed 's/;/; /g')
   else
     CHECKED="not checked: no Python 3.11 here"
   fi
