@@ -17,6 +17,7 @@ from sayo_verl.data_check import check_data
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.memory_check import check_memory
 from sayo_verl.methods import METHODS, Method, Mix
+from sayo_verl.methods.faithful import FaithfulMethod
 from sayo_verl.model_check import (
     ATTENTION,
     attention_of,
@@ -28,9 +29,9 @@ from sayo_verl.model_check import (
     sequence_parallel,
 )
 from sayo_verl.probe.statistics import check_lse_path
-from sayo_verl.resources import check_batch_sizes, check_paths, check_ray_cpus
+from sayo_verl.resources import check_batch_sizes, check_paths, check_ray_cpus, shared_paths
 from sayo_verl.resume import check_metrics, check_resume, describe_checkpoints, metrics_file
-from sayo_verl.reward_check import check_reward, check_template
+from sayo_verl.reward_check import check_reward, check_template, describe_focus
 from sayo_verl.settings import settings_from_config
 from sayo_verl.training_check import check_training
 
@@ -71,15 +72,20 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
         *(of_data := check_data(config, method, model_type, dry_run=dry_run)),
     ]
     rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
+    parts = method.methods if isinstance(method, Mix) else (method,)
+    faithful = any(isinstance(part, FaithfulMethod) for part in parts)
+    several = int(config.trainer.nnodes) > 1
     plan += [
         ("reward", reward),
         ("template", check_template(config)),
+        *([("anchoring", describe_focus(config))] if faithful else []),
         ("rollouts", f"{config.data.train_batch_size} prompts x {rollout.n}, up to {config.data.max_response_length} "
                      f"tokens, temperature {rollout.temperature}, top-p {rollout.top_p}"),
         ("update", f"{actor.strategy}, lr {actor.optim.lr}, mini-batch {actor.ppo_mini_batch_size} prompts, KL loss "
                    f"{actor.kl_loss_coef if actor.use_kl_loss else 'off'}, LoRA rank "
                    f"{config.actor_rollout_ref.model.lora_rank or 'off'}"),
         ("machines", f"{config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {config.trainer.device}; {cpus}"),
+        *([("every node must see", ", ".join(path for _, path in shared_paths(config)))] if several else []),
         *memory,
         ("length", _length(config, of_data)),
         ("resumes", resumed),

@@ -78,24 +78,30 @@ def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:
     return f"Ray needs {wanted} CPUs" + (" (not checked here)" if elsewhere else "")
 
 
-def check_paths(config: DictConfig) -> None:
-    """On several nodes, refuse relative paths.
+def shared_paths(config: DictConfig) -> list[tuple[str, str]]:
+    """(setting, path) of everything that every node must see; models of the hub are not among them.
 
     verl reads data in its task runner (``trainer_base.py: _init_dataloader``), models and checkpoints in its workers,
     on whatever node Ray puts them.
-
-    Raises:
-        SayoError: L59.
     """
-    if int(config.trainer.nnodes) == 1:
-        return
     model = str(config.actor_rollout_ref.model.path)
     paths = [("trainer.default_local_dir", str(config.trainer.default_local_dir))]
     paths += [("actor_rollout_ref.model.path", model)] if not is_hub_name(model) else []
     for key in ("train_files", "val_files"):
         files = config.data[key]
         paths += [(f"data.{key}", str(file)) for file in ([files] if isinstance(files, str) else files or [])]
-    for where, path in paths:
+    return paths
+
+
+def check_paths(config: DictConfig) -> None:
+    """On several nodes, refuse relative paths.
+
+    Raises:
+        SayoError: L59.
+    """
+    if int(config.trainer.nnodes) == 1:
+        return
+    for where, path in shared_paths(config):
         if "://" not in path and not Path(path).expanduser().is_absolute():
             raise SayoError("L59", "another node would look for this path in another folder", where=where, got=path,
                             wanted="an absolute path that every node sees",

@@ -360,6 +360,24 @@ def check_template(config: DictConfig) -> str:
     return "the chat template opens no <think>"
 
 
+def describe_focus(config: DictConfig) -> str:
+    """A line for the plan of ``attn_faithful``: whether prompts end in ``<Focus>``, which its anchoring stage trained.
+
+    The reinforcement stage measures the attention of response tokens, so it runs without the token as well.
+    """
+    from sayo_verl.anchoring.token import FOCUS
+
+    found = _prompt(config)
+    if isinstance(found, str):
+        return f"not checked: {found}"
+    if found.text.endswith(FOCUS):
+        return f"prompts end in {FOCUS}: the model is of the anchoring stage"
+    return (
+        f"prompts do not end in {FOCUS}: reinforcement alone. For both stages run the anchoring stage first "
+        "(docs/anchoring.md) and give its folder as the model (MODEL_PATH=...), without a custom_chat_template"
+    )
+
+
 def configure(config: DictConfig) -> None:
     """Set ``think_opened`` of our reward function where the chat template has opened the think block."""
     found = _prompt(config) if is_ours(config) and own_settings(config)["format"] != "released" else ""

@@ -1,6 +1,16 @@
 #!/usr/bin/env bash
-# What launch scripts share: where they write, what they resume, where their files lie. Sourced by the launch scripts after `cd "$ROOT"`.
+# What scripts share: their help, where they write, what they resume, where their files lie. Sourced after `cd "$ROOT"`.
 set -euo pipefail
+
+# Prints the script's header comment and ends it, where -h or --help is among its arguments. To be called first.
+help_or_go_on() {
+  local argument
+  for argument; do
+    case "$argument" in
+      -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$(dirname "${BASH_SOURCE[0]}")/${0##*/}" && exit 0 ;;
+    esac
+  done
+}
 
 # Prints NAME=value of every setting of this script that was given from outside: a resumed run needs the same ones.
 # To be called before the script sets its defaults.
@@ -56,6 +66,16 @@ absolute() {
     esac
   done
   if [[ "$1" == \[* ]]; then (IFS=, && printf '[%s]' "${made[*]}"); else printf '%s' "${made[0]-}"; fi
+}
+
+# Refuses several nodes without a cluster: Ray would start one on this machine and wait for GPUs that it does not have.
+# Arguments: those of the script.
+need_cluster() {
+  if [[ "$NNODES" != 1 && "$DRY_RUN" != 1 && -z "${RAY_ADDRESS:-}" && " $*" != *ray_init.address=* ]]; then
+    echo "SAYO-L55: several nodes need a Ray cluster that is up, and no address of one is given | at NNODES | got $NNODES |" \
+      "fix: start one (ray start) and give its address: RAY_ADDRESS=auto NNODES=$NNODES bash ... on one of its nodes" >&2
+    exit 2
+  fi
 }
 
 # Makes the paths of a job's data and of a model in a folder absolute. Shards of a folder DATA are lists as verl takes

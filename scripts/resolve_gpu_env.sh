@@ -11,14 +11,20 @@ unset PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/lib.sh
+help_or_go_on "$@"
 CONSTRAINTS=configs/constraints-gpu.txt
-RENEW=no
-if [[ "${1-}" == --renew ]]; then RENEW=yes; fi
 
 die() { # what, fix
   printf 'SAYO-X97: %s | at scripts/resolve_gpu_env.sh | fix: %s\n' "$1" "$2" >&2
   exit 1
 }
+
+RENEW=no
+for argument; do
+  [[ "$argument" == --renew ]] || die "unknown argument '$argument'" "give --renew or nothing"
+  RENEW=yes
+done
 
 [[ "$(uname -sm)" == "Linux x86_64" ]] ||
   die "the constraints are for Linux x86_64, this is $(uname -sm)" "run it on such a machine"

@@ -8,10 +8,12 @@
 #   bash scripts/run_faithful_anchor_tiny.sh
 #   STEPS=300 bash scripts/run_faithful_anchor_tiny.sh --layers 0 1          any flag of `train` goes at the end
 #
-# The folder then is the policy of a run: POLICY=<folder> bash scripts/run_sayo_tiny.sh, for one.
+# The folder then is the policy of a run: the last line is the command of the reinforcement stage.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"
+source scripts/lib.sh
+help_or_go_on "$@"
 
 # ---------------------------------------------------------------------------------------------------------------------
 NAME=${NAME:-faithful_anchor_tiny}
@@ -54,3 +56,4 @@ python -m sayo_verl.anchoring train --base "$POLICY" --rows "$ROWS" --out "$OUT/
 python -m sayo_verl.anchoring report --base "$POLICY" --after "$OUT/policy" --rows "$SCENES/val.parquet" \
   --out "$OUT" --alpha "$ALPHA" --answers
 echo "policy   $OUT/policy"
+echo "next     METHOD=faithful POLICY=$(printf '%q' "$(absolute "$OUT/policy")") bash scripts/run_tiny.sh"

@@ -12,12 +12,18 @@
 #   METHOD=faithful bash scripts/run_qwen2_5vl_7b.sh      r. of Faithful-MR1   = scripts/run_faithful_qwen2_5vl_7b.sh
 #   METHOD=grpo bash scripts/run_qwen2_5vl_7b.sh          their baseline       = scripts/run_grpo_qwen2_5vl_7b.sh
 #   DRY_RUN=1 METHOD=dual bash scripts/run_qwen2_5vl_7b.sh                       compose, check, print the plan; no GPU
-#   NNODES=2 METHOD=dual bash scripts/run_qwen2_5vl_7b.sh                        on a Ray cluster that is up
+#   RAY_ADDRESS=auto NNODES=2 METHOD=dual bash scripts/run_qwen2_5vl_7b.sh       on a node of a Ray cluster that is up
 #   METHOD=dual bash scripts/run_qwen2_5vl_7b.sh actor_rollout_ref.rollout.n=16  any hydra override goes at the end
+#
+# Data: METHOD=region, region_dual, and faithful with causal_unit=region need boxes in some rows; the others need none. The
+# default files are [C]'s data as parquet files of verl's own format ("The row contract" in docs/data.md). Nothing here
+# downloads or converts them. Give two files of your own, TRAIN_FILE=... VAL_FILE=..., or a folder of `sayo prepare`,
+# DATA=data/gqa. Without boxes: `sayo prepare jsonl --keep-without-boxes`, with "boxes": [] in each line.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"
 source scripts/lib.sh
+help_or_go_on "$@"
 GIVEN=$(given_settings)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,6 +77,7 @@ if [[ "$METHOD" != grpo && "$METHOD" != dapo && ! -f "configs/method/$METHOD.yam
 fi
 if [[ -n "$DATA" ]]; then TRAIN_FILE='' VAL_FILE=''; fi
 place_inputs
+need_cluster "$@"
 
 if [[ "$DRY_RUN" != 1 && "$(nvidia-smi -L 2>/dev/null || true)" != GPU* && -z "${RAY_ADDRESS:-}" ]]; then
   echo "SAYO-L21: no GPU on this machine and no RAY_ADDRESS of a cluster that has some | at $0 |" \

@@ -7,7 +7,7 @@
 #
 #   DATA=data/sayo bash scripts/run_sayo_qwen3vl_8b.sh                              one node, 8 GPUs
 #   DRY_RUN=1 bash scripts/run_sayo_qwen3vl_8b.sh                                   compose, check, print the plan; no GPU
-#   NNODES=2 bash scripts/run_sayo_qwen3vl_8b.sh                                    on a Ray cluster that is up
+#   RAY_ADDRESS=auto NNODES=2 bash scripts/run_sayo_qwen3vl_8b.sh                   on a node of a Ray cluster that is up
 #   bash scripts/run_sayo_qwen3vl_8b.sh algorithm.adv_estimator=rloo                any hydra override goes at the end
 #
 # The paired baseline is scripts/run_grpo_qwen3vl_8b.sh. scripts/run_sayo_qwen3vl_4b_1gpu.sh is the job for one card.
@@ -15,6 +15,7 @@ set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"
 source scripts/lib.sh
+help_or_go_on "$@"
 GIVEN=$(given_settings)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,6 +62,7 @@ LOGGER=${LOGGER:-[console,file]}                             # such as [console,
 # ---------------------------------------------------------------------------------------------------------------------
 
 place_inputs
+need_cluster "$@"
 
 if [[ "$DRY_RUN" != 1 && "$(nvidia-smi -L 2>/dev/null || true)" != GPU* && -z "${RAY_ADDRESS:-}" ]]; then
   echo "SAYO-L21: no GPU on this machine and no RAY_ADDRESS of a cluster that has some | at $0 |" \

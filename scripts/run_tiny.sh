@@ -19,6 +19,7 @@ set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"
 source scripts/lib.sh
+help_or_go_on "$@"
 GIVEN=$(given_settings)
 
 # ---------------------------------------------------------------------------------------------------------------------

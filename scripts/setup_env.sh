@@ -26,6 +26,8 @@ export PYTHONNOUSERSITE=1 PIP_USER=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHEC
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"
+source scripts/lib.sh
+help_or_go_on "$@"
 CUDA_MAJOR=13 # of torch in configs/constraints-gpu.txt
 TORCH_INDEX="${SAYO_TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}"
 STAGES=5 IMPORTS=5
@@ -247,14 +249,17 @@ install_flash_attn() {
     "It was built for another torch: $PY -m pip uninstall -y flash-attn."
 }
 
-WHERE=no
-if [[ "${1-}" == --where ]]; then WHERE=yes && shift; fi
-case "${1-}" in
-  cpu | gpu) MODE="$1" ;;
-  '') if has_gpu; then MODE=gpu; else MODE=cpu; fi ;;
-  -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
-  *) die X93 "unknown stack '$1'" "say cpu or gpu" ;;
-esac
+WHERE=no MODE=
+for argument; do
+  case "$MODE/$argument" in
+    */--where) WHERE=yes ;;
+    /cpu | /gpu) MODE="$argument" ;;
+    *) die X93 "unknown argument '$argument'" "say cpu or gpu, once, and --where to print the folder alone" ;;
+  esac
+done
+if [[ -z "$MODE" ]]; then
+  if has_gpu; then MODE=gpu; else MODE=cpu; fi
+fi
 if [[ "$MODE" == cpu ]]; then VENV="${SAYO_VENV:-.venv}"; else VENV="${SAYO_VENV:-.venv-gpu}"; fi
 [[ "$VENV" == /* ]] || VENV="$ROOT/$VENV"
 CONSTRAINTS="configs/constraints-$MODE.txt"

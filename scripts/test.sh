@@ -3,6 +3,8 @@
 # that fails, so that the last line of a good run is pytest's own. Arguments go to pytest: bash scripts/test.sh -k probe
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/lib.sh
+help_or_go_on "$@"
 
 bash scripts/setup_env.sh cpu
 VENV="$(bash scripts/setup_env.sh --where cpu)"

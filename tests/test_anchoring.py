@@ -7,6 +7,7 @@ import copy
 import json
 import random
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -668,10 +669,83 @@ def test_the_commands_work_together(folders, parquet, tmp_path, capsys):
     assert "SAYO-F05" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def no_boxes(parquet: Path) -> Path:
+    rows = pq.read_table(parquet).to_pylist()
+    for row in rows:
+        row["extra_info"]["boxes"] = []
+    file = parquet.with_name("no_boxes.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, schema=ROW_SCHEMA), file)
+    return file
+
+
+@pytest.mark.parametrize(("command", "arguments", "code"), [
+    ("train", ["--alpha", "2"], "F05"),
+    ("train", ["--trainer-args", '{"sav_strategy": "steps"}'], "F21"),
+    ("train", [], "F22"),
+    ("report", ["--after", "x"], "F22"),
+])  # fmt: skip
+def test_a_check_refuses_wrong_arguments_before_a_model_is_looked_for(no_boxes, tmp_path, capsys, command, arguments,
+                                                                      code):  # fmt: skip
+    common = [command, "--base", "no/model", "--rows", str(no_boxes), "--out", str(tmp_path / "out"), "--check"]
+    assert main([*common, *arguments]) == 2
+    assert f"SAYO-{code}: " in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main([*common, *arguments, "--wieght", "1"])
+    assert stop.value.code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_check_of_right_arguments_is_silent_and_starts_nothing(parquet, tmp_path, capsys):
+    common = ["--base", "no/model", "--out", str(tmp_path / "out"), "--check", "--rows"]
+    quiet = json.dumps({"disable_tqdm": True})
+    assert main(["train", *common, str(parquet), "--trainer-args", quiet]) == 0
+    assert main(["respond", *common, str(parquet)]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["report", *common, "absent.parquet", "--after", "x"]) == 0
+    assert capsys.readouterr().out == "not checked, not there yet: absent.parquet\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_F22_rows_without_boxes(no_boxes, tmp_path):
+    with pytest.raises(SayoError, match="F22"):
+        anchor("no/model", [no_boxes], tmp_path / "out", SHORT)
+    with pytest.raises(SayoError, match="F22"):
+        report.compare("no/model", "no/model", no_boxes, SHORT, picture=tmp_path / "a.png")
+
+
+def gpu_script(repo: Path, tmp_path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "scripts/run_faithful_anchor_qwen2_5vl_7b.sh", *arguments], cwd=repo, text=True,
+                          capture_output=True, check=False,
+                          env={"PATH": "/usr/bin:/bin", "OUT": str(tmp_path / "out"), **variables})  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "variables", "told"), [
+    (["--wieght", "1"], {}, "unrecognized arguments: --wieght"),
+    ([], {"ALPHA": "2"}, "SAYO-F05"),
+    ([], {"NGPUS": "0"}, "SAYO-F23: a setting has to be a whole number, at least 1 | at NGPUS | got 0"),
+    ([], {"ROWS": "many"}, "at ROWS | got many"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dry", ["0", "1"])
+def test_the_gpu_script_refuses_wrong_arguments_of_a_later_step_before_the_first(
+    repo, tmp_path, arguments, variables, told, dry
+):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho GPU 0\n")
+    (tmp_path / "torchrun").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    # As in an environment that has all packages; the check itself is real.
+    (tmp_path / "python3").write_text('#!/bin/sh\n[ "$1 $4" = "-c " ] || exec "$PYTHON" "$@"\n')
+    for name in ("nvidia-smi", "torchrun", "python3"):
+        (tmp_path / name).chmod(0o755)
+    done = gpu_script(repo, tmp_path, *arguments, DRY_RUN=dry, PATH=f"{tmp_path}:/usr/bin:/bin", PYTHON=sys.executable,
+                      **variables)  # fmt: skip
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert not (tmp_path / "started").exists()
+    assert not (tmp_path / "out").exists()
+
+
 def gpu_plan(repo: Path, tmp_path: Path, **variables: str) -> str:
-    done = subprocess.run(["bash", "scripts/run_faithful_anchor_qwen2_5vl_7b.sh"], cwd=repo, text=True,
-                          capture_output=True, check=False, env={"PATH": "/usr/bin:/bin", "DRY_RUN": "1",
-                          "OUT": str(tmp_path / "out"), **variables})  # fmt: skip
+    done = gpu_script(repo, tmp_path, DRY_RUN="1", **variables)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "out").exists()
     return done.stdout
@@ -693,6 +767,29 @@ def test_the_gpu_script_samples_on_all_devices_within_a_limit(repo, tmp_path):
     assert "--max-rows" not in sample
     assert "--nproc_per_node=4" in sample
     assert "--tries 2" in sample
+
+
+@pytest.mark.parametrize(("variables", "told"), [
+    ({}, ["31 min for 8192 rows", "62 min if none", "per step   64 rows", "32000 rows seen: 3.9 passes"]),
+    ({"NGPUS": "1"}, ["4.1 h for 8192 rows", "per step   64 rows", "--accumulation 32"]),
+    ({"NGPUS_PER_NODE": "4"}, ["--nproc_per_node=4", "per step   64 rows"]),
+    ({"NGPUS_PER_NODE": "4", "NGPUS": "2"}, ["--nproc_per_node=2", "per step   64 rows"]),
+    ({"NGPUS": "6"}, ["per step   60 rows", "30000 rows seen"]),
+    ({"NGPUS": "64", "BATCH_SIZE": "4"}, ["per step   256 rows", "--accumulation 1"]),
+    ({"ACCUMULATION": "3"}, ["per step   48 rows"]),
+    ({"ROWS": "38870"}, ["2.4 h for 38870 rows", "4.9 h if none"]),
+    ({"ROWS": "all"}, ["for every 10000 rows", "32000 rows seen; time not estimated"]),
+], ids=str)  # fmt: skip
+def test_the_plan_of_the_gpu_script_estimates_sampling_and_keeps_64_rows_a_step(repo, tmp_path, variables, told):
+    plan = gpu_plan(repo, tmp_path, **variables)
+    assert [line for line in told if line not in plan] == [], plan
+
+
+def test_the_plan_of_the_gpu_script_ends_with_the_command_of_the_reinforcement_stage(repo, tmp_path):
+    then = next(line for line in gpu_plan(repo, tmp_path, DATA="data/a b").splitlines() if line.startswith("then "))
+    assert then.split(maxsplit=1)[1] == (
+        f"MODEL_PATH={tmp_path}/out/policy DATA=data/a\\ b bash scripts/run_faithful_qwen2_5vl_7b.sh"
+    )
 
 
 def test_the_gpu_script_takes_all_shards_of_a_prepared_folder(repo, tmp_path, parquet):

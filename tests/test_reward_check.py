@@ -443,6 +443,19 @@ def test_the_settings_of_the_template_count(template):
     assert think_opened(config) is True
 
 
+def test_the_plan_of_attn_faithful_says_whether_the_model_is_anchored(template):
+    config = template("<Focus>")
+    OmegaConf.update(config, "algorithm.adv_estimator", "attn_faithful")
+    assert dict(preflight(config))["anchoring"].startswith("prompts end in <Focus>")
+    plain = (Path(config.actor_rollout_ref.model.path) / "chat_template.jinja").read_text().replace("<Focus>", "")
+    OmegaConf.update(config, "actor_rollout_ref.model.custom_chat_template", plain)
+    assert dict(preflight(config))["anchoring"].startswith("prompts do not end in <Focus>: reinforcement alone")
+    for name, mix, told in (("attn_mix", ["region", "faithful"], True), ("attn_region", [], False)):
+        OmegaConf.update(config, "algorithm.adv_estimator", name)
+        OmegaConf.update(config, "algorithm.attn.mix", mix)
+        assert ("anchoring" in dict(preflight(config))) == told
+
+
 def test_L33_a_setting_that_contradicts_the_template(template):
     for generation, wrong in ((OPENED, False), ("", True), (CLOSED, True)):
         error = refused(template(generation, think_opened=wrong), "L33")

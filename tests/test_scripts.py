@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from public_shapes import write_config
 
 from sayo_verl import __version__
 from sayo_verl.cli import SOURCES, main
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
 @pytest.fixture
@@ -26,6 +29,26 @@ def launch(repo, script, environment, *overrides, **variables):
         ["bash", str(repo / "scripts" / script), *overrides], env={**environment, **variables}, capture_output=True,
         text=True, check=False, cwd=repo,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("script", sorted({path.name for path in SCRIPTS.glob("*.sh")} - {"lib.sh"}))
+@pytest.mark.parametrize("arguments", [["--help"], ["trainer.test_freq=1", "-h"]], ids=str)
+def test_help_prints_the_header_and_starts_nothing(repo, environment, tmp_path, script, arguments):
+    for name in ("python3", "python3.11", "nvidia-smi", "sayo", "flock"):
+        (tmp_path / name).write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+        (tmp_path / name).chmod(0o755)
+    command = ["bash", os.path.relpath(SCRIPTS / script, tmp_path), *arguments]  # a relative name, from another folder
+    done = subprocess.run(command, env={**environment, "PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True,
+                          text=True, check=False, cwd=tmp_path)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    called = re.search(r"^exec bash .*/(\w+\.sh)", (SCRIPTS / script).read_text(), re.MULTILINE)
+    while called:  # a wrapper shows the options of the script it calls
+        script = called[1]
+        called = re.search(r"^exec bash .*/(\w+\.sh)", (SCRIPTS / script).read_text(), re.MULTILINE)
+    header = (SCRIPTS / script).read_text().partition("\nset -euo")[0].splitlines()[1:]
+    assert done.stdout.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in header]
+    assert not (tmp_path / "started").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("script", ["run_sayo_qwen3vl_8b.sh", "run_grpo_qwen3vl_8b.sh", "run_sayo_qwen3vl_4b_1gpu.sh"])
@@ -120,10 +143,24 @@ def test_paths_of_data_and_model_become_absolute(repo, environment, tmp_path):
     done = launch(repo, "run_sayo_qwen3vl_8b.sh", environment, DRY_RUN="1", NNODES="2", MODEL_PATH=relative,
                   TRAIN_FILE="[a.parquet,b.parquet]", VAL_FILE="c.parquet")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for told in (f"{repo}/a.parquet", f"{repo}/b.parquet", f"{repo}/c.parquet", f"{repo}/{relative}"):
-        assert told in done.stdout
+    (seen,) = [line for line in done.stdout.splitlines() if line.strip().startswith("every node must see ")]
+    for told in (f"{repo}/a.parquet", f"{repo}/b.parquet", f"{repo}/c.parquet", f"{repo}/{relative}", "/checkpoints"):
+        assert told in seen
     done = launch(repo, "run_sayo_qwen3vl_8b.sh", environment, "data.val_files=c.parquet", DRY_RUN="1", NNODES="2")
     assert "SAYO-L59: " in done.stderr
+
+
+@pytest.mark.parametrize("script", ["run_sayo_qwen3vl_8b.sh", "run_vgpo_qwen2_5vl_7b.sh"])
+def test_L55_several_nodes_without_a_cluster(faked, script):
+    copy, env = faked
+    done = launch(copy, script, env, NNODES="2")
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"SAYO-L55: .* \| at NNODES \| got 2 \| fix: .*RAY_ADDRESS=auto NNODES=2 bash .*\n", done.stderr
+    )
+    assert "main_ppo" not in done.stdout
+    assert "main_ppo" in launch(copy, script, env, NNODES="2", RAY_ADDRESS="auto").stdout
+    assert "main_ppo" in launch(copy, script, env, "+ray_kwargs.ray_init.address=auto", NNODES="2").stdout
 
 
 def saved(out, step, world):

@@ -170,6 +170,23 @@ def test_renew_writes_what_was_resolved(copy: Copy, resolution: Callable[..., tu
     assert "\nflash-attn==2.8.3\n" in text
 
 
+def test_X97_an_unknown_argument_does_not_start_the_resolution(resolution: Callable[..., tuple[int, str]]) -> None:
+    status, output = resolution("--renw")
+    assert status == 1
+    assert output == (
+        "SAYO-X97: unknown argument '--renw' | at scripts/resolve_gpu_env.sh | fix: give --renew or nothing\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["cpu", "--force"], ["--wher", "gpu"], ["cpu", "gpu"]], ids=str)
+def test_X93_an_unknown_argument_does_not_start_the_set_up(copy: Copy, arguments: list[str]) -> None:
+    status, output = copy.run(*arguments)
+    assert status == 1
+    assert re.fullmatch(r"SAYO-X93: unknown argument '\S+' \| at .* \| fix: .*\n", output)
+    assert not copy.calls
+    assert not copy.venv.exists()
+
+
 def test_X97_no_set_of_packages(resolution: Callable[..., tuple[int, str]]) -> None:
     status, output = resolution(fails="1")
     assert status == 1

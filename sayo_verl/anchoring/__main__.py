@@ -5,6 +5,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sayo_verl.errors import SayoError
+from sayo_verl.errors import SayoError, did_you_mean
 
 # flag -> (type, what it is); the defaults are AnchorConfig's
 _FLAGS: dict[str, tuple[Any, str]] = {
@@ -70,6 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     for command, names in ((train, tuple(_FLAGS)), (report, ("alpha", "layers", "dtype", "attention"))):
         _config_flags(command, names)
+    for command in (train, respond, report):
+        command.add_argument("--check", action="store_true", help="refuse wrong arguments, and do nothing else")
     return parser
 
 
@@ -84,11 +87,43 @@ def _config_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
 
 
 def _config(args: argparse.Namespace) -> Any:
-    from sayo_verl.anchoring.trainer import AnchorConfig
+    from sayo_verl.anchoring.config import AnchorConfig
 
     given: dict[str, Any] = {f.name: vars(args).get(f.name) for f in dataclasses.fields(AnchorConfig)}
     kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
     return AnchorConfig(**kept)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what can be known to be wrong before a model is loaded; prints what was not checked.
+
+    Raises:
+        SayoError: F05 for a setting out of range, F21 for a name in ``--trainer-args`` that transformers does not know,
+            F22 and what ``columns_of`` raises for the files that are there.
+    """
+    config = _config(args)
+    if args.function is _respond:
+        return
+    if importlib.util.find_spec("transformers") is None:
+        print("not checked without transformers: rows, names in --trainer-args")
+        return
+    if config.trainer_args:
+        from transformers import TrainingArguments
+
+        known = [field.name for field in dataclasses.fields(TrainingArguments)]
+        for name in config.trainer_args:
+            if name not in known:
+                raise SayoError("F21", f"transformers has no such training argument{did_you_mean(name, known)}",
+                                where="--trainer-args", got=name, wanted="fields of transformers.TrainingArguments",
+                                fix="correct the name")  # fmt: skip
+    files = [args.rows] if isinstance(args.rows, str) else args.rows
+    absent = [file for file in files if not Path(file).is_file()]
+    if absent:
+        print(f"not checked, not there yet: {', '.join(absent)}")
+    elif config.weight:
+        from sayo_verl.anchoring.rows import check_boxes
+
+        check_boxes(files)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -139,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 for success, 2 for a refusal."""
     args = build_parser().parse_args(argv)
     try:
-        args.function(args)
+        (_check if args.check else args.function)(args)
     except SayoError as error:
         print(error, file=sys.stderr)
         return 2

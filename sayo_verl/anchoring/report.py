@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from rich.table import Table
 
 from sayo_verl.anchoring.loss import IGNORE, forward_with_focus
-from sayo_verl.anchoring.rows import FOCUS_KEY, AnchorCollator, AnchorRows, images_of
+from sayo_verl.anchoring.rows import FOCUS_KEY, AnchorCollator, AnchorRows, check_boxes, images_of
 from sayo_verl.anchoring.trainer import AnchorConfig, anchor_layers, load_with_focus
 
 EPS = 1e-8
@@ -126,7 +126,12 @@ def compare(
 
     Returns:
         ``base`` (answers of the model without the token; may be empty), ``before`` and ``after``.
+
+    Raises:
+        SayoError: F22 for a picture of rows without boxes.
     """
+    if picture is not None:
+        check_boxes([file])
     rows = AnchorRows([file], max_rows=max_rows)
     held = [rows[i] for i in range(len(rows))]
     result: dict[str, dict[str, float]] = {"base": {}}

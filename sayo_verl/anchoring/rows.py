@@ -49,6 +49,22 @@ def columns_of(file: Path | str) -> set[str]:
     return have
 
 
+def check_boxes(files: Sequence[Path | str]) -> None:
+    """Refuse files in which no row has a box: ``<Focus>`` would learn nothing, a report would be empty.
+
+    Raises:
+        SayoError: F22, and what ``columns_of`` raises.
+    """
+    for file in files:
+        told = pq.read_table(file, columns=["extra_info"]).to_pylist() if "extra_info" in columns_of(file) else []
+        if any(has_boxes(row) for row in told):
+            return
+    raise SayoError("F22", "no row has a box for <Focus> to look at", where="--rows",
+                    got=", ".join(str(file) for file in files), wanted="extra_info.boxes in some rows",
+                    fix="give rows of `sayo prepare` (docs/data.md); `train --weight 0` imitates answers alone"
+                    )  # fmt: skip
+
+
 class AnchorRows(Dataset):
     """Rows of parquet files, as dictionaries.
 

@@ -8,7 +8,6 @@ Shape suffixes: B rows, R rows with boxes, S tokens.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
+from sayo_verl.anchoring.config import AnchorConfig
 from sayo_verl.anchoring.loss import (
     FORBIDDEN_WEIGHT,
     FocusBatch,
@@ -23,77 +23,19 @@ from sayo_verl.anchoring.loss import (
     forbidden_excess,
     forward_with_focus,
 )
-from sayo_verl.anchoring.rows import FOCUS_KEY, AnchorCollator, AnchorRows
+from sayo_verl.anchoring.rows import FOCUS_KEY, AnchorCollator, AnchorRows, check_boxes
 from sayo_verl.anchoring.token import add_focus_token
 from sayo_verl.errors import SayoError
 from sayo_verl.probe.taps import check_full_attention, resolve_layers, text_attention_layers
 
 # projections of the decoder; the vision tower of Qwen2.5-VL has modules of the same names
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class AnchorConfig:
-    """How the stage trains; every default is ours.
-
-    Attributes:
-        weight: lambda, of the anchoring loss; 0 is plain supervised training.
-        alpha: background share of the target.
-        layers: decoder layers of p, negative ones from the last; empty: floor(2 L / 3).
-        steps, batch_size, accumulation: optimiser steps, rows per device and forward, forwards per step.
-        learning_rate, warmup_steps, weight_decay, clip: AdamW with linear rise, then constant; gradient norm limit.
-        lora_rank, lora_alpha: 0 trains all weights of the decoder; otherwise LoRA on its projections, and of the
-            embedding the row of ``<Focus>`` alone.
-        train_vision: also train the vision tower (not with LoRA).
-        dtype: of the weights while training and in the folder.
-        attention: ``attn_implementation``; empty: transformers' choice.
-        checkpointing: gradient checkpointing, non-reentrant.
-        max_tokens: longest row; 0: any.
-        seed: of the order of the rows and of LoRA's weights.
-    """
-
-    weight: float = 1.0
-    alpha: float = 0.1
-    layers: tuple[int, ...] = ()
-    steps: int = 150
-    batch_size: int = 32
-    accumulation: int = 1
-    learning_rate: float = 1e-3
-    warmup_steps: int = 10
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    lora_rank: int = 0
-    lora_alpha: int = 32
-    train_vision: bool = False
-    dtype: str = "float32"
-    attention: str = ""
-    checkpointing: bool = False
-    max_tokens: int = 0
-    seed: int = 0
-    trainer_args: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        wrong = [
-            (not 0 <= self.weight < float("inf"), "weight", "a finite number >= 0"),
-            (not 0 <= self.alpha < 1, "alpha", "a number in [0, 1)"),
-            (min(self.steps, self.batch_size, self.accumulation) < 1, "steps, batch_size, accumulation", "at least 1"),
-            (not 0 < self.learning_rate < float("inf"), "learning_rate", "a finite number > 0"),
-            (self.lora_rank < 0, "lora_rank", "at least 0"),
-            (self.lora_rank > 0 and self.train_vision, "lora_rank, train_vision", "one or the other"),
-            (self.dtype not in DTYPES, "dtype", f"one of {sorted(DTYPES)}"),
-        ]
-        for is_wrong, names, wanted in wrong:
-            if is_wrong:
-                got = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split(", "))
-                raise SayoError("F05", "a setting of the anchoring stage is out of range", where="AnchorConfig",
-                                got=got, wanted=wanted, fix=f"change {names}")  # fmt: skip
 
 
 def load_with_focus(folder: Path | str, config: AnchorConfig) -> tuple[Any, Any, int]:
     """Model, processor and id of ``<Focus>``: added where the folder does not have it."""
     how = {"attn_implementation": config.attention} if config.attention else {}
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=DTYPES[config.dtype], **how)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, config.dtype), **how)
     processor = AutoProcessor.from_pretrained(folder)
     return model, processor, add_focus_token(model, processor)
 
@@ -187,11 +129,13 @@ def anchor(base: Path | str, files: Sequence[Path | str], out: Path | str, confi
 
     Raises:
         SayoError: F codes, see ``token``, ``loss`` and ``rows``; F16 when ``out`` has files, F17 when several GPUs are
-            driven by one process.
+            driven by one process, F22 when no row has a box.
     """
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise SayoError("F16", "the folder has files", where=str(out), fix="name a new folder (--out)")
+    if config.weight:
+        check_boxes(files)
     rows = AnchorRows(files)
     counts = {
         "rows": len(rows),
