@@ -21,6 +21,7 @@ from sayo_verl.families import FAMILIES, Family, family_of
 from sayo_verl.methods import Method
 
 WHERE = "actor_rollout_ref.model.path"
+HDFS = "hdfs://"  # the only remote paths that verl copies (verl/utils/fs.py)
 # Configuration, processor and tokenizer: some 20 MB of a hub model, none of its weights.
 SMALL_FILES = ["*.json", "*.jinja", "*.txt"]
 ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
@@ -40,25 +41,29 @@ OTHERS_THAT_CALL_FLASH_ATTN = ("qwen2_vl", "glm4v", "kimi_vl")
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a model path without a folder is a name on the hub: "owner/name", and no folder "owner" is here."""
-    folder = Path(path).expanduser()
-    local = path.startswith(("/", "./", "../", "~")) or path.count("/") != 1
-    return not (local or folder.exists() or folder.parent.is_dir())
+    """Whether transformers takes a model path for a name on the hub: it is "owner/name", and no such folder is here."""
+    return not path.startswith(("/", "./", "../", "~")) and path.count("/") == 1 and not Path(path).exists()
 
 
 def model_folder(path: str, *, dry_run: bool) -> Path | None:
     """The folder that holds a model's configuration and, where it has them, its processor and tokenizer.
 
-    For a hub name it is the snapshot in the hub's cache, of which small files are downloaded if they are absent.
+    For a hub name it is the snapshot in the hub's cache, of which small files are downloaded if they are absent. A name
+    whose owner is a folder here may also be the path of a model that is not made yet: a dry run does not refuse it.
 
     Args:
         path: as in ``actor_rollout_ref.model.path``.
         dry_run: return None where the model is not on this machine, instead of an error.
 
+    Returns:
+        The folder; None also for a path on HDFS, which verl copies when the run starts.
+
     Raises:
         SayoError: L17 for a path without a model, and for a name that the hub refuses; L53 for a hub that cannot be
             reached.
     """
+    if path.startswith(HDFS):
+        return None
     if not is_hub_name(path):
         folder = Path(path).expanduser()
         if folder.exists():
@@ -67,16 +72,22 @@ def model_folder(path: str, *, dry_run: bool) -> Path | None:
             return None
         raise SayoError("L17", "there is no model at this path", where=WHERE, got=path,
                         fix="correct it, or give a hub name such as Qwen/Qwen3-VL-8B-Instruct")  # fmt: skip
+    owner = Path(path).parent
+    maybe_path = owner.is_dir()
     found = _hub_folder(path)
     if isinstance(found, Path):
         return found
+    if dry_run and maybe_path:
+        return None
+    neither = f", and the folder {owner} here has none of this name" if maybe_path else ""
     if isinstance(found, RepositoryNotFoundError | HFValidationError):
-        raise SayoError("L17", "the hub has no such model, or does not show it to you", where=WHERE, got=path,
-                        fix="correct the name; for a gated or private model: hf auth login") from found  # fmt: skip
+        what = f"the hub has no such model, or does not show it to you{neither}"
+        raise SayoError("L17", what, where=WHERE, got=path, fix=f"correct the {'path or the ' if neither else ''}name; "
+                        "for a gated or private model: hf auth login") from found  # fmt: skip
     if dry_run:
         return None
     cause = found.__cause__ or found
-    raise SayoError("L53", "the hub cannot be reached, and the model is not in its cache", where=WHERE,
+    raise SayoError("L53", f"the hub cannot be reached, and the model is not in its cache{neither}", where=WHERE,
                     got=f"{path}, {type(cause).__name__}: {' '.join(str(cause).split())[:120]}",
                     fix="check the network, HF_ENDPOINT and HF_HUB_OFFLINE; without a network, give the folder of a "
                     f"download (hf download {path})")  # fmt: skip

@@ -394,7 +394,7 @@ def test_L61_memory_that_is_no_number(make, wrong):
                                  "actor_rollout_ref.model.path"])  # fmt: skip
 def test_L59_relative_paths_on_several_nodes(make, tmp_path, monkeypatch, key):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "b").mkdir(parents=True)
     good = {"trainer.nnodes": 2, "data.train_files": ["/d/a.parquet", "hdfs://d/b.parquet"],
             "data.val_files": "~/v.parquet", "trainer.default_local_dir": "/c"}  # fmt: skip
     check_paths(make(**good))

@@ -116,10 +116,34 @@ def test_L17_a_name_that_the_hub_does_not_know(of_hub, hub_says, dry_run):
     assert "hub has no such model" in refused(of_hub(), "L17", dry_run=dry_run).what
 
 
-def test_a_name_that_can_be_a_folder_is_one(of_hub, hub, tmp_path):
+def test_a_folder_of_the_owners_name_does_not_hide_the_hub(of_hub, hub, tmp_path):
     hub(model_type="qwen3_vl", text_config={"num_hidden_layers": 4})
+    (tmp_path / "Qwen").mkdir()  # as `hf download Qwen/another --local-dir Qwen/another` leaves it
+    assert "probing layer 3 of 4" in dict(preflight(of_hub()))["model"]
+    write_model(tmp_path / NAME, model_type="qwen3_vl", text_config={"num_hidden_layers": 5})
+    assert "of 5" in dict(preflight(of_hub()))["model"]
+
+
+def test_a_path_that_may_be_a_hub_name_is_refused_as_both_and_planned_by_a_dry_run(of_hub, hub_says, tmp_path):
     (tmp_path / "Qwen").mkdir()
-    assert "no model at this path" in refused(of_hub(), "L17").what
+    neither = "and the folder Qwen here has none of this name"
+    hub_says(httpx.ConnectError("no route"))
+    assert neither in refused(of_hub(), "L53").what
+    assert "NOT THERE YET as a folder" in dict(preflight(of_hub(), dry_run=True))["model"]
+    sayo_verl.model_check._hub_folder.cache_clear()
+    response = httpx.Response(404, request=httpx.Request("GET", "https://hub.example"))
+    hub_says(huggingface_hub.errors.RepositoryNotFoundError("404", response=response))
+    error = refused(of_hub(), "L17")
+    assert neither in error.what
+    assert "the path or the name" in error.fix
+    assert "NOT THERE YET as a folder" in dict(preflight(of_hub(), dry_run=True))["model"]
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_model_on_hdfs_is_not_checked(config_of, dry_run):
+    plan = dict(preflight(config_of(**{"actor_rollout_ref.model.path": "hdfs://store/qwen"}), dry_run=dry_run))
+    assert plan["model"] == "hdfs://store/qwen - not checked: verl copies it from HDFS when the run starts"
+    refused(config_of(**{"actor_rollout_ref.model.path": "s3://store/qwen"}), "L17")  # verl does not copy it
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_type": "qwen3_vl", "text_config": 4}'])
