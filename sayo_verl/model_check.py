@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
 from omegaconf import DictConfig, OmegaConf
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, PretrainedConfig
+from transformers.dependency_versions_table import deps
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_kernels_available, is_torch_npu_available
 
@@ -33,7 +34,8 @@ FLASH = {
 }
 # verl's own pin; built against the torch that is installed, hence without isolation
 INSTALL_FLASH_ATTN = "pip install --no-build-isolation flash-attn==2.8.3"
-# What a run pays without it. Arithmetic for 16k packed tokens of an 8B model, not measured.
+INSTALL_KERNELS = f"pip install '{deps['kernels']}'"
+# What a run pays without flash-attn. Arithmetic for 16k packed tokens of an 8B model, not measured.
 DENSE_MASK = "packed rows under a dense mask: about 3 times the time of a log-prob pass"
 SLOW_LOG_PROBS = "verl takes log-probs token by token without flash-attn: 0.3 to 1 s more a micro-batch"
 # Families that we do not read attention of, whose packed rows verl hands to flash-attn (verl/models/transformers).
@@ -179,12 +181,12 @@ def check_attention(config: DictConfig, model: PretrainedConfig | None, *, dry_r
 
     Raises:
         SayoError: L26 for a flash attention whose package is absent or does not import, L54 for an implementation that
-            transformers does not have, or that does not run this family.
+            transformers does not have or cannot get, or that does not run this family, and for a dictionary.
     """
     name, chosen = attention_of(config), config.actor_rollout_ref.model
     if config.actor_rollout_ref.actor.strategy not in ("fsdp", "fsdp2"):
         return f"not checked: {config.actor_rollout_ref.actor.strategy} brings its own"
-    _check_implementation(name, model)
+    _check_implementation(config, name, model)
     if is_torch_npu_available():  # transformers has flash attention of its own there
         return name
     model_type = getattr(model, "model_type", "the model")
@@ -219,10 +221,19 @@ def check_attention(config: DictConfig, model: PretrainedConfig | None, *, dry_r
     return name + (f", {DENSE_MASK}" if dense else "") + slow
 
 
-def _check_implementation(name: str, model: PretrainedConfig | None) -> None:
-    """L54, where transformers stops when it makes the model, and for its kernels for generation."""
-    if name.count("/") == 1 and is_kernels_available():
-        return  # a kernel of the hub
+def _check_implementation(config: DictConfig, name: str, model: PretrainedConfig | None) -> None:
+    """L54, where verl or transformers stops when it makes the model, and for transformers' kernels for generation."""
+    if OmegaConf.is_dict(OmegaConf.select(config, ATTENTION)):
+        # transformers takes it, but verl then writes override_config into the configuration (update_model_config)
+        raise SayoError("L54", "verl fails on an attention for each part of a model: it takes the dictionary for a "
+                        "part of the configuration", where=ATTENTION, got=name, wanted="one name for all parts",
+                        fix="name one, such as sdpa")  # fmt: skip
+    if name.count("/") == 1:
+        if is_kernels_available():
+            return
+        raise SayoError("L54", "this attention is a kernel of the hub, and the package kernels is not installed (or "
+                        "too old)", where=ATTENTION, got=name, wanted=deps["kernels"], fix=f"{INSTALL_KERNELS}, or "
+                        "leave it out for flash_attention_2")  # fmt: skip
     known = ["eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in key)]
     what = f"transformers has no such attention for training{did_you_mean(name, known)}"
     if name in known:

@@ -11,6 +11,8 @@ import torch
 from huggingface_hub import constants
 from omegaconf import open_dict
 from test_settings_preflight import base, make, refused, write_model  # noqa: F401 (fixtures)
+from transformers import Qwen3VLConfig
+from verl.utils.model import update_model_config
 
 import sayo_verl.model_check
 from sayo_verl.model_check import DENSE_MASK, INSTALL_FLASH_ATTN, SLOW_LOG_PROBS, load_config
@@ -275,6 +277,19 @@ def test_L26_flash_attention_3_is_another_package(on_gpu, installed):
 @pytest.mark.parametrize("name", ["flash_attn_2", "paged|sdpa", "kernels-community/flash-attn2", "flex_attention"])
 def test_L54_an_attention_that_transformers_does_not_run(on_gpu, name):
     assert refused(on_gpu(attention=name), "L54", dry_run=True).got == name
+
+
+def test_L54_a_kernel_of_the_hub_without_the_package_kernels(on_gpu):
+    assert refused(on_gpu(attention="kernels-community/flash-attn2"), "L54").fix.startswith("pip install 'kernels")
+
+
+def test_L54_an_attention_for_each_part_fails_in_verl(on_gpu):
+    parts = {"text_config": "sdpa", "vision_config": "eager"}
+    error = refused(on_gpu(attention=parts), "L54", dry_run=True)
+    assert "verl fails on an attention for each part" in error.what
+    assert error.got == str(parts)
+    with pytest.raises(AttributeError, match="attn_implementation"):  # what verl/workers/config/model.py does with it
+        update_model_config(Qwen3VLConfig(), {"attn_implementation": parts})
 
 
 def test_L54_packed_qwen2_5_vl_with_eager(on_gpu, installed):
