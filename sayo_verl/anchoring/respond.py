@@ -78,7 +78,9 @@ def write_responses(
             and what ``columns_of`` raises.
     """
     counts = {"tries": tries, "max-new-tokens": max_new_tokens, "batch-size": batch_size, "max-rows": max_rows}
-    wrong = {name: (n, "at least 1") for name, n in counts.items() if n is not None and n < 1}
+    wrong: dict[str, tuple[float, str]] = {
+        name: (n, "at least 1") for name, n in counts.items() if n is not None and n < 1
+    }
     if not 0 < temperature < math.inf:
         wrong["temperature"] = (temperature, "a positive number")
     for name, (got, wanted) in wrong.items():
