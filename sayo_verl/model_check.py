@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
 from omegaconf import DictConfig, OmegaConf
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, PretrainedConfig
+from transformers.dependency_versions_table import deps
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_kernels_available, is_torch_npu_available
 
@@ -21,6 +22,7 @@ from sayo_verl.families import FAMILIES, Family, family_of
 from sayo_verl.methods import Method
 
 WHERE = "actor_rollout_ref.model.path"
+HDFS = "hdfs://"  # the only remote paths that verl copies (verl/utils/fs.py)
 # Configuration, processor and tokenizer: some 20 MB of a hub model, none of its weights.
 SMALL_FILES = ["*.json", "*.jinja", "*.txt"]
 ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
@@ -32,7 +34,8 @@ FLASH = {
 }
 # verl's own pin; built against the torch that is installed, hence without isolation and not from a wheel for CUDA 12
 INSTALL_FLASH_ATTN = "FLASH_ATTENTION_FORCE_BUILD=TRUE pip install --no-build-isolation flash-attn==2.8.3"
-# What a run pays without it. Arithmetic for 16k packed tokens of an 8B model, not measured.
+INSTALL_KERNELS = f"pip install '{deps['kernels']}'"
+# What a run pays without flash-attn. Arithmetic for 16k packed tokens of an 8B model, not measured.
 DENSE_MASK = "packed rows under a dense mask: about 3 times the time of a log-prob pass"
 SLOW_LOG_PROBS = "verl takes log-probs token by token without flash-attn: 0.3 to 1 s more a micro-batch"
 # Families that we do not read attention of, whose packed rows verl hands to flash-attn (verl/models/transformers).
@@ -40,25 +43,29 @@ OTHERS_THAT_CALL_FLASH_ATTN = ("qwen2_vl", "glm4v", "kimi_vl")
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a model path without a folder is a name on the hub: "owner/name", and no folder "owner" is here."""
-    folder = Path(path).expanduser()
-    local = path.startswith(("/", "./", "../", "~")) or path.count("/") != 1
-    return not (local or folder.exists() or folder.parent.is_dir())
+    """Whether transformers takes a model path for a name on the hub: it is "owner/name", and no such folder is here."""
+    return not path.startswith(("/", "./", "../", "~")) and path.count("/") == 1 and not Path(path).exists()
 
 
 def model_folder(path: str, *, dry_run: bool) -> Path | None:
     """The folder that holds a model's configuration and, where it has them, its processor and tokenizer.
 
-    For a hub name it is the snapshot in the hub's cache, of which small files are downloaded if they are absent.
+    For a hub name it is the snapshot in the hub's cache, of which small files are downloaded if they are absent. A name
+    whose owner is a folder here may also be the path of a model that is not made yet: a dry run does not refuse it.
 
     Args:
         path: as in ``actor_rollout_ref.model.path``.
         dry_run: return None where the model is not on this machine, instead of an error.
 
+    Returns:
+        The folder; None also for a path on HDFS, which verl copies when the run starts.
+
     Raises:
         SayoError: L17 for a path without a model, and for a name that the hub refuses; L53 for a hub that cannot be
             reached.
     """
+    if path.startswith(HDFS):
+        return None
     if not is_hub_name(path):
         folder = Path(path).expanduser()
         if folder.exists():
@@ -67,16 +74,22 @@ def model_folder(path: str, *, dry_run: bool) -> Path | None:
             return None
         raise SayoError("L17", "there is no model at this path", where=WHERE, got=path,
                         fix="correct it, or give a hub name such as Qwen/Qwen3-VL-8B-Instruct")  # fmt: skip
+    owner = Path(path).parent
+    maybe_path = owner.is_dir()
     found = _hub_folder(path)
     if isinstance(found, Path):
         return found
+    if dry_run and maybe_path:
+        return None
+    neither = f", and the folder {owner} here has none of this name" if maybe_path else ""
     if isinstance(found, RepositoryNotFoundError | HFValidationError):
-        raise SayoError("L17", "the hub has no such model, or does not show it to you", where=WHERE, got=path,
-                        fix="correct the name; for a gated or private model: hf auth login") from found  # fmt: skip
+        what = f"the hub has no such model, or does not show it to you{neither}"
+        raise SayoError("L17", what, where=WHERE, got=path, fix=f"correct the {'path or the ' if neither else ''}name; "
+                        "for a gated or private model: hf auth login") from found  # fmt: skip
     if dry_run:
         return None
     cause = found.__cause__ or found
-    raise SayoError("L53", "the hub cannot be reached, and the model is not in its cache", where=WHERE,
+    raise SayoError("L53", f"the hub cannot be reached, and the model is not in its cache{neither}", where=WHERE,
                     got=f"{path}, {type(cause).__name__}: {' '.join(str(cause).split())[:120]}",
                     fix="check the network, HF_ENDPOINT and HF_HUB_OFFLINE; without a network, give the folder of a "
                     f"download (hf download {path})")  # fmt: skip
@@ -168,12 +181,12 @@ def check_attention(config: DictConfig, model: PretrainedConfig | None, *, dry_r
 
     Raises:
         SayoError: L26 for a flash attention whose package is absent or does not import, L54 for an implementation that
-            transformers does not have, or that does not run this family.
+            transformers does not have or cannot get, or that does not run this family, and for a dictionary.
     """
     name, chosen = attention_of(config), config.actor_rollout_ref.model
     if config.actor_rollout_ref.actor.strategy not in ("fsdp", "fsdp2"):
         return f"not checked: {config.actor_rollout_ref.actor.strategy} brings its own"
-    _check_implementation(name, model)
+    _check_implementation(config, name, model)
     if is_torch_npu_available():  # transformers has flash attention of its own there
         return name
     model_type = getattr(model, "model_type", "the model")
@@ -208,10 +221,19 @@ def check_attention(config: DictConfig, model: PretrainedConfig | None, *, dry_r
     return name + (f", {DENSE_MASK}" if dense else "") + slow
 
 
-def _check_implementation(name: str, model: PretrainedConfig | None) -> None:
-    """L54, where transformers stops when it makes the model, and for its kernels for generation."""
-    if name.count("/") == 1 and is_kernels_available():
-        return  # a kernel of the hub
+def _check_implementation(config: DictConfig, name: str, model: PretrainedConfig | None) -> None:
+    """L54, where verl or transformers stops when it makes the model, and for transformers' kernels for generation."""
+    if OmegaConf.is_dict(OmegaConf.select(config, ATTENTION)):
+        # transformers takes it, but verl then writes override_config into the configuration (update_model_config)
+        raise SayoError("L54", "verl fails on an attention for each part of a model: it takes the dictionary for a "
+                        "part of the configuration", where=ATTENTION, got=name, wanted="one name for all parts",
+                        fix="name one, such as sdpa")  # fmt: skip
+    if name.count("/") == 1:
+        if is_kernels_available():
+            return
+        raise SayoError("L54", "this attention is a kernel of the hub, and the package kernels is not installed (or "
+                        "too old)", where=ATTENTION, got=name, wanted=deps["kernels"], fix=f"{INSTALL_KERNELS}, or "
+                        "leave it out for flash_attention_2")  # fmt: skip
     known = ["eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in key)]
     what = f"transformers has no such attention for training{did_you_mean(name, known)}"
     if name in known:

@@ -10,6 +10,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,6 +21,7 @@ from sayo_verl.methods import METHODS, Method, Mix
 from sayo_verl.methods.faithful import FaithfulMethod
 from sayo_verl.model_check import (
     ATTENTION,
+    HDFS,
     attention_of,
     check_attention,
     check_model,
@@ -182,8 +184,14 @@ def _check_model(config: DictConfig, method: Method | None, dry_run: bool) -> tu
     path = str(config.actor_rollout_ref.model.path)
     model, folder = load_config(path, dry_run=dry_run), model_folder(path, dry_run=dry_run)
     if model is None or folder is None:
-        found = "the hub cannot be reached from here, so its family and layers were not checked" \
-            if is_hub_name(path) else "NOT THERE YET, needed before the run"  # fmt: skip
+        if path.startswith(HDFS):
+            found = "not checked: verl copies it from HDFS when the run starts"
+        elif not is_hub_name(path):
+            found = "NOT THERE YET, needed before the run"
+        elif Path(path).parent.is_dir():
+            found = "NOT THERE YET as a folder, and not to be had from the hub; its family and layers were not checked"
+        else:
+            found = "the hub cannot be reached from here, so its family and layers were not checked"
         told = f"{path} - {found}"
     else:
         told = f"{path} ({check_model(config, method, folder, model) if method else model.model_type})"

@@ -81,11 +81,18 @@ def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:
 def shared_paths(config: DictConfig) -> list[tuple[str, str]]:
     """(setting, path) of everything that every node must see; models of the hub are not among them.
 
-    verl reads data in its task runner (``trainer_base.py: _init_dataloader``), models and checkpoints in its workers,
-    on whatever node Ray puts them.
+    verl reads data in its task runner (``trainer_base.py: _init_dataloader``), models, checkpoints and the files of a
+    reward function and of a data set class in its workers, on whatever node Ray puts them. A folder of checkpoints is
+    no matter to a run that neither saves nor finds one to resume.
     """
     model = str(config.actor_rollout_ref.model.path)
-    paths = [("trainer.default_local_dir", str(config.trainer.default_local_dir))]
+    trainer = config.trainer
+    resumes = trainer.resume_mode == "auto" and Path(str(trainer.default_local_dir)).exists()
+    used = int(trainer.save_freq) > 0 or resumes
+    paths = [("trainer.default_local_dir", str(trainer.default_local_dir))] if used else []
+    for key in ("reward.custom_reward_function.path", "data.custom_cls.path"):
+        code = OmegaConf.select(config, key)
+        paths += [(key, str(code).removeprefix("file://"))] if code else []  # pkg:// is an installed package
     paths += [("actor_rollout_ref.model.path", model)] if not is_hub_name(model) else []
     for key in ("train_files", "val_files"):
         files = config.data[key]

@@ -412,7 +412,7 @@ def _prompt(config: DictConfig) -> _Prompt | str:
 def _render(path: str, template: str | None, kwargs: str, trust_remote_code: bool) -> _Prompt | str:
     """The generation prompt, or why it cannot be had here."""
     if model_folder(path, dry_run=True) is None:
-        return "the model is not there yet"
+        return "the model is not on this machine"
     from jinja2 import TemplateError
     from verl.utils import hf_tokenizer
     from verl.utils.tokenizer.chat_template import apply_chat_template

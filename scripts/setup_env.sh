@@ -293,7 +293,8 @@ fi
 
 if [[ "$MODE" == gpu ]]; then
   STAGES=4 IMPORTS=3
-  check_nvcc
+  # A flash-attn that imports is kept (install_flash_attn), so nothing is compiled.
+  [[ "$KEEP" == yes ]] && has_flash_attn || check_nvcc
 fi
 if [[ "$KEEP" == yes ]]; then
   stage 1 "bringing $NAME up to date ($WHY)"

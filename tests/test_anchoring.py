@@ -6,6 +6,7 @@ Shape suffixes: B rows, R rows with boxes, S tokens, H heads, V visual tokens.
 import copy
 import json
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -556,6 +557,67 @@ def test_respond_says_when_nothing_is_right(folders, parquet, tmp_path):
     pq.write_table(pq.read_table(parquet).slice(0, 0), empty)
     with pytest.raises(SayoError, match="F10"):
         respond.write_responses(folders["qwen3_vl"], [empty], tmp_path / "e.parquet")
+
+
+@pytest.mark.parametrize("wrong", [{"tries": 0}, {"max_new_tokens": 0}, {"batch_size": 0}, {"max_rows": 0},
+                                   {"temperature": 0.0}, {"temperature": float("nan")}], ids=str)  # fmt: skip
+def test_respond_refuses_numbers_out_of_range(parquet, tmp_path, wrong):
+    (name,) = wrong
+    with pytest.raises(SayoError, match=f"F05: .* at --{name.replace('_', '-')}"):
+        respond.write_responses("no model is loaded", [parquet], tmp_path / "r.parquet", **wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_respond_samples_without_the_penalties_of_the_models_generation_config(folders, parquet, tmp_path, monkeypatch):
+    changed = tmp_path / "changed"
+    shutil.copytree(folders["qwen3_vl"], changed)
+    file = changed / "generation_config.json"
+    values = json.loads(file.read_text()) if file.exists() else {}
+    penalties = {"repetition_penalty": 1.05, "no_repeat_ngram_size": 1, "top_k": 1}
+    file.write_text(json.dumps(values | {"do_sample": True, "eos_token_id": [3, 5]} | penalties))
+    sample, used = respond._sample, []
+
+    def spy(model, *args):
+        inner = model._get_logits_processor
+
+        def processors(generation_config, *args, **kwargs):
+            used.append(generation_config)
+            return inner(generation_config, *args, **kwargs)
+
+        model._get_logits_processor = processors
+        return sample(model, *args)
+
+    monkeypatch.setattr(respond, "_sample", spy)
+    with pytest.raises(SayoError, match="F18"):
+        respond.write_responses(changed, [parquet], tmp_path / "r.parquet", tries=1, max_new_tokens=3, max_rows=2)
+    (config,) = used
+    assert config.eos_token_id == [3, 5]
+    assert config.repetition_penalty in (None, 1.0)
+    assert not config.no_repeat_ngram_size
+
+
+def test_respond_brings_files_of_different_columns_together(folders, parquet, tmp_path, guesses):
+    table = pq.read_table(parquet).slice(0, 12)
+    other = table.append_column("source", pa.array(["b"] * 12))
+    files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    pq.write_table(table.append_column("n", pa.nulls(12)), files[0])
+    pq.write_table(other.append_column("n", pa.array(range(12))), files[1])
+    done = respond.write_responses(folders["qwen3_vl"], files, tmp_path / "r.parquet", tries=4)
+    kept = pq.read_table(tmp_path / "r.parquet")
+    assert kept.num_rows == done["kept"]
+    assert set(zip(kept["source"].to_pylist(), (n is None for n in kept["n"].to_pylist()), strict=True)) == {
+        (None, True), ("b", False)}  # fmt: skip
+    assert AnchorRows([tmp_path / "r.parquet"]).without_response() == 0
+
+
+def test_F24_files_whose_columns_do_not_go_together(parquet, tmp_path):
+    table = pq.read_table(parquet).slice(0, 2)
+    pq.write_table(table.append_column("n", pa.array([1, 2])), tmp_path / "a.parquet")
+    pq.write_table(table.append_column("n", pa.array(["x", "y"])), tmp_path / "b.parquet")
+    with pytest.raises(SayoError, match=r"F24: .* at .*b\.parquet .* wanted types as in .*a\.parquet"):
+        respond.write_responses("no model is loaded", [tmp_path / "a.parquet", tmp_path / "b.parquet"],
+                                tmp_path / "r.parquet")  # fmt: skip
+    assert not (tmp_path / "r.parquet.parts").exists()
 
 
 @pytest.fixture

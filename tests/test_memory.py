@@ -449,15 +449,31 @@ def test_L61_memory_that_is_no_number(make, wrong):
 
 
 @pytest.mark.parametrize("key", ["data.train_files", "data.val_files", "trainer.default_local_dir",
-                                 "actor_rollout_ref.model.path"])  # fmt: skip
+                                 "actor_rollout_ref.model.path", "reward.custom_reward_function.path",
+                                 "data.custom_cls.path"])  # fmt: skip
 def test_L59_relative_paths_on_several_nodes(make, tmp_path, monkeypatch, key):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "b").mkdir(parents=True)
     good = {"trainer.nnodes": 2, "data.train_files": ["/d/a.parquet", "hdfs://d/b.parquet"],
-            "data.val_files": "~/v.parquet", "trainer.default_local_dir": "/c"}  # fmt: skip
+            "data.val_files": "~/v.parquet", "trainer.default_local_dir": "/c", "trainer.save_freq": 5,
+            "reward.custom_reward_function.path": "pkg://mine", "data.custom_cls.path": "/c/mine.py"}  # fmt: skip
     check_paths(make(**good))
     check_paths(make("Qwen/Qwen3-VL-8B-Instruct", **good))
     wrong = ["/d/a.parquet", "models/b"] if key == "data.train_files" else "models/b"
     with pytest.raises(SayoError, match=f"L59: .* at {key} .* got models/b.*{os.getcwd()}/models/b"):
         check_paths(make(**{**good, key: wrong}))
     check_paths(make(**{**good, key: wrong, "trainer.nnodes": 1}))
+
+
+def test_a_relative_folder_of_checkpoints_is_no_matter_where_none_is_saved_or_resumed(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {"trainer.nnodes": 2, "data.train_files": "/d/a.parquet", "data.val_files": "/d/a.parquet",
+              "trainer.default_local_dir": "checkpoints", "trainer.save_freq": -1,
+              "trainer.resume_mode": "auto"}  # fmt: skip
+    check_paths(make(**values))
+    (tmp_path / "checkpoints").mkdir()  # verl looks for one in there
+    with pytest.raises(SayoError, match=r"L59: .* at trainer\.default_local_dir"):
+        check_paths(make(**values))
+    check_paths(make(**{**values, "trainer.resume_mode": "disable"}))
+    with pytest.raises(SayoError, match=r"L59: .* at trainer\.default_local_dir"):
+        check_paths(make(**{**values, "trainer.resume_mode": "disable", "trainer.save_freq": 5}))

@@ -11,6 +11,8 @@ import torch
 from huggingface_hub import constants
 from omegaconf import open_dict
 from test_settings_preflight import base, make, refused, write_model  # noqa: F401 (fixtures)
+from transformers import Qwen3VLConfig
+from verl.utils.model import update_model_config
 
 import sayo_verl.model_check
 from sayo_verl.model_check import DENSE_MASK, INSTALL_FLASH_ATTN, SLOW_LOG_PROBS, load_config
@@ -116,10 +118,34 @@ def test_L17_a_name_that_the_hub_does_not_know(of_hub, hub_says, dry_run):
     assert "hub has no such model" in refused(of_hub(), "L17", dry_run=dry_run).what
 
 
-def test_a_name_that_can_be_a_folder_is_one(of_hub, hub, tmp_path):
+def test_a_folder_of_the_owners_name_does_not_hide_the_hub(of_hub, hub, tmp_path):
     hub(model_type="qwen3_vl", text_config={"num_hidden_layers": 4})
+    (tmp_path / "Qwen").mkdir()  # as `hf download Qwen/another --local-dir Qwen/another` leaves it
+    assert "probing layer 3 of 4" in dict(preflight(of_hub()))["model"]
+    write_model(tmp_path / NAME, model_type="qwen3_vl", text_config={"num_hidden_layers": 5})
+    assert "of 5" in dict(preflight(of_hub()))["model"]
+
+
+def test_a_path_that_may_be_a_hub_name_is_refused_as_both_and_planned_by_a_dry_run(of_hub, hub_says, tmp_path):
     (tmp_path / "Qwen").mkdir()
-    assert "no model at this path" in refused(of_hub(), "L17").what
+    neither = "and the folder Qwen here has none of this name"
+    hub_says(httpx.ConnectError("no route"))
+    assert neither in refused(of_hub(), "L53").what
+    assert "NOT THERE YET as a folder" in dict(preflight(of_hub(), dry_run=True))["model"]
+    sayo_verl.model_check._hub_folder.cache_clear()
+    response = httpx.Response(404, request=httpx.Request("GET", "https://hub.example"))
+    hub_says(huggingface_hub.errors.RepositoryNotFoundError("404", response=response))
+    error = refused(of_hub(), "L17")
+    assert neither in error.what
+    assert "the path or the name" in error.fix
+    assert "NOT THERE YET as a folder" in dict(preflight(of_hub(), dry_run=True))["model"]
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_model_on_hdfs_is_not_checked(config_of, dry_run):
+    plan = dict(preflight(config_of(**{"actor_rollout_ref.model.path": "hdfs://store/qwen"}), dry_run=dry_run))
+    assert plan["model"] == "hdfs://store/qwen - not checked: verl copies it from HDFS when the run starts"
+    refused(config_of(**{"actor_rollout_ref.model.path": "s3://store/qwen"}), "L17")  # verl does not copy it
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_type": "qwen3_vl", "text_config": 4}'])
@@ -251,6 +277,19 @@ def test_L26_flash_attention_3_is_another_package(on_gpu, installed):
 @pytest.mark.parametrize("name", ["flash_attn_2", "paged|sdpa", "kernels-community/flash-attn2", "flex_attention"])
 def test_L54_an_attention_that_transformers_does_not_run(on_gpu, name):
     assert refused(on_gpu(attention=name), "L54", dry_run=True).got == name
+
+
+def test_L54_a_kernel_of_the_hub_without_the_package_kernels(on_gpu):
+    assert refused(on_gpu(attention="kernels-community/flash-attn2"), "L54").fix.startswith("pip install 'kernels")
+
+
+def test_L54_an_attention_for_each_part_fails_in_verl(on_gpu):
+    parts = {"text_config": "sdpa", "vision_config": "eager"}
+    error = refused(on_gpu(attention=parts), "L54", dry_run=True)
+    assert "verl fails on an attention for each part" in error.what
+    assert error.got == str(parts)
+    with pytest.raises(AttributeError, match="attn_implementation"):  # what verl/workers/config/model.py does with it
+        update_model_config(Qwen3VLConfig(), {"attn_implementation": parts})
 
 
 def test_L54_packed_qwen2_5_vl_with_eager(on_gpu, installed):

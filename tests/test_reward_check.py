@@ -495,7 +495,7 @@ def test_L33_a_tag_that_decoding_drops(template):
 
 def test_a_model_that_is_not_here_is_said_to_be_unchecked(make):  # noqa: F811
     config = make(**{"actor_rollout_ref.model.path": "nobody/nothing"})
-    assert dict(preflight(config, dry_run=True))["template"] == "not checked: the model is not there yet"
+    assert dict(preflight(config, dry_run=True))["template"] == "not checked: the model is not on this machine"
     settings = with_kwargs(config, think_opened=True)
     configure(settings)
     assert OmegaConf.select(settings, f"{KWARGS}.think_opened") is True

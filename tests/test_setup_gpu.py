@@ -76,6 +76,23 @@ def test_without_flash_attn_the_gpu_stack_needs_no_nvcc_and_gets_it_later(copy: 
     assert "reused" in copy.built("gpu")
 
 
+def test_flash_attn_that_is_installed_needs_no_nvcc_after_a_change_of_the_project(with_nvcc: Copy) -> None:
+    with_nvcc.built("gpu")
+    (with_nvcc.bin / "nvcc").unlink()
+    with (with_nvcc.root / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    nowhere = str(with_nvcc.root / "no toolkit")
+    output = with_nvcc.built("gpu", CUDA_HOME=nowhere)
+    assert "up to date (pyproject.toml" in output
+    assert [call for call in with_nvcc.calls if "flash-attn==" in call] == with_nvcc.calls[2:3]
+    shutil.rmtree(next(with_nvcc.venv.glob("lib/python3*/site-packages")) / "flash_attn" / "ops")  # does not import
+    with (with_nvcc.root / "pyproject.toml").open("a") as file:
+        file.write("# again\n")
+    status, output = with_nvcc.run("gpu", CUDA_HOME=nowhere)
+    assert status == 1
+    assert "SAYO-X96" in output
+
+
 def test_a_wheel_of_flash_attn_needs_no_nvcc(copy: Copy) -> None:
     copy.venv = copy.root / ".venv-gpu"
     wheel = "/wheels/flash_attn-2.8.3+cu13torch2.11-cp311-cp311-linux_x86_64.whl"

@@ -15,6 +15,7 @@ Shape suffixes: B prompts of a batch, P prompt tokens, T response tokens.
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from sayo_verl.anchoring.rows import columns_of, images_of, messages_of
 from sayo_verl.errors import SayoError
@@ -57,7 +58,7 @@ def write_responses(
 
     Args:
         base: model folder or hub name.
-        files: parquet files with the same columns.
+        files: parquet files; a column that some of them lack is null in their rows.
         out: parquet file, in the order of the source; ``<out>.parts`` holds what is done.
         tries: samples of a row, at most.
         max_new_tokens: of a sample.
@@ -72,12 +73,22 @@ def write_responses(
         ``rows`` and ``kept``; ``rows`` and ``left``, the number of blocks that other processes have not finished yet.
 
     Raises:
-        SayoError: D09 for images that do not fit a prompt, F10 for no row, F18 when no row is kept, F19 when ``out``
-            was begun with other settings, and what ``columns_of`` raises.
+        SayoError: D09 for images that do not fit a prompt, F05 for a number out of range, F10 for no row, F18 when no
+            row is kept, F19 when ``out`` was begun with other settings, F24 for files whose columns do not go together,
+            and what ``columns_of`` raises.
     """
+    counts = {"tries": tries, "max-new-tokens": max_new_tokens, "batch-size": batch_size, "max-rows": max_rows}
+    wrong: dict[str, tuple[float, str]] = {
+        name: (n, "at least 1") for name, n in counts.items() if n is not None and n < 1
+    }
+    if not 0 < temperature < math.inf:
+        wrong["temperature"] = (temperature, "a positive number")
+    for name, (got, wanted) in wrong.items():
+        raise SayoError("F05", "a number is out of range", where=f"--{name}", got=got, wanted=wanted, fix="correct it")
     out = Path(out)
     parts = out.with_name(f"{out.name}.parts")
     blocks = _blocks(files, BLOCK * batch_size, max_rows)
+    schema = _common_schema(files)
     rows = sum(stop - start for _, start, stop in blocks)
     _check_settings(parts, {
         "base": str(base), "files": [[str(file), Path(file).stat().st_size] for file in files], "rows": rows,
@@ -89,6 +100,7 @@ def write_responses(
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.float32 if chosen.type == "cpu" else torch.bfloat16
         model: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype).to(chosen).eval()
+        model.generation_config = _without_penalties(model.generation_config)
         processor: Any = AutoProcessor.from_pretrained(base)
         with Progress(console=Console(stderr=True), disable=rank != 0) as progress:
             bar = progress.add_task(f"sampling responses, {world} processes", total=rows)
@@ -105,7 +117,7 @@ def write_responses(
     left = sum(not _part(parts, n).is_file() for n in range(len(blocks)))
     if left:
         return {"rows": rows, "left": left}
-    kept = _merge(parts, blocks, out)
+    kept = _merge(parts, blocks, out, schema)
     if not kept:
         raise SayoError("F18", "the policy answered no row rightly and in the asked form", where=str(base),
                         got=f"0 of {rows} rows", fix="give the rows a column `response` of your own, or ask for "
@@ -126,6 +138,35 @@ def _blocks(files: Sequence[Path | str], size: int, max_rows: int | None) -> lis
     if not blocks:
         raise SayoError("F10", "there is no row", where=str([str(f) for f in files]), fix="name a file with rows")
     return blocks
+
+
+def _common_schema(files: Sequence[Path | str]) -> pa.Schema:
+    """The columns of all files, of types that hold those of each; ``response`` is left out.
+
+    Raises:
+        SayoError: F24, before anything is sampled: the rows are written to one file.
+    """
+    common = pa.schema([])
+    for file in files:
+        own = pq.read_schema(file)
+        own = pa.schema([field for field in own if field.name != "response"], own.metadata)
+        try:
+            common = _with_columns(own.empty_table(), common).schema
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+            raise SayoError("F24", "the columns of the files of rows do not go together", where=str(file),
+                            got=" ".join(str(error).split())[:200], wanted=f"types as in {files[0]}",
+                            fix="write the files with one schema, or sample each for itself") from error  # fmt: skip
+    return common
+
+
+def _with_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    return pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
+
+
+def _without_penalties(given: GenerationConfig) -> GenerationConfig:
+    """A model's special tokens alone: ``generate`` fills what a call leaves open from the model's own configuration."""
+    return GenerationConfig(bos_token_id=given.bos_token_id, eos_token_id=given.eos_token_id,
+                            pad_token_id=given.pad_token_id)  # fmt: skip
 
 
 def _check_settings(parts: Path, settings: dict[str, Any]) -> None:
@@ -198,7 +239,7 @@ def _batches(items: list[int], size: int) -> Iterator[list[int]]:
         yield items[start : start + size]
 
 
-def _merge(parts: Path, blocks: Sequence[Block], out: Path) -> int:
+def _merge(parts: Path, blocks: Sequence[Block], out: Path, schema: pa.Schema) -> int:
     """Rows with a response, in the order of the source. Two processes that both come last write the same file."""
     scratch, writer, kept = out.with_name(f"{out.name}.{os.getpid()}"), None, 0
     for n, block in enumerate(blocks):
@@ -208,6 +249,7 @@ def _merge(parts: Path, blocks: Sequence[Block], out: Path) -> int:
             continue
         table = _rows(block)
         table = table.drop_columns([name for name in table.column_names if name == "response"]).take(chosen)
+        table = _with_columns(table, schema)
         table = table.append_column("response", pa.array([responses[i] for i in chosen], type=pa.string()))
         if writer is None:
             writer = pq.ParquetWriter(scratch, table.schema)
