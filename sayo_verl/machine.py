@@ -70,6 +70,21 @@ def visible(listed: list[Card]) -> list[Card]:
     return chosen
 
 
+def run_cards(n: int) -> list[Card]:
+    """The cards of this machine that a run on ``n`` of them uses, the largest of the visible; none without nvidia-smi.
+
+    Raises:
+        OSError: what ``cards`` raises, no card is visible, or their memory is not known.
+    """
+    listed = cards()
+    seen = visible(listed)
+    if listed and not seen:
+        raise OSError("CUDA_VISIBLE_DEVICES names no card that nvidia-smi lists")
+    if any(card.total is None for card in seen):
+        raise OSError("nvidia-smi shows no memory")
+    return sorted(seen, key=lambda card: -(card.total or 0))[:n]
+
+
 def why_no_card(driver: str, cuda: str) -> tuple[str, str, str] | None:
     """What is wrong, what is wanted and what to do where this driver does not run torch's CUDA; None where it does."""
     oldest = OLDEST_DRIVER.get(int(cuda.partition(".")[0]))

@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING
 
 from sayo_verl.errors import SayoError
 from sayo_verl.families import FAMILIES
-from sayo_verl.machine import Card, cards, visible
+from sayo_verl.machine import run_cards
 from sayo_verl.memory import GIB, Job, Shapes, estimate, kv_bytes, kv_cache, shapes_of
 from sayo_verl.methods import Method
 from sayo_verl.model_check import flash_attn_problem, load_config, sequence_parallel
@@ -83,32 +83,23 @@ def card_gib(config: DictConfig, *, away: bool) -> tuple[float, str]:
             raise SayoError("L61", "memory of a GPU is no positive number", where="sayo.gpu_memory_gib", got=given,
                             wanted="GiB, such as 79; null: nvidia-smi is read", fix="correct it")  # fmt: skip
         return float(given), "sayo.gpu_memory_gib"
-    found, why = ([], "") if away else _run_cards(config)
+    try:
+        found, why = [] if away else run_cards(int(config.trainer.n_gpus_per_node)), ""
+    except OSError as error:
+        found, why = [], f", as {error}"
     if found:
         return min(card.total or 0 for card in found) / 1024, "nvidia-smi"
     return CARD, f"assumed: a card of 80 GB{why}; sayo.gpu_memory_gib names another"
 
 
-def _run_cards(config: DictConfig) -> tuple[list[Card], str]:
-    """The cards of this machine that a run on it uses, the largest of the visible ones; or none, and why."""
-    try:
-        listed = cards()
-    except OSError as error:
-        return [], f", as {error}"
-    seen = visible(listed)
-    if listed and not seen:
-        return [], ", as CUDA_VISIBLE_DEVICES names no card that nvidia-smi lists"
-    if any(card.total is None for card in seen):
-        return [], ", as nvidia-smi shows no memory"
-    return sorted(seen, key=lambda card: -(card.total or 0))[: int(config.trainer.n_gpus_per_node)], ""
-
-
 def _held(config: DictConfig, needed: float) -> list[tuple[str, str]]:
-    """A warning where other processes hold so much of a card now that ``needed`` GiB do not fit beside it."""
-    return [(NAME, f"WARNING: {used / 1024:.1f} GiB of card {card.index} are in use now, and {needed:.1f} are needed: "
-                   "vLLM does not start without its share")
-            for card in _run_cards(config)[0] if (used := card.used or 0) and needed > ((card.total or 0) - used) / 1024
-            ]  # fmt: skip
+    """A warning where other processes hold so much of the fullest card now that ``needed`` GiB do not fit beside it."""
+    devices = int(config.trainer.n_gpus_per_node)
+    free, card = min((((card.total or 0) - (card.used or 0)) / 1024, card.index) for card in run_cards(devices))
+    warning = (
+        f"WARNING: {free:.1f} GiB of card {card} are free now, and the run needs {needed:.1f}: end what holds the rest"
+    )
+    return [(NAME, warning)] if needed > free else []
 
 
 def check_length(config: DictConfig, hf_config: Any) -> None:

@@ -516,14 +516,14 @@ def test_a_run_on_other_machines_is_not_judged_by_this_one(make, nvidia_smi, mon
 
 def test_what_others_hold_of_a_card_is_warned_of(make, nvidia_smi):
     def warned() -> list[str]:
-        lines = check_memory(make("Qwen3-VL-4B", **ONE), REGION, dry_run=False)
+        lines = check_memory(make("Qwen3-VL-4B", **{"trainer.n_gpus_per_node": 2}), REGION, dry_run=False)
         return [value for _, value in lines if "WARNING" in value]
 
-    nvidia_smi("NVIDIA H100, 580.1, 81920, 412, 0, GPU-1")
+    nvidia_smi(H100, "NVIDIA H100, 580.1, 81920, 412, 1, GPU-1")
     assert warned() == []
-    nvidia_smi("NVIDIA H100, 580.1, 81920, 40960, 0, GPU-1")
+    nvidia_smi(H100, "NVIDIA H100, 580.1, 81920, 71680, 1, GPU-1")
     (line,) = warned()
-    assert line.startswith("WARNING: 40.0 GiB of card 0 are in use now, and ")
+    assert line.startswith("WARNING: 10.0 GiB of card 1 are free now, and the run needs ")
 
 
 @pytest.mark.parametrize("wrong", [0, "much", True, float("inf"), float("nan")])
