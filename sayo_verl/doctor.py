@@ -133,11 +133,10 @@ def _unseen(listed: list[Card], stack: str) -> Finding:
 
 
 def _memory(listed: list[Card]) -> list[Finding]:
-    """A line for the memory of all cards."""
-    told = "; ".join(
-        f"{n}: {card.total / 1024:.1f} GiB, {card.used / 1024:.1f} in use" for n, card in enumerate(listed)
-    )
-    return [Finding("GPU memory", told, "", True)] if listed else []
+    """A line for the memory of the cards that have their own."""
+    told = "; ".join(f"{n}: {card.total / 1024:.1f} GiB, {card.used / 1024:.1f} in use"
+                     for n, card in enumerate(listed) if card.total is not None and card.used is not None)  # fmt: skip
+    return [Finding("GPU memory", told, "", True)] if told else []
 
 
 def check_build() -> Finding:

@@ -17,12 +17,14 @@ RAY_STORE, RAY_STORE_LEAST = 0.3, 10e9
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as nvidia-smi lists it. Memory in MiB."""
+    """A GPU as nvidia-smi lists it. Memory in MiB, None where the card shares the host's (``[N/A]``)."""
 
     name: str
     driver: str
-    total: int
-    used: int
+    total: int | None
+    used: int | None
+    index: str = "0"
+    uuid: str = ""
 
 
 def cards() -> list[Card]:
@@ -33,15 +35,54 @@ def cards() -> list[Card]:
     """
     if shutil.which("nvidia-smi") is None:
         return []
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used", "--format=csv,noheader,nounits"]
+    fields = "name,driver_version,memory.total,memory.used,index,uuid"
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
     except subprocess.TimeoutExpired as error:
         raise OSError("nvidia-smi does not answer") from error
     rows = [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines()]
-    if done.returncode or not all(len(row) == 4 and row[2].isdigit() and row[3].isdigit() for row in rows):
+    if done.returncode or not all(len(row) == 6 and all(n.isdigit() or n == "[N/A]" for n in row[2:4]) for row in rows):
         raise OSError(f"nvidia-smi fails: {' '.join((done.stdout + done.stderr).split())[:160]}")
-    return [Card(name, driver, int(total), int(used)) for name, driver, total, used in rows]
+    return [Card(name, driver, _mib(total), _mib(used), index, uuid)
+            for name, driver, total, used, index, uuid in rows]  # fmt: skip
+
+
+def _mib(shown: str) -> int | None:
+    return int(shown) if shown.isdigit() else None
+
+
+def visible(listed: list[Card]) -> list[Card]:
+    """Those that CUDA_VISIBLE_DEVICES leaves, up to its first entry that names no card (a MIG part, say), as in CUDA.
+
+    Indices are nvidia-smi's; CUDA's are the same for cards of one kind, or with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    """
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return listed
+    chosen = []
+    for name in names.split(","):
+        found = [card for card in listed if name.strip() == card.index or
+                 (name.strip().startswith("GPU-") and card.uuid.startswith(name.strip()))]  # fmt: skip
+        if len(found) != 1:
+            break
+        chosen += found
+    return chosen
+
+
+def run_cards(n: int) -> list[Card]:
+    """The cards of this machine that a run on ``n`` of them uses, the largest of the visible; none without nvidia-smi.
+
+    Raises:
+        OSError: what ``cards`` raises, no card is visible, or their memory is not known.
+    """
+    listed = cards()
+    seen = visible(listed)
+    if listed and not seen:
+        raise OSError("CUDA_VISIBLE_DEVICES names no card that nvidia-smi lists")
+    if any(card.total is None for card in seen):
+        raise OSError("nvidia-smi shows no memory")
+    return sorted(seen, key=lambda card: -(card.total or 0))[:n]
 
 
 def why_no_card(driver: str, cuda: str) -> tuple[str, str, str] | None:

@@ -24,6 +24,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from sayo_verl.errors import SayoError
+
 GIB = 2**30
 CUDA = 1.5  # GiB of a trainer's process: CUDA context, cuBLAS workspaces, NCCL buffers
 VLLM_ASLEEP = 2.0  # GiB that a sleeping vLLM keeps: context, CUDA graphs, NCCL; it frees weights and cache only
@@ -70,6 +72,7 @@ class Job:
     weight_bytes: int
     param_offload: bool
     optimizer_offload: bool
+    foreach: bool  # AdamW works on all parameters at once, through a copy
     host_policy: bool  # FSDP2 keeps weights, gradients and Adam's states on the host
     lora: bool
     checkpointing: bool
@@ -91,9 +94,12 @@ def shapes_of(config: Any, *, lora_rank: int = 0, **lora: Any) -> Shapes:
     """Shapes of the model that a transformers configuration describes, as verl would build it.
 
     Args:
-        config: of an image-text-to-text model.
+        config: of a model whose type is in ``FAMILIES``; others lay out their configuration in other ways.
         lora_rank: of the adapter; 0: none, all weights are trained.
         lora: ``target_modules`` and ``exclude_modules`` of the adapter.
+
+    Raises:
+        SayoError: L63 for an adapter that PEFT does not build.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -103,8 +109,19 @@ def shapes_of(config: Any, *, lora_rank: int = 0, **lora: Any) -> Shapes:
         net: Any = AutoModelForImageTextToText.from_config(config)
         classes = set(net._no_split_modules)
         sizes = {id(p): p.numel() for p in net.parameters()}
-        if lora_rank:  # verl: transformer_impl.py, _build_lora_module
-            net = get_peft_model(net, LoraConfig(r=lora_rank, **lora))
+        if lora_rank > 0:  # verl: transformer_impl.py, _build_lora_module
+            try:
+                net = get_peft_model(net, LoraConfig(r=lora_rank, **lora))
+            except (ValueError, re.error) as error:
+                said = " ".join(str(error).split())[:160]
+                raise SayoError(
+                    "L63",
+                    "PEFT cannot add this adapter to the model",
+                    where="actor_rollout_ref.model.target_modules",
+                    got=f"{lora}: {said}",
+                    wanted="names of modules of the model, or a regular expression",
+                    fix="set it to all-linear, and exclude_modules to null or .*visual.*",
+                ) from error
     names = set() if config.tie_word_embeddings else {"embed_tokens", "lm_head"}
     # verl: utils/fsdp_utils.py, _select_fsdp2_wrap_targets
     units = [module for name, module in net.named_modules()
@@ -159,7 +176,8 @@ def kv_cache(s: Shapes, j: Job) -> tuple[float, float, float]:
     weights = s.parameters * 2 / j.tensor_parallel / GIB
     decoder = j.batched_tokens * 2 * (3 * s.ffn / j.tensor_parallel + 4 * s.hidden)
     vision = j.batched_tokens * s.patches * 2 * (2 * s.vision_ffn / j.tensor_parallel + 4 * s.vision_hidden)
-    forward = (max(decoder, vision) + j.sequences * s.vocab * 16) / GIB  # sampling sorts float32 logits
+    # vLLM samples all rows at once, in float32: logits, log-probs, probabilities and noise (topk_topp_sampler.py)
+    forward = (max(decoder, vision) + j.sequences * s.vocab * 16) / GIB
     return weights, forward, j.utilization * j.card - weights - forward
 
 
@@ -203,7 +221,7 @@ def estimate(s: Shapes, j: Job) -> dict[str, dict[str, float]]:
                       "probe": probe},
         "update": {**training, "gradients": gradients + whole, "gathered layers": gathered, "kept activations": kept,
                    "logits or one layer": max(logits, work)},
-        "optimizer step": {**training, "a copy": trained if not j.host_policy else 0},
+        "optimizer step": {**training, "a copy": trained if j.foreach and not j.host_policy else 0},
         "weight sync": {**resident, "weights": weights, "vLLM asleep": asleep, "vLLM weights": own if j.sleeps else 0,
                         "bucket": j.bucket + (0 if j.lora else s.largest * j.weight_bytes)},
         "rollout": {**resident, "vLLM weights": own, "vLLM forward": forward, "KV cache": cache,

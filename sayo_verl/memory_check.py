@@ -7,14 +7,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from transformers import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from sayo_verl.errors import SayoError
-from sayo_verl.machine import cards
+from sayo_verl.families import FAMILIES
+from sayo_verl.machine import run_cards
 from sayo_verl.memory import GIB, Job, Shapes, estimate, kv_bytes, kv_cache, shapes_of
 from sayo_verl.memory_fix import ACTOR, TIGHT, UTILIZATION, held, ways
 from sayo_verl.methods import Method
 from sayo_verl.model_check import flash_attn_problem, load_config, sequence_parallel
+from sayo_verl.resources import elsewhere
 
 CARD = 79.0  # GiB that a card of 80 GB shows (A100: 79.2, H100: 79.1 to 79.6)
 # What changes a term of the arithmetic, for the reader of a refusal
@@ -43,15 +44,18 @@ def check_memory(config: DictConfig, method: Method | None, *, dry_run: bool) ->
 
     Raises:
         SayoError: L58 for lengths that do not go together and for a KV cache that does not hold one sequence, L60 for a
-            phase that needs more than the card, L61 for a wrong ``sayo.gpu_memory_gib``.
+            phase that needs more than the card, L61 for a wrong ``sayo.gpu_memory_gib``, L62 for a number that verl or
+            vLLM cannot use, L63 for an adapter that cannot be built.
     """
     hf_config = load_config(str(config.actor_rollout_ref.model.path), dry_run=dry_run)
     check_length(config, hf_config)
     if config.trainer.device != "cuda":
         return []
+    _check_numbers(config)
     if reason := _not_estimated(config, hf_config):
         return [(NAME, f"not estimated: {reason}")]
-    card, source = card_gib(config)
+    away = elsewhere(config, dry_run=dry_run)
+    card, source = card_gib(config, away=away)
     model = config.actor_rollout_ref.model
 
     def shapes(rank: int) -> Shapes:
@@ -59,7 +63,7 @@ def check_memory(config: DictConfig, method: Method | None, *, dry_run: bool) ->
                          target_modules=_plain(model.target_modules))  # fmt: skip
 
     s = shapes(int(model.lora_rank))
-    flash = dry_run or flash_attn_problem() is None
+    flash = away or flash_attn_problem() is None
     j = _job(config, method, s, card=card, flash=flash)
     totals = {phase: (sum(terms.values()), terms) for phase, terms in estimate(s, j).items()}
     largest = max(totals, key=lambda phase: totals[phase][0])
@@ -69,6 +73,8 @@ def check_memory(config: DictConfig, method: Method | None, *, dry_run: bool) ->
     for phase, (total, terms) in totals.items():
         mark = f" - TIGHT, {total / card:.0%} of the card" if total > TIGHT * card else ""
         lines.append((NAME, f"{phase} {total:.1f}: {_listed(terms)}{mark}"))
+    if source == "nvidia-smi":
+        lines += _held(config, totals[largest][0])
     sequences = round(_sequences(s, j, shapes))
     at_once = f"KV cache for {sequences} sequences of {j.max_model_len} tokens at once"
     lines.append((NAME, f"{at_once}; {_waves(config, j, sequences)}"))
@@ -78,25 +84,39 @@ def check_memory(config: DictConfig, method: Method | None, *, dry_run: bool) ->
     return lines
 
 
-def card_gib(config: DictConfig) -> tuple[float, str]:
-    """GiB of the smallest card, and where the number is from: the setting, nvidia-smi, or a card of 80 GB.
+def card_gib(config: DictConfig, *, away: bool) -> tuple[float, str]:
+    """GiB of the smallest card of the run, and where the number is from: the setting, nvidia-smi, or a card of 80 GB.
+
+    Args:
+        config: the full configuration.
+        away: the run is on other machines, so nvidia-smi of this one is not read.
 
     Raises:
         SayoError: L61.
     """
     given = config.sayo.gpu_memory_gib
     if given is not None:
-        if not isinstance(given, int | float) or not given > 0:
+        if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < math.inf:
             raise SayoError("L61", "memory of a GPU is no positive number", where="sayo.gpu_memory_gib", got=given,
                             wanted="GiB, such as 79; null: nvidia-smi is read", fix="correct it")  # fmt: skip
         return float(given), "sayo.gpu_memory_gib"
     try:
-        listed, why = cards(), ""
+        found, why = [] if away else run_cards(int(config.trainer.n_gpus_per_node)), ""
     except OSError as error:
-        listed, why = [], f", as {error}"
-    if listed:
-        return min(card.total for card in listed) / 1024, "nvidia-smi"
+        found, why = [], f", as {error}"
+    if found:
+        return min(card.total or 0 for card in found) / 1024, "nvidia-smi"
     return CARD, f"assumed: a card of 80 GB{why}; sayo.gpu_memory_gib names another"
+
+
+def _held(config: DictConfig, needed: float) -> list[tuple[str, str]]:
+    """A warning where other processes hold so much of the fullest card now that ``needed`` GiB do not fit beside it."""
+    devices = int(config.trainer.n_gpus_per_node)
+    free, card = min((((card.total or 0) - (card.used or 0)) / 1024, card.index) for card in run_cards(devices))
+    warning = (
+        f"WARNING: {free:.1f} GiB of card {card} are free now, and the run needs {needed:.1f}: end what holds the rest"
+    )
+    return [(NAME, warning)] if needed > free else []
 
 
 def check_length(config: DictConfig, hf_config: Any) -> None:
@@ -112,7 +132,8 @@ def check_length(config: DictConfig, hf_config: Any) -> None:
     data, length = config.data, config.actor_rollout_ref.rollout.max_model_len
     needed = int(data.max_prompt_length) + int(data.max_response_length)
     known = hf_config is not None and hf_config.model_type in CONFIG_MAPPING
-    positions = hf_config.get_text_config().max_position_embeddings if known else math.inf
+    text = hf_config.get_text_config() if known else None
+    positions = getattr(text, "max_position_embeddings", None) or math.inf
     if positions < max(needed, int(length or 0)) or int(length or needed) < needed:
         raise SayoError("L58", "prompt and response, vLLM's max_model_len and the model's positions do not go together",
                         where="actor_rollout_ref.rollout.max_model_len",
@@ -126,9 +147,24 @@ def _not_estimated(config: DictConfig, hf_config: Any) -> str | None:
     """Why the arithmetic does not apply, or None."""
     if hf_config is None:
         return "the model's configuration is not at hand"
-    if hf_config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return f"{hf_config.model_type} is no image-text-to-text model of transformers"
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    if hf_config.model_type not in FAMILIES:
+        return f"the shapes of {hf_config.model_type} are not known"
+    layers = set(getattr(hf_config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
+    if layers:
+        return f"the text model has layers of {', '.join(sorted(layers))}"
+    if config.critic.enable or (config.critic.enable is None and config.algorithm.adv_estimator == "gae"):
+        return "there is a critic"  # as verl's need_critic says, which warns of every other estimator
+    actor, rollout, model = (config.actor_rollout_ref[name] for name in ("actor", "rollout", "model"))
+    fsdp, optim = actor.get("fsdp_config") or {}, actor.get("optim") or {}
+    reward = config.reward.reward_model
+    options = set(optim.get("override_optimizer_config") or {}) - {
+        "foreach",
+        "fused",
+        "eps",
+        "lr",
+        "betas",
+        "weight_decay",
+    }
     engine = set(rollout.engine_kwargs.get("vllm") or {}) & CHANGES_MEMORY
     for setting, value, known in (
         ("actor.strategy", actor.strategy, ("fsdp", "fsdp2")),
@@ -136,10 +172,41 @@ def _not_estimated(config: DictConfig, hf_config: Any) -> str | None:
         ("rollout.name", rollout.name, ("vllm",)),
         ("rollout.quantization", rollout.get("quantization"), (None,)),
         ("rollout.engine_kwargs.vllm", sorted(engine), ([],)),
+        ("rollout.dtype", rollout.dtype, ("bfloat16", "float16", "half")),
+        ("rollout.enable_sleep_mode", rollout.get("enable_sleep_mode", True), (True,)),
+        ("rollout.expert_parallel_size", rollout.expert_parallel_size, (1,)),
+        ("rollout.pipeline_model_parallel_size", rollout.pipeline_model_parallel_size, (1,)),
+        ("actor.optim.optimizer_impl", optim.get("optimizer_impl"), ("torch.optim",)),
+        ("actor.optim.optimizer", optim.get("optimizer"), ("AdamW",)),
+        ("actor.optim.override_optimizer_config", sorted(options), ([],)),
+        ("actor.fsdp_config.reshard_after_forward", fsdp.get("reshard_after_forward"), (True,)),
+        ("model.enable_activation_offload", model.enable_activation_offload, (False,)),
+        ("model.lora_adapter_path", model.get("lora_adapter_path"), (None,)),
+        ("model.target_parameters", model.get("target_parameters"), (None,)),
+        ("reward.reward_model.enable", bool(reward.enable and not reward.enable_resource_pool), (False,)),
     ):
         if value not in known:
             return f"{setting}={value}"
+    for setting in ("max_num_seqs", "max_num_batched_tokens"):
+        if rollout[setting] is None:
+            return f"rollout.{setting}=null, vLLM's own number"
     return None
+
+
+def _check_numbers(config: DictConfig) -> None:
+    """Refuse numbers without which verl or vLLM ends in a traceback once the models load.
+
+    Raises:
+        SayoError: L62.
+    """
+    for key, low, high, what in (
+        ("rollout.gpu_memory_utilization", 0.0, 1.0, "a share of the card, above 0 and at most 1"),
+        ("model.lora_rank", -math.inf, math.inf, "a whole number; 0: no adapter"),
+    ):
+        value = OmegaConf.select(config.actor_rollout_ref, key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
+            raise SayoError("L62", "this number cannot be used", where=f"actor_rollout_ref.{key}",
+                            got="null" if value is None else value, wanted=what, fix="correct it")  # fmt: skip
 
 
 def _job(config: DictConfig, method: Method | None, s: Shapes, *, card: float, flash: bool) -> Job:
@@ -163,9 +230,10 @@ def _job(config: DictConfig, method: Method | None, s: Shapes, *, card: float, f
     entropy = bool(actor.calculate_entropy) or float(actor.entropy_coeff) != 0
     fused = bool(model.use_fused_kernels)
     eager_entropy = 0 if fsdp.use_torch_compile or fsdp.entropy_from_logits_with_chunking else 12
+    options = actor.optim.get("override_optimizer_config") or {}
     statistics = method.needs().statistics.statistics if method else ()
     return Job(
-        shards=int(fsdp.fsdp_size) if int(fsdp.fsdp_size) > 0 else devices,
+        shards=min(int(fsdp.fsdp_size), devices) if int(fsdp.fsdp_size) > 0 else devices,
         tensor_parallel=int(rollout.tensor_model_parallel_size),
         tokens=update,
         log_prob_tokens=infer,
@@ -176,6 +244,7 @@ def _job(config: DictConfig, method: Method | None, s: Shapes, *, card: float, f
         weight_bytes=2 if str(fsdp.model_dtype) in ("bf16", "bfloat16", "fp16", "float16") else 4,
         param_offload=bool(fsdp.param_offload),
         optimizer_offload=bool(fsdp.optimizer_offload),
+        foreach=options.get("foreach") is not False and not options.get("fused"),
         host_policy=bool(fsdp.offload_policy) and actor.strategy == "fsdp2",
         lora=int(model.lora_rank) > 0,
         checkpointing=bool(model.enable_gradient_checkpointing),

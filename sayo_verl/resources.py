@@ -47,12 +47,16 @@ def check_batch_sizes(config: DictConfig) -> None:
             )
 
 
+def elsewhere(config: DictConfig, *, dry_run: bool) -> bool:
+    """Whether this machine tells nothing of the run's: a dry run, several nodes, or a cluster that is already up."""
+    return dry_run or int(config.trainer.nnodes) > 1 or bool(os.environ.get("RAY_ADDRESS"))
+
+
 def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:
     """TransferQueue waits for ever, without a word, when Ray cannot give its storage units a CPU each.
 
     Returns:
-        What Ray must offer. It is compared with what it has, but for a dry run (which may be on another machine), a run
-        on several nodes and one that joins a cluster that is already up (``RAY_ADDRESS``).
+        What Ray must offer. It is compared with what this machine has, unless the run is ``elsewhere``.
 
     Raises:
         SayoError: L14.
@@ -63,8 +67,8 @@ def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:
     remote = int(config.reward.num_workers) ** 2 if config.reward.reward_manager.name == "remote" else 0
     wanted = int(storage.num_data_storage_units) + CPUS_PER_DEVICE * devices + CPUS_FIXED + remote
     found = OmegaConf.select(config, "ray_kwargs.ray_init.num_cpus") or os.cpu_count() or 1
-    elsewhere = dry_run or int(config.trainer.nnodes) > 1 or bool(os.environ.get("RAY_ADDRESS"))
-    if int(found) < wanted and not elsewhere:
+    unknown = elsewhere(config, dry_run=dry_run)
+    if int(found) < wanted and not unknown:
         raise SayoError(
             "L14",
             "Ray has too few CPUs for TransferQueue and verl's workers, and the run would hang",
@@ -75,7 +79,7 @@ def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:
             fix=f"set ray_kwargs.ray_init.num_cpus={wanted} (logical CPUs may exceed real ones) or lower "
             "transfer_queue.backend.SimpleStorage.num_data_storage_units",
         )
-    return f"Ray needs {wanted} CPUs" + (" (not checked here)" if elsewhere else "")
+    return f"Ray needs {wanted} CPUs" + (" (not checked here)" if unknown else "")
 
 
 def shared_paths(config: DictConfig) -> list[tuple[str, str]]:

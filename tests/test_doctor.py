@@ -32,7 +32,7 @@ def nvidia_smi(tmp_path, monkeypatch):
     return install
 
 
-H100 = "NVIDIA H100 80GB HBM3, {}, 81559, 412"
+H100 = "NVIDIA H100 80GB HBM3, {}, 81559, 412, 0, GPU-1a2b"
 
 
 def torch_of(monkeypatch, cuda, sees=False):
@@ -80,7 +80,7 @@ def test_a_build_of_torch_for_cpus_beside_cards_is_wrong_for_the_gpu_stack_only(
 
 
 def test_cards_that_torch_sees_are_shown_with_their_memory(nvidia_smi, monkeypatch):
-    nvidia_smi(H100.format("580.95.05"), "NVIDIA H200, 580.95.05, 143771, 0")
+    nvidia_smi(H100.format("580.95.05"), "NVIDIA H200, 580.95.05, 143771, 0, 1, GPU-3c4d")
     torch_of(monkeypatch, "13.0", sees=True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda n: "NVIDIA H100 80GB HBM3")
@@ -93,7 +93,7 @@ def test_cards_that_torch_sees_are_shown_with_their_memory(nvidia_smi, monkeypat
 @pytest.mark.parametrize(
     ("lines", "status"),
     [(["NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver."], 9),
-     (["NVIDIA GB10, 580.95.05, [N/A], [N/A]"], 0)],
+     (["NVIDIA H100, 580.95.05, much, 0, 0, GPU-1"], 0)],
     ids=["fails", "no numbers"],
 )  # fmt: skip
 def test_an_nvidia_smi_that_does_not_list_cards_is_reported(nvidia_smi, lines, status):
@@ -102,6 +102,16 @@ def test_an_nvidia_smi_that_does_not_list_cards_is_reported(nvidia_smi, lines, s
     assert not device.right
     assert f"nvidia-smi fails: {lines[0]}" in device.found
     assert doctor.check_device("cpu")[0].right  # which does not use them
+
+
+def test_a_card_without_memory_of_its_own_has_no_memory_line(nvidia_smi, monkeypatch):
+    nvidia_smi("NVIDIA GB10, 580.95.05, [N/A], [N/A], 0, GPU-5e")
+    torch_of(monkeypatch, "13.0", sees=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda n: "NVIDIA GB10")
+    (device,) = doctor.check_device("gpu")
+    assert device.right
+    assert device.found == "1 x NVIDIA GB10"
 
 
 @pytest.mark.usefixtures("nvidia_smi")

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from public_shapes import MODELS, write_config
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, Qwen2_5_VLVisionBlock
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer, Qwen3VLVisionBlock
 
 from sayo_verl.errors import SayoError
+from sayo_verl.families import FAMILIES
 from sayo_verl.memory import CUDA, GIB, VLLM_ASLEEP, Job, Shapes, estimate, kv_bytes, kv_cache, layer_bytes, shapes_of
 from sayo_verl.memory_check import CARD, card_gib, check_memory
 from sayo_verl.methods import AnchorMethod, RegionMethod
@@ -126,7 +128,7 @@ JOB = Job(shards=8, tensor_parallel=1, tokens=16384, log_prob_tokens=16384, visu
           max_response=110, max_model_len=6610, weight_bytes=4, param_offload=False, optimizer_offload=False,
           host_policy=False, lora=False, checkpointing=True, unreduced=False, update_logits=2, log_prob_logits=2,
           utilization=0.6, sleeps=True, batched_tokens=8192, sequences=256, bucket=2**31, card=80.0, probe_sets=2,
-          probe_profile=False, probe_hidden=False)  # fmt: skip
+          probe_profile=False, probe_hidden=False, foreach=True)  # fmt: skip
 
 
 def totals(s: Shapes, **changes: Any) -> dict[str, float]:
@@ -227,6 +229,8 @@ def base(repo) -> DictConfig:
 def make(base, models, tmp_path, monkeypatch):
     """``make(model, **{key: value})``; nvidia-smi is not there."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    for name in ("CUDA_VISIBLE_DEVICES", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
 
     def changed(model: str = "Qwen3-VL-8B", **values: Any) -> DictConfig:
         config = base.copy()
@@ -418,7 +422,7 @@ def test_what_is_not_estimated_is_said(make, tmp_path):
     text = tmp_path / "text"
     text.mkdir()
     (text / "config.json").write_text('{"model_type": "qwen3"}')
-    assert "not estimated: qwen3 is no image-text-to-text model" in plan(make(str(text)), None)
+    assert "not estimated: the shapes of qwen3 are not known" in plan(make(str(text)), None)
     fp8 = make()
     for key, value in {"kv_cache_dtype": "fp8", "enable_log_requests": True}.items():
         OmegaConf.update(fp8, f"actor_rollout_ref.rollout.engine_kwargs.vllm.{key}", value, force_add=True)
@@ -430,20 +434,157 @@ def test_what_is_not_estimated_is_said(make, tmp_path):
     )
 
 
-def test_memory_of_a_card_is_set_read_or_assumed(make, tmp_path):
-    assert card_gib(make()) == (CARD, "assumed: a card of 80 GB; sayo.gpu_memory_gib names another")
+# test_every_family_has_shapes has the others; the configuration of vision-encoder-decoder has no defaults
+@pytest.mark.parametrize(
+    "kind", sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - FAMILIES.keys() - {"vision-encoder-decoder"})
+)
+def test_image_text_models_of_other_families_are_not_estimated(make, tmp_path, kind):
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    config = make(str(tmp_path), **{"data.max_prompt_length": 100, "actor_rollout_ref.rollout.max_model_len": None})
+    assert plan(config) == f"memory per GPU: not estimated: the shapes of {kind} are not known"
+
+
+def test_other_layers_than_full_attention_are_not_estimated(make, models, tmp_path):
+    config = AutoConfig.from_pretrained(models["Qwen2.5-VL-7B"])
+    config.get_text_config().layer_types = ["full_attention", "sliding_attention"] * 14
+    config.save_pretrained(tmp_path)
+    assert "not estimated: the text model has layers of sliding_attention" in plan(make(str(tmp_path)))
+
+
+ACTOR, ROLLOUT, MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(f"{ACTOR}.optim.optimizer", "AdamW8bit"), (f"{ACTOR}.optim.optimizer_impl", "bitsandbytes.optim"),
+     (f"{ACTOR}.fsdp_config.reshard_after_forward", False), (f"{MODEL}.enable_activation_offload", True),
+     (f"{MODEL}.lora_adapter_path", "/an/adapter"), (f"{ROLLOUT}.dtype", "float32"),
+     (f"{ROLLOUT}.expert_parallel_size", 2), (f"{ROLLOUT}.max_num_seqs", None),
+     (f"{ROLLOUT}.max_num_batched_tokens", None), ("reward.reward_model.enable", True)],
+)  # fmt: skip
+def test_settings_that_the_arithmetic_does_not_know(make, key, value):
+    shown = "null" if value is None else value
+    assert f"not estimated: {key.removeprefix('actor_rollout_ref.')}={shown}" in plan(make(**{key: value}))
+
+
+def test_a_critic_is_not_estimated_and_a_reward_model_on_cards_of_its_own_is(make):
+    assert "not estimated: there is a critic" in plan(make(**{"algorithm.adv_estimator": "gae"}), None)
+    assert "not estimated: there is a critic" in plan(make(**{"critic.enable": True}), None)
+    apart = {"reward.reward_model.enable": True, "reward.reward_model.enable_resource_pool": True}
+    assert "by arithmetic" in plan(make(**apart))
+
+
+def test_adamw_makes_a_copy_of_what_it_trains_with_foreach_only(make):
+    def step(**options: Any) -> str:
+        text = plan(make(**{f"{MODEL}.lora_rank": 0, f"{ACTOR}.optim.override_optimizer_config": options}))
+        return next((line for line in text.splitlines() if "optimizer step" in line), text)
+
+    assert "a copy 4.1" in step()
+    assert "a copy 4.1" in step(eps=1e-6)
+    assert "a copy" not in step(fused=True)
+    assert "a copy" not in step(foreach=False)
+    assert "not estimated: actor.optim.override_optimizer_config=['amsgrad']" in step(amsgrad=True)
+
+
+def test_weights_are_spread_over_no_more_devices_than_there_are(make):
+    key = f"{ACTOR}.fsdp_config.fsdp_size"
+    assert plan(make(**{key: 16})) == plan(make())
+    assert plan(make(**{key: 4})) != plan(make())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(f"{ROLLOUT}.gpu_memory_utilization", None), (f"{ROLLOUT}.gpu_memory_utilization", 1.2),
+     (f"{ROLLOUT}.gpu_memory_utilization", 0), (f"{MODEL}.lora_rank", None)],
+)  # fmt: skip
+def test_L62_numbers_that_verl_or_vllm_cannot_use(make, key, value):
+    refused(make(**{key: value}), "L62", f"at {key}", f"got {'null' if value is None else value}")
+
+
+@pytest.mark.parametrize(
+    ("targets", "excluded"), [(["q_projj"], None), ("all-linear", ".*"), ("all-linear", "*visual*")]
+)
+def test_L63_an_adapter_that_peft_does_not_build(make, targets, excluded):
+    refused(make(**{f"{MODEL}.target_modules": targets, f"{MODEL}.exclude_modules": excluded}), "L63", str(targets))
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path):
+    """``nvidia_smi(*lines, status=0)``: what the command prints."""
     (tmp_path / "bin").mkdir()
     fake = tmp_path / "bin" / "nvidia-smi"
-    fake.write_text("#!/bin/sh\necho 'NVIDIA H100, 580.1, 81559, 0'\necho 'NVIDIA A100, 580.1, 40960, 0'\n")
-    fake.chmod(0o755)
-    assert card_gib(make()) == (40.0, "nvidia-smi")
-    assert card_gib(make(**{"sayo.gpu_memory_gib": 141})) == (141.0, "sayo.gpu_memory_gib")
-    fake.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2\nexit 9\n")
-    assert card_gib(make()) == (CARD, "assumed: a card of 80 GB, as nvidia-smi fails: NVIDIA-SMI has failed; "
-                                "sayo.gpu_memory_gib names another")  # fmt: skip
+
+    def install(*lines: str, status: int = 0) -> None:
+        fake.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines) + f"exit {status}\n")
+        fake.chmod(0o755)
+
+    return install
 
 
-@pytest.mark.parametrize("wrong", [0, "much"])
+H100, A100 = "NVIDIA H100, 580.1, 81920, 0, 0, GPU-1a2b", "NVIDIA A100, 580.1, 40960, 0, 1, GPU-3c4d"
+ONE = {"trainer.n_gpus_per_node": 1}
+
+
+def test_memory_of_a_card_is_set_read_or_assumed(make, nvidia_smi):
+    assumed = "assumed: a card of 80 GB{}; sayo.gpu_memory_gib names another"
+    assert card_gib(make(), away=False) == (CARD, assumed.format(""))
+    nvidia_smi(H100, A100)
+    assert card_gib(make(), away=False) == (40.0, "nvidia-smi")
+    assert card_gib(make(**ONE), away=False) == (80.0, "nvidia-smi"), "the largest"
+    assert card_gib(make(), away=True) == (CARD, assumed.format(""))
+    assert card_gib(make(**{"sayo.gpu_memory_gib": 141}), away=False) == (141.0, "sayo.gpu_memory_gib")
+    nvidia_smi("NVIDIA-SMI has failed", status=9)
+    assert card_gib(make(), away=False) == (
+        CARD,
+        assumed.format(", as nvidia-smi fails: NVIDIA-SMI has failed"),
+    )
+    nvidia_smi("NVIDIA GB10, 580.1, [N/A], [N/A], 0, GPU-5e")
+    assert card_gib(make(), away=False) == (CARD, assumed.format(", as nvidia-smi shows no memory"))
+
+
+@pytest.mark.parametrize(
+    ("names", "gib"), [("1", 40.0), ("0", 80.0), ("0,1", 80.0), (" GPU-3c", 40.0), ("1,-1,0", 40.0), ("GPU-1a2b", 80.0)]
+)
+def test_CUDA_VISIBLE_DEVICES_selects_the_cards(make, nvidia_smi, monkeypatch, names, gib):
+    nvidia_smi(H100, A100)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+    assert card_gib(make(**ONE), away=False) == (gib, "nvidia-smi")
+
+
+@pytest.mark.parametrize("names", ["", "-1", "7", "MIG-9f"])
+def test_CUDA_VISIBLE_DEVICES_that_names_no_card(make, nvidia_smi, monkeypatch, names):
+    nvidia_smi(H100, A100)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+    gib, source = card_gib(make(), away=False)
+    assert gib == CARD
+    assert "as CUDA_VISIBLE_DEVICES names no card that nvidia-smi lists" in source
+
+
+@pytest.mark.parametrize("where", ["dry run", "two nodes", "a cluster"])
+def test_a_run_on_other_machines_is_not_judged_by_this_one(make, nvidia_smi, monkeypatch, where):
+    nvidia_smi("NVIDIA T4, 580.1, 15360, 0, 0, GPU-1")
+    with pytest.raises(SayoError, match=r"L60.*15\.0 \(nvidia-smi\)"):
+        check_memory(make(**ONE), REGION, dry_run=False)
+    if where == "a cluster":
+        monkeypatch.setenv("RAY_ADDRESS", "auto")
+    config = make(**{"trainer.nnodes": 2}) if where == "two nodes" else make()
+    lines = check_memory(config, REGION, dry_run=where == "dry run")
+    assert "GiB of 79.0 (assumed" in lines[0][1]
+
+
+def test_what_others_hold_of_a_card_is_warned_of(make, nvidia_smi):
+    def warned() -> list[str]:
+        lines = check_memory(make("Qwen3-VL-4B", **{"trainer.n_gpus_per_node": 2}), REGION, dry_run=False)
+        return [value for _, value in lines if "WARNING" in value]
+
+    nvidia_smi(H100, "NVIDIA H100, 580.1, 81920, 412, 1, GPU-1")
+    assert warned() == []
+    nvidia_smi(H100, "NVIDIA H100, 580.1, 81920, 71680, 1, GPU-1")
+    (line,) = warned()
+    assert line.startswith("WARNING: 10.0 GiB of card 1 are free now, and the run needs ")
+
+
+@pytest.mark.parametrize("wrong", [0, "much", True, float("inf"), float("nan")])
 def test_L61_memory_that_is_no_number(make, wrong):
     refused(make(**{"sayo.gpu_memory_gib": wrong}), "L61", f"got {wrong}")
 
