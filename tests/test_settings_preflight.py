@@ -21,6 +21,7 @@ from PIL import Image
 
 import sayo_verl.data_check
 import sayo_verl.families
+import sayo_verl.memory
 import sayo_verl.memory_check
 import sayo_verl.model_check
 import sayo_verl.preflight
@@ -861,6 +862,7 @@ def test_each_launch_refusal_has_a_test():
         for module in (
             sayo_verl.data_check,
             sayo_verl.families,
+            sayo_verl.memory,
             sayo_verl.memory_check,
             sayo_verl.model_check,
             sayo_verl.preflight,
