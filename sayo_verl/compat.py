@@ -207,7 +207,7 @@ def worker_report(actor: Any, request: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         SayoError: L18 and P02 for a model family that cannot be probed, P03 and P11 for a layer that is not there or
-            not of full attention, P16, P17, P24 and P29 for a path that cannot run here or is wrong here.
+            not of full attention, P16, P17, P24, P29 and P31 for a path that cannot run here or is wrong here.
     """
     import socket
 

@@ -219,9 +219,8 @@ def _answers(
 ) -> list[str | None]:  # fmt: skip
     """The first right answer of each row, or None."""
     responses: list[str | None] = [None] * len(rows)
-    own = (
-        [model.device] if model.device.type == "cuda" else []
-    )  # all GPUs otherwise: a context on each, of each process
+    # by default a context would be made on every GPU, by each process
+    own = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=own):
         for attempt in range(tries):
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{attempt}".encode()).digest()[:8]))

@@ -33,6 +33,20 @@ def _products(query_MD, key_ND, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def _tile_of_keys(
+    key, n, last, key_stride_s, key_stride_d, D: tl.constexpr, D_PAD: tl.constexpr, BOUNDED: tl.constexpr
+):
+    """[N, D] of the keys n; BOUNDED: those from ``last`` on are zeros."""
+    d = tl.arange(0, D_PAD)
+    at_ND = key + n.to(tl.int64)[:, None] * key_stride_s + d[None, :] * key_stride_d
+    if BOUNDED:
+        key_ND = tl.load(at_ND, mask=(n[:, None] < last) & (d[None, :] < D), other=0.0)
+    else:
+        key_ND = tl.load(at_ND, mask=d[None, :] < D, other=0.0)
+    return key_ND
+
+
+@triton.jit
 def _add_to_sets(masses_K, p_MN, share_M, sets_at_N, exists_N, whole, mixed, N_SETS: tl.constexpr):
     """Add a tile's sums to those of the sets.
 
@@ -100,15 +114,10 @@ def _visit_keys(
     DIAGONAL: tl.constexpr,
 ):
     """Online softmax over the keys first .. last - 1, a tile at a time; only DIAGONAL compares positions and bounds."""
-    d = tl.arange(0, D_PAD)
     for start in range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         wide_n = n.to(tl.int64)
-        at_ND = key + wide_n[:, None] * key_stride_s + d[None, :] * key_stride_d
-        if DIAGONAL:
-            key_ND = tl.load(at_ND, mask=(n[:, None] < last) & (d[None, :] < D), other=0.0)
-        else:
-            key_ND = tl.load(at_ND, mask=d[None, :] < D, other=0.0)
+        key_ND = _tile_of_keys(key, n, last, key_stride_s, key_stride_d, D, D_PAD, DIAGONAL)
         logits_MN = _products(query_MD, key_ND, PRECISION, WIDEN)
         if DIAGONAL:
             logits_MN = tl.where(n[None, :] <= position_M[:, None], logits_MN, float("-inf"))
@@ -155,15 +164,10 @@ def _visit_marked_keys(
     DIAGONAL: tl.constexpr,
 ):
     """As ``_visit_keys`` with the log-sum-exp known (to base 2): a sum per set and nothing else."""
-    d = tl.arange(0, D_PAD)
     for start in range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         wide_n = n.to(tl.int64)
-        at_ND = key + wide_n[:, None] * key_stride_s + d[None, :] * key_stride_d
-        if DIAGONAL:
-            key_ND = tl.load(at_ND, mask=(n[:, None] < last) & (d[None, :] < D), other=0.0)
-        else:
-            key_ND = tl.load(at_ND, mask=d[None, :] < D, other=0.0)
+        key_ND = _tile_of_keys(key, n, last, key_stride_s, key_stride_d, D, D_PAD, DIAGONAL)
         p_MN = tl.exp2(_products(query_MD, key_ND, PRECISION, WIDEN) * scale_log2 - lse_M[:, None])
         if DIAGONAL:  # a later key is no part of the log-sum-exp: its term may be anything
             p_MN = tl.where(n[None, :] <= position_M[:, None], p_MN, 0.0)
