@@ -159,13 +159,20 @@ def test_the_page_shows_figures_of_a_card_and_none_of_a_rehearsal(self_check, tm
     case["shape"] |= {"name": "Qwen3-VL-8B", "layers": 5}
     case["times"].pop("profile reference")  # a brief case leaves variants out
     figures = {
-        "a": {"stage": "focus", "what": "a step", "value": "1.2 s", "stood_in": {"weights": "random"}, "card": "H100"},
+        "a": {
+            "stage": "focus",
+            "what": "a step",
+            "value": "1.2 s",
+            "card": "H100",
+            "stood_in": {"weights": "random", "tokenizer": "a small one"},
+        },
         "b": {"stage": "kernels", "what": "masses", "value": "rehearsed", "stood_in": {"tiny": "a CPU"}, "card": "CPU"},
     }
     raw = {"cases": {"one": case}, "scaling": {}, "failures": {}, "figures": figures}
     write_page(tmp_path / "page.md", raw)
     page = (tmp_path / "page.md").read_text()
-    assert row(page, "focus") == ["focus", "a step", "1.2 s", ""]
+    assert row(page, "focus") == ["focus", "a step", "1.2 s"]
+    assert "\n- focus: tokenizer: a small one\n" in page
     assert "rehearsed" not in page
     on_gpu = page.split("## On a GPU")[1].split("## On a CPU")[0]
     assert "profile kernel of the reference path" not in on_gpu
@@ -183,7 +190,7 @@ def test_verdicts_exponents_and_failures_come_from_the_numbers(self_check, tmp_p
     case["shape"] |= {"name": "Qwen3-VL-8B", "layers": 36}
     case["times"] = {
         "pass": {"seconds": [2.0, 4.0, 3.0]},
-        "alone fast": {"seconds": [0.001, 0.002, 0.0015]},  # 0.05 % in every round
+        "alone fast": {"seconds": [0.01, 0.02, 0.015]},
         "probe fast 36": {"seconds": [2.1, 4.2, 3.15]},  # 5 % more
         "eager 1": {"failed": "CUDA out of memory"},
         **{
@@ -191,6 +198,7 @@ def test_verdicts_exponents_and_failures_come_from_the_numbers(self_check, tmp_p
             for part in ("plan", "read", "masses", "profile")
             for path in case["paths"]
         },
+        "read fast": {"seconds": [0.001, 0.002, 0.0015]},  # 0.05 % in every round
         "alone reference": {"seconds": [0.02, 0.04, 0.03]},
     }
     rows = {

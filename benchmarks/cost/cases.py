@@ -48,7 +48,8 @@ class Case:
         chunks: chunk sizes of the reference path to try in all layers.
         extras: whether profile statistics and the hidden-state cosine are measured too.
         rounds: of the probe; eager attention takes part in the first ``slow_rounds``.
-        brief: without the slowest: the reference path in several layers and by itself, and eager weights that are kept.
+        brief: without the slowest: four layers, the reference path in several layers and by itself, and eager weights
+            that are kept.
     """
 
     part: str
@@ -114,12 +115,12 @@ def fitting_sequences(stack: TextStack, case: Case, meter: Meter, max_tokens: in
 
 
 def passes(case: Case, work: Workload) -> dict[str, Timed]:
-    """Every whole pass of a case, by name; ``pass`` is the plain one."""
+    """Every whole pass of a case, by name; ``pass`` is the plain one, ``pass again`` shows what noise makes of it."""
     n_layers = work.stack.shape.layers
-    timed = {"pass": Timed(work.plain)}
+    timed = {"pass": Timed(work.plain), "pass again": Timed(work.plain)}
     for path in case.paths:
         slow = case.brief and path == "reference"
-        for count in (1,) if slow else (1, 4, n_layers):
+        for count in (1,) if slow else (1, n_layers) if case.brief else (1, 4, n_layers):
             request = masses_request(some_layers(n_layers, count), path)
             timed[f"probe {path} {count}"] = Timed(functools.partial(work.probed, request))
         if case.extras and not slow:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -112,7 +113,10 @@ class Timed:
 def in_rounds(
     meter: Meter, timed: Mapping[str, Timed], rounds: int, report: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """Time functions side by side: every round runs each of them, each round beginning with another one.
+    """Time functions side by side: every round runs each of them, in an order of its own.
+
+    The order is drawn at random, with a fixed seed: a card that short functions have let cool runs the next pass
+    faster, so a pass must not always follow the same one. Python's garbage collection waits until a round is over.
 
     Returns:
         by name ``{"seconds": [one per round]}``, or ``{"failed": why}`` for one that does not fit in memory.
@@ -129,13 +133,18 @@ def in_rounds(
             continue
         repeats[name] = min(max(1, round(meter.shortest / max(once, 1e-9))), 1000)
         results[name] = {"seconds": [], "repeat": repeats[name]}
-    names = list(repeats)
+    names, shuffled = list(repeats), random.Random(0)
     for n in range(rounds):
-        shift = n % len(names)
-        for name in names[shift:] + names[:shift]:
-            limit = timed[name].rounds
-            if limit is None or n < limit:
-                results[name]["seconds"].append(meter.seconds(timed[name].function, repeats[name]))
+        shuffled.shuffle(names)
+        gc.collect()
+        gc.disable()
+        try:
+            for name in names:
+                limit = timed[name].rounds
+                if limit is None or n < limit:
+                    results[name]["seconds"].append(meter.seconds(timed[name].function, repeats[name]))
+        finally:
+            gc.enable()
         report(f"round {n + 1} of {rounds}")
     return results
 

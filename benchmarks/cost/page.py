@@ -26,8 +26,8 @@ Raw = Mapping[str, Mapping[str, Entry]]
 ONE_LAYER, ALL_LAYERS = 0.1, 3.0  # the target, per cent of the pass
 
 HEAD = """\
-Written by `benchmarks/probe_cost.py` from `benchmarks/results/*.json`. `benchmarks/on_gpu.py` measures a card in ten
-minutes and leaves a file for that folder; the `--help` of both says how.
+Written by `benchmarks/probe_cost.py` from `benchmarks/results/*.json`. `benchmarks/on_gpu.py` measures a card in a
+quarter of an hour and leaves a file for that folder; the `--help` of both says how.
 
 Everything stands beside the pass that the probe rides on: verl's old-log-prob pass over one packed micro-batch, without
 gradient, with `lm_head`, log-softmax and entropy of every token. Weights are random, which changes no cost. The vision
@@ -41,21 +41,22 @@ rates bound such a kernel at {limit:.0f} T operations a second (the column "in t
 reaches its bound, so the forecast takes {slow:.0f} to {fast:.0f} T, and its shares are larger than those of the bound.
 """
 FORECAST = """\
-**By this forecast the kernel misses the target.** At {size} tokens, beside a pass with the vision tower:
+By this forecast the kernel misses the target. At {size} tokens, beside a pass with the vision tower:
 
 - one layer takes {one}, {layers} layers {all};
 - with the log-sum-exp given, one layer takes {one_given}, {layers} layers {all_given}.
 """
 FIGURES = """\
-From the other stages of `benchmarks/on_gpu.py`, on {cards}. Weights are random; the last column says what else stood in
-for what.
+From the other stages of `benchmarks/on_gpu.py`. Weights are random. The list below the table says what else stood in
+for what. The lines of the report behind them are in `benchmarks/results/cuda_report.jsonl`. The card: {cards}.
 """
-NOT_RUN = "Not run: there was no card. `python benchmarks/on_gpu.py` measures it in ten minutes.\n"
+NOT_RUN = "Not run: there was no card. `python benchmarks/on_gpu.py` measures it in a quarter of an hour.\n"
 TIME = """\
 "/ pass" is the ratio to the plain pass of the same round: median (least to most) of {rounds} rounds, of {slow} for
-eager attention. "Alone" is all that the probe adds to a pass for one layer, run by itself in the same rounds: planning
-on the host, once per micro-batch, then reading the layer, then laying out the results. The floor of a kernel is the
-larger of two times: its operations at the measured rate of a matrix product, its bytes at the measured rate of a copy.
+eager attention. "Alone" is the whole probe for one layer, run by itself in the same rounds: planning on the host, once
+per micro-batch, then reading the layer, then laying out the results. On a GPU "alone" is an upper bound: in a pass the
+host does its part while the device computes, and only reading the layer takes time of the device. The floor of a kernel
+is the larger of two times: its operations at the measured rate of a matrix product, its bytes at that of a copy.
 """
 MEMORY = """\
 Peak of the plain pass over what it starts from (weights, batch), how much higher it is with each variant, and the peak
@@ -74,8 +75,8 @@ LIMITS = """\
   the probe stands beside eager attention on the same processor. They are no forecast for a GPU, where products are
   cheap beside exponentials, memory traffic, launches and work on the host, and where the path is another one.
 - The small model has heads of 64 dimensions, the real one of 128: twice the exponentials for the same products.
-- A whole pass varies by a per cent or more from round to round, so a ratio of passes can lie below 1. What one layer
-  adds is read from "alone".
+- A whole pass varies by a per cent or more from round to round, as "the same pass again" shows. A ratio of passes can
+  therefore lie below 1. What one layer adds is read from "alone" on a CPU and from "reading the layer" on a GPU.
 - The pass runs in one process: gathering sharded weights would make the pass longer, not the probe.
 - Eager attention runs sequence by sequence here. Over a packed row at once it would take the square of the whole row.
 - Log-softmax and entropy are verl's formulas over 2,048 tokens at once, without its loop over rows and without
@@ -105,7 +106,7 @@ def write_page(path: Path, raw: Raw) -> None:
 
 def _target(raw: Raw) -> list[str]:
     cases = _cases(raw, "card", SHAPE.name)
-    one = [100 * statistics.median(found) for c in cases if (found := ratios(c, "alone fast"))]
+    one = [100 * statistics.median(found) for c in cases if (found := ratios(c, "read fast"))]
     whole = [100 * statistics.median(found) - 100 for c in cases if (found := ratios(c, f"probe fast {SHAPE.layers}"))]
     series = raw["scaling"].get(f"card: {SHAPE.name}")
     grows = None if series is None else exponent(series, "fast", "memory")
@@ -161,13 +162,17 @@ def _failures(raw: Raw, part: str, model: str | None) -> list[str]:
 def _figures(raw: Raw) -> list[str]:
     """What the stages of ``on_gpu.py`` measured beside the passes."""
     found = [entry for entry in raw.get("figures", {}).values() if "tiny" not in entry["stood_in"]]
-    rows = [
-        [x["stage"], x["what"], x["value"], "; ".join(f"{k}: {v}" for k, v in x["stood_in"].items() if k != "weights")]
-        for x in found
-    ]
+    if not found:
+        return []
+    rows = [[x["stage"], x["what"], x["value"]] for x in found]
+    instead: dict[str, list[str]] = {}
+    for x in found:
+        said = "; ".join(f"{k}: {v}" for k, v in x["stood_in"].items() if k != "weights")
+        stages = instead.setdefault(said, []) if said else []
+        stages += [x["stage"]] * (x["stage"] not in stages)
     cards = ", ".join(sorted({x["card"] for x in found}))
-    header = ["stage", "what", "measured", "stood in"]
-    return ["### Beside the passes", "", FIGURES.format(cards=cards), *table(header, rows)] if found else []
+    return ["### Beside the passes", "", FIGURES.format(cards=cards), *table(["stage", "what", "measured"], rows),
+            *(f"- {', '.join(stages)}: {said}" for said, stages in instead.items()), ""]  # fmt: skip
 
 
 def _about(cases: Sequence[Entry]) -> list[str]:
@@ -181,6 +186,7 @@ def _about(cases: Sequence[Entry]) -> list[str]:
             where = f"{m['name']}, {m['cores']} cores, {m['threads']} thread used, process CPU time"
         versions = f"torch {m['torch']}, transformers {m['transformers']}"
         lines.append(f"{where}, {versions}, {case['dtype']}, {m['date']}. Attention of the pass: {m['attention']}.\n")
+        lines += [case["note"] + "\n"] if "note" in case else []
     largest, which = max(((v, name) for case in cases for name, v in case["agreement"].items()), default=(0.0, "none"))
     return [
         *dict.fromkeys(lines),
@@ -249,7 +255,7 @@ def _header(cases: Sequence[Entry]) -> list[str]:
 def _variants(cases: Sequence[Entry]) -> list[tuple[str, str]]:
     """Names and titles of the whole passes that any of the cases has, but for the plain one."""
     n = cases[0]["shape"]["layers"]
-    titles: dict[str, str] = {}
+    titles = {"pass again": "the same pass again / pass"}
     for path in cases[0]["paths"]:
         titles |= {f"probe {path} {k}": f"probe, {k} layer{'s' * (k > 1)}, {path} path / pass" for k in (1, 4, n)}
         titles[f"profile {path} 1"] = f"single visual tokens (top 8, heat map), 1 layer, {path} path / pass"

@@ -174,12 +174,14 @@ class Workload:
 
     def probed(self, request: StatisticsRequest, chunk: int | None = None) -> dict[str, tuple[torch.Tensor, list[int]]]:
         """The pass with the probe in it, as the engine runs it; ``chunk`` as for ``measurement``."""
-        measurement, n_layers = self.measurement(request, chunk), self.stack.shape.layers
+        made = functools.cache(lambda: self.measurement(request, chunk))  # when the first layer is read, as there
+        n_layers = self.stack.shape.layers
         attention = {n % n_layers for s in request.statistics if s.fact.source != "hidden" for n in s.layers}
-        read_hidden = measurement.read_hidden if any(s.fact.source == "hidden" for s in request.statistics) else None
-        with ForwardTap(self.stack.model, sorted(attention), measurement.read, read_hidden):
+        hidden = any(s.fact.source == "hidden" for s in request.statistics)
+        read_hidden = (lambda states: made().read_hidden(states)) if hidden else None
+        with ForwardTap(self.stack.model, sorted(attention), lambda *args: made().read(*args), read_hidden):
             self.plain()
-        return measurement.finish()
+        return made().finish()
 
     def alone(
         self, request: StatisticsRequest, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float

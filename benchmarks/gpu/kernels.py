@@ -23,16 +23,27 @@ from sayo_verl.probe.selfcheck import check_path
 
 LIMITS = {torch.bfloat16: 1e-4, torch.float16: 1e-4, torch.float32: 1e-5}  # largest error of a value
 # Beside the kernel's own, which were chosen by arithmetic: what might be faster on a card
-SIZES = ((128, 64, 4, 2), (128, 128, 8, 2), (128, 128, 8, 3), (128, 128, 4, 2), (64, 64, 4, 3), (256, 64, 8, 3))
+SIZES = ((128, 64, 4, 3), (128, 64, 4, 2), (128, 128, 4, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 4, 2),
+         (128, 32, 4, 4), (256, 64, 8, 2))  # fmt: skip
 TILINGS = tuple(fast._Tiling(*sizes) for sizes in SIZES)
 FAR_TOKENS = 600_000  # x 32 heads x 128: beyond 2^31 elements
 
 
-def run(stage: Stage) -> None:
-    """In the order of value: what training uses, then the other types."""
+def run(stage: Stage, part: str = "") -> None:
+    """In the order of value: what training uses, then the other types. ``part``: ``"tilings"`` for those alone."""
+    if part == "tilings":
+        for tiling in TILINGS[:1] if stage.tiny else TILINGS:
+            title = f"tiles of {tiling.lanes} x {tiling.keys}, {tiling.warps} warps, {tiling.stages} stages"
+            stage.run(title, _other_tiles, stage, tiling, needs=4)
+        return
     shapes = (("tiny", 4, 2, 16),) if stage.tiny else HEADS
-    for i, (name, H, G, D) in enumerate(shapes):
+    found = [
         stage.run(f"float64: {name}, {torch.bfloat16}", _exactness, stage, H, G, D, torch.bfloat16, i)
+        for i, (name, H, G, D) in enumerate(shapes)
+    ]
+    errors = [max(facts["errors"].values()) for facts in found if facts]
+    stage.figure(f"largest error against float64, {len(errors)} of {len(found)} head shapes in bfloat16",
+                 f"{max(errors, default=float('nan')):.1e}")  # fmt: skip
     if stage.device.type == "cuda":
         stage.run("offsets beyond 2^31", _far, stage, needs=10)
     for shape in REAL[:1] if stage.tiny else REAL:
@@ -40,9 +51,6 @@ def run(stage: Stage) -> None:
             title = f"{shape.name}, {n.image_tokens} image + {n.response} response tokens"
             stage.run(title, _real_size, stage, shape, n)
     stage.run("kernels compiled for many lengths", _variants, stage, needs=10)
-    for tiling in TILINGS[:1] if stage.tiny else TILINGS:
-        stage.run(f"tiles of {tiling.lanes} x {tiling.keys}, {tiling.warps} warps, {tiling.stages} stages",
-                  _other_tiles, stage, tiling, needs=5)  # fmt: skip
     for name, H, G, D in shapes:
         stage.run(f"self-check of the handshake: {name}", _handshake, stage, H, G, D)
     for dtype in () if stage.tiny else (torch.float16, torch.float32):
@@ -208,17 +216,23 @@ def _sized(stage: Stage, shape: Any, n: Lengths) -> _Sized:
 
 
 def _other_tiles(stage: Stage, tiling: Any) -> dict[str, Any]:
-    """Times with other tiles, at the largest size; nothing is changed by what comes out."""
-    case = _sized(stage, REAL[0], Lengths(4, (2, 3), 2, 9) if stage.tiny else REAL_LENGTHS[-1])
-    lse = case.masses(spans=case.spans).lse
+    """Milliseconds of one layer with these tiles, the log-sum-exp made and given; no tile is changed by it."""
     facts: dict[str, Any] = {}
     own, fast._MASSES = fast._MASSES, tiling
     try:
-        given = {"spans": case.marked, "lse": lse}
-        for name, how in (("masses_ms", {"spans": case.spans}), ("masses_lse_given_ms", given)):
-            facts[name] = round(stage.milliseconds(functools.partial(case.masses, **how)), 4)
+        for n in (Lengths(4, (2, 3), 2, 9),) if stage.tiny else REAL_LENGTHS:
+            case = _sized(stage, REAL[0], n)
+            given = {"spans": case.marked, "lse": case.masses(spans=case.spans).lse}
+            facts[f"{n.image_tokens} + {n.response}"] = [
+                round(stage.milliseconds(functools.partial(case.masses, **how)), 4)
+                for how in ({"spans": case.spans}, given)
+            ]
     finally:
         fast._MASSES = own
+    said = ", ".join(f"{size}: {made:.3f} / {with_lse:.3f}" for size, (made, with_lse) in facts.items())
+    what = f"tiles of {tiling.lanes} x {tiling.keys}, {tiling.warps} warps, {tiling.stages} stages"
+    chosen = " (chosen)" if tiling == own else ""
+    stage.figure(f"{what}{chosen}: ms a layer, log-sum-exp made / given", said)
     return facts
 
 

@@ -95,7 +95,7 @@ def row_lengths(tiny: bool) -> list[Lengths]:
     if tiny:
         return [Lengths(4, (3, 2), 4, 9), Lengths(3, (2, 4), 5, 6), Lengths(4, (3, 3), 2, 1)]
     sizes = [((32, 32), 512), ((32, 32), 300), ((24, 40), 1024), ((64, 64), 512), ((32, 32), 2048), ((16, 16), 700)]
-    return [Lengths(60 + i, image, 64, response) for i, (image, response) in enumerate(sizes * 3)]
+    return [Lengths(60 + i, image, 64, response) for i, (image, response) in enumerate(sizes * 2)]
 
 
 def random_rows(config: Any, every: list[Lengths]) -> list[dict[str, Any]]:

@@ -22,7 +22,9 @@ def _pytest(stage: Stage) -> dict[str, Any]:
     if importlib.util.find_spec("pytest") is None:
         raise RuntimeError("the stage 'tests' needs pytest: pip install '.[gpu,dev]'")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-s", "-p", "no:cacheprovider", *CHOSEN]
+    # each test in a process of its own: most of their time is compilation
+    several = ["-n", "5", "--dist", "load"]
+    command = [sys.executable, "-m", "pytest", "-q", *several, "-p", "no:cacheprovider", *CHOSEN]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=stage.left(),
                           check=False)  # fmt: skip
     lines = (done.stdout + done.stderr).strip().splitlines()
