@@ -65,7 +65,7 @@ def _mix(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from sayo_verl.data.inspection.command import run
+    from sayo_verl.inspection.command import run
 
     return run(args)
 
@@ -86,7 +86,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from sayo_verl.doctor import examine
+    from sayo_verl.launch.doctor import examine
 
     job = f", a dry run of {' '.join(args.job)}" if args.job else ""
     print(f"looking at versions, device, probe, a Ray worker{job}: about half a minute", file=sys.stderr, flush=True)
@@ -182,7 +182,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="check prepared data with the model's processor; a page of pictures")
     if "inspect" in argv:
-        importlib.import_module("sayo_verl.data.inspection.command").add_flags(inspect)
+        importlib.import_module("sayo_verl.inspection.command").add_flags(inspect)
     inspect.set_defaults(function=_inspect)
 
     watch = commands.add_parser("watch", help="run a training command and show its progress")

@@ -1,8 +1,8 @@
 """The launcher: ``python -m sayo_verl.main_ppo`` takes what ``python -m verl.trainer.main_ppo`` takes.
 
-It checks the run before anything is loaded (``sayo_verl.preflight``), makes Ray's workers load the plug-in in the way
-that raises when it fails, and selects verl's trainer with the attention mixin in front. For an estimator of verl's own,
-such as ``grpo``, it selects nothing: verl's task runner, trainer and engine run as they are.
+It checks the run before anything is loaded (``sayo_verl.launch.preflight``). It makes Ray's workers load the plug-in in
+the way that raises when it fails, and selects verl's trainer with the attention mixin in front. For an estimator of
+verl's own, such as ``grpo``, it selects nothing: verl's task runner, trainer and engine run as they are.
 """
 
 import atexit
@@ -21,19 +21,19 @@ from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 from verl.utils.device import auto_set_device
 
 from sayo_verl import __version__
-from sayo_verl.adapters import internvl
-from sayo_verl.compat import RUN_TOKEN
 from sayo_verl.errors import SayoError
+from sayo_verl.hooks.contract import RUN_TOKEN
+from sayo_verl.launch.preflight import preflight, show
+from sayo_verl.launch.resume import how_to_resume
+from sayo_verl.launch.reward_check import configure as configure_reward
+from sayo_verl.launch.settings import load_methods
+from sayo_verl.launch.training_check import check_by_verl
 from sayo_verl.methods import METHODS, Mix
-from sayo_verl.preflight import preflight, show
+from sayo_verl.models import internvl
 from sayo_verl.report.runs import run_card
-from sayo_verl.resume import how_to_resume
-from sayo_verl.reward_check import configure as configure_reward
-from sayo_verl.settings import load_methods
-from sayo_verl.training_check import check_by_verl
 
 PLUGIN = "sayo_verl.plugin"
-ENGINE = "sayo_verl.engine"
+ENGINE = "sayo_verl.hooks.engine"
 # Settings of this process that its Ray workers must share, also when they run on a cluster that is already up.
 FORWARDED = ("VERL_PLATFORM", "VERL_ENGINE_DEVICE", "VERL_FILE_LOGGER_PATH", "SAYO_ALLOW_VERL", "TORCHDYNAMO_DISABLE",
              "VLLM_CPU_KVCACHE_SPACE", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS")  # fmt: skip
@@ -46,8 +46,8 @@ class SayoTaskRunner(TaskRunnerV1.__ray_actor_class__):
     def run(self, config: DictConfig) -> None:
         from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
-        import sayo_verl.trainer.modes  # noqa: F401 (registers the trainer)
-        from sayo_verl.trainer.context import register_estimators
+        import sayo_verl.hooks.modes  # noqa: F401 (registers the trainer)
+        from sayo_verl.hooks.estimator import register_estimators
 
         load_methods(config.sayo.modules)
         register_estimators()

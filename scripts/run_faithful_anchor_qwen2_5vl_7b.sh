@@ -82,8 +82,8 @@ fi
 IMITATED=("${TRAIN_FILES[@]}")
 [[ "$RESPOND" != 1 ]] || IMITATED=("$OUT/rows.parquet")
 
-ON_ALL=(torchrun --standalone --nproc_per_node="$NGPUS" -m sayo_verl.anchoring)
-ON_ONE=(python3 -m sayo_verl.anchoring)
+ON_ALL=(torchrun --standalone --nproc_per_node="$NGPUS" -m sayo_verl.focus)
+ON_ONE=(python3 -m sayo_verl.focus)
 SAMPLE=(respond --base "$MODEL_PATH" --rows "${TRAIN_FILES[@]}" --out "$OUT/rows.parquet"
   --tries "$TRIES" --max-new-tokens "$MAX_RESPONSE_LENGTH" --batch-size "$SAMPLE_BATCH_SIZE")
 [[ "$ROWS" == all ]] || SAMPLE+=(--max-rows "$ROWS")

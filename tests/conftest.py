@@ -50,3 +50,10 @@ def _internvl_as_it_was() -> Iterator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The runs of the real stack first: of two processes one does these, the other nearly all the rest."""
     items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """The running interpreter's commands first; a machine whose nvidia-smi is absent."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "VERL_FILE_LOGGER_PATH", "VERL_PLATFORM")}
+    return {**clean, "PATH": f"{os.path.dirname(sys.executable)}:/usr/bin:/bin", "OUT": str(tmp_path / "out")}

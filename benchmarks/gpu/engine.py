@@ -99,7 +99,7 @@ class _Bench:
 
     def handshake(self, name: str) -> dict[str, Any]:
         """What the launcher asks of every worker before it trains."""
-        from sayo_verl.compat import worker_report
+        from sayo_verl.hooks.contract import worker_report
 
         class ActorRolloutRefWorker:  # the name that the report looks for
             actor = self.worker

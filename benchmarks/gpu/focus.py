@@ -16,9 +16,9 @@ from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor, TrainerCall
 
 from gpu import models
 from gpu.report import Stage
-from sayo_verl.anchoring.rows import AnchorCollator
-from sayo_verl.anchoring.token import add_focus_token
-from sayo_verl.anchoring.trainer import AnchorConfig, AnchorTrainer, anchor_layers, trainable
+from sayo_verl.focus.rows import FocusCollator
+from sayo_verl.focus.token import add_focus_token
+from sayo_verl.focus.trainer import FocusConfig, FocusTrainer, focus_layers, trainable
 from sayo_verl.tiny.policy import CHAT_TEMPLATE, IMAGE, VIDEO, VISION_END, VISION_START, build_tokenizer, task_words
 
 STEPS = 3  # timed, after one that is not
@@ -91,11 +91,11 @@ class _Clock(TrainerCallback):
 def _train(stage: Stage, held: dict[str, Any]) -> dict[str, Any]:
     model, focus = held["model"], held["focus"]
     lengths = Lengths(0, (2, 3), 0, 8) if stage.tiny else Lengths(0, (32, 32), 0, 512)
-    config = AnchorConfig(lora_rank=4 if stage.tiny else 64, lora_alpha=128, checkpointing=True, batch_size=ROWS,
+    config = FocusConfig(lora_rank=4 if stage.tiny else 64, lora_alpha=128, checkpointing=True, batch_size=ROWS,
                           dtype="float32" if stage.tiny else "bfloat16")  # fmt: skip
-    layers = anchor_layers(model, config.layers)
+    layers = focus_layers(model, config.layers)
     images = model.config.image_token_id, model.config.video_token_id
-    collate = AnchorCollator(held["processor"], model.config, alpha=config.alpha)
+    collate = FocusCollator(held["processor"], model.config, alpha=config.alpha)
     side = model.config.vision_config.patch_size * model.config.vision_config.spatial_merge_size
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     clock = _Clock(stage)
@@ -106,7 +106,7 @@ def _train(stage: Stage, held: dict[str, Any]) -> dict[str, Any]:
             save_strategy="no", remove_unused_columns=False, bf16=not stage.tiny, use_cpu=stage.tiny,
             learning_rate=config.learning_rate, disable_tqdm=True,
         )  # fmt: skip
-        trainer = AnchorTrainer(
+        trainer = FocusTrainer(
             model=trainable(model, focus, config), args=settings, train_dataset=_Rows(lengths, side),
             data_collator=collate, processing_class=held["processor"], layers=layers, weight=config.weight,
             forbidden=(focus, *images), callbacks=[clock],

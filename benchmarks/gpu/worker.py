@@ -53,7 +53,7 @@ def build(stage: Stage, shape: Shape, lora: bool) -> Any:
             config=TrainingWorkerConfig(
                 model_type="language_model",
                 model_config=HFModelConfig(
-                    path=folder, load_tokenizer=False, external_lib="sayo_verl.engine", use_remove_padding=True,
+                    path=folder, load_tokenizer=False, external_lib="sayo_verl.hooks.engine", use_remove_padding=True,
                     override_config={"attn_implementation": "flash_attention_2"}, **(adapter if lora else {}),
                 ),
                 engine_config=FSDPEngineConfig(

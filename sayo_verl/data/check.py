@@ -1,7 +1,7 @@
 """Checks of parquet files before a run, for the launcher: every row by the row contract, a sample of images decoded.
 
-``sayo_verl.data_check`` decides what a run demands of its files. `sayo inspect` looks at the same rows by the same
-contract (``sayo_verl.data.contract``), and draws them.
+``sayo_verl.launch.data_check`` decides what a run demands of its files. `sayo inspect` looks at the same rows by the
+same contract (``sayo_verl.data.contract``), and draws them.
 """
 
 import heapq

@@ -2,7 +2,7 @@
 
 The contract in words, and which check runs where, stand in docs/data.md. ``RowContract.look`` returns all faults of a
 row. The launcher raises the first one (``sayo_verl.data.check``), and so does the anchoring stage. `sayo inspect`
-counts all (``sayo_verl.data.inspection``). `sayo prepare` leaves rows out by the same rules for text
+counts all (``sayo_verl.inspection``). `sayo prepare` leaves rows out by the same rules for text
 (``rows.check_text``).
 
 ``Demands`` says what applies. Rows of verl's own estimators are checked only for what verl 0.9.1 itself needs.

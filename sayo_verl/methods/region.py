@@ -24,7 +24,7 @@ Departures from the released code (Cratileo/Sayo), which
  - locates the image in unpadded ids while its attention rows are left-padded: here positions are those of the row;
  - clamps boxes before it scales them: here boxes are stored normalised, see ``sayo_verl.vision.masks``;
  - leaves out the response's last token, which decoding never feeds back: the log-prob pass has its row, so it counts.
-Its formula is unchanged and agrees with it on recorded inputs (tests/test_region.py).
+Its formula is unchanged and agrees with it on recorded inputs (tests/methods/test_region.py).
 
 The paper's r_v grows with the number of pooled tokens, although nobody looks differently. It is the logarithm of a
 ratio of means. Attention is heavy-tailed, and a mean over more tokens holds its large values more often. So the length
@@ -33,8 +33,8 @@ of a response and ``entropy_fraction`` move the reward. ``pooling="ratio"`` (our
     r_v = mean over Q of tanh(log((a(t) + eps) / (v(t) + eps)))         in (-1, 1)
 
 A mean of Q tokens drawn at random from a response has the mean over the whole response as its expectation, whatever the
-size of Q. ``tests/test_region.py`` shows both. For the same reason R_a over Q cannot be compared with R_a over all
-tokens: the metrics that compare them are means of the tokens' own R_a.
+size of Q. ``tests/methods/test_region.py`` shows both. For the same reason R_a over Q cannot be compared with R_a over
+all tokens: the metrics that compare them are means of the tokens' own R_a.
 
 ``per_token`` is an extension of ours, after the motivating equation 4, which the paper does not train with: no reward
 term, but a factor 1 + weight * tanh(log(a(t) / v(t))) on the advantage of each token of Q, 1 on all other tokens.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from sayo_verl.errors import SayoError
-from sayo_verl.families import Family
+from sayo_verl.models.families import Family
 from sayo_verl.vision.grids import Tile, merged_grid, tile_grid
 from sayo_verl.vision.masks import box_masks
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from sayo_verl.errors import SayoError
-from sayo_verl.families import FAMILIES
+from sayo_verl.models.families import FAMILIES
 
 # layer number, query [B, H, S, D], key [B, G, S, D], scale of the logits; with ``with_lse`` also log-sum-exp [H, S]
 ReadAttention = Callable[..., None]
@@ -152,9 +152,14 @@ def _rotary(target: str) -> tuple[ModuleType, str]:
     source, name = target.split(":")
     module = importlib.import_module(source)
     if not hasattr(module, name):
-        raise SayoError("P26", "the installed transformers has no such rotary function", where="sayo_verl/families.py",
-                        got=f"transformers {version('transformers')}", wanted=target,
-                        fix="install the version of transformers that pyproject.toml names")  # fmt: skip
+        raise SayoError(
+            "P26",
+            "the installed transformers has no such rotary function",
+            where="sayo_verl/models/families.py",
+            got=f"transformers {version('transformers')}",
+            wanted=target,
+            fix="install the version of transformers that pyproject.toml names",
+        )
     return module, name
 
 

@@ -99,7 +99,7 @@ class Pixels:
             processor: with ``image_processor``: its ``image_mean`` and ``image_std``, and for ``grid`` ``patch_size``,
                 ``merge_size`` and ``temporal_patch_size``. A tile is ``image_processor.size`` pixels and
                 ``image_seq_length`` visual tokens.
-            geometry: of the model's family, ``sayo_verl.families``.
+            geometry: of the model's family, ``sayo_verl.models.families``.
 
         Raises:
             SayoError: V08 when it does not store pixels as (x - mean) / std, with x in [0, 1], or its tiles are not

@@ -1,0 +1,65 @@
+"""Settings of the anchoring stage. No model library is imported, so a command line can be checked on any machine."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sayo_verl.errors import SayoError
+
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class FocusConfig:
+    """How the stage trains; every default is ours.
+
+    Attributes:
+        weight: lambda, of the anchoring loss; 0 is plain supervised training.
+        alpha: background share of the target.
+        layers: decoder layers of p, negative ones from the last; empty: floor(2 L / 3).
+        steps, batch_size, accumulation: optimiser steps, rows per device and forward, forwards per step.
+        learning_rate, warmup_steps, weight_decay, clip: AdamW with linear rise, then constant; gradient norm limit.
+        lora_rank, lora_alpha: 0 trains all weights of the decoder; otherwise LoRA on its projections, and of the
+            embedding the row of ``<Focus>`` alone.
+        train_vision: also train the vision tower (not with LoRA).
+        dtype: of the weights while training and in the folder.
+        attention: ``attn_implementation``; empty: transformers' choice.
+        checkpointing: gradient checkpointing, non-reentrant.
+        max_tokens: longest row; 0: any.
+        seed: of the order of the rows and of LoRA's weights.
+    """
+
+    weight: float = 1.0
+    alpha: float = 0.1
+    layers: tuple[int, ...] = ()
+    steps: int = 150
+    batch_size: int = 32
+    accumulation: int = 1
+    learning_rate: float = 1e-3
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    lora_rank: int = 0
+    lora_alpha: int = 32
+    train_vision: bool = False
+    dtype: str = "float32"
+    attention: str = ""
+    checkpointing: bool = False
+    max_tokens: int = 0
+    seed: int = 0
+    trainer_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wrong = [
+            (not 0 <= self.weight < float("inf"), "weight", "a finite number >= 0"),
+            (not 0 <= self.alpha < 1, "alpha", "a number in [0, 1)"),
+            (min(self.steps, self.batch_size, self.accumulation) < 1, "steps, batch_size, accumulation", "at least 1"),
+            (not 0 < self.learning_rate < float("inf"), "learning_rate", "a finite number > 0"),
+            (self.lora_rank < 0, "lora_rank", "at least 0"),
+            (self.lora_rank > 0 and self.train_vision, "lora_rank, train_vision", "one or the other"),
+            (self.dtype not in DTYPES, "dtype", f"one of {list(DTYPES)}"),
+        ]
+        for is_wrong, names, wanted in wrong:
+            if is_wrong:
+                got = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split(", "))
+                raise SayoError("F05", "a setting of the anchoring stage is out of range", where="FocusConfig",
+                                got=got, wanted=wanted, fix=f"change {names}")  # fmt: skip

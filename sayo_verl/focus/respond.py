@@ -1,0 +1,274 @@
+"""Responses to imitate, from the policy's own right answers (rejection sampling; ours).
+
+The language-model loss of the anchoring stage needs a text after ``<Focus>``. A text that a policy would not have
+written changes how it reasons: imitating an empty thought unlearns thinking. Its own right answers, sampled before the
+token is there, keep what it does.
+
+Rows are sampled in blocks, in any number of processes: block n is the work of process n modulo their number, and is
+written to ``<out>.parts`` when it is done. The process that finds all blocks there writes ``out``. Random numbers are
+seeded per block and try, and one process samples a block. So the number of processes changes no response;
+``batch_size`` and another kind of device do.
+
+Shape suffixes: B prompts of a batch, P prompt tokens, T response tokens.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+from sayo_verl.errors import SayoError
+from sayo_verl.focus.rows import columns_of, images_of, messages_of
+from sayo_verl.reward import compute_score
+
+BLOCK = 4  # batches; rows still open after a try share batches within their block
+Block = tuple[Path, int, int]  # file, first row, row after the last
+
+
+def write_responses(
+    base: Path | str,
+    files: Sequence[Path | str],
+    out: Path | str,
+    *,
+    tries: int = 4,
+    max_new_tokens: int = 512,
+    temperature: float = 1.0,
+    batch_size: int = 32,
+    max_rows: int | None = None,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    device: str | None = None,
+) -> dict[str, int]:
+    """Write the rows of ``files`` with a column ``response``: the first well-formed right answer of ``tries`` samples.
+
+    Rows without one are left out, so what remains is easier than the source: the counts say by how much. After an
+    interruption the same call goes on where it stood.
+
+    Args:
+        base: model folder or hub name.
+        files: parquet files; a column that some of them lack is null in their rows.
+        out: parquet file, in the order of the source; ``<out>.parts`` holds what is done.
+        tries: samples of a row, at most.
+        max_new_tokens: of a sample.
+        temperature: of the whole distribution.
+        batch_size: rows that are sampled together.
+        max_rows: the first ones only; None: all.
+        seed: of the samples.
+        rank, world: number of this process and how many there are; each calls this function.
+        device: of the model; None: the first GPU, else the CPU.
+
+    Returns:
+        ``rows`` and ``kept``; ``rows`` and ``left``, the number of blocks that other processes have not finished yet.
+
+    Raises:
+        SayoError: D09 for images that do not fit a prompt, F05 for a number out of range, F10 for no row, F18 when no
+            row is kept, F19 when ``out`` was begun with other settings, F24 for files whose columns do not go together,
+            and what ``columns_of`` raises.
+    """
+    counts = {"tries": tries, "max-new-tokens": max_new_tokens, "batch-size": batch_size, "max-rows": max_rows}
+    wrong: dict[str, tuple[float, str]] = {
+        name: (n, "at least 1") for name, n in counts.items() if n is not None and n < 1
+    }
+    if not 0 < temperature < math.inf:
+        wrong["temperature"] = (temperature, "a positive number")
+    for name, (got, wanted) in wrong.items():
+        raise SayoError("F05", "a number is out of range", where=f"--{name}", got=got, wanted=wanted, fix="correct it")
+    out = Path(out)
+    parts = out.with_name(f"{out.name}.parts")
+    blocks = _blocks(files, BLOCK * batch_size, max_rows)
+    schema = _common_schema(files)
+    rows = sum(stop - start for _, start, stop in blocks)
+    _check_settings(parts, {
+        "base": str(base), "files": [[str(file), Path(file).stat().st_size] for file in files], "rows": rows,
+        "tries": tries, "max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size,
+        "seed": seed,
+    })  # fmt: skip
+    todo = [n for n in range(rank, len(blocks), world) if not _part(parts, n).is_file()]
+    if todo:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = torch.float32 if chosen.type == "cpu" else torch.bfloat16
+        model: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype).to(chosen).eval()
+        model.generation_config = _without_penalties(model.generation_config)
+        processor: Any = AutoProcessor.from_pretrained(base)
+        with Progress(console=Console(stderr=True), disable=rank != 0) as progress:
+            bar = progress.add_task(f"sampling responses, {world} processes", total=rows)
+            for n in todo:
+                progress.update(bar, completed=_done(parts, blocks))
+                file, start, _ = blocks[n]
+                own = [
+                    {**row, "_where": f"row {start + i} of {file}"}
+                    for i, row in enumerate(_rows(blocks[n]).to_pylist())
+                ]
+                _write(_part(parts, n), _answers(model, processor, own, seed=f"{seed}/{n}", tries=tries,
+                       batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature))  # fmt: skip
+            progress.update(bar, completed=_done(parts, blocks))
+    left = sum(not _part(parts, n).is_file() for n in range(len(blocks)))
+    if left:
+        return {"rows": rows, "left": left}
+    kept = _merge(parts, blocks, out, schema)
+    if not kept:
+        raise SayoError("F18", "the policy answered no row rightly and in the asked form", where=str(base),
+                        got=f"0 of {rows} rows", fix="give the rows a column `response` of your own, or ask for "
+                        "<think> ... </think> <answer> ... </answer> in the prompts")  # fmt: skip
+    return {"rows": rows, "kept": kept}
+
+
+def _blocks(files: Sequence[Path | str], size: int, max_rows: int | None) -> list[Block]:
+    """Runs of at most ``size`` rows, none across files."""
+    for file in files:
+        columns_of(file)
+    left = sum(pq.read_metadata(file).num_rows for file in files) if max_rows is None else max_rows
+    blocks = []
+    for file in files:
+        n = min(pq.read_metadata(file).num_rows, left)
+        blocks += [(Path(file), start, min(start + size, n)) for start in range(0, n, size)]
+        left -= n
+    if not blocks:
+        raise SayoError("F10", "there is no row", where=str([str(f) for f in files]), fix="name a file with rows")
+    return blocks
+
+
+def _common_schema(files: Sequence[Path | str]) -> pa.Schema:
+    """The columns of all files, of types that hold those of each; ``response`` is left out.
+
+    Raises:
+        SayoError: F24, before anything is sampled: the rows are written to one file.
+    """
+    common = pa.schema([])
+    for file in files:
+        own = pq.read_schema(file)
+        own = pa.schema([field for field in own if field.name != "response"], own.metadata)
+        try:
+            common = _with_columns(own.empty_table(), common).schema
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+            raise SayoError("F24", "the columns of the files of rows do not go together", where=str(file),
+                            got=" ".join(str(error).split())[:200], wanted=f"types as in {files[0]}",
+                            fix="write the files with one schema, or sample each for itself") from error  # fmt: skip
+    return common
+
+
+def _with_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    return pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
+
+
+def _without_penalties(given: GenerationConfig) -> GenerationConfig:
+    """A model's special tokens alone: ``generate`` fills what a call leaves open from the model's own configuration."""
+    return GenerationConfig(bos_token_id=given.bos_token_id, eos_token_id=given.eos_token_id,
+                            pad_token_id=given.pad_token_id)  # fmt: skip
+
+
+def _check_settings(parts: Path, settings: dict[str, Any]) -> None:
+    """What is in ``parts`` belongs to these settings; the first process writes them there.
+
+    Raises:
+        SayoError: F19.
+    """
+    parts.mkdir(parents=True, exist_ok=True)
+    file = parts / "settings.json"
+    if not file.is_file():
+        _write(file, settings)
+    found = json.loads(file.read_text())
+    changed = {name: found.get(name) for name, value in settings.items() if found.get(name) != value}
+    if changed:
+        raise SayoError("F19", "these responses were begun with other settings", where=str(file),
+                        got={name: settings[name] for name in changed}, wanted=changed, fix="give those settings, or "
+                        f"name another file; to start over: rm -r {parts}")  # fmt: skip
+
+
+def _part(parts: Path, n: int) -> Path:
+    return parts / f"{n:06d}.json"
+
+
+def _done(parts: Path, blocks: Sequence[Block]) -> int:
+    """Rows of the blocks that are there, of all processes."""
+    return sum(stop - start for n, (_, start, stop) in enumerate(blocks) if _part(parts, n).is_file())
+
+
+def _write(file: Path, value: Any) -> None:
+    """JSON that is there as a whole or not at all."""
+    scratch = file.with_name(f"{file.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(value, indent=1))
+    scratch.replace(file)
+
+
+@functools.lru_cache(maxsize=1)
+def _table(file: Path) -> pa.Table:
+    return pq.read_table(file)
+
+
+def _rows(block: Block) -> pa.Table:
+    file, start, stop = block
+    return _table(file).slice(start, stop - start)
+
+
+def _answers(
+    model: Any, processor: Any, rows: list[dict[str, Any]], *, seed: str, tries: int, batch_size: int,
+    max_new_tokens: int, temperature: float,
+) -> list[str | None]:  # fmt: skip
+    """The first right answer of each row, or None."""
+    responses: list[str | None] = [None] * len(rows)
+    # by default a context would be made on every GPU, by each process
+    own = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=own):
+        for attempt in range(tries):
+            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{attempt}".encode()).digest()[:8]))
+            for chosen in _batches([i for i, response in enumerate(responses) if response is None], batch_size):
+                texts = _sample(model, processor, [rows[i] for i in chosen], max_new_tokens, temperature)
+                for i, text in zip(chosen, texts, strict=True):
+                    score = compute_score(rows[i].get("data_source", ""), text, rows[i]["reward_model"]["ground_truth"])
+                    if score["acc"] == score["format"] == 1:
+                        responses[i] = text
+    return responses
+
+
+def _batches(items: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _merge(parts: Path, blocks: Sequence[Block], out: Path, schema: pa.Schema) -> int:
+    """Rows with a response, in the order of the source. Two processes that both come last write the same file."""
+    scratch, writer, kept = out.with_name(f"{out.name}.{os.getpid()}"), None, 0
+    for n, block in enumerate(blocks):
+        responses = json.loads(_part(parts, n).read_text())
+        chosen = [i for i, response in enumerate(responses) if response is not None]
+        if not chosen:
+            continue
+        table = _rows(block)
+        table = table.drop_columns([name for name in table.column_names if name == "response"]).take(chosen)
+        table = _with_columns(table, schema)
+        table = table.append_column("response", pa.array([responses[i] for i in chosen], type=pa.string()))
+        if writer is None:
+            writer = pq.ParquetWriter(scratch, table.schema)
+        writer.write_table(table)
+        kept += len(chosen)
+    if writer is not None:
+        writer.close()
+        scratch.replace(out)
+    return kept
+
+
+@torch.no_grad()
+def _sample(
+    model: Any, processor: Any, rows: list[dict[str, Any]], max_new_tokens: int, temperature: float
+) -> list[str]:
+    """One response per row, drawn from the whole distribution; without special tokens, as a reward function sees it."""
+    prompts = [processor.apply_chat_template(messages_of(row), add_generation_prompt=True, tokenize=False)
+               for row in rows]  # fmt: skip
+    images = [image for row in rows for image in images_of(row)]
+    inputs = processor(text=prompts, images=images or None, padding=True, padding_side="left", return_tensors="pt")
+    ids = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=True,
+                         temperature=temperature, top_k=0, top_p=1.0)  # fmt: skip
+    return processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,229 @@
+"""Parquet rows of the reinforcement stage as teacher-forced batches of the anchoring stage.
+
+A row has ``prompt`` (messages; ``<image>`` in a text stands for the next image), ``images``, ``extra_info.boxes`` and
+``reward_model.ground_truth`` as everywhere in this project. A column ``response`` gives the text to imitate, without
+the end token; where it is absent or null the target is ``<think> </think><answer> GROUND TRUTH</answer>``.
+
+Shape suffixes: B rows, S tokens, V visual tokens of one row.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from sayo_verl.data.contract import Demands, RowContract, check_placeholders
+from sayo_verl.data.reading import decoded
+from sayo_verl.data.rows import IMAGE_TAG
+from sayo_verl.errors import SayoError
+from sayo_verl.focus.loss import IGNORE, FocusBatch, target_distribution
+from sayo_verl.focus.token import focus_token_id
+from sayo_verl.models.families import FAMILIES, family_of
+from sayo_verl.probe.plan import image_tiles, plan_row
+
+REGION_COVERAGE = 0.5  # of a cell, for figures; the loss takes shares as they are
+FOCUS_KEY = "focus"  # of a batch: its FocusBatch
+
+
+NEEDED, KNOWN = {"prompt", "reward_model"}, {"images", "extra_info", "response", "data_source"}
+
+
+def columns_of(file: Path | str) -> set[str]:
+    """Names of a parquet file's columns.
+
+    Raises:
+        SayoError: F20 for a file that is not there, F10 for one without the columns of a row.
+    """
+    if not Path(file).is_file():
+        raise SayoError("F20", "there is no such file of rows", where="--rows", got=str(file),
+                        fix="name parquet files, such as DATA/train-*.parquet of `sayo prepare`")  # fmt: skip
+    have = set(pq.read_schema(file).names)
+    if not have >= NEEDED:
+        raise SayoError("F10", "the file is no data of this project", where=str(file), got=sorted(have),
+                        wanted=f"the columns {sorted(NEEDED)}", fix="see the row contract in docs/data.md")  # fmt: skip
+    return have
+
+
+def check_boxes(files: Sequence[Path | str]) -> None:
+    """Refuse files in which no row has a box: ``<Focus>`` would learn nothing, a report would be empty.
+
+    Raises:
+        SayoError: F22, and what ``columns_of`` raises.
+    """
+    for file in files:
+        told = pq.read_table(file, columns=["extra_info"]).to_pylist() if "extra_info" in columns_of(file) else []
+        if any(has_boxes(row) for row in told):
+            return
+    raise SayoError("F22", "no row has a box for <Focus> to look at", where="--rows",
+                    got=", ".join(str(file) for file in files), wanted="extra_info.boxes in some rows",
+                    fix="give rows of `sayo prepare` (docs/data.md); `train --weight 0` imitates answers alone"
+                    )  # fmt: skip
+
+
+class AnchorRows(Dataset):
+    """Rows of parquet files, as dictionaries.
+
+    Args:
+        files: parquet files with the same columns.
+        max_rows: take the first ones only; None: all.
+
+    Raises:
+        SayoError: F10 for no row, and what ``columns_of`` raises.
+    """
+
+    def __init__(self, files: Sequence[Path | str], *, max_rows: int | None = None) -> None:
+        tables = []
+        for file in files:
+            table = pq.read_table(file, columns=sorted((NEEDED | KNOWN) & columns_of(file)))
+            tables += [table.slice(i, 1) for i in range(table.num_rows)]
+        self._rows = tables[:max_rows]  # each is a view: no row is copied or turned into Python before it is asked
+        if not self._rows:
+            raise SayoError("F10", "there is no row", where=str([str(f) for f in files]), fix="name a file with rows")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A row that the row contract has let through, with ``_where``.
+
+        Raises:
+            SayoError: the first fault of ``sayo_verl.data.contract``.
+        """
+        row, where = self._rows[index].to_pylist()[0], f"row {index}"
+        looked = RowContract(Demands(judge=None, rewarded=not row.get("response"))).look(row, where)
+        if looked.faults:
+            raise looked.faults[0]
+        return {"images": None, "extra_info": None, **row, "_where": where}
+
+    def without_boxes(self) -> int:
+        """How many rows have no box: they train the language-model loss alone."""
+        return sum("extra_info" not in table.column_names or not has_boxes(table.select(["extra_info"]).to_pylist()[0])
+                   for table in self._rows)  # fmt: skip
+
+    def without_response(self) -> int:
+        """How many rows have no text to imitate: they imitate an empty thought."""
+        return sum("response" not in t.column_names or not t["response"][0].as_py() for t in self._rows)
+
+
+def has_boxes(row: dict[str, Any]) -> bool:
+    """Whether any image of the row has a box."""
+    info = row["extra_info"]
+    boxes = info.get("boxes") if isinstance(info, dict) else None
+    return isinstance(boxes, list) and any(boxes)
+
+
+def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The row's prompt with its images in their places, as a chat template takes it.
+
+    Raises:
+        SayoError: D09 when placeholders and images disagree in number.
+    """
+    check_placeholders(row["prompt"], {IMAGE_TAG: len(row["images"] or [])}, row["_where"])
+    out = []
+    for message in row["prompt"]:
+        content = message["content"]
+        parts: list[dict[str, Any]] = content if isinstance(content, list) else []
+        for piece in re.split(f"({IMAGE_TAG})", content) if isinstance(content, str) else ():
+            if piece == IMAGE_TAG:
+                parts.append({"type": "image"})
+            elif piece:
+                parts.append({"type": "text", "text": piece})
+        out.append({"role": message["role"], "content": parts})
+    return out
+
+
+def images_of(row: dict[str, Any]) -> list[Image.Image]:
+    """The row's pictures, RGB, with the errors of ``sayo_verl.data.reading``."""
+    return [decoded(image, row["_where"]) for image in row["images"] or []]
+
+
+def response_of(row: dict[str, Any]) -> str:
+    """The text to imitate."""
+    if row.get("response"):
+        return row["response"]
+    return f"<think> </think><answer> {row['reward_model']['ground_truth']}</answer>"
+
+
+class FocusCollator:
+    """Rows to model inputs [B, S], labels and ``FocusBatch``.
+
+    Args:
+        processor: the model's, with ``<Focus>``.
+        config: the model's HF config.
+        alpha: background share of the target.
+        max_tokens: longest row; None: any.
+        padding_side: of the batch.
+
+    Raises:
+        SayoError: F12 for a family whose rows this stage does not make, F03 for a processor without the token.
+    """
+
+    def __init__(
+        self, processor: Any, config: Any, *, alpha: float, max_tokens: int | None = None, padding_side: str = "right"
+    ) -> None:
+        self.family = family_of(config.model_type, where="the loaded model")
+        if self.family.geometry != "grid":
+            raise SayoError("F12", "the anchoring stage does not know this family's images", where="config.json",
+                            got=config.model_type, fix="use a Qwen2.5-VL or Qwen3-VL model",
+                            wanted=", ".join(n for n, f in FAMILIES.items() if f.geometry == "grid"))  # fmt: skip
+        self.processor, self.config, self.alpha = processor, config, alpha
+        self.max_tokens, self.padding_side = max_tokens, padding_side
+        self.focus = focus_token_id(processor)
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Model inputs, ``labels`` [B, S] (response and end token, ``IGNORE`` elsewhere) and ``focus``.
+
+        Raises:
+            SayoError: D09 for images that do not fit the prompt, F13 when a row is not prompt, ``<Focus>``, response,
+                F14 for a row that is too long, P05-P07 and V01-V06 for bad grids and boxes.
+        """
+        end = self.processor.tokenizer.eos_token
+        prompts = [self.processor.apply_chat_template(messages_of(row), add_generation_prompt=True, tokenize=False)
+                   for row in rows]  # fmt: skip
+        responses = [response_of(row) + end for row in rows]
+        images = [image for row in rows for image in images_of(row)]
+        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        batch = dict(self.processor(text=texts, images=images or None, padding=True, padding_side=self.padding_side,
+                                    return_tensors="pt"))  # fmt: skip
+        ids_BS, own_BS = batch["input_ids"], batch["attention_mask"].bool()
+        batch["labels"] = torch.full_like(ids_BS, IGNORE)
+        image_BS, region_BS = torch.zeros_like(own_BS), torch.zeros_like(own_BS)
+        visible_BS, target_BS = torch.zeros_like(own_BS), torch.zeros_like(ids_BS, dtype=torch.float32)
+        at, grids = [], iter(batch["image_grid_thw"] if images else [])
+        for b, (row, response) in enumerate(zip(rows, responses, strict=True)):
+            where = row["_where"]
+            columns = own_BS[b].nonzero().flatten()
+            answer = self.processor.tokenizer(response)["input_ids"]
+            ids_S, n = ids_BS[b, columns], len(answer)
+            focus = len(ids_S) - n - 1
+            if focus < 0 or ids_S[focus] != self.focus or ids_S[focus + 1 :].tolist() != answer:
+                raise SayoError("F13", "a row is not its prompt, <Focus> and its response", where=where,
+                                got=self.processor.tokenizer.decode(ids_S[max(focus - 3, 0) : focus + 4]),
+                                wanted="<Focus> right before the response",
+                                fix="use the processor of a folder that this stage wrote")  # fmt: skip
+            if self.max_tokens is not None and len(ids_S) > self.max_tokens:
+                raise SayoError("F14", "a row is too long", where=where, got=f"{len(ids_S)} tokens",
+                                wanted=f"at most {self.max_tokens}",
+                                fix="remove it, make its images smaller or raise --max-tokens")  # fmt: skip
+            batch["labels"][b, columns[-n:]] = ids_S[-n:]
+            own = [next(grids) for _ in row["images"] or []]
+            tiles = image_tiles({"image_grid_thw": torch.stack(own)} if own else {}, self.family, self.config,
+                                where=where)  # fmt: skip
+            boxes = (row["extra_info"] or {}).get("boxes") or []
+            plan = plan_row(ids_S, n, image_token_id=self.config.image_token_id, images=tiles, boxes=boxes,
+                            coverage=REGION_COVERAGE, where=where)  # fmt: skip
+            at.append(int(columns[focus]))
+            visible_BS[b, columns[: focus + 1]] = True
+            image_BS[b, columns] = plan.keys["image"]
+            region_BS[b, columns] = plan.keys["region"]
+            if tiles and has_boxes(row):
+                q_V = target_distribution(boxes, tiles, self.alpha, where=where)
+                target_BS[b, columns[plan.image_columns]] = torch.from_numpy(q_V).float()
+        has_target = tuple((target_BS.sum(1) > 0).tolist())
+        batch[FOCUS_KEY] = FocusBatch(tuple(at), has_target, visible_BS, image_BS, target_BS, region_BS)
+        return batch

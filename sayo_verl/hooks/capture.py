@@ -1,0 +1,236 @@
+"""The engine mixin: attention statistics from the log-prob pass, beside ``log_probs`` and ``entropy``.
+
+It overrides one method of verl's engine, ``forward_step``, and does nothing unless the call carries a request (the
+trainer mixin raises it for the old-log-prob pass only: the reference pass of a LoRA run uses the same worker call and
+would otherwise overwrite the statistics with the base model's). A call that carries an intervention instead is a
+counterfactual pass.
+
+verl concatenates every jagged tensor in ``model_output`` over micro-batches, restores the order after dynamic batching
+and stores it in TransferQueue under its key, so an extra key needs no other change.
+"""
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import NonTensorData, TensorDict
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id, get_torch_device
+from verl.utils.ulysses import get_ulysses_sequence_parallel_group, get_ulysses_sequence_parallel_rank
+
+from sayo_verl.errors import SayoError
+from sayo_verl.hooks.counterfactual import counterfactual_micro_batch
+from sayo_verl.models.families import Family, family_of
+from sayo_verl.probe.measure import Measurement, Shard
+from sayo_verl.probe.plan import ChatTokens, RowPlan, image_tiles, plan_row, video_tokens
+from sayo_verl.probe.statistics import (
+    COUNTERFACTUAL_LOG_PROBS,
+    FAST_LSE,
+    INTERVENTION_KEY,
+    REQUEST_KEY,
+    WIRE_PREFIX,
+    StatisticsRequest,
+    check_lse_path,
+)
+from sayo_verl.probe.taps import ForwardTap, asked_layers
+from sayo_verl.probe.transfer import to_device
+
+LAYERS = "algorithm.attn.*.layers"
+
+
+class AttentionStatisticsMixin:
+    """In front of ``FSDPEngineWithLMHead``."""
+
+    module: torch.nn.Module
+    model_config: Any
+    use_ulysses_sp: bool
+    ulysses_sequence_parallel_size: int
+
+    def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> tuple[Any, dict]:
+        change = tu.get_non_tensor_data(micro_batch, INTERVENTION_KEY, default=None)
+        if change is not None:
+            return self._counterfactual_step(micro_batch, loss_function, forward_only, change)
+        wire = tu.get_non_tensor_data(micro_batch, REQUEST_KEY, default=None)
+        if wire is None:
+            return super().forward_step(micro_batch, loss_function, forward_only)  # type: ignore[misc]
+        packed = bool(tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True))
+        device = torch.device(get_device_id())  # where verl computes; parameters may be offloaded
+        request = StatisticsRequest.from_wire(wire)
+        family = family_of(self.model_config.hf_config.model_type, where="the loaded model")
+        shard = self._shard(family, packed)
+        check_lse_path(request.path, packed=packed, ranks=shard.size if shard else 1)
+        numbers = asked_layers(self.module, request.layers, where=LAYERS)
+        clock = _Clock(device)
+
+        @functools.cache
+        def measurement() -> Measurement:
+            # made when the first layer is read: the device then has the layers before it to compute, and does not wait
+            rows = plan_micro_batch(micro_batch, self.model_config, family, request)
+            return Measurement(request, rows, numbers, packed=packed, device=device, shard=shard)
+
+        def read(*args: Any) -> None:
+            with clock:
+                measurement().read(*args)
+
+        def read_hidden(hidden: torch.Tensor) -> None:
+            with clock:
+                measurement().read_hidden(hidden)
+
+        attention = {numbers[n] for s in request.statistics if s.fact.source != "hidden" for n in s.layers}
+        hidden = any(s.fact.source == "hidden" for s in request.statistics)
+        tap = ForwardTap(self.module, sorted(attention), read, read_hidden if hidden else None,
+                         with_lse=request.path == FAST_LSE)  # fmt: skip
+        with tap:
+            loss, output = super().forward_step(micro_batch, loss_function, forward_only)  # type: ignore[misc]
+        with clock:
+            results = measurement().finish()
+        output["model_output"].update(wire_tensors(measurement().rows, results, clock.seconds(), device))
+        return loss, output
+
+    def _counterfactual_step(
+        self, micro_batch: TensorDict, loss_function: Any, forward_only: bool, change: Mapping[str, Any]
+    ) -> tuple[Any, dict]:
+        """Log-probs after a changed image, under a name of their own: verl stores whatever a pass returns by its name,
+        and those of the real image must stay."""
+        family = family_of(self.model_config.hf_config.model_type, where="the loaded model")
+        copy = counterfactual_micro_batch(micro_batch, self.model_config, family, change)
+        loss, output = super().forward_step(copy, loss_function, forward_only)  # type: ignore[misc]
+        output["model_output"] = {COUNTERFACTUAL_LOG_PROBS: output["model_output"]["log_probs"]}
+        return loss, output
+
+    def _shard(self, family: Family, packed: bool) -> Shard | None:
+        """This rank's place among those that share a sequence; None when sequences are whole.
+
+        Raises:
+            SayoError: P09 where a sequence-parallel run is not what it looks like.
+        """
+        if not self.use_ulysses_sp:
+            return None
+        if not family.sequence_parallel or not packed:
+            raise SayoError(
+                "P09",
+                "attention statistics are not available under this sequence parallelism",
+                where="actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
+                got=f"{self.ulysses_sequence_parallel_size}, {family.model_type}, "
+                f"{'packed' if packed else 'padded'} rows",
+                wanted="a family whose inputs verl slices, and use_remove_padding=True",
+                fix="set it to 1, or set algorithm.adv_estimator=grpo",
+            )
+        group = get_ulysses_sequence_parallel_group()
+        return Shard(get_ulysses_sequence_parallel_rank(), self.ulysses_sequence_parallel_size, group)
+
+
+def plan_micro_batch(
+    micro_batch: TensorDict, model_config: Any, family: Family, request: StatisticsRequest
+) -> list[RowPlan]:
+    """Plans for the rows of a micro-batch, from the fields verl gives every row.
+
+    Args:
+        micro_batch: with ``input_ids`` and ``response_mask`` (jagged [N, .]), ``multi_modal_inputs`` and ``extra_info``
+            (one dict per row).
+        model_config: verl's, with ``hf_config`` and ``tokenizer``.
+        family: the model's.
+        request: what is to be measured.
+
+    Raises:
+        SayoError: P10 for a missing field, and what ``image_tiles`` and ``plan_row`` raise.
+    """
+    for field in ("input_ids", "response_mask", "multi_modal_inputs", "extra_info"):
+        if field not in micro_batch.keys():
+            raise SayoError(
+                "P10",
+                f"the log-prob pass has no field {field!r}",
+                where="AttentionStatisticsMixin.forward_step",
+                got=sorted(micro_batch.keys()),
+                fix="train on parquet rows with an image and extra_info.boxes (docs/data.md, the row contract)",
+            )
+    names = {s.name for s in request.statistics}
+    chat = ChatTokens.of(model_config.tokenizer, family) if names & {"system_mass", "question_mass"} else None
+    n_boxes = max((s.size for s in request.statistics if s.name == "box_mass"), default=0)
+    ids = micro_batch["input_ids"].unbind()
+    masks = micro_batch["response_mask"].unbind()
+    images, infos = _rows_of(micro_batch["multi_modal_inputs"]), _rows_of(micro_batch["extra_info"])
+    plans = []
+    for n, (ids_S, mask_T, image, info) in enumerate(zip(ids, masks, images, infos, strict=True)):
+        where = f"row {n} of the micro-batch (extra_info.index {info.get('index', 'absent')})"
+        plans.append(
+            plan_row(
+                ids_S,
+                mask_T.shape[0],
+                image_token_id=model_config.hf_config.image_token_id,
+                images=image_tiles(image, family, model_config.hf_config, where=where),
+                video_token_id=model_config.hf_config.video_token_id if family.geometry == "grid" else None,
+                videos=video_tokens(image, family, model_config.hf_config, where=where),
+                boxes=info.get("boxes") or [],
+                coverage=request.coverage,
+                where=where,
+                n_boxes=n_boxes,
+                chat=chat,
+            )
+        )
+    return plans
+
+
+def wire_tensors(
+    rows: Sequence[RowPlan],
+    results: Mapping[str, tuple[torch.Tensor, list[int]]],
+    seconds: float,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """Statistics as jagged tensors: what ``Measurement.finish`` gives, and per-row ones as rows of length one."""
+    per_row = {
+        "image_tokens": [row.image_columns.numel() for row in rows],
+        "region_tokens": [row.region_tokens for row in rows],
+        "probe_seconds": [seconds / len(rows)] * len(rows),
+    }
+    lengths = [*(parts for _, parts in results.values()), *([1] * len(rows) for _ in per_row)]
+    offsets = [torch.tensor([0, *parts]).cumsum(0) for parts in lengths]
+    numbers = [torch.tensor(numbers, dtype=torch.float32) for numbers in per_row.values()]
+    there = to_device([*offsets, *numbers], device)  # one copy for all
+    values = [*(values for values, _ in results.values()), *there[len(offsets) :]]
+    return {
+        WIRE_PREFIX + name: torch.nested.nested_tensor_from_jagged(values, offsets)
+        for name, values, offsets in zip([*results, *per_row], values, there[: len(offsets)], strict=True)
+    }
+
+
+def _rows_of(stack: Any) -> list[dict]:
+    """Per-row dicts of a non-tensor field, which tensordict hands out bare or wrapped depending on its history."""
+    return [row.data if isinstance(row, NonTensorData) else row for row in stack]
+
+
+class _Clock:
+    """Adds up the time of its ``with`` blocks.
+
+    On an accelerator it lets the device take the time between two events of its queue: waiting for the device around
+    every layer would cost more than the probe.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._host_seconds = 0.0
+        self._events: list[tuple[Any, Any]] = []
+        self._start: Any = None
+
+    def __enter__(self) -> None:
+        if self._device.type == "cpu":
+            self._start = time.perf_counter()
+        else:
+            self._start = get_torch_device().Event(enable_timing=True)
+            self._start.record()
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cpu":
+            self._host_seconds += time.perf_counter() - self._start
+        else:
+            end = get_torch_device().Event(enable_timing=True)
+            end.record()
+            self._events.append((self._start, end))
+
+    def seconds(self) -> float:
+        """Waits for the device, once."""
+        if self._events:
+            get_torch_device().synchronize()
+        return self._host_seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000

@@ -1,0 +1,306 @@
+"""Every private name of verl that this plug-in stands on, with its contract, and the guards it puts in place.
+
+``CONTRACT`` is read by tests/hooks/test_contract.py: a signature or a source hash that differs says which seam moved,
+before a run does. Public API (registries, ``register_*``, configuration keys) is listed where its behaviour is relied
+upon.
+"""
+
+import functools
+import hashlib
+import importlib
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any
+
+from sayo_verl import __version__
+from sayo_verl.errors import SayoError
+
+SUPPORTED_VERL = ("0.9.1",)
+WEIGHT_TRANSFER = "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer"
+# A name of the run that the launcher makes up and all its processes share.
+RUN_TOKEN = "SAYO_RUN_TOKEN"
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One name of verl: where it is, what is done to it and why it would hurt if it changed.
+
+    Attributes:
+        path: ``module:attribute``.
+        use: ``overrides``, ``calls``, ``replaces`` or ``relies on``.
+        why: what is expected of it.
+    """
+
+    path: str
+    use: str
+    why: str
+
+    def resolve(self) -> Any:
+        module, attribute = self.path.split(":")
+        target = importlib.import_module(module)
+        for part in attribute.split("."):
+            target = inspect.getattr_static(target, part) if inspect.isclass(target) else getattr(target, part)
+        return target.__func__ if isinstance(target, classmethod | staticmethod) else target
+
+    def source_hash(self) -> str:
+        """First 12 hex digits of the SHA-256 of the source, indentation and trailing blanks aside."""
+        lines = inspect.getsource(self.resolve()).splitlines()
+        return hashlib.sha256("\n".join(line.strip() for line in lines).encode()).hexdigest()[:12]
+
+
+CONTRACT = (
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer.__init__", "overrides", "reads trainer.v1.trainer_mode once"),
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._setup", "overrides", "builds workers; the handshake follows it"),
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_old_log_prob", "overrides",
+         "one compute_log_prob call with batch.extra_info; entropy comes back sliced to the response"),
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_ref_log_prob", "relies on",
+         "must not carry the probe request"),
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_advantage", "overrides",
+         "pads with to_padded_tensor in batch.keys order and calls the registered estimator"),
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._step_once", "relies on", "old_log_prob comes before advantage"),
+    Seam("verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync", "overrides", "base of the sayo_sync mode"),
+    Seam("verl.trainer.ppo.v1.utils:compute_advantage_for_multi_trajectories", "relies on",
+         "hands non-GRPO estimators every row"),
+    Seam("verl.trainer.ppo.ray_trainer:compute_advantage", "relies on", "the keyword arguments an estimator gets"),
+    Seam("verl.trainer.ppo.core_algos:compute_grpo_outcome_advantage", "relies on", "arithmetic of group_advantage"),
+    Seam("verl.trainer.ppo.padding_utils:construct_minimal_padding_template", "relies on",
+         "padding rows: no image, mask 0, tag is_padding, but boxes copied from a real row"),
+    Seam("verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead.forward_step", "overrides",
+         "returns (loss, {'model_output', ...}) for one micro-batch"),
+    Seam("verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead.prepare_model_inputs", "relies on",
+         "rows packed back to back or padded on the right"),
+    Seam("verl.workers.engine.utils:postprocess_batch_func", "relies on",
+         "carries every jagged key of model_output and restores row order"),
+    Seam("verl.workers.engine.base:EngineRegistry.get_engine_cls", "relies on", "(device, vendor) before device"),
+    Seam("verl.workers.utils.padding:response_from_nested", "calls", "token t from position P + t - 1"),
+    Seam("verl.workers.utils.padding:response_to_nested", "calls", "inverse of padding"),
+    Seam("verl.utils.transferqueue_utils:tqbridge", "relies on",
+         "stores every tensor of a worker's output under its key and passes extra_info into the worker's batch"),
+    Seam("verl.trainer.main_ppo:run_ppo", "calls", "initialises Ray with runtime_env and runs the task runner"),
+    Seam("verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__", "overrides", "the plain class behind the actor"),
+    Seam("verl.single_controller.ray.base:create_colocated_worker_cls", "relies on",
+         "actors keep their workers in worker_dict"),
+    Seam("verl.utils.tensordict_utils:maybe_fix_3d_position_ids", "replaces", "verl issue 7899"),
+    Seam("verl.utils.tensordict_utils:get_non_tensor_data", "calls", "reads per-call settings"),
+    Seam("verl.utils.tensordict_utils:assign_non_tensor_stack", "calls", "changed images of a micro-batch"),
+    Seam("verl.utils.tracking:FileLogger", "relies on", "metrics.jsonl and VERL_FILE_LOGGER_PATH"),
+    # Resuming (sayo_verl/launch/resume.py)
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._load_checkpoint", "relies on",
+         "where each resume_mode looks; silent where the tracker or data.pt is missing"),
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._save_checkpoint", "relies on",
+         "actor, critic, data.pt, and the tracker last"),
+    Seam("verl.utils.checkpoint.checkpoint_manager:find_latest_ckpt_path", "relies on", "how a tracker is read"),
+    Seam("verl.utils.checkpoint.fsdp_checkpoint_manager:FSDPCheckpointManager.load_checkpoint", "relies on",
+         "names of the files per state, world size and rank; loads load_contents and nothing else"),
+    Seam("verl.trainer.ppo.utils:need_critic", "calls", "whether a checkpoint has a critic"),
+    Seam("verl.trainer.ppo.reward:get_custom_reward_fn", "relies on", "reward_kwargs reach the reward function"),
+    Seam("verl.trainer.ppo.reward:_call_with_kwargs", "relies on",
+         "our reward function has no **kwargs: verl's keywords and reward_kwargs are all it is given"),
+    Seam("verl.experimental.reward_loop.reward_manager.registry:get_reward_manager_cls", "relies on",
+         "REWARD_MANAGER beside it holds the names that reward.reward_manager.name may have"),
+    Seam("verl.experimental.reward_loop.reward_manager.naive:NaiveRewardManager.run_single", "relies on",
+         "the keywords of a reward function; the response is decoded without special tokens; an error reaches the row"),
+    Seam("verl.experimental.reward_loop.reward_manager.limited:RateLimitedRewardManager.run_single", "relies on",
+         "turns errors into reward 0, so it is refused"),
+    Seam("verl.experimental.reward_loop.reward_loop:migrate_legacy_reward_impl", "relies on",
+         "the earlier names of reward keys; verl.trainer.main_ppo does not call it"),
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_reward_colocate", "relies on",
+         "a reward model without its own devices hands the reward function raw_prompt alone"),
+    Seam("verl.utils.import_utils:load_module", "calls", "loads a reward function as a run does"),
+    Seam("verl.utils.tokenizer.chat_template:apply_chat_template", "calls", "renders the generation prompt"),
+    Seam("verl.utils.tokenizer.tokenizer:hf_tokenizer", "calls", "the tokenizer of rollouts and of the reward loop"),
+    Seam("verl.utils.device:get_device_id", "calls", "where a micro-batch is computed, wherever parameters lie"),
+    Seam("verl.utils.ulysses:get_ulysses_sequence_parallel_group", "calls", "the ranks that share a sequence"),
+    Seam("verl.utils.ulysses:get_ulysses_sequence_parallel_rank", "calls", "which slice of the packed tokens is here"),
+    Seam("verl.utils.ulysses:get_ulysses_sequence_parallel_world_size", "calls", "1 without sequence parallelism"),
+    Seam("verl.models.transformers.monkey_patch:patch_vlm_for_ulysses_input_slicing", "relies on",
+         "the decoder gets a contiguous slice of the packed tokens; padding comes last"),
+    Seam("verl.models.transformers.monkey_patch:_ulysses_flash_attention_forward", "relies on",
+         "exchanges heads for tokens after queries and keys were rotated"),
+    Seam("verl.models.transformers.qwen2_vl:qwen2_vl_attn_forward", "relies on",
+         "calls qwen2_vl's apply_multimodal_rotary_pos_emb, looked up at each call, with all heads"),
+    # Weights from the trainer to vLLM
+    Seam(f"{WEIGHT_TRANSFER}:BucketedWeightSender.__init__", "overrides", "takes the address of the socket"),
+    Seam(f"{WEIGHT_TRANSFER}:BucketedWeightSender._init_socket", "relies on",
+         "deletes what lies at the address before it binds"),
+    Seam(f"{WEIGHT_TRANSFER}:BucketedWeightReceiver.__init__", "overrides", "takes the address of the socket"),
+    Seam("verl.workers.rollout.vllm_rollout.vllm_rollout:ServerAdapter.__init__", "relies on",
+         "makes the sender's address of Ray's job id, which is 01000000 in every Ray that a job starts"),
+    Seam("verl.workers.rollout.vllm_rollout.utils:vLLMColocateWorkerExtension._get_zmq_handle", "relies on",
+         "makes the same address for the receiver"),
+    # Sampling
+    Seam("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.__init__", "overrides",
+         "poll_interval has no configuration key; only with VERL_PLATFORM=cpu"),
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._build_replay_buffer", "relies on",
+         "gives its own buffers group filtering, and a custom sampler none"),
+    # Other families (sayo_verl/models)
+    Seam("verl.models.transformers.qwen2_vl:_get_input_embeds", "replaces",
+         "image-free micro-batches of Qwen2.5-VL crash on transformers 5"),
+    Seam("verl.workers.config.model:hf_processor", "replaces",
+         "only caller of it in workers, agent loop and server; None for a processor it has no case for"),
+    Seam("verl.workers.rollout.utils:qwen2_5_vl_dedup_image_tokens", "replaces",
+         "every prompt goes through it to vLLM, with the processor of HFModelConfig"),
+    Seam("verl.experimental.agent_loop.agent_loop:AgentLoopWorker._compute_multi_modal_inputs", "relies on",
+         "calls the processor with a text decoded without special tokens; keeps all but input_ids and attention_mask"),
+    Seam("verl.experimental.agent_loop.agent_loop:AgentLoopWorker._compute_position_ids", "relies on",
+         "1-D positions for a processor without get_rope_index"),
+    Seam("verl.utils.tokenizer.continuous_token:VLContinuousTokenMixin.render_tokens_with_mm", "relies on",
+         "renders a prompt with the processor's chat template and takes its input_ids"),
+    # sayo inspect (sayo_verl/inspection/model_view.py)
+    Seam("verl.utils.dataset.rl_dataset:RLHFDataset._build_messages", "calls",
+         "a row's prompt with its images in the place of the tags, as rollouts get it"),
+    Seam("verl.utils.dataset.rl_dataset:RLHFDataset._download", "overrides", "nothing to fetch: one row is looked at"),
+    Seam("verl.utils.dataset.rl_dataset:RLHFDataset._read_files_and_tokenize", "overrides", "no file is read"),
+    Seam("verl.utils.tokenizer:build_multimodal_processor_inputs", "calls", "the processor's call of rollouts"),
+    Seam("verl.utils.dataset.rl_dataset:RLHFDataset._process_multi_modal_info", "overrides",
+         "images of a prompt, for rollouts and the length filter"),
+    # checks of data before a run (sayo_verl/data, data_check.py, prompt_check.py)
+    Seam("verl.utils.dataset.rl_dataset:RLHFDataset.__init__", "relies on",
+         "apply_chat_template_kwargs and mm_processor_kwargs of the configuration"),
+    Seam("verl.utils.dataset.rl_dataset:RLHFDataset.__getitem__", "relies on", "extra_info is a dict or null"),
+    Seam("verl.utils.dataset.rl_dataset:RLHFDataset.maybe_filter_out_long_prompts", "relies on",
+         "drops what is over data.max_prompt_length and what raises, with data.filter_overlong_prompts alone"),
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._init_dataloader", "relies on",
+         "opens validation files always; drops a last batch that is not whole"),
+    Seam("verl.experimental.agent_loop.agent_loop:AgentLoopBase.ct_build_initial_tokens", "relies on",
+         "refuses a prompt with images over rollout.prompt_length, and cuts one of text alone"),
+    Seam("verl.utils.model:extract_multi_modal_inputs", "relies on",
+         "concatenates every key of multi_modal_inputs over rows and hands it to the model"),
+    Seam("verl.models.transformers.dense_common:forward_with_torch_backend", "relies on",
+         "drops pixel values, so fused kernels are refused for InternVL"),
+    Seam("verl.plugin.platform:PlatformRegistry.register", "calls", "the CPU platform"),
+)  # fmt: skip
+
+
+def require_supported_verl() -> None:
+    """Refuse a verl the contract was not checked against; ``SAYO_ALLOW_VERL=<version>`` overrides for one version.
+
+    Raises:
+        SayoError: X01.
+    """
+    found = version("verl")
+    if found not in SUPPORTED_VERL and os.environ.get("SAYO_ALLOW_VERL") != found:
+        raise SayoError(
+            "X01",
+            "this version of verl was not checked",
+            where="import verl",
+            got=found,
+            wanted=" or ".join(SUPPORTED_VERL),
+            fix=f"pip install verl=={SUPPORTED_VERL[-1]}, or run pytest tests/hooks/test_contract.py and set "
+            f"SAYO_ALLOW_VERL={found} if it passes",
+        )
+
+
+def worker_report(actor: Any, request: Mapping[str, Any]) -> dict[str, Any]:
+    """What one of verl's worker actors runs; executed inside the actor, for the launch handshake.
+
+    Args:
+        actor: the colocated worker actor (it keeps its workers in ``worker_dict``).
+        request: what the run's method asks for, as ``StatisticsRequest.to_wire`` gives it.
+
+    Returns:
+        version of sayo-verl there, names of the engine's classes, number of decoder layers, the asked layers counted
+        from 0, the probe's path and its largest difference from the reference path, node and pid.
+
+    Raises:
+        SayoError: L18 and P02 for a model family that cannot be probed, P03 and P11 for a layer that is not there or
+            not of full attention, P16, P17, P24, P29 and P31 for a path that cannot run here or is wrong here.
+    """
+    import socket
+
+    import torch
+    from verl.utils.device import get_device_id
+
+    from sayo_verl.models.families import family_of
+    from sayo_verl.probe.selfcheck import check_path
+    from sayo_verl.probe.statistics import StatisticsRequest
+    from sayo_verl.probe.taps import asked_layers, text_attention_layers
+
+    (engine,) = (w.actor.engine for w in actor.worker_dict.values() if type(w).__name__ == "ActorRolloutRefWorker")
+    wanted, where = StatisticsRequest.from_wire(request), "algorithm.attn.*.layers"
+    family_of(engine.model_config.hf_config.model_type, where="the loaded model")
+    _, n_layers = text_attention_layers(engine.module)
+    layers = asked_layers(engine.module, wanted.layers, where=where)
+    text = engine.model_config.hf_config.get_text_config()
+    path, difference = check_path(
+        wanted.path,
+        heads=text.num_attention_heads,
+        key_heads=text.num_key_value_heads,
+        head_dim=text.head_dim if "head_dim" in text.to_dict() else text.hidden_size // text.num_attention_heads,
+        device=torch.device(get_device_id()),
+    )
+    return {
+        "version": __version__,
+        "engine_bases": [c.__name__ for c in type(engine).__mro__[:-1]],
+        "n_layers": n_layers,
+        "layers": sorted(set(layers.values())),
+        "path": path,
+        "path_difference": difference,
+        "node": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+
+
+def guard_equal_length_mrope() -> None:
+    """Repair verl issue 7899, on every device: mRoPE position ids of a batch whose sequences all have one length.
+
+    When all sequences of a batch are equally long (all responses hit the limit on same-size prompts, or a batch of
+    one), the (4, L) position ids come back from TransferQueue ragged over the component dimension, values (B * 4, L)
+    instead of (4, B * L). verl's ``maybe_fix_3d_position_ids`` only relabels the dimension, and the update then dies in
+    ``split_with_sizes``. The replacement rebuilds the layout in that case and does what verl does otherwise.
+    """
+    import torch
+    import verl.utils.tensordict_utils as tu
+
+    original = tu.maybe_fix_3d_position_ids
+
+    def maybe_fix_3d_position_ids(data: Any) -> None:
+        ids = data["position_ids"] if "position_ids" in data.keys() else None
+        if isinstance(ids, torch.Tensor) and ids.is_nested and ids.dim() == 3:
+            values, offsets = ids.values(), ids.offsets()  # type: ignore[attr-defined]
+            rows, last = offsets.numel() - 1, int(offsets[-1])
+            if last == values.shape[0] and last != values.shape[1]:
+                fixed = tu.nested_tensor_from_tensor_list(
+                    list(values.view(rows, values.shape[0] // rows, values.shape[1]).unbind(0)), ragged_idx=2
+                )
+                if data.is_locked:
+                    with data.unlock_():
+                        data["position_ids"] = fixed
+                else:
+                    data["position_ids"] = fixed
+                return
+        original(data)
+
+    tu.maybe_fix_3d_position_ids = maybe_fix_3d_position_ids
+
+
+def guard_weight_socket(transfer: ModuleType) -> None:
+    """Keep the weights of two jobs on one machine apart.
+
+    verl sends weights to vLLM through a socket in /tmp that is named after Ray's job id. The sender deletes a socket
+    that is already there. Every job that starts a Ray of its own has the id 01000000. So of two such jobs one hangs, or
+    its rollouts get the other's weights. Here both ends add the run's token to the address. The launcher makes the
+    token and gives it to all processes of the run. Without a token the address stays verl's.
+
+    Args:
+        transfer: the module ``WEIGHT_TRANSFER``, just imported.
+    """
+
+    def own_address(cls: Any) -> None:
+        original = cls.__init__
+
+        @functools.wraps(original)
+        def __init__(self: Any, zmq_handle: str, *args: Any, **kwargs: Any) -> None:
+            token = os.environ.get(RUN_TOKEN)
+            if token and zmq_handle.startswith("ipc://"):
+                zmq_handle = f"{zmq_handle}-{token}"
+            original(self, zmq_handle, *args, **kwargs)
+
+        cls.__init__ = __init__
+
+    own_address(transfer.BucketedWeightSender)
+    own_address(transfer.BucketedWeightReceiver)

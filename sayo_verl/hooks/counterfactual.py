@@ -1,0 +1,77 @@
+"""The micro-batch of a counterfactual pass: the same prompts and responses, other pixels.
+
+Called by the engine mixin when a call carries an intervention. Only ``pixel_values`` of the rows change, in a copy; the
+placeholders, grids and position ids stay, so every response token keeps its place.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tensordict import NonTensorData, TensorDict
+from verl.utils import tensordict_utils as tu
+
+from sayo_verl.errors import SayoError
+from sayo_verl.models.families import Family
+from sayo_verl.probe.plan import image_tiles, video_tokens
+from sayo_verl.vision.intervention import Intervention, Pixels, intervene, prompt_key
+from sayo_verl.vision.masks import box_masks
+
+
+def counterfactual_micro_batch(
+    micro_batch: TensorDict, model_config: Any, family: Family, wire: Mapping[str, Any]
+) -> TensorDict:
+    """A copy of a micro-batch in which every row's image is changed as ``wire`` says.
+
+    Args:
+        micro_batch: as verl hands it to ``forward_step``; left as it is.
+        model_config: verl's, with ``hf_config`` and ``processor``.
+        family: the model's.
+        wire: fields of ``Intervention`` and ``step``, the training step, so that masks differ between steps.
+
+    Raises:
+        SayoError: P10 for a missing field, P28 for a model without an image processor, and what ``image_tiles``,
+            ``box_masks`` and ``intervene`` raise.
+    """
+    for field in ("input_ids", "response_mask", "multi_modal_inputs", "extra_info"):
+        if field not in micro_batch.keys():
+            raise SayoError("P10", f"the counterfactual pass has no field {field!r}", where="forward_step",
+                            got=sorted(micro_batch.keys()), fix="train on rows with an image")  # fmt: skip
+    if model_config.processor is None:
+        raise SayoError("P28", "the model has no image processor, so its pixels cannot be changed",
+                        where="actor_rollout_ref.model.path", fix="add the processor's files")  # fmt: skip
+    fields = {field.name for field in dataclasses.fields(Intervention)}
+    intervention = Intervention(**{key: value for key, value in wire.items() if key in fields})
+    pixels = Pixels.of(model_config.processor, family.geometry)
+    changed = []
+    rows = zip(
+        micro_batch["input_ids"].unbind(),
+        micro_batch["response_mask"].unbind(),
+        _plain(micro_batch["multi_modal_inputs"]),
+        _plain(micro_batch["extra_info"]),
+        strict=True,
+    )
+    for n, (ids_S, mask_T, image, info) in enumerate(rows):
+        where = f"row {n} of the micro-batch (extra_info.index {info.get('index', 'absent')})"
+        if video_tokens(image, family, model_config.hf_config, where=where):
+            raise SayoError("P07", "a row of a counterfactual pass has a video", where=where,
+                            fix="remove videos, or choose a method without counterfactual images")  # fmt: skip
+        tiles = image_tiles(image, family, model_config.hf_config, where=where)
+        boxes = info.get("boxes") or []
+        region = None
+        if intervention.kind == "region" and len(boxes) == len(tiles):
+            region = [
+                torch.from_numpy(box_masks(image_boxes, image_grids, float(wire["coverage"]), where=where)).any(0)
+                for image_boxes, image_grids in zip(boxes, tiles, strict=True)
+            ]
+        key = prompt_key(ids_S[: ids_S.shape[0] - mask_T.shape[0]], int(wire["step"]))
+        changed.append(intervene(image, intervention, pixels, tiles=tiles, region=region, key=key, where=where))
+    copy = micro_batch.copy()
+    tu.assign_non_tensor_stack(copy, "multi_modal_inputs", changed)
+    return copy
+
+
+def _plain(stack: Any) -> list[dict]:
+    """Per-row dicts of a non-tensor field, which tensordict hands out bare or wrapped depending on its history."""
+    return [row.data if isinstance(row, NonTensorData) else row for row in stack]

@@ -1,0 +1,206 @@
+"""The trainer mixin: asks for statistics in the old-log-prob pass and hands them to the estimator.
+
+A method that compares with a counterfactual image gets a second pass of the same responses, after the first. The
+method computes its credit in a thread while verl goes on with the reference and value passes, which leave this process
+waiting.
+
+It overrides four methods of verl's V1 trainer and calls verl's own in each: ``__init__``, ``_setup`` (handshake),
+``_compute_old_log_prob`` and ``_compute_advantage``.
+"""
+
+import dataclasses
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import ray
+from omegaconf import DictConfig, OmegaConf, open_dict
+from transfer_queue import KVBatchMeta
+
+from sayo_verl import __version__
+from sayo_verl.errors import SayoError
+from sayo_verl.hooks import store
+from sayo_verl.hooks.contract import worker_report
+from sayo_verl.hooks.estimator import CURRENT, AdvantageContext, timed_credit
+from sayo_verl.launch.settings import settings_from_config
+from sayo_verl.methods import Credit, Signals
+from sayo_verl.probe.statistics import INTERVENTION_KEY, REQUEST_KEY
+
+
+class Begun(NamedTuple):
+    """What was begun right after the log-prob passes of a batch.
+
+    Attributes:
+        rows: key of each row and whether it is padding, in the order of the batch.
+        signals: of these rows.
+        probe_seconds: that measuring them took, over all workers.
+        credit: ``timed_credit`` of the signals.
+    """
+
+    rows: list[tuple[str, bool]]
+    signals: Signals
+    probe_seconds: float
+    credit: Future[tuple[Credit, float]]
+
+
+def rows_of(batch: KVBatchMeta) -> list[tuple[str, bool]]:
+    return [(key, bool(tag.get("is_padding", False))) for key, tag in zip(batch.keys, batch.tags, strict=True)]
+
+
+class AttentionTrainerMixin:
+    """In front of one of verl's V1 trainers.
+
+    Attributes:
+        base_mode: verl's name for the trainer it stands in front of. verl compares ``trainer_mode`` with that name in
+            many places (replay buffer, refill, checkpointing), so the mode is set back before its ``__init__``.
+    """
+
+    base_mode: str
+    config: DictConfig
+    actor_rollout_wg: Any
+    global_steps: int
+
+    def __init__(self, config: DictConfig) -> None:
+        with open_dict(config):
+            config.trainer.v1.trainer_mode = self.base_mode
+        attn = OmegaConf.to_container(config.algorithm.attn, resolve=True)
+        settings = settings_from_config(config.algorithm.adv_estimator, attn)  # type: ignore[arg-type]
+        if settings.method is None:
+            raise SayoError(
+                "A09",
+                "this trainer was selected for an estimator of verl's own",
+                where="algorithm.adv_estimator",
+                got=config.algorithm.adv_estimator,
+                fix="leave trainer.v1.trainer_mode alone; the launcher selects it",
+            )
+        self._method, self._spread_floor = settings.method, settings.spread_floor
+        self._needs = self._method.needs()
+        self._request = dataclasses.replace(self._needs.statistics, path=str(config.sayo.probe_path))
+        self._log_prob_seconds = self._counterfactual_seconds = 0.0
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sayo-credit")
+        self._begun: Begun | None = None
+        super().__init__(config)  # type: ignore[call-arg]
+
+    def _setup(self) -> None:
+        super()._setup()  # type: ignore[misc]
+        self._handshake()
+
+    def _handshake(self) -> None:
+        """Every actor worker must run this version, the engine with the mixin and a model that can be probed, or the
+        run ends before step 1.
+
+        verl logs a plug-in that fails to load at DEBUG and goes on without it; this is where that would show.
+
+        Raises:
+            SayoError: X03 naming the workers that differ; from a worker L18 and P02 for a model that is not known, P03
+                and P11 for a layer that is not there or not of full attention, P16, P17, P24 and P29 for a path of the
+                probe that cannot run or is wrong there.
+        """
+        workers, request = self.actor_rollout_wg.workers, self._request.to_wire()
+        reports = ray.get([worker.__ray_call__.remote(worker_report, request) for worker in workers])
+        for rank, report in enumerate(reports):
+            if report["version"] != __version__ or "AttentionStatisticsMixin" not in report["engine_bases"]:
+                raise SayoError(
+                    "X03",
+                    f"worker {rank} did not load this sayo-verl",
+                    where=f"node {report['node']}, pid {report['pid']}",
+                    got=f"version {report['version']}, engine {report['engine_bases']}",
+                    wanted=f"version {__version__} and an engine with AttentionStatisticsMixin",
+                    fix="install the same sayo-verl on every node and launch with `python -m sayo_verl.main_ppo`",
+                )
+        first = reports[0]
+        probed = "no layer probed"
+        if first["layers"]:
+            numbers = ", ".join(map(str, first["layers"]))
+            probed = f"probing layer {numbers} of {first['n_layers']} by the {first['path']} path"
+        if first["path_difference"]:
+            probed += f" (differs from the reference by {first['path_difference']:.0e})"
+        print(
+            f"sayo-verl {__version__}: handshake with {len(reports)} worker(s), engine {first['engine_bases'][0]}, "
+            + probed
+        )
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch.extra_info[REQUEST_KEY] = self._request.to_wire()
+        start = time.perf_counter()
+        try:
+            out = super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
+        finally:
+            # The reference pass of a LoRA run goes through the same worker call; without the flag it stays verl's.
+            batch.extra_info.pop(REQUEST_KEY, None)
+            self._log_prob_seconds = time.perf_counter() - start
+        if self._needs.intervention is not None:
+            self._counterfactual_pass(batch)
+        self._begun = self._begin(out)
+        return out
+
+    def _begin(self, batch: KVBatchMeta) -> Begun:
+        """Fetch the signals (here: TransferQueue's client is not said to be safe in threads) and begin the credit."""
+        signals, probe_seconds = store.fetch_signals(batch, self._needs)
+        return Begun(rows_of(batch), signals, probe_seconds, self._thread.submit(timed_credit, self._method, signals))
+
+    def _counterfactual_pass(self, batch: KVBatchMeta) -> None:
+        """A second log-prob pass of the same responses after the changed image.
+
+        Workers return it under a name of its own and nothing else, so what verl stored from the first pass stays.
+        """
+        assert self._needs.intervention is not None
+        start, before = time.perf_counter(), dict(batch.extra_info)
+        batch.extra_info.update(
+            {
+                INTERVENTION_KEY: {
+                    **self._needs.intervention.to_wire(),
+                    "coverage": self._request.coverage,
+                    "step": int(self.global_steps),
+                },
+                "calculate_entropy": False,
+                "compute_loss": False,
+                "temperature": self.config.actor_rollout_ref.rollout.temperature,
+            }
+        )
+        try:
+            self.actor_rollout_wg.compute_log_prob(batch)
+        finally:
+            batch.extra_info.clear()
+            batch.extra_info.update(before)
+            self._counterfactual_seconds = time.perf_counter() - start
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        sessions = [key.rsplit("_", 1)[0] for key in batch.keys]
+        if len(set(sessions)) != len(sessions):
+            raise SayoError(
+                "A07",
+                "an agent loop gave more than one output per session",
+                where="actor_rollout_ref.rollout.agent",
+                got=f"{len(sessions)} outputs of {len(set(sessions))} sessions",
+                wanted="one output per session",
+                fix="use the single-turn agent loop; a group would count such a session twice",
+            )
+        start = time.perf_counter()
+        begun, self._begun = self._begun, None
+        if begun is None or begun.rows != rows_of(batch):  # verl changed the batch on the way
+            begun = self._begin(batch)
+        norm_by_std = bool(self.config.algorithm.norm_adv_by_std_in_grpo)
+        context = AdvantageContext(self._method, begun.signals, norm_by_std, self._spread_floor, begun.credit)
+        token = CURRENT.set(context)
+        try:
+            out = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
+        finally:
+            CURRENT.reset(token)
+        if context.reward is None:
+            raise SayoError(
+                "A08",
+                "verl computed advantages without calling the registered estimator",
+                where=f"algorithm.adv_estimator={self._method.name}",
+                fix="another plug-in replaced it, or verl changed; run pytest tests/hooks/test_contract.py",
+            )
+        store.put_token_level_rewards(batch, context.reward)
+        ranks = len(self.actor_rollout_wg.workers)
+        metrics.update({f"sayo/{name}": value for name, value in context.metrics.items()})
+        metrics.update({f"sayo/{name}/mean": value for name, value in store.fetch_reward_parts(batch).items()})
+        metrics["sayo/probe_seconds"] = begun.probe_seconds / ranks
+        metrics["sayo/probe_share_of_log_prob"] = begun.probe_seconds / ranks / self._log_prob_seconds
+        metrics["sayo/advantage_seconds"] = time.perf_counter() - start
+        if self._needs.intervention is not None:
+            metrics["sayo/counterfactual_seconds"] = self._counterfactual_seconds
+        return out

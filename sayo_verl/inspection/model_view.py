@@ -1,0 +1,199 @@
+"""A row as the model is given it: the model's own processor, called the way verl calls it.
+
+torch, transformers and verl are imported when a model is loaded, not with this module.
+
+Shape suffixes: S tokens of the prompt, N boxes, V visual tokens of one image.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sayo_verl.errors import SayoError
+from sayo_verl.vision.grids import Tile
+from sayo_verl.vision.masks import box_masks
+
+# what the templates, image readers and processors of other packages raise on a row they cannot take
+_REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError, OSError)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A row as the model is given it.
+
+    Attributes:
+        tiles: per image, its grids of visual tokens.
+        masks: per image, bool [N, V]: the visual tokens of each box.
+        prompt_tokens: length of the prompt.
+    """
+
+    tiles: list[tuple[Tile, ...]]
+    masks: list[np.ndarray]
+    prompt_tokens: int
+
+    @property
+    def tokens_per_box(self) -> list[int]:
+        return [int(n) for mask_NV in self.masks for n in mask_NV.sum(axis=1)]
+
+
+class Model:
+    """The processor of a model and verl's way to call it.
+
+    Args:
+        path: folder or hub name.
+        coverage: share of a visual token that a box must cover, ``algorithm.attn.region.coverage``.
+        where: the flag or key that named the model, for messages.
+        data: ``apply_chat_template_kwargs`` and ``mm_processor_kwargs`` of the run's ``data``.
+        chat_template: ``actor_rollout_ref.model.custom_chat_template`` of the run.
+
+    Raises:
+        SayoError: L17 for no model, L18 for a family that is not known, L23 for the processor of another family, D68
+            for a processor that cannot be loaded or does not belong to the weights.
+    """
+
+    def __init__(self, path: str, coverage: float = 0.5, *, where: str = "--model",
+                 data: Mapping[str, Any] | None = None, chat_template: str | None = None) -> None:  # fmt: skip
+        from omegaconf import OmegaConf
+        from transformers import AutoConfig, AutoProcessor
+        from verl.utils.dataset.rl_dataset import RLHFDataset
+
+        from sayo_verl.models import internvl_data, internvl_model
+        from sayo_verl.models.families import family_of
+        from sayo_verl.models.internvl import model_type_of
+
+        model_type = model_type_of(path)
+        if model_type is None:
+            raise SayoError("L17", "there is no model at this path", where=where, got=path,
+                            fix="correct it, or give a hub name such as Qwen/Qwen3-VL-8B-Instruct")  # fmt: skip
+        self.where, self.coverage = f"{where} {path}", coverage
+        self.family = family_of(model_type, where=self.where)
+        tiled = self.family.geometry == "tiles"
+        try:
+            self.config = AutoConfig.from_pretrained(path)
+            self.processor = (internvl_model.load_processor if tiled else AutoProcessor.from_pretrained)(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise SayoError("D68", f"the model's processor cannot be loaded ({' '.join(str(error).split())[:200]})",
+                            where=self.where, fix="copy the processor files of the original model into the "
+                            "folder") from error  # fmt: skip
+        found = type(self.processor).__name__
+        if found != self.family.processor:
+            raise SayoError("L23", "the model folder holds the processor of another family", where=self.where,
+                            got=f"{found} for a {model_type} model", wanted=self.family.processor,
+                            fix="copy the processor files of the original model into the folder")  # fmt: skip
+        self.processor.chat_template = chat_template or self.processor.chat_template
+        self._check_sizes()
+        base = internvl_data.InternVLDataset if tiled else RLHFDataset
+
+        class Rows(base):  # type: ignore[misc, valid-type]
+            """verl's data set, for what it does to one row: no file is read."""
+
+            def _download(self, use_origin_parquet: bool = False) -> None:
+                pass
+
+            def _read_files_and_tokenize(self) -> None:
+                pass
+
+        self._rows = Rows([], self.processor.tokenizer, OmegaConf.create(dict(data or {})), self.processor)
+
+    def _check_sizes(self) -> None:
+        """Patches of another size, or merged otherwise, would be another grid."""
+        own, vision = self.processor.image_processor, self.config.vision_config
+        if self.family.geometry == "grid":
+            got = {"patch_size": own.patch_size, "merge_size": own.merge_size}
+            wanted = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
+        else:
+            got = {"image_seq_length": self.processor.image_seq_length}
+            wanted = {"image_seq_length": self.config.image_seq_length}
+        if got != wanted:
+            raise SayoError("D68", "the processor does not make the visual tokens of these weights",
+                            where=self.where, got=got, wanted=wanted,
+                            fix="copy the processor files of the original model into the folder")  # fmt: skip
+
+    def cell(self) -> int:
+        """Pixels per side of a visual token, of the picture that the processor makes."""
+        own = self.processor.image_processor
+        if self.family.geometry == "grid":
+            return int(own.patch_size * own.merge_size)
+        return int(own.size["height"] / self.processor.image_seq_length**0.5)
+
+    def see(self, row: Mapping[str, Any], where: str) -> Seen:
+        """What becomes of a row.
+
+        Raises:
+            SayoError: D68 when the processor refuses it, P05 when placeholders and grids differ, and what
+                ``sayo_verl.probe.plan`` raises.
+        """
+        from sayo_verl.probe.plan import image_tiles, plan_row
+
+        features = self._features(row, where)
+        ids_S = features["input_ids"][0]
+        tiles = image_tiles(features, self.family, self.config, where=where)
+        boxes = (row.get("extra_info") or {}).get("boxes") or [[] for _ in tiles]
+        plan = plan_row(ids_S, 0, image_token_id=self.config.image_token_id, images=tiles, boxes=boxes,
+                        coverage=self.coverage, where=where)  # fmt: skip
+        counts = [sum(tile.tokens for tile in of_image) for of_image in tiles]
+        runs = _runs(plan.image_columns.numpy())
+        if runs != counts:
+            raise SayoError("P05", "the prompt's image placeholders do not fit the image grids", where=where,
+                            got=f"runs of {runs} placeholders", wanted=f"one run per image, of {counts}",
+                            fix="use the chat template of the original model")  # fmt: skip
+        if len(boxes) != len(tiles):
+            raise SayoError("P06", "the row does not have one list of boxes per image", where=where,
+                            got=f"{len(boxes)} lists for {len(tiles)} images", wanted="one list per image",
+                            fix="prepare the data again")  # fmt: skip
+        masks = [box_masks(b, t, self.coverage, where=where) for b, t in zip(boxes, tiles, strict=True)]
+        return Seen(tiles, masks, len(ids_S))
+
+    def prompt_tokens(self, row: Mapping[str, Any], where: str) -> int:
+        """Length of a row's prompt; D68 when the processor refuses it. Boxes are not looked at."""
+        return len(self._features(row, where)["input_ids"][0])
+
+    def _features(self, row: Mapping[str, Any], where: str) -> Any:
+        from verl.utils.tokenizer import build_multimodal_processor_inputs
+
+        # verl writes into what it is given
+        images = [dict(image) if isinstance(image, dict) else image for image in row.get("images") or []]
+        example = {"prompt": [dict(message) for message in row["prompt"] or []], "images": images}
+        try:
+            messages = self._rows._build_messages(example, key="prompt")
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False,
+                                                      **self._rows.apply_chat_template_kwargs)  # fmt: skip
+            given, _, _ = self._rows._process_multi_modal_info(messages, self._rows.image_patch_size, self._rows.config)
+            if given is None:
+                return self.processor.tokenizer(text=[text], add_special_tokens=False, return_tensors="pt")
+            return build_multimodal_processor_inputs(self.processor, text=[text], images=given,
+                                                     mm_processor_kwargs=self._rows.mm_processor_kwargs)  # fmt: skip
+        except SayoError as error:
+            raise SayoError(error.code, error.what, where=f"{where}, {error.where}", got=error.got,
+                            wanted=error.wanted, fix=error.fix) from error  # fmt: skip
+        except _REFUSALS as error:
+            told = " ".join(str(error).split())[:200]
+            raise SayoError("D68", f"the model's processor refuses a row ({type(error).__name__}: {told})",
+                            where=where, fix="remove the row, or store its images in another size"
+                            ) from error  # fmt: skip
+
+
+def too_long(lengths: Mapping[str, int], limit: int) -> SayoError | None:
+    """D68 for prompts of more than ``limit`` tokens, or None.
+
+    Args:
+        lengths: where the row is -> tokens of its prompt.
+        limit: ``data.max_prompt_length``.
+    """
+    over = [where for where, n in lengths.items() if n > limit]
+    if not over:
+        return None
+    longest = max(lengths.values())
+    return SayoError("D68", f"prompts are too long: max prompt {longest} > {limit}", where=over[0],
+                     got=f"{len(over)} of {len(lengths)} rows, first {lengths[over[0]]} tokens",
+                     fix=f"set data.max_prompt_length to {longest} or more, or prepare smaller images")  # fmt: skip
+
+
+def _runs(columns_V: np.ndarray) -> list[int]:
+    """Lengths of the unbroken runs of increasing positions."""
+    if not len(columns_V):
+        return []
+    cuts = np.flatnonzero(np.diff(columns_V) != 1) + 1
+    return [len(run) for run in np.split(columns_V, cuts)]

@@ -1,0 +1,134 @@
+"""Checks of the data of a run before any model is loaded: files, rows, images, and a sample through the processor.
+
+The launcher calls ``check_data``. What is asked of rows follows from the configuration (``demands_of``); the checks of
+single rows stand in ``sayo_verl.data.contract`` and are the same that `sayo inspect` makes. docs/data.md has the table.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import Progress
+
+from sayo_verl.data.check import Counted, check_boxes_of_run, check_joined, check_leakage, check_parquet, open_rows
+from sayo_verl.data.contract import Demands, Keys
+from sayo_verl.errors import SayoError
+from sayo_verl.launch.prompt_check import check_batch, check_prompts
+from sayo_verl.launch.reward_check import is_ours, own_settings
+from sayo_verl.methods import Method
+
+Plan = list[tuple[str, str]]
+SPLITS = ("train", "val")
+OUR_DATASET = "pkg://sayo_verl.models.internvl_data"
+
+
+def demands_of(config: DictConfig, method: Method | None) -> Demands:
+    """What a run asks of its rows."""
+    reward, data = config.reward, config.data
+    return Demands(
+        attention=method is not None,
+        # without a function of its own, a reward model sees the response alone
+        rewarded=reward.custom_reward_function.path is not None or not reward.reward_model.enable,
+        judge=own_settings(config)["judge"] if is_ours(config) else None,
+        qwen_resize=data.custom_cls.path is None,
+        headers=int(config.sayo.preflight_images) > 0,
+        keys=Keys(data.prompt_key, data.image_key, data.get("video_key", "videos"), data.get("audio_key", "audios")),
+    )
+
+
+def check_data(config: DictConfig, method: Method | None, model_type: str | None, *, dry_run: bool = False) -> Plan:
+    """Check the data of a run.
+
+    Args:
+        config: the composed configuration.
+        method: the run's method; None for an estimator of verl's own.
+        model_type: of the model's config.json; None: the model is not at hand.
+        dry_run: report absent files instead of refusing them.
+
+    Returns:
+        Lines of the plan.
+
+    Raises:
+        SayoError: L40 no file is named, L41 a kind of file that verl does not read, D01 an absent file, D75 fewer rows
+            than a batch, and what the checks of ``sayo_verl.data.check`` and ``check_prompts`` raise.
+    """
+    foreign = config.data.custom_cls.path
+    files = {split: files_of(config, split) for split in SPLITS}
+    if method is None and foreign not in (None, OUR_DATASET):
+        return [("data", f"not checked: {foreign} reads the files in its own way")]
+    demands, plan, there, counted = demands_of(config, method), [], {}, {}
+    for split in SPLITS:
+        there[split], told = _present(files[split], f"data.{split}_files", dry_run)
+        check_joined(there[split])
+        counted[split] = Counted()
+        for path in there[split]:
+            found = _with_progress(config, path, demands, len(there[split]))
+            counted[split].add(found, keep_of(config))
+            told.append(f"{path}: {found}")
+        plan.append((f"{split} data", "; ".join(told)))
+    silent, rows = (sum(getattr(of_split, name) for of_split in counted.values()) for name in ("silent", "rows"))
+    if silent:
+        plan.append(("instruction", f"{silent} of {rows} prompts do not ask for <answer>, where the reward reads the "
+                     "answer: right only if the model answers so anyway"))  # fmt: skip
+    complete = {split: len(there[split]) == len(files[split]) for split in SPLITS}
+    if complete["train"]:
+        if method is not None and method.gives:
+            check_boxes_of_run(counted["train"], "data.train_files", boxes=method.needs().boxes)
+        check_batch(config, counted["train"].rows - counted["train"].narrow)
+    held = "not compared with training (sayo.held_out=false)"
+    if config.sayo.held_out:
+        held = "not checked: a file is not there yet, or is no local parquet" if not all(complete.values()) else \
+            check_leakage(there["train"], there["val"], image_key=demands.keys.images,
+                          max_images=int(config.sayo.preflight_images))  # fmt: skip
+    return [*plan, ("held out", held), ("prompts", check_prompts(config, demands, model_type, counted))]
+
+
+def files_of(config: DictConfig, split: str) -> list[str]:
+    """The files of a split as they are named.
+
+    Raises:
+        SayoError: L40 for none; verl opens both splits, also where it never validates.
+    """
+    files = config.data.get(f"{split}_files")
+    files = [files] if isinstance(files, str) else list(files or [])
+    if not files or not all(isinstance(file, str) and file for file in files):
+        raise SayoError("L40", "no data file is named", where=f"data.{split}_files", got=files or "none",
+                        wanted="a parquet file or a list of them",
+                        fix="name a file; verl opens validation files too, also if it never validates")  # fmt: skip
+    return files
+
+
+def _present(files: Sequence[str], where: str, dry_run: bool) -> tuple[list[Path], list[str]]:
+    """The files that can be checked, and a line for each other one."""
+    there, told = [], []
+    for file in files:
+        path = Path(file).expanduser()
+        if not file.endswith((".parquet", ".json", ".jsonl")):
+            raise SayoError("L41", "verl does not read this kind of file", where=where, got=file,
+                            wanted=".parquet, .json or .jsonl", fix="convert it, or correct the name")  # fmt: skip
+        if "://" in file or not file.endswith(".parquet"):
+            told.append(f"{file} - not checked: only local parquet files are")
+        elif path.is_file():
+            there.append(path)
+        elif dry_run:
+            told.append(f"{file} - NOT THERE YET, needed before the run")
+        else:
+            raise SayoError("D01", "there is no such parquet file", where=where, got=file,
+                            fix="correct the path; `sayo prepare synthetic` draws the tiny task")  # fmt: skip
+    return there, told
+
+
+def keep_of(config: DictConfig) -> int:
+    """How many rows of a split go through the processor."""
+    return max(0, int(config.sayo.preflight_prompts)) if int(config.sayo.preflight_images) > 0 else 0
+
+
+def _with_progress(config: DictConfig, path: Path, demands: Demands, n_files: int) -> Counted:
+    n_rows = open_rows(path, demands).metadata.num_rows
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"checking {path.name}", total=n_rows)
+        return check_parquet(path, demands, max_images=int(config.sayo.preflight_images),
+                             keep=keep_of(config), spread=-(-keep_of(config) // (2 * n_files)),
+                             drops_narrow=bool(config.data.filter_overlong_prompts),
+                             tick=lambda: progress.advance(task))  # fmt: skip

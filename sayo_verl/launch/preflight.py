@@ -1,0 +1,219 @@
+"""What is checked before any model is loaded: settings first, then files. Each mistake ends with one line.
+
+``preflight`` returns the plan of the run, a list of (what, value) to print; ``dry_run`` turns files that are not there
+yet into entries of that plan instead of refusals, so that a job can be looked at on any machine.
+"""
+
+import dataclasses
+import importlib.util
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.launch.data_check import check_data
+from sayo_verl.launch.memory_check import check_memory
+from sayo_verl.launch.model_check import (
+    ATTENTION,
+    HDFS,
+    attention_of,
+    check_attention,
+    check_model,
+    is_hub_name,
+    load_config,
+    model_folder,
+    sequence_parallel,
+)
+from sayo_verl.launch.resources import check_batch_sizes, check_paths, check_ray_cpus, shared_paths
+from sayo_verl.launch.resume import check_metrics, check_resume, describe_checkpoints, metrics_file
+from sayo_verl.launch.reward_check import check_reward, check_template, describe_focus
+from sayo_verl.launch.settings import settings_from_config
+from sayo_verl.launch.training_check import check_training
+from sayo_verl.methods import METHODS, Method, Mix
+from sayo_verl.methods.faithful import FaithfulMethod
+from sayo_verl.probe.statistics import check_lse_path
+
+Plan = list[tuple[str, str]]
+
+
+def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
+    """Check a composed configuration and the files it names.
+
+    Args:
+        config: the full configuration of ``sayo_trainer``.
+        dry_run: report absent files instead of refusing them.
+
+    Returns:
+        The plan, in the order in which a reader wants it.
+
+    Raises:
+        SayoError: for the first mistake found.
+    """
+    method = check_estimator(config)
+    check_training(config, method)
+    if method is not None:
+        check_settings(config, method)
+        check_packages(method)
+        dataclasses.replace(method.needs().statistics, path=str(config.sayo.probe_path))  # P14
+    check_batch_sizes(config)
+    cpus = check_ray_cpus(config, dry_run=dry_run)
+    check_paths(config)
+    check_metrics(config)
+    resumed = check_resume(config)
+    reward = check_reward(config, method, dry_run=dry_run)
+    of_model, model_type = _check_model(config, method, dry_run)
+    memory = check_memory(config, method, dry_run=dry_run)
+    plan: Plan = [
+        ("estimator", f"{config.algorithm.adv_estimator}" + ("" if method else " (verl's own code, untouched)")),
+        ("method", _describe(method) if method else "-"),
+        *of_model,
+        *(of_data := check_data(config, method, model_type, dry_run=dry_run)),
+    ]
+    rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
+    parts = method.methods if isinstance(method, Mix) else (method,)
+    faithful = any(isinstance(part, FaithfulMethod) for part in parts)
+    several = int(config.trainer.nnodes) > 1
+    plan += [
+        ("reward", reward),
+        ("template", check_template(config)),
+        *([("anchoring", describe_focus(config))] if faithful else []),
+        ("rollouts", f"{config.data.train_batch_size} prompts x {rollout.n}, up to {config.data.max_response_length} "
+                     f"tokens, temperature {rollout.temperature}, top-p {rollout.top_p}"),
+        ("update", f"{actor.strategy}, lr {actor.optim.lr}, mini-batch {actor.ppo_mini_batch_size} prompts, KL loss "
+                   f"{actor.kl_loss_coef if actor.use_kl_loss else 'off'}, LoRA rank "
+                   f"{config.actor_rollout_ref.model.lora_rank or 'off'}"),
+        ("machines", f"{config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {config.trainer.device}; {cpus}"),
+        *([("every node must see", ", ".join(path for _, path in shared_paths(config)))] if several else []),
+        *memory,
+        ("length", _length(config, of_data)),
+        ("resumes", resumed),
+        ("checkpoints", describe_checkpoints(config)),
+        ("metrics", str(metrics_file(config) or 'no file, nothing for sayo report: trainer.logger has no "file"')),
+    ]  # fmt: skip
+    return plan
+
+
+def check_estimator(config: DictConfig) -> Method | None:
+    """The run's method, or None for an estimator of verl's own.
+
+    Raises:
+        SayoError: L01 for a name nobody registered, with the nearest one.
+    """
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
+
+    name = str(config.algorithm.adv_estimator)
+    ours = (*METHODS, Mix.name)
+    known = sorted(set(ours) | set(ADV_ESTIMATOR_REGISTRY))
+    if name not in known:
+        raise SayoError(
+            "L01",
+            f"unknown advantage estimator{did_you_mean(name, known)}",
+            where="algorithm.adv_estimator",
+            got=name,
+            wanted=f"ours ({', '.join(ours)}) or verl's ({', '.join(k for k in known if k not in ours)})",
+            fix="correct the name",
+        )
+    attn = OmegaConf.to_container(config.algorithm.attn, resolve=True) if "attn" in config.algorithm else {}
+    return settings_from_config(name, attn).method  # type: ignore[arg-type]
+
+
+def check_settings(config: DictConfig, method: Method) -> None:
+    """Refuse the settings of verl under which attention statistics would be absent, wrong or without effect."""
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    correction = config.algorithm.get("rollout_correction") or {}
+    attention = attention_of(config)
+    rules: list[tuple[str, bool, str, str, object, str]] = [
+        ("L05", config.trainer.v1.trainer_mode not in ("sync", "sayo_sync"), "only the synchronous trainer is known",
+         "trainer.v1.trainer_mode", config.trainer.v1.trainer_mode, "set trainer.v1.trainer_mode=sync"),
+        ("L06", bool(correction.get("bypass_mode", False)),
+         "bypass mode skips the log-prob pass in which attention is measured",
+         "algorithm.rollout_correction.bypass_mode", True, "set it to False"),
+        ("L07", bool(config.algorithm.use_pf_ppo), "use_pf_ppo pairs rows wrongly on the V1 trainer (verl issue 7956)",
+         "algorithm.use_pf_ppo", True, "set it to False"),
+        ("L08", actor.strategy not in ("fsdp", "fsdp2"), "attention is captured in verl's FSDP engine only",
+         "actor_rollout_ref.actor.strategy", actor.strategy, "use fsdp or fsdp2, or algorithm.adv_estimator=grpo"),
+        ("L09", sequence_parallel(config) > 1 and not config.actor_rollout_ref.model.use_remove_padding,
+         "verl's sequence parallelism needs packed rows", "actor_rollout_ref.model.use_remove_padding", False,
+         "set it to True, or actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1"),
+        ("L24", sequence_parallel(config) > 1 and "flash_attention" not in attention,
+         "verl exchanges heads for tokens in FlashAttention only; with another kernel each device attends to its own "
+         "part, and no error says so", ATTENTION, attention,
+         "set it to flash_attention_2, or actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1"),
+        ("L10", bool(config.algorithm.filter_groups.enable) and "reward" in method.gives,
+         "group filtering acts before attention is known and would drop groups that differ only in the method's reward",
+         "algorithm.filter_groups.enable", True, "set it to False, or give the method's reward term weight 0"),
+        ("L12", int(rollout.n) < 2, "a group of one has nothing to compare with",
+         "actor_rollout_ref.rollout.n", rollout.n, "set it to 2 or more (paper: 16)"),
+        ("L13", bool(rollout.multi_turn.enable), "multi-turn rollouts are not supported",
+         "actor_rollout_ref.rollout.multi_turn.enable", True, "set it to False"),
+        ("L20", config.actor_rollout_ref.model.external_lib not in (None, "sayo_verl.hooks.engine"),
+         "external_lib is what loads the engine with the attention mixin", "actor_rollout_ref.model.external_lib",
+         config.actor_rollout_ref.model.external_lib, "name your own module in VERL_USE_EXTERNAL_MODULES instead"),
+    ]  # fmt: skip
+    for code, broken, what, where, got, fix in rules:
+        if broken:
+            raise SayoError(code, what, where=where, got=got, fix=fix)
+    check_lse_path(str(config.sayo.probe_path), packed=bool(config.actor_rollout_ref.model.use_remove_padding),
+                   ranks=sequence_parallel(config), flash="flash_attention" in attention)  # fmt: skip
+
+
+def check_packages(method: Method) -> None:
+    """Refuse a run whose method needs a package that is not installed.
+
+    Raises:
+        SayoError: L28 with the line that installs it.
+    """
+    for module, line in method.needs().packages:
+        if importlib.util.find_spec(module) is None:
+            raise SayoError("L28", f"{method.name} needs {module}, which is not installed",
+                            where="algorithm.adv_estimator", got=f"no module {module}", fix=line)  # fmt: skip
+
+
+def _describe(method: Method) -> str:
+    if isinstance(method, Mix):
+        return f"{method.name}: " + "; ".join(_describe(part) for part in method.methods)
+    return f"{method.name}: " + ", ".join(f"{key} {value}" for key, value in vars(method).items())
+
+
+def _check_model(config: DictConfig, method: Method | None, dry_run: bool) -> tuple[Plan, str | None]:
+    """Lines for the plan, and ``model_type`` of a model that is at hand."""
+    path = str(config.actor_rollout_ref.model.path)
+    model, folder = load_config(path, dry_run=dry_run), model_folder(path, dry_run=dry_run)
+    if model is None or folder is None:
+        if path.startswith(HDFS):
+            found = "not checked: verl copies it from HDFS when the run starts"
+        elif not is_hub_name(path):
+            found = "NOT THERE YET, needed before the run"
+        elif Path(path).parent.is_dir():
+            found = "NOT THERE YET as a folder, and not to be had from the hub; its family and layers were not checked"
+        else:
+            found = "the hub cannot be reached from here, so its family and layers were not checked"
+        told = f"{path} - {found}"
+    else:
+        told = f"{path} ({check_model(config, method, folder, model) if method else model.model_type})"
+    attention = check_attention(config, model, dry_run=dry_run)
+    return [("model", told), ("attention", attention)], getattr(model, "model_type", None)
+
+
+def show(plan: Plan, write: Callable[[str], None] = print) -> None:
+    """Print the plan as aligned lines, wrapped to a terminal; in a log, which is searched, an entry keeps to a line."""
+    indent = 4 + max(len(name) for name, _ in plan)
+    columns = max(shutil.get_terminal_size().columns, indent + 40) if sys.stdout.isatty() else sys.maxsize
+    for name, value in plan:
+        lines = textwrap.wrap(value, columns - indent, break_long_words=False, break_on_hyphens=False) or [""]
+        for n, line in enumerate(lines):
+            write(f"  {'' if n else name}".ljust(indent) + line)
+
+
+def _length(config: DictConfig, of_data: Plan) -> str:
+    """Steps, where they are set, and epochs."""
+    steps, epochs = config.trainer.total_training_steps, f"{config.trainer.total_epochs} epochs"
+    if steps is not None:
+        return f"{steps} steps, {epochs}"
+    absent = any(name == "train data" and "NOT THERE YET" in value for name, value in of_data)
+    why = "the data is not there yet" if absent else "verl counts them when it has filtered the prompts"
+    return f"{epochs}; steps unknown: {why}"

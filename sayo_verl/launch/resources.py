@@ -1,0 +1,119 @@
+"""Checks of machines before a run: do batches divide, has Ray the CPUs that verl holds, do all nodes find the files."""
+
+import math
+import os
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from sayo_verl.errors import SayoError
+from sayo_verl.launch.model_check import is_hub_name
+
+# Ray CPUs that verl's processes hold: a placement bundle of 3 a device (ResourcePoolManager, max_colocate_count),
+# one for TransferQueue's controller, one for the task runner.
+CPUS_PER_DEVICE, CPUS_FIXED = 3, 2
+
+
+def check_batch_sizes(config: DictConfig) -> None:
+    """Without dynamic batching verl asserts, after the first rollout, that micro-batches divide what they are cut from:
+    mini-batches in the update, and in the log-prob pass the batch padded to whole mini-batches.
+
+    Raises:
+        SayoError: L22.
+    """
+    rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
+    prompts = config.data.train_batch_size
+    if not isinstance(prompts, int) or prompts < 1:
+        raise SayoError("L22", "a batch needs prompts", where="data.train_batch_size", got=prompts,
+                        wanted="a whole number of at least 1", fix="correct it")  # fmt: skip
+    devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
+    mini = int(actor.ppo_mini_batch_size) * int(rollout.n)
+    multiple = math.lcm(devices, mini)
+    batch = math.ceil(int(config.data.train_batch_size) * int(rollout.n) / multiple) * multiple
+    for key, dynamic, micro, rows, what in (
+        ("rollout.log_prob_micro_batch_size_per_gpu", rollout.log_prob_use_dynamic_bsz,
+         rollout.log_prob_micro_batch_size_per_gpu, batch, "data.train_batch_size x rollout.n, in whole mini-batches"),
+        ("actor.ppo_micro_batch_size_per_gpu", actor.use_dynamic_bsz, actor.ppo_micro_batch_size_per_gpu, mini,
+         "actor.ppo_mini_batch_size x rollout.n"),
+    ):  # fmt: skip
+        if not dynamic and micro is not None and rows % (int(micro) * devices):
+            raise SayoError(
+                "L22",
+                "micro-batches do not divide the rows they are cut from",
+                where=f"actor_rollout_ref.{key}",
+                got=f"{rows} rows ({what}) on {devices} devices, micro-batch {micro}",
+                wanted="rows divisible by micro-batch x devices",
+                fix="choose a divisor, or set the use_dynamic_bsz beside it",
+            )
+
+
+def elsewhere(config: DictConfig, *, dry_run: bool) -> bool:
+    """Whether this machine tells nothing of the run's: a dry run, several nodes, or a cluster that is already up."""
+    return dry_run or int(config.trainer.nnodes) > 1 or bool(os.environ.get("RAY_ADDRESS"))
+
+
+def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:
+    """TransferQueue waits for ever, without a word, when Ray cannot give its storage units a CPU each.
+
+    Returns:
+        What Ray must offer. It is compared with what this machine has, unless the run is ``elsewhere``.
+
+    Raises:
+        SayoError: L14.
+    """
+    storage = config.transfer_queue.backend.SimpleStorage
+    devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
+    # verl's manager "remote" starts reward.num_workers processes in each of reward.num_workers, of one CPU each
+    remote = int(config.reward.num_workers) ** 2 if config.reward.reward_manager.name == "remote" else 0
+    wanted = int(storage.num_data_storage_units) + CPUS_PER_DEVICE * devices + CPUS_FIXED + remote
+    found = OmegaConf.select(config, "ray_kwargs.ray_init.num_cpus") or os.cpu_count() or 1
+    unknown = elsewhere(config, dry_run=dry_run)
+    if int(found) < wanted and not unknown:
+        raise SayoError(
+            "L14",
+            "Ray has too few CPUs for TransferQueue and verl's workers, and the run would hang",
+            where="ray_kwargs.ray_init.num_cpus",
+            got=found,
+            wanted=f">= {wanted} ({storage.num_data_storage_units} storage units + {CPUS_PER_DEVICE} x {devices} "
+            f"devices + {CPUS_FIXED}" + (f" + {remote} of the reward manager remote)" if remote else ")"),
+            fix=f"set ray_kwargs.ray_init.num_cpus={wanted} (logical CPUs may exceed real ones) or lower "
+            "transfer_queue.backend.SimpleStorage.num_data_storage_units",
+        )
+    return f"Ray needs {wanted} CPUs" + (" (not checked here)" if unknown else "")
+
+
+def shared_paths(config: DictConfig) -> list[tuple[str, str]]:
+    """(setting, path) of everything that every node must see; models of the hub are not among them.
+
+    verl reads data in its task runner (``trainer_base.py: _init_dataloader``), models, checkpoints and the files of a
+    reward function and of a data set class in its workers, on whatever node Ray puts them. A folder of checkpoints is
+    no matter to a run that neither saves nor finds one to resume.
+    """
+    model = str(config.actor_rollout_ref.model.path)
+    trainer = config.trainer
+    resumes = trainer.resume_mode == "auto" and Path(str(trainer.default_local_dir)).exists()
+    used = int(trainer.save_freq) > 0 or resumes
+    paths = [("trainer.default_local_dir", str(trainer.default_local_dir))] if used else []
+    for key in ("reward.custom_reward_function.path", "data.custom_cls.path"):
+        code = OmegaConf.select(config, key)
+        paths += [(key, str(code).removeprefix("file://"))] if code else []  # pkg:// is an installed package
+    paths += [("actor_rollout_ref.model.path", model)] if not is_hub_name(model) else []
+    for key in ("train_files", "val_files"):
+        files = config.data[key]
+        paths += [(f"data.{key}", str(file)) for file in ([files] if isinstance(files, str) else files or [])]
+    return paths
+
+
+def check_paths(config: DictConfig) -> None:
+    """On several nodes, refuse relative paths.
+
+    Raises:
+        SayoError: L59.
+    """
+    if int(config.trainer.nnodes) == 1:
+        return
+    for where, path in shared_paths(config):
+        if "://" not in path and not Path(path).expanduser().is_absolute():
+            raise SayoError("L59", "another node would look for this path in another folder", where=where, got=path,
+                            wanted="an absolute path that every node sees",
+                            fix=f"for example {Path(path).absolute()}, on a shared disk")  # fmt: skip

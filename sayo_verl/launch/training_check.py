@@ -1,0 +1,123 @@
+"""Checks of verl's own training settings: the trainer, the policy loss and the critic, for every estimator.
+
+verl reads these settings when it first trains, after models are loaded and rollouts are made. Which of its losses keep
+a method's token weights is shown by ``tests/launch/test_training_check.py``, loss by loss.
+"""
+
+import contextlib
+import io
+import warnings
+
+from omegaconf import DictConfig, OmegaConf
+
+from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.launch.reward_check import is_ours
+from sayo_verl.methods import Method
+
+LOSS_MODE = "actor_rollout_ref.actor.policy_loss.loss_mode"
+LOSS_AGG_MODE = "actor_rollout_ref.actor.loss_agg_mode"
+DRO_BETA = "actor_rollout_ref.actor.policy_loss.dro_beta"
+# verl checks this in ActorConfig.__post_init__, from a list that it does not name
+LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+# Losses that average the advantages of a response over its tokens, so that weights of mean one cancel.
+AVERAGE_OVER_TOKENS = ("geo_mean",)
+# The loss of bypass mode, in which there is no log-prob pass to measure attention in.
+NEEDS_BYPASS = ("bypass_mode",)
+REPORTED = ("score", "acc", "format")  # by sayo_verl.reward, for every response
+
+
+def check_by_verl(config: DictConfig, *, dry_run: bool = False) -> None:
+    """Let verl check the configuration as it does before a run.
+
+    Args:
+        config: the composed configuration.
+        dry_run: keep what verl and vLLM print meanwhile out of the plan.
+
+    Raises:
+        SayoError: L50 with what verl says.
+    """
+    from hydra.errors import InstantiationException
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) if dry_run else contextlib.nullcontext(), \
+                warnings.catch_warnings():  # fmt: skip
+            if dry_run:
+                warnings.filterwarnings("ignore", "Disabled critic")
+            validate_config(config, need_reference_policy(config), need_critic(config))
+    except (AssertionError, ValueError, NotImplementedError, InstantiationException) as error:
+        said = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        raise SayoError("L50", f"verl refuses the configuration: {said}", where="verl.utils.config.validate_config",
+                        fix="change the settings that the message names") from error  # fmt: skip
+
+
+def check_training(config: DictConfig, method: Method | None) -> None:
+    """Refuse settings with which verl would stop after the first rollout, or undo what a method does.
+
+    Args:
+        config: the composed configuration.
+        method: the run's method; None for an estimator of verl's own.
+
+    Raises:
+        SayoError: L04 for the old trainer, L37 for a loss that does not exist, L38 for a loss without the setting that
+            it needs, L39 for a loss that cancels the method's token weights or takes no log-prob pass, L49 for ``gae``
+            without a critic, L52 for dynamic sampling that verl would not do.
+    """
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+    if not config.trainer.use_v1:
+        raise SayoError("L04", "sayo_verl.main_ppo runs verl's V1 trainer only", where="trainer.use_v1", got=False,
+                        fix="set trainer.use_v1=True, or launch verl.trainer.main_ppo for the old one")  # fmt: skip
+    for key, known in ((LOSS_MODE, tuple(POLICY_LOSS_REGISTRY)), (LOSS_AGG_MODE, LOSS_AGG_MODES)):
+        name = str(OmegaConf.select(config, key))
+        if name not in known:
+            raise SayoError("L37", f"verl has no such loss setting{did_you_mean(name, known)}", where=key, got=name,
+                            wanted=", ".join(known), fix="correct the name")  # fmt: skip
+    loss, beta = str(OmegaConf.select(config, LOSS_MODE)), OmegaConf.select(config, DRO_BETA)
+    if loss == "dro" and not (isinstance(beta, int | float) and beta > 0):
+        raise SayoError("L38", "the loss dro needs its beta", where=DRO_BETA, got=beta, wanted="a positive number",
+                        fix=f"set {DRO_BETA}")  # fmt: skip
+    if method is not None and loss in NEEDS_BYPASS:
+        raise SayoError("L39", "this loss is for bypass mode, in which no log-prob pass measures attention",
+                        where=LOSS_MODE, got=loss, fix=f"set {LOSS_MODE}=vanilla")  # fmt: skip
+    if method is not None and "token" in method.gives and loss in AVERAGE_OVER_TOKENS:
+        raise SayoError(
+            "L39",
+            f"this loss averages advantages over the tokens of a response, which cancels the token weights of "
+            f"{method.name}",
+            where=LOSS_MODE,
+            got=loss,
+            wanted=", ".join(name for name in POLICY_LOSS_REGISTRY if name not in AVERAGE_OVER_TOKENS + NEEDS_BYPASS),
+            fix=f"set {LOSS_MODE}=vanilla, or choose a method that gives a reward or trajectory weights",
+        )
+    _check_sampling(config)
+    if config.algorithm.adv_estimator == "gae" and config.critic.enable is False:
+        raise SayoError("L49", "gae needs a critic", where="critic.enable", got=False, wanted="null or true",
+                        fix="leave critic.enable out")  # fmt: skip
+
+
+def _check_sampling(config: DictConfig) -> None:
+    """Refuse dynamic sampling that verl leaves out, or stops at, without a word at launch.
+
+    verl gives a custom sampler neither the metric of group filtering nor the refill of failed groups.
+    """
+    sampler, groups = config.trainer.v1.sampler, config.algorithm.filter_groups
+    custom = sampler.get("custom_sampler") or {}
+    if custom.get("path") and custom.get("name"):
+        refill = "trainer.v1.sampler.sync_refill_failed_groups"
+        for key, on in (
+            ("algorithm.filter_groups.enable", groups.enable),
+            (refill, sampler.sync_refill_failed_groups),
+        ):
+            if on:
+                raise SayoError("L52", "verl does not do this with a custom sampler", where=key, got=True,
+                                fix=f"set {key}=False, or leave trainer.v1.sampler.custom_sampler out")  # fmt: skip
+    if not groups.enable:
+        return
+    reported = (*REPORTED, "reward") if is_ours(config) else None
+    if not groups.metric or (reported is not None and groups.metric not in reported):
+        raise SayoError("L52", "the reward function does not report the metric of dynamic sampling",
+                        where="algorithm.filter_groups.metric", got=groups.metric,
+                        wanted=", ".join(reported or ("a key that your reward function returns", "reward")),
+                        fix="set it to acc")  # fmt: skip

@@ -1,0 +1,169 @@
+"""InternVL in Hugging Face format (``model_type`` ``internvl``, such as InternVL3.5) in verl 0.9.1, which lacks it.
+
+``activate`` wraps one name of verl, ``hf_processor``, which every process that loads a model calls. It does what verl
+does unless the model's config.json says ``internvl``. Then, and only then:
+
+- verl gets the processor of ``sayo_verl.models.internvl_model``, where its own function knows none and returns None.
+  Without ``get_rope_index`` on it, verl numbers positions 0, 1, 2, ..., which is right for this family.
+- The model's class gets that module's guards.
+- ``qwen2_5_vl_dedup_image_tokens``, through which every prompt goes to vLLM, is replaced. verl's prompts hold all
+  visual tokens of an image; vLLM wants one ``<IMG_CONTEXT>`` in place of ``<img>`` + tokens + ``</img>`` and puts the
+  whole back. Given anything else it adds a second image's worth of tokens and answers a prompt nobody trains on.
+
+The data set of ``sayo_verl.models.internvl_data`` keeps images as they are stored; verl's own snaps their sides to
+multiples of 28, which is Qwen's grid. The launcher names it in ``data.custom_cls``.
+
+Not supported: videos, Ulysses sequence parallelism, fused kernels; each raises. Rollouts on vLLM only.
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from sayo_verl.errors import SayoError
+
+MODEL_TYPE = "internvl"
+_VLLM_SERVER = "verl.workers.rollout.vllm_rollout.vllm_async_server"
+
+
+def activate() -> None:
+    """Wrap ``hf_processor`` where verl looks it up. Called once per process, from the plug-in."""
+    import verl.workers.config.model as model_config
+
+    stock = model_config.hf_processor
+
+    @functools.wraps(stock)
+    def hf_processor(name_or_path: str, **kwargs: Any) -> Any:
+        if model_type_of(name_or_path) != MODEL_TYPE:
+            return stock(name_or_path, **kwargs)
+        from sayo_verl.models import internvl_model
+
+        internvl_model.guard_model_class()
+        collapse_prompts_for_vllm()
+        return internvl_model.load_processor(name_or_path, **kwargs)
+
+    model_config.hf_processor = hf_processor
+
+
+def configure(config: Any) -> bool:
+    """Prepare the launch of a run: name the data set class and refuse what cannot work. Other families are let alone.
+
+    Args:
+        config: the composed configuration, an OmegaConf ``DictConfig``; ``data.custom_cls`` is set unless the user did.
+
+    Returns:
+        Whether the model is of this family.
+
+    Raises:
+        SayoError: C07 for fused kernels, C08 for Ulysses sequence parallelism, C09 for a rollout that is not vLLM's.
+    """
+    from omegaconf import OmegaConf, open_dict
+
+    from sayo_verl.launch.model_check import load_config
+
+    # A model that is not there is for preflight to judge.
+    model = load_config(str(config.actor_rollout_ref.model.path), dry_run=True)
+    if model is None or model.model_type != MODEL_TYPE:
+        return False
+    sequence_parallel = tuple(
+        f"{role}.{key}"
+        for role in ("actor", "ref")
+        for key in ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size")
+    )
+    rules = [
+        ("C07", "model.use_fused_kernels", False, "verl's fused kernels drop the images of this family"),
+        *(("C08", key, 1, "verl does not slice the inputs of this family") for key in sequence_parallel),
+        ("C09", "rollout.name", "vllm", "prompts with images are adapted for vLLM only"),
+    ]
+    for code, key, wanted, what in rules:
+        # not every engine has every key
+        found = OmegaConf.select(config, f"actor_rollout_ref.{key}", default=wanted)
+        if found != wanted:
+            raise SayoError(code, f"{MODEL_TYPE}: {what}", where=f"actor_rollout_ref.{key}", got=found, wanted=wanted,
+                            fix=f"set it to {wanted}")  # fmt: skip
+    if OmegaConf.select(config, "data.custom_cls.path") is None:
+        with open_dict(config):
+            config.data.custom_cls = {"path": "pkg://sayo_verl.models.internvl_data", "name": "InternVLDataset"}
+    return True
+
+
+def model_type_of(name_or_path: str) -> str | None:
+    """``model_type`` of config.json; None where there is none to read, which is for verl to judge."""
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(name_or_path)
+    except OSError:
+        return None
+    return config.get("model_type")
+
+
+def collapse_prompts_for_vllm() -> None:
+    """Replace ``qwen2_5_vl_dedup_image_tokens`` for this family's processors, once per process.
+
+    verl's server imports it by name and has done so when it loads its model; a process that loads a model first imports
+    the server later. So it is replaced in both places.
+    """
+    import verl.workers.rollout.utils as rollout_utils
+
+    from sayo_verl.models.internvl_model import InternVLProcessor
+
+    stock = rollout_utils.qwen2_5_vl_dedup_image_tokens
+    if getattr(stock, "sayo_internvl", False):
+        return
+
+    @functools.wraps(stock)
+    def dedup(prompt_ids: list[int], processor: Any) -> list[int]:
+        if not isinstance(processor, InternVLProcessor):
+            return stock(prompt_ids, processor)
+        return one_token_per_image(
+            prompt_ids,
+            start=processor.start_image_token_id,
+            image=processor.image_token_id,
+            end=processor.end_image_token_id,
+            tokens_per_tile=processor.image_seq_length,
+        )
+
+    dedup.sayo_internvl = True  # type: ignore[attr-defined]
+    for name in ("verl.workers.rollout.utils", _VLLM_SERVER):
+        if name in sys.modules:
+            sys.modules[name].qwen2_5_vl_dedup_image_tokens = dedup  # type: ignore[attr-defined]
+
+
+def one_token_per_image(
+    prompt_ids: Sequence[int], *, start: int, image: int, end: int, tokens_per_tile: int
+) -> list[int]:
+    """A prompt with every image's ``<img>`` + visual tokens + ``</img>`` replaced by one visual token.
+
+    Args:
+        prompt_ids: token ids of a prompt as the processor writes it.
+        start, image, end: ids of ``<img>``, ``<IMG_CONTEXT>`` and ``</img>``.
+        tokens_per_tile: visual tokens of a tile.
+
+    Raises:
+        SayoError: C01 for visual tokens that are not whole tiles between ``<img>`` and ``</img>``.
+    """
+    ids, out, i = list(prompt_ids), [], 0
+    while i < len(ids):
+        first = i + 1 if ids[i] == start and i + 1 < len(ids) and ids[i + 1] == image else i
+        if ids[first] != image:
+            out.append(ids[i])
+            i += 1
+            continue
+        last = first
+        while last < len(ids) and ids[last] == image:
+            last += 1
+        if first == i or last == len(ids) or ids[last] != end or (last - first) % tokens_per_tile:
+            raise SayoError(
+                "C01",
+                "the visual tokens of a prompt are not those of an image",
+                where=f"prompt on its way to vLLM, position {first} of {len(ids)}",
+                got=f"{last - first} visual tokens between {ids[i - 1 : i] if first == i else [ids[i]]} and "
+                f"{ids[last : last + 1]}",
+                wanted=f"a multiple of {tokens_per_tile} between <img> ({start}) and </img> ({end})",
+                fix="check the chat template: it must write <IMG_CONTEXT> once per image and nothing else around it",
+            )
+        out.append(image)
+        i = last + 1
+    return out

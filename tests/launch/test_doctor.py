@@ -1,0 +1,333 @@
+"""What `sayo doctor` finds on machines of other kinds: nvidia-smi, compiler and shared memory are stood in for."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from triton.runtime import build
+
+from sayo_verl.cli import build_parser, main
+from sayo_verl.errors import SayoError
+from sayo_verl.launch import doctor, machine
+from sayo_verl.launch.model_check import INSTALL_FLASH_ATTN
+from sayo_verl.probe import selfcheck
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """``nvidia_smi(*lines, status=0)``: what the command prints, on a PATH with nothing else but bash."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "bash").symlink_to("/bin/bash")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+
+    def install(*lines, status=0):
+        file = tmp_path / "bin" / "nvidia-smi"
+        text = "\n".join(lines)
+        file.write_text(f"#!/bin/bash\n[[ \"$*\" == *--query-gpu=* ]] || exit 9\necho '{text}'\nexit {status}\n")
+        file.chmod(0o755)
+
+    return install
+
+
+H100 = "NVIDIA H100 80GB HBM3, {}, 81559, 412, 0, GPU-1a2b"
+
+
+def torch_of(monkeypatch, cuda, sees=False):
+    monkeypatch.setattr(torch, "__version__", f"2.11.0+cu{cuda.replace('.', '')}" if cuda else "2.11.0+cpu")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: sees)
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "oldest"), [("570.133.20", "13.0", 580), ("510.47.03", "12.8", 525), ("418.226", "11.8", 450)]
+)
+def test_a_driver_too_old_for_torchs_cuda_is_named(nvidia_smi, monkeypatch, driver, cuda, oldest):
+    nvidia_smi(H100.format(driver), H100.format(driver))
+    torch_of(monkeypatch, cuda)
+    device, memory = doctor.check_device("gpu")
+    assert not device.right
+    assert f"2 x NVIDIA H100 80GB HBM3, of which torch 2.11.0+cu{cuda.replace('.', '')} sees none" in device.found
+    assert f"driver {driver} is too old for torch's CUDA {cuda}" in device.found
+    assert device.wanted == f"driver {oldest} or newer"
+    assert f"update the driver to {oldest}" in device.fix
+    assert memory.found == "0: 79.6 GiB, 0.4 in use; 1: 79.6 GiB, 0.4 in use"
+
+
+def test_cards_that_torch_does_not_see_although_the_driver_is_new_enough(nvidia_smi, monkeypatch):
+    nvidia_smi(H100.format("580.95.05"))
+    torch_of(monkeypatch, "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+
+    def init():
+        raise RuntimeError("No CUDA GPUs are available")
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    device, _ = doctor.check_device("gpu")
+    assert not device.right
+    assert "No CUDA GPUs are available (driver 580.95.05, CUDA 13.0, CUDA_VISIBLE_DEVICES 7)" in device.found
+
+
+@pytest.mark.parametrize("stack", ["cpu", "gpu"])
+def test_a_build_of_torch_for_cpus_beside_cards_is_wrong_for_the_gpu_stack_only(nvidia_smi, monkeypatch, stack):
+    nvidia_smi(H100.format("580.95.05"))
+    torch_of(monkeypatch, None)
+    device, _ = doctor.check_device(stack)
+    assert "it is a build for CPUs" in device.found
+    assert device.right == (stack == "cpu")
+
+
+def test_cards_that_torch_sees_are_shown_with_their_memory(nvidia_smi, monkeypatch):
+    nvidia_smi(H100.format("580.95.05"), "NVIDIA H200, 580.95.05, 143771, 0, 1, GPU-3c4d")
+    torch_of(monkeypatch, "13.0", sees=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda n: "NVIDIA H100 80GB HBM3")
+    device, memory = doctor.check_device("gpu")
+    assert device.right
+    assert device.found == "2 x NVIDIA H100 80GB HBM3"
+    assert memory.found == "0: 79.6 GiB, 0.4 in use; 1: 140.4 GiB, 0.0 in use"
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [(["NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver."], 9),
+     (["NVIDIA H100, 580.95.05, much, 0, 0, GPU-1"], 0)],
+    ids=["fails", "no numbers"],
+)  # fmt: skip
+def test_an_nvidia_smi_that_does_not_list_cards_is_reported(nvidia_smi, lines, status):
+    nvidia_smi(*lines, status=status)
+    (device,) = doctor.check_device("gpu")
+    assert not device.right
+    assert f"nvidia-smi fails: {lines[0]}" in device.found
+    assert doctor.check_device("cpu")[0].right  # which does not use them
+
+
+def test_a_card_without_memory_of_its_own_has_no_memory_line(nvidia_smi, monkeypatch):
+    nvidia_smi("NVIDIA GB10, 580.95.05, [N/A], [N/A], 0, GPU-5e")
+    torch_of(monkeypatch, "13.0", sees=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda n: "NVIDIA GB10")
+    (device,) = doctor.check_device("gpu")
+    assert device.right
+    assert device.found == "1 x NVIDIA GB10"
+
+
+@pytest.mark.usefixtures("nvidia_smi")
+def test_without_nvidia_smi_there_is_no_accelerator():
+    (device,) = doctor.check_device("gpu")
+    assert device.found.startswith("no accelerator")
+
+
+# ------------------------------------------------------------ compiler, flash-attn, shared memory
+
+
+@pytest.mark.usefixtures("nvidia_smi")
+def test_no_compiler_and_no_headers(monkeypatch, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(machine.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    found = doctor.check_build()
+    assert not found.right
+    assert found.found == f"missing: a C compiler (gcc, clang or CC), {tmp_path / 'Python.h'}"
+    (tmp_path / "Python.h").touch()
+    for name in ("gcc", "clang", "mycc"):
+        (tmp_path / "bin" / name).symlink_to("/bin/bash")
+        if name == "mycc":
+            monkeypatch.setenv("CC", "mycc")
+        assert doctor.check_build().right
+        (tmp_path / "bin" / name).unlink()
+        assert not doctor.check_build().right
+
+
+def unbuildable(cause):
+    def masses(*args, **kwargs):
+        raise cause
+
+    return SimpleNamespace(__name__="sayo_verl.probe.fast", attention_masses=masses)
+
+
+@pytest.mark.usefixtures("nvidia_smi")
+def test_P29_what_triton_raises_without_a_compiler_is_one_line(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(RuntimeError) as tritons:
+        build._find_compiler.__wrapped__("c")
+    headers = subprocess.CalledProcessError(1, ["gcc", "main.c"])
+    for cause in (tritons.value, headers, FileNotFoundError("ptxas")):
+        monkeypatch.setattr(selfcheck, "kernels", lambda path, device, cause=cause: unbuildable(cause))
+        found = doctor.check_probe()
+        assert not found.right
+        assert "SAYO-P29: the probe's kernels cannot be built or started on this machine" in found.found
+        assert f"got {type(cause).__name__}: " in found.found
+        assert "sayo.probe_path=reference" in found.fix
+
+
+def test_out_of_memory_in_the_comparison_is_no_build_that_failed(monkeypatch):
+    monkeypatch.setattr(selfcheck, "kernels", lambda path, device: unbuildable(torch.OutOfMemoryError("CUDA")))
+    with pytest.raises(torch.OutOfMemoryError):
+        selfcheck.check_path("auto", heads=2, key_heads=2, head_dim=16, device=torch.device("cpu"))
+
+
+def test_flash_attn_is_wanted_in_verls_version(monkeypatch):
+    found = doctor.check_flash_attn()
+    assert not found.right
+    assert (found.found, found.wanted) == ("flash-attn is not installed", "==2.8.3")
+    assert INSTALL_FLASH_ATTN in found.fix
+    assert "attn_implementation=sdpa" in found.fix
+    monkeypatch.setattr("sayo_verl.launch.model_check.flash_attn_problem", lambda: None)
+    for there, right in (("2.8.3", True), ("2.8.3+cu13torch2.11", True), ("2.7.4", False)):
+        monkeypatch.setattr(doctor, "version", lambda name, there=there: there)
+        assert doctor.check_flash_attn().right == right
+    monkeypatch.setattr(
+        "sayo_verl.launch.model_check.flash_attn_problem", lambda: "flash-attn 2.8.3 does not import (why)"
+    )
+    found = doctor.check_flash_attn()
+    assert not found.right
+    assert "does not import (why)" in found.found
+
+
+@pytest.mark.parametrize(
+    ("free", "memory", "right", "wanted"),
+    [(64e6, 1e12, False, "10 GB"), (11e9, 1e12, True, "10 GB"), (4e9, 12e9, True, "4 GB"), (3e9, 12e9, False, "4 GB")],
+)
+def test_shared_memory_must_hold_rays_object_store(monkeypatch, free, memory, right, wanted):
+    monkeypatch.setattr(machine.os, "statvfs", lambda path: SimpleNamespace(f_bavail=int(free // 4096), f_frsize=4096))
+    monkeypatch.setattr(machine.os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else int(memory))
+    found = doctor.check_shared_memory()
+    assert found.right == right
+    assert found.wanted.startswith(f"at least {wanted}")
+    assert "--shm-size" in found.fix
+
+
+def test_the_threshold_is_rays():
+    from ray._private import ray_constants
+
+    assert ray_constants.REQUIRE_SHM_SIZE_THRESHOLD == machine.RAY_STORE_LEAST
+    assert ray_constants.DEFAULT_OBJECT_STORE_MEMORY_PROPORTION == machine.RAY_STORE
+
+
+# ------------------------------------------------------------ a job
+
+PLAN = """  machines        1 x 8 cuda; Ray needs 34 CPUs (not checked here)
+  memory per GPU  by arithmetic, in GiB of 79.6 (nvidia-smi)
+  memory per GPU  update 74.1: weights 30.1 - TIGHT, 93% of the card
+"""
+
+
+def job(tmp_path, text, status=0):
+    script = tmp_path / "job.sh"
+    script.write_text(f"[[ $DRY_RUN == 1 ]] || exit 7\ncat <<'EOF'\n{text}\nEOF\nexit {status}\n")
+    return str(script)
+
+
+def test_a_job_is_looked_at_with_its_memory_and_its_cards(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "cards", lambda: [machine.Card("H100", "580.1", 81559, 0)] * 4)
+    passed, *memory, cards = doctor.check_job(job(tmp_path, PLAN))
+    assert passed.right
+    assert [line.found for line in memory] == ["by arithmetic, in GiB of 79.6 (nvidia-smi)",
+                                               "update 74.1: weights 30.1 - TIGHT, 93% of the card"]  # fmt: skip
+    assert (cards.found, cards.right) == ("needs 8 GPUs on each node, found 4", False)
+    monkeypatch.setattr(doctor, "cards", lambda: [machine.Card("H100", "580.1", 81559, 0)] * 8)
+    assert doctor.check_job(job(tmp_path, PLAN))[-1].right
+
+
+def test_a_job_that_is_refused_is_reported_with_its_fix(tmp_path):
+    said = SayoError("L60", "update needs more memory than a GPU has", where="there", fix="use more GPUs")
+    (found,) = doctor.check_job(job(tmp_path, f"{said}\nanother line", status=1))
+    assert not found.right
+    assert (found.found, found.fix) == (str(said), "use more GPUs")
+    (absent,) = doctor.check_job(str(tmp_path / "absent.sh"))
+    assert "No such file" in absent.found
+
+
+def test_a_job_gets_the_overrides_after_its_script_and_the_variables_in_front(tmp_path, monkeypatch):
+    script = tmp_path / "job.sh"
+    script.write_text('echo "  machines  1 x $NGPUS_PER_NODE cuda"\necho "  memory per GPU  $*"\n')
+    monkeypatch.setattr(doctor, "cards", lambda: [])
+    monkeypatch.setenv("NGPUS_PER_NODE", "1")
+    args = build_parser(["doctor"]).parse_args(["doctor", "--job", str(script), "sayo.gpu_memory_gib=24", "a.b=1"])
+    findings = doctor.check_job(*args.job)
+    assert [line.found for line in findings[1:]] == [
+        "sayo.gpu_memory_gib=24 a.b=1",
+        "needs 1 GPU on each node, found 0",
+    ]
+
+
+def test_help_of_doctor_shows_a_job_with_variables_in_front(capsys):
+    with pytest.raises(SystemExit):
+        build_parser(["doctor"]).parse_args(["doctor", "--help"])
+    assert (
+        "LORA_RANK=16 NGPUS_PER_NODE=4 sayo doctor --job scripts/run_sayo_qwen3vl_8b.sh sayo."
+        in capsys.readouterr().out
+    )
+
+
+def test_the_report_keeps_a_finding_to_a_line_where_there_is_no_terminal(monkeypatch, capsys):
+    long = doctor.Finding("job", "x " * 200 + "end", "y " * 200, False, "z " * 200)
+    monkeypatch.setattr(doctor, "examine", lambda stack, job: [long])
+    assert main(["doctor", "--job", "some.sh"]) == 1
+    said = capsys.readouterr()
+    assert "dry run of some.sh" in said.err
+    assert [line for line in said.out.splitlines() if "x x" in line and "end" in line and "y y" in line]
+
+
+# ------------------------------------------------------------ versions
+
+
+def wanted_of(stack):
+    return {name: str(requirement.specifier) for name, requirement in doctor.pinned(stack).items()}
+
+
+def test_the_gpu_stack_is_compared_with_the_constraints_of_the_clone(repo):
+    wanted = wanted_of("gpu")
+    lines = (repo / "configs" / "constraints-gpu.txt").read_text().splitlines()
+    for name in doctor.SHOWN:
+        assert f"{name}{wanted[name.lower()]}" in lines
+
+
+def test_without_a_clone_the_gpu_stack_has_the_pins_of_the_packages(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "CONSTRAINTS", tmp_path / "none.txt")
+    wanted = wanted_of("gpu")
+    assert wanted["verl"] == "==0.9.1"
+    assert wanted["torch"] == "==2.11.0"
+    assert wanted["transferqueue"].startswith(">=")
+    assert all(name.lower() in wanted for name in doctor.SHOWN)
+
+
+def test_nvcc_must_be_of_torchs_cuda_and_is_looked_for_only_where_flash_attn_is_absent(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "find_nvcc", lambda: None)
+    torch_of(monkeypatch, "13.0")
+    (found,) = doctor.check_nvcc()
+    assert (found.right, found.found) == (False, "not found")
+    monkeypatch.undo()
+    torch_of(monkeypatch, "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    for release, right in (("13.2", True), ("12.8", False)):
+        nvcc.write_text(f"#!/bin/bash\necho 'Cuda compilation tools, release {release}, V{release}.86'\n")
+        nvcc.chmod(0o755)
+        (found,) = doctor.check_nvcc()
+        assert (found.right, found.found) == (right, f"{nvcc}, CUDA {release}")
+        assert found.wanted.startswith("nvcc of CUDA 13")
+    monkeypatch.setattr("sayo_verl.launch.model_check.flash_attn_problem", lambda: None)
+    assert doctor.check_nvcc() == []
+
+
+def test_the_shipped_job_is_looked_at(repo, monkeypatch):
+    monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}:/usr/bin:/bin")
+    monkeypatch.delenv("VERL_PLATFORM", raising=False)
+    findings = doctor.check_job(str(repo / "scripts" / "run_sayo_qwen3vl_8b.sh"))
+    assert [finding.name for finding in findings[:2]] == ["job", "job, memory per GPU"]
+    assert findings[-1].found == "needs 8 GPUs on each node, found 0"
+
+
+def test_the_gpu_stack_is_looked_at_more_closely(monkeypatch):
+    for name in ("check_versions", "check_device"):
+        monkeypatch.setattr(doctor, name, lambda stack: [])
+    for name in ("check_probe", "check_ray_worker"):
+        monkeypatch.setattr(doctor, name, lambda: SimpleNamespace(name="other"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    names = {"flash-attn", "nvcc", "C compiler", "/dev/shm"}
+    assert names < {finding.name for finding in doctor.examine()}
+    assert not names & {finding.name for finding in doctor.examine("cpu")}

@@ -1,0 +1,631 @@
+"""Memory of a job by arithmetic, against real modules and counts by hand, and the launch checks that it feeds."""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+from support.family_models import TINY
+from support.public_shapes import MODELS, write_config
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, Qwen2_5_VLVisionBlock
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer, Qwen3VLVisionBlock
+
+from sayo_verl.errors import SayoError
+from sayo_verl.launch.memory import (
+    CUDA,
+    GIB,
+    VLLM_ASLEEP,
+    Job,
+    Shapes,
+    estimate,
+    kv_bytes,
+    kv_cache,
+    layer_bytes,
+    shapes_of,
+)
+from sayo_verl.launch.memory_check import CARD, card_gib, check_memory
+from sayo_verl.launch.resources import check_paths
+from sayo_verl.methods import AnchorMethod, RegionMethod
+from sayo_verl.models.families import FAMILIES
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    return {name: write_config(name, tmp_path_factory.mktemp(name)) for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def shapes(models) -> dict[str, Shapes]:
+    return {name: shapes_of(AutoConfig.from_pretrained(folder)) for name, folder in models.items()}
+
+
+# --------------------------------------------------------------------------------------------------------- the shapes
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_those_of_the_hub_and_of_a_count_by_hand(models, shapes, name):
+    kind, text, _, published = MODELS[name]
+    s = shapes[name]
+    assert s.parameters == published
+    with torch.device("meta"):
+        net = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(models[name]))
+    vision = sum(p.numel() for p in net.model.visual.parameters())
+    h, q, k, f = s.hidden, s.heads * s.head, s.kv_heads * s.head, s.ffn
+    norms = 2 * h + (2 * s.head if kind == "qwen3_vl" else q + 2 * k)  # of heads, or the biases
+    layer = h * (q + 2 * k) + q * h + 3 * h * f + norms
+    tied = text.get("tie_word_embeddings", False)
+    assert s.parameters - vision == s.layers * layer + h + s.vocab * h * (1 if tied else 2)
+    assert s.block == layer
+    assert s.unit == (layer if tied else s.vocab * h)
+    blocks = sum(p.numel() for block in net.model.visual.blocks for p in block.parameters())
+    assert s.root == h + vision - blocks + (s.vocab * h if tied else 0)
+    assert (s.trained, s.unit_trained, s.vision_trained, s.patches) == (s.parameters, s.unit, True, 4)
+
+
+def test_an_adapter_is_counted_as_peft_makes_it(models):
+    config = AutoConfig.from_pretrained(models["Qwen3-VL-8B"])
+    s = shapes_of(config, lora_rank=16, target_modules="all-linear", exclude_modules=".*visual.*")
+    layer = (4096 + 4096) * 2 + (4096 + 1024) * 2 + (4096 + 12288) * 3
+    assert (s.trained, s.unit_trained, s.vision_trained) == (36 * 16 * layer, 16 * layer, False)
+    assert s.parameters == MODELS["Qwen3-VL-8B"][3]
+    assert shapes_of(config, lora_rank=16, target_modules="all-linear").vision_trained
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_family_has_shapes(family, tmp_path):
+    TINY[family].build(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    s = shapes_of(model.config)
+    assert s.parameters == sum(p.numel() for p in model.parameters())
+    assert s.layers == TINY[family].layers
+    assert s.patches == 4
+    assert 0 < s.block <= s.unit < s.parameters
+
+
+def saved_bytes(layer: torch.nn.Module, run: Any) -> int:
+    """Bytes of distinct storages that autograd keeps, but for weights."""
+    own = {p.data_ptr() for p in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        output = run()
+    del output
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("Qwen3-VL-8B", 0.98, 1.02), ("Qwen2.5-VL-7B", 1.0, 1.15)])
+def test_a_layer_keeps_what_the_arithmetic_says(models, name, low, high):
+    text = AutoConfig.from_pretrained(models[name]).get_text_config()
+    text.hidden_size, text.intermediate_size = text.hidden_size // 4, text.intermediate_size // 4
+    text.num_attention_heads, text.num_key_value_heads = text.num_attention_heads // 4, text.num_key_value_heads // 4
+    text._attn_implementation, n = "sdpa", 128
+    kind = Qwen3VLTextDecoderLayer if "3-VL" in name else Qwen2_5_VLDecoderLayer
+    layer = kind(text, 0).to(torch.bfloat16)
+    x = torch.randn(1, n, text.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    turn = torch.randn(*([1] if "3-VL" in name else [3, 1]), n, 128, dtype=torch.bfloat16)
+    kept = saved_bytes(layer, lambda: layer(x, position_embeddings=(turn, turn), attention_mask=None)) / n
+    q, k = text.num_attention_heads * 128, text.num_key_value_heads * 128
+    assert low < layer_bytes(text.hidden_size, q, k, text.intermediate_size) / kept < high
+
+
+@pytest.mark.parametrize("name", ["Qwen3-VL-8B", "Qwen2.5-VL-7B"])
+def test_a_vision_block_keeps_no_more_than_the_arithmetic_says(models, name):
+    vision, n = AutoConfig.from_pretrained(models[name]).vision_config, 64
+    vision._attn_implementation = "sdpa"
+    block = (Qwen3VLVisionBlock if "3-VL" in name else Qwen2_5_VLVisionBlock)(vision).to(torch.bfloat16)
+    x = torch.randn(n, vision.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    turn = torch.randn(n, vision.hidden_size // vision.num_heads)
+    ends = torch.tensor([0, n], dtype=torch.int32)
+    kept = saved_bytes(block, lambda: block(x, cu_seqlens=ends, position_embeddings=(turn, turn))) / n
+    h, f = vision.hidden_size, vision.intermediate_size
+    assert kept <= layer_bytes(h, h, h, f) < 2 * kept
+
+
+# --------------------------------------------------------------------------------------------------------- the phases
+JOB = Job(shards=8, tensor_parallel=1, tokens=16384, log_prob_tokens=16384, visual_tokens=16000, max_prompt=6500,
+          max_response=110, max_model_len=6610, weight_bytes=4, param_offload=False, optimizer_offload=False,
+          host_policy=False, lora=False, checkpointing=True, unreduced=False, update_logits=2, log_prob_logits=2,
+          utilization=0.6, sleeps=True, batched_tokens=8192, sequences=256, bucket=2**31, card=80.0, probe_sets=2,
+          probe_profile=False, probe_hidden=False, foreach=True)  # fmt: skip
+
+
+def totals(s: Shapes, **changes: Any) -> dict[str, float]:
+    return {name: sum(terms.values()) for name, terms in estimate(s, dataclasses.replace(JOB, **changes)).items()}
+
+
+def test_the_phases_of_a_full_job_by_hand(shapes):
+    s = shapes["Qwen3-VL-8B"]
+    phases = estimate(s, JOB)
+    share = 8_767_123_696 * 4 / 8 / GIB
+    update = phases["update"]
+    assert update["weights"] == pytest.approx(share)
+    assert update["Adam"] == pytest.approx(2 * share)
+    assert update["gradients"] == pytest.approx(share + 6 * 151936 * 4096 / GIB)
+    assert update["kept activations"] == pytest.approx((16384 * 36 * 4096 + 16000 * 4 * 27 * 1152) * 2 / GIB)
+    assert phases["log-probs"]["logits"] == pytest.approx(16384 * 151936 * 2 / GIB)
+    assert phases["optimizer step"] == pytest.approx(
+        {
+            "weights": share,
+            "gradients": share,
+            "Adam": 2 * share,
+            "a copy": share,
+            "CUDA": CUDA,
+            "vLLM asleep": VLLM_ASLEEP,
+        }
+    )
+    rollout = phases["rollout"]
+    assert rollout["vLLM weights"] + rollout["vLLM forward"] + rollout["KV cache"] == pytest.approx(0.6 * 80)
+    assert sum(rollout.values()) == pytest.approx(0.6 * 80 + 3 * share + CUDA + VLLM_ASLEEP)
+    assert phases["weight sync"]["bucket"] == pytest.approx(2 + 151936 * 4096 * 4 / GIB)
+
+
+def test_what_offloading_frees_and_when(shapes):
+    s = shapes["Qwen3-VL-8B"]
+    plain, offloaded = totals(s), totals(s, param_offload=True, optimizer_offload=True)
+    share = s.parameters * 4 / 8 / GIB
+    assert plain["rollout"] - offloaded["rollout"] == pytest.approx(3 * share)
+    assert plain["update"] == offloaded["update"], "verl loads everything for the update"
+    held = totals(s, host_policy=True)
+    assert plain["optimizer step"] - held["optimizer step"] == pytest.approx(5 * share)
+    assert totals(s, sleeps=False)["update"] == pytest.approx(plain["update"] + 0.6 * 80 - VLLM_ASLEEP)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    st.sampled_from(sorted(MODELS)),
+    st.fixed_dictionaries(
+        {"shards": st.integers(1, 64), "tokens": st.integers(64, 32768), "checkpointing": st.booleans()}
+    ),
+    st.sampled_from(["tokens", "log_prob_tokens", "weight_bytes", "update_logits", "probe_sets", "bucket"]),
+)
+def test_more_of_anything_needs_no_less_and_more_cards_no_more(shapes, name, some, field):
+    s, twice = shapes[name], {**dataclasses.asdict(JOB), **some}[field] * 2
+    less, more = totals(s, **some), totals(s, **{**some, field: twice})
+    assert all(more[phase] >= less[phase] > 0 for phase in less)
+    assert more != less
+    spread = totals(s, **{**some, "shards": 2 * some["shards"]})
+    assert all(spread[phase] < less[phase] for phase in less)
+
+
+def test_kv_cache_of_a_token(shapes):
+    assert kv_bytes(shapes["Qwen3-VL-8B"], 1) == 147_456
+    assert kv_bytes(shapes["Qwen2.5-VL-7B"], 2) == 28_672
+    assert kv_bytes(shapes["Qwen2.5-VL-7B"], 8) == kv_bytes(shapes["Qwen2.5-VL-7B"], 4), "heads are copied"
+    weights, forward, cache = kv_cache(shapes["Qwen3-VL-8B"], JOB)
+    assert weights == pytest.approx(8_767_123_696 * 2 / GIB)
+    assert weights + forward + cache == pytest.approx(48)
+
+
+# ---------------------------------------------------------------------------------------------------------- the checks
+@pytest.fixture(scope="module")
+def base(repo) -> DictConfig:
+    """The job of run_sayo_qwen3vl_8b.sh as far as memory goes."""
+    with initialize_config_dir(str(repo / "sayo_verl" / "config"), version_base=None):
+        return compose(
+            "sayo_trainer",
+            overrides=[
+                f"hydra.searchpath=[pkg://verl.trainer.config,file://{repo / 'configs'}]",
+                "data.max_prompt_length=6500",
+                "data.max_response_length=110",
+                "data.train_batch_size=24",
+                "actor_rollout_ref.actor.strategy=fsdp2",
+                "actor_rollout_ref.actor.use_dynamic_bsz=True",
+                "actor_rollout_ref.actor.ppo_mini_batch_size=24",
+                "actor_rollout_ref.actor.use_kl_loss=True",
+                "actor_rollout_ref.model.lora_rank=16",
+                "actor_rollout_ref.model.exclude_modules=.*visual.*",
+                "actor_rollout_ref.rollout.name=vllm",
+                "actor_rollout_ref.rollout.n=16",
+                "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
+                "actor_rollout_ref.rollout.gpu_memory_utilization=0.6",
+                "actor_rollout_ref.rollout.max_model_len=6610",
+            ],
+        )
+
+
+@pytest.fixture
+def make(base, models, tmp_path, monkeypatch):
+    """``make(model, **{key: value})``; nvidia-smi is not there."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    for name in ("CUDA_VISIBLE_DEVICES", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def changed(model: str = "Qwen3-VL-8B", **values: Any) -> DictConfig:
+        config = base.copy()
+        for key, value in {"actor_rollout_ref.model.path": str(models.get(model, model)), **values}.items():
+            OmegaConf.update(config, key, value)
+        return config
+
+    return changed
+
+
+REGION = RegionMethod()
+
+
+def plan(config: DictConfig, method: Any = REGION) -> str:
+    return "\n".join(f"{name}: {value}" for name, value in check_memory(config, method, dry_run=True))
+
+
+def refused(config: DictConfig, code: str, *words: str) -> None:
+    with pytest.raises(SayoError) as caught:
+        check_memory(config, RegionMethod(), dry_run=True)
+    assert caught.value.code == code
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_the_plan_shows_every_phase_and_its_terms(make):
+    text = plan(make())
+    assert "by arithmetic, in GiB of 79.0 (assumed: a card of 80 GB; sayo.gpu_memory_gib names another)" in text
+    for phase in ("log-probs", "update", "optimizer step", "weight sync", "rollout"):
+        assert f"memory per GPU: {phase} " in text
+    assert "rollout 55.0: KV cache 29.7, vLLM weights 16.3, weights 4.1, CUDA 3.5, vLLM forward 1.4" in text
+    assert "KV cache for 33 sequences of 6610 tokens" in text
+    assert "TIGHT" not in text
+    assert "reference model" not in text, "a LoRA's reference is the actor without its adapter"
+    assert "memory per node: reference model 33 GiB" in plan(make(**{"actor_rollout_ref.model.lora_rank": 0}))
+
+
+def test_one_card_holds_4b_with_an_adapter(make):
+    text = plan(make("Qwen3-VL-4B", **{"trainer.n_gpus_per_node": 1}))
+    assert "weights 16.7" in text
+    assert "KV cache for 42 sequences" in text
+
+
+def test_a_plan_close_to_the_card_is_marked(make):
+    text = plan(make(**{"actor_rollout_ref.rollout.gpu_memory_utilization": 0.85}))
+    (line,) = [line for line in text.splitlines() if "TIGHT" in line]
+    assert line.startswith("memory per GPU: rollout 74.8")
+    assert line.endswith("TIGHT, 95% of the card")
+
+
+def test_L58_unset_length_of_8b(make):
+    config = make(**{"actor_rollout_ref.rollout.max_model_len": None})
+    refused(config, "L58", "262144, the positions of the model", "36.0 GiB of 29.7", "set it to 6610")
+    config = make("Qwen2.5-VL-7B", **{"actor_rollout_ref.rollout.max_model_len": None})
+    assert "sequences of 128000 tokens" in plan(config), "6.8 GiB fit"
+    config = make(**{"actor_rollout_ref.rollout.gpu_memory_utilization": 0.2})
+    refused(config, "L58", "GiB of 0.0", "ROLLOUT_GPU_MEM_UTIL=0.8")
+
+
+def test_L58_lengths_that_do_not_go_together(make):
+    refused(make(**{"actor_rollout_ref.rollout.max_model_len": 6609}), "L58", "got 6609;", "set it to 6610")
+    refused(make("Qwen2.5-VL-7B", **{"actor_rollout_ref.rollout.max_model_len": 128001}), "L58", "<= 128000")
+    refused(make("Qwen2.5-VL-7B", **{"data.max_response_length": 130000,
+                                     "actor_rollout_ref.rollout.max_model_len": None}), "L58",
+            "lower data.max_prompt_length")  # fmt: skip
+    # on a CPU as well, where no memory is looked at
+    refused(make(**{"actor_rollout_ref.rollout.max_model_len": 100, "trainer.device": "cpu"}), "L58")
+    assert plan(make(**{"trainer.device": "cpu"})) == ""
+
+
+def test_L60_a_full_8b_on_one_card(make):
+    one = {"trainer.n_gpus_per_node": 1, "actor_rollout_ref.model.lora_rank": 0}
+    refused(make(**one), "L60", "optimizer step needs more memory than a GPU has, most of it for Adam", "Adam 65.3",
+            "offload_policy=True")  # fmt: skip
+    assert "update" in plan(make(**one, **{"actor_rollout_ref.actor.fsdp_config.offload_policy": True}))
+    refused(make(**one, **{"actor_rollout_ref.actor.fsdp_config.offload_policy": True,
+                           "actor_rollout_ref.actor.strategy": "fsdp"}), "L60")  # fmt: skip
+    assert "rollout" in plan(make(**one, **{"sayo.gpu_memory_gib": 260}))
+
+
+def test_L60_names_the_setting_of_the_largest_term(make):
+    refused(
+        make(**{"actor_rollout_ref.rollout.gpu_memory_utilization": 0.95}),
+        "L60",
+        "rollout needs more",
+        "most of it for KV cache (rollout.gpu_memory_utilization)",
+        "fix: ROLLOUT_GPU_MEM_UTIL=0.8 in front of the script, or actor_rollout_ref.rollout.gpu_memory_utilization=0.8",
+    )
+    refused(make(**{"actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 200_000,
+                    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": 16384}), "L60", "update needs more",
+            "actor.ppo_max_token_len_per_gpu", "from 200000 tokens")  # fmt: skip
+    refused(make(**{"actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": 300_000,
+                    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 16384}), "L60", "log-probs needs more",
+            "rollout.log_prob_max_token_len_per_gpu")  # fmt: skip
+
+
+FOUR = {"trainer.n_gpus_per_node": 1, "actor_rollout_ref.rollout.temperature": 1.0}
+
+
+def test_L60_names_no_utilization_where_none_fits_and_the_changes_it_names_do(make):
+    config = make("Qwen3-VL-4B", **FOUR, **{"sayo.gpu_memory_gib": 24})
+    refused(config, "L60", "most of it for weights (model_dtype, number of GPUs)", "fix: ", "param_offload=True",
+            "model_dtype=bf16", "GPUs (NGPUS_PER_NODE, NNODES)")  # fmt: skip
+    with pytest.raises(SayoError) as caught:
+        plan(config)
+    ways = caught.value.fix.split("; or ")
+    assert not any(way.startswith("ROLLOUT_GPU_MEM_UTIL") for way in ways), "the utilization alone does not do it"
+    assert not any("offload_policy" in way or "LORA_RANK" in way for way in ways), "the job has an adapter"
+    for way in ways:
+        said = dict(re.findall(r"(actor_rollout_ref\.[\w.]+)=([\w.]+)", way))
+        values = {key: yaml.safe_load(value) for key, value in said.items()}
+        if cards := re.match(r"(\d+) GPUs", way):
+            values["trainer.n_gpus_per_node"] = int(cards[1])
+        changed = config.copy()
+        for key, value in values.items():
+            OmegaConf.update(changed, key, value, force_add=True)
+        assert "KV cache for" in plan(changed), way
+
+
+@pytest.mark.parametrize("card", [17, 20, 24, 28, 32, 36, 40, 44, 48])
+def test_L60_a_utilization_it_names_leaves_a_tenth_of_the_card(make, card):
+    config = make("Qwen3-VL-4B", **FOUR, **{"sayo.gpu_memory_gib": card})
+    OmegaConf.update(config, "actor_rollout_ref.rollout.gpu_memory_utilization", 0.9)
+    with pytest.raises(SayoError) as caught:
+        plan(config)
+    if caught.value.fix.startswith("ROLLOUT_GPU_MEM_UTIL="):
+        value = float(caught.value.fix.split("=")[1].split()[0])
+        OmegaConf.update(config, "actor_rollout_ref.rollout.gpu_memory_utilization", value)
+        line = next(line for line in plan(config).splitlines() if "rollout " in line)
+        assert float(line.split("rollout ")[1].split(":")[0]) <= 0.9 * card + 0.05
+    assert caught.value.fix.startswith("ROLLOUT_GPU_MEM_UTIL=") == (card >= 36)
+
+
+def test_L60_a_job_that_no_change_makes_fit_needs_a_smaller_model(make):
+    refused(make("Qwen3-VL-8B", **{"sayo.gpu_memory_gib": 4}), "L60", "fix: a smaller model")
+
+
+def test_the_plan_says_in_how_many_waves_a_card_samples(make):
+    assert plan(make()).endswith(
+        "KV cache for 33 sequences of 6610 tokens at once; 48 responses a card: 2 waves at most"
+    )
+    two = plan(make(**{"actor_rollout_ref.rollout.tensor_model_parallel_size": 2}))
+    assert two.endswith("; 96 responses for 2 cards: 2 waves at most")
+    assert "24 responses a card: 1 wave at most" in plan(make(**{"data.train_batch_size": 12}))
+    assert plan(make(**{"actor_rollout_ref.rollout.max_num_seqs": 8})).endswith("48 responses a card: 6 waves at most")
+
+
+def test_micro_batches_are_no_larger_than_the_batch(make):
+    small = make(**{"data.train_batch_size": 1, "actor_rollout_ref.actor.ppo_mini_batch_size": 1,
+                    "actor_rollout_ref.rollout.n": 2,
+                    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 300_000})  # fmt: skip
+    assert "kept activations 1.8" in plan(small)  # one row of 6,610 tokens
+    fixed = {
+        "actor_rollout_ref.actor.use_dynamic_bsz": False,
+        "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz": False,
+    }
+    fixed |= {"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 2}
+    assert "kept activations 3.6" in plan(
+        make(**fixed, **{"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 2})
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "logits"),
+    [("rollout.temperature", 0.7, "9.3"), ("model.use_fused_kernels", True, ""),
+     ("model.use_remove_padding", False, "9.3"), ("actor.fsdp_config.use_torch_compile", False, "32.5")],
+)  # fmt: skip
+def test_copies_of_the_logits(make, key, value, logits):
+    line = next(line for line in plan(make(**{f"actor_rollout_ref.{key}": value})).splitlines() if "log-probs" in line)
+    assert (f"logits {logits}" in line) if logits else ("logits" not in line)
+
+
+def test_without_flash_attn_logits_are_kept_in_float32(make, monkeypatch):
+    monkeypatch.setattr("sayo_verl.launch.memory_check.flash_attn_problem", lambda: "not installed")
+    lines = check_memory(make(), RegionMethod(), dry_run=False)
+    assert "logits or one layer 23.2" in {value.split()[0]: value for _, value in lines}["update"]
+
+
+def test_the_probe_of_a_method_is_counted(make):
+    profile = plan(make(**{"data.max_response_length": 4000, "actor_rollout_ref.rollout.max_model_len": 10500}),
+                   AnchorMethod())  # fmt: skip
+    assert "probe 0.5" in profile
+    assert "probe" not in plan(make(), None)
+
+
+def test_what_is_not_estimated_is_said(make, tmp_path):
+    assert plan(make("Qwen/not-at-hand")) == "memory per GPU: not estimated: the model's configuration is not at hand"
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "config.json").write_text('{"model_type": "qwen3"}')
+    assert "not estimated: the shapes of qwen3 are not known" in plan(make(str(text)), None)
+    fp8 = make()
+    for key, value in {"kv_cache_dtype": "fp8", "enable_log_requests": True}.items():
+        OmegaConf.update(fp8, f"actor_rollout_ref.rollout.engine_kwargs.vllm.{key}", value, force_add=True)
+    assert "not estimated: rollout.engine_kwargs.vllm=['kv_cache_dtype']" in plan(fp8)
+    assert "not estimated: rollout.name=sglang" in plan(make(**{"actor_rollout_ref.rollout.name": "sglang"}))
+    assert "trainer_mode=separate_async" in plan(make(**{"trainer.v1.trainer_mode": "separate_async"}))
+    assert "not estimated: actor.strategy=megatron" in plan(
+        make(**{"actor_rollout_ref.actor.strategy": "megatron"}), None
+    )
+
+
+# test_every_family_has_shapes has the others; the configuration of vision-encoder-decoder has no defaults
+@pytest.mark.parametrize(
+    "kind", sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - FAMILIES.keys() - {"vision-encoder-decoder"})
+)
+def test_image_text_models_of_other_families_are_not_estimated(make, tmp_path, kind):
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    config = make(str(tmp_path), **{"data.max_prompt_length": 100, "actor_rollout_ref.rollout.max_model_len": None})
+    assert plan(config) == f"memory per GPU: not estimated: the shapes of {kind} are not known"
+
+
+def test_other_layers_than_full_attention_are_not_estimated(make, models, tmp_path):
+    config = AutoConfig.from_pretrained(models["Qwen2.5-VL-7B"])
+    config.get_text_config().layer_types = ["full_attention", "sliding_attention"] * 14
+    config.save_pretrained(tmp_path)
+    assert "not estimated: the text model has layers of sliding_attention" in plan(make(str(tmp_path)))
+
+
+ACTOR, ROLLOUT, MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(f"{ACTOR}.optim.optimizer", "AdamW8bit"), (f"{ACTOR}.optim.optimizer_impl", "bitsandbytes.optim"),
+     (f"{ACTOR}.fsdp_config.reshard_after_forward", False), (f"{MODEL}.enable_activation_offload", True),
+     (f"{MODEL}.lora_adapter_path", "/an/adapter"), (f"{ROLLOUT}.dtype", "float32"),
+     (f"{ROLLOUT}.expert_parallel_size", 2), (f"{ROLLOUT}.max_num_seqs", None),
+     (f"{ROLLOUT}.max_num_batched_tokens", None), ("reward.reward_model.enable", True)],
+)  # fmt: skip
+def test_settings_that_the_arithmetic_does_not_know(make, key, value):
+    shown = "null" if value is None else value
+    assert f"not estimated: {key.removeprefix('actor_rollout_ref.')}={shown}" in plan(make(**{key: value}))
+
+
+def test_a_critic_is_not_estimated_and_a_reward_model_on_cards_of_its_own_is(make):
+    assert "not estimated: there is a critic" in plan(make(**{"algorithm.adv_estimator": "gae"}), None)
+    assert "not estimated: there is a critic" in plan(make(**{"critic.enable": True}), None)
+    apart = {"reward.reward_model.enable": True, "reward.reward_model.enable_resource_pool": True}
+    assert "by arithmetic" in plan(make(**apart))
+
+
+def test_adamw_makes_a_copy_of_what_it_trains_with_foreach_only(make):
+    def step(**options: Any) -> str:
+        text = plan(make(**{f"{MODEL}.lora_rank": 0, f"{ACTOR}.optim.override_optimizer_config": options}))
+        return next((line for line in text.splitlines() if "optimizer step" in line), text)
+
+    assert "a copy 4.1" in step()
+    assert "a copy 4.1" in step(eps=1e-6)
+    assert "a copy" not in step(fused=True)
+    assert "a copy" not in step(foreach=False)
+    assert "not estimated: actor.optim.override_optimizer_config=['amsgrad']" in step(amsgrad=True)
+
+
+def test_weights_are_spread_over_no_more_devices_than_there_are(make):
+    key = f"{ACTOR}.fsdp_config.fsdp_size"
+    assert plan(make(**{key: 16})) == plan(make())
+    assert plan(make(**{key: 4})) != plan(make())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(f"{ROLLOUT}.gpu_memory_utilization", None), (f"{ROLLOUT}.gpu_memory_utilization", 1.2),
+     (f"{ROLLOUT}.gpu_memory_utilization", 0), (f"{MODEL}.lora_rank", None)],
+)  # fmt: skip
+def test_L62_numbers_that_verl_or_vllm_cannot_use(make, key, value):
+    refused(make(**{key: value}), "L62", f"at {key}", f"got {'null' if value is None else value}")
+
+
+@pytest.mark.parametrize(
+    ("targets", "excluded"), [(["q_projj"], None), ("all-linear", ".*"), ("all-linear", "*visual*")]
+)
+def test_L63_an_adapter_that_peft_does_not_build(make, targets, excluded):
+    refused(make(**{f"{MODEL}.target_modules": targets, f"{MODEL}.exclude_modules": excluded}), "L63", str(targets))
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path):
+    """``nvidia_smi(*lines, status=0)``: what the command prints."""
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "nvidia-smi"
+
+    def install(*lines: str, status: int = 0) -> None:
+        fake.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines) + f"exit {status}\n")
+        fake.chmod(0o755)
+
+    return install
+
+
+H100, A100 = "NVIDIA H100, 580.1, 81920, 0, 0, GPU-1a2b", "NVIDIA A100, 580.1, 40960, 0, 1, GPU-3c4d"
+ONE = {"trainer.n_gpus_per_node": 1}
+
+
+def test_memory_of_a_card_is_set_read_or_assumed(make, nvidia_smi):
+    assumed = "assumed: a card of 80 GB{}; sayo.gpu_memory_gib names another"
+    assert card_gib(make(), away=False) == (CARD, assumed.format(""))
+    nvidia_smi(H100, A100)
+    assert card_gib(make(), away=False) == (40.0, "nvidia-smi")
+    assert card_gib(make(**ONE), away=False) == (80.0, "nvidia-smi"), "the largest"
+    assert card_gib(make(), away=True) == (CARD, assumed.format(""))
+    assert card_gib(make(**{"sayo.gpu_memory_gib": 141}), away=False) == (141.0, "sayo.gpu_memory_gib")
+    nvidia_smi("NVIDIA-SMI has failed", status=9)
+    assert card_gib(make(), away=False) == (
+        CARD,
+        assumed.format(", as nvidia-smi fails: NVIDIA-SMI has failed"),
+    )
+    nvidia_smi("NVIDIA GB10, 580.1, [N/A], [N/A], 0, GPU-5e")
+    assert card_gib(make(), away=False) == (CARD, assumed.format(", as nvidia-smi shows no memory"))
+
+
+@pytest.mark.parametrize(
+    ("names", "gib"), [("1", 40.0), ("0", 80.0), ("0,1", 80.0), (" GPU-3c", 40.0), ("1,-1,0", 40.0), ("GPU-1a2b", 80.0)]
+)
+def test_CUDA_VISIBLE_DEVICES_selects_the_cards(make, nvidia_smi, monkeypatch, names, gib):
+    nvidia_smi(H100, A100)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+    assert card_gib(make(**ONE), away=False) == (gib, "nvidia-smi")
+
+
+@pytest.mark.parametrize("names", ["", "-1", "7", "MIG-9f"])
+def test_CUDA_VISIBLE_DEVICES_that_names_no_card(make, nvidia_smi, monkeypatch, names):
+    nvidia_smi(H100, A100)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+    gib, source = card_gib(make(), away=False)
+    assert gib == CARD
+    assert "as CUDA_VISIBLE_DEVICES names no card that nvidia-smi lists" in source
+
+
+@pytest.mark.parametrize("where", ["dry run", "two nodes", "a cluster"])
+def test_a_run_on_other_machines_is_not_judged_by_this_one(make, nvidia_smi, monkeypatch, where):
+    nvidia_smi("NVIDIA T4, 580.1, 15360, 0, 0, GPU-1")
+    with pytest.raises(SayoError, match=r"L60.*15\.0 \(nvidia-smi\)"):
+        check_memory(make(**ONE), REGION, dry_run=False)
+    if where == "a cluster":
+        monkeypatch.setenv("RAY_ADDRESS", "auto")
+    config = make(**{"trainer.nnodes": 2}) if where == "two nodes" else make()
+    lines = check_memory(config, REGION, dry_run=where == "dry run")
+    assert "GiB of 79.0 (assumed" in lines[0][1]
+
+
+def test_what_others_hold_of_a_card_is_warned_of(make, nvidia_smi):
+    def warned() -> list[str]:
+        lines = check_memory(make("Qwen3-VL-4B", **{"trainer.n_gpus_per_node": 2}), REGION, dry_run=False)
+        return [value for _, value in lines if "WARNING" in value]
+
+    nvidia_smi(H100, "NVIDIA H100, 580.1, 81920, 412, 1, GPU-1")
+    assert warned() == []
+    nvidia_smi(H100, "NVIDIA H100, 580.1, 81920, 71680, 1, GPU-1")
+    (line,) = warned()
+    assert line.startswith("WARNING: 10.0 GiB of card 1 are free now, and the run needs ")
+
+
+@pytest.mark.parametrize("wrong", [0, "much", True, float("inf"), float("nan")])
+def test_L61_memory_that_is_no_number(make, wrong):
+    refused(make(**{"sayo.gpu_memory_gib": wrong}), "L61", f"got {wrong}")
+
+
+@pytest.mark.parametrize("key", ["data.train_files", "data.val_files", "trainer.default_local_dir",
+                                 "actor_rollout_ref.model.path", "reward.custom_reward_function.path",
+                                 "data.custom_cls.path"])  # fmt: skip
+def test_L59_relative_paths_on_several_nodes(make, tmp_path, monkeypatch, key):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "b").mkdir(parents=True)
+    good = {"trainer.nnodes": 2, "data.train_files": ["/d/a.parquet", "hdfs://d/b.parquet"],
+            "data.val_files": "~/v.parquet", "trainer.default_local_dir": "/c", "trainer.save_freq": 5,
+            "reward.custom_reward_function.path": "pkg://mine", "data.custom_cls.path": "/c/mine.py"}  # fmt: skip
+    check_paths(make(**good))
+    check_paths(make("Qwen/Qwen3-VL-8B-Instruct", **good))
+    wrong = ["/d/a.parquet", "models/b"] if key == "data.train_files" else "models/b"
+    with pytest.raises(SayoError, match=f"L59: .* at {key} .* got models/b.*{os.getcwd()}/models/b"):
+        check_paths(make(**{**good, key: wrong}))
+    check_paths(make(**{**good, key: wrong, "trainer.nnodes": 1}))
+
+
+def test_a_relative_folder_of_checkpoints_is_no_matter_where_none_is_saved_or_resumed(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {"trainer.nnodes": 2, "data.train_files": "/d/a.parquet", "data.val_files": "/d/a.parquet",
+              "trainer.default_local_dir": "checkpoints", "trainer.save_freq": -1,
+              "trainer.resume_mode": "auto"}  # fmt: skip
+    check_paths(make(**values))
+    (tmp_path / "checkpoints").mkdir()  # verl looks for one in there
+    with pytest.raises(SayoError, match=r"L59: .* at trainer\.default_local_dir"):
+        check_paths(make(**values))
+    check_paths(make(**{**values, "trainer.resume_mode": "disable"}))
+    with pytest.raises(SayoError, match=r"L59: .* at trainer\.default_local_dir"):
+        check_paths(make(**{**values, "trainer.resume_mode": "disable", "trainer.save_freq": 5}))

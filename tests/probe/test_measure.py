@@ -1,0 +1,769 @@
+"""A micro-batch measured against dense float64: layout, conventions, layers, several statistics at once, ranks.
+
+Shape suffixes: T response tokens, V visual tokens, k the asked size.
+"""
+
+import dataclasses
+import threading
+
+import pytest
+import torch
+from support.probe_rows import (
+    ALL,
+    CPU,
+    NAN,
+    PER_HEAD,
+    ROW_OFFSET,
+    SHAPES,
+    Rows,
+    largest_difference,
+    refusal,
+    same,
+    statistic,
+)
+
+from sayo_verl.probe import fast, profiles, reference
+from sayo_verl.probe.measure import Measurement, kernels
+from sayo_verl.probe.shard import Shard
+from sayo_verl.probe.statistics import CATALOGUE, Statistic, StatisticsRequest
+
+CONVENTIONS = sorted(ROW_OFFSET)
+BY_ROW = [name for name in ALL if CATALOGUE[name].source != "hidden"]  # what is read from queries and keys
+
+
+def variants(names=ALL, **options) -> list[Statistic]:
+    """Each statistic, and its per-head form where there is one."""
+    found = [statistic(name, **options) for name in names]
+    return found + [dataclasses.replace(s, per_head=True) for s in found if s.name in PER_HEAD]
+
+
+def compare(rows: Rows, found: dict[Statistic, dict[int, torch.Tensor]]) -> float:
+    """Largest difference from float64; indices must be equal."""
+    differences = []
+    for s, by_row in found.items():
+        for n, values in by_row.items():
+            difference = largest_difference(values, rows.wire(s, n))
+            assert difference == 0 or not s.name.endswith("_index"), f"{s.key} of row {n}"
+            differences.append(difference)
+    all_of_them = torch.tensor(differences)
+    print(f"{len(differences)} results from float64: largest {all_of_them.max():.1e}, mean {all_of_them.mean():.1e}")
+    return max(differences)
+
+
+def take(values: torch.Tensor, rows: Rows, n: int) -> torch.Tensor:
+    """The response's part of a row's wire values, as verl slices it."""
+    prompt, _, response = rows.shapes[n]
+    return values[prompt - 1 : prompt - 1 + response]
+
+
+# ------------------------------------------------------------------------------------------------ against dense float64
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("layers", [(-1,), (0, -1)], ids=["one layer", "two layers"])
+@pytest.mark.parametrize("query_row", CONVENTIONS)
+@pytest.mark.parametrize("name", ALL)
+def test_every_statistic_against_float64(name, query_row, layers, packed):
+    if CATALOGUE[name].source == "hidden" and layers != (-1,):
+        layers = (-1,)
+    rows = Rows(SHAPES, seed=1, layers=3)
+    found = rows.measure(variants([name], query_row=query_row, layers=layers), packed=packed, poison=NAN)
+    assert compare(rows, found) <= (3e-6 if name == "lse" else 1e-6)
+
+
+def test_verl_slices_the_values_back_token_by_token():
+    from verl.workers.utils.padding import response_from_nested
+
+    rows = Rows(SHAPES, seed=2)
+    asked = [s for row in CONVENTIONS for s in variants(query_row=row) if s.name != "patch_sums"]
+    measurement = rows.measurement(asked)
+    measurement.read(0, *rows.tensors(0, True), rows.scale)
+    measurement.read_hidden(rows.hidden_states(True))
+    results = measurement.finish()
+    responses = torch.nested.nested_tensor(
+        [torch.ones(plan.response_length) for plan in rows.plans], layout=torch.jagged
+    )
+    for s in asked:
+        values, lengths = results[s.key]
+        assert lengths == [plan.length for plan in rows.plans]
+        wire = torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, *lengths]).cumsum(0))
+        sliced = response_from_nested(wire, responses)
+        for n, (_, _, response) in enumerate(rows.shapes):
+            assert largest_difference(sliced[n][:response], rows.expected(s, n)) <= 3e-6
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("query_row", CONVENTIONS)
+def test_the_value_of_token_t_lies_one_before_its_position(packed, query_row):
+    rows = Rows(SHAPES, seed=1)
+    found = rows.measure(variants(query_row=query_row), packed=packed)
+    for s, by_row in found.items():
+        if s.name == "patch_sums":
+            continue
+        for n, values in by_row.items():
+            prompt, _, response = rows.shapes[n]
+            told = torch.zeros(prompt + response, dtype=torch.bool)
+            told[prompt - 1 : prompt + response - 1] = True
+            assert values[~told].isnan().all()
+            assert values[told].isfinite().all()
+
+
+def test_the_conventions_are_one_row_apart():
+    rows = Rows([(9, 4, 6)], seed=3)
+    (by_input,), (predicting,) = (
+        rows.measure([Statistic("image_mass", query_row=row)]).values() for row in ("input", "predicting")
+    )
+    a, b = take(by_input[0], rows, 0), take(predicting[0], rows, 0)
+    assert largest_difference(a[:-1], b[1:]) <= 1e-6
+    assert not torch.allclose(a, b, atol=1e-3)
+
+
+def test_the_masses_of_sets_that_cover_everything_sum_to_one():
+    rows = Rows(SHAPES, seed=5, layers=2)
+    parts = ("sink", "system", "image", "question", "response")
+    for plan in rows.plans:
+        assert (torch.stack([plan.keys[part] for part in parts]).sum(0) == 1).all(), "each key in exactly one set"
+    for query_row in CONVENTIONS:
+        for per_head in (False, True):
+            asked = [Statistic(f"{part}_mass", layers=(0, 1), query_row=query_row, per_head=per_head) for part in parts]
+            found = rows.measure(asked)
+            for n in range(len(rows.plans)):
+                total = take(torch.stack([found[s][n] for s in asked]).sum(0), rows, n)
+                torch.testing.assert_close(total, torch.ones_like(total), atol=2e-6, rtol=0)
+
+
+def test_the_boxes_of_the_region_sum_to_it():
+    rows = Rows(SHAPES, seed=6)
+    region, box = Statistic("region_mass"), Statistic("box_mass", size=3)
+    found = rows.measure([region, box])
+    for n in range(len(rows.plans)):
+        columns = take(found[box][n], rows, n)
+        assert columns.shape == (rows.shapes[n][2], 3)
+        torch.testing.assert_close(columns.sum(1), take(found[region][n], rows, n), atol=1e-6, rtol=0)
+        assert (columns[:, 2] == 0).all(), "there is no third box"
+    assert (take(found[box][0], rows, 0)[:, :2] > 0).all()
+
+
+def test_top_patches_are_sorted_and_name_their_attention():
+    rows = Rows(SHAPES, seed=7, layers=2)
+    index, mass = (
+        Statistic("top_patch_index", size=4, layers=(0, 1)),
+        Statistic("top_patch_mass", size=4, layers=(0, 1)),
+    )
+    found = rows.measure([index, mass])
+    for n, (_, visual, response) in enumerate(rows.shapes):
+        index_Tk, mass_Tk, profile_TV = (
+            take(found[index][n], rows, n),
+            take(found[mass][n], rows, n),
+            rows.profile(mass, n),
+        )
+        assert (mass_Tk[:, :-1] >= mass_Tk[:, 1:]).all()
+        k = min(visual, 4)
+        assert (index_Tk[:, k:] == -1).all()
+        assert (mass_Tk[:, k:] == 0).all()
+        assert ((index_Tk[:, :k] >= 0) & (index_Tk[:, :k] < visual)).all()
+        for t in range(response):
+            picked = index_Tk[t, :k].long()
+            assert picked.unique().numel() == k
+            torch.testing.assert_close(mass_Tk[t, :k].double(), profile_TV[t, picked], atol=1e-6, rtol=0)
+            left_out = profile_TV[t, [v for v in range(visual) if v not in picked.tolist()]]
+            assert left_out.numel() == 0 or mass_Tk[t, k - 1] >= left_out.max() - 1e-6
+
+
+def test_patch_sums_are_the_profile_over_the_response_in_either_convention():
+    rows = Rows(SHAPES, seed=8, layers=2)
+    for asked in ([Statistic("patch_sums", query_row=row, layers=(0, 1)) for row in CONVENTIONS],):
+        found = rows.measure(asked)
+        for s in asked:
+            for n, (_, visual, _) in enumerate(rows.shapes):
+                if visual == 0:
+                    assert found[s][n].shape == (1,)
+                    assert found[s][n].isnan().all()
+                else:
+                    torch.testing.assert_close(found[s][n].double(), rows.profile(s, n).sum(0), atol=2e-6, rtol=0)
+        image = rows.measure([dataclasses.replace(s, name="image_mass") for s in asked])
+        for s, mass in zip(asked, image.values(), strict=True):
+            total = take(mass[0], rows, 0).sum()
+            torch.testing.assert_close(found[s][0].sum(), total, atol=2e-6, rtol=0)
+
+
+def test_neighbours_are_those_of_the_graph_on_the_dense_profile():
+    from sayo_verl.probe.neighbours import top_neighbours
+
+    rows = Rows([(12, 7, 9), (9, 4, 6), (5, 2, 2)], seed=9, layers=2)
+    for query_row in CONVENTIONS:
+        index, similarity = (
+            Statistic(name, size=3, layers=(0, 1), query_row=query_row)
+            for name in ("neighbour_index", "neighbour_similarity")
+        )
+        found = rows.measure([index, similarity])
+        for n in range(len(rows.plans)):
+            profile_TV = rows.profile(index, n)
+            wanted_index, wanted_similarity = top_neighbours(profile_TV.float(), 3)
+            assert torch.equal(take(found[index][n], rows, n), wanted_index.float())
+            assert largest_difference(take(found[similarity][n], rows, n), wanted_similarity.double()) <= 1e-5
+            unit_TV = profile_TV / profile_TV.norm(dim=1, keepdim=True)
+            cosine_TT = unit_TV @ unit_TV.T
+            for t, row in enumerate(take(found[index][n], rows, n).long().tolist()):
+                for place, neighbour in enumerate(row):
+                    if neighbour >= 0:
+                        got = take(found[similarity][n], rows, n)[t, place].item()
+                        assert got == pytest.approx(cosine_TT[t, neighbour].item(), abs=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- last hidden states
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("query_row", CONVENTIONS)
+def test_image_cosine_is_that_of_the_mean_image_state(packed, query_row):
+    """VGPO's prototype is the mean of the visual tokens' last hidden states; by hand for one token."""
+    rows = Rows(SHAPES, seed=10)
+    s = Statistic("image_cosine", query_row=query_row)
+    found = rows.measure([s], packed=packed, poison=NAN)[s]
+    prompt, _, _ = rows.shapes[0]
+    state = rows.hidden[0][prompt + 2 + ROW_OFFSET[query_row]].double()
+    prototype = torch.stack([rows.hidden[0][v] for v in rows.plans[0].image_columns.tolist()]).double().mean(0)
+    by_hand = (state @ prototype / state.norm() / prototype.norm()).item()
+    assert take(found[0], rows, 0)[2].item() == pytest.approx(by_hand, abs=1e-6)
+    assert compare(rows, {s: found}) <= 1e-6
+    assert (take(found[1], rows, 1) == 0).all(), "without an image there is nothing to be alike to"
+
+
+def test_image_cosine_of_bfloat16_states():
+    rows = Rows(SHAPES, seed=10)
+    rows.hidden = [hidden.bfloat16().float() for hidden in rows.hidden]
+    s = Statistic("image_cosine")
+    measurement = rows.measurement([s])
+    measurement.read_hidden(rows.hidden_states(True).bfloat16())
+    assert compare(rows, rows.by_row(measurement, [s])) <= 1e-6
+
+
+@pytest.mark.parametrize("poison", [NAN, float("inf")])
+def test_other_hidden_states_never_matter(poison):
+    rows = Rows(SHAPES, seed=11)
+    asked = [Statistic("image_cosine", query_row=row) for row in CONVENTIONS]
+    before = rows.measure(asked)
+    for n, plan in enumerate(rows.plans):
+        prompt = plan.length - plan.response_length
+        rows.hidden[n][: prompt - 1][~plan.keys["image"][: prompt - 1]] = poison
+    after = rows.measure(asked, packed=False, poison=poison)
+    for s in asked:
+        for n in range(len(rows.plans)):
+            assert largest_difference(after[s][n], before[s][n]) <= 1e-6
+
+
+# ------------------------------------------------------------------------------------------------- what must not matter
+
+
+@pytest.mark.parametrize("layers", [(-1,), (0, 2)], ids=["one layer", "two layers"])
+def test_packed_and_padded_rows_measure_the_same(layers):
+    rows = Rows(SHAPES, layers=3)
+    asked = [s for row in CONVENTIONS for s in variants(BY_ROW, query_row=row, layers=layers)]
+    asked += [Statistic("image_cosine", query_row=row) for row in CONVENTIONS]
+    packed, padded = rows.measure(asked, packed=True), rows.measure(asked, packed=False)
+    errors = [largest_difference(packed[s][n], padded[s][n]) for s in asked for n in range(len(rows.plans))]
+    print(f"largest difference of packed from padded: {max(errors):.1e}")
+    assert max(errors) <= 2e-6
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("poison", [NAN, 1e30, float("inf")])
+def test_padding_never_matters(packed, poison):
+    rows = Rows(SHAPES, layers=2)
+    asked = variants(query_row="predicting")
+    clean, poisoned = rows.measure(asked, packed=packed), rows.measure(asked, packed=packed, poison=poison)
+    for s in asked:
+        for n in range(len(rows.plans)):
+            assert same(clean[s][n], poisoned[s][n])
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_rows_in_another_order_give_the_same_values(packed):
+    rows, order = Rows(SHAPES, layers=2), [2, 5, 0, 4, 3, 1]
+    asked = variants()
+    straight, turned = rows.measure(asked, packed=packed), rows.measure(asked, packed=packed, order=order)
+    for s in asked:
+        assert list(turned[s]) == order
+        for n in range(len(rows.plans)):
+            assert largest_difference(straight[s][n], turned[s][n]) <= 2e-6
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_a_row_alone_gives_the_same_values_as_among_others(packed):
+    rows = Rows(SHAPES, layers=2)
+    asked = variants()
+    together = rows.measure(asked, packed=packed)
+    for n in range(len(rows.plans)):
+        alone = rows.measure(asked, packed=packed, order=[n])
+        for s in asked:
+            assert largest_difference(alone[s][n], together[s][n]) <= 2e-6
+
+
+def test_both_conventions_at_once_give_what_each_gives_alone():
+    rows = Rows([*SHAPES, (20, 9, 150)], layers=2)
+    both = [s for row in CONVENTIONS for s in variants(query_row=row)]
+    at_once, errors = rows.measure(both), []
+    for row in CONVENTIONS:
+        alone = rows.measure(variants(query_row=row))
+        for s, by_row in alone.items():
+            errors += [largest_difference(by_row[n], at_once[s][n]) for n in range(len(rows.plans))]
+    print(f"largest difference of both conventions at once from each alone: {max(errors):.1e}")
+    assert max(errors) == 0
+
+
+@pytest.mark.parametrize("query_row", CONVENTIONS)
+def test_several_statistics_at_once_give_the_bits_of_one_at_a_time(query_row):
+    rows = Rows(SHAPES, layers=2)
+    asked = variants(query_row=query_row) + variants(BY_ROW, query_row=query_row, layers=(0, 1))
+    at_once = rows.measure(asked)
+    for s in asked:
+        alone = rows.measure([s])[s]
+        for n in range(len(rows.plans)):
+            assert same(alone[n], at_once[s][n]), f"{s.key} of row {n}"
+
+
+def test_nothing_that_is_handed_over_is_changed_or_needs_a_gradient():
+    rows = Rows(SHAPES)
+    asked = variants()
+    measurement = rows.measurement(asked)
+    query, key = (x.requires_grad_() for x in rows.tensors(0, True))
+    hidden = rows.hidden_states(True).requires_grad_()
+    kept = [x.detach().clone() for x in (query, key, hidden)]
+    measurement.read(0, query, key, rows.scale)
+    measurement.read_hidden(hidden)
+    for values, _ in measurement.finish().values():
+        assert not values.requires_grad
+        assert values.grad_fn is None
+    for now, before in zip((query, key, hidden), kept, strict=True):
+        assert torch.equal(now.detach(), before)
+
+
+# ----------------------------------------------------------------------------------------------------- layers and heads
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_layers_are_averaged(packed):
+    rows = Rows(SHAPES, seed=3, layers=3)
+    linear = [s for s in variants(BY_ROW) if not s.name.startswith(("top_patch", "neighbour"))]
+    for s in linear:
+        mean = dataclasses.replace(s, layers=(0, 1, -1))
+        alone = [dataclasses.replace(s, layers=(layer,)) for layer in (0, 1, 2)]
+        found = rows.measure([mean, *alone], packed=packed)
+        for n in range(len(rows.plans)):
+            expected = torch.stack([found[one][n] for one in alone]).mean(0)
+            assert largest_difference(found[mean][n], expected) <= 2e-6
+
+
+def test_layers_may_be_named_in_any_order_and_from_either_end():
+    rows = Rows(SHAPES, seed=3, layers=3)
+    names = [(0, 2), (2, 0), (-3, -1), (0, -1)]
+    for name in BY_ROW:
+        asked = [statistic(name, layers=layers) for layers in names]
+        found = rows.measure(asked)
+        for n in range(len(rows.plans)):
+            assert all(largest_difference(found[asked[0]][n], found[s][n]) <= 1e-6 for s in asked[1:])
+
+
+@pytest.mark.parametrize("name", PER_HEAD)
+def test_the_mean_over_heads_is_the_default(name):
+    rows = Rows(SHAPES, layers=2)
+    default, per_head = Statistic(name, layers=(0, 1)), Statistic(name, layers=(0, 1), per_head=True)
+    found = rows.measure([default, per_head])
+    for n in range(len(rows.plans)):
+        assert found[per_head][n].shape == (rows.plans[n].length, Rows.H)
+        assert largest_difference(found[per_head][n].mean(-1), found[default][n]) <= 1e-6
+    assert found[per_head][0].std(-1).nan_to_num().max() > 1e-3, "heads differ"
+
+
+# ------------------------------------------------------------------------------------------------------------- odd rows
+
+
+def test_rows_without_an_image_attend_to_none():
+    rows = Rows([(6, 0, 4), (9, 4, 5)])
+    found = rows.measure(variants())
+    for s, by_row in found.items():
+        if s.name in ("image_mass", "region_mass", "box_mass", "top_patch_mass"):
+            assert (take(by_row[0], rows, 0) == 0).all(), s.key
+        if s.name == "top_patch_index":
+            assert (take(by_row[0], rows, 0) == -1).all()
+    assert compare(rows, found) <= 3e-6
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize(
+    "shapes", [[(6, 2, 0), (9, 4, 5)], [(9, 4, 5), (6, 2, 0)], [(6, 2, 0)], [(6, 0, 0), (7, 2, 0)]], ids=str
+)
+def test_rows_without_a_response_hold_nothing(shapes, packed):
+    rows = Rows(shapes)
+    asked = [s for row in CONVENTIONS for s in variants(query_row=row)]
+    found = rows.measure(asked, packed=packed)
+    for s in asked:
+        for n, (_, visual, response) in enumerate(shapes):
+            if response == 0:
+                if s.name == "patch_sums" and visual:
+                    assert (found[s][n] == 0).all()
+                else:
+                    assert found[s][n].isnan().all()
+    assert compare(rows, found) <= 3e-6
+
+
+@pytest.mark.parametrize("bad_layer", [0, 1, 2])
+def test_a_nan_of_any_layer_stays_a_nan(bad_layer):
+    rows, (prompt, t) = Rows([(9, 4, 5)], layers=3), (9, 2)
+    rows.query[0][bad_layer][:, prompt + t] = NAN
+    for name in BY_ROW:
+        s = statistic(name, layers=(0, 1, 2))
+        if s.name.endswith("_index") or s.name == "neighbour_similarity":
+            continue  # an index of what is NaN is no number
+        values = rows.measure([s])[s][0]
+        if name == "patch_sums":
+            assert values.isnan().all()
+            continue
+        assert values[prompt + t - 1].isnan().any()
+        assert values[prompt - 1 : prompt + t - 1].isfinite().all()
+        assert values[prompt + t : -1].isfinite().all()
+
+
+def test_a_nan_of_a_hidden_state_stays_a_nan():
+    rows = Rows([(9, 4, 5), (9, 4, 5)])
+    s = Statistic("image_cosine")
+    rows.hidden[0][9 + 2, 3] = NAN
+    rows.hidden[1][rows.plans[1].image_columns[0], 0] = NAN
+    found = rows.measure([s])[s]
+    assert take(found[0], rows, 0).isnan().tolist() == [False, False, True, False, False]
+    assert take(found[1], rows, 1).isnan().all()
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_statistic_that_nothing_was_read_for_is_refused(name):
+    rows = Rows([(9, 4, 5), (6, 2, 3)], layers=2)
+    s = statistic(name)
+    with refusal("P22") as caught:
+        rows.measurement([s]).finish()
+    assert s.key in caught.value.where
+
+
+@pytest.mark.parametrize("name", BY_ROW)
+def test_a_layer_that_was_never_read_is_refused(name):
+    rows = Rows([(9, 4, 5), (6, 2, 3)], layers=2)
+    s = statistic(name, layers=(0, 1))
+    measurement = rows.measurement([s])
+    measurement.read(0, *rows.tensors(0, True), rows.scale)
+    with refusal("P22") as caught:
+        measurement.finish()
+    assert s.key in caught.value.where
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_layer_that_was_read_twice_is_refused(name):
+    rows = Rows([(9, 4, 5), (6, 2, 3)])
+    measurement = rows.measurement([statistic(name)])
+    for _ in range(2):
+        if CATALOGUE[name].source == "hidden":
+            measurement.read_hidden(rows.hidden_states(True))
+        else:
+            measurement.read(0, *rows.tensors(0, True), rows.scale)
+    with refusal("P22"):
+        measurement.finish()
+
+
+@pytest.mark.parametrize("name", BY_ROW)
+def test_one_layer_under_two_names_is_refused_and_not_halved(name):
+    """(-1, 1) is one layer of a model with two, and (-1, 35) of one with 36."""
+    rows = Rows([(9, 4, 5)], layers=2)
+    with refusal("P03") as caught:
+        rows.measure([statistic(name, layers=(-1, 1))])
+    assert caught.value.got == [-1, 1]
+
+
+def test_reading_what_was_not_asked_changes_nothing():
+    rows = Rows([(9, 4, 5)], layers=2)
+    s = Statistic("image_mass", layers=(0,))
+    measurement = rows.measurement([s])
+    for layer in (0, 1):
+        measurement.read(layer, *rows.tensors(layer, True), rows.scale)
+    measurement.read_hidden(rows.hidden_states(True))
+    assert compare(rows, rows.by_row(measurement, [s])) <= 1e-6
+
+
+def test_the_results_may_be_taken_twice(monkeypatch):
+    rows = Rows([(9, 4, 5), (6, 2, 3)])
+    asked = variants(SHARDABLE)
+    measurement = rows.measurement(asked)
+    measurement.read(0, *rows.tensors(0, True), rows.scale)
+    measurement.read_hidden(rows.hidden_states(True))
+    first, second = (rows.by_row(measurement, asked) for _ in range(2))
+    assert all(same(first[s][n], second[s][n]) for s in asked for n in range(2))
+    once, twice = (sharded(rows, asked, 2, monkeypatch, finishes=n)[1] for n in (1, 2))
+    assert all(same(once[s][n], twice[s][n]) for s in asked for n in range(2))
+
+
+def test_a_request_for_nothing_gives_nothing():
+    rows = Rows(SHAPES)
+    measurement = rows.measurement([])
+    assert measurement.finish() == {}
+    measurement.read(0, *rows.tensors(0, True), rows.scale)
+    assert measurement.finish() == {}
+
+
+def test_profiles_of_many_layers_that_do_not_fit_are_refused(monkeypatch):
+    rows = Rows([(9, 4, 5), (12, 7, 6)], layers=3)
+    needed = 4 * (5 * 4 + 6 * 7)  # bytes that both rows hold between two layers
+    s = Statistic("top_patch_mass", size=2, layers=(0, 1, 2))
+    monkeypatch.setattr(profiles, "MAX_PROFILE_BYTES", needed)
+    assert compare(rows, rows.measure([s])) <= 1e-6
+    monkeypatch.setattr(profiles, "MAX_PROFILE_BYTES", needed - 1)
+    with refusal("P23", "do not fit in memory") as caught:
+        rows.measure([s])
+    assert "MiB" in str(caught.value)
+    one_layer, linear = Statistic("top_patch_mass", size=2), Statistic("patch_sums", layers=(0, 1, 2))
+    assert compare(rows, rows.measure([one_layer, linear])) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("packed", "cut"),
+    [
+        (True, lambda x: x[:, :, :-3]),  # two of the three are padding
+        (True, lambda x: torch.cat([x, x])),
+        (False, lambda x: x[:-1]),
+        (False, lambda x: torch.cat([x, x[:1]])),
+        (False, lambda x: x[:, :, : 14 - 1]),
+    ],
+    ids=["a token too few", "two packed rows", "a row too few", "a row too many", "shorter than the longest row"],
+)
+def test_a_batch_that_is_not_the_plans_is_refused(packed, cut):
+    rows = Rows([(9, 4, 5), (6, 2, 3)])
+    query, key = rows.tensors(0, packed)
+    measurement = rows.measurement([Statistic("image_mass")], packed=packed)
+    with refusal("P01"):
+        measurement.read(0, cut(query), cut(key), rows.scale)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_a_second_layer_of_another_shape_is_refused(packed):
+    rows = Rows([(9, 4, 5), (6, 2, 3)], layers=2)
+    measurement = rows.measurement([Statistic("image_mass", layers=(0, 1))], packed=packed)
+    query, key = rows.tensors(0, packed)
+    measurement.read(0, query, key, rows.scale)
+    with refusal("P01"):
+        measurement.read(1, query[:, :, :-2], key[:, :, :-2], rows.scale)
+
+
+@pytest.mark.parametrize(
+    ("packed", "cut"),
+    [
+        (True, lambda x: x[:, :-3]),
+        (True, lambda x: torch.cat([x, x])),
+        (False, lambda x: x[:-1]),
+        (False, lambda x: torch.cat([x, x[:1]])),
+        (False, lambda x: x[:, : 14 - 1]),
+    ],
+    ids=["a token too few", "two packed rows", "a row too few", "a row too many", "shorter than the longest row"],
+)
+def test_hidden_states_of_another_batch_are_refused(packed, cut):
+    rows = Rows([(9, 4, 5), (6, 2, 3)])
+    measurement = rows.measurement([Statistic("image_cosine")], packed=packed)
+    with refusal("P01", "not that of the plan"):
+        measurement.read_hidden(cut(rows.hidden_states(packed)))
+
+
+@pytest.mark.parametrize("name", ["neighbour_index", "neighbour_similarity"])
+def test_neighbours_of_a_sequence_on_several_ranks_are_refused(name):
+    rows = Rows(SHAPES)
+    with refusal("P09", "neighbours") as caught:
+        rows.measurement([Statistic("image_mass"), statistic(name)], shard=Shard(0, 2, None))
+    assert "2" in caught.value.got
+
+
+@pytest.mark.parametrize(
+    ("path", "device", "module"),
+    [
+        ("auto", "cpu", reference),
+        ("auto", "cuda", fast),
+        ("reference", "cpu", reference),
+        ("reference", "cuda", reference),
+        ("fast", "cpu", fast),
+        ("fast", "cuda", fast),
+    ],
+)
+def test_the_path_names_the_kernels(path, device, module):
+    assert kernels(path, torch.device(device)) is module
+
+
+def test_the_request_chooses_the_path(monkeypatch):
+    rows, called = Rows([(9, 4, 5)]), []
+
+    def spying(*args, **kwargs):
+        called.append("fast")
+        return reference.attention_masses(*args, **kwargs)
+
+    monkeypatch.setattr(fast, "attention_masses", spying)
+    for path in ("auto", "reference", "fast"):
+        request = StatisticsRequest((Statistic("image_mass"),), path=path)
+        measurement = Measurement(request, rows.plans, {-1: 0}, packed=True, device=CPU)
+        measurement.read(0, *rows.tensors(0, True), rows.scale)
+        assert called == (["fast"] if path == "fast" else [])
+
+
+# -------------------------------------------------------------------------------------------------------- several ranks
+
+
+class Ring:
+    """A process group whose ranks are threads: collectives wait for each other and fail when they do not match."""
+
+    def __init__(self, size: int, lost: int | None = None) -> None:
+        """``lost``: a rank whose sums arrive as zeros."""
+        self.size, self._lost, self._here = size, lost, threading.local()
+        self._barrier, self._slots = threading.Barrier(size, timeout=20), [None] * size
+        self.gathered = 0
+
+    def run(self, work):
+        """Call ``work(rank)`` on every rank at once; the results in order of ranks."""
+        results, errors = [None] * self.size, []
+
+        def rank(r: int) -> None:
+            self._here.rank = r
+            try:
+                results[r] = work(r)
+            except Exception as error:  # noqa: BLE001 - handed to the test below
+                errors.append(error)
+                self._barrier.abort()
+
+        threads = [threading.Thread(target=rank, args=(r,)) for r in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for error in errors:
+            if not isinstance(error, threading.BrokenBarrierError):
+                raise error
+        assert not errors, "the ranks did not call the same collectives"
+        return results
+
+    def _exchange(self, kind: str, tensor: torch.Tensor) -> list[torch.Tensor]:
+        self._slots[self._here.rank] = (kind, tensor.clone())
+        self._barrier.wait()
+        given = list(self._slots)
+        self._barrier.wait()
+        assert {(k, t.shape, t.dtype) for k, t in given} == {(kind, tensor.shape, tensor.dtype)}
+        return [t for _, t in given]
+
+    def all_gather(self, outputs: list[torch.Tensor], tensor: torch.Tensor, group: "Ring") -> None:
+        assert group is self
+        assert tensor.is_contiguous()
+        assert len(outputs) == self.size
+        for output, given in zip(outputs, self._exchange("gather", tensor), strict=True):
+            assert output.is_contiguous()
+            output.copy_(given)
+        self.gathered += tensor.numel()
+
+    def all_reduce(self, tensor: torch.Tensor, group: "Ring") -> None:
+        assert group is self
+        parts = self._exchange("reduce", tensor)
+        tensor.copy_(torch.stack([part * (r != self._lost) for r, part in enumerate(parts)]).sum(0))
+
+
+def pad_to(x: torch.Tensor, dim: int, multiple: int) -> torch.Tensor:
+    """verl fills a pack up to a multiple of the ranks; here with NaN, which must reach nothing."""
+    shape = list(x.shape)
+    shape[dim] = -shape[dim] % multiple
+    return torch.cat([x, torch.full(shape, NAN)], dim)
+
+
+def sharded(
+    rows: Rows, asked: list[Statistic], size: int, monkeypatch, lost: int | None = None, finishes: int = 1
+) -> list[dict[Statistic, dict[int, torch.Tensor]]]:
+    """What each of the ranks ends up with."""
+    ring = Ring(size, lost)
+    monkeypatch.setattr(torch.distributed, "all_gather", ring.all_gather)
+    monkeypatch.setattr(torch.distributed, "all_reduce", ring.all_reduce)
+    numbers = sorted({layer % rows.layers for s in asked if s.fact.source != "hidden" for layer in s.layers})
+    layers = {n: [pad_to(x, 2, size) for x in rows.tensors(n, True)] for n in numbers}
+    hidden = pad_to(rows.hidden_states(True), 1, size)
+
+    def rank(r: int):
+        measurement = rows.measurement(asked, shard=Shard(r, size, ring))
+        for number, (query, key) in layers.items():
+            measurement.read(number, query.chunk(size, 2)[r], key.chunk(size, 2)[r], rows.scale)
+        if any(s.fact.source == "hidden" for s in asked):
+            measurement.read_hidden(hidden.chunk(size, 1)[r])
+        for _ in range(finishes - 1):
+            measurement.finish()
+        return rows.by_row(measurement, asked)
+
+    results = ring.run(rank)
+    assert not layers or ring.gathered > 0, "the emulated collectives were not called"
+    return results
+
+
+SHARDABLE = [name for name in ALL if not name.startswith("neighbour_")]
+# responses that straddle slices, many rows in one slice, one row in many, a slice without any response row
+STRADDLING = {
+    "usual": SHAPES,
+    "one long row": [(5, 3, 40)],
+    "long prompt": [(40, 30, 4)],
+    "a slice in between without response": [(4, 2, 6), (60, 40, 3), (4, 1, 5)],
+    "no response at the end": [(9, 4, 6), (30, 12, 0)],
+}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("shapes", STRADDLING.values(), ids=STRADDLING)
+@pytest.mark.parametrize("query_row", [*CONVENTIONS, "both"])
+def test_ranks_together_measure_what_one_measures(shapes, size, query_row, monkeypatch):
+    rows = Rows(shapes, seed=12, layers=2)
+    conventions = CONVENTIONS if query_row == "both" else [query_row]
+    asked = [s for row in conventions for s in variants(SHARDABLE, query_row=row)]
+    asked += [
+        s for row in conventions for s in variants([n for n in SHARDABLE if n in BY_ROW], query_row=row, layers=(0, 1))
+    ]
+    whole = rows.measure(asked)
+    errors = []
+    for results in sharded(rows, asked, size, monkeypatch):
+        for s in asked:
+            for n in range(len(rows.plans)):
+                difference = largest_difference(results[s][n], whole[s][n])
+                assert difference == 0 or not s.name.endswith("_index"), f"{s.key} of row {n}"
+                errors.append(difference)
+    print(f"{size} ranks from one: largest {max(errors):.1e}, mean {sum(errors) / len(errors):.1e}")
+    assert max(errors) <= 2e-6
+
+
+def test_the_emulated_ranks_do_have_a_slice_without_response_rows():
+    """The cases above must be what they are called."""
+    for name, size in (("a slice in between without response", 3), ("long prompt", 2), ("no response at the end", 3)):
+        rows = Rows(STRADDLING[name])
+        total = sum(plan.length for plan in rows.plans) + 2
+        per_rank = -(-total // size)
+        told = torch.cat([plan.keys["response"] for plan in rows.plans])
+        assert any(not part.any() for part in told.split(per_rank)), name
+
+
+def test_every_rank_gathers_keys_even_when_it_has_no_row(monkeypatch):
+    rows = Rows([(40, 30, 4)])
+    s = Statistic("image_mass")
+    by_rank = sharded(rows, [s], 2, monkeypatch)
+    assert same(by_rank[0][s][0], by_rank[1][s][0])
+    assert compare(rows, by_rank[0]) <= 1e-6
+
+
+def test_a_rank_whose_part_is_missing_is_noticed(monkeypatch):
+    """Without the first rank's rows the sum is not whole: refused, not too small."""
+    rows = Rows([(5, 3, 40)])
+    for s in (Statistic("image_mass"), Statistic("top_patch_mass", size=2), Statistic("image_cosine")):
+        assert compare(rows, sharded(rows, [s], 2, monkeypatch)[0]) <= 1e-6
+        with refusal("P22"):
+            sharded(rows, [s], 2, monkeypatch, lost=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_profiles_that_are_not_finite_are_refused_before_anybody_uses_their_neighbours(value):
+    rows = Rows(SHAPES, seed=3)
+    rows.query[0][0][:, -2] = value
+    with refusal("P25", "not finite"):
+        rows.measure([statistic("neighbour_index")])
+    rows.measure([statistic("top_patch_mass")])  # its values are seen as they are
