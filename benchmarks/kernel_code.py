@@ -74,8 +74,10 @@ class _Compiled:
                 usage = _tool("-res-usage", file.name)
                 code = _tool("-sass", file.name)
             registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
-            print(f"{built.metadata.name}: {registers} registers, {stack} bytes of stack, {built.metadata.num_warps} "
-                  f"warps, {built.metadata.shared / 1024:.0f} KiB shared")  # fmt: skip
+            print(
+                f"{built.metadata.name}: {registers} registers, {stack} bytes of stack, {built.metadata.num_warps} "
+                f"warps, {built.metadata.shared / 1024:.0f} KiB shared"
+            )
             for blocks in main_loops(code):
                 print(f"  main loop, {sum(map(len, blocks))} instructions")
                 for block in (b for b in blocks if len(b) >= SMALL_BLOCK):
@@ -95,8 +97,11 @@ def main_loops(code: str) -> list[list[list[str]]]:
     found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
     at = {int(address, 16): i for i, (address, _) in enumerate(found)}
     lines = [re.sub(r"^@!?U?P\w+\s+", "", line) for _, line in found]
-    targets = {i: at[int(m[1], 16)] for i, line in enumerate(lines)
-               if (m := re.search(r"^BRA.*0x([0-9a-f]+)", line)) and int(m[1], 16) in at}  # fmt: skip
+    targets = {
+        i: at[int(m[1], 16)]
+        for i, line in enumerate(lines)
+        if (m := re.search(r"^BRA.*0x([0-9a-f]+)", line)) and int(m[1], 16) in at
+    }
     loops = [(target, i) for i, target in targets.items() if target < i]
     out = []
     for first, last in loops:

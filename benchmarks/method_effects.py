@@ -51,9 +51,10 @@ CONDITIONS = {
     "anchor": Condition("anchor", "AT-RL (our reading)", "grpo", own=("sayo/anchor_share", "anchor share")),
     "anchor_top": Condition("anchor", "AT-RL, top 15 % of tokens only", "grpo", (TOP,)),
     "anchor_rest": Condition("anchor", "AT-RL's control: the other 85 % only", "grpo", (REST,)),
-    "faithful": Condition("faithful", "Faithful-MR1 (our reading)", "grpo",
-                          own=("sayo/faithful_ratio/mean", "F, ungated")),
-}  # fmt: skip
+    "faithful": Condition(
+        "faithful", "Faithful-MR1 (our reading)", "grpo", own=("sayo/faithful_ratio/mean", "F, ungated")
+    ),
+}
 SHOWN = ("accuracy", "target_attention", "named_first", "named", "format", "response_tokens", "entropy")
 COLOURS = {"grpo": "#000000", "dapo": "#59636e"}
 
@@ -124,8 +125,13 @@ def step_seconds(out: Path) -> float:
     return statistics.median(value for step, value in series(out, "timing_s/step") if step > 1)
 
 
-def page(runs: dict[str, list[Path]], measured: dict[str, list[dict[str, float]]], start: dict[str, float],
-         seeds: list[int], steps: int) -> list[str]:  # fmt: skip
+def page(
+    runs: dict[str, list[Path]],
+    measured: dict[str, list[dict[str, float]]],
+    start: dict[str, float],
+    seeds: list[int],
+    steps: int,
+) -> list[str]:
     """The Markdown page."""
     lines = [
         "# Every method on the tiny task",
@@ -144,26 +150,40 @@ def page(runs: dict[str, list[Path]], measured: dict[str, list[dict[str, float]]
     for job, results in measured.items():
         cells = [spread([r[name] for r in results]) for name in SHOWN]
         lines.append(f"| {CONDITIONS[job].title} | " + " | ".join(cells) + " |")
-    lines += ["", "## Against the paired baseline", "",
-              "Same seeds, same prompts; difference of the held-out figures, mean and standard error over seeds.", "",
-              "| | baseline | accuracy | R_a, high-entropy tokens | target named first | entropy | step time, ratio |",
-              "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        "",
+        "## Against the paired baseline",
+        "",
+        "Same seeds, same prompts; difference of the held-out figures, mean and standard error over seeds.",
+        "",
+        "| | baseline | accuracy | R_a, high-entropy tokens | target named first | entropy | step time, ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for job, results in measured.items():
         base = CONDITIONS[job].baseline
         if base in measured:
-            cells = [difference([r[n] for r in results], [r[n] for r in measured[base]])
-                     for n in ("accuracy", "target_attention", "named_first", "entropy")]  # fmt: skip
+            cells = [
+                difference([r[n] for r in results], [r[n] for r in measured[base]])
+                for n in ("accuracy", "target_attention", "named_first", "entropy")
+            ]
             ratios = [step_seconds(a) / step_seconds(b) for a, b in zip(runs[job], runs[base], strict=True)]
             row = [CONDITIONS[job].title, CONDITIONS[base].title, *cells, spread(ratios, 2)]
             lines.append("| " + " | ".join(row) + " |")
-    lines += ["", "## What each method measured while it trained", "",
-              "| | metric | first 5 steps | last 5 steps |", "|---|---|---|---|"]  # fmt: skip
+    lines += [
+        "",
+        "## What each method measured while it trained",
+        "",
+        "| | metric | first 5 steps | last 5 steps |",
+        "|---|---|---|---|",
+    ]
     for job in measured:
         if CONDITIONS[job].own:
             name, title = CONDITIONS[job].own
             curves = [[value for _, value in series(out, name)] for out in runs[job]]
-            ends = [spread([statistics.mean(part(curve)) for curve in curves])
-                    for part in (lambda c: c[:5], lambda c: c[-5:])]  # fmt: skip
+            ends = [
+                spread([statistics.mean(part(curve)) for curve in curves])
+                for part in (lambda c: c[:5], lambda c: c[-5:])
+            ]
             lines.append(f"| {CONDITIONS[job].title} | {title} (`{name}`) | {ends[0]} | {ends[1]} |")
     return lines
 
@@ -178,8 +198,12 @@ def main() -> None:
     parser.add_argument("--policy", required=True, help="the start, as printed by `sayo prepare policy`")
     parser.add_argument("--scenes", type=Path, required=True, help="held-out parquet, of `sayo prepare synthetic`")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "methods_tiny.md")
-    parser.add_argument("--remarks", type=Path, default=ROOT / "benchmarks" / "method_effects_remarks.md",
-                        help="text that a person wrote after looking; put below the tables")  # fmt: skip
+    parser.add_argument(
+        "--remarks",
+        type=Path,
+        default=ROOT / "benchmarks" / "method_effects_remarks.md",
+        help="text that a person wrote after looking; put below the tables",
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     start = measure(Path(args.policy), args.scenes, args.out / "start.json")
@@ -188,8 +212,15 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.conditions:
             condition, out = CONDITIONS[name], args.out / f"{name}-{seed}"
-            seconds = train(out, seed, args.steps, args.steps, {"METHOD": condition.method, **condition.environment},
-                            args.policy, *condition.overrides)  # fmt: skip
+            seconds = train(
+                out,
+                seed,
+                args.steps,
+                args.steps,
+                {"METHOD": condition.method, **condition.environment},
+                args.policy,
+                *condition.overrides,
+            )
             model = out / "checkpoints" / f"global_step_{args.steps}" / "actor" / "huggingface"
             runs[name].append(out)
             measured[name].append(measure(model, args.scenes, out / f"held_out_{args.steps}.json"))

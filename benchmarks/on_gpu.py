@@ -33,10 +33,19 @@ ROOT = Path(__file__).resolve().parent.parent
 SPARE = 15  # seconds: no stage is begun with less
 GRACE = 5  # seconds between the limit that a stage keeps by itself and its end by force
 STOPPED = 3  # exit status of a stage that had no time for all of its findings
-TINY = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "VERL_PLATFORM": "cpu", "TORCHDYNAMO_DISABLE": "1",
-        "OMP_NUM_THREADS": "1"}  # fmt: skip
-ALWAYS = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VERL_USE_EXTERNAL_MODULES": "sayo_verl.plugin",
-          "PYTHONUNBUFFERED": "1"}  # fmt: skip
+TINY = {
+    "TRITON_INTERPRET": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "VERL_PLATFORM": "cpu",
+    "TORCHDYNAMO_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+ALWAYS = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VERL_USE_EXTERNAL_MODULES": "sayo_verl.plugin",
+    "PYTHONUNBUFFERED": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -116,8 +125,10 @@ def find_card(tiny: bool) -> str:
     found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
     if found.returncode:
         last = (found.stderr.strip().splitlines() or ["no word why"])[-1]
-        sys.exit(f"torch finds no GPU: {last}\nfix: run it on a machine with a card (sayo doctor says what is amiss), "
-                 "or rehearse with --tiny")  # fmt: skip
+        sys.exit(
+            f"torch finds no GPU: {last}\nfix: run it on a machine with a card (sayo doctor says what is amiss), "
+            "or rehearse with --tiny"
+        )
     return found.stdout.strip()
 
 
@@ -172,8 +183,11 @@ def finished(report: Path, card: str) -> set[str]:
 
 def verdicts(report: Path, card: str, stages: Iterable[str]) -> list[str]:
     """A line for each finding of these stages that was judged on this card, by its last line in the report."""
-    judged = {(line["stage"], line["finding"]): line for line in read_lines(report)
-              if "finding" in line and line["card"] == card and ("wrong" in line or "error" in line)}  # fmt: skip
+    judged = {
+        (line["stage"], line["finding"]): line
+        for line in read_lines(report)
+        if "finding" in line and line["card"] == card and ("wrong" in line or "error" in line)
+    }
     return [
         f"{'WRONG' if line.get('wrong') or 'error' in line else 'ok':5} {stage:18} {finding}: {_figure_of(line)}"
         for (stage, finding), line in judged.items()

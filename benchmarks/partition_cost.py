@@ -61,16 +61,22 @@ def cpu_of(pids: list[int]) -> float:
 def batch_of(inputs: list[tuple[torch.Tensor, torch.Tensor]], responses: int) -> Signals:
     """The signals of a batch in which these responses take turns, all of one length."""
     row, n = [i % len(inputs) for i in range(responses)], len(inputs[0][0])
-    given = {"image_mass": torch.rand(responses, n), "sink_mass": torch.zeros(responses, n),
-             "neighbour_index": torch.stack([index.float() for index, _ in inputs])[row],
-             "neighbour_similarity": torch.stack([similarity for _, similarity in inputs])[row]}  # fmt: skip
+    given = {
+        "image_mass": torch.rand(responses, n),
+        "sink_mass": torch.zeros(responses, n),
+        "neighbour_index": torch.stack([index.float() for index, _ in inputs])[row],
+        "neighbour_similarity": torch.stack([similarity for _, similarity in inputs])[row],
+    }
     return Signals(
-        response_mask=torch.ones(responses, n, dtype=torch.long), entropy=torch.zeros(responses, n),
-        log_probs=torch.zeros(responses, n), image_tokens=torch.full((responses,), float(VISUAL)),
+        response_mask=torch.ones(responses, n, dtype=torch.long),
+        entropy=torch.zeros(responses, n),
+        log_probs=torch.zeros(responses, n),
+        image_tokens=torch.full((responses,), float(VISUAL)),
         statistics={statistic: given[statistic.name] for statistic in AnchorMethod().needs().statistics.statistics},
-        region_tokens=torch.zeros(responses), is_padding=torch.zeros(responses, dtype=torch.bool),
+        region_tokens=torch.zeros(responses),
+        is_padding=torch.zeros(responses, dtype=torch.bool),
         uid=("one",) * responses,
-    )  # fmt: skip
+    )
 
 
 def measure(n: int, responses: int, distinct: int, rounds: int) -> dict[str, Any]:
@@ -89,9 +95,11 @@ def measure(n: int, responses: int, distinct: int, rounds: int) -> dict[str, Any
         seconds["metis"].append(time.process_time() - start)
         entries.append(len(graph.neighbours))
     found: dict[str, Any] = {
-        "tokens": n, "entries": int(statistics.mean(entries)),
-        "per_response": {name: statistics.median(values) for name, values in seconds.items()}, "pool": {},
-    }  # fmt: skip
+        "tokens": n,
+        "entries": int(statistics.mean(entries)),
+        "per_response": {name: statistics.median(values) for name, values in seconds.items()},
+        "pool": {},
+    }
     batch = batch_of(inputs, responses)
     for processes in PROCESSES:
         method = AnchorMethod(parts=PARTS, processes=processes)
@@ -103,8 +111,13 @@ def measure(n: int, responses: int, distinct: int, rounds: int) -> dict[str, Any
             pids = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
             wall, caller, workers = time.perf_counter(), time.process_time(), cpu_of(pids)
             metrics = method.credit(batch).metrics
-            runs.append({"wall": time.perf_counter() - wall, "caller": time.process_time() - caller,
-                         "workers": cpu_of(pids) - workers})  # fmt: skip
+            runs.append(
+                {
+                    "wall": time.perf_counter() - wall,
+                    "caller": time.process_time() - caller,
+                    "workers": cpu_of(pids) - workers,
+                }
+            )
             if metrics["partition_failed_rows"] or metrics["anchor_uncut_rows"]:
                 raise RuntimeError(f"some responses of {n} tokens were not cut: {metrics}")
         found["pool"][str(processes)] = {"first_call_seconds": first, "rounds": runs}
@@ -123,8 +136,10 @@ def page(results: dict[str, Any]) -> str:
     rows, pools, steps = [], [], []
     for case in cases:
         cost, per, n = costs(case), case["per_response"], case["tokens"]
-        rows.append(f"| {n:,} | {case['entries']:,} | {per['graph'] * 1e3:.1f} | {per['metis'] * 1e3:.1f} | "
-                    f"{cost['caller']:.2f} | {cost['workers']:.1f} |")  # fmt: skip
+        rows.append(
+            f"| {n:,} | {case['entries']:,} | {per['graph'] * 1e3:.1f} | {per['metis'] * 1e3:.1f} | "
+            f"{cost['caller']:.2f} | {cost['workers']:.1f} |"
+        )
         walls = [min(run["wall"] for run in pool["rounds"]) for pool in case["pool"].values()]
         pools.append(f"| {n:,} | " + " | ".join(f"{wall:.2f}" for wall in walls) + f" | {walls[0] / walls[-1]:.2f} |")
         for processes in (16, 64):
@@ -134,8 +149,10 @@ def page(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     idle = f"Load of the machine when it began: {results['load']:.1f}."
     if results["load"] > 0.25 * results["cores"]:
-        idle += ("\n\n**Other work ran at the same time: wall seconds below are too long and say nothing about how "
-                 "workers scale.**\nCore-seconds suffer less, by shared caches and cores.")  # fmt: skip
+        idle += (
+            "\n\n**Other work ran at the same time: wall seconds below are too long and say nothing about how "
+            "workers scale.**\nCore-seconds suffer less, by shared caches and cores."
+        )
     return f"""# What the partition of `attn_anchor` costs
 
 Written by `benchmarks/partition_cost.py` from `benchmarks/results/partition.json`; its `--help` says what is measured.
@@ -192,14 +209,21 @@ def main() -> None:
         torch.set_num_threads(1)
         lengths, responses, distinct = ((40, 80), 8, 2) if args.quick else (LENGTHS, RESPONSES, DISTINCT)
         rounds = 1 if args.quick else ROUNDS
-        model = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name")]  # fmt: skip
+        model = [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         results: dict[str, Any] = {
-            "date": time.strftime("%Y-%m-%d"), "machine": model[0] if model else platform.machine(),
-            "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0], "responses": responses,
-            "rounds": rounds, "cases": [],
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": model[0] if model else platform.machine(),
+            "cores": len(os.sched_getaffinity(0)),
+            "load": os.getloadavg()[0],
+            "responses": responses,
+            "rounds": rounds,
+            "cases": [],
             "versions": {name: version(name) for name in ("pymetis", "pebble", "torch", "numpy")},
-        }  # fmt: skip
+        }
         for n in lengths:
             print(f"{n} tokens: inventing {distinct} responses", flush=True)
             results["cases"].append(measure(n, responses, distinct, rounds))

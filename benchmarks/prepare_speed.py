@@ -80,8 +80,18 @@ class Photos:
         for n in range(self.rows):
             k = n % self.images
             box = (0.1 * width, 0.2 * height, 0.5 * width, 0.7 * height)
-            yield Example(f"{n}", (ImageRef(f"{k}", path=self.folder / f"{k}.jpg"),), f"question {n}?", "answer",
-                          ((box,),), (("thing",),), "xyxy", "made", "sayo/photos", (self.size,))  # fmt: skip
+            yield Example(
+                f"{n}",
+                (ImageRef(f"{k}", path=self.folder / f"{k}.jpg"),),
+                f"question {n}?",
+                "answer",
+                ((box,),),
+                (("thing",),),
+                "xyxy",
+                "made",
+                "sayo/photos",
+                (self.size,),
+            )
 
 
 def work(folder: Path, images: int, rows: int, size: tuple[int, int], workers: int, out: Path) -> None:
@@ -106,8 +116,13 @@ def measure(folder: Path, images: int, rows: int, size: tuple[int, int], workers
     with tempfile.TemporaryDirectory(dir=folder) as out:
         case = [str(v) for v in (folder, images, rows, *size, workers, Path(out) / "out")]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-        process = subprocess.Popen([sys.executable, __file__, "--case", *case], stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True, env=env)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--case", *case],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
         peak, watched = 0, psutil.Process(process.pid)
         while process.poll() is None:
             peak = max(peak, resident(watched))
@@ -117,9 +132,15 @@ def measure(folder: Path, images: int, rows: int, size: tuple[int, int], workers
             raise RuntimeError(f"the case {case} ended with {process.returncode}: {errors[-2000:]}")
         size_on_disk = sum(p.stat().st_size for p in (Path(out) / "out").glob("*.parquet"))
     figures = json.loads(told)
-    return {"rows": rows, "workers": workers, **figures, "rows_per_s_and_worker": rows / figures["seconds"] / workers,
-            "rows_per_cpu_s": rows / figures["cpu_seconds"], "peak_rss_mb": peak / 2**20,
-            "parquet_mb": size_on_disk / 2**20}  # fmt: skip
+    return {
+        "rows": rows,
+        "workers": workers,
+        **figures,
+        "rows_per_s_and_worker": rows / figures["seconds"] / workers,
+        "rows_per_cpu_s": rows / figures["cpu_seconds"],
+        "peak_rss_mb": peak / 2**20,
+        "parquet_mb": size_on_disk / 2**20,
+    }
 
 
 def resident(process: psutil.Process) -> int:
@@ -154,9 +175,14 @@ def main() -> None:
             (folder / f"{n}.jpg").write_bytes(data)
         cases = [measure(folder, images, rows, size, workers) for workers in (1, 2) for rows in sizes]
     told = {
-        "images": images, "size_wh": size, "mean_bytes": round(float(np.mean(lengths))), "cores": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(), "python": platform.python_version(), "cases": cases,
-    }  # fmt: skip
+        "images": images,
+        "size_wh": size,
+        "mean_bytes": round(float(np.mean(lengths))),
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "cases": cases,
+    }
     raw.parent.mkdir(parents=True, exist_ok=True)
     raw.write_text(json.dumps(told, indent=1) + "\n")
     show(told, raw)
@@ -164,20 +190,32 @@ def main() -> None:
 
 def show(told: dict[str, Any], raw: Path) -> None:
     """The figures as a table."""
-    table = Table(title=f"{told['images']} JPEGs of {told['size_wh'][0]} x {told['size_wh'][1]}, "
-                  f"{told['mean_bytes'] / 1000:.0f} kB", title_justify="left")  # fmt: skip
+    table = Table(
+        title=f"{told['images']} JPEGs of {told['size_wh'][0]} x {told['size_wh'][1]}, "
+        f"{told['mean_bytes'] / 1000:.0f} kB",
+        title_justify="left",
+    )
     columns = ("workers", "rows", "s", "rows/s per worker", "rows per CPU s", "peak MB", "parquet MB")
     for column in columns:
         table.add_column(column, justify="right")
     for case in told["cases"]:
-        table.add_row(f"{case['workers']}", f"{case['rows']:,}", f"{case['seconds']:.1f}",
-                      f"{case['rows_per_s_and_worker']:.0f}", f"{case['rows_per_cpu_s']:.0f}",
-                      f"{case['peak_rss_mb']:.0f}", f"{case['parquet_mb']:.0f}")  # fmt: skip
+        table.add_row(
+            f"{case['workers']}",
+            f"{case['rows']:,}",
+            f"{case['seconds']:.1f}",
+            f"{case['rows_per_s_and_worker']:.0f}",
+            f"{case['rows_per_cpu_s']:.0f}",
+            f"{case['peak_rss_mb']:.0f}",
+            f"{case['parquet_mb']:.0f}",
+        )
     console = Console()
     console.print(table)
     best = max(case["rows_per_cpu_s"] for case in told["cases"])
-    console.print(f"target: {TARGET} rows per core and second; best {best:.0f} per CPU second; numbers in {raw}",
-                  soft_wrap=True, highlight=False)  # fmt: skip
+    console.print(
+        f"target: {TARGET} rows per core and second; best {best:.0f} per CPU second; numbers in {raw}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 if __name__ == "__main__":

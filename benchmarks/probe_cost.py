@@ -49,8 +49,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--raw", type=Path, help="this run's numbers (default: benchmarks/results/<device>.json)")
     parser.add_argument("--models", nargs="+", choices=names, default=names, help="on a GPU (default: both)")
     parser.add_argument("--rounds", type=int, default=10, help="of a case on a GPU (default: 10; eager attention: 3)")
-    parser.add_argument("--max-tokens", type=int, default=16384, help="of a pass on a GPU, if so many fit into memory "
-                        "(default: 16384, verl's own for log-probs; 0: as many as fit)")  # fmt: skip
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=16384,
+        help="of a pass on a GPU, if so many fit into memory "
+        "(default: 16384, verl's own for log-probs; 0: as many as fit)",
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rounds < 1 or args.max_tokens < 0:
@@ -107,8 +112,20 @@ def work(args: argparse.Namespace) -> None:
 def run_worker(args: argparse.Namespace, worker: str, models: list[str], environment: dict[str, str]) -> bool:
     """Run one worker; a failure is kept beside the numbers, to be told by the page until a run succeeds."""
     key = f"{worker} {' '.join(models)}".strip()
-    command = [sys.executable, __file__, "--worker", worker, "--raw", str(args.raw), "--rounds", str(args.rounds),
-               "--max-tokens", str(args.max_tokens), "--device", args.device]  # fmt: skip
+    command = [
+        sys.executable,
+        __file__,
+        "--worker",
+        worker,
+        "--raw",
+        str(args.raw),
+        "--rounds",
+        str(args.rounds),
+        "--max-tokens",
+        str(args.max_tokens),
+        "--device",
+        args.device,
+    ]
     command += ["--quick"] * args.quick + (["--models", *models] if models else [])
     done = subprocess.run(command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode == 0:

@@ -67,8 +67,16 @@ def train(
         return float((out / "seconds").read_text())
     if out.exists():
         out.rename(out.with_name(f"{out.name}-interrupted-{time.strftime('%H%M%S')}"))
-    env = {**os.environ, **settings, "OUT": str(out), "SEED": str(seed), "STEPS": str(steps), "SAVE_FREQ": str(every),
-           "TEST_FREQ": "-1", "POLICY": policy}  # fmt: skip
+    env = {
+        **os.environ,
+        **settings,
+        "OUT": str(out),
+        "SEED": str(seed),
+        "STEPS": str(steps),
+        "SAVE_FREQ": str(every),
+        "TEST_FREQ": "-1",
+        "POLICY": policy,
+    }
     start = time.monotonic()
     subprocess.run(["bash", str(ROOT / "scripts" / "run_tiny.sh"), *overrides], env=env, check=True, cwd=ROOT)
     (out / "seconds").write_text(str(time.monotonic() - start))

@@ -136,9 +136,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     from sayo_verl.tiny.evaluate import evaluate
 
     result = evaluate(
-        args.model, args.scenes, samples_per_row=args.samples, temperature=args.temperature, seed=args.seed,
+        args.model,
+        args.scenes,
+        samples_per_row=args.samples,
+        temperature=args.temperature,
+        seed=args.seed,
         max_new_tokens=args.max_new_tokens,
-    )  # fmt: skip
+    )
     text = json.dumps(result, indent=1)
     print(text)
     if args.out:
@@ -239,8 +243,9 @@ def _source_flags(prepare: Any, argv: Sequence[str]) -> None:
             parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
             building.add_flags(parser)
         parser.set_defaults(function=_rows, source=name)
-    mixed = prepare.add_parser("mix", help="rows drawn from prepared folders by shares",
-                               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    mixed = prepare.add_parser(
+        "mix", help="rows drawn from prepared folders by shares", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     if "mix" in argv:
         module = importlib.import_module("sayo_verl.data.building.mix")
         mixed.description = module.__doc__

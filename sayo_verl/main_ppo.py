@@ -35,8 +35,17 @@ from sayo_verl.report.runs import run_card
 PLUGIN = "sayo_verl.plugin"
 ENGINE = "sayo_verl.hooks.engine"
 # Settings of this process that its Ray workers must share, also when they run on a cluster that is already up.
-FORWARDED = ("VERL_PLATFORM", "VERL_ENGINE_DEVICE", "VERL_FILE_LOGGER_PATH", "SAYO_ALLOW_VERL", "TORCHDYNAMO_DISABLE",
-             "VLLM_CPU_KVCACHE_SPACE", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS")  # fmt: skip
+FORWARDED = (
+    "VERL_PLATFORM",
+    "VERL_ENGINE_DEVICE",
+    "VERL_FILE_LOGGER_PATH",
+    "SAYO_ALLOW_VERL",
+    "TORCHDYNAMO_DISABLE",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "OMP_NUM_THREADS",
+    "HF_HUB_OFFLINE",
+    "VLLM_NO_USAGE_STATS",
+)
 
 
 @ray.remote

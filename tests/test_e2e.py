@@ -22,9 +22,13 @@ def launch(repo, script, out, policy, *overrides, **variables):
         **variables,
     }
     return subprocess.run(
-        ["bash", str(repo / "scripts" / script), *overrides], env=env, capture_output=True, text=True, check=False,
+        ["bash", str(repo / "scripts" / script), *overrides],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
         timeout=420,
-    )  # fmt: skip
+    )
 
 
 def metrics(out):
@@ -97,10 +101,16 @@ def test_all_methods_train_together(repo, random_policy, tmp_path):
     """SAYO's and Faithful-MR1's rewards, AT-RL's token weights and VGPO's trajectory weights: every signal there is."""
     out = tmp_path / "mix"
     done = launch(
-        repo, "run_tiny.sh", out, random_policy, "algorithm.adv_estimator=attn_mix",
-        "algorithm.attn.mix=[region,faithful,anchor,dual]", "algorithm.attn.dual.intra=False", METHOD="region",
+        repo,
+        "run_tiny.sh",
+        out,
+        random_policy,
+        "algorithm.adv_estimator=attn_mix",
+        "algorithm.attn.mix=[region,faithful,anchor,dual]",
+        "algorithm.attn.dual.intra=False",
+        METHOD="region",
         STEPS="1",
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:] + (out / "train.log").read_text()[-4000:]
     (step,) = metrics(out)
     assert math.isfinite(step["actor/grad_norm"])

@@ -117,32 +117,53 @@ def arithmetic() -> list[str]:
     said = {"products": PRODUCTS / 1e12, "exponentials": EXPONENTIALS / 1e12, "bytes": BYTES / 1e12}
     cases = [(n, given, work(SHAPE, n, given)) for given in (False, True) for n in REAL_LENGTHS]
     passes = [
-        [size(n), f"{pass_operations(SHAPE, n) / 1e12:.1f} T",
-         f"{qwen3_vision_operations(SHAPE.hidden, n.image_tokens) / 1e12:.1f} T",
-         duration(pass_seconds(n, vision=False)), duration(pass_seconds(n, vision=True))]
+        [
+            size(n),
+            f"{pass_operations(SHAPE, n) / 1e12:.1f} T",
+            f"{qwen3_vision_operations(SHAPE.hidden, n.image_tokens) / 1e12:.1f} T",
+            duration(pass_seconds(n, vision=False)),
+            duration(pass_seconds(n, vision=True)),
+        ]
         for n in REAL_LENGTHS
-    ]  # fmt: skip
+    ]
     floors = [
-        [size(n), _keys(given), f"{w.operations / 1e9:.1f} G", f"{w.exponentials / 1e6:.0f} M",
-         f"{w.moved / 1e6:.1f} MB", *map(duration, (*w.floors, w.overlapped, w.in_turn))]
+        [
+            size(n),
+            _keys(given),
+            f"{w.operations / 1e9:.1f} G",
+            f"{w.exponentials / 1e6:.0f} M",
+            f"{w.moved / 1e6:.1f} MB",
+            *map(duration, (*w.floors, w.overlapped, w.in_turn)),
+        ]
         for n, given, w in cases
-    ]  # fmt: skip
+    ]
     shares = [
-        [size(n), _keys(given), *(
-            span([100 * layers * t / pass_seconds(n, vision=vision) for t in (w.overlapped, w.in_turn)], "%", digits)
-            for layers, digits in ((1, 3), (SHAPE.layers, 2)) for vision in (True, False)
-        )]
+        [
+            size(n),
+            _keys(given),
+            *(
+                span(
+                    [100 * layers * t / pass_seconds(n, vision=vision) for t in (w.overlapped, w.in_turn)], "%", digits
+                )
+                for layers, digits in ((1, 3), (SHAPE.layers, 2))
+                for vision in (True, False)
+            ),
+        ]
         for n, given, w in cases
-    ]  # fmt: skip
+    ]
     both = "with vision tower", "text model alone"
     columns = [f"{layers}, {what}" for layers in ("1 layer", f"{SHAPE.layers} layers") for what in both]
     by_unit = ["by products", "by exponentials", "by bytes", "overlapped", "in turn"]
     return [
-        "## Arithmetic, not measurement", "", TEXT.format(name=SHAPE.name, dims=SHAPE.head_dim, **said),
+        "## Arithmetic, not measurement",
+        "",
+        TEXT.format(name=SHAPE.name, dims=SHAPE.head_dim, **said),
         *table(["image + response tokens", "text model", "vision tower", "pass without tower", "pass with it"], passes),
-        FLOORS, *table(["image + response tokens", "keys", "operations", "exponentials", "bytes", *by_unit], floors),
-        SHARES, *table(["image + response tokens", "keys", *columns], shares),
-    ]  # fmt: skip
+        FLOORS,
+        *table(["image + response tokens", "keys", "operations", "exponentials", "bytes", *by_unit], floors),
+        SHARES,
+        *table(["image + response tokens", "keys", *columns], shares),
+    ]
 
 
 def size(n: Lengths) -> str:

@@ -118,9 +118,8 @@ def _target(raw: Raw) -> list[str]:
     rows = [
         ["one layer", f"at most {ONE_LAYER:g} %", *forecasts[0], _verdict(one, ONE_LAYER)],
         [f"all {SHAPE.layers} layers", f"at most {ALL_LAYERS:g} %", *forecasts[1], _verdict(whole, ALL_LAYERS)],
-        ["memory", "linear in tokens", linear, "",
-         MISSING if grows is None else f"exponent {grows:.2f} over tokens"],
-    ]  # fmt: skip
+        ["memory", "linear in tokens", linear, "", MISSING if grows is None else f"exponent {grows:.2f} over tokens"],
+    ]
     longest = REAL_LENGTHS[-1:]
     said = {
         name + given: forecast_cell(longest, layers, digits, lse_given=bool(given), vision=True)
@@ -129,8 +128,13 @@ def _target(raw: Raw) -> list[str]:
     }
     rates = {"slow": IN_TURN[0] / 1e12, "fast": IN_TURN[1] / 1e12, "limit": in_turn_limit() / 1e12}
     header = ["", "target", "forecast, pass with vision tower", "forecast, text model alone", "measured beside it"]
-    return ["## Target", "", TARGET.format(name=SHAPE.name, **rates), *table(header, rows),
-            FORECAST.format(size=size(longest[0]), layers=SHAPE.layers, **said)]  # fmt: skip
+    return [
+        "## Target",
+        "",
+        TARGET.format(name=SHAPE.name, **rates),
+        *table(header, rows),
+        FORECAST.format(size=size(longest[0]), layers=SHAPE.layers, **said),
+    ]
 
 
 def _verdict(values: Sequence[float], target: float) -> str:
@@ -171,8 +175,14 @@ def _figures(raw: Raw) -> list[str]:
         stages = instead.setdefault(said, []) if said else []
         stages += [x["stage"]] * (x["stage"] not in stages)
     cards = ", ".join(sorted({x["card"] for x in found}))
-    return ["### Beside the passes", "", FIGURES.format(cards=cards), *table(["stage", "what", "measured"], rows),
-            *(f"- {', '.join(stages)}: {said}" for said, stages in instead.items()), ""]  # fmt: skip
+    return [
+        "### Beside the passes",
+        "",
+        FIGURES.format(cards=cards),
+        *table(["stage", "what", "measured"], rows),
+        *(f"- {', '.join(stages)}: {said}" for said, stages in instead.items()),
+        "",
+    ]
 
 
 def _about(cases: Sequence[Entry]) -> list[str]:

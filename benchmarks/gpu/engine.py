@@ -132,8 +132,11 @@ class _Bench:
         facts["wrong"] = not all(facts["same_bits"].values())
         self.same += not facts["wrong"]
         self.stage.figure("requests with which log-probs and entropy keep every bit", f"{self.same} of {len(self.ran)}")
-        self.masses[name] = {key: torch.cat(list(output[key].unbind())).nan_to_num(-1.0).cpu()
-                             for key in output.keys() if "_mass." in key}  # fmt: skip
+        self.masses[name] = {
+            key: torch.cat(list(output[key].unbind())).nan_to_num(-1.0).cpu()
+            for key in output.keys()
+            if "_mass." in key
+        }
         if (own := name.removesuffix(GIVEN)) != name and own in self.masses:
             pairs = zip(self.masses[name].values(), self.masses[own].values(), strict=True)
             facts["from_own_log_sum_exp"] = max(largest(a, b) for a, b in pairs)
@@ -177,8 +180,11 @@ class _Bench:
             output, took = self.timed_call(None, calculate_entropy=False, **change)
             changed = torch.cat(list(output[COUNTERFACTUAL_LOG_PROBS].unbind()))
             real = torch.cat(list(self.plain["log_probs"].unbind()))
-            facts[kind] = {"s": round(took, 3), "finite": bool(changed.isfinite().all()),
-                           "differs": not torch.equal(changed, real)}  # fmt: skip
+            facts[kind] = {
+                "s": round(took, 3),
+                "finite": bool(changed.isfinite().all()),
+                "differs": not torch.equal(changed, real),
+            }
             facts["wrong"] |= not (facts[kind]["finite"] and facts[kind]["differs"])
             self.stage.figure(f"counterfactual pass without entropy, {kind}", f"{took:.3f} s")
         return facts
@@ -204,13 +210,19 @@ class _Bench:
         self.stage.figure("pass of verl's engine", f"{plain:.3f} s for {len(self.rows)} rows")
         noise = [100 * (a / b - 1) for a, b in zip(seconds[AGAIN], seconds[None], strict=True)]
         self.stage.figure("the same pass again, to show the noise", f"{min(noise):.2f} to {max(noise):.2f} %")
-        facts: dict[str, Any] = {"rounds": len(seconds[None]), "plain_s": [round(x, 4) for x in seconds[None]],
-                                 "again_s": [round(x, 4) for x in seconds[AGAIN]]}  # fmt: skip
+        facts: dict[str, Any] = {
+            "rounds": len(seconds[None]),
+            "plain_s": [round(x, 4) for x in seconds[None]],
+            "again_s": [round(x, 4) for x in seconds[AGAIN]],
+        }
         for name in self.ran:
             ratios = [a / b for a, b in zip(seconds[name], seconds[None], strict=True)]
             more, share = 100 * (statistics.median(ratios) - 1), 100 * own[name] / plain
-            facts[name] = {"more_percent": round(more, 3), "own_percent": round(share, 4),
-                           "s": [round(x, 4) for x in seconds[name]]}  # fmt: skip
+            facts[name] = {
+                "more_percent": round(more, 3),
+                "own_percent": round(share, 4),
+                "s": [round(x, 4) for x in seconds[name]],
+            }
             self.stage.figure(
                 f"{name}: added to the pass, and by the probe's own clock", f"{more:.2f} %, {share:.3f} %"
             )

@@ -35,8 +35,12 @@ def run(stage: Stage, family: str) -> None:
 def _make(stage: Stage, family: str, held: dict[str, Any]) -> dict[str, Any]:
     shape, tokenizer = models.shape_of(family, stage.tiny), build_tokenizer()
     config = models.hf_config(shape, stage.tiny)
-    names = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": VISION_START,
-             "vision_end_token_id": VISION_END}  # fmt: skip
+    names = {
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
+    }
     for name, token in names.items():
         setattr(config, name, tokenizer.convert_tokens_to_ids(token))
     if stage.tiny:  # the tiny shape has fewer words than the tokenizer
@@ -44,8 +48,9 @@ def _make(stage: Stage, family: str, held: dict[str, Any]) -> dict[str, Any]:
     model = models.at_random(config, stage.dtype, stage.device)
     images = models.image_processor(config)
     videos = Qwen2VLVideoProcessor(size=dict(images.size), patch_size=images.patch_size, merge_size=images.merge_size)
-    processor = Qwen2_5_VLProcessor(image_processor=images, video_processor=videos, tokenizer=tokenizer,
-                                    chat_template=CHAT_TEMPLATE)  # fmt: skip
+    processor = Qwen2_5_VLProcessor(
+        image_processor=images, video_processor=videos, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE
+    )
     held |= {"model": model, "processor": processor, "focus": add_focus_token(model, processor)}
     return {"shape": shape.name, "peak_gib": stage.peak_gib()}
 
@@ -62,9 +67,12 @@ class _Rows(Dataset):
         words = " ".join(chosen.choice(words_of).strip() for _ in range(lengths.response))
         self._row = {
             "prompt": [{"role": "user", "content": "<image>What colour is the circle?"}],
-            "images": [{"bytes": picture.getvalue()}], "response": f"<think> {words}</think><answer> red</answer>",
-            "reward_model": {"ground_truth": "red"}, "extra_info": {"boxes": [[models.BOX]]}, "_where": "a made-up row",
-        }  # fmt: skip
+            "images": [{"bytes": picture.getvalue()}],
+            "response": f"<think> {words}</think><answer> red</answer>",
+            "reward_model": {"ground_truth": "red"},
+            "extra_info": {"boxes": [[models.BOX]]},
+            "_where": "a made-up row",
+        }
 
     def __len__(self) -> int:
         return 64
@@ -91,8 +99,13 @@ class _Clock(TrainerCallback):
 def _train(stage: Stage, held: dict[str, Any]) -> dict[str, Any]:
     model, focus = held["model"], held["focus"]
     lengths = Lengths(0, (2, 3), 0, 8) if stage.tiny else Lengths(0, (32, 32), 0, 512)
-    config = FocusConfig(lora_rank=4 if stage.tiny else 64, lora_alpha=128, checkpointing=True, batch_size=ROWS,
-                          dtype="float32" if stage.tiny else "bfloat16")  # fmt: skip
+    config = FocusConfig(
+        lora_rank=4 if stage.tiny else 64,
+        lora_alpha=128,
+        checkpointing=True,
+        batch_size=ROWS,
+        dtype="float32" if stage.tiny else "bfloat16",
+    )
     layers = focus_layers(model, config.layers)
     images = model.config.image_token_id, model.config.video_token_id
     collate = FocusCollator(held["processor"], model.config, alpha=config.alpha)
@@ -102,20 +115,43 @@ def _train(stage: Stage, held: dict[str, Any]) -> dict[str, Any]:
     stage.reset_peak()
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
-            output_dir=folder, max_steps=1 + STEPS, per_device_train_batch_size=ROWS, logging_steps=1, report_to=[],
-            save_strategy="no", remove_unused_columns=False, bf16=not stage.tiny, use_cpu=stage.tiny,
-            learning_rate=config.learning_rate, disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=folder,
+            max_steps=1 + STEPS,
+            per_device_train_batch_size=ROWS,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            remove_unused_columns=False,
+            bf16=not stage.tiny,
+            use_cpu=stage.tiny,
+            learning_rate=config.learning_rate,
+            disable_tqdm=True,
+        )
         trainer = FocusTrainer(
-            model=trainable(model, focus, config), args=settings, train_dataset=_Rows(lengths, side),
-            data_collator=collate, processing_class=held["processor"], layers=layers, weight=config.weight,
-            forbidden=(focus, *images), callbacks=[clock],
-        )  # fmt: skip
+            model=trainable(model, focus, config),
+            args=settings,
+            train_dataset=_Rows(lengths, side),
+            data_collator=collate,
+            processing_class=held["processor"],
+            layers=layers,
+            weight=config.weight,
+            forbidden=(focus, *images),
+            callbacks=[clock],
+        )
         trainer.train()
     history = [entry for entry in trainer.state.log_history if "anchor_loss" in entry]
     losses = [round(entry["anchor_loss"], 5) for entry in history]
     timed = sorted(clock.seconds[1:])[STEPS // 2]
-    stage.figure(f"a step of {ROWS} rows of {lengths.image_tokens:,} visual and {lengths.response} response tokens, "
-                 f"LoRA rank {config.lora_rank}", f"{duration(timed)}, peak {stage.peak_gib()} GiB")  # fmt: skip
-    return {"layers": list(layers), "step_s": clock.seconds, "peak_gib": stage.peak_gib(), "anchor_loss": losses,
-            "log": json.dumps(history[-1]), "wrong": len(losses) != 1 + STEPS}  # fmt: skip
+    stage.figure(
+        f"a step of {ROWS} rows of {lengths.image_tokens:,} visual and {lengths.response} response tokens, "
+        f"LoRA rank {config.lora_rank}",
+        f"{duration(timed)}, peak {stage.peak_gib()} GiB",
+    )
+    return {
+        "layers": list(layers),
+        "step_s": clock.seconds,
+        "peak_gib": stage.peak_gib(),
+        "anchor_loss": losses,
+        "log": json.dumps(history[-1]),
+        "wrong": len(losses) != 1 + STEPS,
+    }

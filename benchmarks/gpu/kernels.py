@@ -23,8 +23,16 @@ from sayo_verl.probe.selfcheck import check_path
 
 LIMITS = {torch.bfloat16: 1e-4, torch.float16: 1e-4, torch.float32: 1e-5}  # largest error of a value
 # Beside the kernel's own, which were chosen by arithmetic: what might be faster on a card
-SIZES = ((128, 64, 4, 3), (128, 64, 4, 2), (128, 128, 4, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 4, 2),
-         (128, 32, 4, 4), (256, 64, 8, 2))  # fmt: skip
+SIZES = (
+    (128, 64, 4, 3),
+    (128, 64, 4, 2),
+    (128, 128, 4, 2),
+    (128, 64, 8, 3),
+    (128, 64, 8, 2),
+    (64, 128, 4, 2),
+    (128, 32, 4, 4),
+    (256, 64, 8, 2),
+)
 TILINGS = tuple(fast._Tiling(*sizes) for sizes in SIZES)
 FAR_TOKENS = 600_000  # x 32 heads x 128: beyond 2^31 elements
 
@@ -42,8 +50,10 @@ def run(stage: Stage, part: str = "") -> None:
         for i, (name, H, G, D) in enumerate(shapes)
     ]
     errors = [max(facts["errors"].values()) for facts in found if facts]
-    stage.figure(f"largest error against float64, {len(errors)} of {len(found)} head shapes in bfloat16",
-                 f"{max(errors, default=float('nan')):.1e}")  # fmt: skip
+    stage.figure(
+        f"largest error against float64, {len(errors)} of {len(found)} head shapes in bfloat16",
+        f"{max(errors, default=float('nan')):.1e}",
+    )
     if stage.device.type == "cuda":
         stage.run("offsets beyond 2^31", _far, stage, needs=10)
     for shape in REAL[:1] if stage.tiny else REAL:
@@ -176,8 +186,12 @@ def _variants(stage: Stage) -> dict[str, Any]:
     stage.sync()
     new = "not counted: interpreted" if stage.tiny else len(list(cache.rglob("*.cubin"))) - before
     stage.figure(f"kernels compiled for {lengths} lengths, beyond those of the head shapes", str(new))
-    return {"lengths": lengths, "new_kernels": new, "in_cache_before": before,
-            "all_s": round(time.monotonic() - begin, 1)}  # fmt: skip
+    return {
+        "lengths": lengths,
+        "new_kernels": new,
+        "in_cache_before": before,
+        "all_s": round(time.monotonic() - begin, 1),
+    }
 
 
 @dataclass(frozen=True)

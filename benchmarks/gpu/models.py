@@ -10,14 +10,27 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2VLI
 
 # Of both families' vision towers, as in config.json. Neither changes with the size of the text model.
 _QWEN3_VISION = {
-    "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "patch_size": 16,
-    "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 2304,
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "num_position_embeddings": 2304,
     "deepstack_visual_indexes": [8, 16, 24],
-}  # fmt: skip
+}
 _QWEN2_5_VISION = {
-    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14,
-    "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
-}  # fmt: skip
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
 _SMALL_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
 _SMALL_QWEN3 = {"num_position_embeddings": 256, "deepstack_visual_indexes": [0]}
 BOX = [0.2, 0.3, 0.7, 0.8]
@@ -31,10 +44,16 @@ def shape_of(family: str, tiny: bool) -> Shape:
 def hf_config(shape: Shape, tiny: bool) -> Any:
     """The configuration of the whole model; its image tokens are the last ids of the vocabulary."""
     text = {
-        "vocab_size": shape.vocabulary, "hidden_size": shape.hidden, "intermediate_size": shape.ffn,
-        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
-        "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_parameters": rope_parameters(shape),
-    }  # fmt: skip
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": rope_parameters(shape),
+    }
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     ids = {name: shape.vocabulary - 4 + i for i, name in enumerate(names)}
     config: Any
@@ -85,9 +104,12 @@ def image_processor(config: Any, half: bool = False, tokens: int = 16384) -> Qwe
     side = vision.patch_size * vision.spatial_merge_size
     means = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if half else {}
     return Qwen2VLImageProcessor(
-        size={"shortest_edge": side**2, "longest_edge": tokens * side**2}, patch_size=vision.patch_size,
-        temporal_patch_size=vision.temporal_patch_size, merge_size=vision.spatial_merge_size, **means,
-    )  # fmt: skip
+        size={"shortest_edge": side**2, "longest_edge": tokens * side**2},
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+        **means,
+    )
 
 
 def row_lengths(tiny: bool) -> list[Lengths]:
@@ -109,11 +131,17 @@ def random_rows(config: Any, every: list[Lengths]) -> list[dict[str, Any]]:
         ones = torch.ones(n.response, dtype=torch.int64)
         grid = [1, n.image[0] * merge, n.image[1] * merge]
         pixels = torch.randn(n.image_tokens * merge**2, values, generator=generator)
-        rows.append({
-            "prompts": ids[: n.prompt], "responses": ids[n.prompt :], "input_ids": ids,
-            "position_ids": torch.cat([torch.arange(n.total)[None], mrope_positions(n)]),
-            "response_mask": ones, "loss_mask": ones,
-            "multi_modal_inputs": {"pixel_values": pixels, "image_grid_thw": torch.tensor([grid])},
-            "extra_info": {"index": i, "boxes": [[BOX]]}, "uid": f"u{i // 2}",
-        })  # fmt: skip
+        rows.append(
+            {
+                "prompts": ids[: n.prompt],
+                "responses": ids[n.prompt :],
+                "input_ids": ids,
+                "position_ids": torch.cat([torch.arange(n.total)[None], mrope_positions(n)]),
+                "response_mask": ones,
+                "loss_mask": ones,
+                "multi_modal_inputs": {"pixel_values": pixels, "image_grid_thw": torch.tensor([grid])},
+                "extra_info": {"index": i, "boxes": [[BOX]]},
+                "uid": f"u{i // 2}",
+            }
+        )
     return rows

@@ -19,8 +19,10 @@ def run(stage: Stage) -> None:
 def _one(stage: Stage, T: int, V: int) -> dict[str, Any]:
     generator = torch.Generator(stage.device).manual_seed(0)
     profile_TV = torch.rand(T, V, generator=generator, device=stage.device)
-    took = stage.timed(f"{NEIGHBOURS} neighbours of {T:,} tokens by {V:,} visual tokens",
-                       lambda: top_neighbours(profile_TV, NEIGHBOURS))  # fmt: skip
+    took = stage.timed(
+        f"{NEIGHBOURS} neighbours of {T:,} tokens by {V:,} visual tokens",
+        lambda: top_neighbours(profile_TV, NEIGHBOURS),
+    )
     stage.reset_peak()
     with host_waits(stage.device) as waits:
         _, similarity = top_neighbours(profile_TV, NEIGHBOURS)
@@ -28,5 +30,10 @@ def _one(stage: Stage, T: int, V: int) -> dict[str, Any]:
     cosine_TT = (unit_TV @ unit_TV.T).fill_diagonal_(-2)
     wanted = cosine_TT.topk(NEIGHBOURS, dim=1).values
     difference = float((similarity.double() - wanted).abs().nan_to_num(float("inf")).max())
-    return {"ms": round(took, 3), "waits": waits, "peak_gib": stage.peak_gib(), "difference": difference,
-            "wrong": difference > 1e-6}  # fmt: skip
+    return {
+        "ms": round(took, 3),
+        "waits": waits,
+        "peak_gib": stage.peak_gib(),
+        "difference": difference,
+        "wrong": difference > 1e-6,
+    }

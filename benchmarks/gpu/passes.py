@@ -25,8 +25,18 @@ def run(stage: Stage, family: str) -> None:
     if stage.run("model", _make, stage, shape, made, needs=20) is None:
         return
     for n, lengths in enumerate((Lengths(2, (3, 3), 2, 7),) if stage.tiny else REAL_LENGTHS[::-1]):
-        case = Case("card", shape, lengths, 2 if stage.tiny else 0, ("fast", "reference"), (), extras=n == 0,
-                    rounds=1 if stage.tiny else 4, slow_rounds=1, brief=True)  # fmt: skip
+        case = Case(
+            "card",
+            shape,
+            lengths,
+            2 if stage.tiny else 0,
+            ("fast", "reference"),
+            (),
+            extras=n == 0,
+            rounds=1 if stage.tiny else 4,
+            slow_rounds=1,
+            brief=True,
+        )
         stage.run(case.key, _case, stage, case, made[0], needs=5 if stage.tiny else 15)
     if family == "qwen3_vl":
         stage.run("growth of the kernels", _growth, stage, shape, needs=5 if stage.tiny else 20)
@@ -61,13 +71,20 @@ def _case(stage: Stage, case: Case, stack: TextStack) -> dict[str, Any]:
     if stage.device.type == "cuda":
         counts = ", ".join(f"{name} {sum(places.values())}" for name, places in waits.items())
         stage.figure(f"waits of the host, {case.key.removeprefix('card: ')}", counts)
-    shares = {name: round(100 * statistics.median(found), 3)
-              for name in entry["times"]
-              if name != "pass" and (found := ratios(entry, name))}  # fmt: skip
-    return {"sequences": entry["sequences"], "pass_ms": round(1000 * plain, 2), "percent_of_pass": shares,
-            "failed": {name: t["failed"][:80] for name, t in entry["times"].items() if "failed" in t},
-            "peak_bytes": entry["memory"], "agreement": entry["agreement"],
-            "waits": waits if stage.device.type == "cuda" else "not counted on a CPU"}  # fmt: skip
+    shares = {
+        name: round(100 * statistics.median(found), 3)
+        for name in entry["times"]
+        if name != "pass" and (found := ratios(entry, name))
+    }
+    return {
+        "sequences": entry["sequences"],
+        "pass_ms": round(1000 * plain, 2),
+        "percent_of_pass": shares,
+        "failed": {name: t["failed"][:80] for name, t in entry["times"].items() if "failed" in t},
+        "peak_bytes": entry["memory"],
+        "agreement": entry["agreement"],
+        "waits": waits if stage.device.type == "cuda" else "not counted on a CPU",
+    }
 
 
 def _growth(stage: Stage, shape: Any) -> dict[str, Any]:

@@ -25,9 +25,14 @@ def _pytest(stage: Stage) -> dict[str, Any]:
     # each test in a process of its own: most of their time is compilation
     several = ["-n", "5", "--dist", "load"]
     command = [sys.executable, "-m", "pytest", "-q", *several, "-p", "no:cacheprovider", *CHOSEN]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=stage.left(),
-                          check=False)  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=stage.left(), check=False
+    )
     lines = (done.stdout + done.stderr).strip().splitlines()
     skipped = "skipped" in lines[-1] and not stage.tiny  # they are there to run on a card
-    return {"command": " ".join(command[1:]), "last_line": lines[-1], "tail": lines[-40:], 
-            "wrong": done.returncode != 0 or skipped}  # fmt: skip
+    return {
+        "command": " ".join(command[1:]),
+        "last_line": lines[-1],
+        "tail": lines[-40:],
+        "wrong": done.returncode != 0 or skipped,
+    }

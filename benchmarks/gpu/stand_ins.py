@@ -66,11 +66,24 @@ def _not_here(*_: Any, **__: Any) -> Any:
 
 
 def _packed(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, *, softmax_scale: float | None = None, causal: bool = False,
-    return_attn_probs: bool = False, dropout_p: float = 0.0, window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0, deterministic: bool = False, alibi_slopes: Any = None, block_table: Any = None,
-) -> Any:  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    return_attn_probs: bool = False,
+    dropout_p: float = 0.0,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    alibi_slopes: Any = None,
+    block_table: Any = None,
+) -> Any:
     """``flash_attn_varlen_func`` for [L, heads, D]; with ``return_attn_probs`` also float32 [H, L] and None."""
     _refuse(dropout_p, window_size, softcap, alibi_slopes, block_table)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale

@@ -61,19 +61,37 @@ def _job(stage: Stage, script: str, model: str, scenes: Path, lora: bool, more: 
     """One run of a script; its folder stays below the output folder."""
     out = stage.out / "runs" / f"{Path(script).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     settings = {
-        "MODEL_PATH": model, "TRAIN_FILE": scenes / "train.parquet", "VAL_FILE": scenes / "val.parquet", "OUT": out,
-        "NGPUS_PER_NODE": 1, "GROUP_SIZE": 8, "TRAIN_BATCH_SIZE": 16, "ACCURACY_WEIGHT": 1, "EPOCHS": 1000,
-        "MAX_PROMPT_LENGTH": 512 if lora else 32, "MAX_RESPONSE_LENGTH": 128 if lora else 24,
-        "LORA_RANK": 16 if lora else 0, "SAVE_FREQ": -1, "TEST_FREQ": -1, "ROLLOUT_GPU_MEM_UTIL": 0.4,
+        "MODEL_PATH": model,
+        "TRAIN_FILE": scenes / "train.parquet",
+        "VAL_FILE": scenes / "val.parquet",
+        "OUT": out,
+        "NGPUS_PER_NODE": 1,
+        "GROUP_SIZE": 8,
+        "TRAIN_BATCH_SIZE": 16,
+        "ACCURACY_WEIGHT": 1,
+        "EPOCHS": 1000,
+        "MAX_PROMPT_LENGTH": 512 if lora else 32,
+        "MAX_RESPONSE_LENGTH": 128 if lora else 24,
+        "LORA_RANK": 16 if lora else 0,
+        "SAVE_FREQ": -1,
+        "TEST_FREQ": -1,
+        "ROLLOUT_GPU_MEM_UTIL": 0.4,
         "DRY_RUN": int(stage.tiny),
-    }  # fmt: skip
+    }
     # the scripts take the active Python where it has the package
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, **{name: str(value) for name, value in settings.items()}, "PATH": path}
     environment.pop("TRITON_INTERPRET", None)
     overrides = [f"trainer.total_training_steps={STEPS}", "trainer.val_before_train=False", *more]
-    done = subprocess.run(["bash", script, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True,
-                          timeout=stage.left(), check=False)  # fmt: skip
+    done = subprocess.run(
+        ["bash", script, *overrides],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=stage.left(),
+        check=False,
+    )
     lines = (done.stdout + done.stderr).strip().splitlines()
     if done.returncode:
         raise RuntimeError(f"{script} ended with {done.returncode}: {' / '.join(lines[-3:])}")

@@ -53,20 +53,30 @@ def build(stage: Stage, shape: Shape, lora: bool) -> Any:
             config=TrainingWorkerConfig(
                 model_type="language_model",
                 model_config=HFModelConfig(
-                    path=folder, load_tokenizer=False, external_lib="sayo_verl.hooks.engine", use_remove_padding=True,
-                    override_config={"attn_implementation": "flash_attention_2"}, **(adapter if lora else {}),
+                    path=folder,
+                    load_tokenizer=False,
+                    external_lib="sayo_verl.hooks.engine",
+                    use_remove_padding=True,
+                    override_config={"attn_implementation": "flash_attention_2"},
+                    **(adapter if lora else {}),
                 ),
                 engine_config=FSDPEngineConfig(
-                    strategy="fsdp2", model_dtype="fp32" if stage.tiny else "bf16", use_dynamic_bsz=True,
-                    use_torch_compile=not stage.tiny, forward_only=False,
+                    strategy="fsdp2",
+                    model_dtype="fp32" if stage.tiny else "bf16",
+                    use_dynamic_bsz=True,
+                    use_torch_compile=not stage.tiny,
+                    forward_only=False,
                     infer_max_token_len_per_gpu=60 if stage.tiny else 16384,
-                    mixed_precision={"param_dtype": "fp32" if exact else "bf16", "reduce_dtype": "fp32",
-                                     "buffer_dtype": "fp32"},
+                    mixed_precision={
+                        "param_dtype": "fp32" if exact else "bf16",
+                        "reduce_dtype": "fp32",
+                        "buffer_dtype": "fp32",
+                    },
                 ),
                 optimizer_config=FSDPOptimizerConfig(lr=1e-6, total_training_steps=1),
                 checkpoint_config=CheckpointConfig(),
             )
-        )  # fmt: skip
+        )
         built.reset()
     images = models.image_processor(built.engine.model_config.hf_config, half=shape.family == "qwen3_vl")
     built.engine.model_config.processor = SimpleNamespace(image_processor=images)

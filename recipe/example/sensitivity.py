@@ -38,10 +38,14 @@ class SensitivityMethod:
     name = "attn_sensitivity"
 
     def __post_init__(self) -> None:
-        check_setting("sensitivity", self, {
-            "strength": (0 <= self.strength <= 1, "a number in [0, 1]"),
-            "share": (0 < self.share <= 1, "a number in (0, 1]"),
-        })  # fmt: skip
+        check_setting(
+            "sensitivity",
+            self,
+            {
+                "strength": (0 <= self.strength <= 1, "a number in [0, 1]"),
+                "share": (0 < self.share <= 1, "a number in (0, 1]"),
+            },
+        )
 
     @property
     def gives(self) -> frozenset:

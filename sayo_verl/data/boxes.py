@@ -78,9 +78,14 @@ class BoxRules:
     def __post_init__(self) -> None:
         values = (self.min_area_left, self.merge_iou, self.max_area, self.min_area)
         if not all(0 <= value <= 1 for value in values) or self.min_area >= self.max_area:
-            raise SayoError("D46", "a rule for boxes is out of range", where="BoxRules", got=self,
-                            wanted="each in [0, 1], min_area < max_area",
-                            fix="leave it out to use its default")  # fmt: skip
+            raise SayoError(
+                "D46",
+                "a rule for boxes is out of range",
+                where="BoxRules",
+                got=self,
+                wanted="each in [0, 1], min_area < max_area",
+                fix="leave it out to use its default",
+            )
 
 
 _DEFAULTS = BoxRules()
@@ -140,11 +145,21 @@ def place_boxes(
     """
     form = form_of(box_format, where)
     if frame not in FRAMES:
-        raise SayoError("D46", f"unknown frame {frame!r}{did_you_mean(frame, FRAMES)}", where=where, wanted=FRAMES,
-                        fix="set --box-frame to one of them")  # fmt: skip
+        raise SayoError(
+            "D46",
+            f"unknown frame {frame!r}{did_you_mean(frame, FRAMES)}",
+            where=where,
+            wanted=FRAMES,
+            fix="set --box-frame to one of them",
+        )
     if len(names) != len(boxes):
-        raise SayoError("D46", "boxes and their names differ in number", where=where,
-                        got=f"{len(boxes)} boxes, {len(names)} names", fix="give one name for each box")  # fmt: skip
+        raise SayoError(
+            "D46",
+            "boxes and their names differ in number",
+            where=where,
+            got=f"{len(boxes)} boxes, {len(names)} names",
+            fix="give one name for each box",
+        )
     values = [check_values(box, box_format, f"{where}, box {i}") for i, box in enumerate(boxes)]
     if not values:
         return Placed((), ())
@@ -238,8 +253,13 @@ def _by(size: tuple[int, int]) -> str:
 
 def form_of(box_format: str, where: str) -> Form:
     if box_format not in BOX_FORMATS:
-        raise SayoError("D46", f"unknown box format {box_format!r}{did_you_mean(box_format, BOX_FORMATS)}", where=where,
-                        wanted=list(BOX_FORMATS), fix="set --box-format to one of them")  # fmt: skip
+        raise SayoError(
+            "D46",
+            f"unknown box format {box_format!r}{did_you_mean(box_format, BOX_FORMATS)}",
+            where=where,
+            wanted=list(BOX_FORMATS),
+            fix="set --box-format to one of them",
+        )
     return FORMS[box_format]
 
 
@@ -247,8 +267,14 @@ def check_size(size: Sequence[int], where: str) -> None:
     if len(size) != 2 or not all(
         isinstance(v, numbers.Integral) and not isinstance(v, bool) and 0 < v <= LARGEST for v in size
     ):
-        raise SayoError("D44", "the annotated size is no size", where=where, got=f"{size!r}"[:80],
-                        wanted="(width, height), positive integers", fix="correct the annotation")  # fmt: skip
+        raise SayoError(
+            "D44",
+            "the annotated size is no size",
+            where=where,
+            got=f"{size!r}"[:80],
+            wanted="(width, height), positive integers",
+            fix="correct the annotation",
+        )
 
 
 def check_values(box: Sequence[float], box_format: str, where: str) -> Box:
@@ -264,9 +290,14 @@ def check_values(box: Sequence[float], box_format: str, where: str) -> Box:
     number = [isinstance(v, numbers.Real) and not isinstance(v, bool) and -LARGEST <= v <= LARGEST for v in values]
     meaning = f"{box_format}: {BOX_FORMATS[box_format]}"
     if len(values) != 4 or not all(number):
-        raise SayoError("D42", "a box is not four finite numbers", where=where,
-                        got=" ".join(f"{box!r}".split())[:120], wanted=meaning,
-                        fix="correct the annotation, or leave this box out")  # fmt: skip
+        raise SayoError(
+            "D42",
+            "a box is not four finite numbers",
+            where=where,
+            got=" ".join(f"{box!r}".split())[:120],
+            wanted=meaning,
+            fix="correct the annotation, or leave this box out",
+        )
     a, b, c, d = (float(v) for v in values)
     form = FORMS[box_format]
     problem = fix = ""

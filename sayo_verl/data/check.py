@@ -73,17 +73,37 @@ def open_rows(path: Path, demands: Demands) -> pq.ParquetFile:
     names = file.schema_arrow.names
     missing = [column for column in demands.columns() if column not in names]
     twice = [name for name in names if names.count(name) > 1]
-    wrong = f"has no column {missing[0]!r}" if missing else f"has two columns {twice[0]!r}" if twice else \
-        "" if file.metadata.num_rows else "has no rows"  # fmt: skip
+    wrong = (
+        f"has no column {missing[0]!r}"
+        if missing
+        else f"has two columns {twice[0]!r}"
+        if twice
+        else ""
+        if file.metadata.num_rows
+        else "has no rows"
+    )
     if wrong:
-        raise SayoError("D03", f"the parquet {wrong}", where=str(path), got=sorted(names),
-                        wanted=f"rows with the columns {', '.join(demands.columns())}",
-                        fix="follow the row contract in docs/data.md; data.prompt_key names the prompts")  # fmt: skip
+        raise SayoError(
+            "D03",
+            f"the parquet {wrong}",
+            where=str(path),
+            got=sorted(names),
+            wanted=f"rows with the columns {', '.join(demands.columns())}",
+            fix="follow the row contract in docs/data.md; data.prompt_key names the prompts",
+        )
     return file
 
 
-def check_parquet(path: Path, demands: Demands, *, max_images: int = 512, keep: int = 0, spread: int = 0,
-                  drops_narrow: bool = False, tick: Callable[[], None] = lambda: None) -> Counted:  # fmt: skip
+def check_parquet(
+    path: Path,
+    demands: Demands,
+    *,
+    max_images: int = 512,
+    keep: int = 0,
+    spread: int = 0,
+    drops_narrow: bool = False,
+    tick: Callable[[], None] = lambda: None,
+) -> Counted:
     """Check all rows of one file.
 
     Args:
@@ -193,9 +213,14 @@ def check_boxes_of_run(counted: Counted, where: str, *, boxes: bool = True) -> N
         boxes: the method looks at boxes; otherwise at images.
     """
     if not counted.with_images:
-        raise SayoError("D04", "no training row has an image, so every row would train as with grpo", where=where,
-                        got=f"{counted.rows} rows in all training files together", wanted="images in some rows",
-                        fix="correct data.image_key, add images, or set algorithm.adv_estimator=grpo")  # fmt: skip
+        raise SayoError(
+            "D04",
+            "no training row has an image, so every row would train as with grpo",
+            where=where,
+            got=f"{counted.rows} rows in all training files together",
+            wanted="images in some rows",
+            fix="correct data.image_key, add images, or set algorithm.adv_estimator=grpo",
+        )
     if boxes and not counted.with_boxes:
         raise SayoError(
             "D04",
@@ -248,8 +273,10 @@ def check_leakage(train: Sequence[Path], val: Sequence[Path], *, image_key: str,
                 wanted="no image in both",
                 fix="split by image, as `sayo prepare` does; or set sayo.held_out=false",
             )
-    return f"{len(keys[1])} names and {len(hashes[1])} images of validation are not among {len(keys[0])} and " \
-           f"{len(hashes[0])} of training"  # fmt: skip
+    return (
+        f"{len(keys[1])} names and {len(hashes[1])} images of validation are not among {len(keys[0])} and "
+        f"{len(hashes[0])} of training"
+    )
 
 
 def _chosen(file: pq.ParquetFile, path: Path, image_key: str, chosen: set[int]) -> Iterator[tuple[int, list[Any]]]:

@@ -110,8 +110,10 @@ class RowContract:
         if looked.mistyped:  # what follows reads these columns
             return looked
         images, info = row.get(keys.images) or [], row.get("extra_info") or {}
-        media = {tag: len(row.get(key) or []) for tag, key in
-                 ((IMAGE_TAG, keys.images), ("<video>", keys.videos), ("<audio>", keys.audios))}  # fmt: skip
+        media = {
+            tag: len(row.get(key) or [])
+            for tag, key in ((IMAGE_TAG, keys.images), ("<video>", keys.videos), ("<audio>", keys.audios))
+        }
         looked.question = _text_of_user(row[keys.prompt])
         for tag, n in media.items():
             looked.question = looked.question.replace(tag, "") if n or tag == IMAGE_TAG else looked.question
@@ -147,8 +149,14 @@ class RowContract:
 
 
 def _wrong_type(where: str, got: Any, wanted: str, fix: str) -> SayoError:
-    return SayoError("D72", "a column has another type than verl reads", where=where,
-                     got=f"{type(got).__name__} {str(got)[:80]}", wanted=wanted, fix=fix)  # fmt: skip
+    return SayoError(
+        "D72",
+        "a column has another type than verl reads",
+        where=where,
+        got=f"{type(got).__name__} {str(got)[:80]}",
+        wanted=wanted,
+        fix=fix,
+    )
 
 
 def check_prompt(row: Mapping[str, Any], where: str, demands: Demands) -> None:
@@ -161,8 +169,14 @@ def check_prompt(row: Mapping[str, Any], where: str, demands: Demands) -> None:
         fields = message if isinstance(message, dict) else {}
         if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), str | list):
             fix = "rename from to role and value to content; human is user, gpt is assistant"
-            raise _wrong_type(where, message, wanted, fix if {"from", "value"} <= fields.keys() else
-                              "write each message as {'role': 'user', 'content': '<image>...'}")  # fmt: skip
+            raise _wrong_type(
+                where,
+                message,
+                wanted,
+                fix
+                if {"from", "value"} <= fields.keys()
+                else "write each message as {'role': 'user', 'content': '<image>...'}",
+            )
         if isinstance(fields["content"], list):
             _check_parts(fields["content"], where, wanted)
 
@@ -171,31 +185,44 @@ def _check_parts(parts: list[Any], where: str, wanted: str) -> None:
     # All parts of a parquet column have the same fields, and Qwen's reader opens a field "image", also if null.
     for part in parts:
         if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
-            raise _wrong_type(where, part, wanted,
-                              "write one text with <image> in it, and the images in a column of their own")  # fmt: skip
+            raise _wrong_type(
+                where, part, wanted, "write one text with <image> in it, and the images in a column of their own"
+            )
 
 
 def check_media(row: Mapping[str, Any], where: str, demands: Demands) -> None:
     """Refuse a column of images, videos or audios that is no list; D72. Null and absent are none."""
     for key in demands.keys[1:]:
         if not isinstance(row.get(key), list | None):
-            raise _wrong_type(f"{where}, {key}", row[key], "a list, with one entry for each",
-                              f"store a list in {key}, also where there is one alone")  # fmt: skip
+            raise _wrong_type(
+                f"{where}, {key}",
+                row[key],
+                "a list, with one entry for each",
+                f"store a list in {key}, also where there is one alone",
+            )
 
 
 def check_extra_info(row: Mapping[str, Any], where: str, demands: Demands) -> None:
     """Refuse an ``extra_info`` that is no struct; D72."""
     if not isinstance(row.get("extra_info"), dict | None):
-        raise _wrong_type(f"{where}, extra_info", row["extra_info"], "a struct (a dict), or null",
-                          "store the fields as a struct, not as JSON text")  # fmt: skip
+        raise _wrong_type(
+            f"{where}, extra_info",
+            row["extra_info"],
+            "a struct (a dict), or null",
+            "store the fields as a struct, not as JSON text",
+        )
 
 
 def check_reward_model(row: Mapping[str, Any], where: str, demands: Demands) -> None:
     """Refuse a ``reward_model`` without a field ``ground_truth``, which verl's reward managers read; D72."""
     found = row.get("reward_model")
     if demands.rewarded and (not isinstance(found, dict) or "ground_truth" not in found):
-        raise _wrong_type(f"{where}, reward_model", found, "a struct {style, ground_truth}",
-                          "store {'style': 'rule', 'ground_truth': ...}")  # fmt: skip
+        raise _wrong_type(
+            f"{where}, reward_model",
+            found,
+            "a struct {style, ground_truth}",
+            "store {'style': 'rule', 'ground_truth': ...}",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- text and answers
@@ -242,8 +269,13 @@ def check_question(asked: str, question: Any, where: str) -> None:
     """
     reserved = (reserved_text(question) if isinstance(question, str) else None) or reserved_text(asked)
     if reserved:
-        raise SayoError("D66", "a question holds text that stands for an image or a control token", where=where,
-                        got=reserved, fix="remove the text, or the row")  # fmt: skip
+        raise SayoError(
+            "D66",
+            "a question holds text that stands for an image or a control token",
+            where=where,
+            got=reserved,
+            fix="remove the text, or the row",
+        )
     if not asked.strip():
         raise SayoError("D66", "a row has no question", where=where, fix="remove the row")
 
@@ -253,10 +285,14 @@ def check_ground_truth(reward_model: Mapping[str, Any], where: str, judge: str) 
     truth = reward_model.get("ground_truth")
     reason = why_not_gradable(truth, judge=judge)
     if reason is not None:
-        raise SayoError("D74", f"a ground truth cannot be graded ({reason})",
-                        where=f"{where}, reward_model.ground_truth", got=repr(truth)[:80],
-                        wanted="the answer alone, as sayo_verl.reward compares it",
-                        fix="correct the answer or remove the row; or set a reward function of your own")  # fmt: skip
+        raise SayoError(
+            "D74",
+            f"a ground truth cannot be graded ({reason})",
+            where=f"{where}, reward_model.ground_truth",
+            got=repr(truth)[:80],
+            wanted="the answer alone, as sayo_verl.reward compares it",
+            fix="correct the answer or remove the row; or set a reward function of your own",
+        )
 
 
 # -------------------------------------------------------------------------------------- what attention methods add
@@ -265,8 +301,14 @@ def check_ground_truth(reward_model: Mapping[str, Any], where: str, judge: str) 
 def check_data_source(name: Any, where: str) -> None:
     """Refuse a name for which verl's own reward function evaluates text of the model, and no name at all; D66."""
     if not isinstance(name, str) or not name.strip():
-        raise SayoError("D66", "a row has no data source", where=f"{where}, data_source", got=repr(name),
-                        wanted="a name", fix="name the kind of data; verl's metrics are kept by it")  # fmt: skip
+        raise SayoError(
+            "D66",
+            "a row has no data source",
+            where=f"{where}, data_source",
+            got=repr(name),
+            wanted="a name",
+            fix="name the kind of data; verl's metrics are kept by it",
+        )
     if name.lower().startswith("numina") or name.lower() in EVALUATED:
         raise SayoError(
             "D66",
@@ -305,8 +347,13 @@ def check_only_images(media: Mapping[str, int], where: str) -> None:
     """Refuse videos and audios; D66."""
     for tag in ("<video>", "<audio>"):
         if media[tag]:
-            raise SayoError("D66", "a row has a video or an audio, and boxes lie in images only",
-                            where=f"{where}, {tag.strip('<>')}s", got=media[tag], fix="remove it")  # fmt: skip
+            raise SayoError(
+                "D66",
+                "a row has a video or an audio, and boxes lie in images only",
+                where=f"{where}, {tag.strip('<>')}s",
+                got=media[tag],
+                fix="remove it",
+            )
 
 
 def check_boxes(extra_info: Mapping[str, Any], n_images: int, where: str) -> list[list[list[float]]]:
@@ -340,17 +387,31 @@ def check_lists(info: Mapping[str, Any], n_images: int, where: str) -> None:
     """Refuse lists that do not go with the boxes, if there are boxes, or with the images; D05."""
     names, boxes = info.get("box_names"), info.get("boxes")
     if names is not None and boxes:
-        got, wanted = ([len(of_image) if isinstance(of_image, list) else 0 for of_image in each]
-                       if isinstance(each, list) else [] for each in (names, boxes))  # fmt: skip
+        got, wanted = (
+            [len(of_image) if isinstance(of_image, list) else 0 for of_image in each] if isinstance(each, list) else []
+            for each in (names, boxes)
+        )
         if not isinstance(names, list) or got != wanted:
-            raise SayoError("D05", "box names are not nested as the boxes are", where=f"{where}, extra_info.box_names",
-                            got=got, wanted=wanted, fix=PREPARE)  # fmt: skip
+            raise SayoError(
+                "D05",
+                "box names are not nested as the boxes are",
+                where=f"{where}, extra_info.box_names",
+                got=got,
+                wanted=wanted,
+                fix=PREPARE,
+            )
     for key in ("image_keys", "image_size_wh"):
         told = info.get(key)
         n = len(told) if isinstance(told, list) else type(told).__name__
         if told is not None and n != n_images:
-            raise SayoError("D05", "a list does not have one entry per image", where=f"{where}, extra_info.{key}",
-                            got=n, wanted=n_images, fix=PREPARE)  # fmt: skip
+            raise SayoError(
+                "D05",
+                "a list does not have one entry per image",
+                where=f"{where}, extra_info.{key}",
+                got=n,
+                wanted=n_images,
+                fix=PREPARE,
+            )
 
 
 # -------------------------------------------------------------------------------------------------------------- images
@@ -365,18 +426,28 @@ def told_size(info: Mapping[str, Any], i: int) -> list[int] | None:
 def check_pixels(header: Header, where: str) -> None:
     """Refuse an image that is too large; D08."""
     if header.width * header.height > MAX_PIXELS:
-        raise SayoError("D08", "an image is too large", where=where, got=f"{header.width} x {header.height}",
-                        wanted=f"at most {MAX_PIXELS} pixels", fix="resize it")  # fmt: skip
+        raise SayoError(
+            "D08",
+            "an image is too large",
+            where=where,
+            got=f"{header.width} x {header.height}",
+            wanted=f"at most {MAX_PIXELS} pixels",
+            fix="resize it",
+        )
 
 
 def check_ratio(header: Header, where: str) -> None:
     """Refuse an image that Qwen's resize refuses; D77."""
     long, short = max(header.width, header.height), max(1, min(header.width, header.height))
     if long / short > MAX_RATIO:
-        raise SayoError("D77", "an image is too narrow: Qwen's resize refuses it, and the run ends there", where=where,
-                        got=f"{header.width} x {header.height}, a ratio of {long / short:g}",
-                        wanted=f"a ratio of at most {MAX_RATIO:g}", fix="crop or remove it; with "
-                        "data.filter_overlong_prompts=True verl leaves the row out")  # fmt: skip
+        raise SayoError(
+            "D77",
+            "an image is too narrow: Qwen's resize refuses it, and the run ends there",
+            where=where,
+            got=f"{header.width} x {header.height}, a ratio of {long / short:g}",
+            wanted=f"a ratio of at most {MAX_RATIO:g}",
+            fix="crop or remove it; with data.filter_overlong_prompts=True verl leaves the row out",
+        )
 
 
 def check_stored(header: Header, told: Sequence[int] | None, where: str) -> None:

@@ -35,8 +35,12 @@ def read_image(ref: ImageRef) -> bytes:
     if ref.data is not None:
         return ref.data
     if ref.path is None:
-        raise SayoError("D40", "an image has neither bytes nor a path", where=f"image {ref.key!r}",
-                        fix="name the file of the image, or give its bytes")  # fmt: skip
+        raise SayoError(
+            "D40",
+            "an image has neither bytes nor a path",
+            where=f"image {ref.key!r}",
+            fix="name the file of the image, or give its bytes",
+        )
     path = str(ref.path)
     check_name(path, where=f"image {ref.key!r}")
     if ref.member is not None:
@@ -79,9 +83,14 @@ def check_name(name: str, *, where: str) -> None:
         except UnicodeEncodeError:
             problem = "a name that is not UTF-8"
     if problem:
-        raise SayoError("D40", f"{problem} stands for an image", where=_shown(where), got=_shown(ascii(name)),
-                        wanted="the plain name of a local file",
-                        fix="download or rename the file, and correct the reference")  # fmt: skip
+        raise SayoError(
+            "D40",
+            f"{problem} stands for an image",
+            where=_shown(where),
+            got=_shown(ascii(name)),
+            wanted="the plain name of a local file",
+            fix="download or rename the file, and correct the reference",
+        )
 
 
 def _shown(text: str) -> str:
@@ -110,9 +119,14 @@ def check_member(
     elif info.file_size >= RATIO_FROM and info.file_size > max_ratio * info.compress_size:
         problem = f"is packed {info.file_size / max(info.compress_size, 1):.0f} fold, more than {max_ratio:g}"
     if problem:
-        raise SayoError("D41", f"a member of a zip file {problem}", where=_shown(where),
-                        got=_shown(ascii(info.orig_filename)), wanted="plain files below the archive's root",
-                        fix="do not use this archive, or unpack and check it by hand")  # fmt: skip
+        raise SayoError(
+            "D41",
+            f"a member of a zip file {problem}",
+            where=_shown(where),
+            got=_shown(ascii(info.orig_filename)),
+            wanted="plain files below the archive's root",
+            fix="do not use this archive, or unpack and check it by hand",
+        )
 
 
 def _leaves(name: str) -> bool:
@@ -131,8 +145,12 @@ def _read_member(path: str, member: str) -> bytes:
         found = os.stat(path)
         archive = _archive(path, os.getpid(), found.st_mtime_ns, found.st_size)
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise SayoError("D41", f"a zip file cannot be opened ({told(error)})", where=_shown(path),
-                        fix="check the path, and download the file again if it was cut short") from error  # fmt: skip
+        raise SayoError(
+            "D41",
+            f"a zip file cannot be opened ({told(error)})",
+            where=_shown(path),
+            fix="check the path, and download the file again if it was cut short",
+        ) from error
     try:
         info = archive.getinfo(member)
     except KeyError as error:
@@ -145,8 +163,12 @@ def _read_member(path: str, member: str) -> bytes:
     try:
         return archive.read(info)
     except NotImplementedError as error:
-        raise SayoError("D41", f"a member of a zip file is packed in an unknown way ({error})", where=_shown(where),
-                        fix="pack the archive again with deflate") from error  # fmt: skip
+        raise SayoError(
+            "D41",
+            f"a member of a zip file is packed in an unknown way ({error})",
+            where=_shown(where),
+            fix="pack the archive again with deflate",
+        ) from error
     except (OSError, EOFError, ValueError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise Drop("image_unreadable", told(error)) from error
 

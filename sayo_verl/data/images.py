@@ -51,8 +51,20 @@ TURNS: Mapping[int, Image.Transpose] = {
     8: Image.Transpose.ROTATE_90,
 }
 # What Pillow's readers raise on damaged files. Only calls of Pillow stand under it, so no fault of ours hides in it.
-DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, AttributeError,
-           EOFError, MemoryError, struct.error, zlib.error)  # fmt: skip
+DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -73,8 +85,14 @@ class ImageRules:
 
     def __post_init__(self) -> None:
         if not (self.max_pixels >= 1 and self.min_side >= 1 and self.max_ratio >= 1):
-            raise SayoError("D46", "a rule for images is out of range", where="ImageRules", got=self,
-                            wanted="each at least 1", fix="leave the rule out to use its default")  # fmt: skip
+            raise SayoError(
+                "D46",
+                "a rule for images is out of range",
+                where="ImageRules",
+                got=self,
+                wanted="each at least 1",
+                fix="leave the rule out to use its default",
+            )
 
 
 @dataclass(frozen=True)
@@ -115,8 +133,13 @@ def store_image(data: bytes, *, where: str, options: ImageRules = _DEFAULTS) -> 
         SayoError: D46 when Pillow was told in this process to fill up truncated images.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise SayoError("D46", "Pillow is told to fill up truncated images with grey", where=where,
-                        got="PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set", fix="remove what sets it")  # fmt: skip
+        raise SayoError(
+            "D46",
+            "Pillow is told to fill up truncated images with grey",
+            where=where,
+            got="PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set",
+            fix="remove what sets it",
+        )
     if not data:
         raise Drop("image_empty")
     with warnings.catch_warnings():

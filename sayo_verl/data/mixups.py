@@ -166,8 +166,11 @@ class FormatWatch:
             self._stop(f"{self._n_out} of {self._n_sized} boxes run out of their pictures", self._first_out, fitting)
         for name, reading in self._readings.items():
             if reading.fit == self._n_sized and self._rows >= A_FEW and reading.chance < CHANCE and reading.fills():
-                self._stop(f"all {self._n_sized} boxes keep to that part of their pictures which {name} would fill",
-                           self._first, [name])  # fmt: skip
+                self._stop(
+                    f"all {self._n_sized} boxes keep to that part of their pictures which {name} would fill",
+                    self._first,
+                    [name],
+                )
 
     def _stop(self, found: str, where: str, suspects: Sequence[str]) -> None:
         known = [name for name in suspects if name in BOX_FORMATS]

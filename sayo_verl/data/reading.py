@@ -58,8 +58,9 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     return file
 
 
-def read_rows(file: pq.ParquetFile, path: Path, columns: list[str], groups: Iterable[int] | None = None
-              ) -> Iterator[dict[str, Any]]:  # fmt: skip
+def read_rows(
+    file: pq.ParquetFile, path: Path, columns: list[str], groups: Iterable[int] | None = None
+) -> Iterator[dict[str, Any]]:
     """Rows as plain containers. A file with a sound footer can still have a damaged page, which shows only here.
 
     Args:
@@ -100,8 +101,10 @@ def _as_datasets_decodes(images: Any) -> Any:
     """Of a list of images as `datasets` stores them, what verl gets: the bytes, or else the file at the path."""
     if not isinstance(images, list):
         return images
-    return [{"image": image.get("path")} if isinstance(image, dict) and image.get("bytes") is None else image
-            for image in images]  # fmt: skip
+    return [
+        {"image": image.get("path")} if isinstance(image, dict) and image.get("bytes") is None else image
+        for image in images
+    ]
 
 
 def rows_at(file: pq.ParquetFile, path: Path, columns: list[str], chosen: set[int]) -> Iterator[tuple[int, dict]]:
@@ -122,8 +125,12 @@ def leaves(file: pq.ParquetFile) -> list[str]:
 
 
 def _unreadable(path: Path, error: Exception) -> SayoError:
-    return SayoError("D02", f"the parquet file cannot be read ({' '.join(str(error).split())})", where=str(path),
-                     fix="prepare it again; it may have been cut short")  # fmt: skip
+    return SayoError(
+        "D02",
+        f"the parquet file cannot be read ({' '.join(str(error).split())})",
+        where=str(path),
+        fix="prepare it again; it may have been cut short",
+    )
 
 
 def image_source(image: Any, where: str) -> bytes | Path | str:
@@ -142,28 +149,43 @@ def image_source(image: Any, where: str) -> bytes | Path | str:
             return image["bytes"]
         path = image.get("path") or image.get("image")
         got = f"the path {path!r} beside empty bytes" if path else "empty bytes"
-        raise SayoError("D06", "an image has no bytes", where=where, got=got,
-                        fix="store the encoded bytes, or the path alone: a text, or {'image': path}")  # fmt: skip
+        raise SayoError(
+            "D06",
+            "an image has no bytes",
+            where=where,
+            got=got,
+            fix="store the encoded bytes, or the path alone: a text, or {'image': path}",
+        )
     text = image.get("image", image.get("image_url")) if isinstance(image, dict) else image
     if not isinstance(text, str) or not text:
         none = text is None or text == ""
-        raise SayoError("D06" if none else "D73", "an image is not there" if none else "verl does not open this image",
-                        where=where, got=f"{type(image).__name__} {str(image)[:80]}",
-                        wanted="a path, {'bytes': encoded image} or {'image': path}",
-                        fix="store the encoded image as {'bytes': ..., 'path': None}")  # fmt: skip
+        raise SayoError(
+            "D06" if none else "D73",
+            "an image is not there" if none else "verl does not open this image",
+            where=where,
+            got=f"{type(image).__name__} {str(image)[:80]}",
+            wanted="a path, {'bytes': encoded image} or {'image': path}",
+            fix="store the encoded image as {'bytes': ..., 'path': None}",
+        )
     if text.startswith(("http://", "https://")):
         return text
     if text.startswith("data:image"):
         try:
             return base64.b64decode(text.partition("base64,")[2])
         except ValueError as error:
-            raise SayoError("D07", f"an image cannot be decoded ({error})", where=where,
-                            fix="store the encoded bytes") from error  # fmt: skip
+            raise SayoError(
+                "D07", f"an image cannot be decoded ({error})", where=where, fix="store the encoded bytes"
+            ) from error
     path = Path(text.removeprefix("file://"))
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
-        raise SayoError("D73", "there is no image at a path", where=where, got=f"{text[:200]!r} in {Path.cwd()}",
-                        wanted="a file; relative paths count from the working directory of the run",
-                        fix="store absolute paths, or start the run where the paths begin")  # fmt: skip
+        raise SayoError(
+            "D73",
+            "there is no image at a path",
+            where=where,
+            got=f"{text[:200]!r} in {Path.cwd()}",
+            wanted="a file; relative paths count from the working directory of the run",
+            fix="store absolute paths, or start the run where the paths begin",
+        )
     return path
 
 
@@ -184,8 +206,9 @@ def read_image(image: Any, where: str, *, decode: bool = True) -> Header | None:
             frames = getattr(picture, "n_frames", 1)  # only formats that can be animated have it
             return Header(picture.format or "", *size, _orientation(picture), frames)
     except _IMAGE_ERRORS as error:
-        raise SayoError("D07", f"an image cannot be decoded ({error})", where=where,
-                        fix="remove the row or store the image again") from error  # fmt: skip
+        raise SayoError(
+            "D07", f"an image cannot be decoded ({error})", where=where, fix="remove the row or store the image again"
+        ) from error
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -206,8 +229,14 @@ def decoded(image: Any, where: str) -> Image.Image:
     read_image(image, where)
     source = image_source(image, where)
     if isinstance(source, str):
-        raise SayoError("D73", "an image of a web address is not fetched here", where=where, got=source,
-                        wanted="bytes or the path of a file", fix="store the encoded bytes")  # fmt: skip
+        raise SayoError(
+            "D73",
+            "an image of a web address is not fetched here",
+            where=where,
+            got=source,
+            wanted="bytes or the path of a file",
+            fix="store the encoded bytes",
+        )
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
         return picture.convert("RGB")
 
@@ -215,5 +244,6 @@ def decoded(image: Any, where: str) -> Image.Image:
 def image_digest(image: Any, where: str) -> bytes:
     """``digest`` of the encoded bytes, or of the web address."""
     source = image_source(image, where)
-    return digest(source.read_bytes() if isinstance(source, Path) else
-                  source if isinstance(source, bytes) else source.encode())  # fmt: skip
+    return digest(
+        source.read_bytes() if isinstance(source, Path) else source if isinstance(source, bytes) else source.encode()
+    )

@@ -107,10 +107,14 @@ class _Stream:
         if self._raw is not None and self.bytes > RATIO_FROM:
             limit = min(limit, int(MAX_RATIO * self._raw.tell()))
         if self._raw is not None and self.bytes > limit:
-            raise SayoError("D48", "a packed file unpacks to far more than it looks", where=str(self.place),
-                            got=f"{self.bytes} bytes so far, of {self.total} packed ones",
-                            wanted=f"at most {MAX_RATIO:g} times as much, and {MAX_BYTES} bytes",
-                            fix="do not use this file, or unpack and check it by hand")  # fmt: skip
+            raise SayoError(
+                "D48",
+                "a packed file unpacks to far more than it looks",
+                where=str(self.place),
+                got=f"{self.bytes} bytes so far, of {self.total} packed ones",
+                wanted=f"at most {MAX_RATIO:g} times as much, and {MAX_BYTES} bytes",
+                fix="do not use this file, or unpack and check it by hand",
+            )
         return data
 
     def tell(self, progress: Progress, *, end: bool = False) -> None:
@@ -150,27 +154,50 @@ def _reading(path: Path | str, member: str | None, suffixes: tuple[str, ...]) ->
                         yield stream
                 return
             if place.member:
-                raise SayoError("D48", "a member is named of a file that is no zip file", where=str(place),
-                                fix="name the file alone")  # fmt: skip
+                raise SayoError(
+                    "D48",
+                    "a member is named of a file that is no zip file",
+                    where=str(place),
+                    fix="name the file alone",
+                )
             if first[:2] == b"\x1f\x8b":
                 with gzip.GzipFile(fileobj=raw) as unpacked:
                     stream = _Stream(place, unpacked, raw, packed)  # type: ignore[arg-type]
                     yield stream
                 return
             if first[:3] == _BOM or first[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise _Fault("the file starts with a byte order mark", got=first[:3].hex(),
-                             wanted="UTF-8 without one", fix="save it again as plain UTF-8")  # fmt: skip
+                raise _Fault(
+                    "the file starts with a byte order mark",
+                    got=first[:3].hex(),
+                    wanted="UTF-8 without one",
+                    fix="save it again as plain UTF-8",
+                )
             stream = _Stream(place, raw, None, packed)
             yield stream
     except _Fault as fault:
-        raise SayoError("D47", fault.what, where=stream.where() if stream else str(place), got=fault.got,
-                        wanted=fault.wanted, fix=fault.fix) from fault  # fmt: skip
+        raise SayoError(
+            "D47",
+            fault.what,
+            where=stream.where() if stream else str(place),
+            got=fault.got,
+            wanted=fault.wanted,
+            fix=fault.fix,
+        ) from fault
     except _BAD_JSON as error:
-        raise SayoError("D47", f"this is not JSON ({_told(error)})", where=stream.where() if stream else str(place),
-                        wanted="one complete JSON text in UTF-8", fix=_AGAIN) from error  # fmt: skip
+        raise SayoError(
+            "D47",
+            f"this is not JSON ({_told(error)})",
+            where=stream.where() if stream else str(place),
+            wanted="one complete JSON text in UTF-8",
+            fix=_AGAIN,
+        ) from error
     except (*_BAD_FILE, NotImplementedError) as error:
-        raise SayoError("D48", f"the file cannot be read ({_told(error)})",
-                        where=stream.where() if stream else str(place), fix=_AGAIN) from error  # fmt: skip
+        raise SayoError(
+            "D48",
+            f"the file cannot be read ({_told(error)})",
+            where=stream.where() if stream else str(place),
+            fix=_AGAIN,
+        ) from error
 
 
 def _member(archive: zipfile.ZipFile, place: Place, suffixes: tuple[str, ...]) -> zipfile.ZipInfo:
@@ -185,9 +212,14 @@ def _member(archive: zipfile.ZipFile, place: Place, suffixes: tuple[str, ...]) -
         found = found or [i for i in infos if i.filename.rpartition("/")[2] == place.member]
     if len(found) != 1:
         names = [i.filename for i in (found or infos)]
-        raise SayoError("D48", "which member of the archive is meant is not clear", where=str(place),
-                        got=f"{len(found)} members to choose from; {', '.join(names[:8])}{', ...' * (len(names) > 8)}",
-                        wanted="one", fix=f"write {place.path.name}::NAME with the member's name")  # fmt: skip
+        raise SayoError(
+            "D48",
+            "which member of the archive is meant is not clear",
+            where=str(place),
+            got=f"{len(found)} members to choose from; {', '.join(names[:8])}{', ...' * (len(names) > 8)}",
+            wanted="one",
+            fix=f"write {place.path.name}::NAME with the member's name",
+        )
     check_member(found[0], where=str(place.path), max_bytes=MAX_BYTES)
     return found[0]
 
@@ -236,8 +268,11 @@ def json_items(
             if event == "end_map":
                 break
             if not seen.add(hash(key) & 0xFFFFFFFFFFFFFFFF):
-                raise _Fault(f"the key {_shown(key)} comes twice", wanted="each key once",
-                             fix="remove one of the two; of several files, leave out the one that repeats")  # fmt: skip
+                raise _Fault(
+                    f"the key {_shown(key)} comes twice",
+                    wanted="each key once",
+                    fix="remove one of the two; of several files, leave out the one that repeats",
+                )
             yield key, _value(events, *next(events))
             stream.entries += 1
             stream.last = key
@@ -314,8 +349,12 @@ def _elements(events: Iterator[tuple[str, Any]], keys: Sequence[str], name: str)
         else:
             _skip(events, next(events)[0])
     if keys[0] not in there:
-        raise _Fault(f"{name} has no key {keys[0]!r}", got=", ".join(sorted(there)[:12]) or "no keys",
-                     wanted=keys[0], fix="check that this is the file that is meant")  # fmt: skip
+        raise _Fault(
+            f"{name} has no key {keys[0]!r}",
+            got=", ".join(sorted(there)[:12]) or "no keys",
+            wanted=keys[0],
+            fix="check that this is the file that is meant",
+        )
 
 
 def _value(events: Iterator[tuple[str, Any]], event: str, value: Any) -> Any:
@@ -332,8 +371,11 @@ def _value(events: Iterator[tuple[str, Any]], event: str, value: Any) -> Any:
     for event, value in events:
         if event == "map_key":
             if value in node:
-                raise _Fault(f"the key {_shown(value)} comes twice in one object", wanted="each key once",
-                             fix="remove one of the two: which one is meant, no reader can know")  # fmt: skip
+                raise _Fault(
+                    f"the key {_shown(value)} comes twice in one object",
+                    wanted="each key once",
+                    fix="remove one of the two: which one is meant, no reader can know",
+                )
             key = value
             continue
         if event == "end_map" or event == "end_array":
@@ -380,14 +422,22 @@ def _skip(events: Iterator[tuple[str, Any]], event: str) -> None:
 
 
 def _too_deep() -> _Fault:
-    return _Fault("objects and arrays are nested too deep", got=f"more than {MAX_DEPTH} levels",
-                  wanted=f"at most {MAX_DEPTH}", fix="this is no data set; do not use the file")  # fmt: skip
+    return _Fault(
+        "objects and arrays are nested too deep",
+        got=f"more than {MAX_DEPTH} levels",
+        wanted=f"at most {MAX_DEPTH}",
+        fix="this is no data set; do not use the file",
+    )
 
 
 def _wrong_kind(name: str, event: str, wanted: str) -> _Fault:
     kinds = {"start_map": "an object {...}", "start_array": "an array [...]"}
-    return _Fault(f"{name} is of another kind than was expected", got=kinds.get(event, f"a {event}"), wanted=wanted,
-                  fix="check that this is the file that is meant, and in its published format")  # fmt: skip
+    return _Fault(
+        f"{name} is of another kind than was expected",
+        got=kinds.get(event, f"a {event}"),
+        wanted=wanted,
+        fix="check that this is the file that is meant, and in its published format",
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- lines
@@ -422,8 +472,12 @@ _BLANK = object()
 
 def _line(line: bytes, number: int) -> Any:
     if len(line) > MAX_LINE:
-        raise _Fault(f"line {number} is too long", got=f"more than {MAX_LINE} bytes", wanted=f"at most {MAX_LINE}",
-                     fix="write one record on each line")  # fmt: skip
+        raise _Fault(
+            f"line {number} is too long",
+            got=f"more than {MAX_LINE} bytes",
+            wanted=f"at most {MAX_LINE}",
+            fix="write one record on each line",
+        )
     if not line.strip():
         return _BLANK
     if line.startswith(_BOM):
@@ -438,8 +492,12 @@ def _line(line: bytes, number: int) -> Any:
     except _Fault as fault:
         raise _Fault(f"line {number}: {fault.what}", got=fault.got, wanted=fault.wanted, fix=fault.fix) from fault
     except ValueError as error:
-        raise _Fault(f"line {number} is not JSON ({_told(error)})", got=ascii(line[:60])[2:-1],
-                     wanted="one JSON value on each line, in UTF-8", fix="correct the line") from error  # fmt: skip
+        raise _Fault(
+            f"line {number} is not JSON ({_told(error)})",
+            got=ascii(line[:60])[2:-1],
+            wanted="one JSON value on each line, in UTF-8",
+            fix="correct the line",
+        ) from error
     return value
 
 
@@ -456,8 +514,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise _Fault(f"the key {_shown(twice)} comes twice in one object", wanted="each key once",
-                     fix="remove one of the two: which one is meant, no reader can know")  # fmt: skip
+        raise _Fault(
+            f"the key {_shown(twice)} comes twice in one object",
+            wanted="each key once",
+            fix="remove one of the two: which one is meant, no reader can know",
+        )
     return value
 
 

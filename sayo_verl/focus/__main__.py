@@ -113,9 +113,14 @@ def _check(args: argparse.Namespace) -> None:
         known = [field.name for field in dataclasses.fields(TrainingArguments)]
         for name in config.trainer_args:
             if name not in known:
-                raise SayoError("F21", f"transformers has no such training argument{did_you_mean(name, known)}",
-                                where="--trainer-args", got=name, wanted="fields of transformers.TrainingArguments",
-                                fix="correct the name")  # fmt: skip
+                raise SayoError(
+                    "F21",
+                    f"transformers has no such training argument{did_you_mean(name, known)}",
+                    where="--trainer-args",
+                    got=name,
+                    wanted="fields of transformers.TrainingArguments",
+                    fix="correct the name",
+                )
     files = [args.rows] if isinstance(args.rows, str) else args.rows
     absent = [file for file in files if not Path(file).is_file()]
     if absent:
@@ -146,9 +151,20 @@ def _respond(args: argparse.Namespace) -> None:
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
     device = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else None
-    done = write_responses(args.base, args.rows, args.out, tries=args.tries, max_new_tokens=args.max_new_tokens,
-                           temperature=args.temperature, batch_size=args.batch_size, max_rows=args.max_rows,
-                           seed=args.seed, rank=rank, world=world, device=device)  # fmt: skip
+    done = write_responses(
+        args.base,
+        args.rows,
+        args.out,
+        tries=args.tries,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        batch_size=args.batch_size,
+        max_rows=args.max_rows,
+        seed=args.seed,
+        rank=rank,
+        world=world,
+        device=device,
+    )
     if "left" in done:  # the process that finishes last says the rest
         print(f"process {rank} of {world} is done; {done['left']} blocks are with others", file=sys.stderr)
         return
@@ -162,8 +178,9 @@ def _report(args: argparse.Namespace) -> None:
     from sayo_verl.focus.report import compare, comparison_table
 
     picture = args.out / "focus.png"
-    result = compare(args.base, args.after, args.rows, _config(args), max_rows=args.max_rows, picture=picture,
-                     answers=args.answers)  # fmt: skip
+    result = compare(
+        args.base, args.after, args.rows, _config(args), max_rows=args.max_rows, picture=picture, answers=args.answers
+    )
     (args.out / "focus.json").write_text(json.dumps(result, indent=1) + "\n")
     console = Console()
     console.print(comparison_table(result), markup=False)

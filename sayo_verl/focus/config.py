@@ -61,5 +61,11 @@ class FocusConfig:
         for is_wrong, names, wanted in wrong:
             if is_wrong:
                 got = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split(", "))
-                raise SayoError("F05", "a setting of the anchoring stage is out of range", where="FocusConfig",
-                                got=got, wanted=wanted, fix=f"change {names}")  # fmt: skip
+                raise SayoError(
+                    "F05",
+                    "a setting of the anchoring stage is out of range",
+                    where="FocusConfig",
+                    got=got,
+                    wanted=wanted,
+                    fix=f"change {names}",
+                )

@@ -88,13 +88,23 @@ def target_distribution(
             and V06 for a malformed box or grid.
     """
     if not 0 <= alpha < 1:
-        raise SayoError("F05", "alpha is out of range", where=where, got=alpha, wanted="0 <= alpha < 1",
-                        fix="set --alpha within [0, 1)")  # fmt: skip
+        raise SayoError(
+            "F05",
+            "alpha is out of range",
+            where=where,
+            got=alpha,
+            wanted="0 <= alpha < 1",
+            fix="set --alpha within [0, 1)",
+        )
     if len(boxes) != len(images) or not any(len(b) for b in boxes):
-        raise SayoError("F06", "the row does not have one list of boxes per image", where=where,
-                        got=f"{[len(b) for b in boxes]} boxes for {len(images)} images",
-                        wanted="extra_info.boxes[image][box] = [x0, y0, x1, y1]",
-                        fix="nest the boxes by image, with an empty list for an image without one")  # fmt: skip
+        raise SayoError(
+            "F06",
+            "the row does not have one list of boxes per image",
+            where=where,
+            got=f"{[len(b) for b in boxes]} boxes for {len(images)} images",
+            wanted="extra_info.boxes[image][box] = [x0, y0, x1, y1]",
+            fix="nest the boxes by image, with an empty list for an image without one",
+        )
     shares = []
     for image_boxes, tiles in zip(boxes, images, strict=True):
         masks = box_masks(image_boxes, tiles, where=where)  # refuses malformed boxes
@@ -211,15 +221,24 @@ def forward_with_focus(
 
     def keep(layer: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
         if key.shape[0] != len(focus.at) or key.shape[2] != S:
-            raise SayoError("F08", "the model's batch is not the one the loss was prepared for",
-                            where=f"decoder layer {layer}", got=f"keys {tuple(key.shape)}",
-                            wanted=f"{len(focus.at)} rows of {S} tokens",
-                            fix="pass padded rows, without packing or sequence parallelism")  # fmt: skip
+            raise SayoError(
+                "F08",
+                "the model's batch is not the one the loss was prepared for",
+                where=f"decoder layer {layer}",
+                got=f"keys {tuple(key.shape)}",
+                wanted=f"{len(focus.at)} rows of {S} tokens",
+                fix="pass padded rows, without packing or sequence parallelism",
+            )
         if wants_graph and not query.requires_grad:
-            raise SayoError("F07", "the attention of <Focus> carries no gradient", where=f"decoder layer {layer}",
-                            got="a query without graph", wanted="a query with graph",
-                            fix="use gradient checkpointing with use_reentrant=False and train the layers below, or "
-                            "the embedding of <Focus>")  # fmt: skip
+            raise SayoError(
+                "F07",
+                "the attention of <Focus> carries no gradient",
+                where=f"decoder layer {layer}",
+                got="a query without graph",
+                wanted="a query with graph",
+                fix="use gradient checkpointing with use_reentrant=False and train the layers below, or "
+                "the embedding of <Focus>",
+            )
         # select and stack save nothing for backward; indexing by a tensor would
         row = torch.stack([query[b, :, focus.at[b]] for b in chosen]) if chosen else query.new_zeros(0)
         read[layer] = row, key, scale

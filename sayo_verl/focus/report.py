@@ -76,9 +76,13 @@ def measure(
         p_RS = torch.where(image_RS, figures["log_p"].exp(), 0.0)
         share_R = torch.where(region_RS, p_RS, 0.0).sum(-1)
         density_R = share_R / region_RS.sum(-1).clamp(min=1) * image_RS.sum(-1)
-        row_figures = {"region_share": share_R, "region_density": density_R, "anchor_loss": figures["divergence"],
-                       "target_attention": (1 + torch.tanh(torch.log(density_R + EPS))) / 2,
-                       "image_mass": figures["log_image_mass"].exp()}  # fmt: skip
+        row_figures = {
+            "region_share": share_R,
+            "region_density": density_R,
+            "anchor_loss": figures["divergence"],
+            "target_attention": (1 + torch.tanh(torch.log(density_R + EPS))) / 2,
+            "image_mass": figures["log_image_mass"].exp(),
+        }
         answered = labels_BS[:, 1:] != IGNORE
         log_q_ND = output.logits[:, :-1][answered].float().log_softmax(-1)
         token_figures = {
@@ -100,8 +104,10 @@ def measure(
             r = boxed.index(b)
             looks.append(Look(p_RS[r, image_RS[r]].cpu(), (own[0][1] // merge, own[0][2] // merge)))
     result = {name: float(torch.cat(values).mean()) for name, values in per_row.items()}
-    result |= {name: float(torch.cat(values).max() if name.endswith("probability") else torch.cat(values).mean())
-               for name, values in per_token.items()}  # fmt: skip
+    result |= {
+        name: float(torch.cat(values).max() if name.endswith("probability") else torch.cat(values).mean())
+        for name, values in per_token.items()
+    }
     if not all(row.get("response") for row in rows):
         del result["lm_loss"]
     boxed_rows = int(torch.cat(per_row["anchor_loss"]).numel())
@@ -109,9 +115,17 @@ def measure(
 
 
 def compare(
-    base: Path | str, after: Path | str, file: Path | str, config: FocusConfig, *, max_rows: int | None = None,
-    picture: Path | None = None, answers: bool = False, n_pictures: int = 4, max_new_tokens: int = 24,
-) -> dict[str, dict[str, float]]:  # fmt: skip
+    base: Path | str,
+    after: Path | str,
+    file: Path | str,
+    config: FocusConfig,
+    *,
+    max_rows: int | None = None,
+    picture: Path | None = None,
+    answers: bool = False,
+    n_pictures: int = 4,
+    max_new_tokens: int = 24,
+) -> dict[str, dict[str, float]]:
     """Figures of the base model with an untrained ``<Focus>`` and of the folder that the stage wrote.
 
     Args:
@@ -159,8 +173,9 @@ def compare(
 def comparison_table(result: dict[str, dict[str, float]]) -> Table:
     """The figures side by side."""
     after = result["after"]
-    table = Table(title=f"held-out rows: {after['rows']:.0f}, with boxes {after['rows_with_boxes']:.0f}",
-                  title_justify="left")  # fmt: skip
+    table = Table(
+        title=f"held-out rows: {after['rows']:.0f}, with boxes {after['rows_with_boxes']:.0f}", title_justify="left"
+    )
     table.add_column("")
     titles = {"base": "no token", "before": "untrained", "after": "anchored"}
     shown = [name for name in titles if result[name]]
@@ -196,11 +211,26 @@ def draw(
             ax.imshow(grey, extent=(0, width, height, 0))
             look = looks[column - 1] if column else None
             if look is not None:
-                heat = ax.imshow(look.p.view(look.grid), extent=(0, width, height, 0), cmap="inferno", alpha=0.7,
-                                 vmin=0, vmax=top, interpolation="nearest")  # fmt: skip
+                heat = ax.imshow(
+                    look.p.view(look.grid),
+                    extent=(0, width, height, 0),
+                    cmap="inferno",
+                    alpha=0.7,
+                    vmin=0,
+                    vmax=top,
+                    interpolation="nearest",
+                )
             for x0, y0, x1, y1 in rows[i]["extra_info"]["boxes"][0]:
-                ax.add_patch(Rectangle((x0 * width, y0 * height), (x1 - x0) * width, (y1 - y0) * height, fill=False,
-                                       edgecolor="#00b3ff", linewidth=1.8))  # fmt: skip
+                ax.add_patch(
+                    Rectangle(
+                        (x0 * width, y0 * height),
+                        (x1 - x0) * width,
+                        (y1 - y0) * height,
+                        fill=False,
+                        edgecolor="#00b3ff",
+                        linewidth=1.8,
+                    )
+                )
             ax.set_xticks([])
             ax.set_yticks([])
             if line == 0:

@@ -90,11 +90,19 @@ def write_responses(
     blocks = _blocks(files, BLOCK * batch_size, max_rows)
     schema = _common_schema(files)
     rows = sum(stop - start for _, start, stop in blocks)
-    _check_settings(parts, {
-        "base": str(base), "files": [[str(file), Path(file).stat().st_size] for file in files], "rows": rows,
-        "tries": tries, "max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size,
-        "seed": seed,
-    })  # fmt: skip
+    _check_settings(
+        parts,
+        {
+            "base": str(base),
+            "files": [[str(file), Path(file).stat().st_size] for file in files],
+            "rows": rows,
+            "tries": tries,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "batch_size": batch_size,
+            "seed": seed,
+        },
+    )
     todo = [n for n in range(rank, len(blocks), world) if not _part(parts, n).is_file()]
     if todo:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -111,17 +119,33 @@ def write_responses(
                     {**row, "_where": f"row {start + i} of {file}"}
                     for i, row in enumerate(_rows(blocks[n]).to_pylist())
                 ]
-                _write(_part(parts, n), _answers(model, processor, own, seed=f"{seed}/{n}", tries=tries,
-                       batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature))  # fmt: skip
+                _write(
+                    _part(parts, n),
+                    _answers(
+                        model,
+                        processor,
+                        own,
+                        seed=f"{seed}/{n}",
+                        tries=tries,
+                        batch_size=batch_size,
+                        max_new_tokens=max_new_tokens,
+                        temperature=temperature,
+                    ),
+                )
             progress.update(bar, completed=_done(parts, blocks))
     left = sum(not _part(parts, n).is_file() for n in range(len(blocks)))
     if left:
         return {"rows": rows, "left": left}
     kept = _merge(parts, blocks, out, schema)
     if not kept:
-        raise SayoError("F18", "the policy answered no row rightly and in the asked form", where=str(base),
-                        got=f"0 of {rows} rows", fix="give the rows a column `response` of your own, or ask for "
-                        "<think> ... </think> <answer> ... </answer> in the prompts")  # fmt: skip
+        raise SayoError(
+            "F18",
+            "the policy answered no row rightly and in the asked form",
+            where=str(base),
+            got=f"0 of {rows} rows",
+            fix="give the rows a column `response` of your own, or ask for "
+            "<think> ... </think> <answer> ... </answer> in the prompts",
+        )
     return {"rows": rows, "kept": kept}
 
 
@@ -153,9 +177,14 @@ def _common_schema(files: Sequence[Path | str]) -> pa.Schema:
         try:
             common = _with_columns(own.empty_table(), common).schema
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-            raise SayoError("F24", "the columns of the files of rows do not go together", where=str(file),
-                            got=" ".join(str(error).split())[:200], wanted=f"types as in {files[0]}",
-                            fix="write the files with one schema, or sample each for itself") from error  # fmt: skip
+            raise SayoError(
+                "F24",
+                "the columns of the files of rows do not go together",
+                where=str(file),
+                got=" ".join(str(error).split())[:200],
+                wanted=f"types as in {files[0]}",
+                fix="write the files with one schema, or sample each for itself",
+            ) from error
     return common
 
 
@@ -165,8 +194,9 @@ def _with_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 def _without_penalties(given: GenerationConfig) -> GenerationConfig:
     """A model's special tokens alone: ``generate`` fills what a call leaves open from the model's own configuration."""
-    return GenerationConfig(bos_token_id=given.bos_token_id, eos_token_id=given.eos_token_id,
-                            pad_token_id=given.pad_token_id)  # fmt: skip
+    return GenerationConfig(
+        bos_token_id=given.bos_token_id, eos_token_id=given.eos_token_id, pad_token_id=given.pad_token_id
+    )
 
 
 def _check_settings(parts: Path, settings: dict[str, Any]) -> None:
@@ -182,9 +212,14 @@ def _check_settings(parts: Path, settings: dict[str, Any]) -> None:
     found = json.loads(file.read_text())
     changed = {name: found.get(name) for name, value in settings.items() if found.get(name) != value}
     if changed:
-        raise SayoError("F19", "these responses were begun with other settings", where=str(file),
-                        got={name: settings[name] for name in changed}, wanted=changed, fix="give those settings, or "
-                        f"name another file; to start over: rm -r {parts}")  # fmt: skip
+        raise SayoError(
+            "F19",
+            "these responses were begun with other settings",
+            where=str(file),
+            got={name: settings[name] for name in changed},
+            wanted=changed,
+            fix=f"give those settings, or name another file; to start over: rm -r {parts}",
+        )
 
 
 def _part(parts: Path, n: int) -> Path:
@@ -214,9 +249,16 @@ def _rows(block: Block) -> pa.Table:
 
 
 def _answers(
-    model: Any, processor: Any, rows: list[dict[str, Any]], *, seed: str, tries: int, batch_size: int,
-    max_new_tokens: int, temperature: float,
-) -> list[str | None]:  # fmt: skip
+    model: Any,
+    processor: Any,
+    rows: list[dict[str, Any]],
+    *,
+    seed: str,
+    tries: int,
+    batch_size: int,
+    max_new_tokens: int,
+    temperature: float,
+) -> list[str | None]:
     """The first right answer of each row, or None."""
     responses: list[str | None] = [None] * len(rows)
     # by default a context would be made on every GPU, by each process
@@ -265,10 +307,17 @@ def _sample(
     model: Any, processor: Any, rows: list[dict[str, Any]], max_new_tokens: int, temperature: float
 ) -> list[str]:
     """One response per row, drawn from the whole distribution; without special tokens, as a reward function sees it."""
-    prompts = [processor.apply_chat_template(messages_of(row), add_generation_prompt=True, tokenize=False)
-               for row in rows]  # fmt: skip
+    prompts = [
+        processor.apply_chat_template(messages_of(row), add_generation_prompt=True, tokenize=False) for row in rows
+    ]
     images = [image for row in rows for image in images_of(row)]
     inputs = processor(text=prompts, images=images or None, padding=True, padding_side="left", return_tensors="pt")
-    ids = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=True,
-                         temperature=temperature, top_k=0, top_p=1.0)  # fmt: skip
+    ids = model.generate(
+        **inputs.to(model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+    )
     return processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

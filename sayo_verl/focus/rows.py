@@ -40,12 +40,23 @@ def columns_of(file: Path | str) -> set[str]:
         SayoError: F20 for a file that is not there, F10 for one without the columns of a row.
     """
     if not Path(file).is_file():
-        raise SayoError("F20", "there is no such file of rows", where="--rows", got=str(file),
-                        fix="name parquet files, such as DATA/train-*.parquet of `sayo prepare`")  # fmt: skip
+        raise SayoError(
+            "F20",
+            "there is no such file of rows",
+            where="--rows",
+            got=str(file),
+            fix="name parquet files, such as DATA/train-*.parquet of `sayo prepare`",
+        )
     have = set(pq.read_schema(file).names)
     if not have >= NEEDED:
-        raise SayoError("F10", "the file is no data of this project", where=str(file), got=sorted(have),
-                        wanted=f"the columns {sorted(NEEDED)}", fix="see the row contract in docs/data.md")  # fmt: skip
+        raise SayoError(
+            "F10",
+            "the file is no data of this project",
+            where=str(file),
+            got=sorted(have),
+            wanted=f"the columns {sorted(NEEDED)}",
+            fix="see the row contract in docs/data.md",
+        )
     return have
 
 
@@ -59,10 +70,14 @@ def check_boxes(files: Sequence[Path | str]) -> None:
         told = pq.read_table(file, columns=["extra_info"]).to_pylist() if "extra_info" in columns_of(file) else []
         if any(has_boxes(row) for row in told):
             return
-    raise SayoError("F22", "no row has a box for <Focus> to look at", where="--rows",
-                    got=", ".join(str(file) for file in files), wanted="extra_info.boxes in some rows",
-                    fix="give rows of `sayo prepare` (docs/data.md); `train --weight 0` imitates answers alone"
-                    )  # fmt: skip
+    raise SayoError(
+        "F22",
+        "no row has a box for <Focus> to look at",
+        where="--rows",
+        got=", ".join(str(file) for file in files),
+        wanted="extra_info.boxes in some rows",
+        fix="give rows of `sayo prepare` (docs/data.md); `train --weight 0` imitates answers alone",
+    )
 
 
 class AnchorRows(Dataset):
@@ -102,8 +117,10 @@ class AnchorRows(Dataset):
 
     def without_boxes(self) -> int:
         """How many rows have no box: they train the language-model loss alone."""
-        return sum("extra_info" not in table.column_names or not has_boxes(table.select(["extra_info"]).to_pylist()[0])
-                   for table in self._rows)  # fmt: skip
+        return sum(
+            "extra_info" not in table.column_names or not has_boxes(table.select(["extra_info"]).to_pylist()[0])
+            for table in self._rows
+        )
 
     def without_response(self) -> int:
         """How many rows have no text to imitate: they imitate an empty thought."""
@@ -168,9 +185,14 @@ class FocusCollator:
     ) -> None:
         self.family = family_of(config.model_type, where="the loaded model")
         if self.family.geometry != "grid":
-            raise SayoError("F12", "the anchoring stage does not know this family's images", where="config.json",
-                            got=config.model_type, fix="use a Qwen2.5-VL or Qwen3-VL model",
-                            wanted=", ".join(n for n, f in FAMILIES.items() if f.geometry == "grid"))  # fmt: skip
+            raise SayoError(
+                "F12",
+                "the anchoring stage does not know this family's images",
+                where="config.json",
+                got=config.model_type,
+                fix="use a Qwen2.5-VL or Qwen3-VL model",
+                wanted=", ".join(n for n, f in FAMILIES.items() if f.geometry == "grid"),
+            )
         self.processor, self.config, self.alpha = processor, config, alpha
         self.max_tokens, self.padding_side = max_tokens, padding_side
         self.focus = focus_token_id(processor)
@@ -183,13 +205,18 @@ class FocusCollator:
                 F14 for a row that is too long, P05-P07 and V01-V06 for bad grids and boxes.
         """
         end = self.processor.tokenizer.eos_token
-        prompts = [self.processor.apply_chat_template(messages_of(row), add_generation_prompt=True, tokenize=False)
-                   for row in rows]  # fmt: skip
+        prompts = [
+            self.processor.apply_chat_template(messages_of(row), add_generation_prompt=True, tokenize=False)
+            for row in rows
+        ]
         responses = [response_of(row) + end for row in rows]
         images = [image for row in rows for image in images_of(row)]
         texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        batch = dict(self.processor(text=texts, images=images or None, padding=True, padding_side=self.padding_side,
-                                    return_tensors="pt"))  # fmt: skip
+        batch = dict(
+            self.processor(
+                text=texts, images=images or None, padding=True, padding_side=self.padding_side, return_tensors="pt"
+            )
+        )
         ids_BS, own_BS = batch["input_ids"], batch["attention_mask"].bool()
         batch["labels"] = torch.full_like(ids_BS, IGNORE)
         image_BS, region_BS = torch.zeros_like(own_BS), torch.zeros_like(own_BS)
@@ -202,21 +229,38 @@ class FocusCollator:
             ids_S, n = ids_BS[b, columns], len(answer)
             focus = len(ids_S) - n - 1
             if focus < 0 or ids_S[focus] != self.focus or ids_S[focus + 1 :].tolist() != answer:
-                raise SayoError("F13", "a row is not its prompt, <Focus> and its response", where=where,
-                                got=self.processor.tokenizer.decode(ids_S[max(focus - 3, 0) : focus + 4]),
-                                wanted="<Focus> right before the response",
-                                fix="use the processor of a folder that this stage wrote")  # fmt: skip
+                raise SayoError(
+                    "F13",
+                    "a row is not its prompt, <Focus> and its response",
+                    where=where,
+                    got=self.processor.tokenizer.decode(ids_S[max(focus - 3, 0) : focus + 4]),
+                    wanted="<Focus> right before the response",
+                    fix="use the processor of a folder that this stage wrote",
+                )
             if self.max_tokens is not None and len(ids_S) > self.max_tokens:
-                raise SayoError("F14", "a row is too long", where=where, got=f"{len(ids_S)} tokens",
-                                wanted=f"at most {self.max_tokens}",
-                                fix="remove it, make its images smaller or raise --max-tokens")  # fmt: skip
+                raise SayoError(
+                    "F14",
+                    "a row is too long",
+                    where=where,
+                    got=f"{len(ids_S)} tokens",
+                    wanted=f"at most {self.max_tokens}",
+                    fix="remove it, make its images smaller or raise --max-tokens",
+                )
             batch["labels"][b, columns[-n:]] = ids_S[-n:]
             own = [next(grids) for _ in row["images"] or []]
-            tiles = image_tiles({"image_grid_thw": torch.stack(own)} if own else {}, self.family, self.config,
-                                where=where)  # fmt: skip
+            tiles = image_tiles(
+                {"image_grid_thw": torch.stack(own)} if own else {}, self.family, self.config, where=where
+            )
             boxes = (row["extra_info"] or {}).get("boxes") or []
-            plan = plan_row(ids_S, n, image_token_id=self.config.image_token_id, images=tiles, boxes=boxes,
-                            coverage=REGION_COVERAGE, where=where)  # fmt: skip
+            plan = plan_row(
+                ids_S,
+                n,
+                image_token_id=self.config.image_token_id,
+                images=tiles,
+                boxes=boxes,
+                coverage=REGION_COVERAGE,
+                where=where,
+            )
             at.append(int(columns[focus]))
             visible_BS[b, columns[: focus + 1]] = True
             image_BS[b, columns] = plan.keys["image"]

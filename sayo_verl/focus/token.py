@@ -55,13 +55,23 @@ def set_template(processor: Any) -> None:
                 for template in (old, new)
             ]
             if prompt and not texts[0].removesuffix(FOCUS).endswith(HEADER):
-                raise SayoError("F01", "the chat template opens the response itself", where="chat_template",
-                                got=repr(texts[0][-40:]), wanted=f"a generation prompt that ends in {HEADER!r}",
-                                fix="use the Instruct model of the family")  # fmt: skip
+                raise SayoError(
+                    "F01",
+                    "the chat template opens the response itself",
+                    where="chat_template",
+                    got=repr(texts[0][-40:]),
+                    wanted=f"a generation prompt that ends in {HEADER!r}",
+                    fix="use the Instruct model of the family",
+                )
             if texts[1] != texts[0].removesuffix(FOCUS) + FOCUS * prompt:
-                raise SayoError("F02", "the chat template cannot be extended by a token at its end",
-                                where="chat_template", got=repr(texts[1][-40:]), wanted=f"the prompt and {FOCUS}",
-                                fix="write the generation prompt last in the template")  # fmt: skip
+                raise SayoError(
+                    "F02",
+                    "the chat template cannot be extended by a token at its end",
+                    where="chat_template",
+                    got=repr(texts[1][-40:]),
+                    wanted=f"the prompt and {FOCUS}",
+                    fix="write the generation prompt last in the template",
+                )
     processor.chat_template = processor.tokenizer.chat_template = new
 
 
@@ -94,9 +104,14 @@ def add_focus_token(model: nn.Module, processor: Any) -> int:
     focus = focus_token_id(processor)
     if known:
         if focus >= rows:
-            raise SayoError("F04", f"the tokenizer has {FOCUS}, the model has no row for it", where="add_focus_token",
-                            got=f"id {focus}, {rows} rows", wanted="model and processor of one folder",
-                            fix="load both from the same folder")  # fmt: skip
+            raise SayoError(
+                "F04",
+                f"the tokenizer has {FOCUS}, the model has no row for it",
+                where="add_focus_token",
+                got=f"id {focus}, {rows} rows",
+                wanted="model and processor of one folder",
+                fix="load both from the same folder",
+            )
         return focus
     if focus >= rows:
         network.resize_token_embeddings(focus + 1, mean_resizing=False)
@@ -117,6 +132,12 @@ def focus_token_id(processor: Any) -> int:
     """
     ids = processor.tokenizer.encode(FOCUS, add_special_tokens=False)
     if len(ids) != 1:
-        raise SayoError("F03", f"{FOCUS} is not one token", where=type(processor.tokenizer).__name__, got=ids,
-                        wanted="one id", fix="use a folder that the anchoring stage wrote")  # fmt: skip
+        raise SayoError(
+            "F03",
+            f"{FOCUS} is not one token",
+            where=type(processor.tokenizer).__name__,
+            got=ids,
+            wanted="one id",
+            fix="use a folder that the anchoring stage wrote",
+        )
     return ids[0]

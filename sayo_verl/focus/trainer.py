@@ -59,8 +59,13 @@ def trainable(model: Any, focus: int, config: FocusConfig) -> Any:
         return model
     from peft import LoraConfig, get_peft_model
 
-    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=LORA_TARGETS,
-                      trainable_token_indices={"embed_tokens": [focus]}, task_type="CAUSAL_LM")  # fmt: skip
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=LORA_TARGETS,
+        trainable_token_indices={"embed_tokens": [focus]},
+        task_type="CAUSAL_LM",
+    )
     torch.manual_seed(config.seed)
     model.enable_input_require_grads()  # checkpointed layers need an input with a graph
     return get_peft_model(model, lora)
@@ -89,9 +94,13 @@ class FocusTrainer(Trainer):
         excess = forbidden_excess(output.logits, inputs["labels"], self._forbidden)
         loss = output.loss + self._weight * anchor + FORBIDDEN_WEIGHT * excess
         if not bool(torch.isfinite(loss)):
-            raise SayoError("F15", "the loss is not finite", where=f"step {self.state.global_step}",
-                            got=f"L_LM {output.loss.item()}, L_anchor {anchor.item()}, guard {excess.item()}",
-                            fix="lower the learning rate; check the images")  # fmt: skip
+            raise SayoError(
+                "F15",
+                "the loss is not finite",
+                where=f"step {self.state.global_step}",
+                got=f"L_LM {output.loss.item()}, L_anchor {anchor.item()}, guard {excess.item()}",
+                fix="lower the learning rate; check the images",
+            )
         self._parts.append(
             {
                 "lm_loss": output.loss.detach(),
@@ -150,17 +159,33 @@ def anchor(base: Path | str, files: Sequence[Path | str], out: Path | str, confi
     written = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)  # the Trainer changes both
     model = trainable(model, focus, config)
     settings: dict[str, Any] = {
-        "output_dir": f"{out}-checkpoints", "max_steps": config.steps, "per_device_train_batch_size": config.batch_size,
-        "gradient_accumulation_steps": config.accumulation, "learning_rate": config.learning_rate,
-        "warmup_steps": config.warmup_steps, "lr_scheduler_type": "constant_with_warmup",
-        "weight_decay": config.weight_decay, "max_grad_norm": config.clip, "seed": config.seed,
-        "remove_unused_columns": False, "dataloader_drop_last": True, "save_strategy": "no", "report_to": [],
-        "logging_steps": 10, "bf16": config.dtype == "bfloat16",
-    }  # fmt: skip
+        "output_dir": f"{out}-checkpoints",
+        "max_steps": config.steps,
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.accumulation,
+        "learning_rate": config.learning_rate,
+        "warmup_steps": config.warmup_steps,
+        "lr_scheduler_type": "constant_with_warmup",
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.clip,
+        "seed": config.seed,
+        "remove_unused_columns": False,
+        "dataloader_drop_last": True,
+        "save_strategy": "no",
+        "report_to": [],
+        "logging_steps": 10,
+        "bf16": config.dtype == "bfloat16",
+    }
     args = TrainingArguments(**(settings | config.trainer_args))
     if args.n_gpu > 1:
-        raise SayoError("F17", "one process drives several GPUs", where="the launch", got=f"{args.n_gpu} GPUs",
-                        wanted="one process per GPU", fix="start it with torchrun --nproc_per_node=GPUS")  # fmt: skip
+        raise SayoError(
+            "F17",
+            "one process drives several GPUs",
+            where="the launch",
+            got=f"{args.n_gpu} GPUs",
+            wanted="one process per GPU",
+            fix="start it with torchrun --nproc_per_node=GPUS",
+        )
     trainer = FocusTrainer(
         model=model,
         args=args,
@@ -176,8 +201,12 @@ def anchor(base: Path | str, files: Sequence[Path | str], out: Path | str, confi
     if trainer.is_world_process_zero():
         for part in written:
             part.save_pretrained(out)
-    return {"layers": list(layers), **counts, "seconds": done.metrics["train_runtime"],
-            "history": trainer.state.log_history}  # fmt: skip
+    return {
+        "layers": list(layers),
+        **counts,
+        "seconds": done.metrics["train_runtime"],
+        "history": trainer.state.log_history,
+    }
 
 
 def export(trainer: Trainer, processor: Any, base: Path | str, out: Path, config: FocusConfig) -> None:

@@ -80,8 +80,9 @@ class AttentionStatisticsMixin:
 
         attention = {numbers[n] for s in request.statistics if s.fact.source != "hidden" for n in s.layers}
         hidden = any(s.fact.source == "hidden" for s in request.statistics)
-        tap = ForwardTap(self.module, sorted(attention), read, read_hidden if hidden else None,
-                         with_lse=request.path == FAST_LSE)  # fmt: skip
+        tap = ForwardTap(
+            self.module, sorted(attention), read, read_hidden if hidden else None, with_lse=request.path == FAST_LSE
+        )
         with tap:
             loss, output = super().forward_step(micro_batch, loss_function, forward_only)  # type: ignore[misc]
         with clock:

@@ -36,11 +36,20 @@ def counterfactual_micro_batch(
     """
     for field in ("input_ids", "response_mask", "multi_modal_inputs", "extra_info"):
         if field not in micro_batch.keys():
-            raise SayoError("P10", f"the counterfactual pass has no field {field!r}", where="forward_step",
-                            got=sorted(micro_batch.keys()), fix="train on rows with an image")  # fmt: skip
+            raise SayoError(
+                "P10",
+                f"the counterfactual pass has no field {field!r}",
+                where="forward_step",
+                got=sorted(micro_batch.keys()),
+                fix="train on rows with an image",
+            )
     if model_config.processor is None:
-        raise SayoError("P28", "the model has no image processor, so its pixels cannot be changed",
-                        where="actor_rollout_ref.model.path", fix="add the processor's files")  # fmt: skip
+        raise SayoError(
+            "P28",
+            "the model has no image processor, so its pixels cannot be changed",
+            where="actor_rollout_ref.model.path",
+            fix="add the processor's files",
+        )
     fields = {field.name for field in dataclasses.fields(Intervention)}
     intervention = Intervention(**{key: value for key, value in wire.items() if key in fields})
     pixels = Pixels.of(model_config.processor, family.geometry)
@@ -55,8 +64,12 @@ def counterfactual_micro_batch(
     for n, (ids_S, mask_T, image, info) in enumerate(rows):
         where = f"row {n} of the micro-batch (extra_info.index {info.get('index', 'absent')})"
         if video_tokens(image, family, model_config.hf_config, where=where):
-            raise SayoError("P07", "a row of a counterfactual pass has a video", where=where,
-                            fix="remove videos, or choose a method without counterfactual images")  # fmt: skip
+            raise SayoError(
+                "P07",
+                "a row of a counterfactual pass has a video",
+                where=where,
+                fix="remove videos, or choose a method without counterfactual images",
+            )
         tiles = image_tiles(image, family, model_config.hf_config, where=where)
         boxes = info.get("boxes") or []
         region = None

@@ -139,8 +139,14 @@ def finite_metrics(metrics: Mapping[str, float], name: str) -> dict[str, float]:
     """
     for key, value in metrics.items():
         if not math.isfinite(value):
-            raise SayoError("A03", f"the metric {key} is not finite", where=name, got=value, wanted="a finite number",
-                            fix="leave a metric out when there is nothing to take a mean of")  # fmt: skip
+            raise SayoError(
+                "A03",
+                f"the metric {key} is not finite",
+                where=name,
+                got=value,
+                wanted="a finite number",
+                fix="leave a metric out when there is nothing to take a mean of",
+            )
     return dict(metrics)
 
 

@@ -122,8 +122,13 @@ class Audit:
         self._apart(names + keys, split, where)
         asked = (looked.question if not isinstance(info.get("question"), str) else info["question"], *(names or keys))
         if len(asked) > 1 and asked in questions:
-            self.findings.add("D65", "WARN", "the same question about the same images is there twice",
-                              f"{where} and {questions[asked]}: {asked[0][:60]!r}", "remove one of them")  # fmt: skip
+            self.findings.add(
+                "D65",
+                "WARN",
+                "the same question about the same images is there twice",
+                f"{where} and {questions[asked]}: {asked[0][:60]!r}",
+                "remove one of them",
+            )
         questions.setdefault(asked, where)
 
     def _boxes(self, boxes: list[list[list[float]]]) -> None:
@@ -142,9 +147,13 @@ class Audit:
             self.figures.images += 1
             self.figures.formats[header.format if header else "not read"] += 1
             if header and (header.format not in FORMATS or header.frames != 1):
-                self.findings.add("D67", "WARN", "an image is not JPEG, PNG or WEBP, or is animated: verl takes the "
-                                  "first picture", f"{where}, images[{i}]: got {header.format}, {header.frames} frames",
-                                  PREPARE)  # fmt: skip
+                self.findings.add(
+                    "D67",
+                    "WARN",
+                    "an image is not JPEG, PNG or WEBP, or is animated: verl takes the first picture",
+                    f"{where}, images[{i}]: got {header.format}, {header.frames} frames",
+                    PREPARE,
+                )
         self._seen.update(hashes)
         return hashes
 
@@ -156,23 +165,42 @@ class Audit:
         for kind in ("name", "bytes"):
             shared = next((image for image in images if image[0] == kind and image in self._held_out), None)
             if shared:
-                self.findings.add("D65", "FAIL", f"training and validation share an image, by {kind}",
-                                  f"{where} and {self._held_out[shared]}", "split by image, as `sayo prepare` "
-                                  "does")  # fmt: skip
+                self.findings.add(
+                    "D65",
+                    "FAIL",
+                    f"training and validation share an image, by {kind}",
+                    f"{where} and {self._held_out[shared]}",
+                    "split by image, as `sayo prepare` does",
+                )
 
     def _of_all_rows(self) -> None:
         figures, found = self.figures, self.findings
         rows = sum(figures.boxes_per_row.values())  # those whose boxes are right
         with_box = sum(n for boxes, n in figures.boxes_per_row.items() if boxes)
         if figures.rows["train"] and not figures.train_rows_with_boxes + figures.rows_of_wrong_boxes:
-            found.add("D04", "WARN", "no training row has a box: methods that look at a region have nothing to reward",
-                      f"{figures.rows['train']} rows", "add boxes, or set algorithm.adv_estimator=grpo")  # fmt: skip
+            found.add(
+                "D04",
+                "WARN",
+                "no training row has a box: methods that look at a region have nothing to reward",
+                f"{figures.rows['train']} rows",
+                "add boxes, or set algorithm.adv_estimator=grpo",
+            )
         elif with_box < rows:
-            found.add("D69", "INFO", "rows without a box, neutral for methods that look at a region",
-                      f"{(rows - with_box) / rows:.1%} of the rows", "nothing, if so meant",
-                      count=rows - with_box)  # fmt: skip
+            found.add(
+                "D69",
+                "INFO",
+                "rows without a box, neutral for methods that look at a region",
+                f"{(rows - with_box) / rows:.1%} of the rows",
+                "nothing, if so meant",
+                count=rows - with_box,
+            )
         whole = figures.whole_image_rows
         if whole:
-            found.add("D69", "WARN" if whole > MANY * rows else "INFO",
-                      "a box is the whole image: a region reward is then the same for every answer",
-                      f"{whole / rows:.1%} of the rows", "leave such boxes out", count=whole)  # fmt: skip
+            found.add(
+                "D69",
+                "WARN" if whole > MANY * rows else "INFO",
+                "a box is the whole image: a region reward is then the same for every answer",
+                f"{whole / rows:.1%} of the rows",
+                "leave such boxes out",
+                count=whole,
+            )

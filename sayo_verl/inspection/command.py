@@ -74,8 +74,17 @@ def _locate(
             yield path, row, values
 
 
-def measure(data: Data, model: Model, findings: Findings, *, rows: int, limit: int, seed: int,
-            demands: Demands = DEMANDS, tick: Callable[[], None] = lambda: None) -> Measured:  # fmt: skip
+def measure(
+    data: Data,
+    model: Model,
+    findings: Findings,
+    *,
+    rows: int,
+    limit: int,
+    seed: int,
+    demands: Demands = DEMANDS,
+    tick: Callable[[], None] = lambda: None,
+) -> Measured:
     """Send a sample of rows through the processor; what is wrong goes into ``findings``."""
     paths = [*data.train, *data.val]
     total = sum(open_parquet(path).metadata.num_rows for path in paths)
@@ -91,8 +100,9 @@ def measure(data: Data, model: Model, findings: Findings, *, rows: int, limit: i
             continue
         got.prompts.append(seen.prompt_tokens)
         lengths[where] = seen.prompt_tokens
-        for tiles, mask_NV, boxes in zip(seen.tiles, seen.masks, info.get("boxes") or [[] for _ in seen.tiles],
-                                         strict=True):  # fmt: skip
+        for tiles, mask_NV, boxes in zip(
+            seen.tiles, seen.masks, info.get("boxes") or [[] for _ in seen.tiles], strict=True
+        ):
             V, finest = sum(tile.tokens for tile in tiles), tiles[0]
             got.visual.append(V)
             if len(boxes):
@@ -103,15 +113,28 @@ def measure(data: Data, model: Model, findings: Findings, *, rows: int, limit: i
         if 0 in counts:
             findings.add("D69", "FAIL", "a box has no visual token", where, PREPARE)
         got.per_box += counts
-        got.rows.append((path, number, str(row["data_source"]), info.get("kind") or "-", min(counts, default=0),
-                         max(counts, default=0)))  # fmt: skip
+        got.rows.append(
+            (
+                path,
+                number,
+                str(row["data_source"]),
+                info.get("kind") or "-",
+                min(counts, default=0),
+                max(counts, default=0),
+            )
+        )
     error = too_long(lengths, limit)
     if error is not None:
         findings.refused(error, count=sum(n > limit for n in lengths.values()))
     if got.small:
-        findings.add("D69", "INFO", f"boxes are smaller than {model.coverage:g} of a visual token, and the most "
-                     "covered tokens stand for them", f"{got.small} of {len(got.per_box)} boxes",
-                     "nothing, or larger images", count=got.small)  # fmt: skip
+        findings.add(
+            "D69",
+            "INFO",
+            f"boxes are smaller than {model.coverage:g} of a visual token, and the most covered tokens stand for them",
+            f"{got.small} of {len(got.per_box)} boxes",
+            "nothing, or larger images",
+            count=got.small,
+        )
     return got
 
 
@@ -124,9 +147,13 @@ def _decodes(row: Mapping[str, Any], where: str, cell: int, findings: Findings) 
         if header.orientation != before.orientation:
             findings.attempt(check_stored, header, None, where)
         if min(header.width, header.height) < cell:
-            findings.add("D67", "WARN", "a side of an image is shorter than a visual token; the processor stretches it",
-                         f"{where}, images[{i}]: {header.width} x {header.height} pixels for tokens of {cell}",
-                         "leave such images out")  # fmt: skip
+            findings.add(
+                "D67",
+                "WARN",
+                "a side of an image is shorter than a visual token; the processor stretches it",
+                f"{where}, images[{i}]: {header.width} x {header.height} pixels for tokens of {cell}",
+                "leave such images out",
+            )
     return True
 
 
@@ -165,15 +192,29 @@ def build_samples(measured: Measured, model: Model, *, k: int, seed: int) -> lis
         pictures = tuple(
             Picture(decoded(image, where), tiles, of_image, names, mask_NV)
             for image, tiles, of_image, names, mask_NV in zip(
-                row.get("images") or [], seen.tiles, info.get("boxes") or none, info.get("box_names") or none,
+                row.get("images") or [],
+                seen.tiles,
+                info.get("boxes") or none,
+                info.get("box_names") or none,
                 seen.masks,
                 strict=True,
             )
-        )  # fmt: skip
+        )
         question = "\n".join(str(message["content"]) for message in row["prompt"])
         answer, box_source = str(row["reward_model"]["ground_truth"]), str(info.get("box_source") or "-")
-        samples.append(Sample(f"{path.name} row {number}", why, question, answer, source, kind, box_source,
-                              seen.prompt_tokens, pictures))  # fmt: skip
+        samples.append(
+            Sample(
+                f"{path.name} row {number}",
+                why,
+                question,
+                answer,
+                source,
+                kind,
+                box_source,
+                seen.prompt_tokens,
+                pictures,
+            )
+        )
     return samples
 
 
@@ -190,8 +231,11 @@ def figures_told(figures: Figures, measured: Measured, limit: int) -> list[tuple
     full = sum(share == 1 for share in measured.shares)
     return [
         ("rows", ", ".join(f"{n} {split}" for split, n in sorted(figures.rows.items())) or "0"),
-        ("images", f"{figures.images}, {figures.distinct_images} different; "
-                   + ", ".join(f"{name} {n}" for name, n in figures.formats.most_common())),
+        (
+            "images",
+            f"{figures.images}, {figures.distinct_images} different; "
+            + ", ".join(f"{name} {n}" for name, n in figures.formats.most_common()),
+        ),
         ("boxes per row", spans(boxes)),
         ("data sources", _counted(figures.sources)),
         ("kinds", _counted(figures.kinds)),
@@ -199,10 +243,12 @@ def figures_told(figures: Figures, measured: Measured, limit: int) -> list[tuple
         ("rows through the processor", str(len(measured.prompts))),
         ("visual tokens per image", spans(measured.visual)),
         ("visual tokens per box", spans(measured.per_box)),
-        ("share of visual tokens in boxes", spans([100 * share for share in measured.shares], "{:.1f} %")
-                                       + (f"; all of it in {full}" if full else "")),
+        (
+            "share of visual tokens in boxes",
+            spans([100 * share for share in measured.shares], "{:.1f} %") + (f"; all of it in {full}" if full else ""),
+        ),
         ("prompt length", f"{spans(measured.prompts)}; limit {limit}"),
-    ]  # fmt: skip
+    ]
 
 
 def _counted(counter: Any, most: int = 8) -> str:
@@ -216,19 +262,39 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="PATH", help="model folder or hub name: its processor is used"
     )
-    parser.add_argument("--val", type=Path, action="append", default=[], metavar="DATA",
-                        help="validation data; may be given again")  # fmt: skip
+    parser.add_argument(
+        "--val", type=Path, action="append", default=[], metavar="DATA", help="validation data; may be given again"
+    )
     parser.add_argument("--strict", action="store_true", help="exit with 1 when something is wrong (FAIL or WARN)")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write samples, drawn, into this HTML file")
     parser.add_argument("--samples", type=int, default=24, metavar="N", help="on the page (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=2000, metavar="N",
-                        help="rows that go through the processor, evenly spread (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--max-prompt-length", type=int, default=2048, metavar="N",
-                        help="data.max_prompt_length of the run (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--coverage", type=float, default=0.5, metavar="X",
-                        help="algorithm.attn.region.coverage of the run (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--judge", default=JUDGES[0], choices=(*JUDGES, "none"), help="reward_kwargs.judge of the run, "
-                        "or none for a reward function of your own (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="rows that go through the processor, evenly spread (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-prompt-length",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="data.max_prompt_length of the run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--coverage",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="algorithm.attn.region.coverage of the run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--judge",
+        default=JUDGES[0],
+        choices=(*JUDGES, "none"),
+        help="reward_kwargs.judge of the run, or none for a reward function of your own (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -252,8 +318,16 @@ def run(args: argparse.Namespace) -> int:
         every = progress.add_task("every row", total=total)
         found, figures = Audit(data, demands, lambda: progress.advance(every)).run()
         some = progress.add_task("through the processor", total=min(max(args.rows, 0), total))
-        measured = measure(data, model, found, rows=max(args.rows, 0), limit=args.max_prompt_length, seed=args.seed,
-                           demands=demands, tick=lambda: progress.advance(some))  # fmt: skip
+        measured = measure(
+            data,
+            model,
+            found,
+            rows=max(args.rows, 0),
+            limit=args.max_prompt_length,
+            seed=args.seed,
+            demands=demands,
+            tick=lambda: progress.advance(some),
+        )
     told, findings = figures_told(figures, measured, args.max_prompt_length), found.sorted()
     _print(Console(), told, findings)
     if args.page:
@@ -263,8 +337,13 @@ def run(args: argparse.Namespace) -> int:
             args.page.parent.mkdir(parents=True, exist_ok=True)
             args.page.write_text(make_page(about, told, findings, samples), encoding="utf-8")
         except OSError as error:
-            raise SayoError("D64", f"the page cannot be written ({error.strerror})", where="--page", got=args.page,
-                            fix="name a file in a folder that can be written") from error  # fmt: skip
+            raise SayoError(
+                "D64",
+                f"the page cannot be written ({error.strerror})",
+                where="--page",
+                got=args.page,
+                fix="name a file in a folder that can be written",
+            ) from error
         print(f"page: {args.page}")
     return int(args.strict and any(finding.level != "INFO" for finding in findings))
 

@@ -43,9 +43,14 @@ def find_data(data: Sequence[Path], val: Sequence[Path] = ()) -> Data:
             continue
         ours, theirs = sorted(path.glob("train*.parquet")), sorted(path.glob("val*.parquet"))
         if not ours and not theirs:
-            raise SayoError("D64", "the folder holds no prepared data", where=str(path),
-                            got=sorted(p.name for p in path.iterdir())[:8], wanted="train*.parquet or val*.parquet",
-                            fix="name the folder that `sayo prepare` printed, or the parquet files")  # fmt: skip
+            raise SayoError(
+                "D64",
+                "the folder holds no prepared data",
+                where=str(path),
+                got=sorted(p.name for p in path.iterdir())[:8],
+                wanted="train*.parquet or val*.parquet",
+                fix="name the folder that `sayo prepare` printed, or the parquet files",
+            )
         (held_out if is_val else train).extend(ours)
         held_out.extend(theirs)
         if (path / MANIFEST).is_file() or (path / PROGRESS).is_file():
@@ -55,13 +60,25 @@ def find_data(data: Sequence[Path], val: Sequence[Path] = ()) -> Data:
 
 def _refuse_file(path: Path) -> None:
     if path.suffix.lower() in RUNS_CODE:
-        raise SayoError("D64", "loading this kind of file can run code, so it is not read", where=str(path),
-                        got=path.suffix, wanted="parquet", fix="convert it with the program that wrote it")  # fmt: skip
+        raise SayoError(
+            "D64",
+            "loading this kind of file can run code, so it is not read",
+            where=str(path),
+            got=path.suffix,
+            wanted="parquet",
+            fix="convert it with the program that wrote it",
+        )
     if not path.is_file():
         raise SayoError("D64", "there is no such file or folder", where=str(path), fix="correct the path")
     if path.suffix != ".parquet":
-        raise SayoError("D64", "this is no parquet file", where=str(path), got=path.suffix or "no suffix",
-                        wanted=".parquet; verl tells kinds of files by it", fix=PREPARE)  # fmt: skip
+        raise SayoError(
+            "D64",
+            "this is no parquet file",
+            where=str(path),
+            got=path.suffix or "no suffix",
+            wanted=".parquet; verl tells kinds of files by it",
+            fix=PREPARE,
+        )
 
 
 def check_manifest(folder: Path, findings: Findings) -> None:
@@ -81,11 +98,21 @@ def check_manifest(folder: Path, findings: Findings) -> None:
         file = folder / name
         got = file.stat().st_size if file.is_file() else "no file"
         if got != size:
-            findings.add("D64", "FAIL", "a file is not the one that its manifest names",
-                         f"{file}: got {got}, wanted {size} bytes", PREPARE)  # fmt: skip
+            findings.add(
+                "D64",
+                "FAIL",
+                "a file is not the one that its manifest names",
+                f"{file}: got {got}, wanted {size} bytes",
+                PREPARE,
+            )
         elif "sha256" in facts[name] and file_sha256(file) != facts[name]["sha256"]:
-            findings.add("D64", "FAIL", "a file is not the one that its manifest names",
-                         f"{file}: got another sha256, wanted {facts[name]['sha256']}", PREPARE)  # fmt: skip
+            findings.add(
+                "D64",
+                "FAIL",
+                "a file is not the one that its manifest names",
+                f"{file}: got another sha256, wanted {facts[name]['sha256']}",
+                PREPARE,
+            )
     for file in sorted(folder.glob("*.parquet")):
         if file.name not in sizes:
             findings.add("D64", "WARN", "a parquet file that the manifest does not name", str(file), PREPARE)

@@ -53,8 +53,15 @@ class Model:
             for a processor that cannot be loaded or does not belong to the weights.
     """
 
-    def __init__(self, path: str, coverage: float = 0.5, *, where: str = "--model",
-                 data: Mapping[str, Any] | None = None, chat_template: str | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        path: str,
+        coverage: float = 0.5,
+        *,
+        where: str = "--model",
+        data: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
         from omegaconf import OmegaConf
         from transformers import AutoConfig, AutoProcessor
         from verl.utils.dataset.rl_dataset import RLHFDataset
@@ -65,8 +72,13 @@ class Model:
 
         model_type = model_type_of(path)
         if model_type is None:
-            raise SayoError("L17", "there is no model at this path", where=where, got=path,
-                            fix="correct it, or give a hub name such as Qwen/Qwen3-VL-8B-Instruct")  # fmt: skip
+            raise SayoError(
+                "L17",
+                "there is no model at this path",
+                where=where,
+                got=path,
+                fix="correct it, or give a hub name such as Qwen/Qwen3-VL-8B-Instruct",
+            )
         self.where, self.coverage = f"{where} {path}", coverage
         self.family = family_of(model_type, where=self.where)
         tiled = self.family.geometry == "tiles"
@@ -74,14 +86,22 @@ class Model:
             self.config = AutoConfig.from_pretrained(path)
             self.processor = (internvl_model.load_processor if tiled else AutoProcessor.from_pretrained)(path)
         except (OSError, ValueError, KeyError) as error:
-            raise SayoError("D68", f"the model's processor cannot be loaded ({' '.join(str(error).split())[:200]})",
-                            where=self.where, fix="copy the processor files of the original model into the "
-                            "folder") from error  # fmt: skip
+            raise SayoError(
+                "D68",
+                f"the model's processor cannot be loaded ({' '.join(str(error).split())[:200]})",
+                where=self.where,
+                fix="copy the processor files of the original model into the folder",
+            ) from error
         found = type(self.processor).__name__
         if found != self.family.processor:
-            raise SayoError("L23", "the model folder holds the processor of another family", where=self.where,
-                            got=f"{found} for a {model_type} model", wanted=self.family.processor,
-                            fix="copy the processor files of the original model into the folder")  # fmt: skip
+            raise SayoError(
+                "L23",
+                "the model folder holds the processor of another family",
+                where=self.where,
+                got=f"{found} for a {model_type} model",
+                wanted=self.family.processor,
+                fix="copy the processor files of the original model into the folder",
+            )
         self.processor.chat_template = chat_template or self.processor.chat_template
         self._check_sizes()
         base = internvl_data.InternVLDataset if tiled else RLHFDataset
@@ -107,9 +127,14 @@ class Model:
             got = {"image_seq_length": self.processor.image_seq_length}
             wanted = {"image_seq_length": self.config.image_seq_length}
         if got != wanted:
-            raise SayoError("D68", "the processor does not make the visual tokens of these weights",
-                            where=self.where, got=got, wanted=wanted,
-                            fix="copy the processor files of the original model into the folder")  # fmt: skip
+            raise SayoError(
+                "D68",
+                "the processor does not make the visual tokens of these weights",
+                where=self.where,
+                got=got,
+                wanted=wanted,
+                fix="copy the processor files of the original model into the folder",
+            )
 
     def cell(self) -> int:
         """Pixels per side of a visual token, of the picture that the processor makes."""
@@ -131,18 +156,35 @@ class Model:
         ids_S = features["input_ids"][0]
         tiles = image_tiles(features, self.family, self.config, where=where)
         boxes = (row.get("extra_info") or {}).get("boxes") or [[] for _ in tiles]
-        plan = plan_row(ids_S, 0, image_token_id=self.config.image_token_id, images=tiles, boxes=boxes,
-                        coverage=self.coverage, where=where)  # fmt: skip
+        plan = plan_row(
+            ids_S,
+            0,
+            image_token_id=self.config.image_token_id,
+            images=tiles,
+            boxes=boxes,
+            coverage=self.coverage,
+            where=where,
+        )
         counts = [sum(tile.tokens for tile in of_image) for of_image in tiles]
         runs = _runs(plan.image_columns.numpy())
         if runs != counts:
-            raise SayoError("P05", "the prompt's image placeholders do not fit the image grids", where=where,
-                            got=f"runs of {runs} placeholders", wanted=f"one run per image, of {counts}",
-                            fix="use the chat template of the original model")  # fmt: skip
+            raise SayoError(
+                "P05",
+                "the prompt's image placeholders do not fit the image grids",
+                where=where,
+                got=f"runs of {runs} placeholders",
+                wanted=f"one run per image, of {counts}",
+                fix="use the chat template of the original model",
+            )
         if len(boxes) != len(tiles):
-            raise SayoError("P06", "the row does not have one list of boxes per image", where=where,
-                            got=f"{len(boxes)} lists for {len(tiles)} images", wanted="one list per image",
-                            fix="prepare the data again")  # fmt: skip
+            raise SayoError(
+                "P06",
+                "the row does not have one list of boxes per image",
+                where=where,
+                got=f"{len(boxes)} lists for {len(tiles)} images",
+                wanted="one list per image",
+                fix="prepare the data again",
+            )
         masks = [box_masks(b, t, self.coverage, where=where) for b, t in zip(boxes, tiles, strict=True)]
         return Seen(tiles, masks, len(ids_S))
 
@@ -158,21 +200,32 @@ class Model:
         example = {"prompt": [dict(message) for message in row["prompt"] or []], "images": images}
         try:
             messages = self._rows._build_messages(example, key="prompt")
-            text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False,
-                                                      **self._rows.apply_chat_template_kwargs)  # fmt: skip
+            text = self.processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, **self._rows.apply_chat_template_kwargs
+            )
             given, _, _ = self._rows._process_multi_modal_info(messages, self._rows.image_patch_size, self._rows.config)
             if given is None:
                 return self.processor.tokenizer(text=[text], add_special_tokens=False, return_tensors="pt")
-            return build_multimodal_processor_inputs(self.processor, text=[text], images=given,
-                                                     mm_processor_kwargs=self._rows.mm_processor_kwargs)  # fmt: skip
+            return build_multimodal_processor_inputs(
+                self.processor, text=[text], images=given, mm_processor_kwargs=self._rows.mm_processor_kwargs
+            )
         except SayoError as error:
-            raise SayoError(error.code, error.what, where=f"{where}, {error.where}", got=error.got,
-                            wanted=error.wanted, fix=error.fix) from error  # fmt: skip
+            raise SayoError(
+                error.code,
+                error.what,
+                where=f"{where}, {error.where}",
+                got=error.got,
+                wanted=error.wanted,
+                fix=error.fix,
+            ) from error
         except _REFUSALS as error:
             told = " ".join(str(error).split())[:200]
-            raise SayoError("D68", f"the model's processor refuses a row ({type(error).__name__}: {told})",
-                            where=where, fix="remove the row, or store its images in another size"
-                            ) from error  # fmt: skip
+            raise SayoError(
+                "D68",
+                f"the model's processor refuses a row ({type(error).__name__}: {told})",
+                where=where,
+                fix="remove the row, or store its images in another size",
+            ) from error
 
 
 def too_long(lengths: Mapping[str, int], limit: int) -> SayoError | None:
@@ -186,9 +239,13 @@ def too_long(lengths: Mapping[str, int], limit: int) -> SayoError | None:
     if not over:
         return None
     longest = max(lengths.values())
-    return SayoError("D68", f"prompts are too long: max prompt {longest} > {limit}", where=over[0],
-                     got=f"{len(over)} of {len(lengths)} rows, first {lengths[over[0]]} tokens",
-                     fix=f"set data.max_prompt_length to {longest} or more, or prepare smaller images")  # fmt: skip
+    return SayoError(
+        "D68",
+        f"prompts are too long: max prompt {longest} > {limit}",
+        where=over[0],
+        got=f"{len(over)} of {len(lengths)} rows, first {lengths[over[0]]} tokens",
+        fix=f"set data.max_prompt_length to {longest} or more, or prepare smaller images",
+    )
 
 
 def _runs(columns_V: np.ndarray) -> list[int]:

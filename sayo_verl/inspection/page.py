@@ -100,9 +100,9 @@ def make_page(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{_text(about)}</title><style>{_STYLE}</style></head><body>\n"
-        f"<h1>{_text(about)}</h1>\n<table class=\"figures\">{rows}</table>\n<h2>Findings</h2>\n{_findings(findings)}\n"
+        f'<h1>{_text(about)}</h1>\n<table class="figures">{rows}</table>\n<h2>Findings</h2>\n{_findings(findings)}\n'
         f'<h2>{len(samples)} rows</h2>\n<div class="switches">{switches}</div>\n{shown}\n</body></html>\n'
-    )  # fmt: skip
+    )
 
 
 def _text(value: object) -> str:
@@ -125,8 +125,10 @@ def _findings(findings: Sequence[Finding]) -> str:
 
 
 def _sample(number: int, sample: Sample) -> str:
-    facts = (f"{sample.source}, {sample.kind}, boxes: {sample.box_source}, prompt of {sample.prompt_tokens} tokens, "
-             f"chosen: {sample.why}")  # fmt: skip
+    facts = (
+        f"{sample.source}, {sample.kind}, boxes: {sample.box_source}, prompt of {sample.prompt_tokens} tokens, "
+        f"chosen: {sample.why}"
+    )
     pictures = "".join(_picture(f"s{number}i{i}", picture) for i, picture in enumerate(sample.pictures))
     return (
         f'<section class="sample" id="s{number}"><h2>{_text(sample.where)}</h2><div class="meta">{_text(facts)}</div>'
@@ -157,9 +159,7 @@ def _picture(name: str, picture: Picture) -> str:
     return f'<div class="meta">{size}</div><div class="pictures">{figures}<div>{table}</div></div>'
 
 
-def _level(
-    name: str, picture: Picture, level: int, level_V: np.ndarray, covered_V: np.ndarray, n_levels: int
-) -> str:  # fmt: skip
+def _level(name: str, picture: Picture, level: int, level_V: np.ndarray, covered_V: np.ndarray, n_levels: int) -> str:
     """One drawing: the tiles of a level over the picture, in coordinates of the picture as it is shown."""
     shown = _reduced(picture.image)
     width, height = shown.size
@@ -203,8 +203,9 @@ def _cells(tile: Tile, first: int, covered_V: np.ndarray, width: int, height: in
     for token in np.flatnonzero(covered_V[first : first + tile.tokens]):
         row, col = divmod(int(token), tile.cols)
         x, y = tile.x0 + col * across, tile.y0 + row * down
-        out.append(_rect("token", _scaled((x, y, x + across, y + down), width, height),
-                         f' data-token="{first + int(token)}"'))  # fmt: skip
+        out.append(
+            _rect("token", _scaled((x, y, x + across, y + down), width, height), f' data-token="{first + int(token)}"')
+        )
     return out
 
 

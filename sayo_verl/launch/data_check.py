@@ -69,8 +69,13 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
         plan.append((f"{split} data", "; ".join(told)))
     silent, rows = (sum(getattr(of_split, name) for of_split in counted.values()) for name in ("silent", "rows"))
     if silent:
-        plan.append(("instruction", f"{silent} of {rows} prompts do not ask for <answer>, where the reward reads the "
-                     "answer: right only if the model answers so anyway"))  # fmt: skip
+        plan.append(
+            (
+                "instruction",
+                f"{silent} of {rows} prompts do not ask for <answer>, where the reward reads the "
+                "answer: right only if the model answers so anyway",
+            )
+        )
     complete = {split: len(there[split]) == len(files[split]) for split in SPLITS}
     if complete["train"]:
         if method is not None and method.gives:
@@ -78,9 +83,16 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
         check_batch(config, counted["train"].rows - counted["train"].narrow)
     held = "not compared with training (sayo.held_out=false)"
     if config.sayo.held_out:
-        held = "not checked: a file is not there yet, or is no local parquet" if not all(complete.values()) else \
-            check_leakage(there["train"], there["val"], image_key=demands.keys.images,
-                          max_images=int(config.sayo.preflight_images))  # fmt: skip
+        held = (
+            "not checked: a file is not there yet, or is no local parquet"
+            if not all(complete.values())
+            else check_leakage(
+                there["train"],
+                there["val"],
+                image_key=demands.keys.images,
+                max_images=int(config.sayo.preflight_images),
+            )
+        )
     return [*plan, ("held out", held), ("prompts", check_prompts(config, demands, model_type, counted))]
 
 
@@ -93,9 +105,14 @@ def files_of(config: DictConfig, split: str) -> list[str]:
     files = config.data.get(f"{split}_files")
     files = [files] if isinstance(files, str) else list(files or [])
     if not files or not all(isinstance(file, str) and file for file in files):
-        raise SayoError("L40", "no data file is named", where=f"data.{split}_files", got=files or "none",
-                        wanted="a parquet file or a list of them",
-                        fix="name a file; verl opens validation files too, also if it never validates")  # fmt: skip
+        raise SayoError(
+            "L40",
+            "no data file is named",
+            where=f"data.{split}_files",
+            got=files or "none",
+            wanted="a parquet file or a list of them",
+            fix="name a file; verl opens validation files too, also if it never validates",
+        )
     return files
 
 
@@ -105,8 +122,14 @@ def _present(files: Sequence[str], where: str, dry_run: bool) -> tuple[list[Path
     for file in files:
         path = Path(file).expanduser()
         if not file.endswith((".parquet", ".json", ".jsonl")):
-            raise SayoError("L41", "verl does not read this kind of file", where=where, got=file,
-                            wanted=".parquet, .json or .jsonl", fix="convert it, or correct the name")  # fmt: skip
+            raise SayoError(
+                "L41",
+                "verl does not read this kind of file",
+                where=where,
+                got=file,
+                wanted=".parquet, .json or .jsonl",
+                fix="convert it, or correct the name",
+            )
         if "://" in file or not file.endswith(".parquet"):
             told.append(f"{file} - not checked: only local parquet files are")
         elif path.is_file():
@@ -114,8 +137,13 @@ def _present(files: Sequence[str], where: str, dry_run: bool) -> tuple[list[Path
         elif dry_run:
             told.append(f"{file} - NOT THERE YET, needed before the run")
         else:
-            raise SayoError("D01", "there is no such parquet file", where=where, got=file,
-                            fix="correct the path; `sayo prepare synthetic` draws the tiny task")  # fmt: skip
+            raise SayoError(
+                "D01",
+                "there is no such parquet file",
+                where=where,
+                got=file,
+                fix="correct the path; `sayo prepare synthetic` draws the tiny task",
+            )
     return there, told
 
 
@@ -128,7 +156,12 @@ def _with_progress(config: DictConfig, path: Path, demands: Demands, n_files: in
     n_rows = open_rows(path, demands).metadata.num_rows
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"checking {path.name}", total=n_rows)
-        return check_parquet(path, demands, max_images=int(config.sayo.preflight_images),
-                             keep=keep_of(config), spread=-(-keep_of(config) // (2 * n_files)),
-                             drops_narrow=bool(config.data.filter_overlong_prompts),
-                             tick=lambda: progress.advance(task))  # fmt: skip
+        return check_parquet(
+            path,
+            demands,
+            max_images=int(config.sayo.preflight_images),
+            keep=keep_of(config),
+            spread=-(-keep_of(config) // (2 * n_files)),
+            drops_narrow=bool(config.data.filter_overlong_prompts),
+            tick=lambda: progress.advance(task),
+        )

@@ -81,12 +81,15 @@ def check_versions(stack: str) -> list[Finding]:
         try:
             found = version(key)
         except PackageNotFoundError:
-            findings.append(Finding(name, "not installed", str(specifier or "any"), False,
-                                    f"bash scripts/setup_env.sh {stack}"))  # fmt: skip
+            findings.append(
+                Finding(name, "not installed", str(specifier or "any"), False, f"bash scripts/setup_env.sh {stack}")
+            )
             continue
         right = specifier is None or specifier.contains(found, prereleases=True)
-        fix = f"bash scripts/setup_env.sh {stack}, or in the clone: pip install -c configs/constraints-{stack}.txt " \
-            f"'.[{stack}]'"  # fmt: skip
+        fix = (
+            f"bash scripts/setup_env.sh {stack}, or in the clone: pip install -c configs/constraints-{stack}.txt "
+            f"'.[{stack}]'"
+        )
         findings.append(Finding(name, found, str(specifier or "any"), right, fix))
     return findings
 
@@ -107,8 +110,15 @@ def check_device(stack: str) -> list[Finding]:
         return [_unseen(listed, stack), *_memory(listed)]
     cpu = os.environ.get("VERL_PLATFORM") == "cpu"
     found = f"no accelerator ({os.cpu_count()} CPUs, {platform.machine()})"
-    return [Finding("device", found + (", VERL_PLATFORM=cpu" if cpu else ""), "", True,
-                    "the tiny task runs here: bash scripts/run_sayo_tiny.sh")]  # fmt: skip
+    return [
+        Finding(
+            "device",
+            found + (", VERL_PLATFORM=cpu" if cpu else ""),
+            "",
+            True,
+            "the tiny task runs here: bash scripts/run_sayo_tiny.sh",
+        )
+    ]
 
 
 def _unseen(listed: list[Card], stack: str) -> Finding:
@@ -128,23 +138,35 @@ def _unseen(listed: list[Card], stack: str) -> Finding:
     except (RuntimeError, AssertionError) as error:
         said = " ".join(str(error).split())[:160]
     said += f" (driver {listed[0].driver}, CUDA {cuda}, CUDA_VISIBLE_DEVICES {os.environ.get('CUDA_VISIBLE_DEVICES')})"
-    return Finding("device", f"{found}: {said}", "cards that torch sees", False,
-                   "unset CUDA_VISIBLE_DEVICES, or look at the driver")  # fmt: skip
+    return Finding(
+        "device",
+        f"{found}: {said}",
+        "cards that torch sees",
+        False,
+        "unset CUDA_VISIBLE_DEVICES, or look at the driver",
+    )
 
 
 def _memory(listed: list[Card]) -> list[Finding]:
     """A line for the memory of the cards that have their own."""
-    told = "; ".join(f"{n}: {card.total / 1024:.1f} GiB, {card.used / 1024:.1f} in use"
-                     for n, card in enumerate(listed) if card.total is not None and card.used is not None)  # fmt: skip
+    told = "; ".join(
+        f"{n}: {card.total / 1024:.1f} GiB, {card.used / 1024:.1f} in use"
+        for n, card in enumerate(listed)
+        if card.total is not None and card.used is not None
+    )
     return [Finding("GPU memory", told, "", True)] if told else []
 
 
 def check_build() -> Finding:
     """What Triton and torch.compile build with."""
     absent = missing_to_compile()
-    return Finding("C compiler", f"missing: {', '.join(absent)}" if absent else "there, with Python.h",
-                   "a C compiler and Python.h, for Triton and torch.compile", not absent,
-                   "install gcc and python3.11-dev (of conda: gcc_linux-64), or name a compiler in CC")  # fmt: skip
+    return Finding(
+        "C compiler",
+        f"missing: {', '.join(absent)}" if absent else "there, with Python.h",
+        "a C compiler and Python.h, for Triton and torch.compile",
+        not absent,
+        "install gcc and python3.11-dev (of conda: gcc_linux-64), or name a compiler in CC",
+    )
 
 
 def check_flash_attn() -> Finding:
@@ -159,9 +181,14 @@ def check_flash_attn() -> Finding:
 
     problem, wanted = flash_attn_problem(), INSTALL_FLASH_ATTN.rpartition("==")[2]
     found = problem or version("flash-attn")
-    return Finding("flash-attn", found, f"=={wanted}", found.partition("+")[0] == wanted,
-                   f"bash scripts/setup_env.sh gpu, or {INSTALL_FLASH_ATTN}; or train with ++{ATTENTION}=sdpa, not "
-                   f"Qwen2.5-VL packed ({DENSE_MASK}; {SLOW_LOG_PROBS})")  # fmt: skip
+    return Finding(
+        "flash-attn",
+        found,
+        f"=={wanted}",
+        found.partition("+")[0] == wanted,
+        f"bash scripts/setup_env.sh gpu, or {INSTALL_FLASH_ATTN}; or train with ++{ATTENTION}=sdpa, not "
+        f"Qwen2.5-VL packed ({DENSE_MASK}; {SLOW_LOG_PROBS})",
+    )
 
 
 def check_nvcc() -> list[Finding]:
@@ -184,9 +211,13 @@ def check_nvcc() -> list[Finding]:
 def check_shared_memory() -> Finding:
     """/dev/shm, where Ray's object store lies."""
     free, wanted = shared_memory()
-    return Finding("/dev/shm", f"{free / 1e9:.1f} GB free", f"at least {wanted / 1e9:.0f} GB: for Ray's object store, "
-                   "which is slow on disk otherwise, and for NCCL", free >= wanted,
-                   "start the container with --shm-size=64g or --ipc=host, or mount a larger tmpfs there")  # fmt: skip
+    return Finding(
+        "/dev/shm",
+        f"{free / 1e9:.1f} GB free",
+        f"at least {wanted / 1e9:.0f} GB: for Ray's object store, which is slow on disk otherwise, and for NCCL",
+        free >= wanted,
+        "start the container with --shm-size=64g or --ipc=host, or mount a larger tmpfs there",
+    )
 
 
 def check_job(script: str, *overrides: str) -> list[Finding]:
@@ -196,8 +227,9 @@ def check_job(script: str, *overrides: str) -> list[Finding]:
         script: its path.
         overrides: its arguments.
     """
-    done = subprocess.run(["bash", script, *overrides], env={**os.environ, "DRY_RUN": "1"}, capture_output=True,
-                          text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        ["bash", script, *overrides], env={**os.environ, "DRY_RUN": "1"}, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
         said = next((line for line in reversed(lines) if "SAYO-" in line), lines[-1])
@@ -208,8 +240,15 @@ def check_job(script: str, *overrides: str) -> list[Finding]:
     if machines := re.search(r"^ *machines +\d+ x (\d+) cuda", done.stdout, re.MULTILINE):
         n_cards, wanted = _number_of_cards(), int(machines[1])
         needs = f"needs {wanted} GPU{'s' * (wanted > 1)} on each node, found {n_cards}"
-        found.append(Finding("job, cards", needs, "", n_cards >= wanted,
-                             f"run it where there are {wanted}, or put NGPUS_PER_NODE in front of sayo"))  # fmt: skip
+        found.append(
+            Finding(
+                "job, cards",
+                needs,
+                "",
+                n_cards >= wanted,
+                f"run it where there are {wanted}, or put NGPUS_PER_NODE in front of sayo",
+            )
+        )
     return found
 
 
@@ -254,17 +293,28 @@ def check_plugin(where: str, state: dict[str, str]) -> Finding:
 
     wanted = f"{__version__}: {', '.join(METHODS)}"
     found = f"{state['version']}: {state['estimators']}"
-    return Finding(f"plug-in in {where}", found, wanted, found == wanted,
-                   "pip install the same sayo-verl on this node; see the error with "
-                   "VERL_USE_EXTERNAL_MODULES=sayo_verl.plugin python -c 'import verl'")  # fmt: skip
+    return Finding(
+        f"plug-in in {where}",
+        found,
+        wanted,
+        found == wanted,
+        "pip install the same sayo-verl on this node; see the error with "
+        "VERL_USE_EXTERNAL_MODULES=sayo_verl.plugin python -c 'import verl'",
+    )
 
 
 def check_ray_worker() -> Finding:
     """The same in a Ray worker of a small local cluster, which is started and stopped for it."""
     import ray
 
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False,
-             object_store_memory=100_000_000)  # fmt: skip
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        object_store_memory=100_000_000,
+    )
     try:
         return check_plugin("a Ray worker", ray.get(ray.remote(plugin_state).remote()))
     finally:

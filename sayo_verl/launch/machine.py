@@ -44,8 +44,7 @@ def cards() -> list[Card]:
     rows = [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines()]
     if done.returncode or not all(len(row) == 6 and all(n.isdigit() or n == "[N/A]" for n in row[2:4]) for row in rows):
         raise OSError(f"nvidia-smi fails: {' '.join((done.stdout + done.stderr).split())[:160]}")
-    return [Card(name, driver, _mib(total), _mib(used), index, uuid)
-            for name, driver, total, used, index, uuid in rows]  # fmt: skip
+    return [Card(name, driver, _mib(total), _mib(used), index, uuid) for name, driver, total, used, index, uuid in rows]
 
 
 def _mib(shown: str) -> int | None:
@@ -62,8 +61,11 @@ def visible(listed: list[Card]) -> list[Card]:
         return listed
     chosen = []
     for name in names.split(","):
-        found = [card for card in listed if name.strip() == card.index or
-                 (name.strip().startswith("GPU-") and card.uuid.startswith(name.strip()))]  # fmt: skip
+        found = [
+            card
+            for card in listed
+            if name.strip() == card.index or (name.strip().startswith("GPU-") and card.uuid.startswith(name.strip()))
+        ]
         if len(found) != 1:
             break
         chosen += found
@@ -90,8 +92,11 @@ def why_no_card(driver: str, cuda: str) -> tuple[str, str, str] | None:
     oldest = OLDEST_DRIVER.get(int(cuda.partition(".")[0]))
     if oldest is None or int(driver.partition(".")[0]) >= oldest:
         return None
-    return (f"driver {driver} is too old for torch's CUDA {cuda}", f"driver {oldest} or newer",
-            f"update the driver to {oldest} or newer; or install a torch for an older CUDA, with its vLLM")  # fmt: skip
+    return (
+        f"driver {driver} is too old for torch's CUDA {cuda}",
+        f"driver {oldest} or newer",
+        f"update the driver to {oldest} or newer; or install a torch for an older CUDA, with its vLLM",
+    )
 
 
 def missing_to_compile() -> list[str]:

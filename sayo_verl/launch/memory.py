@@ -124,8 +124,11 @@ def shapes_of(config: Any, *, lora_rank: int = 0, **lora: Any) -> Shapes:
                 ) from error
     names = set() if config.tie_word_embeddings else {"embed_tokens", "lm_head"}
     # verl: utils/fsdp_utils.py, _select_fsdp2_wrap_targets
-    units = [module for name, module in net.named_modules()
-             if type(module).__name__ in classes or name.rsplit(".", 1)[-1] in names]  # fmt: skip
+    units = [
+        module
+        for name, module in net.named_modules()
+        if type(module).__name__ in classes or name.rsplit(".", 1)[-1] in names
+    ]
     counts = [sum(sizes.get(id(p), 0) for p in unit.parameters()) for unit in units]
     trained = {name: p.numel() for name, p in net.named_parameters() if p.requires_grad}
     text, vision = config.get_text_config(), config.vision_config
@@ -215,16 +218,36 @@ def estimate(s: Shapes, j: Job) -> dict[str, dict[str, float]]:
     }
     training = {"weights": weights, "gradients": gradients, "Adam": adam, "CUDA": CUDA * GIB, "vLLM asleep": asleep}
     phases = {
-        "log-probs": {**resident, "weights": weights, "gathered layers": gathered, "vLLM asleep": asleep,
-                      "logits": j.log_prob_tokens * s.vocab * j.log_prob_logits,
-                      "one layer": j.log_prob_tokens * 2 * (3 * s.ffn + 4 * s.hidden + s.heads * s.head),
-                      "probe": probe},
-        "update": {**training, "gradients": gradients + whole, "gathered layers": gathered, "kept activations": kept,
-                   "logits or one layer": max(logits, work)},
+        "log-probs": {
+            **resident,
+            "weights": weights,
+            "gathered layers": gathered,
+            "vLLM asleep": asleep,
+            "logits": j.log_prob_tokens * s.vocab * j.log_prob_logits,
+            "one layer": j.log_prob_tokens * 2 * (3 * s.ffn + 4 * s.hidden + s.heads * s.head),
+            "probe": probe,
+        },
+        "update": {
+            **training,
+            "gradients": gradients + whole,
+            "gathered layers": gathered,
+            "kept activations": kept,
+            "logits or one layer": max(logits, work),
+        },
         "optimizer step": {**training, "a copy": trained if j.foreach and not j.host_policy else 0},
-        "weight sync": {**resident, "weights": weights, "vLLM asleep": asleep, "vLLM weights": own if j.sleeps else 0,
-                        "bucket": j.bucket + (0 if j.lora else s.largest * j.weight_bytes)},
-        "rollout": {**resident, "vLLM weights": own, "vLLM forward": forward, "KV cache": cache,
-                    "CUDA": (CUDA + VLLM_ASLEEP) * GIB},
-    }  # fmt: skip
+        "weight sync": {
+            **resident,
+            "weights": weights,
+            "vLLM asleep": asleep,
+            "vLLM weights": own if j.sleeps else 0,
+            "bucket": j.bucket + (0 if j.lora else s.largest * j.weight_bytes),
+        },
+        "rollout": {
+            **resident,
+            "vLLM weights": own,
+            "vLLM forward": forward,
+            "KV cache": cache,
+            "CUDA": (CUDA + VLLM_ASLEEP) * GIB,
+        },
+    }
     return {name: {term: size / GIB for term, size in terms.items()} for name, terms in phases.items()}

@@ -19,18 +19,29 @@ from sayo_verl.models.families import FAMILIES
 
 CARD = 79.0  # GiB that a card of 80 GB shows (A100: 79.2, H100: 79.1 to 79.6)
 # What changes a term of the arithmetic, for the reader of a refusal
-CHANGED_BY = {"weights": "model_dtype, number of GPUs",
-              **dict.fromkeys(("Adam", "a copy", "gradients"), "LoRA, number of GPUs"),
-              "vLLM weights": "rollout.tensor_model_parallel_size, model",
-              "vLLM asleep": "rollout.free_cache_engine", "KV cache": "rollout.gpu_memory_utilization",
-              "vLLM forward": "rollout.max_num_batched_tokens, rollout.max_num_seqs",
-              "bucket": "rollout.checkpoint_engine.update_weights_bucket_megabytes",
-              **dict.fromkeys(("logits", "one layer", "logits or one layer", "kept activations", "probe"),
-                              "tokens of a micro-batch")}  # fmt: skip
+CHANGED_BY = {
+    "weights": "model_dtype, number of GPUs",
+    **dict.fromkeys(("Adam", "a copy", "gradients"), "LoRA, number of GPUs"),
+    "vLLM weights": "rollout.tensor_model_parallel_size, model",
+    "vLLM asleep": "rollout.free_cache_engine",
+    "KV cache": "rollout.gpu_memory_utilization",
+    "vLLM forward": "rollout.max_num_batched_tokens, rollout.max_num_seqs",
+    "bucket": "rollout.checkpoint_engine.update_weights_bucket_megabytes",
+    **dict.fromkeys(
+        ("logits", "one layer", "logits or one layer", "kept activations", "probe"), "tokens of a micro-batch"
+    ),
+}
 NAME = "memory per GPU"
 # arguments of vLLM that verl passes on, under which its memory is another
-CHANGES_MEMORY = {"kv_cache_dtype", "kv_cache_memory_bytes", "gpu_memory_utilization", "max_model_len", "quantization",
-                  "cpu_offload_gb", "mm_encoder_tp_mode"}  # fmt: skip
+CHANGES_MEMORY = {
+    "kv_cache_dtype",
+    "kv_cache_memory_bytes",
+    "gpu_memory_utilization",
+    "max_model_len",
+    "quantization",
+    "cpu_offload_gb",
+    "mm_encoder_tp_mode",
+}
 
 
 def check_memory(config: DictConfig, method: Method | None, *, dry_run: bool) -> list[tuple[str, str]]:
@@ -59,8 +70,12 @@ def check_memory(config: DictConfig, method: Method | None, *, dry_run: bool) ->
     model = config.actor_rollout_ref.model
 
     def shapes(rank: int) -> Shapes:
-        return shapes_of(hf_config, lora_rank=rank, exclude_modules=_plain(model.exclude_modules),
-                         target_modules=_plain(model.target_modules))  # fmt: skip
+        return shapes_of(
+            hf_config,
+            lora_rank=rank,
+            exclude_modules=_plain(model.exclude_modules),
+            target_modules=_plain(model.target_modules),
+        )
 
     s = shapes(int(model.lora_rank))
     flash = away or flash_attn_problem() is None
@@ -97,8 +112,14 @@ def card_gib(config: DictConfig, *, away: bool) -> tuple[float, str]:
     given = config.sayo.gpu_memory_gib
     if given is not None:
         if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < math.inf:
-            raise SayoError("L61", "memory of a GPU is no positive number", where="sayo.gpu_memory_gib", got=given,
-                            wanted="GiB, such as 79; null: nvidia-smi is read", fix="correct it")  # fmt: skip
+            raise SayoError(
+                "L61",
+                "memory of a GPU is no positive number",
+                where="sayo.gpu_memory_gib",
+                got=given,
+                wanted="GiB, such as 79; null: nvidia-smi is read",
+                fix="correct it",
+            )
         return float(given), "sayo.gpu_memory_gib"
     try:
         found, why = [] if away else run_cards(int(config.trainer.n_gpus_per_node)), ""
@@ -135,12 +156,16 @@ def check_length(config: DictConfig, hf_config: Any) -> None:
     text = hf_config.get_text_config() if known else None
     positions = getattr(text, "max_position_embeddings", None) or math.inf
     if positions < max(needed, int(length or 0)) or int(length or needed) < needed:
-        raise SayoError("L58", "prompt and response, vLLM's max_model_len and the model's positions do not go together",
-                        where="actor_rollout_ref.rollout.max_model_len",
-                        got=f"{length}; data.max_prompt_length + data.max_response_length = {needed}",
-                        wanted=f"prompt + response <= max_model_len <= {positions}",
-                        fix=f"set it to {needed}" if needed <= positions else
-                        "lower data.max_prompt_length or data.max_response_length")  # fmt: skip
+        raise SayoError(
+            "L58",
+            "prompt and response, vLLM's max_model_len and the model's positions do not go together",
+            where="actor_rollout_ref.rollout.max_model_len",
+            got=f"{length}; data.max_prompt_length + data.max_response_length = {needed}",
+            wanted=f"prompt + response <= max_model_len <= {positions}",
+            fix=f"set it to {needed}"
+            if needed <= positions
+            else "lower data.max_prompt_length or data.max_response_length",
+        )
 
 
 def _not_estimated(config: DictConfig, hf_config: Any) -> str | None:
@@ -205,8 +230,14 @@ def _check_numbers(config: DictConfig) -> None:
     ):
         value = OmegaConf.select(config.actor_rollout_ref, key)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
-            raise SayoError("L62", "this number cannot be used", where=f"actor_rollout_ref.{key}",
-                            got="null" if value is None else value, wanted=what, fix="correct it")  # fmt: skip
+            raise SayoError(
+                "L62",
+                "this number cannot be used",
+                where=f"actor_rollout_ref.{key}",
+                got="null" if value is None else value,
+                wanted=what,
+                fix="correct it",
+            )
 
 
 def _job(config: DictConfig, method: Method | None, s: Shapes, *, card: float, flash: bool) -> Job:
@@ -220,10 +251,18 @@ def _job(config: DictConfig, method: Method | None, s: Shapes, *, card: float, f
         rows = math.ceil(rows * n * sp / devices)
         return min(int(budget or 0) if dynamic else int(micro or 1) * length // sp, rows * length // sp)
 
-    update = tokens(actor.use_dynamic_bsz, actor.ppo_max_token_len_per_gpu, actor.ppo_micro_batch_size_per_gpu,
-                    int(actor.ppo_mini_batch_size))  # fmt: skip
-    infer = tokens(rollout.log_prob_use_dynamic_bsz, rollout.log_prob_max_token_len_per_gpu,
-                   rollout.log_prob_micro_batch_size_per_gpu, int(config.data.train_batch_size))  # fmt: skip
+    update = tokens(
+        actor.use_dynamic_bsz,
+        actor.ppo_max_token_len_per_gpu,
+        actor.ppo_micro_batch_size_per_gpu,
+        int(actor.ppo_mini_batch_size),
+    )
+    infer = tokens(
+        rollout.log_prob_use_dynamic_bsz,
+        rollout.log_prob_max_token_len_per_gpu,
+        rollout.log_prob_micro_batch_size_per_gpu,
+        int(config.data.train_batch_size),
+    )
     # verl: transformer_impl.py, prepare_model_outputs. bfloat16 logits; a copy for a temperature other than 1; without
     # flash-attn float32 log-softmax rows are kept; entropy with gradients keeps backward from working in place.
     copies = 2 * (1 + (float(rollout.temperature) != 1.0) + (not model.use_remove_padding))
@@ -272,14 +311,18 @@ def _sequences(s: Shapes, j: Job, shapes: Callable[[int], Shapes]) -> float:
     per_token, free = kv_bytes(s, j.tensor_parallel) / GIB, max(kv_cache(s, j)[2], 0.0)
     there, needed = held(s, j), j.max_prompt + j.max_response
     if there < 1:
-        raise SayoError("L58", "vLLM's KV cache does not hold one sequence of max_model_len, and vLLM would not start",
-                        where="actor_rollout_ref.rollout.max_model_len",
-                        got=f"{j.max_model_len}{', the positions of the model' * (j.max_model_len == s.positions)}: "
-                        f"{per_token * j.max_model_len:.1f} GiB of {free:.1f} that are left of {j.utilization} x "
-                        f"{j.card:.1f} by arithmetic",
-                        wanted=f"about {int(free / per_token)} at most",
-                        fix=f"set it to {needed} (prompt + response)" if per_token * needed <= free else
-                        ways(s, replace(j, max_model_len=needed), shapes))  # fmt: skip
+        raise SayoError(
+            "L58",
+            "vLLM's KV cache does not hold one sequence of max_model_len, and vLLM would not start",
+            where="actor_rollout_ref.rollout.max_model_len",
+            got=f"{j.max_model_len}{', the positions of the model' * (j.max_model_len == s.positions)}: "
+            f"{per_token * j.max_model_len:.1f} GiB of {free:.1f} that are left of {j.utilization} x "
+            f"{j.card:.1f} by arithmetic",
+            wanted=f"about {int(free / per_token)} at most",
+            fix=f"set it to {needed} (prompt + response)"
+            if per_token * needed <= free
+            else ways(s, replace(j, max_model_len=needed), shapes),
+        )
     return there
 
 
@@ -313,5 +356,11 @@ def _too_large(phase: str, terms: dict[str, float], j: Job, source: str, fix: st
     else:
         where = f"{ACTOR} on {j.shards} GPU{'s' * (j.shards > 1)}"
     what = f"{phase} needs more memory than a GPU has, most of it for {largest} ({CHANGED_BY[largest]})"
-    return SayoError("L60", what, where=where, got=f"{sum(terms.values()):.1f} GiB by arithmetic: {_listed(terms)}",
-                     wanted=f"at most {j.card:.1f} ({source})", fix=fix)  # fmt: skip
+    return SayoError(
+        "L60",
+        what,
+        where=where,
+        got=f"{sum(terms.values()):.1f} GiB by arithmetic: {_listed(terms)}",
+        wanted=f"at most {j.card:.1f} ({source})",
+        fix=fix,
+    )

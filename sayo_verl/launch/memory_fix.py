@@ -50,18 +50,29 @@ def ways(s: Shapes, j: Job, shapes: Callable[[int], Shapes]) -> str:
     tokens = next((n for n in halves if utilization(s, _shorter(j, n)) is not None), row)
     fsdp = f"{ACTOR}.fsdp_config"
     options: list[tuple[str, Callable[[Shapes, Job], tuple[Shapes, Job]]]] = [
-        (f"PPO_MAX_TOKEN_LEN_PER_GPU={tokens} in front of the script, or {ACTOR}.ppo_max_token_len_per_gpu={tokens} "
-         f"actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu={tokens} (or smaller micro-batches; from "
-         f"{max(j.tokens, j.log_prob_tokens)} tokens)", lambda s, j: (s, _shorter(j, tokens))),
-        (f"{fsdp}.param_offload=True {fsdp}.optimizer_offload=True (off the card for sampling)",
-         lambda s, j: (s, replace(j, param_offload=True, optimizer_offload=True))),
-        (f"{fsdp}.model_dtype=bf16 (weights are updated in bfloat16 too)",
-         lambda s, j: (s, replace(j, weight_bytes=2))),
-        ("a LoRA: LORA_RANK=16 in front of the script, or actor_rollout_ref.model.lora_rank=16",
-         lambda s, j: (s if j.lora else shapes(16), replace(j, lora=True))),
-        (f"{ACTOR}.strategy=fsdp2 {fsdp}.offload_policy=True (weights and optimizer on the host)",
-         lambda s, j: (s, replace(j, host_policy=j.host_policy or not j.lora))),
-    ]  # fmt: skip
+        (
+            f"PPO_MAX_TOKEN_LEN_PER_GPU={tokens} in front of the script, or {ACTOR}.ppo_max_token_len_per_gpu={tokens} "
+            f"actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu={tokens} (or smaller micro-batches; from "
+            f"{max(j.tokens, j.log_prob_tokens)} tokens)",
+            lambda s, j: (s, _shorter(j, tokens)),
+        ),
+        (
+            f"{fsdp}.param_offload=True {fsdp}.optimizer_offload=True (off the card for sampling)",
+            lambda s, j: (s, replace(j, param_offload=True, optimizer_offload=True)),
+        ),
+        (
+            f"{fsdp}.model_dtype=bf16 (weights are updated in bfloat16 too)",
+            lambda s, j: (s, replace(j, weight_bytes=2)),
+        ),
+        (
+            "a LoRA: LORA_RANK=16 in front of the script, or actor_rollout_ref.model.lora_rank=16",
+            lambda s, j: (s if j.lora else shapes(16), replace(j, lora=True)),
+        ),
+        (
+            f"{ACTOR}.strategy=fsdp2 {fsdp}.offload_policy=True (weights and optimizer on the host)",
+            lambda s, j: (s, replace(j, host_policy=j.host_policy or not j.lora)),
+        ),
+    ]
     found: list[str] = []
     for n in range(1, 4):
         for chosen in itertools.combinations(options, n):
@@ -86,5 +97,9 @@ def ways(s: Shapes, j: Job, shapes: Callable[[int], Shapes]) -> str:
 
 
 def _shorter(j: Job, tokens: int) -> Job:
-    return replace(j, tokens=min(j.tokens, tokens), log_prob_tokens=min(j.log_prob_tokens, tokens),
-                   visual_tokens=j.visual_tokens * min(j.tokens, tokens) // j.tokens)  # fmt: skip
+    return replace(
+        j,
+        tokens=min(j.tokens, tokens),
+        log_prob_tokens=min(j.log_prob_tokens, tokens),
+        visual_tokens=j.visual_tokens * min(j.tokens, tokens) // j.tokens,
+    )

@@ -72,8 +72,13 @@ def model_folder(path: str, *, dry_run: bool) -> Path | None:
             return folder
         if dry_run:
             return None
-        raise SayoError("L17", "there is no model at this path", where=WHERE, got=path,
-                        fix="correct it, or give a hub name such as Qwen/Qwen3-VL-8B-Instruct")  # fmt: skip
+        raise SayoError(
+            "L17",
+            "there is no model at this path",
+            where=WHERE,
+            got=path,
+            fix="correct it, or give a hub name such as Qwen/Qwen3-VL-8B-Instruct",
+        )
     owner = Path(path).parent
     maybe_path = owner.is_dir()
     found = _hub_folder(path)
@@ -84,15 +89,24 @@ def model_folder(path: str, *, dry_run: bool) -> Path | None:
     neither = f", and the folder {owner} here has none of this name" if maybe_path else ""
     if isinstance(found, RepositoryNotFoundError | HFValidationError):
         what = f"the hub has no such model, or does not show it to you{neither}"
-        raise SayoError("L17", what, where=WHERE, got=path, fix=f"correct the {'path or the ' if neither else ''}name; "
-                        "for a gated or private model: hf auth login") from found  # fmt: skip
+        raise SayoError(
+            "L17",
+            what,
+            where=WHERE,
+            got=path,
+            fix=f"correct the {'path or the ' if neither else ''}name; for a gated or private model: hf auth login",
+        ) from found
     if dry_run:
         return None
     cause = found.__cause__ or found
-    raise SayoError("L53", f"the hub cannot be reached, and the model is not in its cache{neither}", where=WHERE,
-                    got=f"{path}, {type(cause).__name__}: {' '.join(str(cause).split())[:120]}",
-                    fix="check the network, HF_ENDPOINT and HF_HUB_OFFLINE; without a network, give the folder of a "
-                    f"download (hf download {path})")  # fmt: skip
+    raise SayoError(
+        "L53",
+        f"the hub cannot be reached, and the model is not in its cache{neither}",
+        where=WHERE,
+        got=f"{path}, {type(cause).__name__}: {' '.join(str(cause).split())[:120]}",
+        fix="check the network, HF_ENDPOINT and HF_HUB_OFFLINE; without a network, give the folder of a "
+        f"download (hf download {path})",
+    )
 
 
 @functools.cache
@@ -123,17 +137,27 @@ def load_config(path: str, *, dry_run: bool) -> PretrainedConfig | None:
     if folder is None:
         return None
     if not (folder / "config.json").is_file():
-        raise SayoError("L17", "the model folder has no config.json", where=WHERE, got=path,
-                        fix="point to a folder in Hugging Face format")  # fmt: skip
+        raise SayoError(
+            "L17",
+            "the model folder has no config.json",
+            where=WHERE,
+            got=path,
+            fix="point to a folder in Hugging Face format",
+        )
     try:
         values = json.loads((folder / "config.json").read_text())
         if values["model_type"] in CONFIG_MAPPING:
             return AutoConfig.from_pretrained(folder)
         return PretrainedConfig.from_dict(values)
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
-        raise SayoError("L17", "the model's config.json cannot be read", where=WHERE, got=f"{path}: {error!r}"[:200],
-                        wanted="a configuration of transformers with a model_type",
-                        fix="copy config.json of the original model into the folder") from error  # fmt: skip
+        raise SayoError(
+            "L17",
+            "the model's config.json cannot be read",
+            where=WHERE,
+            got=f"{path}: {error!r}"[:200],
+            wanted="a configuration of transformers with a model_type",
+            fix="copy config.json of the original model into the folder",
+        ) from error
 
 
 def sequence_parallel(config: DictConfig) -> int:
@@ -194,8 +218,9 @@ def check_attention(config: DictConfig, model: PretrainedConfig | None, *, dry_r
     direct = packed and (family.packed_needs_flash_attn if family else model_type in OTHERS_THAT_CALL_FLASH_ATTN)
     if direct and name == "eager":
         what = f"for packed rows of {model_type} verl hands eager's mask to flash-attn, as one of padding"
-        raise SayoError("L54", what, where=ATTENTION, got=name, wanted="flash_attention_2",
-                        fix="leave it out for flash_attention_2")  # fmt: skip
+        raise SayoError(
+            "L54", what, where=ATTENTION, got=name, wanted="flash_attention_2", fix="leave it out for flash_attention_2"
+        )
     needed = "flash_attention_2" if direct else name
     problem = flash_attn_problem(needed) if needed in FLASH else None
     at_once = chosen.use_fused_kernels or config.trainer.device == "cpu" or not flash_attn_problem()
@@ -207,14 +232,25 @@ def check_attention(config: DictConfig, model: PretrainedConfig | None, *, dry_r
         if dry_run and not torch.cuda.is_available():
             return f"{name}, needs {FLASH[needed][0]} on the machine of the run ({problem} here): {fix}"
         if direct:
-            fix += f", or actor_rollout_ref.model.use_remove_padding=False with ++{ATTENTION}=sdpa, where padding is " \
-                f"computed too{slow}"  # fmt: skip
+            fix += (
+                f", or actor_rollout_ref.model.use_remove_padding=False with ++{ATTENTION}=sdpa, where padding is "
+                f"computed too{slow}"
+            )
         elif model is not None:
             fix += f", or ++{ATTENTION}=sdpa ({DENSE_MASK if packed else 'slower'}{slow})"
-        what = f"verl calls flash-attn for packed rows of {model_type}, whatever attn_implementation says" if direct \
-            else f"{name} comes from a package"  # fmt: skip
-        raise SayoError("L26", what, where=f"{ATTENTION} (default: flash_attention_2)", got=f"{name}, {problem}",
-                        wanted=f"{FLASH[needed][0]} that imports", fix=fix)  # fmt: skip
+        what = (
+            f"verl calls flash-attn for packed rows of {model_type}, whatever attn_implementation says"
+            if direct
+            else f"{name} comes from a package"
+        )
+        raise SayoError(
+            "L26",
+            what,
+            where=f"{ATTENTION} (default: flash_attention_2)",
+            got=f"{name}, {problem}",
+            wanted=f"{FLASH[needed][0]} that imports",
+            fix=fix,
+        )
     if needed in FLASH:
         return f"{name}, {FLASH[needed][0]} {version(FLASH[needed][0])}{slow}"
     dense = packed and config.trainer.device != "cpu" and name in ("sdpa", "eager")
@@ -225,15 +261,26 @@ def _check_implementation(config: DictConfig, name: str, model: PretrainedConfig
     """L54, where verl or transformers stops when it makes the model, and for transformers' kernels for generation."""
     if OmegaConf.is_dict(OmegaConf.select(config, ATTENTION)):
         # transformers takes it, but verl then writes override_config into the configuration (update_model_config)
-        raise SayoError("L54", "verl fails on an attention for each part of a model: it takes the dictionary for a "
-                        "part of the configuration", where=ATTENTION, got=name, wanted="one name for all parts",
-                        fix="name one, such as sdpa")  # fmt: skip
+        raise SayoError(
+            "L54",
+            "verl fails on an attention for each part of a model: it takes the dictionary for a "
+            "part of the configuration",
+            where=ATTENTION,
+            got=name,
+            wanted="one name for all parts",
+            fix="name one, such as sdpa",
+        )
     if name.count("/") == 1:
         if is_kernels_available():
             return
-        raise SayoError("L54", "this attention is a kernel of the hub, and the package kernels is not installed (or "
-                        "too old)", where=ATTENTION, got=name, wanted=deps["kernels"], fix=f"{INSTALL_KERNELS}, or "
-                        "leave it out for flash_attention_2")  # fmt: skip
+        raise SayoError(
+            "L54",
+            "this attention is a kernel of the hub, and the package kernels is not installed (or too old)",
+            where=ATTENTION,
+            got=name,
+            wanted=deps["kernels"],
+            fix=f"{INSTALL_KERNELS}, or leave it out for flash_attention_2",
+        )
     known = ["eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in key)]
     what = f"transformers has no such attention for training{did_you_mean(name, known)}"
     if name in known:
@@ -242,8 +289,14 @@ def _check_implementation(config: DictConfig, name: str, model: PretrainedConfig
             return
         known.remove(name)
         what = f"{cls.__name__} of transformers does not run with this attention"
-    raise SayoError("L54", what, where=ATTENTION, got=name, wanted=", ".join(known),
-                    fix="name another, or leave it out for flash_attention_2")  # fmt: skip
+    raise SayoError(
+        "L54",
+        what,
+        where=ATTENTION,
+        got=name,
+        wanted=", ".join(known),
+        fix="name another, or leave it out for flash_attention_2",
+    )
 
 
 def check_model(config: DictConfig, method: Method, folder: Path, model: PretrainedConfig) -> str:
@@ -276,8 +329,14 @@ def check_model(config: DictConfig, method: Method, folder: Path, model: Pretrai
     layers = list(dict.fromkeys(n for asked in attention for n in resolve_layers(asked, n_layers, where=where)))
     kinds = dict.fromkeys(layers, "full_attention") | {n: kind for n, kind in enumerate(_kinds(text)) if n in layers}
     if set(kinds.values()) - {"full_attention"}:
-        raise SayoError("P11", "not full-attention layers", where=where, got=kinds,
-                        wanted="layers of type full_attention", fix="name such layers")  # fmt: skip
+        raise SayoError(
+            "P11",
+            "not full-attention layers",
+            where=where,
+            got=kinds,
+            wanted="layers of type full_attention",
+            fix="name such layers",
+        )
     probed = f"layer {', '.join(map(str, layers))} of {n_layers}" if layers else "the last hidden state"
     return f"{family.model_type}, probing {probed}"
 
@@ -286,16 +345,31 @@ def _check_modes(config: DictConfig, family: Family, method: Method) -> None:
     whole = [s.name for s in method.needs().statistics.statistics if s.name.startswith("neighbour")]
     model, strategy = config.actor_rollout_ref.model, config.actor_rollout_ref.actor.strategy
     rules = [
-        ("L09", sequence_parallel(config) > 1 and not family.sequence_parallel,
-         "verl does not split the tokens of this family over devices, and would not say so",
-         "actor.fsdp_config.ulysses_sequence_parallel_size", sequence_parallel(config), "set it to 1"),
-        ("L27", sequence_parallel(config) > 1 and bool(whole),
-         f"{', '.join(whole)} compare whole sequences, which no device holds", "actor.fsdp_config."
-         "ulysses_sequence_parallel_size", sequence_parallel(config), "set it to 1, or choose another method"),
-        ("L25", bool(model.use_fused_kernels) and strategy not in family.fused_kernels,
-         f"verl's fused kernels do not run this family under {strategy}", "model.use_fused_kernels", True,
-         "set it to False" + "".join(f", or actor_rollout_ref.actor.strategy={s}" for s in family.fused_kernels)),
-    ]  # fmt: skip
+        (
+            "L09",
+            sequence_parallel(config) > 1 and not family.sequence_parallel,
+            "verl does not split the tokens of this family over devices, and would not say so",
+            "actor.fsdp_config.ulysses_sequence_parallel_size",
+            sequence_parallel(config),
+            "set it to 1",
+        ),
+        (
+            "L27",
+            sequence_parallel(config) > 1 and bool(whole),
+            f"{', '.join(whole)} compare whole sequences, which no device holds",
+            "actor.fsdp_config.ulysses_sequence_parallel_size",
+            sequence_parallel(config),
+            "set it to 1, or choose another method",
+        ),
+        (
+            "L25",
+            bool(model.use_fused_kernels) and strategy not in family.fused_kernels,
+            f"verl's fused kernels do not run this family under {strategy}",
+            "model.use_fused_kernels",
+            True,
+            "set it to False" + "".join(f", or actor_rollout_ref.actor.strategy={s}" for s in family.fused_kernels),
+        ),
+    ]
     for code, broken, what, key, got, fix in rules:
         if broken:
             raise SayoError(code, what, where=f"actor_rollout_ref.{key}", got=f"{got}, {family.model_type}", fix=fix)
@@ -307,9 +381,14 @@ def _check_processor(folder: Path, family: Family) -> None:
         file = folder / name
         found = json.loads(file.read_text()).get("processor_class", family.processor) if file.is_file() else None
         if found not in (None, family.processor):
-            raise SayoError("L23", "the model folder holds the processor of another family", where=str(file),
-                            got=f"{found} for a {family.model_type} model", wanted=family.processor,
-                            fix="copy the processor files of the original model into the folder")  # fmt: skip
+            raise SayoError(
+                "L23",
+                "the model folder holds the processor of another family",
+                where=str(file),
+                got=f"{found} for a {family.model_type} model",
+                wanted=family.processor,
+                fix="copy the processor files of the original model into the folder",
+            )
 
 
 def _kinds(text: Any) -> list[str]:

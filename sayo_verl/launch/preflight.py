@@ -81,11 +81,17 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
         ("reward", reward),
         ("template", check_template(config)),
         *([("anchoring", describe_focus(config))] if faithful else []),
-        ("rollouts", f"{config.data.train_batch_size} prompts x {rollout.n}, up to {config.data.max_response_length} "
-                     f"tokens, temperature {rollout.temperature}, top-p {rollout.top_p}"),
-        ("update", f"{actor.strategy}, lr {actor.optim.lr}, mini-batch {actor.ppo_mini_batch_size} prompts, KL loss "
-                   f"{actor.kl_loss_coef if actor.use_kl_loss else 'off'}, LoRA rank "
-                   f"{config.actor_rollout_ref.model.lora_rank or 'off'}"),
+        (
+            "rollouts",
+            f"{config.data.train_batch_size} prompts x {rollout.n}, up to {config.data.max_response_length} "
+            f"tokens, temperature {rollout.temperature}, top-p {rollout.top_p}",
+        ),
+        (
+            "update",
+            f"{actor.strategy}, lr {actor.optim.lr}, mini-batch {actor.ppo_mini_batch_size} prompts, KL loss "
+            f"{actor.kl_loss_coef if actor.use_kl_loss else 'off'}, LoRA rank "
+            f"{config.actor_rollout_ref.model.lora_rank or 'off'}",
+        ),
         ("machines", f"{config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {config.trainer.device}; {cpus}"),
         *([("every node must see", ", ".join(path for _, path in shared_paths(config)))] if several else []),
         *memory,
@@ -93,7 +99,7 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
         ("resumes", resumed),
         ("checkpoints", describe_checkpoints(config)),
         ("metrics", str(metrics_file(config) or 'no file, nothing for sayo report: trainer.logger has no "file"')),
-    ]  # fmt: skip
+    ]
     return plan
 
 
@@ -127,38 +133,98 @@ def check_settings(config: DictConfig, method: Method) -> None:
     correction = config.algorithm.get("rollout_correction") or {}
     attention = attention_of(config)
     rules: list[tuple[str, bool, str, str, object, str]] = [
-        ("L05", config.trainer.v1.trainer_mode not in ("sync", "sayo_sync"), "only the synchronous trainer is known",
-         "trainer.v1.trainer_mode", config.trainer.v1.trainer_mode, "set trainer.v1.trainer_mode=sync"),
-        ("L06", bool(correction.get("bypass_mode", False)),
-         "bypass mode skips the log-prob pass in which attention is measured",
-         "algorithm.rollout_correction.bypass_mode", True, "set it to False"),
-        ("L07", bool(config.algorithm.use_pf_ppo), "use_pf_ppo pairs rows wrongly on the V1 trainer (verl issue 7956)",
-         "algorithm.use_pf_ppo", True, "set it to False"),
-        ("L08", actor.strategy not in ("fsdp", "fsdp2"), "attention is captured in verl's FSDP engine only",
-         "actor_rollout_ref.actor.strategy", actor.strategy, "use fsdp or fsdp2, or algorithm.adv_estimator=grpo"),
-        ("L09", sequence_parallel(config) > 1 and not config.actor_rollout_ref.model.use_remove_padding,
-         "verl's sequence parallelism needs packed rows", "actor_rollout_ref.model.use_remove_padding", False,
-         "set it to True, or actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1"),
-        ("L24", sequence_parallel(config) > 1 and "flash_attention" not in attention,
-         "verl exchanges heads for tokens in FlashAttention only; with another kernel each device attends to its own "
-         "part, and no error says so", ATTENTION, attention,
-         "set it to flash_attention_2, or actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1"),
-        ("L10", bool(config.algorithm.filter_groups.enable) and "reward" in method.gives,
-         "group filtering acts before attention is known and would drop groups that differ only in the method's reward",
-         "algorithm.filter_groups.enable", True, "set it to False, or give the method's reward term weight 0"),
-        ("L12", int(rollout.n) < 2, "a group of one has nothing to compare with",
-         "actor_rollout_ref.rollout.n", rollout.n, "set it to 2 or more (paper: 16)"),
-        ("L13", bool(rollout.multi_turn.enable), "multi-turn rollouts are not supported",
-         "actor_rollout_ref.rollout.multi_turn.enable", True, "set it to False"),
-        ("L20", config.actor_rollout_ref.model.external_lib not in (None, "sayo_verl.hooks.engine"),
-         "external_lib is what loads the engine with the attention mixin", "actor_rollout_ref.model.external_lib",
-         config.actor_rollout_ref.model.external_lib, "name your own module in VERL_USE_EXTERNAL_MODULES instead"),
-    ]  # fmt: skip
+        (
+            "L05",
+            config.trainer.v1.trainer_mode not in ("sync", "sayo_sync"),
+            "only the synchronous trainer is known",
+            "trainer.v1.trainer_mode",
+            config.trainer.v1.trainer_mode,
+            "set trainer.v1.trainer_mode=sync",
+        ),
+        (
+            "L06",
+            bool(correction.get("bypass_mode", False)),
+            "bypass mode skips the log-prob pass in which attention is measured",
+            "algorithm.rollout_correction.bypass_mode",
+            True,
+            "set it to False",
+        ),
+        (
+            "L07",
+            bool(config.algorithm.use_pf_ppo),
+            "use_pf_ppo pairs rows wrongly on the V1 trainer (verl issue 7956)",
+            "algorithm.use_pf_ppo",
+            True,
+            "set it to False",
+        ),
+        (
+            "L08",
+            actor.strategy not in ("fsdp", "fsdp2"),
+            "attention is captured in verl's FSDP engine only",
+            "actor_rollout_ref.actor.strategy",
+            actor.strategy,
+            "use fsdp or fsdp2, or algorithm.adv_estimator=grpo",
+        ),
+        (
+            "L09",
+            sequence_parallel(config) > 1 and not config.actor_rollout_ref.model.use_remove_padding,
+            "verl's sequence parallelism needs packed rows",
+            "actor_rollout_ref.model.use_remove_padding",
+            False,
+            "set it to True, or actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1",
+        ),
+        (
+            "L24",
+            sequence_parallel(config) > 1 and "flash_attention" not in attention,
+            "verl exchanges heads for tokens in FlashAttention only; with another kernel each device attends to its "
+            "own part, and no error says so",
+            ATTENTION,
+            attention,
+            "set it to flash_attention_2, or actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1",
+        ),
+        (
+            "L10",
+            bool(config.algorithm.filter_groups.enable) and "reward" in method.gives,
+            "group filtering acts before attention is known and would drop groups that differ only in the method's "
+            "reward",
+            "algorithm.filter_groups.enable",
+            True,
+            "set it to False, or give the method's reward term weight 0",
+        ),
+        (
+            "L12",
+            int(rollout.n) < 2,
+            "a group of one has nothing to compare with",
+            "actor_rollout_ref.rollout.n",
+            rollout.n,
+            "set it to 2 or more (paper: 16)",
+        ),
+        (
+            "L13",
+            bool(rollout.multi_turn.enable),
+            "multi-turn rollouts are not supported",
+            "actor_rollout_ref.rollout.multi_turn.enable",
+            True,
+            "set it to False",
+        ),
+        (
+            "L20",
+            config.actor_rollout_ref.model.external_lib not in (None, "sayo_verl.hooks.engine"),
+            "external_lib is what loads the engine with the attention mixin",
+            "actor_rollout_ref.model.external_lib",
+            config.actor_rollout_ref.model.external_lib,
+            "name your own module in VERL_USE_EXTERNAL_MODULES instead",
+        ),
+    ]
     for code, broken, what, where, got, fix in rules:
         if broken:
             raise SayoError(code, what, where=where, got=got, fix=fix)
-    check_lse_path(str(config.sayo.probe_path), packed=bool(config.actor_rollout_ref.model.use_remove_padding),
-                   ranks=sequence_parallel(config), flash="flash_attention" in attention)  # fmt: skip
+    check_lse_path(
+        str(config.sayo.probe_path),
+        packed=bool(config.actor_rollout_ref.model.use_remove_padding),
+        ranks=sequence_parallel(config),
+        flash="flash_attention" in attention,
+    )
 
 
 def check_packages(method: Method) -> None:
@@ -169,8 +235,13 @@ def check_packages(method: Method) -> None:
     """
     for module, line in method.needs().packages:
         if importlib.util.find_spec(module) is None:
-            raise SayoError("L28", f"{method.name} needs {module}, which is not installed",
-                            where="algorithm.adv_estimator", got=f"no module {module}", fix=line)  # fmt: skip
+            raise SayoError(
+                "L28",
+                f"{method.name} needs {module}, which is not installed",
+                where="algorithm.adv_estimator",
+                got=f"no module {module}",
+                fix=line,
+            )
 
 
 def _describe(method: Method) -> str:

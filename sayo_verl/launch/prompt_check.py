@@ -27,11 +27,15 @@ def check_batch(config: DictConfig, rows: int) -> None:
     fetched = 0 if one_by_one else int(config.data.get("gen_batch_size") or 0)
     wanted = max(int(config.data.train_batch_size), fetched)
     if rows < wanted:
-        raise SayoError("D75", "fewer training rows than a batch, so the run has no step", where="data.train_files",
-                        got=f"{rows} rows",
-                        wanted=f"at least {wanted}, data.{'gen' if fetched == wanted else 'train'}_batch_size",
-                        fix="add rows, or make the batch smaller (TRAIN_BATCH_SIZE=... for our scripts, which sets the "
-                        "mini-batch as well)")  # fmt: skip
+        raise SayoError(
+            "D75",
+            "fewer training rows than a batch, so the run has no step",
+            where="data.train_files",
+            got=f"{rows} rows",
+            wanted=f"at least {wanted}, data.{'gen' if fetched == wanted else 'train'}_batch_size",
+            fix="add rows, or make the batch smaller (TRAIN_BATCH_SIZE=... for our scripts, which sets the "
+            "mini-batch as well)",
+        )
 
 
 def check_prompts(config: DictConfig, demands: Demands, model_type: str | None, counted: Mapping[str, Counted]) -> str:
@@ -63,10 +67,17 @@ def check_prompts(config: DictConfig, demands: Demands, model_type: str | None, 
         return f"not checked: the processor of {model_type} is not one of {', '.join(FAMILIES)}"
     if not any(of_split.spread for of_split in counted.values()):
         return "not checked: no file is there"
-    options = {key: OmegaConf.to_container(config.data[key], resolve=True)
-               for key in ("apply_chat_template_kwargs", "mm_processor_kwargs") if config.data.get(key)}  # fmt: skip
-    model = Model(str(folder), where="actor_rollout_ref.model.path", data=options,
-                  chat_template=chosen.get("custom_chat_template"))  # fmt: skip
+    options = {
+        key: OmegaConf.to_container(config.data[key], resolve=True)
+        for key in ("apply_chat_template_kwargs", "mm_processor_kwargs")
+        if config.data.get(key)
+    }
+    model = Model(
+        str(folder),
+        where="actor_rollout_ref.model.path",
+        data=options,
+        chat_template=chosen.get("custom_chat_template"),
+    )
     told = [_check_split(config, demands, model, name, of_split) for name, of_split in counted.items() if of_split.rows]
     return "; ".join(told)
 
@@ -102,10 +113,14 @@ def _check_split(config: DictConfig, demands: Demands, model: Model, split: str,
         raise over
     of_spread = len(dropped & spread.keys())
     if of_spread == len(spread):
-        raise SayoError("D68", "verl's length filter drops every sampled row", where=f"data.{split}_files",
-                        got=f"{len(dropped)} of {len(sample)} rows are longer than {limit} tokens or cannot be read",
-                        wanted="rows that stay", fix="raise data.max_prompt_length, or prepare smaller images"
-                        )  # fmt: skip
+        raise SayoError(
+            "D68",
+            "verl's length filter drops every sampled row",
+            where=f"data.{split}_files",
+            got=f"{len(dropped)} of {len(sample)} rows are longer than {limit} tokens or cannot be read",
+            wanted="rows that stay",
+            fix="raise data.max_prompt_length, or prepare smaller images",
+        )
     if split == "train" and len(sample) == counted.rows:
         check_batch(config, counted.rows - len(dropped))
     told = f"{split}: {len(sample)} rows tried, up to {max(lengths.values(), default=0)} tokens of {limit}"

@@ -24,18 +24,34 @@ def check_batch_sizes(config: DictConfig) -> None:
     rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
     prompts = config.data.train_batch_size
     if not isinstance(prompts, int) or prompts < 1:
-        raise SayoError("L22", "a batch needs prompts", where="data.train_batch_size", got=prompts,
-                        wanted="a whole number of at least 1", fix="correct it")  # fmt: skip
+        raise SayoError(
+            "L22",
+            "a batch needs prompts",
+            where="data.train_batch_size",
+            got=prompts,
+            wanted="a whole number of at least 1",
+            fix="correct it",
+        )
     devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
     mini = int(actor.ppo_mini_batch_size) * int(rollout.n)
     multiple = math.lcm(devices, mini)
     batch = math.ceil(int(config.data.train_batch_size) * int(rollout.n) / multiple) * multiple
     for key, dynamic, micro, rows, what in (
-        ("rollout.log_prob_micro_batch_size_per_gpu", rollout.log_prob_use_dynamic_bsz,
-         rollout.log_prob_micro_batch_size_per_gpu, batch, "data.train_batch_size x rollout.n, in whole mini-batches"),
-        ("actor.ppo_micro_batch_size_per_gpu", actor.use_dynamic_bsz, actor.ppo_micro_batch_size_per_gpu, mini,
-         "actor.ppo_mini_batch_size x rollout.n"),
-    ):  # fmt: skip
+        (
+            "rollout.log_prob_micro_batch_size_per_gpu",
+            rollout.log_prob_use_dynamic_bsz,
+            rollout.log_prob_micro_batch_size_per_gpu,
+            batch,
+            "data.train_batch_size x rollout.n, in whole mini-batches",
+        ),
+        (
+            "actor.ppo_micro_batch_size_per_gpu",
+            actor.use_dynamic_bsz,
+            actor.ppo_micro_batch_size_per_gpu,
+            mini,
+            "actor.ppo_mini_batch_size x rollout.n",
+        ),
+    ):
         if not dynamic and micro is not None and rows % (int(micro) * devices):
             raise SayoError(
                 "L22",
@@ -114,6 +130,11 @@ def check_paths(config: DictConfig) -> None:
         return
     for where, path in shared_paths(config):
         if "://" not in path and not Path(path).expanduser().is_absolute():
-            raise SayoError("L59", "another node would look for this path in another folder", where=where, got=path,
-                            wanted="an absolute path that every node sees",
-                            fix=f"for example {Path(path).absolute()}, on a shared disk")  # fmt: skip
+            raise SayoError(
+                "L59",
+                "another node would look for this path in another folder",
+                where=where,
+                got=path,
+                wanted="an absolute path that every node sees",
+                fix=f"for example {Path(path).absolute()}, on a shared disk",
+            )

@@ -83,9 +83,14 @@ def check_resume(config: DictConfig) -> str:
         _check_contents(config, key)
     step, total = _step(start), config.trainer.total_training_steps
     if total is not None and step >= int(total) and not config.trainer.val_only:
-        raise SayoError("L48", "no step is left to train", where="trainer.total_training_steps",
-                        got=f"{total}, resuming {start.name}", wanted=f"more than {step}",
-                        fix="raise it (STEPS=... for run_tiny.sh)")  # fmt: skip
+        raise SayoError(
+            "L48",
+            "no step is left to train",
+            where="trainer.total_training_steps",
+            got=f"{total}, resuming {start.name}",
+            wanted=f"more than {step}",
+            fix="raise it (STEPS=... for run_tiny.sh)",
+        )
     return f"{start.name} of {total or '?'}, from {start.parent}"
 
 
@@ -109,10 +114,14 @@ def how_to_resume(config: DictConfig) -> str | None:
     except SayoError:
         return None  # said in full when it is resumed; here it would hide why the run ended
     metrics = metrics_file(config)
-    command = os.environ.get("SAYO_RESUME_COMMAND") or " ".join([
-        "the same command with", f"trainer.default_local_dir={folder.absolute()}", "trainer.resume_mode=auto",
-        *([f"and VERL_FILE_LOGGER_PATH={metrics.absolute().parent}/<a new metrics*.jsonl>"] if metrics else []),
-    ])  # fmt: skip
+    command = os.environ.get("SAYO_RESUME_COMMAND") or " ".join(
+        [
+            "the same command with",
+            f"trainer.default_local_dir={folder.absolute()}",
+            "trainer.resume_mode=auto",
+            *([f"and VERL_FILE_LOGGER_PATH={metrics.absolute().parent}/<a new metrics*.jsonl>"] if metrics else []),
+        ]
+    )
     total = config.trainer.total_training_steps
     done = f" (all {total} steps are done: ask for more)" if total is not None and _step(start) >= int(total) else ""
     return f"to resume after step {_step(start)}{done}: {command}"
@@ -122,19 +131,34 @@ def _start(config: DictConfig, folder: Path) -> Path | None:
     """The checkpoint that verl would load, or None for a new run."""
     mode, path = str(config.trainer.resume_mode), config.trainer.resume_from_path
     if mode not in MODES:
-        raise SayoError("L43", f"unknown resume mode{did_you_mean(mode, MODES)}", where="trainer.resume_mode",
-                        got=mode, wanted=", ".join(MODES), fix="correct it")  # fmt: skip
+        raise SayoError(
+            "L43",
+            f"unknown resume mode{did_you_mean(mode, MODES)}",
+            where="trainer.resume_mode",
+            got=mode,
+            wanted=", ".join(MODES),
+            fix="correct it",
+        )
     if mode != "resume_path":
         if path is not None:
-            raise SayoError("L43", f"verl ignores the path under resume_mode={mode}", where="trainer.resume_from_path",
-                            got=path, fix="set trainer.resume_mode=resume_path, or leave the path out")  # fmt: skip
+            raise SayoError(
+                "L43",
+                f"verl ignores the path under resume_mode={mode}",
+                where="trainer.resume_from_path",
+                got=path,
+                fix="set trainer.resume_mode=resume_path, or leave the path out",
+            )
         return _tracked(folder, config) if mode == "auto" else None
     # The folder's name carries the step: verl reads it from the end of this text.
     if not isinstance(path, str) or not re.search(r"global_step_\d+$", path) or not Path(path).is_dir():
-        raise SayoError("L43", "this is no checkpoint to resume", where="trainer.resume_from_path", got=path,
-                        wanted="an existing folder .../global_step_<n>, no slash at its end",
-                        fix="name one, or set trainer.resume_mode=auto for the last one of "
-                            "trainer.default_local_dir")  # fmt: skip
+        raise SayoError(
+            "L43",
+            "this is no checkpoint to resume",
+            where="trainer.resume_from_path",
+            got=path,
+            wanted="an existing folder .../global_step_<n>, no slash at its end",
+            fix="name one, or set trainer.resume_mode=auto for the last one of trainer.default_local_dir",
+        )
     return Path(path)
 
 
@@ -163,9 +187,13 @@ def _no_start(config: DictConfig, tracker: Path, what: str, got: str | None) -> 
     if tracker.is_dir():
         mend = f"move that folder away, then {mend}"
     return SayoError(
-        "L44", what, where=str(tracker), got=got, wanted=f"the step of a whole checkpoint ({_whole(config, tracker)})",
+        "L44",
+        what,
+        where=str(tracker),
+        got=got,
+        wanted=f"the step of a whole checkpoint ({_whole(config, tracker)})",
         fix=f"{mend}; where there is none, begin a new run in a new output folder (OUT=...)",
-    )  # fmt: skip
+    )
 
 
 def _whole(config: DictConfig, tracker: Path) -> str:
@@ -203,8 +231,12 @@ def _missing(config: DictConfig, start: Path) -> list[str]:
     wanted = ["data.pt"]
     if config.actor_rollout_ref.actor.strategy in ("fsdp", "fsdp2"):
         world = _devices(config)
-        wanted += [f"{part}/{state}_world_size_{world}_rank_{rank}.pt"
-                   for part in _parts(config) for state in STATE.values() for rank in range(world)]  # fmt: skip
+        wanted += [
+            f"{part}/{state}_world_size_{world}_rank_{rank}.pt"
+            for part in _parts(config)
+            for state in STATE.values()
+            for rank in range(world)
+        ]
     return [name for name in wanted if not (start / name).is_file() or (start / name).stat().st_size == 0]
 
 

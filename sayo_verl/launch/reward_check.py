@@ -75,8 +75,13 @@ def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) ->
         return "verl's built-in rule for the data source"
     file = _file(str(path))
     if file is not None and not file.is_file():
-        raise SayoError("L19", "there is no reward function file", where=f"{FUNCTION}.path", got=path,
-                        fix="use pkg://sayo_verl.reward or correct the path")  # fmt: skip
+        raise SayoError(
+            "L19",
+            "there is no reward function file",
+            where=f"{FUNCTION}.path",
+            got=path,
+            fix="use pkg://sayo_verl.reward or correct the path",
+        )
     kwargs = _kwargs(config)
     plan = f"{path}:{name} {kwargs or ''}".strip()
     module, error = _load(str(path))
@@ -84,8 +89,13 @@ def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) ->
         reason = f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split())[:200]}"
         if dry_run:
             return f"{plan} - NOT CHECKED, it cannot be loaded here ({reason})"
-        raise SayoError("L19", "the reward function cannot be loaded", where=f"{FUNCTION}.path",
-                        got=f"{path} ({reason})", fix="correct the module") from error  # fmt: skip
+        raise SayoError(
+            "L19",
+            "the reward function cannot be loaded",
+            where=f"{FUNCTION}.path",
+            got=f"{path} ({reason})",
+            fix="correct the module",
+        ) from error
     function = _function(module, str(path), name)
     _check_kind(config, function)
     _check_arguments(config, function, kwargs)
@@ -101,14 +111,21 @@ def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) ->
 
 def _check_tokenizer(path: str | None, dry_run: bool) -> str:
     """Refuse a path of a tokenizer that is not there; other names are looked for on the hub."""
-    local = path is not None and (path.startswith(("/", ".", "~")) or path.count("/") > 1 or
-                                  ("/" in path and Path(path).parent.is_dir()))  # fmt: skip
+    local = path is not None and (
+        path.startswith(("/", ".", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
+    )
     if path is None or not local or Path(path).is_dir():
         return ""
     if dry_run:
         return f"{path} - NOT THERE YET, needed before the run"
-    raise SayoError("L34", "there is no tokenizer at this path", where=f"{KWARGS}.length_tokenizer", got=path,
-                    wanted="a model folder or hub name", fix="correct it; ~ is not expanded")  # fmt: skip
+    raise SayoError(
+        "L34",
+        "there is no tokenizer at this path",
+        where=f"{KWARGS}.length_tokenizer",
+        got=path,
+        wanted="a model folder or hub name",
+        fix="correct it; ~ is not expanded",
+    )
 
 
 def is_ours(config: DictConfig) -> bool:
@@ -156,8 +173,14 @@ def _kwargs(config: DictConfig) -> dict[str, Any]:
     node = OmegaConf.select(config, KWARGS)
     kwargs = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     if not isinstance(kwargs, Mapping | None):
-        raise SayoError("L34", "not a group of settings", where=KWARGS, got=repr(kwargs), wanted="settings by name",
-                        fix=f"set {KWARGS}.<name> to a value")  # fmt: skip
+        raise SayoError(
+            "L34",
+            "not a group of settings",
+            where=KWARGS,
+            got=repr(kwargs),
+            wanted="settings by name",
+            fix=f"set {KWARGS}.<name> to a value",
+        )
     return {str(key): value for key, value in (kwargs or {}).items()}
 
 
@@ -165,9 +188,14 @@ def _check_overrides(kwargs: Mapping[str, Any]) -> None:
     """verl lets ``reward_kwargs`` replace what it passes itself: every response would have the same truth."""
     for key in kwargs:
         if key in PASSED + PASSED_BESIDE_MODEL:
-            raise SayoError("L34", "this setting would replace what verl passes for each response",
-                            where=f"{KWARGS}.{key}", got=repr(kwargs[key]), wanted="settings of the function's own",
-                            fix="leave it out")  # fmt: skip
+            raise SayoError(
+                "L34",
+                "this setting would replace what verl passes for each response",
+                where=f"{KWARGS}.{key}",
+                got=repr(kwargs[key]),
+                wanted="settings of the function's own",
+                fix="leave it out",
+            )
 
 
 def _check_keys(config: DictConfig) -> None:
@@ -180,10 +208,16 @@ def _check_keys(config: DictConfig) -> None:
         for key in OmegaConf.select(config, group) or ():
             if key not in names:
                 value = OmegaConf.select(config, f"{group}.{key}")
-                raise SayoError("L34", f"nothing reads this key{did_you_mean(str(key), _names(names))}",
-                                where=f"{group}.{key}", got=value, wanted=", ".join(_names(names)),
-                                fix=f"correct the name; settings of a reward function stand in {KWARGS}"
-                                if group != "sayo" else "correct the name")  # fmt: skip
+                raise SayoError(
+                    "L34",
+                    f"nothing reads this key{did_you_mean(str(key), _names(names))}",
+                    where=f"{group}.{key}",
+                    got=value,
+                    wanted=", ".join(_names(names)),
+                    fix=f"correct the name; settings of a reward function stand in {KWARGS}"
+                    if group != "sayo"
+                    else "correct the name",
+                )
 
 
 def _names(keys: tuple[str, ...]) -> list[str]:
@@ -201,8 +235,13 @@ def _check_legacy(config: DictConfig) -> None:
     for group in ("custom_reward_function", "reward_model", "sandbox_fusion"):
         for key, value in _leaves(config.get(group), group):
             if value is not None:
-                raise SayoError("L11", "verl 0.9 ignores this key of earlier versions", where=key, got=value,
-                                fix=f"use {_RENAMED.get(key, f'reward.{key}')}")  # fmt: skip
+                raise SayoError(
+                    "L11",
+                    "verl 0.9 ignores this key of earlier versions",
+                    where=key,
+                    got=value,
+                    fix=f"use {_RENAMED.get(key, f'reward.{key}')}",
+                )
 
 
 def _leaves(node: Any, prefix: str) -> list[tuple[str, Any]]:
@@ -217,18 +256,39 @@ def _check_manager(config: DictConfig) -> None:
     manager, model = config.reward.reward_manager, config.reward.reward_model
     where, custom = "reward.reward_manager.name", config.reward.custom_reward_function.path is not None
     if manager.source == "register" and manager.name not in REWARD_MANAGER:
-        raise SayoError("L36", f"unknown reward manager{did_you_mean(str(manager.name), REWARD_MANAGER)}", where=where,
-                        got=manager.name, wanted=", ".join(sorted(REWARD_MANAGER)), fix="correct the name")  # fmt: skip
+        raise SayoError(
+            "L36",
+            f"unknown reward manager{did_you_mean(str(manager.name), REWARD_MANAGER)}",
+            where=where,
+            got=manager.name,
+            wanted=", ".join(sorted(REWARD_MANAGER)),
+            fix="correct the name",
+        )
     if manager.source == "register" and manager.name == "rate_limited" and is_ours(config):
-        raise SayoError("L36", "this manager turns every error of the reward function into reward 0", where=where,
-                        got=manager.name, fix="set it to naive; there is no service whose rate to limit")  # fmt: skip
+        raise SayoError(
+            "L36",
+            "this manager turns every error of the reward function into reward 0",
+            where=where,
+            got=manager.name,
+            fix="set it to naive; there is no service whose rate to limit",
+        )
     if model.enable and is_ours(config):
-        raise SayoError("L36", "sayo_verl.reward does not ask a reward model", where="reward.reward_model.enable",
-                        got=True, fix="set it to False, or name a reward function that does")  # fmt: skip
+        raise SayoError(
+            "L36",
+            "sayo_verl.reward does not ask a reward model",
+            where="reward.reward_model.enable",
+            got=True,
+            fix="set it to False, or name a reward function that does",
+        )
     if model.enable and custom and not model.enable_resource_pool:
-        raise SayoError("L36", "without devices of its own the reward model gets no data source or ground truth, and "
-                        "the reward function fails", where="reward.reward_model.enable_resource_pool", got=False,
-                        fix="set it to True, with nnodes and n_gpus_per_node beside it")  # fmt: skip
+        raise SayoError(
+            "L36",
+            "without devices of its own the reward model gets no data source or ground truth, and "
+            "the reward function fails",
+            where="reward.reward_model.enable_resource_pool",
+            got=False,
+            fix="set it to True, with nnodes and n_gpus_per_node beside it",
+        )
 
 
 def _function(module: Any, path: str, name: str) -> Callable[..., Any]:
@@ -236,17 +296,25 @@ def _function(module: Any, path: str, name: str) -> Callable[..., Any]:
     if not callable(function):
         own = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
         functions = [n for n in own if inspect.isfunction(vars(module)[n]) and not n.startswith("_")]
-        raise SayoError("L35", f"there is no such reward function{did_you_mean(name, functions)}",
-                        where=f"{FUNCTION}.name", got=name, wanted=f"a function of {path}: {', '.join(functions)}",
-                        fix="correct the name")  # fmt: skip
+        raise SayoError(
+            "L35",
+            f"there is no such reward function{did_you_mean(name, functions)}",
+            where=f"{FUNCTION}.name",
+            got=name,
+            wanted=f"a function of {path}: {', '.join(functions)}",
+            fix="correct the name",
+        )
     return function
 
 
 def _check_kind(config: DictConfig, function: Callable[..., Any]) -> None:
     """Refuse what verl would not call as meant: it awaits a function defined with ``async def``, and nothing else."""
     asynchronous = inspect.iscoroutinefunction(function)
-    hidden = [f for f in (inspect.unwrap(function), getattr(function, "__call__", None))  # noqa: B004 (its kind)
-              if inspect.iscoroutinefunction(f)]  # fmt: skip
+    hidden = [
+        f
+        for f in (inspect.unwrap(function), getattr(function, "__call__", None))  # noqa: B004 (its kind)
+        if inspect.iscoroutinefunction(f)
+    ]
     kind, fix = "", "name a function defined with def or async def"
     if inspect.isclass(function):
         kind = "a class"
@@ -259,13 +327,23 @@ def _check_kind(config: DictConfig, function: Callable[..., Any]) -> None:
         except ValueError:
             kind = "a function without a signature"
     if kind:
-        raise SayoError("L35", f"the reward function is {kind}", where=f"{FUNCTION}.name", got=f"{function!r:.80}",
-                        wanted="a function", fix=fix)  # fmt: skip
+        raise SayoError(
+            "L35",
+            f"the reward function is {kind}",
+            where=f"{FUNCTION}.name",
+            got=f"{function!r:.80}",
+            wanted="a function",
+            fix=fix,
+        )
     manager = config.reward.reward_manager
     if asynchronous and manager.source == "register" and manager.name == "remote":
-        raise SayoError("L36", "this manager does not await an async reward function",
-                        where="reward.reward_manager.name", got=manager.name,
-                        fix="set it to naive, or define the function with def")  # fmt: skip
+        raise SayoError(
+            "L36",
+            "this manager does not await an async reward function",
+            where="reward.reward_manager.name",
+            got=manager.name,
+            fix="set it to naive, or define the function with def",
+        )
 
 
 def _check_arguments(config: DictConfig, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
@@ -276,22 +354,37 @@ def _check_arguments(config: DictConfig, function: Callable[..., Any], kwargs: M
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         absent = [key for key in passed if key not in named]
         if absent:
-            raise SayoError("L35", "the reward function does not take what verl passes", where=f"{FUNCTION}.name",
-                            got=f"parameters {', '.join(named)}", wanted=", ".join(passed),
-                            fix=f"add the parameters {', '.join(absent)}, or **kwargs")  # fmt: skip
+            raise SayoError(
+                "L35",
+                "the reward function does not take what verl passes",
+                where=f"{FUNCTION}.name",
+                got=f"parameters {', '.join(named)}",
+                wanted=", ".join(passed),
+                fix=f"add the parameters {', '.join(absent)}, or **kwargs",
+            )
         settable = [name for name in named if name not in PASSED + PASSED_BESIDE_MODEL]
         for key in kwargs:
             if key not in named:
-                raise SayoError("L34", f"the reward function has no setting {key!r}{did_you_mean(key, settable)}",
-                                where=f"{KWARGS}.{key}", got=kwargs[key], wanted=", ".join(settable) or "none",
-                                fix="correct the name or leave it out")  # fmt: skip
+                raise SayoError(
+                    "L34",
+                    f"the reward function has no setting {key!r}{did_you_mean(key, settable)}",
+                    where=f"{KWARGS}.{key}",
+                    got=kwargs[key],
+                    wanted=", ".join(settable) or "none",
+                    fix="correct the name or leave it out",
+                )
     unset = [
         p.name for p in parameters if p.default is p.empty and p.name in named and p.name not in (*passed, *kwargs)
     ]
     if unset:
-        raise SayoError("L35", "the reward function needs settings that are not there", where=KWARGS,
-                        got=", ".join(kwargs) or "none", wanted=", ".join(unset),
-                        fix=f"add +{KWARGS}.{unset[0]}=...")  # fmt: skip
+        raise SayoError(
+            "L35",
+            "the reward function needs settings that are not there",
+            where=KWARGS,
+            got=", ".join(kwargs) or "none",
+            wanted=", ".join(unset),
+            fix=f"add +{KWARGS}.{unset[0]}=...",
+        )
 
 
 def _check_correctness(settings: Mapping[str, Any], method: Method | None) -> str:
@@ -302,10 +395,14 @@ def _check_correctness(settings: Mapping[str, Any], method: Method | None) -> st
         return ""
     if not giving:
         alone = "trains on format alone" if settings["format_weight"] > 0 else "is 0 for every response"
-        raise SayoError("L31", f"nothing says which answer is right: the reward {alone}",
-                        where=f"{KWARGS}.accuracy_weight", got=settings["accuracy_weight"], wanted="more than 0",
-                        fix=f"put ACCURACY_WEIGHT=1 in front of the script, or set ++{KWARGS}.accuracy_weight=1"
-                        )  # fmt: skip
+        raise SayoError(
+            "L31",
+            f"nothing says which answer is right: the reward {alone}",
+            where=f"{KWARGS}.accuracy_weight",
+            got=settings["accuracy_weight"],
+            wanted="more than 0",
+            fix=f"put ACCURACY_WEIGHT=1 in front of the script, or set ++{KWARGS}.accuracy_weight=1",
+        )
     if any(part.needs().correctness for part in giving):
         return ""
     what = "attention and format only" if settings["format_weight"] > 0 else "attention only"
@@ -339,20 +436,35 @@ def check_template(config: DictConfig) -> str:
     released = own_settings(config)["format"] == "released"
     dropped = [tag for tag in (TAGS[2:] if released else TAGS) if tag in found.dropped]
     if dropped:
-        raise SayoError("L33", "the tokenizer takes a tag for a special token, and verl drops those from responses",
-                        where="actor_rollout_ref.model.path", got=", ".join(dropped), wanted="the tag as plain text",
-                        fix="add the token to the tokenizer with special=False")  # fmt: skip
+        raise SayoError(
+            "L33",
+            "the tokenizer takes a tag for a special token, and verl drops those from responses",
+            where="actor_rollout_ref.model.path",
+            got=", ".join(dropped),
+            wanted="the tag as plain text",
+            fix="add the token to the tokenizer with special=False",
+        )
     if found.opens(TAGS[2], TAGS[3]):
-        raise SayoError("L33", "the chat template opens the answer block, and responses are read for <answer>",
-                        where="actor_rollout_ref.model.path", got=repr(found.text[-80:]), wanted="no open <answer>",
-                        fix="set actor_rollout_ref.model.custom_chat_template to one that does not")  # fmt: skip
+        raise SayoError(
+            "L33",
+            "the chat template opens the answer block, and responses are read for <answer>",
+            where="actor_rollout_ref.model.path",
+            got=repr(found.text[-80:]),
+            wanted="no open <answer>",
+            fix="set actor_rollout_ref.model.custom_chat_template to one that does not",
+        )
     if released:
         return "format=released reads no think block"
     asked = _kwargs(config).get("think_opened")
     if asked is not None and asked != found.opened:
-        raise SayoError("L33", f"the chat template {'opens' if found.opened else 'does not open'} the think block",
-                        where=f"{KWARGS}.think_opened", got=asked, wanted=found.opened,
-                        fix="leave it out: the launcher sets it from the template")  # fmt: skip
+        raise SayoError(
+            "L33",
+            f"the chat template {'opens' if found.opened else 'does not open'} the think block",
+            where=f"{KWARGS}.think_opened",
+            got=asked,
+            wanted=found.opened,
+            fix="leave it out: the launcher sets it from the template",
+        )
     if found.opened:
         return "the chat template opens <think>: responses are graded as its continuation"
     if TAGS[1] in found.text:
@@ -428,13 +540,19 @@ def _render(path: str, template: str | None, kwargs: str, trust_remote_code: boo
             renderer, content = tokenizer, "?"
         renderer.chat_template = template or renderer.chat_template or tokenizer.chat_template
         asked, plain = (
-            apply_chat_template(renderer, [{"role": "user", "content": content}], tokenize=False,
-                                add_generation_prompt=generation, **json.loads(kwargs))
+            apply_chat_template(
+                renderer,
+                [{"role": "user", "content": content}],
+                tokenize=False,
+                add_generation_prompt=generation,
+                **json.loads(kwargs),
+            )
             for generation in (True, False)
-        )  # fmt: skip
+        )
     except (OSError, ValueError, KeyError, TypeError, ImportError, ArithmeticError, TemplateError) as error:
         said = re.split(r"(?<=[.!?]) ", " ".join(str(error).split()), maxsplit=1)[0]  # its first sentence
         return f"no prompt can be rendered here ({type(error).__name__}: {textwrap.shorten(said, 200)})"
-    decoded = {tag: tokenizer.decode(tokenizer.encode(tag, add_special_tokens=False), skip_special_tokens=True)
-               for tag in TAGS}  # fmt: skip
+    decoded = {
+        tag: tokenizer.decode(tokenizer.encode(tag, add_special_tokens=False), skip_special_tokens=True) for tag in TAGS
+    }
     return _Prompt(asked.removeprefix(plain), tuple(tag for tag, text in decoded.items() if tag not in text))

@@ -57,9 +57,14 @@ def load_methods(modules: Sequence[str]) -> list[str]:
                 found.append(name)
                 importlib.import_module(name)
         except (ImportError, OSError, SyntaxError) as error:
-            raise SayoError("L29", "a module with a method of your own cannot be loaded", where="sayo.modules",
-                            got=f"{name}: {error}", wanted="an importable module or the path of a .py file",
-                            fix="correct it; see docs/add_a_method.md") from error  # fmt: skip
+            raise SayoError(
+                "L29",
+                "a module with a method of your own cannot be loaded",
+                where="sayo.modules",
+                got=f"{name}: {error}",
+                wanted="an importable module or the path of a .py file",
+                fix="correct it; see docs/add_a_method.md",
+            ) from error
     return found
 
 
@@ -107,21 +112,42 @@ def settings_from_config(adv_estimator: str, attn: Mapping[str, Any]) -> AttnSet
             )
     floor = attn.get("spread_floor", SPREAD_FLOOR)
     if floor is not None and (isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor < 1):
-        raise SayoError("L03", "not a spread", where="algorithm.attn.spread_floor", got=repr(floor),
-                        wanted="null or a number in [0, 1)", fix="leave it at its default")  # fmt: skip
+        raise SayoError(
+            "L03",
+            "not a spread",
+            where="algorithm.attn.spread_floor",
+            got=repr(floor),
+            wanted="null or a number in [0, 1)",
+            fix="leave it at its default",
+        )
     mix = attn.get("mix") or []
     if not isinstance(mix, list | tuple):
-        raise SayoError("L03", "not a list of methods", where="algorithm.attn.mix", got=repr(mix),
-                        wanted="such as [region,dual]", fix="write it as a list")  # fmt: skip
+        raise SayoError(
+            "L03",
+            "not a list of methods",
+            where="algorithm.attn.mix",
+            got=repr(mix),
+            wanted="such as [region,dual]",
+            fix="write it as a list",
+        )
     if mix and adv_estimator != Mix.name:
-        raise SayoError("A12", "a mix has no effect under this estimator", where="algorithm.attn.mix", got=list(mix),
-                        fix=f"set algorithm.adv_estimator={Mix.name}, or algorithm.attn.mix=[]")  # fmt: skip
+        raise SayoError(
+            "A12",
+            "a mix has no effect under this estimator",
+            where="algorithm.attn.mix",
+            got=list(mix),
+            fix=f"set algorithm.adv_estimator={Mix.name}, or algorithm.attn.mix=[]",
+        )
     if adv_estimator == Mix.name:
         for node in mix:
             if node not in nodes:
-                raise SayoError("L02", f"unknown method {node!r} in the mix{did_you_mean(str(node), nodes)}",
-                                where="algorithm.attn.mix", wanted=", ".join(nodes),
-                                fix="name the methods without attn_")  # fmt: skip
+                raise SayoError(
+                    "L02",
+                    f"unknown method {node!r} in the mix{did_you_mean(str(node), nodes)}",
+                    where="algorithm.attn.mix",
+                    wanted=", ".join(nodes),
+                    fix="name the methods without attn_",
+                )
         return AttnSettings(Mix(tuple(_method(PREFIX + node, attn) for node in mix)), floor)
     return AttnSettings(_method(adv_estimator, attn) if adv_estimator in METHODS else None, floor)
 
@@ -134,8 +160,14 @@ def _method(name: str, attn: Mapping[str, Any]) -> Method:
 def _build(cls: Any, values: Any, where: str) -> Any:
     """A settings dataclass from a mapping of exactly its fields, nested ones too."""
     if not isinstance(values, Mapping):
-        raise SayoError("L03", "not a group of settings", where=where, got=repr(values), wanted="settings by name",
-                        fix=f"set {where}.<key> to a value")  # fmt: skip
+        raise SayoError(
+            "L03",
+            "not a group of settings",
+            where=where,
+            got=repr(values),
+            wanted="settings by name",
+            fix=f"set {where}.<key> to a value",
+        )
     hints = typing.get_type_hints(cls)
     known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     for key in values:
@@ -159,9 +191,21 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if isinstance(hint, types.GenericAlias) and hint == tuple[int, ...]:
         if isinstance(value, list | tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
             return tuple(value)
-        raise SayoError("L03", "not a list of whole numbers", where=where, got=repr(value), wanted="such as [-1]",
-                        fix="write it as [-1] for the last layer")  # fmt: skip
+        raise SayoError(
+            "L03",
+            "not a list of whole numbers",
+            where=where,
+            got=repr(value),
+            wanted="such as [-1]",
+            fix="write it as [-1] for the last layer",
+        )
     if hint in (str, bool, int) and type(value) is hint:
         return value
-    raise SayoError("L03", "wrong type of value", where=where, got=repr(value), wanted=hint.__name__,
-                    fix=f"set {where} to a value of type {hint.__name__}")  # fmt: skip
+    raise SayoError(
+        "L03",
+        "wrong type of value",
+        where=where,
+        got=repr(value),
+        wanted=hint.__name__,
+        fix=f"set {where} to a value of type {hint.__name__}",
+    )

@@ -41,15 +41,21 @@ def check_by_verl(config: DictConfig, *, dry_run: bool = False) -> None:
     from verl.utils.config import validate_config
 
     try:
-        with contextlib.redirect_stdout(io.StringIO()) if dry_run else contextlib.nullcontext(), \
-                warnings.catch_warnings():  # fmt: skip
+        with (
+            contextlib.redirect_stdout(io.StringIO()) if dry_run else contextlib.nullcontext(),
+            warnings.catch_warnings(),
+        ):
             if dry_run:
                 warnings.filterwarnings("ignore", "Disabled critic")
             validate_config(config, need_reference_policy(config), need_critic(config))
     except (AssertionError, ValueError, NotImplementedError, InstantiationException) as error:
         said = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-        raise SayoError("L50", f"verl refuses the configuration: {said}", where="verl.utils.config.validate_config",
-                        fix="change the settings that the message names") from error  # fmt: skip
+        raise SayoError(
+            "L50",
+            f"verl refuses the configuration: {said}",
+            where="verl.utils.config.validate_config",
+            fix="change the settings that the message names",
+        ) from error
 
 
 def check_training(config: DictConfig, method: Method | None) -> None:
@@ -67,20 +73,42 @@ def check_training(config: DictConfig, method: Method | None) -> None:
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
     if not config.trainer.use_v1:
-        raise SayoError("L04", "sayo_verl.main_ppo runs verl's V1 trainer only", where="trainer.use_v1", got=False,
-                        fix="set trainer.use_v1=True, or launch verl.trainer.main_ppo for the old one")  # fmt: skip
+        raise SayoError(
+            "L04",
+            "sayo_verl.main_ppo runs verl's V1 trainer only",
+            where="trainer.use_v1",
+            got=False,
+            fix="set trainer.use_v1=True, or launch verl.trainer.main_ppo for the old one",
+        )
     for key, known in ((LOSS_MODE, tuple(POLICY_LOSS_REGISTRY)), (LOSS_AGG_MODE, LOSS_AGG_MODES)):
         name = str(OmegaConf.select(config, key))
         if name not in known:
-            raise SayoError("L37", f"verl has no such loss setting{did_you_mean(name, known)}", where=key, got=name,
-                            wanted=", ".join(known), fix="correct the name")  # fmt: skip
+            raise SayoError(
+                "L37",
+                f"verl has no such loss setting{did_you_mean(name, known)}",
+                where=key,
+                got=name,
+                wanted=", ".join(known),
+                fix="correct the name",
+            )
     loss, beta = str(OmegaConf.select(config, LOSS_MODE)), OmegaConf.select(config, DRO_BETA)
     if loss == "dro" and not (isinstance(beta, int | float) and beta > 0):
-        raise SayoError("L38", "the loss dro needs its beta", where=DRO_BETA, got=beta, wanted="a positive number",
-                        fix=f"set {DRO_BETA}")  # fmt: skip
+        raise SayoError(
+            "L38",
+            "the loss dro needs its beta",
+            where=DRO_BETA,
+            got=beta,
+            wanted="a positive number",
+            fix=f"set {DRO_BETA}",
+        )
     if method is not None and loss in NEEDS_BYPASS:
-        raise SayoError("L39", "this loss is for bypass mode, in which no log-prob pass measures attention",
-                        where=LOSS_MODE, got=loss, fix=f"set {LOSS_MODE}=vanilla")  # fmt: skip
+        raise SayoError(
+            "L39",
+            "this loss is for bypass mode, in which no log-prob pass measures attention",
+            where=LOSS_MODE,
+            got=loss,
+            fix=f"set {LOSS_MODE}=vanilla",
+        )
     if method is not None and "token" in method.gives and loss in AVERAGE_OVER_TOKENS:
         raise SayoError(
             "L39",
@@ -93,8 +121,14 @@ def check_training(config: DictConfig, method: Method | None) -> None:
         )
     _check_sampling(config)
     if config.algorithm.adv_estimator == "gae" and config.critic.enable is False:
-        raise SayoError("L49", "gae needs a critic", where="critic.enable", got=False, wanted="null or true",
-                        fix="leave critic.enable out")  # fmt: skip
+        raise SayoError(
+            "L49",
+            "gae needs a critic",
+            where="critic.enable",
+            got=False,
+            wanted="null or true",
+            fix="leave critic.enable out",
+        )
 
 
 def _check_sampling(config: DictConfig) -> None:
@@ -111,13 +145,22 @@ def _check_sampling(config: DictConfig) -> None:
             (refill, sampler.sync_refill_failed_groups),
         ):
             if on:
-                raise SayoError("L52", "verl does not do this with a custom sampler", where=key, got=True,
-                                fix=f"set {key}=False, or leave trainer.v1.sampler.custom_sampler out")  # fmt: skip
+                raise SayoError(
+                    "L52",
+                    "verl does not do this with a custom sampler",
+                    where=key,
+                    got=True,
+                    fix=f"set {key}=False, or leave trainer.v1.sampler.custom_sampler out",
+                )
     if not groups.enable:
         return
     reported = (*REPORTED, "reward") if is_ours(config) else None
     if not groups.metric or (reported is not None and groups.metric not in reported):
-        raise SayoError("L52", "the reward function does not report the metric of dynamic sampling",
-                        where="algorithm.filter_groups.metric", got=groups.metric,
-                        wanted=", ".join(reported or ("a key that your reward function returns", "reward")),
-                        fix="set it to acc")  # fmt: skip
+        raise SayoError(
+            "L52",
+            "the reward function does not report the metric of dynamic sampling",
+            where="algorithm.filter_groups.metric",
+            got=groups.metric,
+            wanted=", ".join(reported or ("a key that your reward function returns", "reward")),
+            fix="set it to acc",
+        )

@@ -43,6 +43,21 @@ def register_method(cls: type[Method]) -> type[Method]:
     return cls
 
 
-__all__ = ["METHODS", "AnchorMethod", "Credit", "DualConfig", "DualMethod", "FaithfulMethod", "Method", "Mix", "Needs",
-           "RegionMethod", "RewardTerm", "Signals", "advantages", "dual_grained_factors", "group_advantage",
-           "register_method"]  # fmt: skip
+__all__ = [
+    "METHODS",
+    "AnchorMethod",
+    "Credit",
+    "DualConfig",
+    "DualMethod",
+    "FaithfulMethod",
+    "Method",
+    "Mix",
+    "Needs",
+    "RegionMethod",
+    "RewardTerm",
+    "Signals",
+    "advantages",
+    "dual_grained_factors",
+    "group_advantage",
+    "register_method",
+]

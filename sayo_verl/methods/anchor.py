@@ -132,19 +132,23 @@ class AnchorMethod:
     name = "attn_anchor"
 
     def __post_init__(self) -> None:
-        check_setting("anchor", self, {
-            "strength": (0 <= self.strength <= 1, "a number in [0, 1]"),
-            "layers": distinct_layers(self.layers),
-            "neighbours": (1 <= self.neighbours <= 32, "a whole number in 1 .. 32"),
-            "parts": (self.parts == 0 or 2 <= self.parts <= 64, "0 or a whole number in 2 .. 64"),
-            "weight_min": (0 <= self.weight_min <= 1, "a number in [0, 1]"),
-            "weight_max": (1 <= self.weight_max < float("inf"), "a finite number >= 1"),
-            "weighting": (self.weighting in WEIGHTINGS, " or ".join(WEIGHTINGS)),
-            "anchor_share": (0 < self.anchor_share < 1, "a number in (0, 1)"),
-            "seed": (0 <= self.seed < 2**31, "a whole number of 31 bits"),
-            "time_limit": (0 < self.time_limit <= 600, "seconds in (0, 600]"),
-            "processes": (0 <= self.processes <= 1024, "a whole number in 0 .. 1024"),
-        })  # fmt: skip
+        check_setting(
+            "anchor",
+            self,
+            {
+                "strength": (0 <= self.strength <= 1, "a number in [0, 1]"),
+                "layers": distinct_layers(self.layers),
+                "neighbours": (1 <= self.neighbours <= 32, "a whole number in 1 .. 32"),
+                "parts": (self.parts == 0 or 2 <= self.parts <= 64, "0 or a whole number in 2 .. 64"),
+                "weight_min": (0 <= self.weight_min <= 1, "a number in [0, 1]"),
+                "weight_max": (1 <= self.weight_max < float("inf"), "a finite number >= 1"),
+                "weighting": (self.weighting in WEIGHTINGS, " or ".join(WEIGHTINGS)),
+                "anchor_share": (0 < self.anchor_share < 1, "a number in (0, 1)"),
+                "seed": (0 <= self.seed < 2**31, "a whole number of 31 bits"),
+                "time_limit": (0 < self.time_limit <= 600, "seconds in (0, 600]"),
+                "processes": (0 <= self.processes <= 1024, "a whole number in 0 .. 1024"),
+            },
+        )
 
     @property
     def gives(self) -> frozenset[Gift]:
@@ -210,21 +214,35 @@ class AnchorMethod:
             rows.append((b, place_n, parts))
             place_nm = index[b, place_n].long()
             if (place_nm != index[b, place_n]).any() or place_nm.max() >= tokens.shape[1]:
-                raise SayoError("A03", "a neighbour is no token of the response", where=f"attn_anchor, row {b}",
-                                got=f"up to {float(index[b, place_n].max())}",
-                                wanted=f"whole numbers below {tokens.shape[1]}, or -1",
-                                fix="this is a defect of the probe; report it")  # fmt: skip
+                raise SayoError(
+                    "A03",
+                    "a neighbour is no token of the response",
+                    where=f"attn_anchor, row {b}",
+                    got=f"up to {float(index[b, place_n].max())}",
+                    wanted=f"whole numbers below {tokens.shape[1]}, or -1",
+                    fix="this is a defect of the probe; report it",
+                )
             index_nm, weight_nm = edges(number_T[place_nm], similarity[b, place_n])
             near.append((index_nm.cpu().numpy(), weight_nm.cpu().numpy()))
-        cut = partition_graphs(near, [parts for *_, parts in rows], seed=self.seed, time_limit=self.time_limit,
-                               processes=self.processes or None)  # fmt: skip
+        cut = partition_graphs(
+            near,
+            [parts for *_, parts in rows],
+            seed=self.seed,
+            time_limit=self.time_limit,
+            processes=self.processes or None,
+        )
         labels = torch.full(tokens.shape, -1, dtype=torch.int64, device=tokens.device)
         failed = sum(found is None for found in cut)
         if failed > FAILED_SHARE * len(cut):
-            raise SayoError("A16", "METIS failed on too many responses", where="attn_anchor",
-                            got=f"{failed} of {len(cut)}", wanted=f"at most {FAILED_SHARE:.0%}",
-                            fix="raise algorithm.attn.anchor.time_limit, or lower neighbours; if that does not help, "
-                            "report the batch")  # fmt: skip
+            raise SayoError(
+                "A16",
+                "METIS failed on too many responses",
+                where="attn_anchor",
+                got=f"{failed} of {len(cut)}",
+                wanted=f"at most {FAILED_SHARE:.0%}",
+                fix="raise algorithm.attn.anchor.time_limit, or lower neighbours; if that does not help, "
+                "report the batch",
+            )
         for (b, place_n, _), found in zip(rows, cut, strict=True):
             if found is not None:
                 labels[b, place_n] = torch.from_numpy(found).to(labels.device)

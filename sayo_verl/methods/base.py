@@ -95,8 +95,14 @@ def check_setting(node: str, settings: Any, rules: Mapping[str, tuple[bool, str]
     for key, (right, wanted) in rules.items():
         if not right:
             where = f"algorithm.attn.{node}.{key}"
-            raise SayoError("A05", f"{key} is out of range", where=where, got=getattr(settings, key), wanted=wanted,
-                            fix=f"set {where} to {wanted}")  # fmt: skip
+            raise SayoError(
+                "A05",
+                f"{key} is out of range",
+                where=where,
+                got=getattr(settings, key),
+                wanted=wanted,
+                fix=f"set {where} to {wanted}",
+            )
 
 
 def distinct_layers(layers: tuple[int, ...]) -> tuple[bool, str]:

@@ -96,8 +96,11 @@ class DualConfig:
             "gamma": (0 < self.gamma <= 1, "a number in (0, 1]"),
             "kappa": (0 < self.kappa <= 1, "a number in (0, 1]"),
         }
-        named = {key: (vars(self)[key] in choices, " or ".join(choices)) for key, choices in CHOICES.items()
-                 if key in vars(self)}  # fmt: skip
+        named = {
+            key: (vars(self)[key] in choices, " or ".join(choices))
+            for key, choices in CHOICES.items()
+            if key in vars(self)
+        }
         check_setting("dual", self, rules | named)
 
     @classmethod
@@ -226,14 +229,20 @@ class DualMethod(DualConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         cosine = self.score == "cosine"
-        check_setting("dual", self, {
-            "strength": (0 <= self.strength <= 1, "a number in [0, 1]"),
-            "layers": (self.layers == (-1,), "[-1]: the cosine is that of the last hidden state") if cosine
-            else distinct_layers(self.layers),
-            "score_offset": (self.score_offset != ("none" if cosine else "cosine"),
-                             "cosine or minmax, for a score in [-1, 1]" if cosine
-                             else "none or minmax, for a score in [0, 1]"),
-        })  # fmt: skip
+        check_setting(
+            "dual",
+            self,
+            {
+                "strength": (0 <= self.strength <= 1, "a number in [0, 1]"),
+                "layers": (self.layers == (-1,), "[-1]: the cosine is that of the last hidden state")
+                if cosine
+                else distinct_layers(self.layers),
+                "score_offset": (
+                    self.score_offset != ("none" if cosine else "cosine"),
+                    "cosine or minmax, for a score in [-1, 1]" if cosine else "none or minmax, for a score in [0, 1]",
+                ),
+            },
+        )
 
     @property
     def gives(self) -> frozenset[Gift]:

@@ -108,17 +108,23 @@ class FaithfulMethod:
     name = "attn_faithful"
 
     def __post_init__(self) -> None:
-        check_setting("faithful", self, {
-            "weight": (0 <= self.weight < float("inf"), "a finite number >= 0"),
-            "layers": distinct_layers(self.layers),
-            "query_row": (self.query_row in ROWS, " or ".join(ROWS)),
-            "form": (self.form in FORMS, " or ".join(FORMS)),
-            "causal_unit": (self.causal_unit in UNITS, " or ".join(UNITS)),
-            "k_max": (0 < self.k_max < float("inf"), "a finite number > 0"),
-            "coverage": (0 < self.coverage <= 1, "a number in (0, 1]"),
-            "counterfactual": (self.causal_unit != "region" or self.counterfactual.kind == "region",
-                               "kind=region with causal_unit=region"),
-        })  # fmt: skip
+        check_setting(
+            "faithful",
+            self,
+            {
+                "weight": (0 <= self.weight < float("inf"), "a finite number >= 0"),
+                "layers": distinct_layers(self.layers),
+                "query_row": (self.query_row in ROWS, " or ".join(ROWS)),
+                "form": (self.form in FORMS, " or ".join(FORMS)),
+                "causal_unit": (self.causal_unit in UNITS, " or ".join(UNITS)),
+                "k_max": (0 < self.k_max < float("inf"), "a finite number > 0"),
+                "coverage": (0 < self.coverage <= 1, "a number in (0, 1]"),
+                "counterfactual": (
+                    self.causal_unit != "region" or self.counterfactual.kind == "region",
+                    "kind=region with causal_unit=region",
+                ),
+            },
+        )
 
     @property
     def gives(self) -> frozenset[Gift]:

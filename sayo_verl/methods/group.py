@@ -84,8 +84,14 @@ def advantages(
         if weight is None:
             continue
         if tuple(weight.shape) != shape:
-            raise SayoError("A02", f"the {name} does not have the shape of the batch", where="advantages",
-                            got=tuple(weight.shape), wanted=shape, fix="correct the method's credit()")  # fmt: skip
+            raise SayoError(
+                "A02",
+                f"the {name} does not have the shape of the batch",
+                where="advantages",
+                got=tuple(weight.shape),
+                wanted=shape,
+                fix="correct the method's credit()",
+            )
         column = weight.detach() if name == "token_weight" else weight.detach().unsqueeze(-1).expand(B, T)
         read = torch.where(response_mask.bool(), column, torch.ones_like(column))
         bad = ~torch.isfinite(read) | (read < 0)

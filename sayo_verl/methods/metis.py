@@ -98,9 +98,14 @@ def adjacency(index: Any, weight: Any) -> Graph:
 
 def _misfit(array: np.ndarray, wanted: str) -> SayoError:
     extremes = f", {array.min()} .. {array.max()}" if array.size else ""
-    return SayoError("A18", "neighbours of tokens do not fit", where="the graph of a response",
-                     got=f"{array.dtype} {array.shape}{extremes}", wanted=wanted,
-                     fix="this is a defect of sayo-verl; report it")  # fmt: skip
+    return SayoError(
+        "A18",
+        "neighbours of tokens do not fit",
+        where="the graph of a response",
+        got=f"{array.dtype} {array.shape}{extremes}",
+        wanted=wanted,
+        fix="this is a defect of sayo-verl; report it",
+    )
 
 
 def metis_labels(offsets: np.ndarray, neighbours: np.ndarray, weights: np.ndarray, parts: int, seed: int) -> Any:
@@ -170,8 +175,14 @@ def partition_graphs(
     for i, ((index, weight), k) in enumerate(zip(responses, parts, strict=True)):
         nodes = len(index)
         if k < 1:
-            raise SayoError("A18", "a response is to be cut into no parts", where="partition_graphs", got=k,
-                            wanted="1 or more", fix="this is a defect of sayo-verl; report it")  # fmt: skip
+            raise SayoError(
+                "A18",
+                "a response is to be cut into no parts",
+                where="partition_graphs",
+                got=k,
+                wanted="1 or more",
+                fix="this is a defect of sayo-verl; report it",
+            )
         if k == 1 or nodes <= 1:
             labels[i] = np.zeros(nodes, dtype=np.int64)
         elif k >= nodes:
@@ -215,8 +226,10 @@ def _run(
         return results
     partition, seed, time_limit = what
     pool = _pool(workers)
-    futures = [pool.schedule(_work, args=(partition, [ready[i] for i in job], seed, time_limit), timeout=time_limit)
-               for job in jobs]  # fmt: skip
+    futures = [
+        pool.schedule(_work, args=(partition, [ready[i] for i in job], seed, time_limit), timeout=time_limit)
+        for job in jobs
+    ]
     deadline = time.monotonic() + START_SECONDS + time_limit * (1 + -(-len(jobs) // workers))
     failed = 0
     try:
@@ -228,8 +241,9 @@ def _run(
             except SayoError:
                 raise
             except ImportError as error:
-                raise SayoError("A15", "a worker process cannot import METIS", where="attn_anchor", got=error,
-                                fix=PIP) from error  # fmt: skip
+                raise SayoError(
+                    "A15", "a worker process cannot import METIS", where="attn_anchor", got=error, fix=PIP
+                ) from error
             # dead, too slow, refused by METIS, or (ValueError) no list of one result per graph
             except (ProcessExpired, FutureTimeoutError, CancelledError, RuntimeError, MemoryError, ValueError):
                 failed += 1

@@ -29,8 +29,13 @@ class Mix:
         names = [method.name.removeprefix("attn_") for method in self.methods]
         where = "algorithm.attn.mix"
         if not names or len(set(names)) < len(names):
-            raise SayoError("A12", "a mix is one or more different methods", where=where, got=names,
-                            fix="such as algorithm.attn.mix=[region,dual]")  # fmt: skip
+            raise SayoError(
+                "A12",
+                "a mix is one or more different methods",
+                where=where,
+                got=names,
+                fix="such as algorithm.attn.mix=[region,dual]",
+            )
         for gift in ("token", "trajectory"):
             givers = [name for name, method in zip(names, self.methods, strict=True) if gift in method.gives]
             if len(givers) > 1:
@@ -57,8 +62,13 @@ class Mix:
         for part in parts:
             twice = sorted(metrics.keys() & part.metrics.keys())
             if twice:
-                raise SayoError("A12", "two methods log a metric of the same name", where="algorithm.attn.mix",
-                                got=twice, fix="rename it in the method that is yours")  # fmt: skip
+                raise SayoError(
+                    "A12",
+                    "two methods log a metric of the same name",
+                    where="algorithm.attn.mix",
+                    got=twice,
+                    fix="rename it in the method that is yours",
+                )
             metrics |= part.metrics
         token = [part.token_weight for part in parts if part.token_weight is not None]
         trajectory = [part.trajectory_weight for part in parts if part.trajectory_weight is not None]

@@ -132,14 +132,20 @@ class RegionMethod:
 
     def __post_init__(self) -> None:
         highest = 1.0 if self.per_token else float("inf")
-        check_setting("region", self, {
-            "weight": (0 <= self.weight <= highest and self.weight < float("inf"),
-                       "a number in [0, 1] with per_token" if self.per_token else "a finite number >= 0"),
-            "entropy_fraction": (0 < self.entropy_fraction <= 1, "a number in (0, 1]"),
-            "layers": distinct_layers(self.layers),
-            "coverage": (0 < self.coverage <= 1, "a number in (0, 1]"),
-            "pooling": (self.pooling in POOLINGS, " or ".join(POOLINGS)),
-        })  # fmt: skip
+        check_setting(
+            "region",
+            self,
+            {
+                "weight": (
+                    0 <= self.weight <= highest and self.weight < float("inf"),
+                    "a number in [0, 1] with per_token" if self.per_token else "a finite number >= 0",
+                ),
+                "entropy_fraction": (0 < self.entropy_fraction <= 1, "a number in (0, 1]"),
+                "layers": distinct_layers(self.layers),
+                "coverage": (0 < self.coverage <= 1, "a number in (0, 1]"),
+                "pooling": (self.pooling in POOLINGS, " or ".join(POOLINGS)),
+            },
+        )
 
     @property
     def gives(self) -> frozenset[Gift]:

@@ -114,8 +114,12 @@ class Signals:
         """
         value = {"counterfactual_log_probs": self.counterfactual_log_probs, "correct": self.correct}[name]
         if value is None:
-            raise SayoError("A10", "a method reads a signal that was not measured", where=f"signals.{name}",
-                            fix="ask for it in the method's needs()")  # fmt: skip
+            raise SayoError(
+                "A10",
+                "a method reads a signal that was not measured",
+                where=f"signals.{name}",
+                fix="ask for it in the method's needs()",
+            )
         return value
 
     def neutral_reasons(self, *, boxes: bool = True) -> dict[str, torch.Tensor]:

@@ -80,8 +80,14 @@ def configure(config: Any) -> bool:
         # not every engine has every key
         found = OmegaConf.select(config, f"actor_rollout_ref.{key}", default=wanted)
         if found != wanted:
-            raise SayoError(code, f"{MODEL_TYPE}: {what}", where=f"actor_rollout_ref.{key}", got=found, wanted=wanted,
-                            fix=f"set it to {wanted}")  # fmt: skip
+            raise SayoError(
+                code,
+                f"{MODEL_TYPE}: {what}",
+                where=f"actor_rollout_ref.{key}",
+                got=found,
+                wanted=wanted,
+                fix=f"set it to {wanted}",
+            )
     if OmegaConf.select(config, "data.custom_cls.path") is None:
         with open_dict(config):
             config.data.custom_cls = {"path": "pkg://sayo_verl.models.internvl_data", "name": "InternVLDataset"}

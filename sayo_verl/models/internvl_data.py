@@ -30,8 +30,13 @@ class InternVLDataset(RLHFDataset):
         parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
         other = sorted({part["type"] for part in parts} - {"text", "image"})
         if other:
-            raise SayoError("D30", "only images and text are supported", where="prompt of a row", got=other,
-                            fix="remove these parts from the data")  # fmt: skip
+            raise SayoError(
+                "D30",
+                "only images and text are supported",
+                where="prompt of a row",
+                got=other,
+                fix="remove these parts from the data",
+            )
         return [stored_image(part) for part in parts if part["type"] == "image"] or None, None, None
 
 
@@ -44,8 +49,13 @@ def stored_image(part: dict[str, Any]) -> Image.Image:
     """
     asked = {key: part[key] for key in _RESIZES if part.get(key) is not None}
     if asked:
-        raise SayoError("D31", "InternVL has no sizes in pixels", where="images of a row", got=asked,
-                        fix="remove them; data.mm_processor_kwargs.max_patches bounds the tiles")  # fmt: skip
+        raise SayoError(
+            "D31",
+            "InternVL has no sizes in pixels",
+            where="images of a row",
+            got=asked,
+            fix="remove them; data.mm_processor_kwargs.max_patches bounds the tiles",
+        )
     image = part.get("image")
     if isinstance(image, str) and "://" not in image.removeprefix("file://"):
         image = Image.open(image.removeprefix("file://"))

@@ -89,8 +89,13 @@ class InternVLProcessor(transformers.InternVLProcessor):
             InternVLProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )["images_kwargs"]
         if "size" in settings:
-            raise SayoError("C03", "the size of a tile is the model's", where="data.mm_processor_kwargs.size",
-                            got=settings["size"], fix="remove it; max_patches bounds the number of tiles")  # fmt: skip
+            raise SayoError(
+                "C03",
+                "the size of a tile is the model's",
+                where="data.mm_processor_kwargs.size",
+                got=settings["size"],
+                fix="remove it; max_patches bounds the number of tiles",
+            )
         if not settings["crop_to_patches"]:
             return [(1, 1)] * len(images)
         own = self.image_processor

@@ -42,12 +42,18 @@ def guard_image_free() -> None:
 
     @functools.wraps(original)
     def _get_input_embeds(
-        model: Any, input_ids: Any, attention_mask: Any = None, pixel_values: Any = None,
-        pixel_values_videos: Any = None, image_grid_thw: Any = None, video_grid_thw: Any = None,
-    ) -> Any:  # fmt: skip
+        model: Any,
+        input_ids: Any,
+        attention_mask: Any = None,
+        pixel_values: Any = None,
+        pixel_values_videos: Any = None,
+        image_grid_thw: Any = None,
+        video_grid_thw: Any = None,
+    ) -> Any:
         if pixel_values is not None or pixel_values_videos is not None:
-            return original(model, input_ids, attention_mask, pixel_values, pixel_values_videos, image_grid_thw,
-                            video_grid_thw)  # fmt: skip
+            return original(
+                model, input_ids, attention_mask, pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw
+            )
         embeds = model.get_input_embeddings()(input_ids)
         vision = model.config.vision_config
         patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2

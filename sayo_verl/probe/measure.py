@@ -66,22 +66,36 @@ class Measurement:
         self._statistics = {s: {layers[layer] for layer in s.layers} for s in request.statistics}
         for s, numbers in self._statistics.items():
             if len(numbers) != len(s.layers):
-                raise SayoError("P03", "two names of one layer", where=f"statistic {s.key}", got=list(s.layers),
-                                wanted="distinct layers", fix="name each layer once")  # fmt: skip
+                raise SayoError(
+                    "P03",
+                    "two names of one layer",
+                    where=f"statistic {s.key}",
+                    got=list(s.layers),
+                    wanted="distinct layers",
+                    fix="name each layer once",
+                )
         self._reads: dict[int | str, int] = {}  # layer number or "hidden" -> how often it was handed over
         if shard is not None and any(s.name.startswith("neighbour_") for s in request.statistics):
-            raise SayoError("P09", "neighbours need every row of a sequence on one rank", where="the request",
-                            got=f"sequence parallel size {shard.size}", wanted="1",
-                            fix="set actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1")  # fmt: skip
+            raise SayoError(
+                "P09",
+                "neighbours need every row of a sequence on one rank",
+                where="the request",
+                got=f"sequence parallel size {shard.size}",
+                wanted="1",
+                fix="set actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1",
+            )
         self._sets = list(dict.fromkeys(name for s in request.statistics for name in _sets_of(s)))
         self._values: dict[Statistic, torch.Tensor] = {}  # [L, W], by attention row
         self._profiles = grouped(self._statistics, device)
         empty = [0.0 if row.image_columns.numel() else float("nan") for row in rows]
         self._sums = [
-            {s: torch.full((max(row.image_columns.numel(), 1),), value, device=device)
-             for s in request.statistics if s.name == "patch_sums"}
+            {
+                s: torch.full((max(row.image_columns.numel(), 1),), value, device=device)
+                for s in request.statistics
+                if s.name == "patch_sums"
+            }
             for row, value in zip(rows, empty, strict=True)
-        ]  # fmt: skip
+        ]
         self._placement: Placement | None = None
 
     # ------------------------------------------------------------------------------------------------ reading
@@ -166,9 +180,14 @@ class Measurement:
             asked = {"hidden"} if statistic.fact.source == "hidden" else numbers
             reads = {part: self._reads.get(part, 0) for part in asked}
             if any(n != 1 for n in reads.values()):
-                raise SayoError("P22", "what a statistic needs was not handed over once", got=reads, wanted="1 of each",
-                                where=f"statistic {statistic.key}",
-                                fix="this is a defect of the capture; report it with the model family")  # fmt: skip
+                raise SayoError(
+                    "P22",
+                    "what a statistic needs was not handed over once",
+                    got=reads,
+                    wanted="1 of each",
+                    where=f"statistic {statistic.key}",
+                    fix="this is a defect of the capture; report it with the model family",
+                )
             if statistic.name == "patch_sums":
                 parts = [sums[statistic] for sums in self._sums]
                 values, lengths = torch.cat(parts), [part.shape[0] for part in parts]
@@ -185,14 +204,23 @@ class Measurement:
         counted = torch.stack(counts).tolist() if counts else []
         missed, not_finite = counted[: len(unseen)], sum(counted[len(unseen) :])
         if not_finite:
-            raise SayoError("P25", "an attention profile is not finite", where="Measurement",
-                            got=f"{not_finite} values", wanted="finite numbers",
-                            fix="look for NaN in the model's queries and keys; if they are finite, this is a defect "
-                            "of the probe")  # fmt: skip
+            raise SayoError(
+                "P25",
+                "an attention profile is not finite",
+                where="Measurement",
+                got=f"{not_finite} values",
+                wanted="finite numbers",
+                fix="look for NaN in the model's queries and keys; if they are finite, this is a defect of the probe",
+            )
         if any(missed):
-            raise SayoError("P22", "a statistic was not measured once for every response token", where="Measurement",
-                            got=f"tokens otherwise: {dict(zip(unseen, missed, strict=True))}", wanted="0",
-                            fix="this is a defect of the capture; report it with verl's settings")  # fmt: skip
+            raise SayoError(
+                "P22",
+                "a statistic was not measured once for every response token",
+                where="Measurement",
+                got=f"tokens otherwise: {dict(zip(unseen, missed, strict=True))}",
+                wanted="0",
+                fix="this is a defect of the capture; report it with verl's settings",
+            )
         return out
 
     # ------------------------------------------------------------------------------------------------ helpers
@@ -203,8 +231,9 @@ class Measurement:
             SayoError: P01.
         """
         if self._placement is None:
-            self._placement = place(self.rows, self._sets, B, S, packed=self._packed, shard=self._shard,
-                                    device=self._device, what=what)  # fmt: skip
+            self._placement = place(
+                self.rows, self._sets, B, S, packed=self._packed, shard=self._shard, device=self._device, what=what
+            )
         self._placement.check(B, S, what)
         return self._placement
 

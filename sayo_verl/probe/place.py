@@ -108,16 +108,28 @@ def place(
     tokens = [torch.arange(end - row.response_length, end) for end, row in zip(starts[1:], rows, strict=True)]
     none = torch.zeros(0, dtype=torch.int64)
     key_sets, rows_there, query_there, tokens_there, *columns_there = to_device(
-        [sets_L.view(B, S), torch.cat([none, *rows_at]), torch.cat([none, *query_at]), torch.cat(tokens),
-         *(row.image_columns for row in rows), *hidden_columns],
+        [
+            sets_L.view(B, S),
+            torch.cat([none, *rows_at]),
+            torch.cat([none, *query_at]),
+            torch.cat(tokens),
+            *(row.image_columns for row in rows),
+            *hidden_columns,
+        ],
         device,
-    )  # fmt: skip
+    )
     N = len(rows)
-    return Placement(spans, span_rows, key_sets, rows_there, query_there, columns_there[:N], columns_there[N:],
-                     tokens_there, lengths)  # fmt: skip
+    return Placement(
+        spans, span_rows, key_sets, rows_there, query_there, columns_there[:N], columns_there[N:], tokens_there, lengths
+    )
 
 
 def _misfit(what: str, B: int, S: int, lengths: list[int], wanted: str) -> SayoError:
-    return SayoError("P01", "the model's batch is not that of the plan", where="Measurement",
-                     got=f"{what} of {B} x {S} tokens, rows of {lengths}", wanted=wanted,
-                     fix="this is a defect of the capture; report it with verl's settings")  # fmt: skip
+    return SayoError(
+        "P01",
+        "the model's batch is not that of the plan",
+        where="Measurement",
+        got=f"{what} of {B} x {S} tokens, rows of {lengths}",
+        wanted=wanted,
+        fix="this is a defect of the capture; report it with verl's settings",
+    )

@@ -45,8 +45,10 @@ class ChatTokens:
         Raises:
             SayoError: P20 when the tokenizer has no such tokens, or a role is not a single one.
         """
-        ids = {text: tokenizer.encode(text, add_special_tokens=False)
-               for text in ("<|im_start|>", "<|im_end|>", "system", "user", "\n", *family.delimiters)}  # fmt: skip
+        ids = {
+            text: tokenizer.encode(text, add_special_tokens=False)
+            for text in ("<|im_start|>", "<|im_end|>", "system", "user", "\n", *family.delimiters)
+        }
         split = {text: found for text, found in ids.items() if len(found) != 1}
         if split:
             raise SayoError(
@@ -58,8 +60,13 @@ class ChatTokens:
                 fix="do not ask for system_mass or question_mass with this model",
             )
         one = {text: found[0] for text, found in ids.items()}
-        return cls(one["<|im_start|>"], one["<|im_end|>"], {"system": one["system"], "user": one["user"]},
-                   one["\n"], tuple(one[d] for d in family.delimiters))  # fmt: skip
+        return cls(
+            one["<|im_start|>"],
+            one["<|im_end|>"],
+            {"system": one["system"], "user": one["user"]},
+            one["\n"],
+            tuple(one[d] for d in family.delimiters),
+        )
 
 
 @dataclass(frozen=True)
@@ -121,12 +128,22 @@ def video_tokens(image: Mapping[str, Any], family: Family, config: Any, *, where
     """
     if "video_grid_thw" not in image:
         if "pixel_values_videos" in image:
-            raise SayoError("P19", "a video came without the grid of its visual tokens", where=where,
-                            got=sorted(image), wanted="video_grid_thw", fix="use the model's processor")  # fmt: skip
+            raise SayoError(
+                "P19",
+                "a video came without the grid of its visual tokens",
+                where=where,
+                got=sorted(image),
+                wanted="video_grid_thw",
+                fix="use the model's processor",
+            )
         return 0
     if family.geometry != "grid":
-        raise SayoError("P07", f"a row of a {family.model_type} model has a video", where=where,
-                        fix="remove videos; with this family only images are supported")  # fmt: skip
+        raise SayoError(
+            "P07",
+            f"a row of a {family.model_type} model has a video",
+            where=where,
+            fix="remove videos; with this family only images are supported",
+        )
     merge = int(config.vision_config.spatial_merge_size)
     return sum(int(t) * (int(h) // merge) * (int(w) // merge) for t, h, w in image["video_grid_thw"].tolist())
 
@@ -167,9 +184,14 @@ def plan_row(
     ids_S = input_ids.cpu()
     S, P = ids_S.shape[0], ids_S.shape[0] - response_length
     if P < 1 or response_length < 0:
-        raise SayoError("P21", "a row has no prompt token before its response", where=where,
-                        got=f"{S} tokens, {response_length} of the response", wanted="1 prompt token or more",
-                        fix="check the agent loop's response_mask")  # fmt: skip
+        raise SayoError(
+            "P21",
+            "a row has no prompt token before its response",
+            where=where,
+            got=f"{S} tokens, {response_length} of the response",
+            wanted="1 prompt token or more",
+            fix="check the agent loop's response_mask",
+        )
     prompt = _plan_prompt(
         _Prompt.of(
             ids=ids_S[:P].contiguous().numpy(),
@@ -238,12 +260,21 @@ def _find(
         )
     video_P = ids_P == video_token_id if video_token_id is not None else torch.zeros_like(image_P)
     if int(video_P.sum()) != videos:
-        raise SayoError("P05", "the prompt's video placeholders do not fit the video grids", where=where,
-                        got=f"{int(video_P.sum())} placeholders", wanted=videos,
-                        fix="the prompt was cut; raise data.max_prompt_length")  # fmt: skip
+        raise SayoError(
+            "P05",
+            "the prompt's video placeholders do not fit the video grids",
+            where=where,
+            got=f"{int(video_P.sum())} placeholders",
+            wanted=videos,
+            fix="the prompt was cut; raise data.max_prompt_length",
+        )
     if videos and any(len(b) for b in boxes):
-        raise SayoError("P07", "a row with a video has boxes", where=where,
-                        fix="remove the boxes, or the video: in which frames a box lies is not known")  # fmt: skip
+        raise SayoError(
+            "P07",
+            "a row with a video has boxes",
+            where=where,
+            fix="remove the boxes, or the video: in which frames a box lies is not known",
+        )
     image_P = image_P | video_P
     keys = {"image": image_P, "region": torch.zeros_like(image_P)}
     keys |= {f"box{i}": torch.zeros_like(image_P) for i in range(n_boxes)}

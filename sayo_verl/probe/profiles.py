@@ -89,10 +89,14 @@ def check_held(groups: Sequence[Profiles]) -> None:
     """
     size = sum(profile.numel() * 4 for group in groups for profile, _ in group.held.values())
     if size > MAX_PROFILE_BYTES:
-        raise SayoError("P23", "attention profiles of several layers do not fit in memory together",
-                        where="Measurement.read", got=f"{size / 2**20:.0f} MiB in one micro-batch",
-                        wanted=f"at most {MAX_PROFILE_BYTES / 2**20:.0f} MiB", fix="ask for one layer, or lower "
-                        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu")  # fmt: skip
+        raise SayoError(
+            "P23",
+            "attention profiles of several layers do not fit in memory together",
+            where="Measurement.read",
+            got=f"{size / 2**20:.0f} MiB in one micro-batch",
+            wanted=f"at most {MAX_PROFILE_BYTES / 2**20:.0f} MiB",
+            fix="ask for one layer, or lower actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu",
+        )
 
 
 def _widen(values_Tn: torch.Tensor, k: int, fill: float) -> torch.Tensor:

@@ -246,10 +246,14 @@ def check_lse(query: torch.Tensor, spans: Sequence[Span], lse: torch.Tensor | No
     wanted = (sum(span.n_queries for span in spans), query.shape[1])
     if lse is None or (tuple(lse.shape) == wanted and lse.dtype == torch.float32 and lse.device == query.device):
         return
-    raise SayoError("P01", "the log-sum-exp is not that of the query rows", where="attention_masses",
-                    got=f"{tuple(lse.shape)} {lse.dtype} on {lse.device}",
-                    wanted=f"{wanted} torch.float32 on {query.device}",
-                    fix="this is a defect of the capture; report it with verl's settings")  # fmt: skip
+    raise SayoError(
+        "P01",
+        "the log-sum-exp is not that of the query rows",
+        where="attention_masses",
+        got=f"{tuple(lse.shape)} {lse.dtype} on {lse.device}",
+        wanted=f"{wanted} torch.float32 on {query.device}",
+        fix="this is a defect of the capture; report it with verl's settings",
+    )
 
 
 def stretches(marked_N: torch.Tensor, gap: int = 64) -> tuple[tuple[int, int], ...]:

@@ -99,17 +99,32 @@ def _kernels_own(query: torch.Tensor, key: torch.Tensor, spans: Sequence[Span], 
     """
     functions = flash_functions()
     if not functions:
-        raise SayoError("P31", "there is no FlashAttention whose log-sum-exp could be taken", where="sayo.probe_path",
-                        got="no function for packed rows is loaded", wanted="flash-attn",
-                        fix="set sayo.probe_path=fast, which computes its own")  # fmt: skip
+        raise SayoError(
+            "P31",
+            "there is no FlashAttention whose log-sum-exp could be taken",
+            where="sayo.probe_path",
+            got="no function for packed rows is loaded",
+            wanted="flash-attn",
+            fix="set sayo.probe_path=fast, which computes its own",
+        )
     bounds = torch.tensor([0, *(end for s in spans for end in (s.key_start, s.key_start + s.n_keys)), query.shape[2]])
     longest = int(bounds.diff().max())
     starts = bounds.to(query.device, torch.int32)
     packed_query, packed_key = (x[0].transpose(0, 1) for x in (query, key))
     rows = torch.cat([torch.arange(s.query_start, s.query_start + s.n_queries) for s in spans]).to(query.device)
     for _, _, function in functions:
-        _, lse, *_ = function(packed_query, packed_key, packed_key, starts, starts, longest, longest, causal=True,
-                              softmax_scale=scale, return_attn_probs=True)  # fmt: skip
+        _, lse, *_ = function(
+            packed_query,
+            packed_key,
+            packed_key,
+            starts,
+            starts,
+            longest,
+            longest,
+            causal=True,
+            softmax_scale=scale,
+            return_attn_probs=True,
+        )
         yield (
             lse[:, rows] if lse.shape == query.shape[1:3] else query.new_full((query.shape[1], len(rows)), float("nan"))
         )

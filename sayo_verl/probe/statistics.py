@@ -65,24 +65,49 @@ def _mass(keys: str, what: str, shape: str = "[T] or [T, H]") -> Fact:
 CATALOGUE: Mapping[str, Fact] = {
     "image_mass": _mass("image", "attention on all visual tokens of the row"),
     "region_mass": _mass("region", "attention on the visual tokens of the row's boxes taken together"),
-    "box_mass": _mass("box", "attention on the visual tokens of each of the first k boxes, 0 where there is none",
-                      "[T, k]"),
+    "box_mass": _mass(
+        "box", "attention on the visual tokens of each of the first k boxes, 0 where there is none", "[T, k]"
+    ),
     "sink_mass": _mass("sink", "attention on the first token of the sequence, where models park unused attention"),
     "system_mass": _mass("system", "attention on the text of system turns"),
     "question_mass": _mass("question", "attention on the text of user turns, visual tokens and their borders left out"),
     "response_mass": _mass("response", "attention on the response's own tokens so far"),
     "lse": Fact("[T] or [T, H]", "nats", -math.inf, math.inf, "lse", "log-sum-exp of the attention logits"),
-    "top_patch_index": Fact("[T, k]", "visual token, -1: none", -1.0, math.inf, "profile",
-                            "the k visual tokens with most attention, most first"),
+    "top_patch_index": Fact(
+        "[T, k]",
+        "visual token, -1: none",
+        -1.0,
+        math.inf,
+        "profile",
+        "the k visual tokens with most attention, most first",
+    ),
     "top_patch_mass": Fact("[T, k]", "attention probability", 0.0, 1.0, "profile", "their attention"),
-    "patch_sums": Fact("[V]", "attention probability x tokens", 0.0, math.inf, "profile",
-                       "attention each visual token gets, summed over the response: a heat map"),
-    "neighbour_index": Fact("[T, k]", "response token, -1: none", -1.0, math.inf, "profile",
-                            "the k response tokens that look at the image most alike"),
+    "patch_sums": Fact(
+        "[V]",
+        "attention probability x tokens",
+        0.0,
+        math.inf,
+        "profile",
+        "attention each visual token gets, summed over the response: a heat map",
+    ),
+    "neighbour_index": Fact(
+        "[T, k]",
+        "response token, -1: none",
+        -1.0,
+        math.inf,
+        "profile",
+        "the k response tokens that look at the image most alike",
+    ),
     "neighbour_similarity": Fact("[T, k]", "cosine", 0.0, 1.0, "profile", "cosine of their attention profiles"),
-    "image_cosine": Fact("[T]", "cosine", -1.0, 1.0, "hidden",
-                         "last hidden state against the mean last hidden state of the visual tokens (VGPO)"),
-}  # fmt: skip
+    "image_cosine": Fact(
+        "[T]",
+        "cosine",
+        -1.0,
+        1.0,
+        "hidden",
+        "last hidden state against the mean last hidden state of the visual tokens (VGPO)",
+    ),
+}
 SIZED = ("box_mass", "top_patch_index", "top_patch_mass", "neighbour_index", "neighbour_similarity")
 
 # Measured for every row, asked or not: float32 numbers, one per row.
@@ -117,11 +142,23 @@ class Statistic:
 
     def __post_init__(self) -> None:
         if self.name not in CATALOGUE:
-            raise SayoError("P12", f"unknown statistic{did_you_mean(self.name, CATALOGUE)}", where="Statistic",
-                            got=self.name, wanted=", ".join(CATALOGUE), fix="correct the name")  # fmt: skip
+            raise SayoError(
+                "P12",
+                f"unknown statistic{did_you_mean(self.name, CATALOGUE)}",
+                where="Statistic",
+                got=self.name,
+                wanted=", ".join(CATALOGUE),
+                fix="correct the name",
+            )
         if self.query_row not in QUERY_ROWS:
-            raise SayoError("P08", "unknown query row", where=f"Statistic {self.name}", got=self.query_row,
-                            wanted=" or ".join(QUERY_ROWS), fix="name one of them")  # fmt: skip
+            raise SayoError(
+                "P08",
+                "unknown query row",
+                where=f"Statistic {self.name}",
+                got=self.query_row,
+                wanted=" or ".join(QUERY_ROWS),
+                fix="name one of them",
+            )
         fact, sized = CATALOGUE[self.name], self.name in SIZED
         for broken, what, got, wanted in (
             (not self.layers or len(set(self.layers)) < len(self.layers), "layers", self.layers, "distinct numbers"),
@@ -136,8 +173,14 @@ class Statistic:
             (self.name == "box_mass" and self.size > 16, "size", self.size, "at most 16 boxes"),
         ):
             if broken:
-                raise SayoError("P13", f"{what} does not fit the statistic", where=f"Statistic {self.name}",
-                                got=got, wanted=wanted, fix=f"change {what} in the method's statistics()")  # fmt: skip
+                raise SayoError(
+                    "P13",
+                    f"{what} does not fit the statistic",
+                    where=f"Statistic {self.name}",
+                    got=got,
+                    wanted=wanted,
+                    fix=f"change {what} in the method's statistics()",
+                )
 
     @property
     def key(self) -> str:
@@ -167,8 +210,14 @@ class StatisticsRequest:
 
     def __post_init__(self) -> None:
         if self.path not in PATHS:
-            raise SayoError("P14", "unknown path of the probe", where="sayo.probe_path", got=self.path,
-                            wanted=" or ".join(PATHS), fix="leave it at auto")  # fmt: skip
+            raise SayoError(
+                "P14",
+                "unknown path of the probe",
+                where="sayo.probe_path",
+                got=self.path,
+                wanted=" or ".join(PATHS),
+                fix="leave it at auto",
+            )
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -192,9 +241,14 @@ def union(requests: Sequence[StatisticsRequest]) -> StatisticsRequest:
     """
     settings = {(request.coverage, request.path) for request in requests}
     if len(settings) != 1:
-        raise SayoError("P15", "requests disagree on coverage or path, which hold for a whole pass",
-                        where="union", got=sorted(settings), wanted="one pair",
-                        fix="give the parts of a run the same settings")  # fmt: skip
+        raise SayoError(
+            "P15",
+            "requests disagree on coverage or path, which hold for a whole pass",
+            where="union",
+            got=sorted(settings),
+            wanted="one pair",
+            fix="give the parts of a run the same settings",
+        )
     ((coverage, path),) = settings
     statistics = dict.fromkeys(statistic for request in requests for statistic in request.statistics)
     return StatisticsRequest(tuple(statistics), coverage, path)
@@ -213,8 +267,12 @@ def check_lse_path(path: str, *, packed: bool, ranks: int, flash: bool = True) -
         SayoError: P31.
     """
     if path == FAST_LSE and not (packed and ranks == 1 and flash):
-        raise SayoError("P31", "FlashAttention's log-sum-exp can be taken for whole packed rows only",
-                        where="sayo.probe_path", got=f"{'packed' if packed else 'padded'} rows, sequence parallel size "
-                        f"{ranks}, {'FlashAttention' if flash else 'another attention kernel'}",
-                        wanted="use_remove_padding=True, ulysses_sequence_parallel_size=1, flash_attention_2",
-                        fix="set sayo.probe_path=fast, which computes its own")  # fmt: skip
+        raise SayoError(
+            "P31",
+            "FlashAttention's log-sum-exp can be taken for whole packed rows only",
+            where="sayo.probe_path",
+            got=f"{'packed' if packed else 'padded'} rows, sequence parallel size "
+            f"{ranks}, {'FlashAttention' if flash else 'another attention kernel'}",
+            wanted="use_remove_padding=True, ulysses_sequence_parallel_size=1, flash_attention_2",
+            fix="set sayo.probe_path=fast, which computes its own",
+        )

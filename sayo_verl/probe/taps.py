@@ -237,10 +237,15 @@ class ForwardTap:
         self._handles.clear()
         self._originals.clear()
         if exc_type is None and self._without_lse:
-            raise SayoError("P31", "the attention kernel gave no log-sum-exp of the probed tokens", where="ForwardTap",
-                            got=self._without_lse, wanted="one number for each head and token, from flash-attn's "
-                            "function for packed rows, of the queries that were read",
-                            fix="set sayo.probe_path=fast, which computes its own")  # fmt: skip
+            raise SayoError(
+                "P31",
+                "the attention kernel gave no log-sum-exp of the probed tokens",
+                where="ForwardTap",
+                got=self._without_lse,
+                wanted="one number for each head and token, from flash-attn's "
+                "function for packed rows, of the queries that were read",
+                fix="set sayo.probe_path=fast, which computes its own",
+            )
         if exc_type is None and any(n != 1 for n in self._reads.values()):
             raise SayoError(
                 "P04",

@@ -154,8 +154,7 @@ def load_run(path: Path | str) -> Run:
     for name, pairs in series.items():
         if missing := nan_count(pairs):
             notes.append(f"{name}: {missing}")
-    return Run(path=path, steps=sorted(by_step), series=series, files=[a.file for a in attempts],
-               notes=notes, **launch)  # fmt: skip
+    return Run(path=path, steps=sorted(by_step), series=series, files=[a.file for a in attempts], notes=notes, **launch)
 
 
 def run_card(metrics: Path) -> Path:
@@ -209,8 +208,9 @@ def _in_order(attempts: list[_Attempt]) -> list[_Attempt]:
         return sorted(attempts, key=lambda a: datetime.fromisoformat(a.launch["started"]))
     except (ValueError, TypeError):  # no time, or one without its zone beside one with
         numbers = re.compile(r"(\d+)")
-        by_name = sorted(attempts, key=lambda a: [(len(x), x) if x.isdigit() else (0, x)
-                                                  for x in numbers.split(a.file.stem)])  # fmt: skip
+        by_name = sorted(
+            attempts, key=lambda a: [(len(x), x) if x.isdigit() else (0, x) for x in numbers.split(a.file.stem)]
+        )
         return sorted(by_name, key=lambda a: (a.records[0][0], not a.starts_anew()))
 
 

@@ -70,9 +70,15 @@ def run_and_watch(
             list(command), stdin=DEVNULL, stdout=log, stderr=STDOUT, env=environment, start_new_session=True
         )
     return watch(
-        run_dir, process, total_steps, pace=pace, console=console, log_offset=old_log, metrics_offset=old_metrics,
+        run_dir,
+        process,
+        total_steps,
+        pace=pace,
+        console=console,
+        log_offset=old_log,
+        metrics_offset=old_metrics,
         metrics_file=metrics_file,
-    )  # fmt: skip
+    )
 
 
 def watch(

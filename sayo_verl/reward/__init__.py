@@ -40,8 +40,19 @@ from sayo_verl.reward.text import (
     why_not_gradable,
 )
 
-__all__ = ["FORMATS", "JUDGES", "MAX_CHARACTERS", "SLACK_CHARACTERS", "TAGS", "check_settings", "compute_score",
-           "length_factor", "normalise", "split_response", "why_not_gradable"]  # fmt: skip
+__all__ = [
+    "FORMATS",
+    "JUDGES",
+    "MAX_CHARACTERS",
+    "SLACK_CHARACTERS",
+    "TAGS",
+    "check_settings",
+    "compute_score",
+    "length_factor",
+    "normalise",
+    "split_response",
+    "why_not_gradable",
+]
 
 FORMATS = ("think_answer", "released")
 JUDGES = ("text", "math")
@@ -80,8 +91,9 @@ def length_factor(tokens: int, low: int = 60, high: int = 100) -> float:
     return 1.0 if tokens >= low else 0.6 * tokens / low
 
 
-def check_settings(*, format_weight: Any, accuracy_weight: Any, judge: Any, format: Any, think_opened: Any,
-                   length_tokenizer: Any) -> None:  # fmt: skip
+def check_settings(
+    *, format_weight: Any, accuracy_weight: Any, judge: Any, format: Any, think_opened: Any, length_tokenizer: Any
+) -> None:
     """Refuse settings of ``compute_score`` that mean nothing.
 
     Raises:
@@ -101,9 +113,14 @@ def check_settings(*, format_weight: Any, accuracy_weight: Any, judge: Any, form
         ),
     ):
         if not right:
-            raise SayoError("L34", f"{name} of the reward function is out of range",
-                            where=f"reward.custom_reward_function.reward_kwargs.{name}", got=repr(value),
-                            wanted=wanted, fix="correct the value")  # fmt: skip
+            raise SayoError(
+                "L34",
+                f"{name} of the reward function is out of range",
+                where=f"reward.custom_reward_function.reward_kwargs.{name}",
+                got=repr(value),
+                wanted=wanted,
+                fix="correct the value",
+            )
 
 
 def _weight(value: Any) -> bool:
@@ -134,9 +151,14 @@ def _same(answer: str | None, truth: object, judge: str) -> bool:
         return False  # it equals nothing
     reason = why_not_gradable(truth) if text is None else _why_not(text, judge)
     if text is None or reason is not None:
-        raise SayoError("D70", f"a ground truth cannot be graded: {reason}", where="reward_model.ground_truth",
-                        got=f"{truth!r:.80}", wanted="the answer alone, as text or a number",
-                        fix="correct or remove the row")  # fmt: skip
+        raise SayoError(
+            "D70",
+            f"a ground truth cannot be graded: {reason}",
+            where="reward_model.ground_truth",
+            got=f"{truth!r:.80}",
+            wanted="the answer alone, as text or a number",
+            fix="correct or remove the row",
+        )
     if not answer or len(answer) > SLACK_CHARACTERS + 4 * len(text):
         return False
     if judge == "math":
@@ -182,8 +204,14 @@ def compute_score(
         SayoError: D70 for a ground truth that cannot be graded, L34 for a setting out of range, L32 and D71 as
             ``equal_formulas``.
     """
-    check_settings(format_weight=format_weight, accuracy_weight=accuracy_weight, judge=judge, format=format,
-                   think_opened=think_opened, length_tokenizer=length_tokenizer)  # fmt: skip
+    check_settings(
+        format_weight=format_weight,
+        accuracy_weight=accuracy_weight,
+        judge=judge,
+        format=format,
+        think_opened=think_opened,
+        length_tokenizer=length_tokenizer,
+    )
     right, answer = split_response(solution_str, format=format, think_opened=think_opened)
     acc = float(_same(answer, ground_truth, judge))
     parts = {"acc": acc, "format": float(right)}

@@ -50,9 +50,13 @@ def require_math_verify() -> None:
     """
     for package in ("math_verify", "pebble"):
         if importlib.util.find_spec(package) is None:
-            raise SayoError("L32", f"judge=math needs the package {package}, which is not installed",
-                            where="reward.custom_reward_function.reward_kwargs.judge", got="math",
-                            fix=f"{PIP}, on every node; or set judge=text")  # fmt: skip
+            raise SayoError(
+                "L32",
+                f"judge=math needs the package {package}, which is not installed",
+                where="reward.custom_reward_function.reward_kwargs.judge",
+                got="math",
+                fix=f"{PIP}, on every node; or set judge=text",
+            )
 
 
 def equal_formulas(answer: str, truth: str) -> bool:
@@ -110,8 +114,12 @@ def _no_worker(pool: Any) -> SayoError:
         if _CURRENT is not None and _CURRENT[1] is pool:
             _CURRENT = None
     pool.stop()
-    return SayoError("D71", "the process that compares formulas does not start", where="sayo_verl.reward, judge=math",
-                     fix=f"{PIP} on every node, and see the log of the reward workers; or set judge=text")  # fmt: skip
+    return SayoError(
+        "D71",
+        "the process that compares formulas does not start",
+        where="sayo_verl.reward, judge=math",
+        fix=f"{PIP} on every node, and see the log of the reward workers; or set judge=text",
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- the worker

@@ -44,13 +44,18 @@ _TRANSLATED = {
     "\N{ARABIC THOUSANDS SEPARATOR}": ",",
     "\N{MINUS SIGN}": "-",
     "\N{ACUTE ACCENT}": "'",
-    **dict.fromkeys("`\N{LEFT SINGLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK}\N{PRIME}"
-                    "\N{SINGLE HIGH-REVERSED-9 QUOTATION MARK}\N{MODIFIER LETTER APOSTROPHE}", "'"),
-    **dict.fromkeys("\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}"
-                    "\N{DOUBLE LOW-9 QUOTATION MARK}\N{DOUBLE PRIME}", '"'),
+    **dict.fromkeys(
+        "`\N{LEFT SINGLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK}\N{PRIME}"
+        "\N{SINGLE HIGH-REVERSED-9 QUOTATION MARK}\N{MODIFIER LETTER APOSTROPHE}",
+        "'",
+    ),
+    **dict.fromkeys(
+        "\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}\N{DOUBLE LOW-9 QUOTATION MARK}\N{DOUBLE PRIME}",
+        '"',
+    ),
     "【": "[",
     "】": "]",
-}  # fmt: skip
+}
 # Invisible operators separate what stands beside them: 2 times 3 is not 23.
 _UNSEEN = regex.compile(r"(?![\u2061-\u2064])[\p{Cf}\p{Cc}\p{Default_Ignorable_Code_Point}]")
 _MARKS = regex.compile(r"(\p{M}{30})\p{M}+")

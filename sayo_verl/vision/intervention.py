@@ -60,8 +60,14 @@ class Intervention:
             ("seed", self.seed >= 0, "a whole number >= 0"),
         ):
             if not right:
-                raise SayoError("A05", f"{key} is out of range", where=f"the counterfactual image's {key}",
-                                got=getattr(self, key), wanted=wanted, fix=f"set it to {wanted}")  # fmt: skip
+                raise SayoError(
+                    "A05",
+                    f"{key} is out of range",
+                    where=f"the counterfactual image's {key}",
+                    got=getattr(self, key),
+                    wanted=wanted,
+                    fix=f"set it to {wanted}",
+                )
 
     def to_wire(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -108,20 +114,30 @@ class Pixels:
         images = processor.image_processor
         scale = float(images.rescale_factor) if images.do_rescale else 1.0
         if not images.do_normalize or not math.isclose(scale, 1 / 255, rel_tol=1e-6):
-            raise SayoError("V08", "the processor does not rescale and normalise pixels, so no one knows what black is",
-                            where=type(images).__name__, got=f"do_normalize={images.do_normalize}, scale {scale:.6g}",
-                            wanted="do_rescale and do_normalize, rescale_factor 1/255",
-                            fix="use the model's own preprocessor_config.json")  # fmt: skip
+            raise SayoError(
+                "V08",
+                "the processor does not rescale and normalise pixels, so no one knows what black is",
+                where=type(images).__name__,
+                got=f"do_normalize={images.do_normalize}, scale {scale:.6g}",
+                wanted="do_rescale and do_normalize, rescale_factor 1/255",
+                fix="use the model's own preprocessor_config.json",
+            )
         mean, std = tuple(map(float, images.image_mean)), tuple(map(float, images.image_std))
         if geometry == "grid":
-            return cls(geometry, int(images.patch_size), int(images.merge_size), int(images.temporal_patch_size),
-                       mean, std)  # fmt: skip
+            return cls(
+                geometry, int(images.patch_size), int(images.merge_size), int(images.temporal_patch_size), mean, std
+            )
         side, tokens = int(images.size["height"]), int(processor.image_seq_length)
         patches = math.isqrt(tokens) * TILE_MERGE
         if images.size["width"] != side or patches**2 != tokens * TILE_MERGE**2 or side % patches:
-            raise SayoError("V08", "a tile is not a square of whole visual tokens", where=type(processor).__name__,
-                            got=f"{tokens} visual tokens for {images.size}", wanted="such as 256 for 448 x 448",
-                            fix="use the processor of the model's own folder")  # fmt: skip
+            raise SayoError(
+                "V08",
+                "a tile is not a square of whole visual tokens",
+                where=type(processor).__name__,
+                got=f"{tokens} visual tokens for {images.size}",
+                wanted="such as 256 for 448 x 448",
+                fix="use the processor of the model's own folder",
+            )
         return cls(geometry, side // patches, TILE_MERGE, 1, mean, std)
 
     @property
@@ -200,8 +216,14 @@ def _hash63(text: str) -> int:
 
 
 def _misfit(where: str, got: str, wanted: str) -> SayoError:
-    return SayoError("V07", "the pixels of a row are not those of its grids of visual tokens", where=where, got=got,
-                     wanted=wanted, fix="use the model's own processor, and the tiles of this very row")  # fmt: skip
+    return SayoError(
+        "V07",
+        "the pixels of a row are not those of its grids of visual tokens",
+        where=where,
+        got=got,
+        wanted=wanted,
+        fix="use the model's own processor, and the tiles of this very row",
+    )
 
 
 def _sides(
@@ -220,8 +242,11 @@ def _sides(
         h, w = sides[0] if sides else (0, 0)
         shape = (len(sides), len(layout.mean), h * patch, w * patch)
     if tuple(pixels.shape) != shape or not sides:
-        raise _misfit(where, f"pixel_values {tuple(pixels.shape)}",
-                      f"{shape}: {len(sides)} grids, {patch} px patches merged {merge} x {merge}")  # fmt: skip
+        raise _misfit(
+            where,
+            f"pixel_values {tuple(pixels.shape)}",
+            f"{shape}: {len(sides)} grids, {patch} px patches merged {merge} x {merge}",
+        )
     return sides
 
 
@@ -232,10 +257,14 @@ def _region_patches(
     masks = [torch.as_tensor(mask_V) for mask_V in region]
     tokens = [sum(tile.tokens for tile in grids) for grids in tiles]
     if [tuple(mask_V.shape) for mask_V in masks] != [(n,) for n in tokens] or any(m.dtype != torch.bool for m in masks):
-        raise SayoError("V09", "the region is not one mark per visual token", where=where,
-                        got=[(str(mask_V.dtype), tuple(mask_V.shape)) for mask_V in masks],
-                        wanted=[("torch.bool", (n,)) for n in tokens],
-                        fix="make it with sayo_verl.vision.masks.region_mask from the same tiles")  # fmt: skip
+        raise SayoError(
+            "V09",
+            "the region is not one mark per visual token",
+            where=where,
+            got=[(str(mask_V.dtype), tuple(mask_V.shape)) for mask_V in masks],
+            wanted=[("torch.bool", (n,)) for n in tokens],
+            fix="make it with sayo_verl.vision.masks.region_mask from the same tiles",
+        )
     merge = layout.merge_size
     marked = torch.cat(masks).cpu()
     if layout.geometry == "grid":  # the patches of a token lie side by side
@@ -262,10 +291,12 @@ def _blurred(pixels: torch.Tensor, sigma: float, layout: Pixels, sides: Sequence
     if layout.geometry == "tiles":
         return _gaussian(pixels, sigma * layout.patch_size)
     parts = pixels.split([h * w for h, w in sides])
-    return torch.cat([
-        patchify(_gaussian(unpatchify(part, h, w, layout), sigma * layout.patch_size), layout)
-        for part, (h, w) in zip(parts, sides, strict=True)
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            patchify(_gaussian(unpatchify(part, h, w, layout), sigma * layout.patch_size), layout)
+            for part, (h, w) in zip(parts, sides, strict=True)
+        ]
+    )
 
 
 def _gaussian(picture: torch.Tensor, sigma: float) -> torch.Tensor:

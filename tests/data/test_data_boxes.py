@@ -38,8 +38,17 @@ def image(width: int = 640, height: int = 480, orientation: int = 1) -> Stored:
 def place(boxes, box_format="xyxy", stored=None, *, frame="auto", annotated=None, rescale=False, rules=KEEP_ALL):
     stored = stored or image()
     names = [f"thing {i}" for i in range(len(boxes))]
-    out = place_boxes(boxes, names, box_format=box_format, frame=frame, stored=stored, annotated=annotated,
-                      rescale=rescale, rules=rules, where="row 7")  # fmt: skip
+    out = place_boxes(
+        boxes,
+        names,
+        box_format=box_format,
+        frame=frame,
+        stored=stored,
+        annotated=annotated,
+        rescale=rescale,
+        rules=rules,
+        where="row 7",
+    )
     assert len(out.boxes) == len(out.names)
     assert len(out.boxes) + sum(out.left_out.values()) == len(boxes)  # every box is kept or counted
     assert set(out.left_out) <= set(REASONS)
@@ -79,28 +88,34 @@ sizes = st.tuples(st.integers(28, 5000), st.integers(28, 5000))
 # ------------------------------------------------------------------------------------------------------------ formats
 
 
-@pytest.mark.parametrize(("box_format", "whole"), [
-    ("xyxy", (0, 0, 640, 480)),
-    ("xywh", (0, 0, 640, 480)),
-    ("xyxy_unit", (0, 0, 1, 1)),
-    ("xywh_unit", (0, 0, 1, 1)),
-    ("xyxy_1000", (0, 0, 1000, 1000)),
-    ("xyxy_unit_square", (0, 0.125, 1, 0.875)),
-    ("xyxy_1000_square", (0, 125, 1000, 875)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("box_format", "whole"),
+    [
+        ("xyxy", (0, 0, 640, 480)),
+        ("xywh", (0, 0, 640, 480)),
+        ("xyxy_unit", (0, 0, 1, 1)),
+        ("xywh_unit", (0, 0, 1, 1)),
+        ("xyxy_1000", (0, 0, 1000, 1000)),
+        ("xyxy_unit_square", (0, 0.125, 1, 0.875)),
+        ("xyxy_1000_square", (0, 125, 1000, 875)),
+    ],
+)
 def test_the_whole_image_in_each_format(box_format, whole):
     assert place([whole], box_format).boxes == ((0.0, 0.0, 1.0, 1.0),)
 
 
-@pytest.mark.parametrize(("box_format", "box"), [
-    ("xyxy", (64, 120, 320, 360)),
-    ("xywh", (64, 120, 256, 240)),
-    ("xyxy_unit", (0.1, 0.25, 0.5, 0.75)),
-    ("xywh_unit", (0.1, 0.25, 0.4, 0.5)),
-    ("xyxy_1000", (100, 250, 500, 750)),
-    ("xyxy_unit_square", (0.1, 0.3125, 0.5, 0.6875)),
-    ("xyxy_1000_square", (100, 312.5, 500, 687.5)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("box_format", "box"),
+    [
+        ("xyxy", (64, 120, 320, 360)),
+        ("xywh", (64, 120, 256, 240)),
+        ("xyxy_unit", (0.1, 0.25, 0.5, 0.75)),
+        ("xywh_unit", (0.1, 0.25, 0.4, 0.5)),
+        ("xyxy_1000", (100, 250, 500, 750)),
+        ("xyxy_unit_square", (0.1, 0.3125, 0.5, 0.6875)),
+        ("xyxy_1000_square", (100, 312.5, 500, 687.5)),
+    ],
+)
 def test_one_box_by_hand_in_each_format(box_format, box):
     (placed,) = place([box], box_format).boxes
     assert placed == pytest.approx((0.1, 0.25, 0.5, 0.75), abs=1e-12)
@@ -149,8 +164,16 @@ def test_inputs_are_left_alone(box_format, unit, orientation):
     boxes = [list(written(box, box_format, 640, 480)) for box in unit]
     names = ["thing"] * len(boxes)
     before = copy.deepcopy((boxes, names))
-    place_boxes(boxes, names, box_format=box_format, frame="upright", stored=image(orientation=orientation),
-                annotated=None, rescale=False, where="here")  # fmt: skip
+    place_boxes(
+        boxes,
+        names,
+        box_format=box_format,
+        frame="upright",
+        stored=image(orientation=orientation),
+        annotated=None,
+        rescale=False,
+        where="here",
+    )
     watch = FormatWatch(box_format)
     watch.add([boxes], [(640, 480)], "here")
     upright_boxes(unit, orientation)
@@ -188,10 +211,16 @@ def test_D20_boxes_that_are_not_four_values(box):
         FormatWatch("xyxy").add([[box]], None, "here")
 
 
-@pytest.mark.parametrize(("box_format", "box"), [
-    ("xyxy", (300, 200, 40, 400)), ("xyxy", (100, 200, 300, 40)), ("xyxy_unit", (0.6, 0.2, 0.3, 0.4)),
-    ("xyxy_1000", (600, 200, 300, 400)), ("xyxy_unit_square", (0.2, 0.6, 0.4, 0.3)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("box_format", "box"),
+    [
+        ("xyxy", (300, 200, 40, 400)),
+        ("xyxy", (100, 200, 300, 40)),
+        ("xyxy_unit", (0.6, 0.2, 0.3, 0.4)),
+        ("xyxy_1000", (600, 200, 300, 400)),
+        ("xyxy_unit_square", (0.2, 0.6, 0.4, 0.3)),
+    ],
+)
 def test_D17_xywh_given_as_xyxy(box_format, box):
     with refusal("D43", "looks like xywh"):
         place([box], box_format)
@@ -206,16 +235,19 @@ def test_D17_negative_extent(box_format, box):
         place([box], box_format)
 
 
-@pytest.mark.parametrize(("box_format", "box", "says"), [
-    ("xyxy_unit", (0.1, 0.1, 0.5, 1.002), "pixels or thousandths"),
-    ("xyxy_unit", (100, 100, 300, 300), "pixels or thousandths"),
-    ("xywh_unit", (100, 100, 300, 1300), "looks like pixels"),
-    ("xyxy_unit", (-0.002, 0.1, 0.5, 0.5), "outside of 0 .. 1"),
-    ("xyxy_unit_square", (0.1, 0.1, 0.5, 640), "pixels or thousandths"),
-    ("xyxy_1000", (100, 100, 500, 1002), "looks like pixels"),
-    ("xyxy_1000_square", (100, 100, 1500, 500), "looks like pixels"),
-    ("xyxy_1000", (-2, 100, 500, 500), "outside of 0 .. 1000"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("box_format", "box", "says"),
+    [
+        ("xyxy_unit", (0.1, 0.1, 0.5, 1.002), "pixels or thousandths"),
+        ("xyxy_unit", (100, 100, 300, 300), "pixels or thousandths"),
+        ("xywh_unit", (100, 100, 300, 1300), "looks like pixels"),
+        ("xyxy_unit", (-0.002, 0.1, 0.5, 0.5), "outside of 0 .. 1"),
+        ("xyxy_unit_square", (0.1, 0.1, 0.5, 640), "pixels or thousandths"),
+        ("xyxy_1000", (100, 100, 500, 1002), "looks like pixels"),
+        ("xyxy_1000_square", (100, 100, 1500, 500), "looks like pixels"),
+        ("xyxy_1000", (-2, 100, 500, 500), "outside of 0 .. 1000"),
+    ],
+)
 def test_D18_values_beyond_the_format(box_format, box, says):
     with refusal("D43", says):
         place([box], box_format)
@@ -223,10 +255,15 @@ def test_D18_values_beyond_the_format(box_format, box, says):
         FormatWatch(box_format).add([[box]], None, "here")
 
 
-@pytest.mark.parametrize(("box_format", "box"), [
-    ("xyxy_unit", (-0.0009, 0, 1.0009, 1)), ("xywh_unit", (0.5, 0.5, 0.5009, 0.5)),
-    ("xyxy_1000", (-0.9, 0, 1000.9, 1000)), ("xyxy_unit_square", (0, 0.1, 1.0009, 0.9)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("box_format", "box"),
+    [
+        ("xyxy_unit", (-0.0009, 0, 1.0009, 1)),
+        ("xywh_unit", (0.5, 0.5, 0.5009, 0.5)),
+        ("xyxy_1000", (-0.9, 0, 1000.9, 1000)),
+        ("xyxy_unit_square", (0, 0.1, 1.0009, 0.9)),
+    ],
+)
 def test_rounding_at_the_border_is_clipped(box_format, box):
     assert len(place([box], box_format).boxes) == 1
 
@@ -239,8 +276,16 @@ def test_unknown_format_or_frame(options):
 
 def test_names_that_do_not_fit_and_rules_out_of_range():
     with refusal("D46", "differ in number"):
-        place_boxes([(0, 0, 9, 9)], [], box_format="xyxy", frame="auto", stored=image(), annotated=None, rescale=False,
-                    where="row 7")  # fmt: skip
+        place_boxes(
+            [(0, 0, 9, 9)],
+            [],
+            box_format="xyxy",
+            frame="auto",
+            stored=image(),
+            annotated=None,
+            rescale=False,
+            where="row 7",
+        )
     for rules in ({"max_area": 1.1}, {"min_area": -0.1}, {"merge_iou": math.nan}, {"min_area": 0.6}):
         with refusal("D46"):
             BoxRules(**rules)
@@ -259,15 +304,18 @@ def test_D15_without_area(box):
     assert place([(0, 0, 1e-300, 1e-300)], "xywh").left_out  # so thin that its area vanishes
 
 
-@pytest.mark.parametrize(("box", "placed"), [
-    ((-100, 0, 100, 480), (0, 0, 100 / 640, 1)),  # half of it is left: kept and clipped
-    ((-101, 0, 100, 480), None),
-    ((600, 440, 680, 480), (600 / 640, 440 / 480, 1, 1)),
-    ((600, 440, 680, 520), None),  # a quarter is left
-    ((640, 0, 700, 480), None),
-    ((-50, -50, -10, -10), None),
-    ((-10, -10, 650, 490), (0, 0, 1, 1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("box", "placed"),
+    [
+        ((-100, 0, 100, 480), (0, 0, 100 / 640, 1)),  # half of it is left: kept and clipped
+        ((-101, 0, 100, 480), None),
+        ((600, 440, 680, 480), (600 / 640, 440 / 480, 1, 1)),
+        ((600, 440, 680, 520), None),  # a quarter is left
+        ((640, 0, 700, 480), None),
+        ((-50, -50, -10, -10), None),
+        ((-10, -10, 650, 490), (0, 0, 1, 1)),
+    ],
+)
 def test_D16_outside(box, placed):
     out = place([box], rules=BoxRules(max_area=1.0))
     if placed is None:
@@ -283,9 +331,12 @@ def test_D16_a_box_wholly_outside_goes_whatever_the_rule():
 
 @PROPERTY
 @given(
-    x0=st.integers(-600, 700), y0=st.integers(-600, 700), w=st.integers(1, 900), h=st.integers(1, 900),
+    x0=st.integers(-600, 700),
+    y0=st.integers(-600, 700),
+    w=st.integers(1, 900),
+    h=st.integers(1, 900),
     share=st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]),
-)  # fmt: skip
+)
 def test_D16_the_area_left_exactly(x0, y0, w, h, share):
     across = max(0, min(x0 + w, 640) - max(x0, 0))
     down = max(0, min(y0 + h, 480) - max(y0, 0))
@@ -312,8 +363,16 @@ def test_near_duplicates_keep_the_first():
 
 
 def test_each_box_has_one_reason_and_the_rest_keep_their_order():
-    boxes = [(5, 5, 5, 9), (0, 0, 640, 480), (700, 0, 800, 9), (50, 50, 150, 150), (0, 0, 2, 2), (50, 50, 150, 151),
-             (0, 0, 640, 480), (10, 200, 60, 400)]  # fmt: skip
+    boxes = [
+        (5, 5, 5, 9),
+        (0, 0, 640, 480),
+        (700, 0, 800, 9),
+        (50, 50, 150, 150),
+        (0, 0, 2, 2),
+        (50, 50, 150, 151),
+        (0, 0, 640, 480),
+        (10, 200, 60, 400),
+    ]
     out = place(boxes, rules=BoxRules())
     assert out.names == ("thing 3", "thing 7")
     assert out.left_out == {
@@ -368,13 +427,16 @@ def test_D08_auto_takes_the_frame_of_the_annotated_size():
     assert place([box], stored=stored, frame="raw").boxes[0] == pytest.approx((0.25, 0.1, 0.75, 0.5), abs=1e-12)
 
 
-@pytest.mark.parametrize(("stored", "annotated", "rescale"), [
-    (image(480, 640, 6), None, False),
-    (image(500, 500, 6), (500, 500), False),
-    (image(640, 480, 3), (640, 480), False),
-    (image(640, 480, 2), None, False),
-    (image(480, 640, 8), (240, 320), True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stored", "annotated", "rescale"),
+    [
+        (image(480, 640, 6), None, False),
+        (image(500, 500, 6), (500, 500), False),
+        (image(640, 480, 3), (640, 480), False),
+        (image(640, 480, 2), None, False),
+        (image(480, 640, 8), (240, 320), True),
+    ],
+)
 def test_D08_auto_does_not_guess(stored, annotated, rescale):
     for box_format in ("xyxy", "xyxy_unit"):
         with refusal("D45", "nothing tells") as caught:
@@ -432,8 +494,13 @@ def test_D19_sizes_that_are_none(size):
 
 
 @PROPERTY
-@given(unit=unit_boxes(), size=sizes, rows=st.integers(1, 40), cols=st.integers(1, 40),
-       box_format=st.sampled_from(list(BOX_FORMATS)))  # fmt: skip
+@given(
+    unit=unit_boxes(),
+    size=sizes,
+    rows=st.integers(1, 40),
+    cols=st.integers(1, 40),
+    box_format=st.sampled_from(list(BOX_FORMATS)),
+)
 def test_the_tokens_of_a_placed_box_hold_it(unit, size, rows, cols, box_format):
     (box,) = place([written(unit, box_format, *size)], box_format, image(*size)).boxes
     mask = box_masks([box], (Tile(rows, cols),), coverage=1e-12)[0].reshape(rows, cols)
@@ -479,8 +546,11 @@ def publish(true_format: str, n: int, of_sizes, seed: int = 0, large: float = 0.
 
 
 @pytest.mark.parametrize("true_format", BOX_FORMATS)
-@pytest.mark.parametrize("of_sizes", [PHOTOS, LARGE, PHOTOS + LARGE, [(800, 557)], [(4800, 3000)], [(1000, 1000)],
-                                      [(300, 2000)], [(448, 448)]], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "of_sizes",
+    [PHOTOS, LARGE, PHOTOS + LARGE, [(800, 557)], [(4800, 3000)], [(1000, 1000)], [(300, 2000)], [(448, 448)]],
+    ids=str,
+)
 @settings(PROPERTY, max_examples=12)
 @given(seed=st.integers(0, 10**6), n=st.sampled_from([1, 2, 5, 20, 200, 400]), large=st.sampled_from([0.0, 0.3, 0.6]))
 def test_honest_boxes_raise_no_alarm(true_format, of_sizes, seed, n, large):
@@ -490,8 +560,12 @@ def test_honest_boxes_raise_no_alarm(true_format, of_sizes, seed, n, large):
 
 
 @PROPERTY
-@given(data=st.lists(st.tuples(unit_boxes(at_least=0.02), st.tuples(st.integers(56, 3000), st.integers(56, 3000))),
-                     max_size=40), true_format=st.sampled_from(list(BOX_FORMATS)))  # fmt: skip
+@given(
+    data=st.lists(
+        st.tuples(unit_boxes(at_least=0.02), st.tuples(st.integers(56, 3000), st.integers(56, 3000))), max_size=40
+    ),
+    true_format=st.sampled_from(list(BOX_FORMATS)),
+)
 def test_any_few_honest_boxes_raise_no_alarm(data, true_format):
     watch_over(true_format, [written(unit, true_format, *size) for unit, size in data], [size for _, size in data])
 
@@ -534,25 +608,28 @@ def test_honest_boxes_that_run_out_a_little_or_rarely():
     watch_over("xywh", boxes, sizes)
 
 
-@pytest.mark.parametrize(("named", "true_format", "of_sizes", "looks"), [
-    ("xyxy", "xyxy_unit", PHOTOS, "xyxy_unit"),
-    ("xyxy", "xyxy_unit", LARGE, "xyxy_unit"),
-    ("xywh", "xywh_unit", PHOTOS, "xywh_unit"),
-    ("xyxy_1000", "xyxy_unit", PHOTOS, "xyxy_unit"),
-    ("xyxy_1000_square", "xyxy_unit_square", PHOTOS, "xyxy_unit_square"),
-    ("xyxy", "xyxy_1000", PHOTOS, "xyxy_1000"),
-    ("xyxy", "xyxy_1000", LARGE, "xyxy_1000"),
-    ("xyxy", "xyxy_1000", PHOTOS + LARGE, "xyxy_1000"),
-    ("xywh", "xyxy_1000", LARGE, "xyxy_1000"),
-    ("xywh", "xyxy", PHOTOS, "xyxy"),
-    ("xywh", "xyxy", LARGE, "xyxy"),
-    ("xywh_unit", "xyxy_unit", PHOTOS, "xyxy_unit"),
-    ("xyxy_1000", "xyxy", PHOTOS[:-1], "xyxy"),
-    ("xyxy_unit", "xyxy_unit_square", PHOTOS, "xyxy_unit_square"),
-    ("xyxy_1000", "xyxy_1000_square", PHOTOS, "xyxy_1000_square"),
-    ("xyxy_unit_square", "xyxy_unit", PHOTOS, "xyxy_unit"),
-    ("xyxy_1000_square", "xyxy_1000", PHOTOS, "xyxy_1000"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("named", "true_format", "of_sizes", "looks"),
+    [
+        ("xyxy", "xyxy_unit", PHOTOS, "xyxy_unit"),
+        ("xyxy", "xyxy_unit", LARGE, "xyxy_unit"),
+        ("xywh", "xywh_unit", PHOTOS, "xywh_unit"),
+        ("xyxy_1000", "xyxy_unit", PHOTOS, "xyxy_unit"),
+        ("xyxy_1000_square", "xyxy_unit_square", PHOTOS, "xyxy_unit_square"),
+        ("xyxy", "xyxy_1000", PHOTOS, "xyxy_1000"),
+        ("xyxy", "xyxy_1000", LARGE, "xyxy_1000"),
+        ("xyxy", "xyxy_1000", PHOTOS + LARGE, "xyxy_1000"),
+        ("xywh", "xyxy_1000", LARGE, "xyxy_1000"),
+        ("xywh", "xyxy", PHOTOS, "xyxy"),
+        ("xywh", "xyxy", LARGE, "xyxy"),
+        ("xywh_unit", "xyxy_unit", PHOTOS, "xyxy_unit"),
+        ("xyxy_1000", "xyxy", PHOTOS[:-1], "xyxy"),
+        ("xyxy_unit", "xyxy_unit_square", PHOTOS, "xyxy_unit_square"),
+        ("xyxy_1000", "xyxy_1000_square", PHOTOS, "xyxy_1000_square"),
+        ("xyxy_unit_square", "xyxy_unit", PHOTOS, "xyxy_unit"),
+        ("xyxy_1000_square", "xyxy_1000", PHOTOS, "xyxy_1000"),
+    ],
+)
 @pytest.mark.parametrize("seed", range(5))
 def test_D18_mix_ups_are_found_within_the_first_400_boxes(named, true_format, of_sizes, looks, seed):
     boxes, sizes = publish(true_format, 400, of_sizes, seed)

@@ -69,11 +69,22 @@ def example(n: int, image: int | bytes | None = None, **values: Any) -> Example:
     image = n // 2 if image is None else image
     data = image if isinstance(image, bytes) else picture(image)
     key = hashlib.sha256(data).hexdigest()[:8] if isinstance(image, bytes) else f"p{image}"
-    return Example(**{
-        "id": f"e{n}", "images": (ImageRef(key, data=data),), "question": f"what is {n}?", "answer": f"a{n}",
-        "boxes": (((n % 20, 3, n % 20 + 30, 33),),), "box_names": (("thing",),), "box_format": "xyxy",
-        "box_source": "made", "data_source": "sayo/made", "sizes": ((60, 40),), "kind": "query",
-    } | values)  # fmt: skip
+    return Example(
+        **{
+            "id": f"e{n}",
+            "images": (ImageRef(key, data=data),),
+            "question": f"what is {n}?",
+            "answer": f"a{n}",
+            "boxes": (((n % 20, 3, n % 20 + 30, 33),),),
+            "box_names": (("thing",),),
+            "box_format": "xyxy",
+            "box_source": "made",
+            "data_source": "sayo/made",
+            "sizes": ((60, 40),),
+            "kind": "query",
+        }
+        | values
+    )
 
 
 @dataclasses.dataclass
@@ -139,8 +150,15 @@ def test_the_released_prompt_is_a_system_turn_that_every_reader_takes(tmp_path, 
     files = sorted(map(str, made.folder.glob("train-*.parquet")))
     assert main(["inspect", str(made.folder), "--model", str(random_policy)]) == 0, capsys.readouterr().out
     processor = AutoProcessor.from_pretrained(random_policy)
-    config = OmegaConf.create({"image_key": "images", "filter_overlong_prompts": True, "max_prompt_length": 4096,
-                               "cache_dir": str(tmp_path), "filter_overlong_prompts_workers": 1})  # fmt: skip
+    config = OmegaConf.create(
+        {
+            "image_key": "images",
+            "filter_overlong_prompts": True,
+            "max_prompt_length": 4096,
+            "cache_dir": str(tmp_path),
+            "filter_overlong_prompts_workers": 1,
+        }
+    )
     data = RLHFDataset(files, processor.tokenizer, config, processor)
     assert len(data) == made.rows["train"]
     text = processor.apply_chat_template(data[0]["raw_prompt"], add_generation_prompt=True, tokenize=False)
@@ -151,8 +169,13 @@ def test_rows_are_what_the_examples_say(tmp_path):
     made = build(mixed(), tmp_path / "out", LENIENT)
     assert made.left_out == Counter(left_out(made.folder).values())
     assert set(left_out(made.folder)) & {"e7", "e11", "e13", "e21", "e23", "e31"} == {
-        "e7", "e11", "e13", "e21", "e23", "e31",
-    }  # fmt: skip
+        "e7",
+        "e11",
+        "e13",
+        "e21",
+        "e23",
+        "e31",
+    }
     given = {thing.id: thing for thing in mixed().things if isinstance(thing, Example)}
     found = rows(made.folder)
     assert {row["extra_info"]["id"] for row in found} | set(left_out(made.folder)) == {f"e{n}" for n in range(60)}
@@ -221,8 +244,17 @@ def test_rows_without_boxes_are_kept_where_that_is_asked_for(tmp_path):
 
 
 def test_several_images_of_a_row(tmp_path):
-    pair = Example("two", (ImageRef("b", data=picture(1)), ImageRef("a", data=picture(2))), "which?", "x",
-                   (((0, 0, 20, 20),), ()), (("t",), ()), "xyxy", "made", "sayo/made")  # fmt: skip
+    pair = Example(
+        "two",
+        (ImageRef("b", data=picture(1)), ImageRef("a", data=picture(2))),
+        "which?",
+        "x",
+        (((0, 0, 20, 20),), ()),
+        (("t",), ()),
+        "xyxy",
+        "made",
+        "sayo/made",
+    )
     options = dataclasses.replace(SMALL, val_share=0)
     (row,) = rows(build(Made([pair]), tmp_path / "out", dataclasses.replace(options, instruction="Say it.")).folder)
     assert row["prompt"][0]["content"] == "<image><image>which?\nSay it."
@@ -464,8 +496,11 @@ def test_D21_two_records_of_one_id(tmp_path):
     for workers in (1, 2):
         for options in (SMALL, dataclasses.replace(SMALL, limit=2)):
             with refusal("D52", "one id"):
-                build(Made([example(1), example(2), LeftOut("e1", "no_object")]), tmp_path / "out",
-                      dataclasses.replace(options, workers=workers))  # fmt: skip
+                build(
+                    Made([example(1), example(2), LeftOut("e1", "no_object")]),
+                    tmp_path / "out",
+                    dataclasses.replace(options, workers=workers),
+                )
 
 
 def test_D21_the_same_question_twice(tmp_path):
@@ -479,8 +514,9 @@ def test_D21_the_same_question_twice(tmp_path):
 
 
 def test_D21_a_picture_under_two_names_is_in_one_split(tmp_path):
-    things: list[Any] = [dataclasses.replace(example(n), images=(ImageRef(f"name {n}", data=picture(n % 25)),))
-                         for n in range(100)]  # fmt: skip
+    things: list[Any] = [
+        dataclasses.replace(example(n), images=(ImageRef(f"name {n}", data=picture(n % 25)),)) for n in range(100)
+    ]
     made = build(Made(things), tmp_path / "out", SMALL)
     bytes_of = {split: {row["images"][0]["bytes"] for row in rows(made.folder, split)} for split in ("train", "val")}
     assert min(map(len, bytes_of.values())) >= 3
@@ -497,10 +533,19 @@ def test_D21_a_picture_under_two_names_is_in_one_split(tmp_path):
 @given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=3, unique=True), min_size=2, max_size=12))
 def test_D21_train_and_val_share_no_image(pairs):
     things: list[Any] = [
-        Example(f"e{n}", tuple(ImageRef(f"p{i}", data=picture(i // 2)) for i in of_row), f"{n}?", "a",
-                tuple(((0, 0, 20, 20),) for _ in of_row), tuple(("t",) for _ in of_row), "xyxy", "made", "sayo/made")
+        Example(
+            f"e{n}",
+            tuple(ImageRef(f"p{i}", data=picture(i // 2)) for i in of_row),
+            f"{n}?",
+            "a",
+            tuple(((0, 0, 20, 20),) for _ in of_row),
+            tuple(("t",) for _ in of_row),
+            "xyxy",
+            "made",
+            "sayo/made",
+        )
         for n, of_row in enumerate(pairs)
-    ]  # fmt: skip
+    ]
     with tempfile.TemporaryDirectory() as out:
         try:
             build(Made(things), Path(out), dataclasses.replace(SMALL, val_share=0.5))
@@ -508,8 +553,10 @@ def test_D21_train_and_val_share_no_image(pairs):
         except SayoError as error:  # no row in train, or names that rows of several images tie together
             refused = error.code
         split_of = [hash64("split 0", min(f"p{i}" for i in pair)) < 2**63 for pair in pairs]
-        names = [{i for pair, is_val in zip(pairs, split_of, strict=True) if is_val == val for i in pair}
-                 for val in (False, True)]  # fmt: skip
+        names = [
+            {i for pair, is_val in zip(pairs, split_of, strict=True) if is_val == val for i in pair}
+            for val in (False, True)
+        ]
         assert refused in ("", "D52", "D55")
         assert refused != "D52" or names[0] & names[1]
         assert refused != "D55" or not names[0] or not (Path(out) / "train-00000.parquet").exists()
@@ -531,8 +578,17 @@ def test_D21_rows_that_tie_images_of_both_splits_together_are_refused(tmp_path):
 
     def of(id: str, *keys: str) -> Example:
         boxes = tuple(((0, 0, 20, 20),) for _ in keys)
-        return Example(id, tuple(ImageRef(k, data=picture(int(k[1:]))) for k in keys), id, "a", boxes,
-                       tuple(("t",) for _ in keys), "xyxy", "made", "sayo/made")  # fmt: skip
+        return Example(
+            id,
+            tuple(ImageRef(k, data=picture(int(k[1:]))) for k in keys),
+            id,
+            "a",
+            boxes,
+            tuple(("t",) for _ in keys),
+            "xyxy",
+            "made",
+            "sayo/made",
+        )
 
     for things in ([of("one", low, high), of("two", high)], [of("two", high), of("one", high, low)]):
         with refusal("D52", "train and in val.*--val-share"):
@@ -638,22 +694,34 @@ def test_D01_what_the_source_misses_counts_as_well(tmp_path):
 def test_D02_D03_D04_D06_D13_D22_rows_that_cannot_be_are_counted(tmp_path):
     gif = io.BytesIO()
     Image.new("RGB", (60, 40)).save(gif, format="GIF")
-    broken = {"image_empty": b"", "image_unreadable": picture(50)[:-60], "image_format": gif.getvalue(),
-              "image_too_small": picture(51, (20, 60)), "image_too_long": picture(52, (28 * 201, 28))}  # fmt: skip
+    broken = {
+        "image_empty": b"",
+        "image_unreadable": picture(50)[:-60],
+        "image_format": gif.getvalue(),
+        "image_too_small": picture(51, (20, 60)),
+        "image_too_long": picture(52, (28 * 201, 28)),
+    }
     things: list[Any] = [example(n) for n in range(60)]
     for n, (_, data) in enumerate(broken.items(), start=3):
         things[n] = dataclasses.replace(example(n), images=(ImageRef(f"broken {n}", data=data),))
     things[20] = example(20, image=b"text, whatever its name says", question="who?")
-    things[30], things[31], things[32] = (example(30, question=" "), example(31, answer=""),
-                                          example(32, question="<|image_pad|>?"))  # fmt: skip
+    things[30], things[31], things[32] = (
+        example(30, question=" "),
+        example(31, answer=""),
+        example(32, question="<|image_pad|>?"),
+    )
     things[40] = LeftOut("e40", "unknown_object")
     with refusal("D55", "too many examples are lost.*9 of 59.*1.00%"):
         build(Made(things), tmp_path / "out", SMALL)
     assert not (tmp_path / "out" / "manifest.json").exists()
     made = build(Made(things), tmp_path / "out", dataclasses.replace(SMALL, max_drop=0.2))
     assert made.left_out == dict.fromkeys(broken, 1) | {
-        "image_format": 2, "empty_question": 1, "empty_answer": 1, "reserved_text": 1, "unknown_object": 1,
-    }  # fmt: skip
+        "image_format": 2,
+        "empty_question": 1,
+        "empty_answer": 1,
+        "reserved_text": 1,
+        "unknown_object": 1,
+    }
     assert set(REASONS) > LOSSES
 
 
@@ -896,8 +964,11 @@ class Crash(bytes):
 
 def test_a_worker_that_dies_is_told(tmp_path):
     with refusal("D54", "died.*--workers"):
-        build(Made([example(0), dataclasses.replace(example(1), images=(ImageRef("x", data=Crash()),))]),
-              tmp_path / "out", dataclasses.replace(SMALL, workers=2))  # fmt: skip
+        build(
+            Made([example(0), dataclasses.replace(example(1), images=(ImageRef("x", data=Crash()),))]),
+            tmp_path / "out",
+            dataclasses.replace(SMALL, workers=2),
+        )
     assert build(mixed(), tmp_path / "out", LENIENT).rows["train"] > 30
 
 
@@ -913,9 +984,26 @@ def test_flags_and_options_say_the_same():
         --row-group-bytes 99 --max-drop 0.5 --box-frame raw --rescale --keep-without-boxes --allow-missing-images \
         --overwrite \
         --image-max-pixels 9 --image-min-side 2 --image-max-ratio 3 --box-min-area-left 0.1 --box-merge-iou 0.2 \
-        --box-max-area 0.3 --box-min-area 0.04 --instruction Think"  # fmt: skip
-    wanted = BuildOptions(5, 0.5, 3, 0.2, 2, 7, 3, 99, 0.5, "raw", True, True, "Think", True, True, ImageRules(9, 2, 3),
-                          BoxRules(0.1, 0.2, 0.3, 0.04))  # fmt: skip
+        --box-max-area 0.3 --box-min-area 0.04 --instruction Think"
+    wanted = BuildOptions(
+        5,
+        0.5,
+        3,
+        0.2,
+        2,
+        7,
+        3,
+        99,
+        0.5,
+        "raw",
+        True,
+        True,
+        "Think",
+        True,
+        True,
+        ImageRules(9, 2, 3),
+        BoxRules(0.1, 0.2, 0.3, 0.04),
+    )
     assert options_from(parser.parse_args(given.split())) == wanted
     names = {f.name for f in dataclasses.fields(BuildOptions)} - {"prompt"}  # which leaves no room for an instruction
     assert all(getattr(wanted, name) != getattr(BuildOptions(), name) for name in names)
@@ -923,11 +1011,25 @@ def test_flags_and_options_say_the_same():
     assert "--box-frame" in parser.format_help()
 
 
-@pytest.mark.parametrize("wrong", [{"limit": -1}, {"share": 0}, {"share": 1.1}, {"val_share": 1}, {"val_share": -0.1},
-                                   {"workers": -1}, {"max_drop": 1.5}, {"box_frame": "x"}, {"shard_rows": 0},
-                                   {"row_group_rows": 0}, {"row_group_bytes": 0},
-                                   {"instruction": "<image>"}, {"prompt": "ours"},
-                                   {"instruction": "Think", "prompt": "released"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"limit": -1},
+        {"share": 0},
+        {"share": 1.1},
+        {"val_share": 1},
+        {"val_share": -0.1},
+        {"workers": -1},
+        {"max_drop": 1.5},
+        {"box_frame": "x"},
+        {"shard_rows": 0},
+        {"row_group_rows": 0},
+        {"row_group_bytes": 0},
+        {"instruction": "<image>"},
+        {"prompt": "ours"},
+        {"instruction": "Think", "prompt": "released"},
+    ],
+)
 def test_options_out_of_range(wrong):
     with refusal("D57", f"--{next(iter(wrong)).replace('_', '-')}"):
         BuildOptions(**wrong)

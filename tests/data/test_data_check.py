@@ -223,12 +223,19 @@ def test_D05_boxes_that_are_not_nested_by_image(check, boxes):
 @pytest.mark.parametrize(
     ("code", "box"),
     [
-        ("V01", [0.0, 0.0, 1.0]), ("V01", [0.0, 0.0, NAN, 1.0]), ("V01", [0.0, None, 1.0, 1.0]),
-        ("V01", ["0", "0", "1", "1"]), ("V01", []),
-        ("V02", [0.5, 0.0, 0.25, 1.0]), ("V02", [0.0, 0.5, 1.0, 0.25]), ("V02", [0.5, 0.0, 0.5, 1.0]),
-        ("V03", [0.0, 0.0, 1.01, 1.0]), ("V03", [-0.1, 0.0, 1.0, 1.0]), ("V03", [10.0, 20.0, 30.0, 40.0]),
+        ("V01", [0.0, 0.0, 1.0]),
+        ("V01", [0.0, 0.0, NAN, 1.0]),
+        ("V01", [0.0, None, 1.0, 1.0]),
+        ("V01", ["0", "0", "1", "1"]),
+        ("V01", []),
+        ("V02", [0.5, 0.0, 0.25, 1.0]),
+        ("V02", [0.0, 0.5, 1.0, 0.25]),
+        ("V02", [0.5, 0.0, 0.5, 1.0]),
+        ("V03", [0.0, 0.0, 1.01, 1.0]),
+        ("V03", [-0.1, 0.0, 1.0, 1.0]),
+        ("V03", [10.0, 20.0, 30.0, 40.0]),
     ],
-)  # fmt: skip
+)
 def test_V_a_malformed_box(check, code, box):
     with refusal(code) as caught:
         check(row(boxes=[[box]]), need_boxes=False)
@@ -248,14 +255,32 @@ def test_a_bad_box_after_good_ones(check):
 @pytest.mark.parametrize("attention", [True, False])
 @pytest.mark.parametrize(
     ("code", "image"),
-    [("D06", {"bytes": None, "path": None}), ("D06", {"bytes": b"", "path": None}), ("D06", {"bytes": b"", "path": ""}),
-     ("D06", None), ("D06", ""), ("D06", {"path": "there.png"}), ("D06", {"bytes": None, "path": "there.png"}),
-     ("D06", {"bytes": None, "image": "there.png"}), ("D06", {"image": None}), ("D73", "absent.png"), ("D73", "."),
-     ("D73", {"image": "absent.png"}), ("D73", {"image": {"bytes": encoded()}}), ("D73", "file://absent.png"),
-     ("D73", "s3://bucket/a.png"), ("D73", "x" * 5000), ("D73", "a\0b"), ("D73", 7), ("D73", b"bytes"),
-     ("D07", "data:image/png;base64,AAAA"), ("D07", "data:image/png;base64,A"), ("D07", "text.png")],
+    [
+        ("D06", {"bytes": None, "path": None}),
+        ("D06", {"bytes": b"", "path": None}),
+        ("D06", {"bytes": b"", "path": ""}),
+        ("D06", None),
+        ("D06", ""),
+        ("D06", {"path": "there.png"}),
+        ("D06", {"bytes": None, "path": "there.png"}),
+        ("D06", {"bytes": None, "image": "there.png"}),
+        ("D06", {"image": None}),
+        ("D73", "absent.png"),
+        ("D73", "."),
+        ("D73", {"image": "absent.png"}),
+        ("D73", {"image": {"bytes": encoded()}}),
+        ("D73", "file://absent.png"),
+        ("D73", "s3://bucket/a.png"),
+        ("D73", "x" * 5000),
+        ("D73", "a\0b"),
+        ("D73", 7),
+        ("D73", b"bytes"),
+        ("D07", "data:image/png;base64,AAAA"),
+        ("D07", "data:image/png;base64,A"),
+        ("D07", "text.png"),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_D06_D73_an_image_that_verl_does_not_open(check, image, code, attention, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.png").write_bytes(encoded())
@@ -285,11 +310,19 @@ def verl_opens(image: Any) -> Any:
 @pytest.mark.parametrize("attention", [True, False])
 @pytest.mark.parametrize(
     "image",
-    [{"bytes": encoded()}, {"bytes": encoded(), "path": "absent.png"}, "there.png", "file://there.png",
-     {"image": "there.png"}, {"image": "there.png", "path": None}, {"image_url": "there.png"},
-     {"bytes": encoded(), "image": None}, "data:image/png;base64," + base64.b64encode(encoded()).decode()],
+    [
+        {"bytes": encoded()},
+        {"bytes": encoded(), "path": "absent.png"},
+        "there.png",
+        "file://there.png",
+        {"image": "there.png"},
+        {"image": "there.png", "path": None},
+        {"image_url": "there.png"},
+        {"bytes": encoded(), "image": None},
+        "data:image/png;base64," + base64.b64encode(encoded()).decode(),
+    ],
     ids=lambda image: str(image)[:60],
-)  # fmt: skip
+)
 def test_every_form_that_verl_opens_passes(check, image, attention, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.png").write_bytes(encoded())
@@ -305,15 +338,23 @@ def test_a_column_that_datasets_marks_as_images_is_opened_as_datasets_does(tmp_p
     """`datasets` opens the path of such a column itself, where verl alone would open bytes only."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.png").write_bytes(encoded())
-    features = Features({"data_source": Value("string"), "prompt": [{"role": Value("string"),
-        "content": Value("string")}], "images": List(DatasetsImage()),
-        "reward_model": {"style": Value("string"), "ground_truth": Value("string")}})  # fmt: skip
+    features = Features(
+        {
+            "data_source": Value("string"),
+            "prompt": [{"role": Value("string"), "content": Value("string")}],
+            "images": List(DatasetsImage()),
+            "reward_model": {"style": Value("string"), "ground_truth": Value("string")},
+        }
+    )
     rows = [{k: v for k, v in row(images=["there.png"]).items() if k != "extra_info"}]
     Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
     path = tmp_path / "alone.parquet"
     stored = pq.read_table(tmp_path / "rows.parquet")
-    alone = stored.set_column(2, stored.schema.field("images"), pa.array([[{"bytes": None, "path": "there.png"}]],
-                              stored.schema.field("images").type))  # fmt: skip
+    alone = stored.set_column(
+        2,
+        stored.schema.field("images"),
+        pa.array([[{"bytes": None, "path": "there.png"}]], stored.schema.field("images").type),
+    )
     pq.write_table(alone, path)
     for file in (tmp_path / "rows.parquet", path):
         assert "1 images decoded" in check_file(file, need_boxes=False)
@@ -335,10 +376,18 @@ def png_with_a_cut_header() -> bytes:
 
 @pytest.mark.parametrize(
     "data",
-    [b"not an image", encoded()[:40], encoded()[:-30], damaged_png(), png_with_a_cut_header(), encoded("JPEG")[:200],
-     encoded("WEBP")[:60], b"<svg xmlns='http://www.w3.org/2000/svg'/>"],
+    [
+        b"not an image",
+        encoded()[:40],
+        encoded()[:-30],
+        damaged_png(),
+        png_with_a_cut_header(),
+        encoded("JPEG")[:200],
+        encoded("WEBP")[:60],
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    ],
     ids=["text", "PNG header", "PNG cut", "PNG bit", "PNG short header", "JPEG cut", "WEBP cut", "SVG"],
-)  # fmt: skip
+)
 def test_D07_an_image_that_cannot_be_decoded(check, data):
     with refusal("D07", "cannot be decoded") as caught:
         check(row(), row(images=[{"bytes": data, "path": None}]))
@@ -365,9 +414,14 @@ def test_an_image_bomb_is_refused_by_its_header(check):
 
 @pytest.mark.parametrize(
     ("text", "n_images", "says"),
-    [("What colour?", 1, "each image once"), ("<image><image>?", 1, "each image once"),
-     ("<image>?", 2, "each image once"), ("<image>?", 0, "no image"), ("<Image>?", 1, "each image once")],
-)  # fmt: skip
+    [
+        ("What colour?", 1, "each image once"),
+        ("<image><image>?", 1, "each image once"),
+        ("<image>?", 2, "each image once"),
+        ("<image>?", 0, "no image"),
+        ("<Image>?", 1, "each image once"),
+    ],
+)
 def test_D09_placeholders_that_do_not_fit_the_images(check, text, n_images, says):
     images = [{"bytes": encoded(), "path": None}] * n_images
     with refusal("D09", says) as caught:

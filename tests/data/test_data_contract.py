@@ -25,8 +25,9 @@ from sayo_verl.inspection.audit import Audit
 from sayo_verl.inspection.files import find_data
 from sayo_verl.reward import why_not_gradable
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=150,
-                    suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+PROPERTY = settings(
+    derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def png() -> bytes:
@@ -41,21 +42,58 @@ def good() -> dict[str, Any]:
         "prompt": [{"role": "user", "content": "<image>What colour?"}],
         "images": [{"bytes": png(), "path": None}],
         "reward_model": {"style": "rule", "ground_truth": "red"},
-        "extra_info": {"index": 0, "id": "a", "boxes": [[[0.1, 0.1, 0.9, 0.9]]], "image_keys": ["k"],
-                       "image_size_wh": [[40, 30]], "box_names": [["thing"]], "question": "What colour?"},
-    }  # fmt: skip
+        "extra_info": {
+            "index": 0,
+            "id": "a",
+            "boxes": [[[0.1, 0.1, 0.9, 0.9]]],
+            "image_keys": ["k"],
+            "image_size_wh": [[40, 30]],
+            "box_names": [["thing"]],
+            "question": "What colour?",
+        },
+    }
 
 
 MOMENT = datetime.datetime(2020, 1, 2, 3, 4)
 LEAVES: list[tuple[pa.DataType, Any]] = [
-    (pa.int64(), 3), (pa.float64(), float("nan")), (pa.string(), "text"), (pa.large_string(), "<image>"),
-    (pa.binary(), b"\xff"), (pa.bool_(), True), (pa.null(), None), (pa.timestamp("ns"), MOMENT),
-    (pa.timestamp("us", "UTC"), MOMENT), (pa.date32(), MOMENT.date()), (pa.time64("us"), MOMENT.time()),
-    (pa.duration("us"), datetime.timedelta(1)), (pa.decimal128(9, 2), decimal.Decimal("1.5")), (pa.string(), "[1, 2]"),
-    (pa.dictionary(pa.int8(), pa.string()), "word"), (pa.string(), ""), (pa.string(), "there.png"), (pa.float16(), 1.5),
-]  # fmt: skip
-FIELDS = ("role", "content", "from", "value", "bytes", "path", "image", "boxes", "id", "image_keys", "image_size_wh",
-          "box_names", "question", "ground_truth", "style", "type", "text")  # fmt: skip
+    (pa.int64(), 3),
+    (pa.float64(), float("nan")),
+    (pa.string(), "text"),
+    (pa.large_string(), "<image>"),
+    (pa.binary(), b"\xff"),
+    (pa.bool_(), True),
+    (pa.null(), None),
+    (pa.timestamp("ns"), MOMENT),
+    (pa.timestamp("us", "UTC"), MOMENT),
+    (pa.date32(), MOMENT.date()),
+    (pa.time64("us"), MOMENT.time()),
+    (pa.duration("us"), datetime.timedelta(1)),
+    (pa.decimal128(9, 2), decimal.Decimal("1.5")),
+    (pa.string(), "[1, 2]"),
+    (pa.dictionary(pa.int8(), pa.string()), "word"),
+    (pa.string(), ""),
+    (pa.string(), "there.png"),
+    (pa.float16(), 1.5),
+]
+FIELDS = (
+    "role",
+    "content",
+    "from",
+    "value",
+    "bytes",
+    "path",
+    "image",
+    "boxes",
+    "id",
+    "image_keys",
+    "image_size_wh",
+    "box_names",
+    "question",
+    "ground_truth",
+    "style",
+    "type",
+    "text",
+)
 
 
 @st.composite
@@ -87,8 +125,12 @@ def array_of(value: Any, at: tuple, other: tuple[pa.DataType, Any], schema: pa.D
         return other
     key, *rest = at
     if isinstance(value, dict):
-        parts = {name: array_of(v, tuple(rest), other, schema.field(name).type) if name == key
-                 else (schema.field(name).type, v) for name, v in value.items()}  # fmt: skip
+        parts = {
+            name: array_of(v, tuple(rest), other, schema.field(name).type)
+            if name == key
+            else (schema.field(name).type, v)
+            for name, v in value.items()
+        }
         return pa.struct({k: t for k, (t, _) in parts.items()}), {k: v for k, (_, v) in parts.items()}
     inner, changed = array_of(value[key], tuple(rest), other, schema.value_type)
     return pa.list_(inner), [changed]
@@ -138,17 +180,26 @@ def test_the_good_row_is_good(tmp_path):
 @pytest.mark.parametrize(
     ("column", "value", "says"),
     [
-        ("prompt", "<image>What?", "str <image>"), ("prompt", '[{"role": "user", "content": "?"}]', "not text"),
-        ("prompt", None, "NoneType"), ("prompt", [], "list"), ("prompt", ["<image>?"], "role"),
-        ("prompt", [{"role": "user", "content": None}], "None"), ("prompt", [None], "None"),
+        ("prompt", "<image>What?", "str <image>"),
+        ("prompt", '[{"role": "user", "content": "?"}]', "not text"),
+        ("prompt", None, "NoneType"),
+        ("prompt", [], "list"),
+        ("prompt", ["<image>?"], "role"),
+        ("prompt", [{"role": "user", "content": None}], "None"),
+        ("prompt", [None], "None"),
         ("prompt", [{"from": "human", "value": "<image>?"}], "rename from to role"),
         ("prompt", [{"role": "user", "content": [{"type": "text", "text": "?", "image": None}]}], "of their own"),
-        ("images", {"bytes": png(), "path": None}, "a list"), ("images", png(), "bytes"), ("images", "a.png", "str"),
-        ("extra_info", '{"boxes": [[[0, 0, 1, 1]]]}', "JSON"), ("extra_info", [1], "list"),
-        ("reward_model", None, "NoneType"), ("reward_model", "red", "str"), ("reward_model", {"style": "a"}, "style"),
+        ("images", {"bytes": png(), "path": None}, "a list"),
+        ("images", png(), "bytes"),
+        ("images", "a.png", "str"),
+        ("extra_info", '{"boxes": [[[0, 0, 1, 1]]]}', "JSON"),
+        ("extra_info", [1], "list"),
+        ("reward_model", None, "NoneType"),
+        ("reward_model", "red", "str"),
+        ("reward_model", {"style": "a"}, "style"),
     ],
     ids=lambda value: str(value)[:30],
-)  # fmt: skip
+)
 def test_D72_a_column_of_another_type(column, value, says, attention):
     looked = RowContract(Demands(attention=attention)).look(good() | {column: value}, "f row 0")
     (fault,) = looked.faults
@@ -159,8 +210,10 @@ def test_D72_a_column_of_another_type(column, value, says, attention):
 
 def test_what_is_mistyped_or_absent_is_one_finding(tmp_path):
     """Nothing is said of the boxes of a row that cannot be read, nor of questions about images that are not there."""
-    rows = [good() | {"images": ["absent.png"], "extra_info": {"index": i, "boxes": [[[0.1, 0.1, 0.9, 0.9]]]}}
-            for i in range(2)]  # fmt: skip
+    rows = [
+        good() | {"images": ["absent.png"], "extra_info": {"index": i, "boxes": [[[0.1, 0.1, 0.9, 0.9]]]}}
+        for i in range(2)
+    ]
     for changed, code in (([good() | {"extra_info": "{}"}] * 2, "D72"), (rows, "D73")):
         pq.write_table(pa.Table.from_pylist(changed), tmp_path / "rows.parquet")
         found, _ = Audit(find_data([tmp_path / "rows.parquet"])).run()
@@ -182,16 +235,38 @@ def test_content_in_parts_of_text_passes():
     assert RowContract(Demands()).look(row, "").faults == []
 
 
-TRUTHS = ["red", "3", "1,000", "(A)", "", " ", "?", "<answer> red </answer>", "\\boxed{3}", "“”", "It is. Answer: red",
-          None, ["red"], {"a": 1}, True, 3, 3.0, float("nan")]  # fmt: skip
+TRUTHS = [
+    "red",
+    "3",
+    "1,000",
+    "(A)",
+    "",
+    " ",
+    "?",
+    "<answer> red </answer>",
+    "\\boxed{3}",
+    "“”",
+    "It is. Answer: red",
+    None,
+    ["red"],
+    {"a": 1},
+    True,
+    3,
+    3.0,
+    float("nan"),
+]
 
 
 @pytest.mark.parametrize("truth", TRUTHS, ids=str)
 def test_D74_launch_inspection_and_prepare_ask_the_reward_which_truths_can_be_graded(tmp_path, truth):
     row, right = good(), why_not_gradable(truth) is None
     row["reward_model"]["ground_truth"] = truth
-    pq.write_table(pa.Table.from_pylist([row, row | {"extra_info": None, "images": None, "prompt": [
-        {"role": "user", "content": "2 + 2?"}]}]), tmp_path / "rows.parquet")  # fmt: skip
+    pq.write_table(
+        pa.Table.from_pylist(
+            [row, row | {"extra_info": None, "images": None, "prompt": [{"role": "user", "content": "2 + 2?"}]}]
+        ),
+        tmp_path / "rows.parquet",
+    )
     for demands in (Demands(), Demands(attention=False)):
         try:
             check_parquet(tmp_path / "rows.parquet", demands)
@@ -232,8 +307,11 @@ def test_verls_own_estimators_need_no_more_than_verl():
     exif[0x0112] = 6
     out = io.BytesIO()
     Image.new("RGB", (40, 30)).save(out, "JPEG", exif=exif)
-    row = good() | {"data_source": "numina_x", "images": [{"bytes": out.getvalue(), "path": None}],
-                    "prompt": [{"role": "user", "content": "<image><|im_end|>"}]}  # fmt: skip
+    row = good() | {
+        "data_source": "numina_x",
+        "images": [{"bytes": out.getvalue(), "path": None}],
+        "prompt": [{"role": "user", "content": "<image><|im_end|>"}],
+    }
     row["extra_info"] = {"boxes": [[[5.0, 5.0, 1.0, 1.0]]], "box_names": [], "image_keys": 7, "id": [1]}
     contract = RowContract(Demands(attention=False))
     assert contract.look(row, "a").faults == contract.look(row, "b").faults == []
@@ -243,17 +321,28 @@ def test_verls_own_estimators_need_no_more_than_verl():
 
 def table(repo: Path) -> dict[str, list[list[str]]]:
     """Code -> lines of the table in docs/data.md, in cells."""
-    lines = [[cell.strip() for cell in line.strip("|\n").split("|")]
-             for line in (repo / "docs" / "data.md").read_text().split("### Which check")[1].splitlines()
-             if line.startswith("| ")]  # fmt: skip
+    lines = [
+        [cell.strip() for cell in line.strip("|\n").split("|")]
+        for line in (repo / "docs" / "data.md").read_text().split("### Which check")[1].splitlines()
+        if line.startswith("| ")
+    ]
     return {code: [cells for cells in lines if code in cells[1]] for code in re.findall(r"\b[DLV]\d\d\b", str(lines))}
 
 
 def test_the_table_of_checks_names_every_code_and_no_other(repo):
-    modules = ("data/check.py", "data/contract.py", "data/reading.py", "data_check.py", "prompt_check.py",
-               "data/inspection/audit.py", "data/inspection/command.py", "vision/masks.py")  # fmt: skip
-    raised = {code for module in modules
-              for code in re.findall(r'"([DLV]\d\d)"', (repo / "sayo_verl" / module).read_text())}  # fmt: skip
+    modules = (
+        "data/check.py",
+        "data/contract.py",
+        "data/reading.py",
+        "data_check.py",
+        "prompt_check.py",
+        "data/inspection/audit.py",
+        "data/inspection/command.py",
+        "vision/masks.py",
+    )
+    raised = {
+        code for module in modules for code in re.findall(r'"([DLV]\d\d)"', (repo / "sayo_verl" / module).read_text())
+    }
     assert set(table(repo)) == raised - {"V04", "V05"}  # V04, V05: of a grid
 
 

@@ -29,55 +29,119 @@ from sayo_verl.data.sources.refocus import RefocusSource
 from sayo_verl.errors import SayoError
 
 # A hang shows as a deadline; five seconds are a thousand times what an example takes.
-PROPERTY = settings(derandomize=True, deadline=datetime.timedelta(seconds=5), max_examples=150,
-                    suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+PROPERTY = settings(
+    derandomize=True,
+    deadline=datetime.timedelta(seconds=5),
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
-GRAPHS = {"7": {"width": 60, "height": 40, "objects": {
-    "12": {"name": "cat", "x": 5, "y": 4, "w": 20, "h": 18, "attributes": ["grey"], "relations": []},
-    "13": {"name": "mat", "x": 2, "y": 20, "w": 50, "h": 18, "attributes": [],
-           "relations": [{"name": "under", "object": "12"}]},
-}}}  # fmt: skip
-QUESTIONS = {"01": {
-    "imageId": "7", "question": "What is on the mat?", "answer": "cat", "fullAnswer": "A cat.", "isBalanced": True,
-    "types": {"structural": "query", "semantic": "rel", "detailed": "relO"},
-    "semantic": [{"operation": "select", "dependencies": [], "argument": "mat (13)"},
-                 {"operation": "relate", "dependencies": [0], "argument": "_,on,s (12)"}],
-    "semanticStr": "select: mat (13)->relate: _,on,s (12) [0]",
-    "annotations": {"question": {"4": "13"}, "answer": {"0": "12"}, "fullAnswer": {"1": "12"}},
-    "groups": {"global": None, "local": "06-mat"}, "entailed": [], "equivalent": ["01"],
-}}  # fmt: skip
-REFOCUS = {"a": {
-    "query": "What was it in 2007?", "answer": "4", "figure_path": "7.jpg", "type": "v_bar",
-    "x_values": ["2007", "2008"], "y_values": ["a"],
-    "x_bboxes": [{"x1": 0.1, "y1": 0.2, "x2": 0.3, "y2": 0.9}, {"x1": 0.5, "y1": 0.2, "x2": 0.7, "y2": 0.9}],
-    "y_bboxes": [{"x1": 0.0, "y1": 0.1, "x2": 0.2, "y2": 0.3}],
-    "figure_bbox": {"x1": 0.0, "y1": 0.0, "x2": 1.0, "y2": 1.0},
-}}  # fmt: skip
+GRAPHS = {
+    "7": {
+        "width": 60,
+        "height": 40,
+        "objects": {
+            "12": {"name": "cat", "x": 5, "y": 4, "w": 20, "h": 18, "attributes": ["grey"], "relations": []},
+            "13": {
+                "name": "mat",
+                "x": 2,
+                "y": 20,
+                "w": 50,
+                "h": 18,
+                "attributes": [],
+                "relations": [{"name": "under", "object": "12"}],
+            },
+        },
+    }
+}
+QUESTIONS = {
+    "01": {
+        "imageId": "7",
+        "question": "What is on the mat?",
+        "answer": "cat",
+        "fullAnswer": "A cat.",
+        "isBalanced": True,
+        "types": {"structural": "query", "semantic": "rel", "detailed": "relO"},
+        "semantic": [
+            {"operation": "select", "dependencies": [], "argument": "mat (13)"},
+            {"operation": "relate", "dependencies": [0], "argument": "_,on,s (12)"},
+        ],
+        "semanticStr": "select: mat (13)->relate: _,on,s (12) [0]",
+        "annotations": {"question": {"4": "13"}, "answer": {"0": "12"}, "fullAnswer": {"1": "12"}},
+        "groups": {"global": None, "local": "06-mat"},
+        "entailed": [],
+        "equivalent": ["01"],
+    }
+}
+REFOCUS = {
+    "a": {
+        "query": "What was it in 2007?",
+        "answer": "4",
+        "figure_path": "7.jpg",
+        "type": "v_bar",
+        "x_values": ["2007", "2008"],
+        "y_values": ["a"],
+        "x_bboxes": [{"x1": 0.1, "y1": 0.2, "x2": 0.3, "y2": 0.9}, {"x1": 0.5, "y1": 0.2, "x2": 0.7, "y2": 0.9}],
+        "y_bboxes": [{"x1": 0.0, "y1": 0.1, "x2": 0.2, "y2": 0.3}],
+        "figure_bbox": {"x1": 0.0, "y1": 0.0, "x2": 1.0, "y2": 1.0},
+    }
+}
 COCO = {
     "images": [{"id": 7, "file_name": "7.jpg", "width": 60, "height": 40}],
     "categories": [{"id": 1, "name": "cat", "isthing": 1}],
-    "annotations": [{"id": 3, "image_id": 7, "category_id": 1, "bbox": [5, 4, 20.5, 18], "iscrowd": 0, "area": 300,
-                     "segmentation": [[5, 4, 25, 4, 25, 22]]}],
-}  # fmt: skip
+    "annotations": [
+        {
+            "id": 3,
+            "image_id": 7,
+            "category_id": 1,
+            "bbox": [5, 4, 20.5, 18],
+            "iscrowd": 0,
+            "area": 300,
+            "segmentation": [[5, 4, 25, 4, 25, 22]],
+        }
+    ],
+}
 LABELME = {
-    "version": "5.0.1", "flags": {}, "imagePath": "7.jpg", "imageData": None, "imageHeight": 40, "imageWidth": 60,
-    "shapes": [{"label": "cat", "points": [[5.5, 4.0], [25.0, 22.0]], "group_id": None, "shape_type": "rectangle",
-                "flags": {}}],
-}  # fmt: skip
-LINE = {"id": "q", "image": "7.jpg", "question": "What is it?", "answer": "cat", "boxes": [[5, 4, 25, 22]],
-        "box_names": ["cat"], "size": [60, 40], "kind": "what"}  # fmt: skip
+    "version": "5.0.1",
+    "flags": {},
+    "imagePath": "7.jpg",
+    "imageData": None,
+    "imageHeight": 40,
+    "imageWidth": 60,
+    "shapes": [
+        {"label": "cat", "points": [[5.5, 4.0], [25.0, 22.0]], "group_id": None, "shape_type": "rectangle", "flags": {}}
+    ],
+}
+LINE = {
+    "id": "q",
+    "image": "7.jpg",
+    "question": "What is it?",
+    "answer": "cat",
+    "boxes": [[5, 4, 25, 22]],
+    "box_names": ["cat"],
+    "size": [60, 40],
+    "kind": "what",
+}
 DOCUMENTS: dict[str, Any] = {
-    "gqa_graphs": GRAPHS, "gqa_questions": QUESTIONS, "refocus": REFOCUS, "coco": COCO, "labelme": LABELME,
+    "gqa_graphs": GRAPHS,
+    "gqa_questions": QUESTIONS,
+    "refocus": REFOCUS,
+    "coco": COCO,
+    "labelme": LABELME,
     "jsonl": LINE,
-}  # fmt: skip
+}
 SAMPLES = Path(os.environ["SAYO_DATA_SAMPLES"]) if "SAYO_DATA_SAMPLES" in os.environ else None
 
 
 def source_of(kind: str, folder: Path) -> Source:
     """The source over documents in ``folder``."""
     if kind.startswith("gqa"):
-        return GqaSource((str(folder / "gqa_graphs.json"),), (str(folder / "gqa_questions.json"),), folder,
-                         boxes="grounding" if kind == "gqa_graphs" else "semantic")  # fmt: skip
+        return GqaSource(
+            (str(folder / "gqa_graphs.json"),),
+            (str(folder / "gqa_questions.json"),),
+            folder,
+            boxes="grounding" if kind == "gqa_graphs" else "semantic",
+        )
     if kind == "refocus":
         return RefocusSource(folder / "refocus.json", images=folder)
     if kind == "coco":
@@ -108,8 +172,16 @@ def row(example: Example, folder: Path) -> str:
     check_text(example.question, example.answer)
     stored = store_image((folder / "7.jpg").read_bytes(), where="here")
     for boxes, names, size in zip(example.boxes, example.box_names, example.sizes or [None] * 9, strict=False):
-        place_boxes(boxes, names, box_format=example.box_format, frame="auto", stored=stored, annotated=size,
-                    rescale=False, where=example.id)  # fmt: skip
+        place_boxes(
+            boxes,
+            names,
+            box_format=example.box_format,
+            frame="auto",
+            stored=stored,
+            annotated=size,
+            rescale=False,
+            where=example.id,
+        )
     return "row"
 
 
@@ -154,10 +226,39 @@ def changed(document: Any, path: tuple, change: Any) -> Any:
 
 
 JUNK = st.one_of(
-    st.just(...), st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=6),
-    st.sampled_from(["", "-", "12,13", "../x", "http://x/y", "<image>", "\0", "\ud800", "a" * 300, [], {}, [[]],
-                     [[1, 2]], {"a": {}}, [1e308] * 4, [3, 3, 1, 1], [[0, 0, 1, 1]] * 3, [{}], "9" * 30, -1, 0, 10**9]),
-)  # fmt: skip
+    st.just(...),
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=6),
+    st.sampled_from(
+        [
+            "",
+            "-",
+            "12,13",
+            "../x",
+            "http://x/y",
+            "<image>",
+            "\0",
+            "\ud800",
+            "a" * 300,
+            [],
+            {},
+            [[]],
+            [[1, 2]],
+            {"a": {}},
+            [1e308] * 4,
+            [3, 3, 1, 1],
+            [[0, 0, 1, 1]] * 3,
+            [{}],
+            "9" * 30,
+            -1,
+            0,
+            10**9,
+        ]
+    ),
+)
 ORIGINALS = list(DOCUMENTS.items())
 if SAMPLES is not None:
     ORIGINALS += [

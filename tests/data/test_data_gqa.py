@@ -26,31 +26,54 @@ def refusal(code: str, says: str = ""):
 
 
 def thing(name, x, y, w, h):
-    return {"name": name, "x": x, "y": y, "w": w, "h": h, "attributes": ["red"],
-            "relations": [{"name": "near", "object": "7"}]}  # fmt: skip
+    return {
+        "name": name,
+        "x": x,
+        "y": y,
+        "w": w,
+        "h": h,
+        "attributes": ["red"],
+        "relations": [{"name": "near", "object": "7"}],
+    }
 
 
 GRAPHS = {
-    "1001": {"width": 640, "height": 480, "location": "kitchen", "objects": {
-        "11": thing("cup", 10, 20, 30, 40), "12": thing("table", 0, 200, 640, 280), "13": thing("cup", 50, 20, 30, 41),
-        "0": thing("lamp", 300, 0, 20, 60)}},
+    "1001": {
+        "width": 640,
+        "height": 480,
+        "location": "kitchen",
+        "objects": {
+            "11": thing("cup", 10, 20, 30, 40),
+            "12": thing("table", 0, 200, 640, 280),
+            "13": thing("cup", 50, 20, 30, 41),
+            "0": thing("lamp", 300, 0, 20, 60),
+        },
+    },
     "1002": {"width": 362, "height": 500, "objects": {"1011688": thing("mirror", 185, 3, 178, 244)}},
     "1003": {"width": 500, "height": 375, "weather": "sunny", "objects": {}},
-}  # fmt: skip
+}
 
 
 def question(image, text, answer, program, *, kind="query", marks=(), full=(), balanced=True):
     """A record as GQA writes it; ``program`` is a list of (operation, argument)."""
-    semantic = [{"operation": o, "argument": a, "dependencies": [i - 1] if i else []}
-                for i, (o, a) in enumerate(program)]  # fmt: skip
+    semantic = [
+        {"operation": o, "argument": a, "dependencies": [i - 1] if i else []} for i, (o, a) in enumerate(program)
+    ]
     steps = [f"{s['operation']}: {s['argument']}" + "".join(f" [{d}]" for d in s["dependencies"]) for s in semantic]
     return {
-        "semantic": semantic, "entailed": [], "equivalent": ["1"], "question": text, "imageId": image,
-        "isBalanced": balanced, "groups": {"global": None, "local": "06-x"}, "answer": answer,
+        "semantic": semantic,
+        "entailed": [],
+        "equivalent": ["1"],
+        "question": text,
+        "imageId": image,
+        "isBalanced": balanced,
+        "groups": {"global": None, "local": "06-x"},
+        "answer": answer,
         "semanticStr": "->".join(steps),
         "annotations": {"answer": {}, "question": dict(marks), "fullAnswer": dict(full)},
-        "types": {"detailed": "x", "semantic": "rel", "structural": kind}, "fullAnswer": f"It is {answer}.",
-    }  # fmt: skip
+        "types": {"detailed": "x", "semantic": "rel", "structural": kind},
+        "fullAnswer": f"It is {answer}.",
+    }
 
 
 def program(*arguments):
@@ -58,22 +81,60 @@ def program(*arguments):
 
 
 QUESTIONS = {
-    "01": question("1001", "What is on the table?", "cup", program("table (12)", "_,on,s (11)"),
-                   marks={"4": "12"}, full={"1": "11", "6": "12"}),
-    "02": question("1001", "Is there a dog near the cup?", "no", program("cup (11)", "dog,near,s (-)"), kind="verify",
-                   marks={"5": "11"}, full={"6": "11"}, balanced=False),
+    "01": question(
+        "1001",
+        "What is on the table?",
+        "cup",
+        program("table (12)", "_,on,s (11)"),
+        marks={"4": "12"},
+        full={"1": "11", "6": "12"},
+    ),
+    "02": question(
+        "1001",
+        "Is there a dog near the cup?",
+        "no",
+        program("cup (11)", "dog,near,s (-)"),
+        kind="verify",
+        marks={"5": "11"},
+        full={"6": "11"},
+        balanced=False,
+    ),
     "03": question("1002", "What is on the wall?", "mirror", program("mirror (1011688)"), full={"1": "1011688"}),
-    "04": question("1003", "Is it indoors or outdoors?", "outdoors",
-                   [("select", "scene"), ("choose location", "indoors|outdoors")], kind="choose"),
+    "04": question(
+        "1003",
+        "Is it indoors or outdoors?",
+        "outdoors",
+        [("select", "scene"), ("choose location", "indoors|outdoors")],
+        kind="choose",
+    ),
     "05": question("n123", "Which room is it?", "bedroom", [("select", "scene"), ("query", "room")]),
-    "06": question("1001", "What is left of the cup?", "cup", program("cup (99)", "_,left,s (13)"),
-                   marks={"4": "99"}, full={"1": "13"}),
-    "07": question("1001", "Do both cups and the lamp shine?", "yes", program("lamp (0)", "x (12)", "cups (11,13)"),
-                   kind="logical", marks={"2:4": "11,13", "7": "0"}, full={"1": ["13", "0"], "3": "11"},
-                   balanced=False),
-    "08": question("1001", "Which is larger?", "table", program("cup (11)", "x (0)", "table (98)"), kind="compare",
-                   full={"2": "12"}),
-}  # fmt: skip
+    "06": question(
+        "1001",
+        "What is left of the cup?",
+        "cup",
+        program("cup (99)", "_,left,s (13)"),
+        marks={"4": "99"},
+        full={"1": "13"},
+    ),
+    "07": question(
+        "1001",
+        "Do both cups and the lamp shine?",
+        "yes",
+        program("lamp (0)", "x (12)", "cups (11,13)"),
+        kind="logical",
+        marks={"2:4": "11,13", "7": "0"},
+        full={"1": ["13", "0"], "3": "11"},
+        balanced=False,
+    ),
+    "08": question(
+        "1001",
+        "Which is larger?",
+        "table",
+        program("cup (11)", "x (0)", "table (98)"),
+        kind="compare",
+        full={"2": "12"},
+    ),
+}
 
 
 @pytest.fixture
@@ -87,8 +148,11 @@ def folder(tmp_path):
 
 
 def source(folder: Path, **options) -> GqaSource:
-    files = {"scene_graphs": (folder / "train_sceneGraphs.json",), "images": folder / "images",
-             "questions": (folder / "train_balanced_questions.json",)}  # fmt: skip
+    files = {
+        "scene_graphs": (folder / "train_sceneGraphs.json",),
+        "images": folder / "images",
+        "questions": (folder / "train_balanced_questions.json",),
+    }
     return GqaSource(**{**files, **options})
 
 
@@ -146,8 +210,10 @@ def test_grounding_takes_the_annotated_objects_and_the_scene(folder):
 
 def test_only_a_step_that_selects_the_scene_adds_the_whole_image(folder):
     def change(record):
-        record["semantic"] += [{"operation": "select", "argument": "scenery (12)", "dependencies": []},
-                               {"operation": "verify", "argument": "scene", "dependencies": []}]  # fmt: skip
+        record["semantic"] += [
+            {"operation": "select", "argument": "scenery (12)", "dependencies": []},
+            {"operation": "verify", "argument": "scene", "dependencies": []},
+        ]
 
     assert told(with_question(folder, change).examples())["01"] == ("table", "cup")
 
@@ -181,8 +247,10 @@ def test_D16_a_box_past_the_edge_is_passed_on(folder):
 
 
 def test_D14_missing_objects_leave_no_boxes_and_the_row_only_where_asked(folder):
-    for boxes, reasons in (("semantic", {"no_object": 2, "unknown_object": 1, "no_scene_graph": 1}),
-                           ("grounding", {"unknown_object": 1, "no_scene_graph": 1})):  # fmt: skip
+    for boxes, reasons in (
+        ("semantic", {"no_object": 2, "unknown_object": 1, "no_scene_graph": 1}),
+        ("grounding", {"unknown_object": 1, "no_scene_graph": 1}),
+    ):
         items = list(source(folder, boxes=boxes).examples())
         kept = list(source(folder, boxes=boxes, keep_without_boxes=True).examples())
         assert Counter(e.reason for e in items if isinstance(e, LeftOut)) == reasons
@@ -253,11 +321,16 @@ def test_plain_and_packed_files_give_the_same_examples(folder, prefix, boxes):
     images = pack(folder / "images.zip", {**photos, "__MACOSX/._1001.jpg": b"junk"})
     plain = list(source(folder, boxes=boxes).examples())
     for packed in (
-        source(folder, boxes=boxes, images=images, questions=(folder / "q.zip",),
-               scene_graphs=(f"{folder}/sceneGraphs.zip::train_sceneGraphs.json",)),
+        source(
+            folder,
+            boxes=boxes,
+            images=images,
+            questions=(folder / "q.zip",),
+            scene_graphs=(f"{folder}/sceneGraphs.zip::train_sceneGraphs.json",),
+        ),
         source(folder, boxes=boxes, images=images, questions=(folder / "q.json.gz",)),
         source(folder, boxes=boxes, images=folder),
-    ):  # fmt: skip
+    ):
         items = list(packed.examples())
         for one, other in zip(plain, items, strict=True):
             if isinstance(one, LeftOut):
@@ -266,7 +339,12 @@ def test_plain_and_packed_files_give_the_same_examples(folder, prefix, boxes):
             assert isinstance(other, Example)
             assert read_image(one.images[0]) == read_image(other.images[0])
             assert (one.images[0].key, one.question, one.boxes, one.box_names, one.sizes) == (
-                other.images[0].key, other.question, other.boxes, other.box_names, other.sizes)  # fmt: skip
+                other.images[0].key,
+                other.question,
+                other.boxes,
+                other.box_names,
+                other.sizes,
+            )
 
 
 def test_a_folder_of_questions_is_read_in_the_order_of_its_numbers(folder):
@@ -287,8 +365,13 @@ def test_a_folder_of_questions_is_read_in_the_order_of_its_numbers(folder):
 def test_facts_name_what_decides(folder):
     facts = source(folder).facts()
     assert facts == json.loads(json.dumps(facts))
-    others = [source(folder, boxes="grounding"), source(folder, kinds=("query",)), source(folder, balanced_only=True),
-              source(folder, keep_without_boxes=True), source(folder, images=folder)]  # fmt: skip
+    others = [
+        source(folder, boxes="grounding"),
+        source(folder, kinds=("query",)),
+        source(folder, balanced_only=True),
+        source(folder, keep_without_boxes=True),
+        source(folder, images=folder),
+    ]
     (folder / "more.json").write_text(json.dumps({"1": QUESTIONS["01"]}))
     others.append(source(folder, questions=(folder / "train_balanced_questions.json", folder / "more.json")))
     others.append(source(folder, scene_graphs=(folder / "train_sceneGraphs.json", folder / "more.json")))
@@ -312,7 +395,11 @@ def test_flags(folder):
     assert made() == GqaSource((f"{folder}/g.zip::a.json", f"{folder}/b.json"), (f"{folder}/q.json",), folder / "i")
     options = made("--boxes", "grounding", "--kinds", "query", "choose", "--keep-without-boxes", "--balanced-only")
     assert (options.boxes, options.kinds, options.keep_without_boxes, options.balanced_only) == (
-        "grounding", ("query", "choose"), True, True)  # fmt: skip
+        "grounding",
+        ("query", "choose"),
+        True,
+        True,
+    )
 
 
 def test_wrong_options(folder):
@@ -482,9 +569,13 @@ def test_a_program_is_needed_for_semantic_boxes(folder):
     with refusal("D49", "no 'semanticStr'"):
         next(source(folder, questions=(folder / "q.json",)).examples())
     with refusal("D49", "no 'isBalanced'"):
-        next(with_question(folder, lambda q: q.pop("isBalanced")).__class__(
-            (folder / "train_sceneGraphs.json",), (folder / "changed.json",), folder / "images", balanced_only=True
-        ).examples())  # fmt: skip
+        next(
+            with_question(folder, lambda q: q.pop("isBalanced"))
+            .__class__(
+                (folder / "train_sceneGraphs.json",), (folder / "changed.json",), folder / "images", balanced_only=True
+            )
+            .examples()
+        )
     (folder / "list.json").write_text(json.dumps([QUESTIONS["01"]]))
     with refusal("D47", "another kind"):
         next(source(folder, questions=(folder / "list.json",)).examples())

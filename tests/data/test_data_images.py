@@ -186,19 +186,22 @@ def test_D06_animated(kind):
     assert dropped(data) == "image_format"
 
 
-@pytest.mark.parametrize(("size", "rules", "reason"), [
-    ((1, 1), {}, "image_too_small"),
-    ((27, 300), {}, "image_too_small"),
-    ((300, 27), {}, "image_too_small"),
-    ((28, 28), {}, ""),
-    ((31, 40), {"min_side": 32}, "image_too_small"),
-    ((2, 455), {"min_side": 1}, "image_too_long"),
-    ((2, 401), {"min_side": 1}, "image_too_long"),
-    ((2, 400), {"min_side": 1}, ""),
-    ((28, 5601), {}, "image_too_long"),
-    ((5600, 28), {}, ""),
-    ((40, 90), {"max_ratio": 2.0}, "image_too_long"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "rules", "reason"),
+    [
+        ((1, 1), {}, "image_too_small"),
+        ((27, 300), {}, "image_too_small"),
+        ((300, 27), {}, "image_too_small"),
+        ((28, 28), {}, ""),
+        ((31, 40), {"min_side": 32}, "image_too_small"),
+        ((2, 455), {"min_side": 1}, "image_too_long"),
+        ((2, 401), {"min_side": 1}, "image_too_long"),
+        ((2, 400), {"min_side": 1}, ""),
+        ((28, 5601), {}, "image_too_long"),
+        ((5600, 28), {}, ""),
+        ((40, 90), {"max_ratio": 2.0}, "image_too_long"),
+    ],
+)
 def test_D09_D10_sides(size, rules, reason):
     data = encoded(Image.new("L", size))
     assert (dropped(data, **rules) if reason else "".join(kept(data, **rules).changed)) == reason
@@ -213,9 +216,15 @@ def test_rules_out_of_range(rules):
 # ------------------------------------------------------------------------------------------------------------- modes
 
 
-@pytest.mark.parametrize(("mode", "kind", "changed"), [
-    ("CMYK", "JPEG", "from CMYK"), ("P", "PNG", "from P"), ("1", "PNG", "from 1"), ("LA", "PNG", "from LA"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mode", "kind", "changed"),
+    [
+        ("CMYK", "JPEG", "from CMYK"),
+        ("P", "PNG", "from P"),
+        ("1", "PNG", "from 1"),
+        ("LA", "PNG", "from LA"),
+    ],
+)
 def test_D07_modes_become_rgb_as_verl_sees_them(mode, kind, changed):
     image = picture("L").convert("LA") if mode == "LA" else picture(mode)
     data = encoded(image, kind)
@@ -481,8 +490,19 @@ def test_D11_neither_bytes_nor_a_path():
 
 
 LONG = "x" * 300
-BAD_NAMES = ["http://h/a.jpg", "https://h/a.jpg", "file:///etc/passwd", "S3://bucket/a", "data:image/png;base64,AAAA",
-             "a\0.jpg", "a\n.jpg", "a\x1b[31m.jpg", f"{LONG}.jpg", "\u00e9" * 128, "\udcff.jpg"]  # fmt: skip
+BAD_NAMES = [
+    "http://h/a.jpg",
+    "https://h/a.jpg",
+    "file:///etc/passwd",
+    "S3://bucket/a",
+    "data:image/png;base64,AAAA",
+    "a\0.jpg",
+    "a\n.jpg",
+    "a\x1b[31m.jpg",
+    f"{LONG}.jpg",
+    "\u00e9" * 128,
+    "\udcff.jpg",
+]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)

@@ -61,13 +61,25 @@ class Pictures:
         for n in self.pictures:
             for q in "ab":
                 box = (n % 10, 2, n % 10 + 20, 22)
-                yield Example(f"{n}{q}", (ImageRef(f"p{n}", data=picture(n)),), f"{self.name} {n} {q}?", q, ((box,),),
-                              (("thing",),), "xyxy", "made", f"sayo/{self.name}")  # fmt: skip
+                yield Example(
+                    f"{n}{q}",
+                    (ImageRef(f"p{n}", data=picture(n)),),
+                    f"{self.name} {n} {q}?",
+                    q,
+                    ((box,),),
+                    (("thing",),),
+                    "xyxy",
+                    "made",
+                    f"sayo/{self.name}",
+                )
 
 
 def prepared(folder: Path, name: str, pictures: range, val_share: float = 0.2, **options: Any) -> Path:
-    return build(Pictures(name, pictures), folder / name, BuildOptions(
-        workers=1, shard_rows=9, row_group_rows=4, val_share=val_share, **options)).folder  # fmt: skip
+    return build(
+        Pictures(name, pictures),
+        folder / name,
+        BuildOptions(workers=1, shard_rows=9, row_group_rows=4, val_share=val_share, **options),
+    ).folder
 
 
 def rows(folder: Path, split: str) -> list[dict[str, Any]]:
@@ -146,9 +158,20 @@ def test_validation_rows_are_as_many_as_the_shares_allow():
         val_counts({"a": 300, "b": 100}, 81, {"a": 60, "b": 100})
 
 
-@pytest.mark.parametrize("shares", [{"a": 0.5, "b": 0.4}, {"a": 0.5, "b": "rest"}, {"a": "rest", "b": "rest"}, {},
-                                    {"a": 0.0, "b": 1}, {"a": -0.5, "b": 1.5}, {"a": "half", "b": 0.5},
-                                    {"a": float("nan"), "b": 0.5}, {"a": "all", "b": 0.5}])  # fmt: skip
+@pytest.mark.parametrize(
+    "shares",
+    [
+        {"a": 0.5, "b": 0.4},
+        {"a": 0.5, "b": "rest"},
+        {"a": "rest", "b": "rest"},
+        {},
+        {"a": 0.0, "b": 1},
+        {"a": -0.5, "b": 1.5},
+        {"a": "half", "b": 0.5},
+        {"a": float("nan"), "b": 0.5},
+        {"a": "all", "b": 0.5},
+    ],
+)
 def test_shares_that_do_not_add_up(shares):
     with refusal("D57", "--mix"):
         check_shares(shares)
@@ -330,8 +353,20 @@ def test_the_command_line(parts, tmp_path):
     made = mix.from_args(parsed(*folders, "--mix", "a=0.5,b=0.5", "--out", str(tmp_path / "out"), "--seed", "4"))
     wanted = mix_folders({"a": (parts["a"], 0.5), "b": (parts["b"], 0.5)}, 30, tmp_path / "wanted", 4)
     assert sums(made.folder) == sums(wanted.folder)
-    again = mix.from_args(parsed(*folders, "--mix", "a=0.5,b=0.5", "--out", str(tmp_path / "out"), "--val-rows", "2",
-                                 "--shard-rows", "8", "--overwrite"))  # fmt: skip
+    again = mix.from_args(
+        parsed(
+            *folders,
+            "--mix",
+            "a=0.5,b=0.5",
+            "--out",
+            str(tmp_path / "out"),
+            "--val-rows",
+            "2",
+            "--shard-rows",
+            "8",
+            "--overwrite",
+        )
+    )
     assert (again.rows, len(again.files["train"])) == ({"train": 30, "val": 2}, 4)
     made = mix.from_args(parsed(*folders[:4], "--rows", "60", "--mix", "a=all,b=rest", "--out", str(tmp_path / "all")))
     assert made.rows["train"] == 60

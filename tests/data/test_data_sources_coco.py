@@ -20,20 +20,34 @@ def refusal(code: str, says: str = ""):
 
 
 def mark(id: int, image: int, category: int, box: list, **more) -> dict:
-    return {"id": id, "image_id": image, "category_id": category, "bbox": box, "iscrowd": 0, "area": 1.0,
-            "segmentation": [[0.0, 0.0, 1.0, 1.0, 2.0, 2.0]], **more}  # fmt: skip
+    return {
+        "id": id,
+        "image_id": image,
+        "category_id": category,
+        "bbox": box,
+        "iscrowd": 0,
+        "area": 1.0,
+        "segmentation": [[0.0, 0.0, 1.0, 1.0, 2.0, 2.0]],
+        **more,
+    }
 
 
 def detection(**changed) -> dict:
     return {
-        "info": {"year": 2017}, "licenses": [],
+        "info": {"year": 2017},
+        "licenses": [],
         "images": [{"id": i, "file_name": f"{i}.jpg", "width": 640, "height": 480, "license": 1} for i in (9, 5, 7)],
         "annotations": [
-            mark(11, 5, 1, [0, 0, 10, 20]), mark(12, 9, 2, [1.5, 2.5, 3, 4]), mark(13, 5, 1, [30, 40, 50, 60]),
-            mark(14, 5, 2, [5, 5, 5, 5]), mark(15, 9, 1, [7, 7, 7, 7]), mark(16, 9, 1, [0, 0, 99, 99], iscrowd=1),
+            mark(11, 5, 1, [0, 0, 10, 20]),
+            mark(12, 9, 2, [1.5, 2.5, 3, 4]),
+            mark(13, 5, 1, [30, 40, 50, 60]),
+            mark(14, 5, 2, [5, 5, 5, 5]),
+            mark(15, 9, 1, [7, 7, 7, 7]),
+            mark(16, 9, 1, [0, 0, 99, 99], iscrowd=1),
         ],
-        "categories": [{"id": i, "name": name, "supercategory": "x"} for i, name in CATEGORIES.items()], **changed,
-    }  # fmt: skip
+        "categories": [{"id": i, "name": name, "supercategory": "x"} for i, name in CATEGORIES.items()],
+        **changed,
+    }
 
 
 def panoptic() -> dict:
@@ -85,8 +99,10 @@ def test_a_name_with_a_crowd_is_not_asked_about(tmp_path):
 def test_presence_and_as_many_absences(tmp_path):
     yes = read(tmp_path, detection(), ask=("presence",))
     assert [e.question for e in yes if isinstance(e, Example)] == [
-        "Is there a wine glass in the image?", "Is there a person in the image?", "Is there a wine glass in the image?",
-    ]  # fmt: skip
+        "Is there a wine glass in the image?",
+        "Is there a person in the image?",
+        "Is there a wine glass in the image?",
+    ]
     both = read(tmp_path, detection(), ask=("presence",), absent=True)
     no = [e for e in both if isinstance(e, Example) and e.answer == "no"]
     assert len(no) == len([e for e in both if isinstance(e, Example) and e.answer == "yes"]) == 3
@@ -114,9 +130,9 @@ def test_panoptic_segments_and_no_stuff(tmp_path):
     found = read(tmp_path, panoptic(), ask=("count",))
     assert [e.id for e in found] == ["5:count:person", "7:count:person"]
     assert found[0].boxes == (((1.0, 2.0, 3.0, 4.0),),)
-    (joined,) = read(tmp_path, panoptic(), [
-        {"file_name": "7.jpg", "question": "Where?", "answer": "up", "annotation_ids": [901]}
-    ])  # fmt: skip
+    (joined,) = read(
+        tmp_path, panoptic(), [{"file_name": "7.jpg", "question": "Where?", "answer": "up", "annotation_ids": [901]}]
+    )
     assert joined.box_names == (("sky",),)
 
 
@@ -191,8 +207,12 @@ def test_a_wrong_annotation_stops_the_work(tmp_path, changed, code, says, where)
 
 
 def test_options_that_contradict_each_other_are_refused(tmp_path):
-    for options in ({}, {"ask": ("count",), "questions": []}, {"ask": ("colour",)},
-                    {"ask": ("count",), "absent": True}):  # fmt: skip
+    for options in (
+        {},
+        {"ask": ("count",), "questions": []},
+        {"ask": ("colour",)},
+        {"ask": ("count",), "absent": True},
+    ):
         with refusal("D58"):
             source(tmp_path, detection(), **options)
     with refusal("D63"):

@@ -32,8 +32,13 @@ def png(colour: str) -> bytes:
 
 
 def row(**changed) -> dict:
-    return {"image": {"bytes": png("red"), "path": "a.png"}, "question": "What?", "answer": "x",
-            "boxes": [[1.0, 2.0, 3.0, 4.0]], **changed}  # fmt: skip
+    return {
+        "image": {"bytes": png("red"), "path": "a.png"},
+        "question": "What?",
+        "answer": "x",
+        "boxes": [[1.0, 2.0, 3.0, 4.0]],
+        **changed,
+    }
 
 
 def parquet(folder: Path, *rows: dict, name: str = "train-00000-of-00001.parquet") -> Path:
@@ -110,8 +115,13 @@ def test_one_box_alone_no_boxes_and_boxes_of_several_images(tmp_path):
 
 
 def test_folders_and_splits(tmp_path):
-    for name in ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-0.parquet",
-                 "default/val/0000.parquet", "training-set.parquet"):  # fmt: skip
+    for name in (
+        "data/train-00000-of-00002.parquet",
+        "data/train-00001-of-00002.parquet",
+        "data/test-0.parquet",
+        "default/val/0000.parquet",
+        "training-set.parquet",
+    ):
         parquet(tmp_path, row(), name=name)
     ids = [e.id for e in read(tmp_path)]
     assert ids == ["data/train-00000-of-00002.parquet:0", "data/train-00001-of-00002.parquet:0"]

@@ -43,9 +43,18 @@ def test_a_line_becomes_an_example(tmp_path):
     full = {**LINE, "id": 7, "box_names": ["dog"], "box_format": "xyxy", "size": [10, 20], "kind": "animals"}
     example = one(tmp_path, **full)
     assert example == Example(
-        "7", (inputs.ImageRef("a.png", tmp_path / "a.png"),), "What is it?", "a dog", (((1.0, 2.0, 3.0, 4.0),),),
-        (("dog",),), "xyxy", "jsonl", "sayo/jsonl", ((10, 20),), "animals",
-    )  # fmt: skip
+        "7",
+        (inputs.ImageRef("a.png", tmp_path / "a.png"),),
+        "What is it?",
+        "a dog",
+        (((1.0, 2.0, 3.0, 4.0),),),
+        (("dog",),),
+        "xyxy",
+        "jsonl",
+        "sayo/jsonl",
+        ((10, 20),),
+        "animals",
+    )
 
 
 def test_what_is_not_said_is_left_open(tmp_path):
@@ -54,8 +63,14 @@ def test_what_is_not_said_is_left_open(tmp_path):
 
 
 def test_several_images(tmp_path):
-    example = one(tmp_path, image=..., images=["a.png", "sub/b.png"], boxes=[[[1, 2, 3, 4], [5, 6, 7, 8]], []],
-                  size=[[10, 10], None], box_names=[["x", "y"], []])  # fmt: skip
+    example = one(
+        tmp_path,
+        image=...,
+        images=["a.png", "sub/b.png"],
+        boxes=[[[1, 2, 3, 4], [5, 6, 7, 8]], []],
+        size=[[10, 10], None],
+        box_names=[["x", "y"], []],
+    )
     assert [image.path for image in example.images] == [tmp_path / "a.png", tmp_path / "sub" / "b.png"]
     assert [len(of_image) for of_image in example.boxes] == [2, 0]
     assert example.box_names == (("x", "y"), ())
@@ -241,9 +256,22 @@ def test_options_are_checked_before_anything_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(" a ", "a"), (3, "3"), (3.0, "3"), (0.5, "0.5"), (-2, "-2"), (True, "true"), (False, "false"), (None, ""),
-     ([1], ""), ({}, ""), (math.nan, ""), (math.inf, ""), (b"a", "")],
-)  # fmt: skip
+    [
+        (" a ", "a"),
+        (3, "3"),
+        (3.0, "3"),
+        (0.5, "0.5"),
+        (-2, "-2"),
+        (True, "true"),
+        (False, "false"),
+        (None, ""),
+        ([1], ""),
+        ({}, ""),
+        (math.nan, ""),
+        (math.inf, ""),
+        (b"a", ""),
+    ],
+)
 def test_text(value, said):
     assert fields.text(value) == said
 

@@ -27,8 +27,16 @@ def shape(label: str, points: list, kind: str | None = "rectangle", group: int |
 
 
 def save(folder: Path, *shapes: dict, name: str = "a.json", picture: bytes | None = b"jpeg", **changed) -> Path:
-    record = {"version": "5.4.1", "flags": {}, "shapes": list(shapes), "imagePath": "a.jpg", "imageData": None,
-              "imageHeight": 40, "imageWidth": 50, **changed}  # fmt: skip
+    record = {
+        "version": "5.4.1",
+        "flags": {},
+        "shapes": list(shapes),
+        "imagePath": "a.jpg",
+        "imageData": None,
+        "imageHeight": 40,
+        "imageWidth": 50,
+        **changed,
+    }
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record))
@@ -82,8 +90,12 @@ def test_rectangles_whichever_corners_come_first(tmp_path):
 
 
 def test_polygons_by_their_bounding_box_and_told(tmp_path):
-    save(tmp_path, shape("dog", [[10, 5], [30, 9], [20, 38]], "polygon"), shape("cat", [[5, 6], [7, 8]]),
-         shape("cat", [[1, 1], [2, 1], [2, 3]], None))  # fmt: skip
+    save(
+        tmp_path,
+        shape("dog", [[10, 5], [30, 9], [20, 38]], "polygon"),
+        shape("cat", [[5, 6], [7, 8]]),
+        shape("cat", [[1, 1], [2, 1], [2, 3]], None),
+    )
     dog, cats = read(tmp_path)
     assert (dog.boxes, dog.box_source) == ((((10.0, 5.0, 30.0, 38.0),),), "labelme_polygon")
     assert cats.box_source == "labelme_mixed"
@@ -103,9 +115,14 @@ def test_labels_with_a_shape_that_has_no_box_are_left_out(tmp_path):
 
 
 def test_shapes_of_one_group_are_one_object_and_ignored_ones_none(tmp_path):
-    save(tmp_path, shape("dog", [[1, 2], [3, 4]], group=0), shape("dog", [[20, 20], [30, 22]], group=0),
-         shape("dog", [[40, 20], [44, 22]]), shape("cat", [[5, 6], [7, 8]], group=0),
-         shape("__ignore__", [[0, 0], [1, 1]]))  # fmt: skip
+    save(
+        tmp_path,
+        shape("dog", [[1, 2], [3, 4]], group=0),
+        shape("dog", [[20, 20], [30, 22]], group=0),
+        shape("dog", [[40, 20], [44, 22]]),
+        shape("cat", [[5, 6], [7, 8]], group=0),
+        shape("__ignore__", [[0, 0], [1, 1]]),
+    )
     dogs, cat = read(tmp_path)
     assert dogs.answer == "2"
     assert dogs.boxes == (((1.0, 2.0, 30.0, 22.0), (40.0, 20.0, 44.0, 22.0)),)
@@ -157,8 +174,11 @@ def test_questions_joined_by_label(tmp_path):
     assert (barks.id, barks.boxes, barks.kind) == ("4", (((1.0, 2.0, 3.0, 4.0),),), "who")
     assert (day.answer, day.boxes, day.box_source) == ("true", ((),), "labelme_none")
     assert [e.reason for e in (missing, unknown, line, empty)] == [
-        "image_missing", "unknown_object", "no_region", "empty_answer",
-    ]  # fmt: skip
+        "image_missing",
+        "unknown_object",
+        "no_region",
+        "empty_answer",
+    ]
     with refusal("D58", "unknown key 'label'"):
         read(tmp_path, questions=[{**asked[0], "label": "dog"}])
     with refusal("D62", "two records"):

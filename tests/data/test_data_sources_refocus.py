@@ -34,13 +34,22 @@ def columns(boxes: list[list]) -> dict[str, list]:
 
 def row(**changed) -> dict:
     return {
-        "id": "train-1", "question": "How long is the bar of Beta?", "answer": "80",
-        "image": {"bytes": b"png", "path": "1.png"}, "thoughts": ["THOUGHT"],
-        "edited_image": {"bytes": b"edited", "path": "e.png"}, "focus_areas_bbox": columns([BARS[1]]),
-        "source": "h_bar", "split": "train", "x_values": [], "y_values": ["Alpha", "Beta"],
-        "x_values_bbox": columns([]), "y_values_bbox": columns(BARS),
-        "figure_bbox": dict(zip(CORNERS, FIGURE, strict=True)), **changed,
-    }  # fmt: skip
+        "id": "train-1",
+        "question": "How long is the bar of Beta?",
+        "answer": "80",
+        "image": {"bytes": b"png", "path": "1.png"},
+        "thoughts": ["THOUGHT"],
+        "edited_image": {"bytes": b"edited", "path": "e.png"},
+        "focus_areas_bbox": columns([BARS[1]]),
+        "source": "h_bar",
+        "split": "train",
+        "x_values": [],
+        "y_values": ["Alpha", "Beta"],
+        "x_values_bbox": columns([]),
+        "y_values_bbox": columns(BARS),
+        "figure_bbox": dict(zip(CORNERS, FIGURE, strict=True)),
+        **changed,
+    }
 
 
 def schema(leaf: pa.DataType, by_column: bool = True, **changed: pa.DataType) -> pa.Schema:
@@ -49,10 +58,22 @@ def schema(leaf: pa.DataType, by_column: bool = True, **changed: pa.DataType) ->
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     text, texts = pa.string(), pa.list_(pa.string())
     types = {
-        "id": text, "question": text, "answer": text, "image": image, "thoughts": texts, "edited_image": image,
-        "focus_areas_bbox": boxes, "source": text, "split": text, "x_values": texts, "y_values": texts,
-        "x_values_bbox": boxes, "y_values_bbox": boxes, "figure_bbox": box, **changed,
-    }  # fmt: skip
+        "id": text,
+        "question": text,
+        "answer": text,
+        "image": image,
+        "thoughts": texts,
+        "edited_image": image,
+        "focus_areas_bbox": boxes,
+        "source": text,
+        "split": text,
+        "x_values": texts,
+        "y_values": texts,
+        "x_values_bbox": boxes,
+        "y_values_bbox": boxes,
+        "figure_bbox": box,
+        **changed,
+    }
     return pa.schema(types)
 
 
@@ -91,11 +112,21 @@ def test_boxes_stored_as_a_list_of_structs_are_the_same(tmp_path):
 def test_boxes_as_datasets_itself_stores_a_sequence_of_structs(tmp_path):
     corners = {corner: datasets.Value("int32") for corner in CORNERS}
     boxes, text = datasets.Sequence(corners), datasets.Value("string")
-    features = datasets.Features({
-        "id": text, "question": text, "answer": text, "image": datasets.Image(), "source": text,
-        "x_values": datasets.Sequence(text), "y_values": datasets.Sequence(text), "focus_areas_bbox": boxes,
-        "x_values_bbox": boxes, "y_values_bbox": boxes, "figure_bbox": corners,
-    })  # fmt: skip
+    features = datasets.Features(
+        {
+            "id": text,
+            "question": text,
+            "answer": text,
+            "image": datasets.Image(),
+            "source": text,
+            "x_values": datasets.Sequence(text),
+            "y_values": datasets.Sequence(text),
+            "focus_areas_bbox": boxes,
+            "x_values_bbox": boxes,
+            "y_values_bbox": boxes,
+            "figure_bbox": corners,
+        }
+    )
     told = {key: value for key, value in row().items() if key in features}
     path = tmp_path / "train.parquet"
     datasets.Dataset.from_list([told], features=features).to_parquet(path)
@@ -109,10 +140,18 @@ def test_pixels_and_fractions_are_placed_alike(tmp_path):
     empty = {"focus_areas_bbox": columns([])}
     (fractions,) = of_json(tmp_path, {"q": wbb()})
     placed = [
-        place_boxes(e.boxes[0], e.box_names[0], box_format=e.box_format, frame="auto", stored=stored, annotated=None,
-                    rescale=False, where="here").boxes
+        place_boxes(
+            e.boxes[0],
+            e.box_names[0],
+            box_format=e.box_format,
+            frame="auto",
+            stored=stored,
+            annotated=None,
+            rescale=False,
+            where="here",
+        ).boxes
         for e in (one(tmp_path, **empty), fractions)
-    ]  # fmt: skip
+    ]
     assert placed == [((0.1, 0.4, 0.9, 0.5),)] * 2
 
 
@@ -183,11 +222,20 @@ def wbb(**changed) -> dict:
         return {corner: value / 100 for corner, value in zip(CORNERS, box, strict=True)}
 
     return {
-        "query": "How long is the bar of Beta?", "answer": "80", "figure_path": "png/1.png", "type": "h_bar",
-        "annotation_path": "1.json", "x_intervals": [], "y_intervals": [],
-        "x_values": [], "y_values": ["Alpha", "Beta"],
-        "x_bboxes": [], "y_bboxes": [fractions(box) for box in BARS], "figure_bbox": fractions(FIGURE), **changed,
-    }  # fmt: skip
+        "query": "How long is the bar of Beta?",
+        "answer": "80",
+        "figure_path": "png/1.png",
+        "type": "h_bar",
+        "annotation_path": "1.json",
+        "x_intervals": [],
+        "y_intervals": [],
+        "x_values": [],
+        "y_values": ["Alpha", "Beta"],
+        "x_bboxes": [],
+        "y_bboxes": [fractions(box) for box in BARS],
+        "figure_bbox": fractions(FIGURE),
+        **changed,
+    }
 
 
 def of_json(folder: Path, records: dict) -> list[Example | LeftOut]:
@@ -266,8 +314,13 @@ def test_D18_pixels_among_fractions_stop_the_work(tmp_path):
 def test_fractions_in_parquet_are_read_as_such(tmp_path):
     shares = [[v / 100 for v in box] for box in BARS]
     figure = dict(zip(CORNERS, (v / 100 for v in FIGURE), strict=True))
-    example = one(tmp_path, schema(pa.float64()), focus_areas_bbox=columns(shares[:1]), y_values_bbox=columns(shares),
-                  figure_bbox=figure)  # fmt: skip
+    example = one(
+        tmp_path,
+        schema(pa.float64()),
+        focus_areas_bbox=columns(shares[:1]),
+        y_values_bbox=columns(shares),
+        figure_bbox=figure,
+    )
     assert (example.box_format, example.boxes) == ("xyxy_unit", (((0.1, 0.2, 0.6, 0.3),),))
 
 

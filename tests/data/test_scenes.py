@@ -205,9 +205,18 @@ def test_rows_need_a_second_object(tmp_path):
 # ----------------------------------------------------------------- version 1 stays: names, hashes, bytes of the default
 
 VERSION_1 = {
-    "image_size": 96, "grid": 3, "min_objects": 5, "max_objects": 6, "min_radius": 10, "max_radius": 14,
-    "question_kinds": ("colour", "shape"), "n_train": 4096, "n_val": 256, "seed": 0, "region": "target",
-}  # fmt: skip
+    "image_size": 96,
+    "grid": 3,
+    "min_objects": 5,
+    "max_objects": 6,
+    "min_radius": 10,
+    "max_radius": 14,
+    "question_kinds": ("colour", "shape"),
+    "n_train": 4096,
+    "n_val": 256,
+    "seed": 0,
+    "region": "target",
+}
 
 
 def test_folders_of_version_1_keep_their_names_and_their_manifest():
@@ -243,8 +252,15 @@ def test_scenes_of_version_1_keep_their_pixels_and_their_rows():
 
 def test_every_later_field_renames_the_folder_when_it_changes():
     every = SceneConfig(question_kinds=KINDS)
-    changes = [{"repeat": 0}, {"max_count": 3}, {"min_bars": 4}, {"max_bars": 4}, {"bar_levels": 7}, {"clutter": 1},
-               {"noise": 1}]  # fmt: skip
+    changes = [
+        {"repeat": 0},
+        {"max_count": 3},
+        {"min_bars": 4},
+        {"max_bars": 4},
+        {"bar_levels": 7},
+        {"clutter": 1},
+        {"noise": 1},
+    ]
     assert {name for change in changes for name in change} == {f.name for f in fields(SceneConfig)} - set(VERSION_1)
     names = {every.config_hash(), *(replace(every, **change).config_hash() for change in changes)}
     assert len(names) == len(changes) + 1
@@ -398,12 +414,19 @@ CONFIGS = {
     "loose": {"image_size": 160, "grid": 4, "min_radius": 3, "max_radius": 5},
 }
 LATER = {
-    ("crowded", "place"): {"repeat": 5}, ("crowded", "size"): {"repeat": 7}, ("crowded", "relation"): {"repeat": 6},
-    ("crowded", "count"): {"max_count": 9}, ("small", "count"): {"max_count": 3}, ("loose", "relation"): {"repeat": 0},
+    ("crowded", "place"): {"repeat": 5},
+    ("crowded", "size"): {"repeat": 7},
+    ("crowded", "relation"): {"repeat": 6},
+    ("crowded", "count"): {"max_count": 9},
+    ("small", "count"): {"max_count": 3},
+    ("loose", "relation"): {"repeat": 0},
     ("loose", "place"): {"repeat": 4},
-}  # fmt: skip
-BAR_CONFIGS = {"small": {"bar_levels": 5, "min_bars": 2}, "crowded": {"bar_levels": 12, "min_bars": 6, "max_bars": 6},
-               "loose": {"bar_levels": 9}}  # fmt: skip
+}
+BAR_CONFIGS = {
+    "small": {"bar_levels": 5, "min_bars": 2},
+    "crowded": {"bar_levels": 12, "min_bars": 6, "max_bars": 6},
+    "loose": {"bar_levels": 9},
+}
 
 
 def _config(name: str, kind: str, **more) -> SceneConfig:
@@ -449,8 +472,12 @@ def test_pixels_and_question_alone_give_the_answer_and_the_boxes(kind, name, see
     sizes=st.fixed_dictionaries(
         {"image_size": st.integers(40, 200), "grid": st.integers(1, 5), "min_objects": st.integers(2, 6)},
         optional={
-            "repeat": st.integers(0, 3), "max_count": st.integers(1, 4), "min_bars": st.integers(2, 4),
-            "max_bars": st.integers(3, 6), "bar_levels": st.integers(3, 16), "clutter": st.integers(0, 20),
+            "repeat": st.integers(0, 3),
+            "max_count": st.integers(1, 4),
+            "min_bars": st.integers(2, 4),
+            "max_bars": st.integers(3, 6),
+            "bar_levels": st.integers(3, 16),
+            "clutter": st.integers(0, 20),
             "noise": st.integers(0, 32),
         },
     ),
@@ -458,7 +485,7 @@ def test_pixels_and_question_alone_give_the_answer_and_the_boxes(kind, name, see
     min_radius=st.integers(3, 8),
     more_radius=st.integers(0, 6),
     seed=st.integers(0, 2**32),
-)  # fmt: skip
+)
 def test_whatever_is_not_refused_can_be_drawn(kinds, sizes, more_objects, min_radius, more_radius, seed):
     counts = {"max_objects": sizes["min_objects"] + more_objects, "max_radius": min_radius + more_radius}
     try:
@@ -495,10 +522,16 @@ def test_as_many_look_alikes_as_asked_for(kind, name):
 def test_no_answer_is_rare_and_none_stands_out(kind):
     """Nothing but the picture gives the answer away: each occurs about as often as the others."""
     wanted = {
-        "colour": set(COLOURS), "shape": set(SHAPES), "place": set(COLOURS), "size": {"large", "small"},
-        "count": set("1234"), "relation": {*COLOURS, *SHAPES}, "highest": set(COLOURS), "height": set("123456"),
+        "colour": set(COLOURS),
+        "shape": set(SHAPES),
+        "place": set(COLOURS),
+        "size": {"large", "small"},
+        "count": set("1234"),
+        "relation": {*COLOURS, *SHAPES},
+        "highest": set(COLOURS),
+        "height": set("123456"),
         "higher": set(COLOURS),
-    }[kind]  # fmt: skip
+    }[kind]
     config = SceneConfig(question_kinds=(kind,))
     answers = Counter(sample_scene(random.Random(f"{kind}/{i}"), config).answer for i in range(600))
     assert set(answers) == wanted
@@ -514,8 +547,12 @@ def test_the_order_of_words_and_the_place_do_not_give_the_answer_away(kind):
         shares = [sum(re.search(r"the (\w+) or", s.question).group(1) == s.answer for s in scenes) / 600]
         halves = [0.5]
     elif kind == "size":  # a look-alike of the other size must not be the rule
-        alike = [o.value != s.answer for s in scenes for i, o in enumerate(s.objects)
-                 if i and {o.shape, o.colour} & {s.objects[0].shape, s.objects[0].colour}]  # fmt: skip
+        alike = [
+            o.value != s.answer
+            for s in scenes
+            for i, o in enumerate(s.objects)
+            if i and {o.shape, o.colour} & {s.objects[0].shape, s.objects[0].colour}
+        ]
         shares, halves = [sum(alike) / len(alike)], [0.6]  # 1 of 4 or 5 others is of the other size for certain
     else:
         found = Counter(re.search(r"directly (left of|right of|above|below)", s.question).group(1) for s in scenes)
@@ -613,8 +650,11 @@ def test_the_files_of_all_kinds_follow_the_row_contract(tmp_path):
             assert info["boxes"] == info["target_boxes"] == other["target_boxes"]
             assert other["boxes"] == info["distractor_boxes"] == other["distractor_boxes"]
             (boxes,), (names,), (wrong_boxes,), (wrong_names,) = (
-                info["boxes"], info["box_names"], other["boxes"], other["box_names"]
-            )  # fmt: skip
+                info["boxes"],
+                info["box_names"],
+                other["boxes"],
+                other["box_names"],
+            )
             assert len(boxes) == len(names)
             assert 1 <= len(wrong_boxes) == len(wrong_names) <= len(boxes)
             assert not {tuple(box) for box in boxes} & {tuple(box) for box in wrong_boxes}

@@ -61,8 +61,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 def scene_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
     config = SceneConfig()
-    rows = [scene_row(sample_scene(random.Random(f"{seed}/{i}"), config), config, split="train", index=i)
-            for i in range(n)]  # fmt: skip
+    rows = [
+        scene_row(sample_scene(random.Random(f"{seed}/{i}"), config), config, split="train", index=i) for i in range(n)
+    ]
     return [{**row, "_where": f"row {i}"} for i, row in enumerate(rows)]
 
 
@@ -203,8 +204,10 @@ def test_other_rows_and_padding_do_not_matter(folders):
     assert padding[0].any()
     poisoned["input_ids"] = torch.where(padding, 5, together["input_ids"])
     with torch.no_grad():
-        values = [forward_with_focus(model, b, f, (2,))[1]["divergence"][0]
-                  for b, f in ((alone, alone_focus), (together, focus), (poisoned, focus))]  # fmt: skip
+        values = [
+            forward_with_focus(model, b, f, (2,))[1]["divergence"][0]
+            for b, f in ((alone, alone_focus), (together, focus), (poisoned, focus))
+        ]
     torch.testing.assert_close(torch.stack(values), values[0].expand(3), rtol=0, atol=1e-5)
 
 
@@ -291,13 +294,16 @@ def test_target_by_hand():
     np.testing.assert_allclose(thin, [0, 0, 0, 1])
 
 
-@pytest.mark.parametrize(("boxes", "alpha", "code"), [
-    ([[[0, 0, 1, 1]]], 1.0, "F05"),
-    ([[[0, 0, 1, 1]]], float("nan"), "F05"),
-    ([[]], 0.1, "F06"),
-    ([[[0, 0, 1, 1]], []], 0.1, "F06"),
-    ([[[0.5, 0, 0.2, 1]]], 0.1, "V02"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("boxes", "alpha", "code"),
+    [
+        ([[[0, 0, 1, 1]]], 1.0, "F05"),
+        ([[[0, 0, 1, 1]]], float("nan"), "F05"),
+        ([[]], 0.1, "F06"),
+        ([[[0, 0, 1, 1]], []], 0.1, "F06"),
+        ([[[0.5, 0, 0.2, 1]]], 0.1, "V02"),
+    ],
+)
 def test_malformed_targets_are_refused(boxes, alpha, code):
     with pytest.raises(SayoError, match=code):
         target_distribution(boxes, [GRID[0]], alpha, where="test")
@@ -339,8 +345,9 @@ def test_the_token_is_added_once_and_nothing_else_changes(folders, family, tied,
 def test_the_prompt_ends_in_the_token_and_decoding_shows_it(folders):
     _, processor = load(folders["qwen3_vl"])
     for template in (processor, processor.tokenizer):
-        text = template.apply_chat_template([{"role": "user", "content": "q"}], add_generation_prompt=True,
-                                            tokenize=False)  # fmt: skip
+        text = template.apply_chat_template(
+            [{"role": "user", "content": "q"}], add_generation_prompt=True, tokenize=False
+        )
         assert text.endswith(HEADER + FOCUS)
         assert FOCUS not in template.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False)
     ids = processor.tokenizer.encode(f"a{FOCUS}<think> red", add_special_tokens=False)
@@ -349,10 +356,13 @@ def test_the_prompt_ends_in_the_token_and_decoding_shows_it(folders):
     assert focus_template(processor.chat_template) == processor.chat_template
 
 
-@pytest.mark.parametrize(("change", "code"), [
-    (lambda t: t.replace("assistant\\n", "assistant\\n<think>"), "F01"),
-    (lambda t: t + "{%- set add_generation_prompt = false -%}", "F02"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda t: t.replace("assistant\\n", "assistant\\n<think>"), "F01"),
+        (lambda t: t + "{%- set add_generation_prompt = false -%}", "F02"),
+    ],
+)
 def test_templates_that_cannot_take_it_are_refused(folders, change, code):
     model = AutoModelForImageTextToText.from_pretrained(folders["qwen3_vl"], dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(folders["qwen3_vl"])
@@ -403,8 +413,11 @@ def test_rows_that_cannot_be_used_are_refused(folders, tmp_path):
 
     refused("D09", {**row, "prompt": [{"role": "user", "content": "no place for an image"}]})
     refused("F14", row, max_tokens=10)
-    refused("P06", {**row, "extra_info": {**row["extra_info"], "boxes": row["extra_info"]["boxes"] * 2}} | {
-        "prompt": [{"role": "user", "content": "<image><image><image>"}], "images": row["images"] * 3})  # fmt: skip
+    refused(
+        "P06",
+        {**row, "extra_info": {**row["extra_info"], "boxes": row["extra_info"]["boxes"] * 2}}
+        | {"prompt": [{"role": "user", "content": "<image><image><image>"}], "images": row["images"] * 3},
+    )
     processor.chat_template = processor.chat_template.replace(FOCUS, "")
     refused("F13", row)
     with pytest.raises(SayoError, match="F12"):
@@ -428,8 +441,14 @@ def parquet(tmp_path_factory) -> Path:
     return file
 
 
-SHORT = FocusConfig(steps=24, batch_size=8, learning_rate=3e-3, warmup_steps=1, layers=(-1,),
-                     trainer_args={"logging_steps": 3, "disable_tqdm": True, "use_cpu": True})  # fmt: skip
+SHORT = FocusConfig(
+    steps=24,
+    batch_size=8,
+    learning_rate=3e-3,
+    warmup_steps=1,
+    layers=(-1,),
+    trainer_args={"logging_steps": 3, "disable_tqdm": True, "use_cpu": True},
+)
 
 
 def prompt_logits(model: Any, processor: Any) -> torch.Tensor:
@@ -452,8 +471,9 @@ def test_training_lowers_the_loss_and_the_folder_is_the_model(folders, parquet, 
     model, processor, focus = load_with_focus(tmp_path / "out", SHORT)
     assert focus == focus_token_id(processor)
     assert torch.equal(prompt_logits(model, processor), prompt_logits(kept["model"], processor))
-    assert all(torch.equal(a, b) for a, b in zip(base.model.visual.parameters(), model.model.visual.parameters(),
-                                                 strict=True)), "the vision tower was to stay"  # fmt: skip
+    assert all(
+        torch.equal(a, b) for a, b in zip(base.model.visual.parameters(), model.model.visual.parameters(), strict=True)
+    ), "the vision tower was to stay"
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["text_config"]["vocab_size"] == focus + 1
     assert written.get("use_cache", True), "the Trainer's setting must not stay in the folder"
@@ -504,18 +524,26 @@ def test_the_probe_plans_prompts_that_end_in_the_token(folders):
     batch, focus = batch_of(model, processor, scene_rows(1))
     family = family_of(model.config.model_type, where="test")
     ids, at = batch["input_ids"][0], focus.at[0]
-    plan = plan_row(ids, len(ids) - at - 1, image_token_id=model.config.image_token_id,
-                    images=image_tiles(batch, family, model.config, where="test"),
-                    boxes=scene_rows(1)[0]["extra_info"]["boxes"], coverage=0.5, where="test",
-                    chat=ChatTokens.of(processor.tokenizer, family))  # fmt: skip
+    plan = plan_row(
+        ids,
+        len(ids) - at - 1,
+        image_token_id=model.config.image_token_id,
+        images=image_tiles(batch, family, model.config, where="test"),
+        boxes=scene_rows(1)[0]["extra_info"]["boxes"],
+        coverage=0.5,
+        where="test",
+        chat=ChatTokens.of(processor.tokenizer, family),
+    )
     assert torch.equal(plan.keys["image"], focus.image[0])
     assert torch.equal(plan.keys["region"], focus.region[0])
     assert not any(bool(plan.keys[name][at]) for name in ("question", "system", "response", "image"))
     assert bool(plan.keys["question"].any())
 
 
-@pytest.mark.parametrize("change", [{"alpha": 1.0}, {"weight": -1.0}, {"dtype": "half"}, {"steps": 0},
-                                    {"lora_rank": 4, "train_vision": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [{"alpha": 1.0}, {"weight": -1.0}, {"dtype": "half"}, {"steps": 0}, {"lora_rank": 4, "train_vision": True}],
+)
 def test_settings_out_of_range_are_refused(change):
     with pytest.raises(SayoError, match="F05"):
         FocusConfig(**change)
@@ -536,12 +564,14 @@ def test_respond_keeps_right_answers_only(folders, parquet, tmp_path, monkeypatc
     def sample(_model, _processor, rows, *_):
         calls.append(len(rows))
         answers = [row["reward_model"]["ground_truth"] for row in rows]
-        return [f"<think> x</think><answer> {answer}</answer>" if i % 2 else f"{answer}"
-                for i, answer in enumerate(answers)]  # fmt: skip
+        return [
+            f"<think> x</think><answer> {answer}</answer>" if i % 2 else f"{answer}" for i, answer in enumerate(answers)
+        ]
 
     monkeypatch.setattr(respond, "_sample", sample)
-    done = respond.write_responses(folders["qwen3_vl"], [parquet], tmp_path / "r.parquet", tries=2, batch_size=64,
-                                   max_rows=8)  # fmt: skip
+    done = respond.write_responses(
+        folders["qwen3_vl"], [parquet], tmp_path / "r.parquet", tries=2, batch_size=64, max_rows=8
+    )
     assert calls == [8, 4]
     assert done == {"rows": 8, "kept": 6}
     rows = AnchorRows([tmp_path / "r.parquet"])
@@ -551,16 +581,27 @@ def test_respond_keeps_right_answers_only(folders, parquet, tmp_path, monkeypatc
 
 def test_respond_says_when_nothing_is_right(folders, parquet, tmp_path):
     with pytest.raises(SayoError, match="F18"):
-        respond.write_responses(folders["qwen3_vl"], [parquet], tmp_path / "r.parquet", tries=1, max_new_tokens=3,
-                                max_rows=2)  # fmt: skip
+        respond.write_responses(
+            folders["qwen3_vl"], [parquet], tmp_path / "r.parquet", tries=1, max_new_tokens=3, max_rows=2
+        )
     empty = tmp_path / "empty.parquet"
     pq.write_table(pq.read_table(parquet).slice(0, 0), empty)
     with pytest.raises(SayoError, match="F10"):
         respond.write_responses(folders["qwen3_vl"], [empty], tmp_path / "e.parquet")
 
 
-@pytest.mark.parametrize("wrong", [{"tries": 0}, {"max_new_tokens": 0}, {"batch_size": 0}, {"max_rows": 0},
-                                   {"temperature": 0.0}, {"temperature": float("nan")}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tries": 0},
+        {"max_new_tokens": 0},
+        {"batch_size": 0},
+        {"max_rows": 0},
+        {"temperature": 0.0},
+        {"temperature": float("nan")},
+    ],
+    ids=str,
+)
 def test_respond_refuses_numbers_out_of_range(parquet, tmp_path, wrong):
     (name,) = wrong
     with pytest.raises(SayoError, match=f"F05: .* at --{name.replace('_', '-')}"):
@@ -606,7 +647,9 @@ def test_respond_brings_files_of_different_columns_together(folders, parquet, tm
     kept = pq.read_table(tmp_path / "r.parquet")
     assert kept.num_rows == done["kept"]
     assert set(zip(kept["source"].to_pylist(), (n is None for n in kept["n"].to_pylist()), strict=True)) == {
-        (None, True), ("b", False)}  # fmt: skip
+        (None, True),
+        ("b", False),
+    }
     assert AnchorRows([tmp_path / "r.parquet"]).without_response() == 0
 
 
@@ -615,8 +658,9 @@ def test_F24_files_whose_columns_do_not_go_together(parquet, tmp_path):
     pq.write_table(table.append_column("n", pa.array([1, 2])), tmp_path / "a.parquet")
     pq.write_table(table.append_column("n", pa.array(["x", "y"])), tmp_path / "b.parquet")
     with pytest.raises(SayoError, match=r"F24: .* at .*b\.parquet .* wanted types as in .*a\.parquet"):
-        respond.write_responses("no model is loaded", [tmp_path / "a.parquet", tmp_path / "b.parquet"],
-                                tmp_path / "r.parquet")  # fmt: skip
+        respond.write_responses(
+            "no model is loaded", [tmp_path / "a.parquet", tmp_path / "b.parquet"], tmp_path / "r.parquet"
+        )
     assert not (tmp_path / "r.parquet.parts").exists()
 
 
@@ -628,8 +672,12 @@ def guesses(monkeypatch):
     def sample(_model, _processor, rows, *_):
         sampled.extend(row["_where"] for row in rows)
         right = torch.rand(len(rows)) < 0.5
-        return [f"<think> {float(torch.rand(1)):.6f}</think><answer> {row['reward_model']['ground_truth']}</answer>"
-                if ok else "no" for row, ok in zip(rows, right, strict=True)]  # fmt: skip
+        return [
+            f"<think> {float(torch.rand(1)):.6f}</think><answer> {row['reward_model']['ground_truth']}</answer>"
+            if ok
+            else "no"
+            for row, ok in zip(rows, right, strict=True)
+        ]
 
     monkeypatch.setattr(respond, "_sample", sample)
     return sampled
@@ -719,8 +767,26 @@ def test_the_commands_work_together(folders, parquet, tmp_path, capsys):
     out = tmp_path / "out"
     common = ["--base", str(folders["qwen3_vl"]), "--rows", str(parquet)]
     quiet = json.dumps({"disable_tqdm": True, "use_cpu": True})
-    assert main(["train", *common, "--out", str(out), "--steps", "2", "--batch-size", "4", "--layers", "1", "-1",
-                 "--trainer-args", quiet]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "train",
+                *common,
+                "--out",
+                str(out),
+                "--steps",
+                "2",
+                "--batch-size",
+                "4",
+                "--layers",
+                "1",
+                "-1",
+                "--trainer-args",
+                quiet,
+            ]
+        )
+        == 0
+    )
     captured = capsys.readouterr()
     assert captured.out.splitlines()[-1] == str(out)
     assert "layers [1, 2]" in captured.err
@@ -741,14 +807,18 @@ def no_boxes(parquet: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize(("command", "arguments", "code"), [
-    ("train", ["--alpha", "2"], "F05"),
-    ("train", ["--trainer-args", '{"sav_strategy": "steps"}'], "F21"),
-    ("train", [], "F22"),
-    ("report", ["--after", "x"], "F22"),
-])  # fmt: skip
-def test_a_check_refuses_wrong_arguments_before_a_model_is_looked_for(no_boxes, tmp_path, capsys, command, arguments,
-                                                                      code):  # fmt: skip
+@pytest.mark.parametrize(
+    ("command", "arguments", "code"),
+    [
+        ("train", ["--alpha", "2"], "F05"),
+        ("train", ["--trainer-args", '{"sav_strategy": "steps"}'], "F21"),
+        ("train", [], "F22"),
+        ("report", ["--after", "x"], "F22"),
+    ],
+)
+def test_a_check_refuses_wrong_arguments_before_a_model_is_looked_for(
+    no_boxes, tmp_path, capsys, command, arguments, code
+):
     common = [command, "--base", "no/model", "--rows", str(no_boxes), "--out", str(tmp_path / "out"), "--check"]
     assert main([*common, *arguments]) == 2
     assert f"SAYO-{code}: " in capsys.readouterr().err
@@ -777,17 +847,26 @@ def test_F22_rows_without_boxes(no_boxes, tmp_path):
 
 
 def gpu_script(repo: Path, tmp_path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", "scripts/run_faithful_anchor_qwen2_5vl_7b.sh", *arguments], cwd=repo, text=True,
-                          capture_output=True, check=False,
-                          env={"PATH": "/usr/bin:/bin", "OUT": str(tmp_path / "out"), **variables})  # fmt: skip
+    return subprocess.run(
+        ["bash", "scripts/run_faithful_anchor_qwen2_5vl_7b.sh", *arguments],
+        cwd=repo,
+        text=True,
+        capture_output=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "OUT": str(tmp_path / "out"), **variables},
+    )
 
 
-@pytest.mark.parametrize(("arguments", "variables", "told"), [
-    (["--wieght", "1"], {}, "unrecognized arguments: --wieght"),
-    ([], {"ALPHA": "2"}, "SAYO-F05"),
-    ([], {"NGPUS": "0"}, "SAYO-F23: a setting has to be a whole number, at least 1 | at NGPUS | got 0"),
-    ([], {"ROWS": "many"}, "at ROWS | got many"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "variables", "told"),
+    [
+        (["--wieght", "1"], {}, "unrecognized arguments: --wieght"),
+        ([], {"ALPHA": "2"}, "SAYO-F05"),
+        ([], {"NGPUS": "0"}, "SAYO-F23: a setting has to be a whole number, at least 1 | at NGPUS | got 0"),
+        ([], {"ROWS": "many"}, "at ROWS | got many"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dry", ["0", "1"])
 def test_the_gpu_script_refuses_wrong_arguments_of_a_later_step_before_the_first(
     repo, tmp_path, arguments, variables, told, dry
@@ -798,8 +877,9 @@ def test_the_gpu_script_refuses_wrong_arguments_of_a_later_step_before_the_first
     (tmp_path / "python3").write_text('#!/bin/sh\n[ "$1 $4" = "-c " ] || exec "$PYTHON" "$@"\n')
     for name in ("nvidia-smi", "torchrun", "python3"):
         (tmp_path / name).chmod(0o755)
-    done = gpu_script(repo, tmp_path, *arguments, DRY_RUN=dry, PATH=f"{tmp_path}:/usr/bin:/bin", PYTHON=sys.executable,
-                      **variables)  # fmt: skip
+    done = gpu_script(
+        repo, tmp_path, *arguments, DRY_RUN=dry, PATH=f"{tmp_path}:/usr/bin:/bin", PYTHON=sys.executable, **variables
+    )
     assert done.returncode == 2
     assert told in done.stderr
     assert not (tmp_path / "started").exists()
@@ -815,8 +895,13 @@ def gpu_plan(repo: Path, tmp_path: Path, **variables: str) -> str:
 
 def test_the_gpu_script_prints_its_plan(repo, tmp_path):
     plan = gpu_plan(repo, tmp_path)
-    for told in ("Qwen/Qwen2.5-VL-7B-Instruct", "--nproc_per_node=8", "sayo_verl.focus train", "NOT THERE YET",
-                 "nothing was started"):  # fmt: skip
+    for told in (
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        "--nproc_per_node=8",
+        "sayo_verl.focus train",
+        "NOT THERE YET",
+        "nothing was started",
+    ):
         assert told in plan
 
 
@@ -824,24 +909,29 @@ def test_the_gpu_script_samples_on_all_devices_within_a_limit(repo, tmp_path):
     sample = next(line for line in gpu_plan(repo, tmp_path).splitlines() if " respond " in line)
     assert "torchrun --standalone --nproc_per_node=8 -m sayo_verl.focus respond" in sample
     assert sample.rstrip().endswith("--tries 4 --max-new-tokens 1024 --batch-size 32 --max-rows 8192")
-    sample = next(line for line in gpu_plan(repo, tmp_path, ROWS="all", TRIES="2", NGPUS="4").splitlines()
-                  if " respond " in line)  # fmt: skip
+    sample = next(
+        line for line in gpu_plan(repo, tmp_path, ROWS="all", TRIES="2", NGPUS="4").splitlines() if " respond " in line
+    )
     assert "--max-rows" not in sample
     assert "--nproc_per_node=4" in sample
     assert "--tries 2" in sample
 
 
-@pytest.mark.parametrize(("variables", "told"), [
-    ({}, ["31 min for 8192 rows", "62 min if none", "per step   64 rows", "32000 rows seen: 3.9 passes"]),
-    ({"NGPUS": "1"}, ["4.1 h for 8192 rows", "per step   64 rows", "--accumulation 32"]),
-    ({"NGPUS_PER_NODE": "4"}, ["--nproc_per_node=4", "per step   64 rows"]),
-    ({"NGPUS_PER_NODE": "4", "NGPUS": "2"}, ["--nproc_per_node=2", "per step   64 rows"]),
-    ({"NGPUS": "6"}, ["per step   60 rows", "30000 rows seen"]),
-    ({"NGPUS": "64", "BATCH_SIZE": "4"}, ["per step   256 rows", "--accumulation 1"]),
-    ({"ACCUMULATION": "3"}, ["per step   48 rows"]),
-    ({"ROWS": "38870"}, ["2.4 h for 38870 rows", "4.9 h if none"]),
-    ({"ROWS": "all"}, ["for every 10000 rows", "32000 rows seen; time not estimated"]),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({}, ["31 min for 8192 rows", "62 min if none", "per step   64 rows", "32000 rows seen: 3.9 passes"]),
+        ({"NGPUS": "1"}, ["4.1 h for 8192 rows", "per step   64 rows", "--accumulation 32"]),
+        ({"NGPUS_PER_NODE": "4"}, ["--nproc_per_node=4", "per step   64 rows"]),
+        ({"NGPUS_PER_NODE": "4", "NGPUS": "2"}, ["--nproc_per_node=2", "per step   64 rows"]),
+        ({"NGPUS": "6"}, ["per step   60 rows", "30000 rows seen"]),
+        ({"NGPUS": "64", "BATCH_SIZE": "4"}, ["per step   256 rows", "--accumulation 1"]),
+        ({"ACCUMULATION": "3"}, ["per step   48 rows"]),
+        ({"ROWS": "38870"}, ["2.4 h for 38870 rows", "4.9 h if none"]),
+        ({"ROWS": "all"}, ["for every 10000 rows", "32000 rows seen; time not estimated"]),
+    ],
+    ids=str,
+)
 def test_the_plan_of_the_gpu_script_estimates_sampling_and_keeps_64_rows_a_step(repo, tmp_path, variables, told):
     plan = gpu_plan(repo, tmp_path, **variables)
     assert [line for line in told if line not in plan] == [], plan

@@ -65,9 +65,14 @@ def changed_rows(rows, intervention, processor):
             torch.from_numpy(box_masks(b, t, 0.5, where="the test")).any(0) for b, t in zip(boxes, tiles, strict=False)
         ]
         row["multi_modal_inputs"] = intervene(
-            image, intervention, layout, tiles=tiles, region=region if tiles else None,
-            key=prompt_key(row["prompts"], STEP), where="the test",
-        )  # fmt: skip
+            image,
+            intervention,
+            layout,
+            tiles=tiles,
+            region=region if tiles else None,
+            key=prompt_key(row["prompts"], STEP),
+            where="the test",
+        )
     return out
 
 
@@ -92,11 +97,18 @@ def test_it_gives_the_log_probs_of_the_same_tokens_after_the_changed_image(
     for n in (0, 1):
         ids, image = changed[n]["input_ids"][None], changed[n]["multi_modal_inputs"]
         with torch.no_grad():
-            logits = model(
-                input_ids=ids, position_ids=changed[n]["position_ids"][:, None], use_cache=False,
-                attention_mask=torch.ones_like(ids), pixel_values=image["pixel_values"].double(),
-                image_grid_thw=image["image_grid_thw"],
-            ).logits[0, :-1].log_softmax(-1)  # fmt: skip
+            logits = (
+                model(
+                    input_ids=ids,
+                    position_ids=changed[n]["position_ids"][:, None],
+                    use_cache=False,
+                    attention_mask=torch.ones_like(ids),
+                    pixel_values=image["pixel_values"].double(),
+                    image_grid_thw=image["image_grid_thw"],
+                )
+                .logits[0, :-1]
+                .log_softmax(-1)
+            )
         plain = logits.gather(-1, ids[0, 1:, None])[changed[n]["prompts"].shape[0] - 1 :, 0]
         got = of_response(output[COUNTERFACTUAL_LOG_PROBS].unbind()[n], rows[n]).double()
         print(f"{kind}, row {n}: largest difference from transformers in float64 {(got - plain).abs().max():.1e}")
@@ -109,8 +121,10 @@ def test_null_boxes_are_no_boxes(rows, packed_worker):
     for a, b in zip(none, null, strict=True):
         a["extra_info"]["boxes"], b["extra_info"]["boxes"] = [], None
     request = StatisticsRequest((Statistic("region_mass"),)).to_wire()
-    for run in (lambda r: log_prob_pass(packed_worker, r, request),
-                lambda r: counterfactual(packed_worker, r, Intervention(kind="region"))):  # fmt: skip
+    for run in (
+        lambda r: log_prob_pass(packed_worker, r, request),
+        lambda r: counterfactual(packed_worker, r, Intervention(kind="region")),
+    ):
         one, other = run(none), run(null)
         for name in one.keys() - {"metrics", "sayo_probe_seconds"}:
             for a, b in zip(one[name].unbind(), other[name].unbind(), strict=True):

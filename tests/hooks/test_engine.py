@@ -67,9 +67,12 @@ def eager_masses(policy, rows, layers, query_row="input"):
         ids = row["input_ids"][None]
         with torch.no_grad():
             model(
-                input_ids=ids, position_ids=row["position_ids"][:, None], use_cache=False,
-                attention_mask=torch.ones_like(ids), **images,
-            )  # fmt: skip
+                input_ids=ids,
+                position_ids=row["position_ids"][:, None],
+                use_cache=False,
+                attention_mask=torch.ones_like(ids),
+                **images,
+            )
         mean_SS = torch.stack([attentions[layer % 2][0].mean(0) for layer in layers]).mean(0)
         prompt, length = row["prompts"].shape[0], ids.shape[1]
         first = prompt if query_row == "input" else prompt - 1
@@ -150,8 +153,11 @@ def test_without_a_request_the_engine_is_verls_own(rows, packed_worker):
     for name in ("log_probs", "entropy"):
         for a, b in zip(plain[name].unbind(), probed[name].unbind(), strict=True):
             assert torch.equal(a, b), f"the probe changed {name}"
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in packed_worker.engine.module.modules()
-                if type(m).__name__.endswith(("TextAttention", "TextRMSNorm")))  # fmt: skip
+    hooks = sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks)
+        for m in packed_worker.engine.module.modules()
+        if type(m).__name__.endswith(("TextAttention", "TextRMSNorm"))
+    )
     assert hooks == 0, "hooks outlived the pass"
 
 
@@ -228,9 +234,11 @@ def video_row(processor, n_frames, width, height, response_length):
     ids = torch.cat([prompt, row["responses"]])
     types = torch.cat([inputs["mm_token_type_ids"], torch.zeros(1, response_length, dtype=torch.long)], 1)
     positions, _ = processor.get_rope_index(
-        input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], mm_token_type_ids=types,
+        input_ids=ids[None],
+        attention_mask=torch.ones_like(ids)[None],
+        mm_token_type_ids=types,
         video_grid_thw=inputs["video_grid_thw"],
-    )  # fmt: skip
+    )
     text_positions = torch.arange(len(ids))[None]
     return row | {
         "prompts": prompt,

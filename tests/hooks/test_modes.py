@@ -89,8 +89,11 @@ def pairs(mode: Mode) -> set[tuple]:
 
 def covering(family: TinyFamily) -> list[Mode]:
     """A small set of modes that holds every pair of settings; greedy, so always the same."""
-    modes = [mode for mode in map(Mode, *zip(*itertools.product(*CHOICES.values()), strict=True))
-             if runs_in_verl(family, mode)]  # fmt: skip
+    modes = [
+        mode
+        for mode in map(Mode, *zip(*itertools.product(*CHOICES.values()), strict=True))
+        if runs_in_verl(family, mode)
+    ]
     missing, chosen = set().union(*map(pairs, modes)), []
     while missing:
         best = max(modes, key=lambda mode: len(pairs(mode) & missing))
@@ -203,8 +206,10 @@ def test_the_modes_cover_every_pair(name):
     every = list(itertools.product(*CHOICES.values()))
     runnable = [mode for mode in (Mode(*values) for values in every) if runs_in_verl(TINY[name], mode)]
     wanted = set().union(*map(pairs, runnable))
-    print(f"{name}: {len(modes)} modes for {len(wanted)} pairs of settings; {len(every) - len(runnable)} of "
-          f"{len(every)} combinations mean nothing or do not run in verl")  # fmt: skip
+    print(
+        f"{name}: {len(modes)} modes for {len(wanted)} pairs of settings; {len(every) - len(runnable)} of "
+        f"{len(every)} combinations mean nothing or do not run in verl"
+    )
     assert set().union(*map(pairs, modes)) == wanted
 
 
@@ -287,8 +292,12 @@ EVERY_PASS = ("plain", "full", "neighbours")
 SINGLE_ROWS = (("dynamic", False), ("micro_batch", 1))
 TWO_RANKS = (
     TwoRanks("qwen3_vl", "ulysses", EVERY_PASS),
-    TwoRanks("qwen3_vl", "ulysses-fsdp-fused-lora-single-rows", lora=True,
-             settings=(("strategy", "fsdp"), ("fused", True), *SINGLE_ROWS)),
+    TwoRanks(
+        "qwen3_vl",
+        "ulysses-fsdp-fused-lora-single-rows",
+        lora=True,
+        settings=(("strategy", "fsdp"), ("fused", True), *SINGLE_ROWS),
+    ),
     TwoRanks("qwen3_vl", "data-fsdp2", settings=(("ulysses", False),)),
     TwoRanks("qwen3_vl_moe", "ulysses-fused", EVERY_PASS, settings=(("fused", True),)),
     TwoRanks("qwen3_vl_moe", "data-fsdp-lora", lora=True, settings=(("ulysses", False), ("strategy", "fsdp"))),
@@ -296,7 +305,7 @@ TWO_RANKS = (
     TwoRanks("qwen2_5_vl", "ulysses-lora-bucket", lora=True, settings=(("bucket", 64),)),
     TwoRanks("qwen2_5_vl", "data-fsdp-fused", settings=(("ulysses", False), ("strategy", "fsdp"), ("fused", True))),
     TwoRanks("internvl", "data-fsdp2", settings=(("ulysses", False),)),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")

@@ -46,13 +46,24 @@ def queue(monkeypatch):
 
 def build(repo, refill, *, mode="sync", **filter_groups):
     """The buffer that verl's trainer builds under ``+hardware=cpu``."""
-    v1 = {"sync": {}, "colocate_async": {}, "sampler": {"max_off_policy_threshold": None,
-          "max_off_policy_strategy": "drop", "custom_sampler": {"path": None, "name": None}}}  # fmt: skip
+    v1 = {
+        "sync": {},
+        "colocate_async": {},
+        "sampler": {
+            "max_off_policy_threshold": None,
+            "max_off_policy_strategy": "drop",
+            "custom_sampler": {"path": None, "name": None},
+        },
+    }
     config = OmegaConf.merge(
-        {"trainer": {"v1": v1}, "data": {"train_batch_size": 2}, "algorithm": {"filter_groups": filter_groups},
-         "reward": {"reward_model": {"enable": False}}},
+        {
+            "trainer": {"v1": v1},
+            "data": {"train_batch_size": 2},
+            "algorithm": {"filter_groups": filter_groups},
+            "reward": {"reward_model": {"enable": False}},
+        },
         {"trainer": {"v1": OmegaConf.load(repo / CPU).trainer.v1}},
-    )  # fmt: skip
+    )
     trainer = SimpleNamespace(config=config, trainer_mode=mode, _add_prompts_to_generate=refill)
     trainer._resolve_filter_groups_metric = lambda: PPOTrainer._resolve_filter_groups_metric(trainer)
     return PPOTrainer._build_replay_buffer(trainer)

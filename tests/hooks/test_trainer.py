@@ -116,13 +116,19 @@ def put_batch(partition, order, lengths=(3, 5, 7, 9)):
         score[-1] = float(i)
         rows.append(
             {
-                "prompts": prompt, "responses": response, "input_ids": ids,
+                "prompts": prompt,
+                "responses": response,
+                "input_ids": ids,
                 "position_ids": torch.arange(len(ids))[None].repeat(4, 1),
-                "response_mask": torch.ones(length).long(), "loss_mask": torch.ones(length).long(),
-                "rm_scores": score, "uid": f"u{i // 2}", "extra_info": {"index": i}, "multi_modal_inputs": {},
+                "response_mask": torch.ones(length).long(),
+                "loss_mask": torch.ones(length).long(),
+                "rm_scores": score,
+                "uid": f"u{i // 2}",
+                "extra_info": {"index": i},
+                "multi_modal_inputs": {},
                 "extra_fields": {"reward_extra_info": {"acc": float(i == 3), "format": 1.0}},
             }
-        )  # fmt: skip
+        )
         keys.append(f"u{i // 2}_{i % 2}_0")
         tags.append({"status": "success", "seq_len": len(ids), "prompt_len": len(prompt), "response_len": length})
     tq.kv_batch_put(keys=keys, partition_id=partition, fields=tu.list_of_dict_to_tensordict(rows), tags=tags)
@@ -259,8 +265,10 @@ def test_the_counterfactual_pass_leaves_the_first_pass_as_it_was(queue, config):
     trainer._needs = method.needs()
     batch, rows = put_batch("train-counterfactual", [2, 0, 3, 1])
     after = trainer._compute_old_log_prob(batch, metrics)
-    stored = {name: tq.kv_batch_get(keys=after.keys, partition_id=after.partition_id, select_fields=[name])[name]
-              for name in ("old_log_probs", "entropy", "log_probs")}  # fmt: skip
+    stored = {
+        name: tq.kv_batch_get(keys=after.keys, partition_id=after.partition_id, select_fields=[name])[name]
+        for name in ("old_log_probs", "entropy", "log_probs")
+    }
     assert INTERVENTION_KEY not in batch.extra_info
     trainer._compute_ref_log_prob(after, metrics)
     trainer._compute_advantage(after, metrics)
@@ -329,8 +337,9 @@ def test_a_batch_that_changed_on_the_way_gets_its_own_credit(queue, config):
     batch, rows = put_batch("train-reordered", [0, 1, 2, 3])
     after = trainer._compute_old_log_prob(batch, metrics)
     order = [3, 1, 0, 2]
-    turned = KVBatchMeta(partition_id=after.partition_id, keys=[after.keys[i] for i in order],
-                         tags=[after.tags[i] for i in order])  # fmt: skip
+    turned = KVBatchMeta(
+        partition_id=after.partition_id, keys=[after.keys[i] for i in order], tags=[after.tags[i] for i in order]
+    )
     done = trainer._compute_advantage(turned, metrics)
     first, second = (signals.uid for _, signals in method.seen)
     assert second == tuple(first[i] for i in order)

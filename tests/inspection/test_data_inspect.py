@@ -63,9 +63,18 @@ def encoded(kind: str = "PNG", size: tuple[int, int] = (96, 64), seed: int = 0, 
     return out.getvalue()
 
 
-def row(number: int = 0, *, data: list[bytes] | None = None, boxes: Any = ..., text: str | None = None,
-        question: str | None = None, answer: Any = "red", source: Any = "my/photos", sizes: Any = ...,
-        **info: Any) -> dict[str, Any]:  # fmt: skip
+def row(
+    number: int = 0,
+    *,
+    data: list[bytes] | None = None,
+    boxes: Any = ...,
+    text: str | None = None,
+    question: str | None = None,
+    answer: Any = "red",
+    source: Any = "my/photos",
+    sizes: Any = ...,
+    **info: Any,
+) -> dict[str, Any]:
     """A row of the contract, with one picture of its own."""
     data = [encoded(seed=number)] if data is None else data
     question = f"What colour is number {number}?" if question is None else question
@@ -77,12 +86,20 @@ def row(number: int = 0, *, data: list[bytes] | None = None, boxes: Any = ..., t
         "ability": "vqa",
         "reward_model": {"style": "rule", "ground_truth": answer},
         "extra_info": {
-            "index": number, "split": "train", "id": f"row-{number}", "question": question, "answer": str(answer),
-            "kind": "colour", "boxes": boxes, "box_names": [["thing"] * len(b) for b in boxes or []],
-            "box_source": "drawn", "image_keys": [f"picture-{number}-{i}" for i in range(len(data))],
-            "image_size_wh": [[96, 64] for _ in data] if sizes is ... else sizes, **info,
+            "index": number,
+            "split": "train",
+            "id": f"row-{number}",
+            "question": question,
+            "answer": str(answer),
+            "kind": "colour",
+            "boxes": boxes,
+            "box_names": [["thing"] * len(b) for b in boxes or []],
+            "box_source": "drawn",
+            "image_keys": [f"picture-{number}-{i}" for i in range(len(data))],
+            "image_size_wh": [[96, 64] for _ in data] if sizes is ... else sizes,
+            **info,
         },
-    }  # fmt: skip
+    }
 
 
 def write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema | None = ROW_SCHEMA) -> Path:
@@ -181,10 +198,14 @@ def test_D13_a_question_with_the_tag_of_an_image(audit):
 
 @pytest.mark.parametrize(
     ("code", "box"),
-    [("V03", [10.0, 20.0, 300.0, 400.0]), ("V02", [0.5, 0.5, 0.2, 0.2]), ("V01", [NAN, 0.0, 1.0, 1.0]),
-     ("V01", [0.0, 1.0, 1.0])],
+    [
+        ("V03", [10.0, 20.0, 300.0, 400.0]),
+        ("V02", [0.5, 0.5, 0.2, 0.2]),
+        ("V01", [NAN, 0.0, 1.0, 1.0]),
+        ("V01", [0.0, 1.0, 1.0]),
+    ],
     ids=["D18 pixels", "D17 sizes", "D20 NaN", "three numbers"],
-)  # fmt: skip
+)
 def test_D17_D18_D20_boxes_that_are_none(audit, code, box):
     assert "row 1, extra_info.boxes: got" in only(audit(row(0), row(1, boxes=[[BOX, box]]))[0], code).rows[0]
 
@@ -276,16 +297,27 @@ def test_M07_two_images_and_one_list_of_boxes(audit):
     two = [encoded(seed=1), encoded(seed=2)]
     assert "1 entries for 2 images" in only(audit(row(0, data=two, boxes=[[BOX]]))[0], "D05").rows[0]
     with refusal("P06", "one list of boxes per image"):
-        plan_row(torch.tensor([9, 5, 5, 9]), 0, image_token_id=5, images=[merged_grid(1, 2, 2, 2, where="")] * 2,
-                 boxes=[[BOX]], coverage=0.5, where="row 0")  # fmt: skip
+        plan_row(
+            torch.tensor([9, 5, 5, 9]),
+            0,
+            image_token_id=5,
+            images=[merged_grid(1, 2, 2, 2, where="")] * 2,
+            boxes=[[BOX]],
+            coverage=0.5,
+            where="row 0",
+        )
 
 
 @pytest.mark.parametrize(
     ("info", "says"),
-    [({"box_names": [["a", "b"]]}, "box_names: got [2], wanted [1]"), ({"box_names": []}, "got [], wanted [1]"),
-     ({"image_keys": ["a", "b"]}, "image_keys: got 2"), ({"image_size_wh": []}, "image_size_wh: got 0")],
+    [
+        ({"box_names": [["a", "b"]]}, "box_names: got [2], wanted [1]"),
+        ({"box_names": []}, "got [], wanted [1]"),
+        ({"image_keys": ["a", "b"]}, "image_keys: got 2"),
+        ({"image_size_wh": []}, "image_size_wh: got 0"),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_lists_that_are_not_nested_by_image(audit, info, says):
     only(audit(row(0, **info), row(1))[0], "D05", says=says)
 
@@ -296,8 +328,17 @@ def test_M11_a_row_with_a_video(audit):
     only(audit(shown, row(1) | {"videos": None}, schema=schema)[0], "D66", says="row 0, videos")
     assert {f.code for f in audit(row(0) | {"videos": ["a.mp4"]}, schema=schema)[0]} == {"D09", "D66"}
     with refusal("P07", "video"):
-        plan_row(torch.tensor([9, 5, 6, 6, 9]), 0, image_token_id=5, images=[merged_grid(1, 2, 2, 2, where="")],
-                 boxes=[[BOX]], coverage=0.5, where="row 0", video_token_id=6, videos=2)  # fmt: skip
+        plan_row(
+            torch.tensor([9, 5, 6, 6, 9]),
+            0,
+            image_token_id=5,
+            images=[merged_grid(1, 2, 2, 2, where="")],
+            boxes=[[BOX]],
+            coverage=0.5,
+            where="row 0",
+            video_token_id=6,
+            videos=2,
+        )
 
 
 def test_the_same_question_about_the_same_image(audit):
@@ -451,8 +492,12 @@ def test_the_tokens_of_a_row_are_those_of_the_processor(models, name):
         assert alone.tiles == [tiles]
         np.testing.assert_array_equal(mask_NV, box_masks(of_image, tiles))
         if TINY[name].tiles:
-            assert tiles == tile_grid(sum(t.y0 == 0 for t in tiles if t != tiles[-1]) or 1,
-                                      sum(t.x0 == 0 for t in tiles if t != tiles[-1]) or 1, 2, where="")  # fmt: skip
+            assert tiles == tile_grid(
+                sum(t.y0 == 0 for t in tiles if t != tiles[-1]) or 1,
+                sum(t.x0 == 0 for t in tiles if t != tiles[-1]) or 1,
+                2,
+                where="",
+            )
     assert seen.tokens_per_box == [int(n) for m in seen.masks for n in m.sum(axis=1)]
     assert min(seen.tokens_per_box) >= 1
     assert seen.prompt_tokens > sum(t.tokens for tiles in seen.tiles for t in tiles)
@@ -573,15 +618,23 @@ def test_M08_an_image_that_is_added_in_the_response_is_not_the_prompts(models):
 
 def test_M14_a_placeholder_in_the_response_is_text(models):
     ids = torch.tensor([1, 5, 5, 2, 5, 8])
-    plan = plan_row(ids, 2, image_token_id=5, images=[merged_grid(1, 2, 4, 2, where="")], boxes=[[BOX]], coverage=0.5,
-                    where="row")  # fmt: skip
+    plan = plan_row(
+        ids, 2, image_token_id=5, images=[merged_grid(1, 2, 4, 2, where="")], boxes=[[BOX]], coverage=0.5, where="row"
+    )
     assert plan.image_columns.tolist() == [1, 2]
     assert plan.keys["response"].nonzero().flatten().tolist() == [4, 5]
 
 
 def test_M13_a_padding_row_of_verl_has_boxes_and_no_image(models):
-    plan = plan_row(torch.tensor([1, 2, 3]), 1, image_token_id=5, boxes=[[BOX]], coverage=0.5, where="row",
-                    images=image_tiles({}, FAMILIES["qwen3_vl"], None, where="row"))  # fmt: skip
+    plan = plan_row(
+        torch.tensor([1, 2, 3]),
+        1,
+        image_token_id=5,
+        boxes=[[BOX]],
+        coverage=0.5,
+        where="row",
+        images=image_tiles({}, FAMILIES["qwen3_vl"], None, where="row"),
+    )
     assert (plan.region_tokens, len(plan.image_columns)) == (0, 0)
     assert not plan.keys["region"].any()
 
@@ -721,8 +774,15 @@ class Drawings(HTMLParser):
 
 
 def sample(picture: Picture, **texts: str) -> Sample:
-    told = {"where": "rows row 3", "why": "at random", "question": "What?", "answer": "red", "source": "my/photos",
-            "kind": "colour", "box_source": "drawn"}  # fmt: skip
+    told = {
+        "where": "rows row 3",
+        "why": "at random",
+        "question": "What?",
+        "answer": "red",
+        "source": "my/photos",
+        "kind": "colour",
+        "box_source": "drawn",
+    }
     return Sample(**(told | texts), prompt_tokens=40, pictures=(picture,))
 
 
@@ -858,8 +918,10 @@ def test_which_files_are_training_and_which_validation(tmp_path):
 
 
 def test_the_modules_import_neither_torch_nor_verl():
-    code = ("import sys, sayo_verl.inspection.command, sayo_verl.data.check, sayo_verl.inspection.page; "
-            "print([m for m in ('torch', 'transformers', 'verl', 'rich') if m in sys.modules])")  # fmt: skip
+    code = (
+        "import sys, sayo_verl.inspection.command, sayo_verl.data.check, sayo_verl.inspection.page; "
+        "print([m for m in ('torch', 'transformers', 'verl', 'rich') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -92,10 +92,12 @@ def test_cards_that_torch_sees_are_shown_with_their_memory(nvidia_smi, monkeypat
 
 @pytest.mark.parametrize(
     ("lines", "status"),
-    [(["NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver."], 9),
-     (["NVIDIA H100, 580.95.05, much, 0, 0, GPU-1"], 0)],
+    [
+        (["NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver."], 9),
+        (["NVIDIA H100, 580.95.05, much, 0, 0, GPU-1"], 0),
+    ],
     ids=["fails", "no numbers"],
-)  # fmt: skip
+)
 def test_an_nvidia_smi_that_does_not_list_cards_is_reported(nvidia_smi, lines, status):
     nvidia_smi(*lines, status=status)
     (device,) = doctor.check_device("gpu")
@@ -224,8 +226,10 @@ def test_a_job_is_looked_at_with_its_memory_and_its_cards(tmp_path, monkeypatch)
     monkeypatch.setattr(doctor, "cards", lambda: [machine.Card("H100", "580.1", 81559, 0)] * 4)
     passed, *memory, cards = doctor.check_job(job(tmp_path, PLAN))
     assert passed.right
-    assert [line.found for line in memory] == ["by arithmetic, in GiB of 79.6 (nvidia-smi)",
-                                               "update 74.1: weights 30.1 - TIGHT, 93% of the card"]  # fmt: skip
+    assert [line.found for line in memory] == [
+        "by arithmetic, in GiB of 79.6 (nvidia-smi)",
+        "update 74.1: weights 30.1 - TIGHT, 93% of the card",
+    ]
     assert (cards.found, cards.right) == ("needs 8 GPUs on each node, found 4", False)
     monkeypatch.setattr(doctor, "cards", lambda: [machine.Card("H100", "580.1", 81559, 0)] * 8)
     assert doctor.check_job(job(tmp_path, PLAN))[-1].right

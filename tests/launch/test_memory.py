@@ -135,11 +135,35 @@ def test_a_vision_block_keeps_no_more_than_the_arithmetic_says(models, name):
 
 
 # --------------------------------------------------------------------------------------------------------- the phases
-JOB = Job(shards=8, tensor_parallel=1, tokens=16384, log_prob_tokens=16384, visual_tokens=16000, max_prompt=6500,
-          max_response=110, max_model_len=6610, weight_bytes=4, param_offload=False, optimizer_offload=False,
-          host_policy=False, lora=False, checkpointing=True, unreduced=False, update_logits=2, log_prob_logits=2,
-          utilization=0.6, sleeps=True, batched_tokens=8192, sequences=256, bucket=2**31, card=80.0, probe_sets=2,
-          probe_profile=False, probe_hidden=False, foreach=True)  # fmt: skip
+JOB = Job(
+    shards=8,
+    tensor_parallel=1,
+    tokens=16384,
+    log_prob_tokens=16384,
+    visual_tokens=16000,
+    max_prompt=6500,
+    max_response=110,
+    max_model_len=6610,
+    weight_bytes=4,
+    param_offload=False,
+    optimizer_offload=False,
+    host_policy=False,
+    lora=False,
+    checkpointing=True,
+    unreduced=False,
+    update_logits=2,
+    log_prob_logits=2,
+    utilization=0.6,
+    sleeps=True,
+    batched_tokens=8192,
+    sequences=256,
+    bucket=2**31,
+    card=80.0,
+    probe_sets=2,
+    probe_profile=False,
+    probe_hidden=False,
+    foreach=True,
+)
 
 
 def totals(s: Shapes, **changes: Any) -> dict[str, float]:
@@ -305,9 +329,11 @@ def test_L58_unset_length_of_8b(make):
 def test_L58_lengths_that_do_not_go_together(make):
     refused(make(**{"actor_rollout_ref.rollout.max_model_len": 6609}), "L58", "got 6609;", "set it to 6610")
     refused(make("Qwen2.5-VL-7B", **{"actor_rollout_ref.rollout.max_model_len": 128001}), "L58", "<= 128000")
-    refused(make("Qwen2.5-VL-7B", **{"data.max_response_length": 130000,
-                                     "actor_rollout_ref.rollout.max_model_len": None}), "L58",
-            "lower data.max_prompt_length")  # fmt: skip
+    refused(
+        make("Qwen2.5-VL-7B", **{"data.max_response_length": 130000, "actor_rollout_ref.rollout.max_model_len": None}),
+        "L58",
+        "lower data.max_prompt_length",
+    )
     # on a CPU as well, where no memory is looked at
     refused(make(**{"actor_rollout_ref.rollout.max_model_len": 100, "trainer.device": "cpu"}), "L58")
     assert plan(make(**{"trainer.device": "cpu"})) == ""
@@ -315,11 +341,21 @@ def test_L58_lengths_that_do_not_go_together(make):
 
 def test_L60_a_full_8b_on_one_card(make):
     one = {"trainer.n_gpus_per_node": 1, "actor_rollout_ref.model.lora_rank": 0}
-    refused(make(**one), "L60", "optimizer step needs more memory than a GPU has, most of it for Adam", "Adam 65.3",
-            "offload_policy=True")  # fmt: skip
+    refused(
+        make(**one),
+        "L60",
+        "optimizer step needs more memory than a GPU has, most of it for Adam",
+        "Adam 65.3",
+        "offload_policy=True",
+    )
     assert "update" in plan(make(**one, **{"actor_rollout_ref.actor.fsdp_config.offload_policy": True}))
-    refused(make(**one, **{"actor_rollout_ref.actor.fsdp_config.offload_policy": True,
-                           "actor_rollout_ref.actor.strategy": "fsdp"}), "L60")  # fmt: skip
+    refused(
+        make(
+            **one,
+            **{"actor_rollout_ref.actor.fsdp_config.offload_policy": True, "actor_rollout_ref.actor.strategy": "fsdp"},
+        ),
+        "L60",
+    )
     assert "rollout" in plan(make(**one, **{"sayo.gpu_memory_gib": 260}))
 
 
@@ -331,12 +367,29 @@ def test_L60_names_the_setting_of_the_largest_term(make):
         "most of it for KV cache (rollout.gpu_memory_utilization)",
         "fix: ROLLOUT_GPU_MEM_UTIL=0.8 in front of the script, or actor_rollout_ref.rollout.gpu_memory_utilization=0.8",
     )
-    refused(make(**{"actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 200_000,
-                    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": 16384}), "L60", "update needs more",
-            "actor.ppo_max_token_len_per_gpu", "from 200000 tokens")  # fmt: skip
-    refused(make(**{"actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": 300_000,
-                    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 16384}), "L60", "log-probs needs more",
-            "rollout.log_prob_max_token_len_per_gpu")  # fmt: skip
+    refused(
+        make(
+            **{
+                "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 200_000,
+                "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": 16384,
+            }
+        ),
+        "L60",
+        "update needs more",
+        "actor.ppo_max_token_len_per_gpu",
+        "from 200000 tokens",
+    )
+    refused(
+        make(
+            **{
+                "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": 300_000,
+                "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 16384,
+            }
+        ),
+        "L60",
+        "log-probs needs more",
+        "rollout.log_prob_max_token_len_per_gpu",
+    )
 
 
 FOUR = {"trainer.n_gpus_per_node": 1, "actor_rollout_ref.rollout.temperature": 1.0}
@@ -344,8 +397,15 @@ FOUR = {"trainer.n_gpus_per_node": 1, "actor_rollout_ref.rollout.temperature": 1
 
 def test_L60_names_no_utilization_where_none_fits_and_the_changes_it_names_do(make):
     config = make("Qwen3-VL-4B", **FOUR, **{"sayo.gpu_memory_gib": 24})
-    refused(config, "L60", "most of it for weights (model_dtype, number of GPUs)", "fix: ", "param_offload=True",
-            "model_dtype=bf16", "GPUs (NGPUS_PER_NODE, NNODES)")  # fmt: skip
+    refused(
+        config,
+        "L60",
+        "most of it for weights (model_dtype, number of GPUs)",
+        "fix: ",
+        "param_offload=True",
+        "model_dtype=bf16",
+        "GPUs (NGPUS_PER_NODE, NNODES)",
+    )
     with pytest.raises(SayoError) as caught:
         plan(config)
     ways = caught.value.fix.split("; or ")
@@ -391,9 +451,14 @@ def test_the_plan_says_in_how_many_waves_a_card_samples(make):
 
 
 def test_micro_batches_are_no_larger_than_the_batch(make):
-    small = make(**{"data.train_batch_size": 1, "actor_rollout_ref.actor.ppo_mini_batch_size": 1,
-                    "actor_rollout_ref.rollout.n": 2,
-                    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 300_000})  # fmt: skip
+    small = make(
+        **{
+            "data.train_batch_size": 1,
+            "actor_rollout_ref.actor.ppo_mini_batch_size": 1,
+            "actor_rollout_ref.rollout.n": 2,
+            "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 300_000,
+        }
+    )
     assert "kept activations 1.8" in plan(small)  # one row of 6,610 tokens
     fixed = {
         "actor_rollout_ref.actor.use_dynamic_bsz": False,
@@ -407,9 +472,13 @@ def test_micro_batches_are_no_larger_than_the_batch(make):
 
 @pytest.mark.parametrize(
     ("key", "value", "logits"),
-    [("rollout.temperature", 0.7, "9.3"), ("model.use_fused_kernels", True, ""),
-     ("model.use_remove_padding", False, "9.3"), ("actor.fsdp_config.use_torch_compile", False, "32.5")],
-)  # fmt: skip
+    [
+        ("rollout.temperature", 0.7, "9.3"),
+        ("model.use_fused_kernels", True, ""),
+        ("model.use_remove_padding", False, "9.3"),
+        ("actor.fsdp_config.use_torch_compile", False, "32.5"),
+    ],
+)
 def test_copies_of_the_logits(make, key, value, logits):
     line = next(line for line in plan(make(**{f"actor_rollout_ref.{key}": value})).splitlines() if "log-probs" in line)
     assert (f"logits {logits}" in line) if logits else ("logits" not in line)
@@ -422,8 +491,9 @@ def test_without_flash_attn_logits_are_kept_in_float32(make, monkeypatch):
 
 
 def test_the_probe_of_a_method_is_counted(make):
-    profile = plan(make(**{"data.max_response_length": 4000, "actor_rollout_ref.rollout.max_model_len": 10500}),
-                   AnchorMethod())  # fmt: skip
+    profile = plan(
+        make(**{"data.max_response_length": 4000, "actor_rollout_ref.rollout.max_model_len": 10500}), AnchorMethod()
+    )
     assert "probe 0.5" in profile
     assert "probe" not in plan(make(), None)
 
@@ -467,12 +537,19 @@ ACTOR, ROLLOUT, MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "roll
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [(f"{ACTOR}.optim.optimizer", "AdamW8bit"), (f"{ACTOR}.optim.optimizer_impl", "bitsandbytes.optim"),
-     (f"{ACTOR}.fsdp_config.reshard_after_forward", False), (f"{MODEL}.enable_activation_offload", True),
-     (f"{MODEL}.lora_adapter_path", "/an/adapter"), (f"{ROLLOUT}.dtype", "float32"),
-     (f"{ROLLOUT}.expert_parallel_size", 2), (f"{ROLLOUT}.max_num_seqs", None),
-     (f"{ROLLOUT}.max_num_batched_tokens", None), ("reward.reward_model.enable", True)],
-)  # fmt: skip
+    [
+        (f"{ACTOR}.optim.optimizer", "AdamW8bit"),
+        (f"{ACTOR}.optim.optimizer_impl", "bitsandbytes.optim"),
+        (f"{ACTOR}.fsdp_config.reshard_after_forward", False),
+        (f"{MODEL}.enable_activation_offload", True),
+        (f"{MODEL}.lora_adapter_path", "/an/adapter"),
+        (f"{ROLLOUT}.dtype", "float32"),
+        (f"{ROLLOUT}.expert_parallel_size", 2),
+        (f"{ROLLOUT}.max_num_seqs", None),
+        (f"{ROLLOUT}.max_num_batched_tokens", None),
+        ("reward.reward_model.enable", True),
+    ],
+)
 def test_settings_that_the_arithmetic_does_not_know(make, key, value):
     shown = "null" if value is None else value
     assert f"not estimated: {key.removeprefix('actor_rollout_ref.')}={shown}" in plan(make(**{key: value}))
@@ -505,9 +582,13 @@ def test_weights_are_spread_over_no_more_devices_than_there_are(make):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [(f"{ROLLOUT}.gpu_memory_utilization", None), (f"{ROLLOUT}.gpu_memory_utilization", 1.2),
-     (f"{ROLLOUT}.gpu_memory_utilization", 0), (f"{MODEL}.lora_rank", None)],
-)  # fmt: skip
+    [
+        (f"{ROLLOUT}.gpu_memory_utilization", None),
+        (f"{ROLLOUT}.gpu_memory_utilization", 1.2),
+        (f"{ROLLOUT}.gpu_memory_utilization", 0),
+        (f"{MODEL}.lora_rank", None),
+    ],
+)
 def test_L62_numbers_that_verl_or_vllm_cannot_use(make, key, value):
     refused(make(**{key: value}), "L62", f"at {key}", f"got {'null' if value is None else value}")
 
@@ -600,15 +681,29 @@ def test_L61_memory_that_is_no_number(make, wrong):
     refused(make(**{"sayo.gpu_memory_gib": wrong}), "L61", f"got {wrong}")
 
 
-@pytest.mark.parametrize("key", ["data.train_files", "data.val_files", "trainer.default_local_dir",
-                                 "actor_rollout_ref.model.path", "reward.custom_reward_function.path",
-                                 "data.custom_cls.path"])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "data.train_files",
+        "data.val_files",
+        "trainer.default_local_dir",
+        "actor_rollout_ref.model.path",
+        "reward.custom_reward_function.path",
+        "data.custom_cls.path",
+    ],
+)
 def test_L59_relative_paths_on_several_nodes(make, tmp_path, monkeypatch, key):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "b").mkdir(parents=True)
-    good = {"trainer.nnodes": 2, "data.train_files": ["/d/a.parquet", "hdfs://d/b.parquet"],
-            "data.val_files": "~/v.parquet", "trainer.default_local_dir": "/c", "trainer.save_freq": 5,
-            "reward.custom_reward_function.path": "pkg://mine", "data.custom_cls.path": "/c/mine.py"}  # fmt: skip
+    good = {
+        "trainer.nnodes": 2,
+        "data.train_files": ["/d/a.parquet", "hdfs://d/b.parquet"],
+        "data.val_files": "~/v.parquet",
+        "trainer.default_local_dir": "/c",
+        "trainer.save_freq": 5,
+        "reward.custom_reward_function.path": "pkg://mine",
+        "data.custom_cls.path": "/c/mine.py",
+    }
     check_paths(make(**good))
     check_paths(make("Qwen/Qwen3-VL-8B-Instruct", **good))
     wrong = ["/d/a.parquet", "models/b"] if key == "data.train_files" else "models/b"
@@ -619,9 +714,14 @@ def test_L59_relative_paths_on_several_nodes(make, tmp_path, monkeypatch, key):
 
 def test_a_relative_folder_of_checkpoints_is_no_matter_where_none_is_saved_or_resumed(make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    values = {"trainer.nnodes": 2, "data.train_files": "/d/a.parquet", "data.val_files": "/d/a.parquet",
-              "trainer.default_local_dir": "checkpoints", "trainer.save_freq": -1,
-              "trainer.resume_mode": "auto"}  # fmt: skip
+    values = {
+        "trainer.nnodes": 2,
+        "data.train_files": "/d/a.parquet",
+        "data.val_files": "/d/a.parquet",
+        "trainer.default_local_dir": "checkpoints",
+        "trainer.save_freq": -1,
+        "trainer.resume_mode": "auto",
+    }
     check_paths(make(**values))
     (tmp_path / "checkpoints").mkdir()  # verl looks for one in there
     with pytest.raises(SayoError, match=r"L59: .* at trainer\.default_local_dir"):

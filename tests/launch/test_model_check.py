@@ -82,14 +82,27 @@ def test_the_family_and_layers_of_a_hub_name_are_checked(of_hub, hub):
     ("code", "model", "values"),
     [
         ("L18", {"model_type": "llava"}, {}),
-        ("L25", {"model_type": "qwen2_5_vl", "num_hidden_layers": 4},
-         {"actor_rollout_ref.model.use_fused_kernels": True, "actor_rollout_ref.actor.strategy": "fsdp2"}),
-        ("P11", {"model_type": "qwen2_5_vl", "text_config": {"num_hidden_layers": 4, "use_sliding_window": True,
-                                                             "sliding_window": 64, "max_window_layers": 2}},
-         {"actor_rollout_ref.model.use_remove_padding": False}),
+        (
+            "L25",
+            {"model_type": "qwen2_5_vl", "num_hidden_layers": 4},
+            {"actor_rollout_ref.model.use_fused_kernels": True, "actor_rollout_ref.actor.strategy": "fsdp2"},
+        ),
+        (
+            "P11",
+            {
+                "model_type": "qwen2_5_vl",
+                "text_config": {
+                    "num_hidden_layers": 4,
+                    "use_sliding_window": True,
+                    "sliding_window": 64,
+                    "max_window_layers": 2,
+                },
+            },
+            {"actor_rollout_ref.model.use_remove_padding": False},
+        ),
     ],
     ids=["L18", "L25", "P11"],
-)  # fmt: skip
+)
 def test_what_is_refused_of_a_folder_is_refused_of_a_hub_name(of_hub, hub, code, model, values):
     hub(**model)
     refused(of_hub(**values), code)

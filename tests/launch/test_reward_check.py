@@ -22,8 +22,9 @@ from sayo_verl.launch.reward_check import KEYS, KWARGS, configure, is_ours
 from sayo_verl.methods import METHODS
 from sayo_verl.reward import compute_score
 
-PATH, NAME, MANAGER = (f"reward.{key}" for key in ("custom_reward_function.path", "custom_reward_function.name",
-                                                   "reward_manager.name"))  # fmt: skip
+PATH, NAME, MANAGER = (
+    f"reward.{key}" for key in ("custom_reward_function.path", "custom_reward_function.name", "reward_manager.name")
+)
 GRPO = {"algorithm.adv_estimator": "grpo"}
 
 
@@ -143,10 +144,18 @@ def test_L34_a_misspelt_setting_suggests_the_right_one(make):  # noqa: F811
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("format_weight", -1.0), ("accuracy_weight", "1"), ("accuracy_weight", True), ("accuracy_weight", float("nan")),
-     ("judge", "maths"), ("format", "ours"), ("think_opened", "yes"),
-     ("length_tokenizer", 3), ("length_tokenizer", "")],
-)  # fmt: skip
+    [
+        ("format_weight", -1.0),
+        ("accuracy_weight", "1"),
+        ("accuracy_weight", True),
+        ("accuracy_weight", float("nan")),
+        ("judge", "maths"),
+        ("format", "ours"),
+        ("think_opened", "yes"),
+        ("length_tokenizer", 3),
+        ("length_tokenizer", ""),
+    ],
+)
 def test_L34_a_value_out_of_range(make, key, value):  # noqa: F811
     error = refused(with_kwargs(make(), **{key: value}), "L34")
     assert (error.where, error.got) == (f"{KWARGS}.{key}", repr(value))
@@ -180,11 +189,13 @@ def test_L34_a_setting_does_not_replace_what_verl_passes(make, tmp_path, key):  
     [
         ("reward.custom_reward_function.reward_kwrgs.accuracy_weight", "reward_kwargs"),
         ("reward.custom_reward_function.pth", "path"),
-        ("reward.reward_kwargs.x", None), ("reward.num_worker", "num_workers"),
-        ("reward.reward_manager.reward_kwargs.x", None), ("reward.reward_manager.nam", "name"),
+        ("reward.reward_kwargs.x", None),
+        ("reward.num_worker", "num_workers"),
+        ("reward.reward_manager.reward_kwargs.x", None),
+        ("reward.reward_manager.nam", "name"),
         ("sayo.preflight_image", "preflight_images"),
     ],
-)  # fmt: skip
+)
 def test_L34_a_key_that_nothing_reads(make, key, near):  # noqa: F811
     error = refused(add(make(), key, 3), "L34")
     assert key.startswith(error.where)
@@ -221,8 +232,11 @@ def estimator(name, **values):
 @pytest.mark.parametrize(
     ("values", "format_weight", "remark"),
     [
-        (GRPO, 1.0, None), (GRPO, 0.0, None), (estimator("rloo"), 1.0, None),
-        (estimator("attn_dual"), 1.0, None), (estimator("attn_anchor"), 1.0, None),
+        (GRPO, 1.0, None),
+        (GRPO, 0.0, None),
+        (estimator("rloo"), 1.0, None),
+        (estimator("attn_dual"), 1.0, None),
+        (estimator("attn_anchor"), 1.0, None),
         (estimator("attn_region", **{"algorithm.attn.region.weight": 0.0}), 1.0, None),
         (estimator("attn_region", **{"algorithm.attn.region.per_token": True}), 1.0, None),
         (estimator("attn_region"), 1.0, "attention and format only: nothing says which answer is right, the paper's"),
@@ -231,7 +245,7 @@ def estimator(name, **values):
         (estimator("attn_mix", **{"algorithm.attn.mix": ["dual"]}), 1.0, None),
         (estimator("attn_faithful"), 1.0, ""),
     ],
-)  # fmt: skip
+)
 def test_L31_a_reward_that_no_answer_changes(make, values, format_weight, remark):  # noqa: F811
     weights = {"format_weight": format_weight, "accuracy_weight": 0.0}
     if remark is None:
@@ -246,8 +260,9 @@ def test_L31_a_reward_that_no_answer_changes(make, values, format_weight, remark
         assert ("nothing says" in plan) == bool(remark)
 
 
-@pytest.mark.parametrize("path", ["{file}", "file://{file}", "pkg://sayo_verl.reward.__init__", "pkg://sayo_verl/reward",
-                                  "alias.py"])  # fmt: skip
+@pytest.mark.parametrize(
+    "path", ["{file}", "file://{file}", "pkg://sayo_verl.reward.__init__", "pkg://sayo_verl/reward", "alias.py"]
+)
 def test_our_function_is_known_under_every_path(make, tmp_path, path):  # noqa: F811
     (tmp_path / "alias.py").write_text("from sayo_verl.reward import compute_score\n")
     path = path.format(file=sayo_verl.reward.__file__)
@@ -276,8 +291,11 @@ def test_the_advertised_command_asks_for_accuracy(repo, environment):
     bare = launch(repo, "run_sayo_qwen3vl_8b.sh", environment, "algorithm.adv_estimator=grpo", DRY_RUN="1")
     assert bare.returncode != 0
     assert "SAYO-L31" in bare.stderr
-    (line,) = re.findall(r"^(.*)bash scripts/(run_sayo\w+\.sh) (algorithm.adv_estimator=grpo)", (repo / "README.md")
-                         .read_text(), re.MULTILINE)  # fmt: skip
+    (line,) = re.findall(
+        r"^(.*)bash scripts/(run_sayo\w+\.sh) (algorithm.adv_estimator=grpo)",
+        (repo / "README.md").read_text(),
+        re.MULTILINE,
+    )
     told = dict(pair.split("=") for pair in line[0].split())
     done = launch(repo, line[1], environment, line[2], DRY_RUN="1", **told)
     assert done.returncode == 0, done.stderr
@@ -305,9 +323,12 @@ def test_L36_a_reward_model_beside_the_function(make, tmp_path):  # noqa: F811
 
 RIGHT = {"score": 2.0, "acc": 1.0, "format": 1.0}
 MANAGERS = {  # name: whether the launcher takes it with sayo_verl.reward
-    "naive": True, "dapo": True, "gdpo": True, "remote": True,
+    "naive": True,
+    "dapo": True,
+    "gdpo": True,
+    "remote": True,
     "rate_limited": False,  # reward 0 for every error, and no word
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -349,9 +370,12 @@ def _run_manager(cls, policy, truth):
     extra = np.array([{}], dtype=object)
     data = DataProto.from_dict(
         {"responses": ids, "attention_mask": torch.ones_like(ids)},
-        non_tensors={"data_source": np.array(["a"], dtype=object), "extra_info": extra,
-                     "reward_model": np.array([{"ground_truth": truth}], dtype=object)},
-    )  # fmt: skip
+        non_tensors={
+            "data_source": np.array(["a"], dtype=object),
+            "extra_info": extra,
+            "reward_model": np.array([{"ground_truth": truth}], dtype=object),
+        },
+    )
     config = OmegaConf.create({"reward": {"num_workers": 1}, "trainer": {"experiment_name": "x"}})
 
     async def run():
@@ -422,10 +446,14 @@ def think_opened(config):
 
 @pytest.mark.parametrize(
     ("generation", "plan", "opened"),
-    [("", "opens no <think>", None), ("<think>", "opens <think>: responses are graded as", True),
-     (OPENED, "opens <think>: responses are graded as", True), (CLOSED, "adds a closed think block", None)],
+    [
+        ("", "opens no <think>", None),
+        ("<think>", "opens <think>: responses are graded as", True),
+        (OPENED, "opens <think>: responses are graded as", True),
+        (CLOSED, "adds a closed think block", None),
+    ],
     ids=ascii,
-)  # fmt: skip
+)
 def test_an_opened_think_block_is_found_and_set(template, generation, plan, opened):
     config = template(generation)
     assert plan in dict(preflight(config))["template"]

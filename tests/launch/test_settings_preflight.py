@@ -270,11 +270,20 @@ def test_L02_an_unknown_node_is_refused_under_grpo_too(make):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("weight", "1.0"), ("weight", True), ("weight", None), ("weight", [1.0]),
-        ("entropy_fraction", "30%"), ("coverage", False),
-        ("layers", -1), ("layers", "last"), ("layers", ["-1"]), ("layers", [1.5]), ("layers", [True]), ("layers", None),
+        ("weight", "1.0"),
+        ("weight", True),
+        ("weight", None),
+        ("weight", [1.0]),
+        ("entropy_fraction", "30%"),
+        ("coverage", False),
+        ("layers", -1),
+        ("layers", "last"),
+        ("layers", ["-1"]),
+        ("layers", [1.5]),
+        ("layers", [True]),
+        ("layers", None),
     ],
-)  # fmt: skip
+)
 def test_L03_a_value_of_the_wrong_type_is_refused(make, key, value):
     error = refused(make(**{f"algorithm.attn.region.{key}": value}), "L03")
     assert error.where == f"algorithm.attn.region.{key}"
@@ -309,20 +318,35 @@ SETTINGS = [
     ("L06", {"algorithm.rollout_correction.bypass_mode": True}, "algorithm.rollout_correction.bypass_mode"),
     ("L07", {"algorithm.use_pf_ppo": True}, "algorithm.use_pf_ppo"),
     ("L08", {"actor_rollout_ref.actor.strategy": "megatron"}, "actor_rollout_ref.actor.strategy"),
-    ("L09", {"actor_rollout_ref.model.use_remove_padding": False,
-             "actor_rollout_ref.actor.ulysses_sequence_parallel_size": 2},
-     "actor_rollout_ref.model.use_remove_padding"),
-    ("L09", {"actor_rollout_ref.model.use_remove_padding": False,
-             "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2},
-     "actor_rollout_ref.model.use_remove_padding"),
-    ("L24", {"actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
-             "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2},
-     "actor_rollout_ref.model.override_config.attn_implementation"),
+    (
+        "L09",
+        {
+            "actor_rollout_ref.model.use_remove_padding": False,
+            "actor_rollout_ref.actor.ulysses_sequence_parallel_size": 2,
+        },
+        "actor_rollout_ref.model.use_remove_padding",
+    ),
+    (
+        "L09",
+        {
+            "actor_rollout_ref.model.use_remove_padding": False,
+            "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2,
+        },
+        "actor_rollout_ref.model.use_remove_padding",
+    ),
+    (
+        "L24",
+        {
+            "actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
+            "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2,
+        },
+        "actor_rollout_ref.model.override_config.attn_implementation",
+    ),
     ("L10", {"algorithm.filter_groups.enable": True}, "algorithm.filter_groups.enable"),
     ("L12", {"actor_rollout_ref.rollout.n": 1}, "actor_rollout_ref.rollout.n"),
     ("L13", {"actor_rollout_ref.rollout.multi_turn.enable": True}, "actor_rollout_ref.rollout.multi_turn.enable"),
     ("L20", {"actor_rollout_ref.model.external_lib": "my_models"}, "actor_rollout_ref.model.external_lib"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("code", "values", "key"), SETTINGS, ids=[f"{c} {next(iter(v))}" for c, v, _ in SETTINGS])
@@ -445,8 +469,9 @@ def test_L18_an_unknown_model_family(make, tmp_path):
 
 
 def test_L09_a_family_that_verl_does_not_split_over_devices(make, tmp_path):
-    model = write_model(tmp_path / "internvl", model_type="internvl",
-                        text_config={"model_type": "qwen3", "num_hidden_layers": 4})  # fmt: skip
+    model = write_model(
+        tmp_path / "internvl", model_type="internvl", text_config={"model_type": "qwen3", "num_hidden_layers": 4}
+    )
     flash = {"actor_rollout_ref.model.override_config.attn_implementation": "flash_attention_2"}
     values = {"actor_rollout_ref.model.path": str(model), **flash}
     assert "internvl, probing layer 3 of 4" in dict(preflight(make(**values), dry_run=True))["model"]
@@ -484,8 +509,11 @@ def test_L25_fused_kernels_that_do_not_run(make, tmp_path):
 def test_P11_a_sliding_window_layer(make, tmp_path):
     text = {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}
     model = write_model(tmp_path / "sliding", model_type="qwen2_5_vl", text_config=text)
-    values = {"actor_rollout_ref.model.path": str(model), "algorithm.attn.region.layers": [0, 3],
-              "actor_rollout_ref.model.use_remove_padding": False}  # fmt: skip
+    values = {
+        "actor_rollout_ref.model.path": str(model),
+        "algorithm.attn.region.layers": [0, 3],
+        "actor_rollout_ref.model.use_remove_padding": False,
+    }
     error = refused(make(**values), "P11")
     assert "3: 'sliding_attention'" in str(error)
     values["algorithm.attn.region.layers"] = [0, 1]
@@ -634,13 +662,15 @@ def write_sizes(path: Path, *sizes: tuple[int, int], text: str = "<image>What co
         Image.new("RGB", (max(1, size[0]), max(1, size[1])), (i, zlib.crc32(path.name.encode()) % 256, 0)).save(
             png, "PNG"
         )
-        rows.append({
-            "data_source": "sayo/scenes",
-            "prompt": [{"role": "user", "content": text if size[0] else text.replace("<image>", "")}],
-            "images": [{"bytes": png.getvalue(), "path": None}] if size[0] else [],
-            "reward_model": {"style": "rule", "ground_truth": "red"},
-            "extra_info": {"index": i, "boxes": [[[0.0, 0.0, 0.5, 0.5]]] if size[0] else []},
-        })  # fmt: skip
+        rows.append(
+            {
+                "data_source": "sayo/scenes",
+                "prompt": [{"role": "user", "content": text if size[0] else text.replace("<image>", "")}],
+                "images": [{"bytes": png.getvalue(), "path": None}] if size[0] else [],
+                "reward_model": {"style": "rule", "ground_truth": "red"},
+                "extra_info": {"index": i, "boxes": [[[0.0, 0.0, 0.5, 0.5]]] if size[0] else []},
+            }
+        )
     pq.write_table(pa.Table.from_pylist(rows), path)
     return str(path)
 
@@ -650,11 +680,16 @@ def through(make, random_policy, tmp_path):
     """``through((width, height), ..., **values)``: a configuration whose rows go through a processor."""
 
     def composed_with(*sizes: tuple[int, int], text: str = "<image>What colour?", **values: Any) -> DictConfig:
-        return make(**{
-            "actor_rollout_ref.model.path": str(random_policy), "sayo.preflight_prompts": 8,
-            "actor_rollout_ref.model.use_remove_padding": False, "data.train_batch_size": 2,
-            "data.train_files": write_sizes(tmp_path / "some.parquet", *sizes, text=text),
-        } | values)  # fmt: skip
+        return make(
+            **{
+                "actor_rollout_ref.model.path": str(random_policy),
+                "sayo.preflight_prompts": 8,
+                "actor_rollout_ref.model.use_remove_padding": False,
+                "data.train_batch_size": 2,
+                "data.train_files": write_sizes(tmp_path / "some.parquet", *sizes, text=text),
+            }
+            | values
+        )
 
     return composed_with
 
@@ -702,8 +737,11 @@ def test_long_text_prompts_are_counted_since_verl_cuts_them(through):
     config.algorithm.adv_estimator = "grpo"
     images = refused(config, "D68")
     assert "row 0" in images.where
-    OmegaConf.update(config, "data.train_files", write_sizes(Path(config.data.train_files), (0, 0), (0, 0),
-                     text="What colour? " * 400))  # fmt: skip
+    OmegaConf.update(
+        config,
+        "data.train_files",
+        write_sizes(Path(config.data.train_files), (0, 0), (0, 0), text="What colour? " * 400),
+    )
     assert "2 text prompts are cut on the left" in dict(preflight(config))["prompts"]
 
 
@@ -720,10 +758,13 @@ def test_D68_a_model_without_its_processor(make):
 
 @pytest.mark.parametrize(
     ("values", "says"),
-    [({"sayo.preflight_prompts": 0}, "sayo.preflight_prompts"), ({"sayo.preflight_images": -1}, "preflight_images"),
-     ({"actor_rollout_ref.model.path": "Qwen/Qwen3-VL-8B-Instruct"}, "not on this machine")],
+    [
+        ({"sayo.preflight_prompts": 0}, "sayo.preflight_prompts"),
+        ({"sayo.preflight_images": -1}, "preflight_images"),
+        ({"actor_rollout_ref.model.path": "Qwen/Qwen3-VL-8B-Instruct"}, "not on this machine"),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_was_not_checked_is_told(through, values, says):
     told = dict(preflight(through(SMALL, SMALL, **values), dry_run=True))["prompts"]
     assert told.startswith("not checked")

@@ -17,19 +17,42 @@ from sayo_verl.methods import METHODS, AnchorMethod, DualMethod, Mix, RegionMeth
 RIGHT, REFUSED, OWN = "right", "refused", "verl's own"
 # With a method that gives token weights.
 LOSS_MODES = {
-    "vanilla": RIGHT, "dppo_tv": RIGHT, "dppo_kl": RIGHT, "gspo": RIGHT, "sapo": RIGHT, "gpg": RIGHT,
-    "clip_cov": RIGHT, "kl_cov": RIGHT, "dro": RIGHT, "cispo": RIGHT,
-    "geo_mean": REFUSED, "bypass_mode": REFUSED,
-}  # fmt: skip
+    "vanilla": RIGHT,
+    "dppo_tv": RIGHT,
+    "dppo_kl": RIGHT,
+    "gspo": RIGHT,
+    "sapo": RIGHT,
+    "gpg": RIGHT,
+    "clip_cov": RIGHT,
+    "kl_cov": RIGHT,
+    "dro": RIGHT,
+    "cispo": RIGHT,
+    "geo_mean": REFUSED,
+    "bypass_mode": REFUSED,
+}
 AGG_MODES = dict.fromkeys(
     ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"), RIGHT
 )
 # verl's estimators run verl's code, whatever they need; our launcher takes nothing from them.
 ESTIMATORS = dict.fromkeys(
-    ("gae", "grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "rloo", "opo", "grpo_passk", "gpg",
-     "rloo_vectorized", "grpo_vectorized", "optimal_token_baseline", "tir_optimal_token_baseline", "gdpo"),
+    (
+        "gae",
+        "grpo",
+        "reinforce_plus_plus",
+        "reinforce_plus_plus_baseline",
+        "remax",
+        "rloo",
+        "opo",
+        "grpo_passk",
+        "gpg",
+        "rloo_vectorized",
+        "grpo_vectorized",
+        "optimal_token_baseline",
+        "tir_optimal_token_baseline",
+        "gdpo",
+    ),
     OWN,
-)  # fmt: skip
+)
 
 
 def test_the_tables_hold_every_value_that_verl_has():
@@ -130,9 +153,14 @@ def test_bypass_mode_is_refused_for_any_method_of_ours(base):
     checked(base, None, **{LOSS_MODE: "bypass_mode"})
 
 
-@pytest.mark.parametrize(("key", "value", "near"), [
-    (LOSS_MODE, "vanila", "vanilla"), (LOSS_MODE, "geo-mean", "geo_mean"), (LOSS_AGG_MODE, "token_mean", "token-mean"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "near"),
+    [
+        (LOSS_MODE, "vanila", "vanilla"),
+        (LOSS_MODE, "geo-mean", "geo_mean"),
+        (LOSS_AGG_MODE, "token_mean", "token-mean"),
+    ],
+)
 def test_a_misspelt_loss_is_refused_with_the_nearest_name(base, key, value, near):
     for method in (RegionMethod(), None):
         error = code_of(base, method, **{key: value})
@@ -196,7 +224,9 @@ def test_dynamic_sampling_by_a_metric_that_our_reward_does_not_report_is_refused
 def test_what_verl_itself_refuses_is_one_line(base):
     from sayo_verl.launch.training_check import check_by_verl
 
-    changes = {"actor_rollout_ref.actor.use_dynamic_bsz": False,
-               "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": None}  # fmt: skip
+    changes = {
+        "actor_rollout_ref.actor.use_dynamic_bsz": False,
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": None,
+    }
     with pytest.raises(SayoError, match=r"^SAYO-L50: verl refuses the configuration: .*ppo_micro_batch_size"):
         check_by_verl(checked(base, None, **changes))

@@ -78,11 +78,13 @@ def oracle(density, labels, low, high):
     rows=st.integers(1, 12).flatmap(
         lambda T: st.lists(
             st.lists(st.tuples(st.floats(0, 1, width=32), st.integers(-1, 4)), min_size=T, max_size=T),
-            min_size=1, max_size=4,
+            min_size=1,
+            max_size=4,
         )
     ),
-    low=st.sampled_from([0.0, 0.5, 1.0]), high=st.sampled_from([1.0, 2.0, 10.0]),
-)  # fmt: skip
+    low=st.sampled_from([0.0, 0.5, 1.0]),
+    high=st.sampled_from([1.0, 2.0, 10.0]),
+)
 def test_weights_against_the_oracle(rows, low, high):
     density = torch.tensor([[d for d, _ in row] for row in rows], dtype=torch.float64)
     labels = torch.tensor([[k for _, k in row] for row in rows])
@@ -120,9 +122,11 @@ def planted(n_image=10, n_text=30, V=16):
     method = AnchorMethod(parts=4)
     index, similarity = top_neighbours(profile, method.neighbours)
     values = {
-        "image_mass": profile.sum(-1), "sink_mass": torch.full((T,), 0.1),
-        "neighbour_index": index.float(), "neighbour_similarity": similarity,
-    }  # fmt: skip
+        "image_mass": profile.sum(-1),
+        "sink_mass": torch.full((T,), 0.1),
+        "neighbour_index": index.float(),
+        "neighbour_similarity": similarity,
+    }
     signals = invent(method.needs(), 0, 1, T)
     return (
         method,
@@ -191,11 +195,16 @@ def test_responses_longer_than_metis_takes_are_left_uncut_and_counted():
     mask = torch.ones(2, T, dtype=torch.long)
     mask[0, n:] = 0
     both = dataclasses.replace(
-        short, response_mask=mask, entropy=two_rows(short.entropy), log_probs=two_rows(short.log_probs),
-        image_tokens=short.image_tokens.expand(2), region_tokens=short.region_tokens.expand(2),
-        is_padding=torch.tensor([False, False]), uid=("a", "a"),
+        short,
+        response_mask=mask,
+        entropy=two_rows(short.entropy),
+        log_probs=two_rows(short.log_probs),
+        image_tokens=short.image_tokens.expand(2),
+        region_tokens=short.region_tokens.expand(2),
+        is_padding=torch.tensor([False, False]),
+        uid=("a", "a"),
         statistics={s: two_rows(values) for s, values in short.statistics.items()},
-    )  # fmt: skip
+    )
     credit = method.credit(both)
     assert (credit.token_weight[1] == 1).all()
     assert torch.equal(credit.token_weight[0, :n], method.credit(short).token_weight[0])
@@ -224,11 +233,14 @@ def test_failed_partitions_are_neutral_and_counted_until_there_are_too_many(fail
     B = 150
     many = dataclasses.replace(
         one,
-        **{name: value.expand(B, *value.shape[1:]) for name, value in vars(one).items()
-           if isinstance(value, torch.Tensor)},
+        **{
+            name: value.expand(B, *value.shape[1:])
+            for name, value in vars(one).items()
+            if isinstance(value, torch.Tensor)
+        },
         statistics={s: value.expand(B, *value.shape[1:]) for s, value in one.statistics.items()},
         uid=("a",) * B,
-    )  # fmt: skip
+    )
     labels = np.repeat(np.arange(4), 10)
     monkeypatch.setattr(
         "sayo_verl.methods.metis.partition_graphs",
@@ -315,11 +327,24 @@ def test_top_and_rest_share_the_response_between_them():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("strength", -0.1), ("strength", 1.1), ("layers", ()), ("layers", (1, 1)), ("neighbours", 0), ("parts", 1),
-        ("parts", -2), ("weight_min", 1.5), ("weight_min", -0.1), ("weight_max", 0.5), ("weight_max", float("inf")),
-        ("weighting", "soft"), ("anchor_share", 0.0), ("anchor_share", 1.0), ("seed", -1), ("time_limit", 0.0),
+        ("strength", -0.1),
+        ("strength", 1.1),
+        ("layers", ()),
+        ("layers", (1, 1)),
+        ("neighbours", 0),
+        ("parts", 1),
+        ("parts", -2),
+        ("weight_min", 1.5),
+        ("weight_min", -0.1),
+        ("weight_max", 0.5),
+        ("weight_max", float("inf")),
+        ("weighting", "soft"),
+        ("anchor_share", 0.0),
+        ("anchor_share", 1.0),
+        ("seed", -1),
+        ("time_limit", 0.0),
     ],
-)  # fmt: skip
+)
 def test_settings_out_of_range_are_refused(key, value):
     with pytest.raises(SayoError, match=r"^SAYO-A05: ") as caught:
         AnchorMethod(**{key: value})
@@ -331,5 +356,9 @@ def test_it_asks_for_metis_only_where_it_cuts():
     assert [module for module, _ in needs.packages] == ["pymetis", "pebble"]
     assert all("sayo-verl[anchor]" in line for _, line in needs.packages)
     keys = {s.key for s in needs.statistics.statistics}
-    assert keys == {"image_mass.input.L1,2", "sink_mass.input.L1,2", "neighbour_index.input.L1,2.5",
-                    "neighbour_similarity.input.L1,2.5"}  # fmt: skip
+    assert keys == {
+        "image_mass.input.L1,2",
+        "sink_mass.input.L1,2",
+        "neighbour_index.input.L1,2.5",
+        "neighbour_similarity.input.L1,2.5",
+    }

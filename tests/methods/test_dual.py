@@ -81,8 +81,10 @@ def oracle(score, lengths, uid, config):
         low, high = (min([0.0, *everything]), max([0.0, *everything]))
         for row in real:
             n = lengths[row]
-            rho = [{"cosine": (x + 1) / 2, "none": x, "minmax": (x - low) / (high - low + EPS)}[config.score_offset]
-                   for x in score[row][:n]]  # fmt: skip
+            rho = [
+                {"cosine": (x + 1) / 2, "none": x, "minmax": (x - low) / (high - low + EPS)}[config.score_offset]
+                for x in score[row][:n]
+            ]
             start = math.floor((1 - config.gamma) * n + 1e-9)
             k = max(1, math.floor(config.kappa * (n - start) + 1e-9))
             bar = sorted(rho[start:], reverse=True)[k - 1]
@@ -276,15 +278,24 @@ def test_defaults_are_the_papers_and_the_released_ones_named():
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"beta": -1.0}, "beta"), ({"beta": NAN}, "beta"), ({"gamma": 0.0}, "gamma"), ({"gamma": 1.1}, "gamma"),
-        ({"kappa": 0.0}, "kappa"), ({"schedule": "cubic"}, "schedule"), ({"clamp": "both"}, "clamp"),
-        ({"position": "two_based"}, "position"), ({"trajectory_score": "max"}, "trajectory_score"),
-        ({"score_offset": "plus"}, "score_offset"), ({"strength": 1.5}, "strength"), ({"score": "entropy"}, "score"),
-        ({"layers": (3,)}, "layers"), ({"score_offset": "none"}, "score_offset"),
-        ({"score": "image_mass"}, "score_offset"), ({"score": "image_mass", "score_offset": "none", "layers": ()},
-                                                    "layers"),
+        ({"beta": -1.0}, "beta"),
+        ({"beta": NAN}, "beta"),
+        ({"gamma": 0.0}, "gamma"),
+        ({"gamma": 1.1}, "gamma"),
+        ({"kappa": 0.0}, "kappa"),
+        ({"schedule": "cubic"}, "schedule"),
+        ({"clamp": "both"}, "clamp"),
+        ({"position": "two_based"}, "position"),
+        ({"trajectory_score": "max"}, "trajectory_score"),
+        ({"score_offset": "plus"}, "score_offset"),
+        ({"strength": 1.5}, "strength"),
+        ({"score": "entropy"}, "score"),
+        ({"layers": (3,)}, "layers"),
+        ({"score_offset": "none"}, "score_offset"),
+        ({"score": "image_mass"}, "score_offset"),
+        ({"score": "image_mass", "score_offset": "none", "layers": ()}, "layers"),
     ],
-)  # fmt: skip
+)
 def test_settings_out_of_range_are_refused(settings, key):
     with pytest.raises(SayoError, match=r"^SAYO-A05") as caught:
         DualMethod(**settings)
@@ -326,9 +337,14 @@ def test_metrics_by_hand():
     signals = invent(method.needs(), 7, 2, 4)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     score = torch.tensor([[-1.0, 0.0, 0.0, 1.0], [0.0, 1.0, NAN, NAN]])
-    signals = dataclasses.replace(signals, response_mask=mask, image_tokens=torch.tensor([4.0, 4.0]),
-                                  is_padding=torch.zeros(2, dtype=torch.bool), uid=("a", "a"),
-                                  statistics={statistic: score})  # fmt: skip
+    signals = dataclasses.replace(
+        signals,
+        response_mask=mask,
+        image_tokens=torch.tensor([4.0, 4.0]),
+        is_padding=torch.zeros(2, dtype=torch.bool),
+        uid=("a", "a"),
+        statistics={statistic: score},
+    )
     metrics = method.credit(signals).metrics
     assert metrics["visual_score/mean"] == pytest.approx(1 / 6)
     assert metrics["dual_gate_rate"] == pytest.approx(3 / 6)

@@ -35,19 +35,21 @@ def signals_of(log_probs, changed, mass, correct, *, mask=None, **settings) -> S
     """Rows of one group that all carry the term, unless settings say otherwise."""
     log_probs, changed, mass = (torch.as_tensor(x, dtype=torch.float32) for x in (log_probs, changed, mass))
     B = len(log_probs)
-    return Signals(**{
-        "response_mask": torch.ones_like(log_probs, dtype=torch.int64) if mask is None else torch.as_tensor(mask),
-        "entropy": torch.zeros_like(log_probs),
-        "log_probs": log_probs,
-        "statistics": {IMAGE_MASS: mass, REGION_MASS: mass / 2},
-        "image_tokens": torch.full((B,), 10),
-        "region_tokens": torch.full((B,), 2),
-        "is_padding": torch.zeros(B, dtype=torch.bool),
-        "uid": ("a",) * B,
-        "counterfactual_log_probs": changed,
-        "correct": torch.as_tensor(correct, dtype=torch.float32),
-        **settings,
-    })  # fmt: skip
+    return Signals(
+        **{
+            "response_mask": torch.ones_like(log_probs, dtype=torch.int64) if mask is None else torch.as_tensor(mask),
+            "entropy": torch.zeros_like(log_probs),
+            "log_probs": log_probs,
+            "statistics": {IMAGE_MASS: mass, REGION_MASS: mass / 2},
+            "image_tokens": torch.full((B,), 10),
+            "region_tokens": torch.full((B,), 2),
+            "is_padding": torch.zeros(B, dtype=torch.bool),
+            "uid": ("a",) * B,
+            "counterfactual_log_probs": changed,
+            "correct": torch.as_tensor(correct, dtype=torch.float32),
+            **settings,
+        }
+    )
 
 
 def value_of(method: FaithfulMethod, signals: Signals) -> torch.Tensor:
@@ -457,30 +459,56 @@ def test_what_a_setting_gives():
 
 def test_defaults():
     assert vars(FaithfulMethod()) == {
-        "weight": 0.2, "layers": (-1,), "query_row": "predicting", "gate": True, "form": "effect",
-        "causal_unit": "image", "k_max": 10.0, "coverage": 0.5, "counterfactual": Intervention(),
-    }  # fmt: skip
+        "weight": 0.2,
+        "layers": (-1,),
+        "query_row": "predicting",
+        "gate": True,
+        "form": "effect",
+        "causal_unit": "image",
+        "k_max": 10.0,
+        "coverage": 0.5,
+        "counterfactual": Intervention(),
+    }
 
 
 def test_the_configuration_reads_every_setting(monkeypatch):
     monkeypatch.setitem(METHODS, FaithfulMethod.name, FaithfulMethod)
-    node = {"weight": 1, "layers": [18], "query_row": "input", "gate": False, "form": "mass", "causal_unit": "region",
-            "k_max": 5, "coverage": 0.25, "counterfactual": {"kind": "region", "share": 0.6, "fill": "grey",
-                                                             "sigma": 2, "seed": 1}}  # fmt: skip
+    node = {
+        "weight": 1,
+        "layers": [18],
+        "query_row": "input",
+        "gate": False,
+        "form": "mass",
+        "causal_unit": "region",
+        "k_max": 5,
+        "coverage": 0.25,
+        "counterfactual": {"kind": "region", "share": 0.6, "fill": "grey", "sigma": 2, "seed": 1},
+    }
     built = settings_from_config("attn_faithful", {"faithful": node}).method
     assert set(node) == {field.name for field in fields(FaithfulMethod)}
-    assert built == FaithfulMethod(1.0, (18,), "input", False, "mass", "region", 5.0, 0.25,
-                                   Intervention("region", 0.6, "grey", 2.0, 1))  # fmt: skip
+    assert built == FaithfulMethod(
+        1.0, (18,), "input", False, "mass", "region", 5.0, 0.25, Intervention("region", 0.6, "grey", 2.0, 1)
+    )
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("weight", -0.1), ("weight", NAN), ("weight", float("inf")), ("layers", ()), ("layers", (3, 3)),
-        ("query_row", "output"), ("form", "ratio"), ("causal_unit", "box"), ("k_max", 0.0), ("k_max", NAN),
-        ("k_max", float("inf")), ("coverage", 0.0), ("coverage", 1.5),
+        ("weight", -0.1),
+        ("weight", NAN),
+        ("weight", float("inf")),
+        ("layers", ()),
+        ("layers", (3, 3)),
+        ("query_row", "output"),
+        ("form", "ratio"),
+        ("causal_unit", "box"),
+        ("k_max", 0.0),
+        ("k_max", NAN),
+        ("k_max", float("inf")),
+        ("coverage", 0.0),
+        ("coverage", 1.5),
     ],
-)  # fmt: skip
+)
 def test_a_setting_out_of_range_is_refused_by_its_key(key, value):
     with refusal("A05", key) as caught:
         FaithfulMethod(**{key: value})

@@ -77,8 +77,12 @@ def matrix(graph):
 
 
 @PROPERTY
-@given(T=st.integers(0, 25), m=st.integers(1, 8), seed=st.integers(0, 10**6),
-       kind=st.sampled_from([np.int16, np.int32, np.int64]))  # fmt: skip
+@given(
+    T=st.integers(0, 25),
+    m=st.integers(1, 8),
+    seed=st.integers(0, 10**6),
+    kind=st.sampled_from([np.int16, np.int32, np.int64]),
+)
 def test_the_graph_against_a_dense_union(T, m, seed, kind):
     g = np.random.default_rng(seed)
     # anything goes: none, itself, repetitions, weights that are not positive
@@ -112,14 +116,18 @@ def test_the_largest_graph_fits_the_32_bits_of_metis():
 @pytest.mark.parametrize(
     ("index", "weight"),
     [
-        ([0, 0, 0], [0, 0, 0]), ([[0], [0]], [[0, 0], [0, 0]]),
-        ([[0.5], [0.5]], [[1], [1]]), ([[1], [0]], [[1.0], [1.0]]),
-        ([[2], [0]], [[1], [1]]), ([[-2], [0]], [[1], [1]]), ([[1], [0]], [[MAX_WEIGHT + 1], [1]]),
+        ([0, 0, 0], [0, 0, 0]),
+        ([[0], [0]], [[0, 0], [0, 0]]),
+        ([[0.5], [0.5]], [[1], [1]]),
+        ([[1], [0]], [[1.0], [1.0]]),
+        ([[2], [0]], [[1], [1]]),
+        ([[-2], [0]], [[1], [1]]),
+        ([[1], [0]], [[MAX_WEIGHT + 1], [1]]),
         (np.zeros((3, MAX_NEIGHBOURS + 2), int), np.zeros((3, MAX_NEIGHBOURS + 2), int)),
         (np.full((MAX_TOKENS + 1, 1), -1), np.zeros((MAX_TOKENS + 1, 1), int)),
     ],
     ids=["flat", "shapes", "half a token", "fractions", "too high", "too low", "heavy", "many neighbours", "long"],
-)  # fmt: skip
+)
 def test_what_metis_would_take_unseen_is_refused(index, weight):
     with pytest.raises(SayoError, match=r"^SAYO-A18: neighbours of tokens do not fit"):
         adjacency(index, weight)
@@ -223,9 +231,13 @@ def test_one_bad_graph_costs_its_own_labels_only(fake):
     partition_graphs([chain(8)], [2], processes=1)  # workers run
     start = time.monotonic()
     labels = partition_graphs(
-        [chain(n) for n in sizes], [2] * 5, time_limit=2.0, batch=5, processes=1,
+        [chain(n) for n in sizes],
+        [2] * 5,
+        time_limit=2.0,
+        batch=5,
+        processes=1,
         partition=getattr(partition_fakes, fake),
-    )  # fmt: skip
+    )
     assert time.monotonic() - start < 20, "two time limits of 2 s and a new worker after each"
     assert [found is None for found in labels] == [n == 5 for n in sizes]
     assert partition_graphs([chain(8)], [2])[0] is not None, "the pool goes on"
@@ -288,8 +300,15 @@ def runs(pid: int) -> bool:
 def test_no_worker_outlives_the_script_that_called(end, code, tmp_path, repo):
     script = tmp_path / "caller.py"
     script.write_text(CALLER.format(tests=[str(repo / "tests"), str(repo / "tests" / "methods")], end=end))
-    done = subprocess.run([sys.executable, str(script)], cwd=repo, capture_output=True, text=True, timeout=120,
-                          check=False, env={**os.environ, "PYTHONPATH": str(repo)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=repo,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(repo)},
+    )
     assert done.returncode == code, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("workers ")]
     pids = [int(pid) for pid in line.split()[1:]]
@@ -308,8 +327,9 @@ def test_the_cost_page_is_made_of_its_numbers(repo):
     assert [case["tokens"] for case in results["cases"]] == list(benchmark.LENGTHS)
     written = benchmark.page(results)
     assert written == (repo / "docs" / "partition_cost.md").read_text()
-    case = {"pool": {"1": {"rounds": [{"caller": 2.0, "workers": 9.0}]},
-                     "2": {"rounds": [{"caller": 3.0, "workers": 8.0}]}}}  # fmt: skip
+    case = {
+        "pool": {"1": {"rounds": [{"caller": 2.0, "workers": 9.0}]}, "2": {"rounds": [{"caller": 3.0, "workers": 8.0}]}}
+    }
     assert benchmark.costs(case) == {"caller": 2.0, "workers": 8.0}
 
 

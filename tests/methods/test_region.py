@@ -160,8 +160,21 @@ def test_the_paper_fraction_by_hand():
     mask = torch.tril(torch.ones(50, 50))
     counts = select_tokens(torch.rand(50, 50), mask, 0.3).sum(-1).tolist()
     assert [counts[n - 1] for n in (1, 3, 4, 6, 7, 9, 10, 11, 13, 14, 20, 30, 40, 50)] == [
-        1, 1, 1, 1, 2, 2, 3, 3, 3, 4, 6, 9, 12, 15,
-    ]  # fmt: skip
+        1,
+        1,
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+        3,
+        4,
+        6,
+        9,
+        12,
+        15,
+    ]
 
 
 def test_of_equal_entropies_the_earlier_token_is_taken():
@@ -374,12 +387,22 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("weight", -0.1), ("weight", NAN), ("weight", float("inf")),
-        ("entropy_fraction", 0.0), ("entropy_fraction", 1.01), ("entropy_fraction", NAN), ("entropy_fraction", -1.0),
-        ("layers", ()), ("layers", (3, 3)),
-        ("coverage", 0.0), ("coverage", 1.5), ("coverage", NAN), ("pooling", "mean"), ("pooling", ""),
+        ("weight", -0.1),
+        ("weight", NAN),
+        ("weight", float("inf")),
+        ("entropy_fraction", 0.0),
+        ("entropy_fraction", 1.01),
+        ("entropy_fraction", NAN),
+        ("entropy_fraction", -1.0),
+        ("layers", ()),
+        ("layers", (3, 3)),
+        ("coverage", 0.0),
+        ("coverage", 1.5),
+        ("coverage", NAN),
+        ("pooling", "mean"),
+        ("pooling", ""),
     ],
-)  # fmt: skip
+)
 def test_a_setting_out_of_range_is_refused_by_its_key(key, value):
     with refusal("A05", key) as caught:
         RegionMethod(**{key: value})

@@ -53,8 +53,11 @@ def _process_group():
 def _classes_as_they_were():
     """verl and the adapter replace names for the whole process; other tests want the originals."""
     assert not hasattr(STOCK_FORWARD, "sayo_guarded"), "an earlier test left the guard in place"
-    places = [(InternVLModel, "forward"), (InternVLForConditionalGeneration, "forward"),
-              (rollout_utils, "qwen2_5_vl_dedup_image_tokens")]  # fmt: skip
+    places = [
+        (InternVLModel, "forward"),
+        (InternVLForConditionalGeneration, "forward"),
+        (rollout_utils, "qwen2_5_vl_dedup_image_tokens"),
+    ]
     before = [getattr(*place) for place in places]
     yield
     for (owner, name), value in zip(places, before, strict=True):

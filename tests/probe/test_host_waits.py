@@ -98,7 +98,7 @@ def test_profiles_are_compared_once_for_index_and_similarity(monkeypatch):
         lambda x: torch.arange(3).to(DEVICE),
         lambda x: torch.arange(3).to(DEVICE, non_blocking=True),  # not pinned
     ],
-)  # fmt: skip
+)
 def test_the_stand_in_counts_what_waits(wait):
     x = on_device(torch.arange(3.0))
     with Waits() as waits:

@@ -25,14 +25,22 @@ def row(images: list[int], gap: int, response: int) -> RowPlan:
     for n in images:
         ids += [1] * gap + [IMAGE] * n
     ids += [1] * gap + [2] * response
-    return plan_row(torch.tensor(ids), response, image_token_id=IMAGE, images=[(Tile(1, n),) for n in images],
-                    boxes=[BOXES for _ in images], coverage=0.5, where="row")  # fmt: skip
+    return plan_row(
+        torch.tensor(ids),
+        response,
+        image_token_id=IMAGE,
+        images=[(Tile(1, n),) for n in images],
+        boxes=[BOXES for _ in images],
+        coverage=0.5,
+        where="row",
+    )
 
 
 ROWS = st.lists(
     st.tuples(st.lists(st.integers(1, 90), max_size=3), st.sampled_from([1, 40, 63, 64, 65, 200]), st.integers(0, 9)),
-    min_size=1, max_size=4,
-)  # fmt: skip
+    min_size=1,
+    max_size=4,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -70,8 +78,16 @@ def test_a_given_log_sum_exp_changes_no_statistic_of_rows_with_images_far_apart(
     plans = [row([70, 3, 40], 100, 6), row([5], 30, 4), row([80, 80], 66, 5)]
     asked = tuple(Statistic(name, size=2 if name == "box_mass" else 0) for name in names)
     if "box_mass" in names:
-        plans = [RowPlan(p.length, p.response_length, {**p.keys, "box0": p.keys["region"], "box1": p.keys["sink"]},
-                         p.image_columns, p.region_tokens) for p in plans]  # fmt: skip
+        plans = [
+            RowPlan(
+                p.length,
+                p.response_length,
+                {**p.keys, "box0": p.keys["region"], "box1": p.keys["sink"]},
+                p.image_columns,
+                p.region_tokens,
+            )
+            for p in plans
+        ]
     generator = torch.Generator().manual_seed(0)
     L = sum(plan.length for plan in plans)
     query, key = (torch.randn(1, heads, L, 16, generator=generator) for heads in (4, 2))

@@ -584,8 +584,10 @@ def test_no_tensor_is_larger_than_a_chunk_and_keys_are_not_replicated(dtype):
     logits, key_copy, replicated = (4 * n for n in (chunk * H * S, G * S * D, H * S * D))
     assert logits < key_copy < replicated < 4 * T * S * H  # what follows can tell them apart
     masses, profile = spied(case, chunk), spied(case, chunk, torch.arange(0, S, 2))
-    print(f"bytes: largest of masses {masses.largest}, of profile {profile.largest}; a chunk of logits {logits}, keys "
-          f"{key_copy}; at once {masses.peak} and {profile.peak}; T x S x H would be {4 * T * S * H}")  # fmt: skip
+    print(
+        f"bytes: largest of masses {masses.largest}, of profile {profile.largest}; a chunk of logits {logits}, keys "
+        f"{key_copy}; at once {masses.peak} and {profile.peak}; T x S x H would be {4 * T * S * H}"
+    )
     assert masses.largest <= max(logits, key_copy)
     assert profile.largest <= max(logits, key_copy, 4 * T * S // 2)
     if dtype == torch.float32:

@@ -62,13 +62,16 @@ TEXT = {
         **SIZES, head_dim=16, rope_parameters=rope(mrope_section=[4, 2, 2], mrope_interleaved=True)
     ),
     "Qwen3VLMoeTextModel": lambda: Qwen3VLMoeTextConfig(
-        **SIZES, **EXPERTS, head_dim=16, mlp_only_layers=[1],
+        **SIZES,
+        **EXPERTS,
+        head_dim=16,
+        mlp_only_layers=[1],
         rope_parameters=rope(mrope_section=[4, 2, 2], mrope_interleaved=True),
     ),
     "Qwen2_5_VLTextModel": lambda: Qwen2_5_VLTextConfig(**SIZES, rope_parameters=rope(mrope_section=[2, 1, 1])),
     "Qwen3Model": lambda: Qwen3Config(**SIZES, head_dim=16, rope_parameters=rope()),
     "Qwen3MoeModel": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16, rope_parameters=rope()),
-}  # fmt: skip
+}
 DECODERS = sorted(TEXT)
 PACKAGES = {
     "Qwen3VLTextModel": "qwen3_vl",
@@ -199,8 +202,10 @@ def test_tapped_queries_and_keys_give_the_models_eager_attention(name, dtype):
         largest.append((causal_weights(query, key, scale) - out.attentions[layer].double()).abs().max())
         assert torch.equal(query, heard_query)
         assert torch.equal(key, heard_key)
-    print(f"{name} {dtype}: from eager's own queries and keys {max(logits):.1e}, from eager's weights largest "
-          f"{max(largest):.1e}, mean {sum(largest) / LAYERS:.1e}")  # fmt: skip
+    print(
+        f"{name} {dtype}: from eager's own queries and keys {max(logits):.1e}, from eager's weights largest "
+        f"{max(largest):.1e}, mean {sum(largest) / LAYERS:.1e}"
+    )
     assert max(logits) < 1e-9
     assert max(largest) < (1e-5 if dtype == torch.float32 else 1e-6)
     spread = out.attentions[0][0, :, -1].std(-1).max()
@@ -606,8 +611,12 @@ def test_no_window_without_the_switch(name):
 
 def test_a_model_of_no_known_family_is_refused():
     model = nn.Sequential(nn.Linear(2, 2))
-    for tried in (text_decoder, text_attention_layers, lambda m: asked_layers(m, [-1], where=WHERE),
-                  lambda m: ForwardTap(m, [], Reads().attention)):  # fmt: skip
+    for tried in (
+        text_decoder,
+        text_attention_layers,
+        lambda m: asked_layers(m, [-1], where=WHERE),
+        lambda m: ForwardTap(m, [], Reads().attention),
+    ):
         with refusal("P02", "0 text models") as caught:
             tried(model)
         assert caught.value.where == "Sequential"

@@ -146,11 +146,14 @@ SKIPPING = "Error processing one of the samples, skipping...\n"
 SAMPLE = traceback("OSError: cannot identify image file", FILTER, ("/home/u/images.py", 4, "open_it"))
 
 
-@pytest.mark.parametrize("skipped", [
-    SKIPPING + SAMPLE,
-    SAMPLE + SKIPPING,  # two streams
-    SKIPPING + traceback("KeyError: 'x'", ("/home/u/images.py", 2, "read")) + AND_THEN + SAMPLE,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "skipped",
+    [
+        SKIPPING + SAMPLE,
+        SAMPLE + SKIPPING,  # two streams
+        SKIPPING + traceback("KeyError: 'x'", ("/home/u/images.py", 2, "read")) + AND_THEN + SAMPLE,
+    ],
+)
 def test_a_traceback_of_a_sample_that_verl_skips_is_no_cause(tmp_path, skipped):
     log = tmp_path / "train.log"
     told = ["ZeroDivisionError: division by zero", "  at /home/u/r.py, line 3, in score"]

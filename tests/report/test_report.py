@@ -662,10 +662,14 @@ def test_watch_says_why_a_run_failed(tmp_path):
 
 def test_watch_follows_the_metrics_file_of_a_resumed_run(tmp_path):
     attempt(tmp_path, "", range(1, 3), 1.0)
-    script = "; ".join([
-        "import json, os", "file = open(os.environ['VERL_FILE_LOGGER_PATH'], 'wb', buffering=0)",
-        "[file.write(json.dumps({'step': n, 'data': {'critic/rewards/mean': 1.0}}).encode() + b'\\n') for n in (3, 4)]",
-    ])  # fmt: skip
+    script = "; ".join(
+        [
+            "import json, os",
+            "file = open(os.environ['VERL_FILE_LOGGER_PATH'], 'wb', buffering=0)",
+            "row = {'critic/rewards/mean': 1.0}",
+            "[file.write(json.dumps({'step': n, 'data': row}).encode() + b'\\n') for n in (3, 4)]",
+        ]
+    )
     shown = io.StringIO()
     environment = {**os.environ, "VERL_FILE_LOGGER_PATH": str(tmp_path / "metrics-2.jsonl")}
     console = Console(file=shown, width=200)

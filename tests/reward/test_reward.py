@@ -97,17 +97,38 @@ def test_format_and_accuracy(response, expected):
 @pytest.mark.parametrize(
     ("answer", "truth", "same"),
     [
-        ("Red", "red", True), ("RED.", "red", True), ("  red \n", "red", True), ("the red", "red", True),
-        ("a  red   circle", "red circle", True), ("an apple", "apple", True), ('"red"', "red", True),
-        ("(red)", "red", True), ("The Red!", "red", True), ("red", "Red.", True), ("\uff52\uff45\uff44", "red", True),
-        ("\uff13", "3", True), ("cafe\u0301", "café", True), ("\ufb01ve", "five", True), ("3", 3, True),
-        ("red\u00a0circle", "red circle", True), ("3", "3.0", True), ("3", 3.0, True), ("1,000", "1000", True),
-        ("r\u200bed", "red", True), ("\u2462", "3", False), ("3", "4", False), ("red blue", "red", False),
+        ("Red", "red", True),
+        ("RED.", "red", True),
+        ("  red \n", "red", True),
+        ("the red", "red", True),
+        ("a  red   circle", "red circle", True),
+        ("an apple", "apple", True),
+        ('"red"', "red", True),
+        ("(red)", "red", True),
+        ("The Red!", "red", True),
+        ("red", "Red.", True),
+        ("\uff52\uff45\uff44", "red", True),
+        ("\uff13", "3", True),
+        ("cafe\u0301", "café", True),
+        ("\ufb01ve", "five", True),
+        ("3", 3, True),
+        ("red\u00a0circle", "red circle", True),
+        ("3", "3.0", True),
+        ("3", 3.0, True),
+        ("1,000", "1000", True),
+        ("r\u200bed", "red", True),
+        ("\u2462", "3", False),
+        ("3", "4", False),
+        ("red blue", "red", False),
         ("reds", "red", False),
-        ("red or blue", "red", False), ("re d", "red", False), ("theory", "ory", False), ("anred", "red", False),
-        ("not red", "red", False), ("-1", "1", False),
+        ("red or blue", "red", False),
+        ("re d", "red", False),
+        ("theory", "ory", False),
+        ("anred", "red", False),
+        ("not red", "red", False),
+        ("-1", "1", False),
     ],
-)  # fmt: skip
+)
 def test_answers_are_compared_after_normalising(answer, truth, same):
     assert compute_score("", f"<answer>{answer}</answer>", truth)["acc"] == same
 
@@ -116,58 +137,183 @@ def test_answers_are_compared_after_normalising(answer, truth, same):
     ("answer", "truth", "same"),
     [
         # wrapped, but right
-        ("“red”", "red", True), ("«red»", "red", True), ("‹red›", "red", True), ("„red“", "red", True),
-        ("「红色」", "红色", True), ("『红色』。", "红色", True), ("《红色》", "红色", True), ("红色。", "红色", True),
-        ("红色！", "红色", True), ("أحمر،", "أحمر", True), ("أحمر؟", "أحمر", True), ("लाल।", "लाल", True),
-        ("¿Rojo?", "rojo", True), ("`red`", "red", True), ("**red**", "red", True), ("**Red.**", "red", True),
-        ("_red_", "red", True), ("~~red~~", "red", True), ("\u200bred\ufeff", "red", True),
+        ("“red”", "red", True),
+        ("«red»", "red", True),
+        ("‹red›", "red", True),
+        ("„red“", "red", True),
+        ("「红色」", "红色", True),
+        ("『红色』。", "红色", True),
+        ("《红色》", "红色", True),
+        ("红色。", "红色", True),
+        ("红色！", "红色", True),
+        ("أحمر،", "أحمر", True),
+        ("أحمر؟", "أحمر", True),
+        ("लाल।", "लाल", True),
+        ("¿Rojo?", "rojo", True),
+        ("`red`", "red", True),
+        ("**red**", "red", True),
+        ("**Red.**", "red", True),
+        ("_red_", "red", True),
+        ("~~red~~", "red", True),
+        ("\u200bred\ufeff", "red", True),
         ("\u200fred\u200e", "red", True),
-        ("\u2066red\u2069", "red", True), ("re\u00add", "red", True), ("red…", "red", True), ("ＲＥＤ．", "red", True),
-        ("Straße", "STRASSE", True), ("(red)!", "red", True), ("don't", "don’t", True), ("red's", "reds", False),
-        ("Men’s", "Men's", True), ("O’Brien", "O'Brien", True), ("oʼbrien", "O‛Brien", True), ("5′", "5'", True),
-        ("5″", '5"', True), ("the “Queen” hotel", 'the "Queen" hotel', True), ("Mens", "Men's", False),
+        ("\u2066red\u2069", "red", True),
+        ("re\u00add", "red", True),
+        ("red…", "red", True),
+        ("ＲＥＤ．", "red", True),
+        ("Straße", "STRASSE", True),
+        ("(red)!", "red", True),
+        ("don't", "don’t", True),
+        ("red's", "reds", False),
+        ("Men’s", "Men's", True),
+        ("O’Brien", "O'Brien", True),
+        ("oʼbrien", "O‛Brien", True),
+        ("5′", "5'", True),
+        ("5″", '5"', True),
+        ("the “Queen” hotel", 'the "Queen" hotel', True),
+        ("Mens", "Men's", False),
         ("5′", "5″", False),
-        ("A'", "A", False), ("f′", "f", False), ("n!", "n", False), ("(n)!", "n", False), ("f(x)'", "f(x)", False),
-        ("2n!", "2n", False), ("sin(x)", "sin(x).", True), ("__init__", "init", False),
+        ("A'", "A", False),
+        ("f′", "f", False),
+        ("n!", "n", False),
+        ("(n)!", "n", False),
+        ("f(x)'", "f(x)", False),
+        ("2n!", "2n", False),
+        ("sin(x)", "sin(x).", True),
+        ("__init__", "init", False),
         ("__the one__", "the one", True),
-        ("red!", "red", True), ("Vitamin C!", "vitamin C", True), ("“A”", "A", True), ("'A'", "A", True),
-        ('"A\'"', "A'", True), ("“A”.", "A", True), ("红！", "红", True), ("5»", "5", True),
+        ("red!", "red", True),
+        ("Vitamin C!", "vitamin C", True),
+        ("“A”", "A", True),
+        ("'A'", "A", True),
+        ('"A\'"', "A'", True),
+        ("“A”.", "A", True),
+        ("红！", "红", True),
+        ("5»", "5", True),
         ("the boys’", "boys", True),
         # spacing
-        ("a,b", "a, b", True), ("(1,2)", "(1, 2)", True), ("a ;b", "a; b", True), ("50 %", "50%", True),
-        ("1, 200", "1200", False), ("1,200", "1200", True), ("(100,200)", "(100, 200)", True), ("a,b", "ab", False),
-        ("$x$", "x", True), (r"\(3\)", "3", True), ("$5$ or $6$", "5$ or $6", False), ("**“1,200”**", "1200", True),
+        ("a,b", "a, b", True),
+        ("(1,2)", "(1, 2)", True),
+        ("a ;b", "a; b", True),
+        ("50 %", "50%", True),
+        ("1, 200", "1200", False),
+        ("1,200", "1200", True),
+        ("(100,200)", "(100, 200)", True),
+        ("a,b", "ab", False),
+        ("$x$", "x", True),
+        (r"\(3\)", "3", True),
+        ("$5$ or $6$", "5$ or $6", False),
+        ("**“1,200”**", "1200", True),
         # letters of a choice
-        ("(A)", "A", True), ("A)", "A", True), ("[B]", "B", True), ("A.", "A", True), ("(A)", "B", False),
-        ("A B", "B", False), ("A, B", "B", False), ("the A", "a", True),
+        ("(A)", "A", True),
+        ("A)", "A", True),
+        ("[B]", "B", True),
+        ("A.", "A", True),
+        ("(A)", "B", False),
+        ("A B", "B", False),
+        ("A, B", "B", False),
+        ("the A", "a", True),
         # numbers
-        (".5", "0.5", True), ("0.50", ".5", True), ("3.", "3", True), ("+3", "3", True), ("“3.0”", "3", True),
-        ("1,000,000.0", "1000000", True), ("−3", "-3", True), ("–3", "-3", True), ("٣", "3", True),
+        (".5", "0.5", True),
+        ("0.50", ".5", True),
+        ("3.", "3", True),
+        ("+3", "3", True),
+        ("“3.0”", "3", True),
+        ("1,000,000.0", "1000000", True),
+        ("−3", "-3", True),
+        ("–3", "-3", True),
+        ("٣", "3", True),
         ("३.५", "3.5", True),
-        ("-0", "0", True), (".5", "5", False), ("-3", "3", False), ("1,00", "100", False), ("1,0000", "10000", False),
-        ("3.1", "3", False), ("007", "7", False), ("1e3", "1000", False), ("50%", "50", False), ("$5", "5", False),
-        ('5"', "5", False), ("5'", '5"', False), ("...5", "5", False), (",5", "5", False), ("5°", "5", False),
+        ("-0", "0", True),
+        (".5", "5", False),
+        ("-3", "3", False),
+        ("1,00", "100", False),
+        ("1,0000", "10000", False),
+        ("3.1", "3", False),
+        ("007", "7", False),
+        ("1e3", "1000", False),
+        ("50%", "50", False),
+        ("$5", "5", False),
+        ('5"', "5", False),
+        ("5'", '5"', False),
+        ("...5", "5", False),
+        (",5", "5", False),
+        ("5°", "5", False),
         # marks that mean something
-        ("5!", "5", False), ("5！", "5", False), ("5!!", "5!", False), ("(n-1)!", "(n-1)", False),
+        ("5!", "5", False),
+        ("5！", "5", False),
+        ("5!!", "5!", False),
+        ("(n-1)!", "(n-1)", False),
         ("10⁵", "105", False),
-        ("x²", "x2", False), ("H₂O", "H2O", False), ("½", "1/2", False), ("1½", "11/2", False), ("①", "1", False),
-        ("2\u20623", "23", False), ("[0,1)", "(0,1]", False), ("(0,1)", "[0,1]", False), ("{1,2}", "(1,2)", False),
-        ("[0, 1)", "[0,1)", True), ("{3}", "3", False), ("*a* and *b*", "a* and *b", False), ("a-b", "ab", False),
+        ("x²", "x2", False),
+        ("H₂O", "H2O", False),
+        ("½", "1/2", False),
+        ("1½", "11/2", False),
+        ("①", "1", False),
+        ("2\u20623", "23", False),
+        ("[0,1)", "(0,1]", False),
+        ("(0,1)", "[0,1]", False),
+        ("{1,2}", "(1,2)", False),
+        ("[0, 1)", "[0,1)", True),
+        ("{3}", "3", False),
+        ("*a* and *b*", "a* and *b", False),
+        ("a-b", "ab", False),
         ("!", "!!", False),
     ],
     ids=ascii,
-)  # fmt: skip
+)
 def test_what_stands_around_an_answer_and_what_belongs_to_it(answer, truth, same):
     assert (normalise(answer) == normalise(truth) != "") == same
     assert (normalise(truth) == normalise(answer) != "") == same
 
 
 ODD = st.lists(
-    st.one_of(st.sampled_from(["a ", "the ", "5", "0", "!", ".", ",", "(", ")", "[", "]", "{", "}", "*", "**", "_", '"',
-                               "“",
-                               "”", "»", " ", "\u200b", "²", "٣", "-", "−", "'", "¿", "\u0301", "\ufb01", "\u212b", "ß",
-                               "\u0130", "Ⅳ", "ﷺ", "。", "㎡"]), st.text(max_size=2)), max_size=8,
-).map("".join)  # fmt: skip
+    st.one_of(
+        st.sampled_from(
+            [
+                "a ",
+                "the ",
+                "5",
+                "0",
+                "!",
+                ".",
+                ",",
+                "(",
+                ")",
+                "[",
+                "]",
+                "{",
+                "}",
+                "*",
+                "**",
+                "_",
+                '"',
+                "“",
+                "”",
+                "»",
+                " ",
+                "\u200b",
+                "²",
+                "٣",
+                "-",
+                "−",
+                "'",
+                "¿",
+                "\u0301",
+                "\ufb01",
+                "\u212b",
+                "ß",
+                "\u0130",
+                "Ⅳ",
+                "ﷺ",
+                "。",
+                "㎡",
+            ]
+        ),
+        st.text(max_size=2),
+    ),
+    max_size=8,
+).map("".join)
 
 
 @settings(PROPERTY, max_examples=500)
@@ -217,9 +363,31 @@ def test_D70_a_truth_that_cannot_be_graded_is_never_graded(truth):
 
 
 @pytest.mark.parametrize(
-    "truth", ["red", "3", 3, 3.0, 0, 1e-7, "None", "a", "-3", "x < y", "10⁵", "[0,1)", "%", "+", "The red one.", "<b>",
-              "The answer is blowing in the wind", "a saline solution", "answer", "The solution is clear", "<s>"],
-)  # fmt: skip
+    "truth",
+    [
+        "red",
+        "3",
+        3,
+        3.0,
+        0,
+        1e-7,
+        "None",
+        "a",
+        "-3",
+        "x < y",
+        "10⁵",
+        "[0,1)",
+        "%",
+        "+",
+        "The red one.",
+        "<b>",
+        "The answer is blowing in the wind",
+        "a saline solution",
+        "answer",
+        "The solution is clear",
+        "<s>",
+    ],
+)
 def test_truths_that_an_answer_can_equal(truth):
     assert why_not_gradable(truth) is None
 
@@ -227,21 +395,42 @@ def test_truths_that_an_answer_can_equal(truth):
 @pytest.mark.parametrize(
     ("truth", "reason"),
     [
-        (None, "null"), (["red"], "list"), ({"a": 1}, "dict"), (True, "bool"), (float("nan"), "float"),
-        (b"red", "bytes"), (Fraction(1, 3), "Fraction"),
-        ("", "empty"), (" \n", "empty"), ("?", "punctuation"), ("。", "punctuation"), ("“”", "punctuation"),
-        ("\u200b", "cannot be seen"), ("[]", "punctuation"), ("<answer> 3 </answer>", "<answer>"),
+        (None, "null"),
+        (["red"], "list"),
+        ({"a": 1}, "dict"),
+        (True, "bool"),
+        (float("nan"), "float"),
+        (b"red", "bytes"),
+        (Fraction(1, 3), "Fraction"),
+        ("", "empty"),
+        (" \n", "empty"),
+        ("?", "punctuation"),
+        ("。", "punctuation"),
+        ("“”", "punctuation"),
+        ("\u200b", "cannot be seen"),
+        ("[]", "punctuation"),
+        ("<answer> 3 </answer>", "<answer>"),
         ("</Think>3", "</Think>"),
-        ("3<|im_end|>", "<|im_end|>"), ("\\boxed{3}", "boxed"), ("2 + 1 = 3\n#### 3", "####"),
-        ("It is round. So the answer is red.", "the answer is"), ("Answer: red", "Answer:"),
+        ("3<|im_end|>", "<|im_end|>"),
+        ("\\boxed{3}", "boxed"),
+        ("2 + 1 = 3\n#### 3", "####"),
+        ("It is round. So the answer is red.", "the answer is"),
+        ("Answer: red", "Answer:"),
         ("**Answer:** B", "Answer:"),
-        ("**Answer**: B", "Answer**:"), ("Ans: B", "Ans:"), ("The answer: B", "The answer:"),
-        ("Correct answer: B", "Correct answer:"), ("Solution: 5", "Solution:"), ("答案：B", "答案："),
-        ("<analysis>x</analysis>B", "<analysis>"), ("B</s>", "</s>"), ("The answer is **B**", "answer is"),
-        ("the correct answer is:\nthe very long way round", "answer is:"), ("The answer is 3.5. Done", "answer is"),
+        ("**Answer**: B", "Answer**:"),
+        ("Ans: B", "Ans:"),
+        ("The answer: B", "The answer:"),
+        ("Correct answer: B", "Correct answer:"),
+        ("Solution: 5", "Solution:"),
+        ("答案：B", "答案："),
+        ("<analysis>x</analysis>B", "<analysis>"),
+        ("B</s>", "</s>"),
+        ("The answer is **B**", "answer is"),
+        ("the correct answer is:\nthe very long way round", "answer is:"),
+        ("The answer is 3.5. Done", "answer is"),
         ("x" * 20_000, "20000"),
     ],
-)  # fmt: skip
+)
 def test_truths_that_no_answer_can_equal_are_named(truth, reason):
     assert reason in why_not_gradable(truth)
 
@@ -253,12 +442,14 @@ def test_an_article_alone_is_kept():
 @pytest.mark.parametrize(
     ("response", "format"),
     [
-        ("x</think><answer>red</answer>", 1), ("\nx\n</think>\n\n<answer>red</answer>", 1),
+        ("x</think><answer>red</answer>", 1),
+        ("\nx\n</think>\n\n<answer>red</answer>", 1),
         ("</think><answer>red</answer>", 1),
-        ("<think>x</think><answer>red</answer>", 0), ("<answer>red</answer>", 0),
+        ("<think>x</think><answer>red</answer>", 0),
+        ("<answer>red</answer>", 0),
         ("x</think></think><answer>red</answer>", 0),
     ],
-)  # fmt: skip
+)
 def test_a_think_block_that_the_prompt_has_opened(response, format):
     assert compute_score("", response, "red", think_opened=True) == {
         "score": format + 1.0,
@@ -268,11 +459,20 @@ def test_a_think_block_that_the_prompt_has_opened(response, format):
 
 
 RELEASED = [
-    ("so <answer>red</answer> it is", 1, 1), ("<answer>red</answer>", 1, 1), (GOOD, 1, 1), ("<answer></answer>", 1, 0),
-    ("<answer>blue</answer><answer>red</answer>", 1, 1), ("<answer>red</answer><answer>blue", 0, 0),
-    ("<answer><answer>red</answer>", 1, 1), ("<answer>red</answer></answer>", 1, 1), ("</answer>red<answer>", 0, 0),
-    ("red", 0, 0), ("", 0, 0), ("<answer>red", 0, 0), ("red</answer>", 0, 0),
-]  # fmt: skip
+    ("so <answer>red</answer> it is", 1, 1),
+    ("<answer>red</answer>", 1, 1),
+    (GOOD, 1, 1),
+    ("<answer></answer>", 1, 0),
+    ("<answer>blue</answer><answer>red</answer>", 1, 1),
+    ("<answer>red</answer><answer>blue", 0, 0),
+    ("<answer><answer>red</answer>", 1, 1),
+    ("<answer>red</answer></answer>", 1, 1),
+    ("</answer>red<answer>", 0, 0),
+    ("red", 0, 0),
+    ("", 0, 0),
+    ("<answer>red", 0, 0),
+    ("red</answer>", 0, 0),
+]
 
 
 @pytest.mark.parametrize(("response", "format", "acc"), RELEASED)
@@ -293,9 +493,13 @@ def test_the_released_format_is_the_last_block_being_closed(parts):
 
 @pytest.mark.parametrize(
     ("weights", "expected"),
-    [({}, 2.0), ({"format_weight": 0.5, "accuracy_weight": 0.0}, 0.5), ({"accuracy_weight": 0.25}, 1.25),
-     ({"format_weight": 0.0, "accuracy_weight": 3.0}, 3.0)],
-)  # fmt: skip
+    [
+        ({}, 2.0),
+        ({"format_weight": 0.5, "accuracy_weight": 0.0}, 0.5),
+        ({"accuracy_weight": 0.25}, 1.25),
+        ({"format_weight": 0.0, "accuracy_weight": 3.0}, 3.0),
+    ],
+)
 def test_weights(weights, expected):
     assert compute_score("", GOOD, "red", **weights) == {"score": expected, "acc": 1.0, "format": 1.0}
 
@@ -368,9 +572,20 @@ MILLION = 1_000_000
         "<think></think><answer>" + "\u0300" * 30_000 + "\u0316" * 30_000 + "</answer>",
         "<think></think><answer>" + "\ufdfa" * 60_000 + "</answer>",  # one character that NFKC makes 18
     ],
-    ids=["open tags", "long thought", "brackets", "blanks", "nested answers", "white space", "long answer",
-         "punctuation", "marks", "marks apart", "expanding"],
-)  # fmt: skip
+    ids=[
+        "open tags",
+        "long thought",
+        "brackets",
+        "blanks",
+        "nested answers",
+        "white space",
+        "long answer",
+        "punctuation",
+        "marks",
+        "marks apart",
+        "expanding",
+    ],
+)
 def test_a_huge_response_is_scored_at_once(response):
     start = time.process_time()
     found = compute_score("", response, "red")
@@ -403,10 +618,17 @@ def test_a_long_ground_truth_can_be_answered():
 
 @pytest.mark.parametrize(
     "response",
-    ["\ud800", "<think>\ud800</think><answer>\udfff</answer>", "\x00", "<answer>\x00</answer>", "🟥" * 1000,
-     "<answer>\u202ered\u202c</answer>", "<answer>{red}</answer>"],
+    [
+        "\ud800",
+        "<think>\ud800</think><answer>\udfff</answer>",
+        "\x00",
+        "<answer>\x00</answer>",
+        "🟥" * 1000,
+        "<answer>\u202ered\u202c</answer>",
+        "<answer>{red}</answer>",
+    ],
     ids=ascii,
-)  # fmt: skip
+)
 def test_odd_characters_are_no_error(response):
     assert compute_score("", response, "red")["format"] in (0.0, 1.0)
 
@@ -423,9 +645,20 @@ def test_text_that_looks_like_code_is_only_text(tmp_path):
 
 
 FORBIDDEN = {
-    "eval", "exec", "compile", "__import__", "pickle.loads", "pickle.load", "marshal.loads", "os.system", "os.popen",
-    "signal.alarm", "signal.setitimer", "yaml.load", "yaml.unsafe_load",
-}  # fmt: skip
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "pickle.loads",
+    "pickle.load",
+    "marshal.loads",
+    "os.system",
+    "os.popen",
+    "signal.alarm",
+    "signal.setitimer",
+    "yaml.load",
+    "yaml.unsafe_load",
+}
 
 
 def forbidden_calls(source: str) -> list[str]:
@@ -500,21 +733,51 @@ def math_acc(answer: str, truth: Any) -> float:
 @pytest.mark.parametrize(
     ("answer", "truth", "same"),
     [
-        ("1/2", "0.5", True), (r"\frac{1}{2}", "0.5", True), (r"$\frac{1}{2}$", "1/2", True), ("1+x^2", "x^2+1", True),
-        (r"\boxed{3}", "3", True), ("3", r"\boxed{3}", True), ("10^5", "100000", True), ("[0, 1)", "[0,1)", True),
-        ("{2,1}", "{1,2}", True), ("3.0 cm", "3 cm", True), ("red", "Red.", True), ("“5”", "5", True), ("5", 5.0, True),
-        ("5!", "5", False), ("10⁵", "105", False), ("[0,1)", "(0,1]", False), ("(1,2)", "(2,1)", False),
+        ("1/2", "0.5", True),
+        (r"\frac{1}{2}", "0.5", True),
+        (r"$\frac{1}{2}$", "1/2", True),
+        ("1+x^2", "x^2+1", True),
+        (r"\boxed{3}", "3", True),
+        ("3", r"\boxed{3}", True),
+        ("10^5", "100000", True),
+        ("[0, 1)", "[0,1)", True),
+        ("{2,1}", "{1,2}", True),
+        ("3.0 cm", "3 cm", True),
+        ("red", "Red.", True),
+        ("“5”", "5", True),
+        ("5", 5.0, True),
+        ("5!", "5", False),
+        ("10⁵", "105", False),
+        ("[0,1)", "(0,1]", False),
+        ("(1,2)", "(2,1)", False),
         ("-3", "3", False),
-        (".5", "5", False), ("act", "cat", False), ("not 3", "3", False), ("3 cm", "3 m", False),
+        (".5", "5", False),
+        ("act", "cat", False),
+        ("not 3", "3", False),
+        ("3 cm", "3 m", False),
         ("3 or 4", "4", False),
-        ("", "3", False), ("x", "y", False), ("1/0", "3", False),
-        ("5%", "5", False), ("5 m", "5 s", False), ("12°C", "12°F", False), ("2020-01-01", "2018", False),
-        ("8:30", "8/30", False), ("5_2", "5_3", False), ("A,B", "B,A", False), ("5=6", "6", False),
-        ("n!", "n", False), ("f'(x)", "f(x)", False), ("X", "x", False), ("Blue", "blue", True),
-        ("x+1", "1+x", True), ("x+x", "2x", True), ("y+x", "x+y", True), (r"12^\circ", "12°", True),
+        ("", "3", False),
+        ("x", "y", False),
+        ("1/0", "3", False),
+        ("5%", "5", False),
+        ("5 m", "5 s", False),
+        ("12°C", "12°F", False),
+        ("2020-01-01", "2018", False),
+        ("8:30", "8/30", False),
+        ("5_2", "5_3", False),
+        ("A,B", "B,A", False),
+        ("5=6", "6", False),
+        ("n!", "n", False),
+        ("f'(x)", "f(x)", False),
+        ("X", "x", False),
+        ("Blue", "blue", True),
+        ("x+1", "1+x", True),
+        ("x+x", "2x", True),
+        ("y+x", "x+y", True),
+        (r"12^\circ", "12°", True),
         (r"5\%", "5%", True),
     ],
-)  # fmt: skip
+)
 def test_math_verify_judges_numbers_and_formulas(answer, truth, same):
     assert math_acc(answer, truth) == same
 

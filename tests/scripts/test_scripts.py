@@ -25,8 +25,14 @@ def test_help_prints_the_header_and_starts_nothing(repo, environment, tmp_path, 
         (tmp_path / name).write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
         (tmp_path / name).chmod(0o755)
     command = ["bash", os.path.relpath(SCRIPTS / script, tmp_path), *arguments]  # a relative name, from another folder
-    done = subprocess.run(command, env={**environment, "PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True,
-                          text=True, check=False, cwd=tmp_path)  # fmt: skip
+    done = subprocess.run(
+        command,
+        env={**environment, "PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     called = re.search(r"^exec bash .*/(\w+\.sh)", (SCRIPTS / script).read_text(), re.MULTILINE)
     while called:  # a wrapper shows the options of the script it calls
@@ -86,8 +92,9 @@ def test_a_folder_of_rows_is_all_its_shards(repo, environment, tmp_path, script)
     assert "6 images of validation are not among" in done.stdout
 
 
-@pytest.mark.parametrize(("script", "model"), [("run_sayo_qwen3vl_8b.sh", "Qwen3-VL-8B"),
-                                               ("run_qwen2_5vl_7b.sh", "Qwen2.5-VL-7B")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("script", "model"), [("run_sayo_qwen3vl_8b.sh", "Qwen3-VL-8B"), ("run_qwen2_5vl_7b.sh", "Qwen2.5-VL-7B")]
+)
 def test_the_gpu_jobs_fit_a_card_and_serve_prompt_and_response(repo, environment, tmp_path, script, model):
     done = launch(repo, script, environment, DRY_RUN="1", MODEL_PATH=str(write_config(model, tmp_path)))
     assert done.returncode == 0, done.stderr
@@ -96,8 +103,13 @@ def test_the_gpu_jobs_fit_a_card_and_serve_prompt_and_response(repo, environment
 
 
 def test_the_header_of_the_one_gpu_job_is_its_plan(repo, environment, tmp_path):
-    done = launch(repo, "run_sayo_qwen3vl_4b_1gpu.sh", environment, DRY_RUN="1",
-                  MODEL_PATH=str(write_config("Qwen3-VL-4B", tmp_path)))  # fmt: skip
+    done = launch(
+        repo,
+        "run_sayo_qwen3vl_4b_1gpu.sh",
+        environment,
+        DRY_RUN="1",
+        MODEL_PATH=str(write_config("Qwen3-VL-4B", tmp_path)),
+    )
     assert done.returncode == 0, done.stderr
     assert "1 x 1 cuda" in done.stdout
     plan = [line.split("memory per GPU")[1].strip() for line in done.stdout.splitlines() if "memory per GPU" in line]
@@ -120,15 +132,28 @@ def test_paths_of_data_and_model_become_absolute(repo, environment, tmp_path):
         return done.stdout
 
     for value, wanted in {
-        "a.parquet": "/r/a.parquet", "/b/c.parquet": "/b/c.parquet", "": "", "hdfs://a/b": "hdfs://a/b", "~/x": "~/x",
-        "with space/*.parquet": "/r/with space/*.parquet", "['q','/r']": "['q','/r']",
+        "a.parquet": "/r/a.parquet",
+        "/b/c.parquet": "/b/c.parquet",
+        "": "",
+        "hdfs://a/b": "hdfs://a/b",
+        "~/x": "~/x",
+        "with space/*.parquet": "/r/with space/*.parquet",
+        "['q','/r']": "['q','/r']",
         "[scripts/*.sh, b/c.parquet,/d]": "[/r/scripts/*.sh,/r/b/c.parquet,/d]",
-    }.items():  # fmt: skip
+    }.items():
         assert made(value) == wanted
     write_config("Qwen3-VL-8B", tmp_path)
     relative = os.path.relpath(tmp_path, repo)
-    done = launch(repo, "run_sayo_qwen3vl_8b.sh", environment, DRY_RUN="1", NNODES="2", MODEL_PATH=relative,
-                  TRAIN_FILE="[a.parquet,b.parquet]", VAL_FILE="c.parquet")  # fmt: skip
+    done = launch(
+        repo,
+        "run_sayo_qwen3vl_8b.sh",
+        environment,
+        DRY_RUN="1",
+        NNODES="2",
+        MODEL_PATH=relative,
+        TRAIN_FILE="[a.parquet,b.parquet]",
+        VAL_FILE="c.parquet",
+    )
     assert done.returncode == 0, done.stderr
     (seen,) = [line for line in done.stdout.splitlines() if line.strip().startswith("every node must see ")]
     for told in (f"{repo}/a.parquet", f"{repo}/b.parquet", f"{repo}/c.parquet", f"{repo}/{relative}", "/checkpoints"):
@@ -154,8 +179,11 @@ def saved(out, step, world):
     """The run folder of an earlier attempt with a checkpoint, as far as its files are looked at."""
     actor = out / "checkpoints" / f"global_step_{step}" / "actor"
     actor.mkdir(parents=True)
-    for name in [f"{state}_world_size_{world}_rank_{rank}.pt" for state in ("model", "optim", "extra_state")
-                 for rank in range(world)]:  # fmt: skip
+    for name in [
+        f"{state}_world_size_{world}_rank_{rank}.pt"
+        for state in ("model", "optim", "extra_state")
+        for rank in range(world)
+    ]:
         (actor / name).write_bytes(b"saved")
     (actor.parent / "data.pt").write_bytes(b"saved")
     (out / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step))
@@ -239,8 +267,14 @@ def test_the_printed_command_keeps_the_settings_of_a_script_started_from_another
 ):
     copy, env = faked
     (tmp_path / "out").mkdir()
-    done = subprocess.run(["bash", f"copy/scripts/{script}", "a=1"], env={**env, **settings}, capture_output=True,
-                          text=True, check=False, cwd=tmp_path)  # fmt: skip
+    done = subprocess.run(
+        ["bash", f"copy/scripts/{script}", "a=1"],
+        env={**env, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert "grep" not in done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("to resume after step 2: ")]
@@ -251,8 +285,9 @@ def test_the_printed_command_keeps_the_settings_of_a_script_started_from_another
 
 def test_a_script_whose_settings_cannot_be_read_stops(faked):
     copy, env = faked
-    (copy / "scripts" / "bare.sh").write_text(f'set -e\nROOT={copy}\nsource {copy}/scripts/lib.sh\n'
-                                              'GIVEN=$(given_settings)\necho went on\n')  # fmt: skip
+    (copy / "scripts" / "bare.sh").write_text(
+        f"set -e\nROOT={copy}\nsource {copy}/scripts/lib.sh\nGIVEN=$(given_settings)\necho went on\n"
+    )
     done = launch(copy, "bare.sh", env)
     assert (done.returncode, done.stdout) == (1, "")
     assert "cannot read the settings of" in done.stderr
@@ -265,9 +300,7 @@ def test_the_tiny_scripts_last_line_says_how_to_resume(faked, tmp_path, status):
     out.mkdir()
     done = launch(copy, "run_tiny.sh", env, FAKE_STATUS=status)
     assert done.returncode == int(status)
-    assert done.stdout.splitlines()[-1] == (
-        f"to resume after step 2: RESUME={out} bash {copy}/scripts/run_tiny.sh"
-    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == (f"to resume after step 2: RESUME={out} bash {copy}/scripts/run_tiny.sh")
     assert ("table" in done.stdout) == (status == "0")
     for needed in ("save_contents=[model,optimizer,extra,hf_model]", "trainer.resume_mode=disable"):
         assert needed in done.stdout
@@ -280,8 +313,10 @@ def test_dry_run_refuses_a_misspelt_switch(repo, environment):
 
 
 def test_the_baseline_differs_only_in_the_method(repo, environment):
-    plans = [launch(repo, script, environment, DRY_RUN="1").stdout.splitlines()
-             for script in ("run_sayo_qwen3vl_8b.sh", "run_grpo_qwen3vl_8b.sh")]  # fmt: skip
+    plans = [
+        launch(repo, script, environment, DRY_RUN="1").stdout.splitlines()
+        for script in ("run_sayo_qwen3vl_8b.sh", "run_grpo_qwen3vl_8b.sh")
+    ]
     different = [a.split()[0] for a, b in zip(*plans, strict=True) if a != b]
     assert different == ["estimator", "method", "reward"], plans
 

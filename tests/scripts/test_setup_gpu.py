@@ -163,10 +163,13 @@ def test_the_resolution_is_counted_and_compared_with_the_constraints(
 
 @pytest.mark.parametrize(
     ("packages", "told"),
-    [({"torch": "2.12.0"}, "torch==2.12.0 (constrained to torch==2.11.0)"), ({"new": "1.0"}, "constrained to nothing"),
-     ({"vllm": None}, "nothing (vllm==0.24.0 stands there)")],
+    [
+        ({"torch": "2.12.0"}, "torch==2.12.0 (constrained to torch==2.11.0)"),
+        ({"new": "1.0"}, "constrained to nothing"),
+        ({"vllm": None}, "nothing (vllm==0.24.0 stands there)"),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_X98_another_set_than_the_constraints(
     resolution: Callable[..., tuple[int, str]], packages: dict[str, str | None], told: str
 ) -> None:
@@ -216,7 +219,11 @@ def test_the_gpu_constraints_hold_what_verl_was_released_with() -> None:
     assert len(normal) > 250
     assert not [version for version in normal.values() if "+" in version]
     wanted = [line for line in requires("verl") or [] if "extra == " in line and "==" in line.partition(";")[0]]
-    pins = {name: version for line in wanted for name, _, version in [line.partition(";")[0].strip().partition("==")]
-            if re.search(r'extra == "(vllm|flash-attn-cu130torch211)"', line)}  # fmt: skip
+    pins = {
+        name: version
+        for line in wanted
+        for name, _, version in [line.partition(";")[0].strip().partition("==")]
+        if re.search(r'extra == "(vllm|flash-attn-cu130torch211)"', line)
+    }
     assert {"torch", "vllm", "transformers", "flash-attn"} <= set(pins)
     assert {name: normal[name] for name in pins} == pins

@@ -152,8 +152,9 @@ def _boxes(model: PreTrainedModel, row: dict[str, Any], image_V: torch.Tensor, c
         return out
     grids, start = _token_grids(model.config, row["multi_modal_inputs"]), 0
     for levels, boxes in zip(grids, row["extra_info"]["boxes"], strict=True):
-        out += [image_V[[start + token for level in levels for token in _cells_in(box, level, coverage)]]
-                for box in boxes]  # fmt: skip
+        out += [
+            image_V[[start + token for level in levels for token in _cells_in(box, level, coverage)]] for box in boxes
+        ]
         start += sum(level.numel() for level in levels)
     assert start == image_V.numel(), "the visual tokens are not those of the grids"
     return out

@@ -74,9 +74,18 @@ def flash_attention_on_cpu(*, float32_in_verl: bool = True) -> Iterator[FlashCal
     calls = FlashCalls()
 
     def flash_attn_func(
-        q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-        deterministic=False, return_attn_probs=False,
-    ):  # fmt: skip
+        q,
+        k,
+        v,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+    ):
         _require_plain(dropout_p, window_size, softcap, alibi_slopes)
         calls.dense.append(tuple(q.shape))
         made = [_attend(*row, softmax_scale, causal) for row in zip(q, k, v, strict=True)]
@@ -87,10 +96,23 @@ def flash_attention_on_cpu(*, float32_in_verl: bool = True) -> Iterator[FlashCal
         return output, torch.stack([lse for _, lse in made]), None
 
     def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-        causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
-        return_attn_probs=False, block_table=None,
-    ):  # fmt: skip
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+        block_table=None,
+    ):
         _require_plain(dropout_p, window_size, softcap, alibi_slopes)
         assert block_table is None, "the stand-in has no block table"
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32, "the kernel takes int32 cu_seqlens"

@@ -5,6 +5,10 @@ import subprocess
 
 def launch(repo, script, environment, *overrides, **variables):
     return subprocess.run(
-        ["bash", str(repo / "scripts" / script), *overrides], env={**environment, **variables}, capture_output=True,
-        text=True, check=False, cwd=repo,
-    )  # fmt: skip
+        ["bash", str(repo / "scripts" / script), *overrides],
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=repo,
+    )

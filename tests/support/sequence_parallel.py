@@ -76,8 +76,15 @@ def run_on_two_ranks(cases: Sequence[Case], folder: Path, port: int) -> dict[str
     torch.save(list(cases), folder / "cases.pt")
     ranks = []
     for rank in range(2):
-        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-               "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+        env = {
+            **os.environ,
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
         with open(folder / f"rank{rank}.log", "w") as log:
             command = [sys.executable, __file__, str(folder)]
             ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
@@ -120,9 +127,13 @@ def _run(case: Case, rank: int) -> dict[str, Outcome]:
     half = len(case.rows) // 2
     rows = case.rows if case.ulysses else case.rows[rank * half : (rank + 1) * half]
     config = model_config(
-        case.model, packed=True, attention=case.attention, fused=case.fused, adapter=case.adapter,
+        case.model,
+        packed=True,
+        attention=case.attention,
+        fused=case.fused,
+        adapter=case.adapter,
         lora_rank=4 if case.adapter else 0,
-    )  # fmt: skip
+    )
     outcomes = {}
     with contextlib.ExitStack() as stack:
         calls = stack.enter_context(flash_attention_on_cpu())

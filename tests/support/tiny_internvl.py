@@ -79,14 +79,18 @@ def build_processor(
     size, half = {"height": tile, "width": tile}, [0.5, 0.5, 0.5]
     return InternVLProcessor(
         image_processor=GotOcr2ImageProcessor(
-            size=dict(size), image_mean=half, image_std=half, min_patches=1, max_patches=max_tiles,
+            size=dict(size),
+            image_mean=half,
+            image_std=half,
+            min_patches=1,
+            max_patches=max_tiles,
             crop_to_patches=crop_to_patches,
         ),
         video_processor=InternVLVideoProcessor(size=dict(size), image_mean=half, image_std=half),
         tokenizer=build_tokenizer(),
         image_seq_length=tokens_per_tile,
         chat_template=TEMPLATE,
-    )  # fmt: skip
+    )
 
 
 def build_model(processor: InternVLProcessor, *, seed: int = 0, layers: int = 2) -> InternVLForConditionalGeneration:

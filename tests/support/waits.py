@@ -20,8 +20,24 @@ from torch.overrides import TorchFunctionMode
 from sayo_verl.probe import transfer
 
 DEVICE = torch.device("cpu:0")  # not equal to torch.device("cpu"), which is the host's
-READS = {"tolist", "item", "numpy", "cpu", "nonzero", "masked_select", "unique", "equal", "allclose", "bincount",
-         "repeat_interleave", "__bool__", "__int__", "__float__", "__index__", "__contains__"}  # fmt: skip
+READS = {
+    "tolist",
+    "item",
+    "numpy",
+    "cpu",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "equal",
+    "allclose",
+    "bincount",
+    "repeat_interleave",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "__contains__",
+}
 FACTORIES = {"zeros", "ones", "full", "empty", "arange"}
 
 

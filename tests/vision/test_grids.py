@@ -35,9 +35,22 @@ from sayo_verl.vision.masks import box_masks, cell_coverage, region_mask, token_
 
 GOLDEN = Path(__file__).parent / "golden" / "visual_tokens.json"
 SIZES = [  # (width, height)
-    (640, 480), (224, 224), (150, 224), (500, 375), (800, 557), (1024, 1024), (100, 1000), (1500, 200), (28, 28),
-    (33, 65), (3, 3), (2, 1), (1, 1), (1, 200), (200, 1),
-]  # fmt: skip
+    (640, 480),
+    (224, 224),
+    (150, 224),
+    (500, 375),
+    (800, 557),
+    (1024, 1024),
+    (100, 1000),
+    (1500, 200),
+    (28, 28),
+    (33, 65),
+    (3, 3),
+    (2, 1),
+    (1, 1),
+    (1, 200),
+    (200, 1),
+]
 PATCH = {"qwen3_vl": 16, "qwen2_5_vl": 14}
 LIMITS = {"qwen3_vl": (65_536, 16_777_216), "qwen2_5_vl": (3_136, 12_845_056)}  # fewest and most pixels, as published
 FAMILIES = [*PATCH, "internvl"]
@@ -460,9 +473,18 @@ TILES = tile_grid(3, 2, 4, where="test")
         [Tile(4, 4, 1.0, 0.0, 0.0, 1.0)],
         [Tile(4, 4, 0.0, float("nan"), 1.0, 1.0)],
     ],
-    ids=["none", "first missing", "last missing", "two thumbnails", "one twice", "a strip missing", "outside",
-         "mirrored", "not a number"],
-)  # fmt: skip
+    ids=[
+        "none",
+        "first missing",
+        "last missing",
+        "two thumbnails",
+        "one twice",
+        "a strip missing",
+        "outside",
+        "mirrored",
+        "not a number",
+    ],
+)
 def test_tiles_that_are_not_the_whole_image_once_per_resolution_are_refused(tiles):
     with refusal("V06", "whole image"):
         region_mask([[0.1, 0.1, 0.2, 0.2]], tiles, where="row 3")

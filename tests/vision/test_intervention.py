@@ -102,9 +102,13 @@ def test_a_tile_of_parts_of_tokens_is_refused(tile, tokens):
 
 @PROPERTY
 @given(
-    rows=st.integers(1, 5), cols=st.integers(1, 5), merge=st.integers(1, 3), patch=st.integers(1, 5),
-    temporal=st.integers(1, 3), channels=st.integers(1, 3),
-)  # fmt: skip
+    rows=st.integers(1, 5),
+    cols=st.integers(1, 5),
+    merge=st.integers(1, 3),
+    patch=st.integers(1, 5),
+    temporal=st.integers(1, 3),
+    channels=st.integers(1, 3),
+)
 def test_patches_to_picture_and_back(rows, cols, merge, patch, temporal, channels):
     layout = Pixels("grid", patch, merge, temporal, (0.5,) * channels, (0.5,) * channels)
     h, w = rows * merge, cols * merge
@@ -177,10 +181,14 @@ def test_without_a_box_a_row_stays_as_it_is(region):
 @pytest.mark.parametrize(
     "region",
     [
-        [], [np.zeros(14, bool)], [np.zeros(15, bool)] * 2, [np.zeros((3, 5), bool)], [np.zeros(15)],
+        [],
+        [np.zeros(14, bool)],
+        [np.zeros(15, bool)] * 2,
+        [np.zeros((3, 5), bool)],
+        [np.zeros(15)],
         [torch.zeros(15, dtype=torch.int64)],
     ],
-)  # fmt: skip
+)
 def test_marks_of_another_grid_are_refused(region):
     with refusal("V09", "one mark per visual token"):
         change(row_of(picture(84, 140)), Intervention(kind="region"), region=region)
@@ -306,9 +314,12 @@ def test_blur_keeps_a_constant_picture_and_takes_detail_away():
 
 STOCK = build_internvl()
 INTERNVL = InternVLProcessor(
-    image_processor=STOCK.image_processor, video_processor=STOCK.video_processor, tokenizer=STOCK.tokenizer,
-    image_seq_length=STOCK.image_seq_length, chat_template=STOCK.chat_template,
-)  # fmt: skip
+    image_processor=STOCK.image_processor,
+    video_processor=STOCK.video_processor,
+    tokenizer=STOCK.tokenizer,
+    image_seq_length=STOCK.image_seq_length,
+    chat_template=STOCK.chat_template,
+)
 TILES = Pixels.of(INTERNVL, "tiles")
 
 
@@ -397,8 +408,9 @@ def test_pixels_without_grids_and_grids_without_pixels_are_refused():
 @pytest.mark.parametrize("shape", [(2, 3, 64, 64), (4, 3, 64, 64), (3, 1, 64, 64), (3, 3, 64, 32)])
 def test_tiles_of_another_shape_are_refused(shape):
     with refusal("V07"):
-        change({"pixel_values": torch.zeros(shape)}, Intervention(), layout=TILES,
-               tiles=[tile_grid(2, 1, 2, where="test")])  # fmt: skip
+        change(
+            {"pixel_values": torch.zeros(shape)}, Intervention(), layout=TILES, tiles=[tile_grid(2, 1, 2, where="test")]
+        )
 
 
 def test_tiles_of_two_sizes_are_refused():
@@ -409,9 +421,18 @@ def test_tiles_of_two_sizes_are_refused():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("kind", "noise"), ("share", 0.0), ("share", 1.1), ("share", NAN), ("fill", "white"), ("sigma", 0.0),
-     ("sigma", float("inf")), ("sigma", NAN), ("seed", -1)],
-)  # fmt: skip
+    [
+        ("kind", "noise"),
+        ("share", 0.0),
+        ("share", 1.1),
+        ("share", NAN),
+        ("fill", "white"),
+        ("sigma", 0.0),
+        ("sigma", float("inf")),
+        ("sigma", NAN),
+        ("seed", -1),
+    ],
+)
 def test_a_setting_out_of_range_is_refused(key, value):
     with refusal("A05", key):
         Intervention(**{key: value})
@@ -437,9 +458,13 @@ PINNED = 3113282998638442977
 
 @PROPERTY
 @given(
-    prompts=st.lists(st.tuples(st.lists(st.integers(0, 200_000), max_size=6), st.integers(0, 3)), min_size=2,
-                     max_size=8, unique_by=lambda p: (tuple(p[0]), p[1])),
-)  # fmt: skip
+    prompts=st.lists(
+        st.tuples(st.lists(st.integers(0, 200_000), max_size=6), st.integers(0, 3)),
+        min_size=2,
+        max_size=8,
+        unique_by=lambda p: (tuple(p[0]), p[1]),
+    ),
+)
 def test_other_prompts_and_other_steps_have_other_keys(prompts):
     keys = [prompt_key(torch.tensor(ids, dtype=torch.int64), step) for ids, step in prompts]
     assert len(set(keys)) == len(keys)

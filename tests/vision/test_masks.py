@@ -234,10 +234,17 @@ def test_inputs_stay_as_they_are():
 
 @pytest.mark.parametrize(
     "box",
-    [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4, 0.5], [], [NAN, 0, 1, 1], [0, 0, float("inf"), 1], [0, None, 1, 1],
-     ["0", "0", "1", "1"]],
+    [
+        [0.1, 0.2, 0.3],
+        [0.1, 0.2, 0.3, 0.4, 0.5],
+        [],
+        [NAN, 0, 1, 1],
+        [0, 0, float("inf"), 1],
+        [0, None, 1, 1],
+        ["0", "0", "1", "1"],
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_box_that_is_not_four_numbers_is_refused(box):
     with refusal("V01", "four finite numbers"):
         check_box(box, where="row 3")

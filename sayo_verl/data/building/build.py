@@ -72,8 +72,13 @@ class _Build:
 
     def run(self) -> None:
         workers = self.options.workers or len(os.sched_getaffinity(0))
-        rules = Rules(self.options.box_frame, self.options.rescale, self.options.keep_without_boxes,
-                      self.options.image_rules, self.options.box_rules)  # fmt: skip
+        rules = Rules(
+            self.options.box_frame,
+            self.options.rescale,
+            self.options.keep_without_boxes,
+            self.options.image_rules,
+            self.options.box_rules,
+        )
         with closing(in_order(self._to_do(), rules, workers)) as results:
             for item, made in results:
                 self._look_for_missing(item, made, results)
@@ -83,9 +88,14 @@ class _Build:
         self.output.close_shards()
         self._check_losses(at_end=True)
         if not self.output.rows("train"):
-            raise SayoError("D55", "no row is left", where=str(self.output.folder),
-                            got=dict(self.output.counts["left_out"]) or "a source without examples",
-                            wanted="rows in train", fix=f"see {LEFT_OUT} for what became of each")  # fmt: skip
+            raise SayoError(
+                "D55",
+                "no row is left",
+                where=str(self.output.folder),
+                got=dict(self.output.counts["left_out"]) or "a source without examples",
+                wanted="rows in train",
+                fix=f"see {LEFT_OUT} for what became of each",
+            )
         self.output.finish()
 
     # ------------------------------------------------------------------------------------------- what is to be done
@@ -95,9 +105,14 @@ class _Build:
         ids = Hashes()
         for ordinal, thing in enumerate(self.source.examples()):
             if not ids.add(hash64(thing.id)):
-                raise SayoError("D52", "two records of the source have one id", where=f"{self.source.name} {thing.id}",
-                                got=f"record {ordinal} and an earlier one", wanted="ids that differ",
-                                fix="name every record once; a file may have been given twice")  # fmt: skip
+                raise SayoError(
+                    "D52",
+                    "two records of the source have one id",
+                    where=f"{self.source.name} {thing.id}",
+                    got=f"record {ordinal} and an earlier one",
+                    wanted="ids that differ",
+                    fix="name every record once; a file may have been given twice",
+                )
             yield ordinal, thing
 
     def _luck(self, example: Example) -> float:
@@ -107,8 +122,11 @@ class _Build:
     def _draw(self) -> set[int]:
         """The ``limit`` examples with the most luck."""
         share = self.options.share
-        ranked = ((self._luck(thing), ordinal) for ordinal, thing in self._numbered()
-                  if isinstance(thing, Example) and self._luck(thing) < share)  # fmt: skip
+        ranked = (
+            (self._luck(thing), ordinal)
+            for ordinal, thing in self._numbered()
+            if isinstance(thing, Example) and self._luck(thing) < share
+        )
         return {ordinal for _, ordinal in heapq.nsmallest(self.options.limit, ranked)}
 
     def _items(self) -> Iterator[Item]:
@@ -166,10 +184,15 @@ class _Build:
             found += filter(None, [_missing(*later)])
             if len(found) == SHOWN:
                 break
-        raise SayoError("D54", "images are missing", where=f"{self.source.name} {found[0]}", got="; ".join(found),
-                        wanted="every image that a row names",
-                        fix="correct the folder of images, or fetch what is missing, and call again: it goes on; or "
-                        "leave such rows out with --allow-missing-images")  # fmt: skip
+        raise SayoError(
+            "D54",
+            "images are missing",
+            where=f"{self.source.name} {found[0]}",
+            got="; ".join(found),
+            wanted="every image that a row names",
+            fix="correct the folder of images, or fetch what is missing, and call again: it goes on; or "
+            "leave such rows out with --allow-missing-images",
+        )
 
     def _commit(self, item: Item, made: Made | None) -> None:
         """Write or leave out one record; everything that depends on earlier records is decided here, in order."""
@@ -190,9 +213,14 @@ class _Build:
             elif any(_tag(h, split, other=True) in self.pictures for h in made.hashes):
                 reason = IN_OTHER_SPLIT
         if reason and again:
-            raise SayoError("D53", "an image changed since the folder was begun",
-                            where=f"{self.source.name} {example.id}", got=f"{reason} {detail}", wanted="a row",
-                            fix=START_OVER)  # fmt: skip
+            raise SayoError(
+                "D53",
+                "an image changed since the folder was begun",
+                where=f"{self.source.name} {example.id}",
+                got=f"{reason} {detail}",
+                wanted="a row",
+                fix=START_OVER,
+            )
         if not again:
             counts["boxes_left_out"].update(made.boxes_left_out)
         if reason:
@@ -204,9 +232,19 @@ class _Build:
             counts["images"].update(made.changed)
             counts["tally"].update(examples=1, boxes=n_boxes, without_boxes=not n_boxes)
         index = self.output.rows(split)
-        self.output.add(record(example, stored=made.stored, boxes=made.boxes, box_names=made.names, split=split,
-                               index=index, instruction=self.options.instruction, prompt=self.options.prompt),
-                        item.ordinal)  # fmt: skip
+        self.output.add(
+            record(
+                example,
+                stored=made.stored,
+                boxes=made.boxes,
+                box_names=made.names,
+                split=split,
+                index=index,
+                instruction=self.options.instruction,
+                prompt=self.options.prompt,
+            ),
+            item.ordinal,
+        )
         self._used(item, again)
 
     def _leave_out(
@@ -223,8 +261,9 @@ class _Build:
         if not again:
             self.output.used(item.ordinal)
         counts = self.output.counts
-        self.meter.show(counts["tally"]["examples"], sum(self.output.rows(split) for split in SPLITS),
-                        counts["left_out"].total())  # fmt: skip
+        self.meter.show(
+            counts["tally"]["examples"], sum(self.output.rows(split) for split in SPLITS), counts["left_out"].total()
+        )
 
     def _check_losses(self, *, at_end: bool) -> None:
         tally = self.output.counts["tally"]
@@ -232,10 +271,15 @@ class _Build:
         allowed = self.options.max_drop if at_end else max(self.options.max_drop, 0.5)
         if lost > allowed * examples and (at_end or examples >= ENOUGH_TO_TELL):
             reasons = {r: n for r, n in self.output.counts["left_out"].most_common() if r in LOSSES}
-            raise SayoError("D55", "too many examples are lost", where=str(self.output.folder / LEFT_OUT),
-                            got=f"{lost} of {examples}: {reasons}", wanted=f"at most {self.options.max_drop:.2%}",
-                            fix="look at what was left out; if that is as it should be, raise --max-drop and call "
-                            "again: it goes on")  # fmt: skip
+            raise SayoError(
+                "D55",
+                "too many examples are lost",
+                where=str(self.output.folder / LEFT_OUT),
+                got=f"{lost} of {examples}: {reasons}",
+                wanted=f"at most {self.options.max_drop:.2%}",
+                fix="look at what was left out; if that is as it should be, raise --max-drop and call "
+                "again: it goes on",
+            )
 
     def _split(self, example: Example) -> str:
         share = hash64(f"split {self.options.seed}", min(image.key for image in example.images)) / 2**64
@@ -244,10 +288,14 @@ class _Build:
     def _check_keys(self, example: Example, split: str) -> None:
         for image in example.images:
             if _tag(hash64("key", image.key), split, other=True) in self.keys:
-                raise SayoError("D52", "an image is in train and in val", where=f"{self.source.name} {example.id}",
-                                got=f"image {image.key!r} together with {[i.key for i in example.images]}",
-                                wanted="rows of several images that share none with rows of other splits",
-                                fix="set --val-share=0 and hold rows out by hand, or give them one key")  # fmt: skip
+                raise SayoError(
+                    "D52",
+                    "an image is in train and in val",
+                    where=f"{self.source.name} {example.id}",
+                    got=f"image {image.key!r} together with {[i.key for i in example.images]}",
+                    wanted="rows of several images that share none with rows of other splits",
+                    fix="set --val-share=0 and hold rows out by hand, or give them one key",
+                )
 
     def _remember(self, example: Example, hashes: Sequence[int]) -> None:
         split = self._split(example)

@@ -53,8 +53,14 @@ def check_data_source(name: Any, where: str) -> None:
     SayoError: D52 for a name that verl's own rewards may answer to.
     """
     if not isinstance(name, str) or not DATA_SOURCE.fullmatch(name):
-        raise SayoError("D52", "the name of a data source is not one of ours", where=where, got=repr(name)[:80],
-                        wanted=DATA_SOURCE.pattern, fix="name it sayo/..., in small letters")  # fmt: skip
+        raise SayoError(
+            "D52",
+            "the name of a data source is not one of ours",
+            where=where,
+            got=repr(name)[:80],
+            wanted=DATA_SOURCE.pattern,
+            fix="name it sayo/..., in small letters",
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -64,20 +70,35 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         SayoError: D56.
     """
     if folder.suffix.lower() in RUNS_CODE:
-        raise SayoError("D56", "files of this format are not read: reading one can run code that it holds",
-                        where=str(folder), got=folder.suffix, wanted="a folder that `sayo prepare` made",
-                        fix="convert it to parquet or JSON lines with the program that wrote it")  # fmt: skip
+        raise SayoError(
+            "D56",
+            "files of this format are not read: reading one can run code that it holds",
+            where=str(folder),
+            got=folder.suffix,
+            wanted="a folder that `sayo prepare` made",
+            fix="convert it to parquet or JSON lines with the program that wrote it",
+        )
     if not (folder / MANIFEST).is_file():
         begun = (folder / PROGRESS).is_file()
-        raise SayoError("D56", "the folder is not finished" if begun else "there is no prepared folder",
-                        where=str(folder), wanted=MANIFEST,
-                        fix="call the command that began it again: it goes on" if begun
-                        else "name a folder that `sayo prepare` made")  # fmt: skip
+        raise SayoError(
+            "D56",
+            "the folder is not finished" if begun else "there is no prepared folder",
+            where=str(folder),
+            wanted=MANIFEST,
+            fix="call the command that began it again: it goes on"
+            if begun
+            else "name a folder that `sayo prepare` made",
+        )
     told = read_json(folder / MANIFEST)
     if told.get("kind") != KIND or told.get("format") != FORMAT:
-        raise SayoError("D56", "the folder is of another kind", where=str(folder / MANIFEST),
-                        got=f"{told.get('kind')!r}, format {told.get('format')!r}", wanted=f"{KIND!r}, format {FORMAT}",
-                        fix="name a folder that `sayo prepare` made with this version")  # fmt: skip
+        raise SayoError(
+            "D56",
+            "the folder is of another kind",
+            where=str(folder / MANIFEST),
+            got=f"{told.get('kind')!r}, format {told.get('format')!r}",
+            wanted=f"{KIND!r}, format {FORMAT}",
+            fix="name a folder that `sayo prepare` made with this version",
+        )
     return told
 
 
@@ -93,9 +114,13 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"{type(told).__name__} instead of an object")
         return told
     except (OSError, ValueError, RecursionError) as error:
-        raise SayoError("D56", f"a file of the folder cannot be read ({error})", where=str(path),
-                        got=f"{path.stat().st_size} bytes" if path.exists() else "no file",
-                        fix="delete the folder and prepare it again") from error  # fmt: skip
+        raise SayoError(
+            "D56",
+            f"a file of the folder cannot be read ({error})",
+            where=str(path),
+            got=f"{path.stat().st_size} bytes" if path.exists() else "no file",
+            fix="delete the folder and prepare it again",
+        ) from error
 
 
 def check_folder(folder: Path, *, hashes: bool = False) -> dict[str, Any]:
@@ -117,19 +142,35 @@ def check_folder(folder: Path, *, hashes: bool = False) -> dict[str, Any]:
     strange = [name for name in files if not SHARD.fullmatch(name) and name != LEFT_OUT]
     strange += [path.name for path in folder.glob("*.parquet") if path.name not in files]
     if strange:
-        raise SayoError("D56", "the files of a folder are not those of its manifest", where=str(folder),
-                        got=sorted(strange)[:5], wanted="the files that the manifest names",
-                        fix=f"move them away, or {START_OVER}")  # fmt: skip
+        raise SayoError(
+            "D56",
+            "the files of a folder are not those of its manifest",
+            where=str(folder),
+            got=sorted(strange)[:5],
+            wanted="the files that the manifest names",
+            fix=f"move them away, or {START_OVER}",
+        )
     for name, facts in files.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
         if size != facts["size"]:
-            raise SayoError("D56", "a file of the folder is not complete", where=str(path),
-                            got="no file" if size is None else f"{size} bytes", wanted=f"{facts['size']} bytes",
-                            fix=f"copy it again, or {START_OVER}")  # fmt: skip
+            raise SayoError(
+                "D56",
+                "a file of the folder is not complete",
+                where=str(path),
+                got="no file" if size is None else f"{size} bytes",
+                wanted=f"{facts['size']} bytes",
+                fix=f"copy it again, or {START_OVER}",
+            )
         if hashes and file_sha256(path) != facts["sha256"]:
-            raise SayoError("D56", "a file of the folder was changed", where=str(path), got="another sha256",
-                            wanted=facts["sha256"], fix=f"copy it again, or {START_OVER}")  # fmt: skip
+            raise SayoError(
+                "D56",
+                "a file of the folder was changed",
+                where=str(path),
+                got="another sha256",
+                wanted=facts["sha256"],
+                fix=f"copy it again, or {START_OVER}",
+            )
         if name != LEFT_OUT:
             check_shard(path, facts["rows"]).close()
             for source in {row["data_source"] for row in read_rows(folder, [name], ["data_source"])}:
@@ -139,8 +180,9 @@ def check_folder(folder: Path, *, hashes: bool = False) -> dict[str, Any]:
 
 def built(folder: Path, manifest: Mapping[str, Any], *, reused: bool) -> Built:
     """What callers get to know of a finished folder."""
-    files = {split: [folder / name for name in sorted(manifest["files"]) if name.startswith(f"{split}-")]
-             for split in SPLITS}  # fmt: skip
+    files = {
+        split: [folder / name for name in sorted(manifest["files"]) if name.startswith(f"{split}-")] for split in SPLITS
+    }
     return Built(folder, dict(manifest["rows"]), dict(manifest["left_out"]), files, reused)
 
 

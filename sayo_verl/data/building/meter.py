@@ -30,9 +30,14 @@ class Meter:
         self._bar: Progress | None = None
         if self.console.is_terminal:
             self._bar = Progress(
-                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"),
-                TimeElapsedColumn(), console=self.console, transient=True,
-            )  # fmt: skip
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[told]}"),
+                TimeElapsedColumn(),
+                console=self.console,
+                transient=True,
+            )
             self._task = self._bar.add_task(what, total=total, told="")
 
     def __enter__(self) -> "Meter":
@@ -104,5 +109,9 @@ def show_built(made: Built, manifest: Mapping[str, Any], console: Console) -> No
     console.print(f"{'reused' if made.reused else 'made'} {made.folder}", markup=False, highlight=False, soft_wrap=True)
     console.print(verl_flags(made.files), markup=False, highlight=False, soft_wrap=True)
     if not made.rows["val"]:
-        console.print("no image was held out: for validation rows set a higher --val-share and --overwrite",
-                      markup=False, highlight=False, soft_wrap=True)  # fmt: skip
+        console.print(
+            "no image was held out: for validation rows set a higher --val-share and --overwrite",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )

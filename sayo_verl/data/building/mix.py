@@ -59,9 +59,15 @@ class _Split(NamedTuple):
 
 
 def mix_folders(
-    parts: Mapping[str, tuple[Path, Share]], rows: int, out: Path, seed: int = 0, *, val_rows: int = -1,
-    layout: Layout = _LAYOUT, overwrite: bool = False,
-) -> Built:  # fmt: skip
+    parts: Mapping[str, tuple[Path, Share]],
+    rows: int,
+    out: Path,
+    seed: int = 0,
+    *,
+    val_rows: int = -1,
+    layout: Layout = _LAYOUT,
+    overwrite: bool = False,
+) -> Built:
     """Make the folder, go on with it where it was begun, or take it as it is where it is finished.
 
     Args:
@@ -79,8 +85,10 @@ def mix_folders(
     _check_parts(parts, rows, val_rows)
     parts = dict(sorted(parts.items()))  # their order decides nothing
     manifests = {name: check_folder(folder) for name, (folder, _) in parts.items()}
-    facts = {name: {"share": str(share), "manifest": file_sha256(folder / MANIFEST)}
-             for name, (folder, share) in parts.items()}  # fmt: skip
+    facts = {
+        name: {"share": str(share), "manifest": file_sha256(folder / MANIFEST)}
+        for name, (folder, share) in parts.items()
+    }
     options = {"rows": rows, "val_rows": val_rows, "seed": seed, **layout._asdict()}
     output = Output(out, {"name": "mix", "facts": {"parts": facts}}, options, layout, overwrite=overwrite)
     meter = Meter("sayo prepare mix")
@@ -92,8 +100,11 @@ class _Mix:
         self, parts: Mapping[str, tuple[Path, Share]], manifests: Mapping[str, Any], output: Output, meter: Meter
     ) -> None:
         self.parts, self.output, self.meter = parts, output, meter
-        self.files = {(part, split): [name for name in sorted(told["files"]) if name.startswith(f"{split}-")]
-                      for part, told in manifests.items() for split in SPLITS}  # fmt: skip
+        self.files = {
+            (part, split): [name for name in sorted(told["files"]) if name.startswith(f"{split}-")]
+            for part, told in manifests.items()
+            for split in SPLITS
+        }
         self.left_out: list[tuple[str, str]] = []  # id, what it shares
 
     def run(self, rows: int, val_rows: int, seed: int) -> None:
@@ -105,8 +116,9 @@ class _Mix:
         for part in self.parts:
             others = {other: hashes for other, hashes in held_out.items() if other != part and len(hashes)}
             there["train"][part] = self._survey(part, "train", seed, None, others)
-        n_there = {split: {part: len(found.places) for part, found in of_parts.items()}
-                   for split, of_parts in there.items()}  # fmt: skip
+        n_there = {
+            split: {part: len(found.places) for part, found in of_parts.items()} for split, of_parts in there.items()
+        }
         train = train_counts({part: share for part, (_, share) in self.parts.items()}, rows, n_there["train"])
         counts = {"train": train, "val": val_counts(train, val_rows, n_there["val"])}
         for ordinal, (id, detail) in enumerate(self.left_out):
@@ -184,17 +196,35 @@ class _Mix:
 
 def _check_parts(parts: Mapping[str, tuple[Path, Share]], rows: int, val_rows: int) -> None:
     if rows < 1 or val_rows < -1:
-        raise SayoError("D57", "a number of rows is out of range", where="--rows, --val-rows",
-                        got=f"{rows}, {val_rows}", wanted="at least 1; -1 or more", fix="correct it")  # fmt: skip
+        raise SayoError(
+            "D57",
+            "a number of rows is out of range",
+            where="--rows, --val-rows",
+            got=f"{rows}, {val_rows}",
+            wanted="at least 1; -1 or more",
+            fix="correct it",
+        )
     for part in parts:
         if not _NAME.fullmatch(part):
-            raise SayoError("D57", "the name of a part is not plain", where="--from", got=repr(part),
-                            wanted=_NAME.pattern, fix="rename it")  # fmt: skip
+            raise SayoError(
+                "D57",
+                "the name of a part is not plain",
+                where="--from",
+                got=repr(part),
+                wanted=_NAME.pattern,
+                fix="rename it",
+            )
     check_shares({part: share for part, (_, share) in parts.items()})
     folders = [folder.resolve() for folder, _ in parts.values()]
     if len(set(folders)) != len(folders):
-        raise SayoError("D57", "one folder stands for two parts", where="--from", got=[str(f) for f in folders],
-                        wanted="different folders", fix="name each folder once")  # fmt: skip
+        raise SayoError(
+            "D57",
+            "one folder stands for two parts",
+            where="--from",
+            got=[str(f) for f in folders],
+            wanted="different folders",
+            fix="name each folder once",
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -202,17 +232,29 @@ def _check_parts(parts: Mapping[str, tuple[Path, Share]], rows: int, val_rows: i
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare mix``."""
-    parser.add_argument("--from", dest="parts", action="append", required=True, metavar="NAME=FOLDER",
-                        help="a prepared folder and what to call it; once for each part")  # fmt: skip
-    parser.add_argument("--mix", required=True, metavar="NAME=SHARE,...",
-                        help="share of the train rows of each part, or all, or rest")  # fmt: skip
+    parser.add_argument(
+        "--from",
+        dest="parts",
+        action="append",
+        required=True,
+        metavar="NAME=FOLDER",
+        help="a prepared folder and what to call it; once for each part",
+    )
+    parser.add_argument(
+        "--mix", required=True, metavar="NAME=SHARE,...", help="share of the train rows of each part, or all, or rest"
+    )
     parser.add_argument("--rows", type=int, required=True, help="train rows of the mixture")
-    parser.add_argument("--val-rows", type=int, default=-1, help="validation rows; -1: as many as the shares allow "
-                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--val-rows",
+        type=int,
+        default=-1,
+        help="validation rows; -1: as many as the shares allow (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
-    parser.add_argument("--shard-rows", type=int, default=_LAYOUT.shard_rows, help="rows of a shard "
-                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--shard-rows", type=int, default=_LAYOUT.shard_rows, help="rows of a shard (default: %(default)s)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="start over in a folder made of something else")
 
 
@@ -220,18 +262,37 @@ def from_args(args: argparse.Namespace) -> Built:
     """Mix by the flags of ``add_flags``."""
     folders, shares = _pairs("--from", args.parts), _pairs("--mix", args.mix.split(","))
     if folders.keys() != shares.keys():
-        raise SayoError("D57", "--from and --mix name different parts", where="--mix", got=sorted(shares),
-                        wanted=sorted(folders), fix="give each part a folder and a share")  # fmt: skip
+        raise SayoError(
+            "D57",
+            "--from and --mix name different parts",
+            where="--mix",
+            got=sorted(shares),
+            wanted=sorted(folders),
+            fix="give each part a folder and a share",
+        )
     parts = {name: (Path(folder), _share(shares[name])) for name, folder in folders.items()}
-    return mix_folders(parts, args.rows, args.out, args.seed, val_rows=args.val_rows,
-                       layout=Layout(shard_rows=args.shard_rows), overwrite=args.overwrite)  # fmt: skip
+    return mix_folders(
+        parts,
+        args.rows,
+        args.out,
+        args.seed,
+        val_rows=args.val_rows,
+        layout=Layout(shard_rows=args.shard_rows),
+        overwrite=args.overwrite,
+    )
 
 
 def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
     pairs = [text.partition("=")[::2] for text in given]
     if not all(name and value for name, value in pairs) or len(dict(pairs)) != len(pairs):
-        raise SayoError("D57", f"{flag} is not understood", where=flag, got=list(given), wanted="NAME=..., each once",
-                        fix="see sayo prepare mix --help")  # fmt: skip
+        raise SayoError(
+            "D57",
+            f"{flag} is not understood",
+            where=flag,
+            got=list(given),
+            wanted="NAME=..., each once",
+            fix="see sayo prepare mix --help",
+        )
     return dict(pairs)
 
 

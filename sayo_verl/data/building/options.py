@@ -17,9 +17,20 @@ from sayo_verl.errors import SayoError
 
 # Reasons that count towards max_drop: what is wrong with images and text, not what the source does not choose.
 LOSSES = frozenset(
-    {"empty_question", "empty_answer", "ungradable_answer", "reserved_text", "image_missing", "image_empty",
-     "image_unreadable", "image_format", "image_too_large", "image_too_small", "image_too_long"}
-)  # fmt: skip
+    {
+        "empty_question",
+        "empty_answer",
+        "ungradable_answer",
+        "reserved_text",
+        "image_missing",
+        "image_empty",
+        "image_unreadable",
+        "image_format",
+        "image_too_large",
+        "image_too_small",
+        "image_too_long",
+    }
+)
 # Options that decide how the work is done, not what is in the folder
 _FREE = ("workers", "max_drop", "allow_missing_images", "overwrite")
 _HELP = {
@@ -105,8 +116,14 @@ class BuildOptions:
             *((n, getattr(self, n) >= 1, "1 or more") for n in ("shard_rows", "row_group_rows", "row_group_bytes")),
         ):
             if not right:
-                raise SayoError("D57", "an option is out of range", where=f"--{name.replace('_', '-')}",
-                                got=getattr(self, name), wanted=wanted, fix="correct the option")  # fmt: skip
+                raise SayoError(
+                    "D57",
+                    "an option is out of range",
+                    where=f"--{name.replace('_', '-')}",
+                    got=getattr(self, name),
+                    wanted=wanted,
+                    fix="correct the option",
+                )
 
     def deciding(self) -> dict[str, Any]:
         """The options that decide what is in the folder."""
@@ -123,20 +140,30 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                 group.add_argument(flag, action="store_true", help=_HELP[option.name])
         elif option.name in _HELP:
             choices = {"box_frame": FRAMES, "prompt": PROMPTS}.get(option.name)
-            group.add_argument(flag, type=type(default), default=default, choices=choices,
-                               help=f"{_HELP[option.name]} (default: %(default)s)")  # fmt: skip
+            group.add_argument(
+                flag,
+                type=type(default),
+                default=default,
+                choices=choices,
+                help=f"{_HELP[option.name]} (default: %(default)s)",
+            )
     for prefix, plural, rules in (("image", "images", ImageRules), ("box", "boxes", BoxRules)):
-        part = parser.add_argument_group(f"which {plural} are kept",
-                                         f"see {rules.__name__} in {rules.__module__}")  # fmt: skip
+        part = parser.add_argument_group(f"which {plural} are kept", f"see {rules.__name__} in {rules.__module__}")
         for option in dataclasses.fields(rules):
-            part.add_argument(f"--{prefix}-{option.name.replace('_', '-')}", type=type(option.default),
-                              default=option.default, metavar="X", help="default: %(default)s")  # fmt: skip
+            part.add_argument(
+                f"--{prefix}-{option.name.replace('_', '-')}",
+                type=type(option.default),
+                default=option.default,
+                metavar="X",
+                help="default: %(default)s",
+            )
 
 
 def options_from(args: argparse.Namespace) -> BuildOptions:
     """The options from the flags of ``add_flags``."""
-    given = {option.name: getattr(args, option.name) for option in dataclasses.fields(BuildOptions)
-             if option.name in _HELP}  # fmt: skip
+    given = {
+        option.name: getattr(args, option.name) for option in dataclasses.fields(BuildOptions) if option.name in _HELP
+    }
     image, box = (
         {option.name: getattr(args, f"{prefix}_{option.name}") for option in dataclasses.fields(rules)}
         for prefix, rules in (("image", ImageRules), ("box", BoxRules))

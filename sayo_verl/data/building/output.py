@@ -114,17 +114,27 @@ class Output:
             n for n in names if not n.endswith(".tmp") and n != LOCK and (n != LEFT_OUT or left_out.stat().st_size)
         ]
         if foreign or (nobodys and not begun):
-            raise SayoError("D53", "the folder holds other files", where=str(self.folder), got=(foreign or names)[:5],
-                            wanted="an empty folder, or one that the same command made",
-                            fix="choose another --out, or move them away")  # fmt: skip
+            raise SayoError(
+                "D53",
+                "the folder holds other files",
+                where=str(self.folder),
+                got=(foreign or names)[:5],
+                wanted="an empty folder, or one that the same command made",
+                fix="choose another --out, or move them away",
+            )
         lines = differences({name: told.get(name) for name in self._facts}, self._facts) if told else []
         if lines and begun == PROGRESS and told.get("kind") == KIND and not told["state"]["shards"]:
             return ""  # nothing is lost by starting over
         if lines:
             state = "was made" if begun == MANIFEST else "was begun"
-            raise SayoError("D53", f"the folder {state} of something else", where=str(self.folder / begun),
-                            got="; ".join(lines[:6]), wanted="the same source and options",
-                            fix=START_OVER)  # fmt: skip
+            raise SayoError(
+                "D53",
+                f"the folder {state} of something else",
+                where=str(self.folder / begun),
+                got="; ".join(lines[:6]),
+                wanted="the same source and options",
+                fix=START_OVER,
+            )
         return begun if told else ""
 
     def _take_lock(self) -> None:
@@ -134,8 +144,12 @@ class Output:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._lock.close()
-            raise SayoError("D53", "another process is at work in this folder", where=str(self.folder),
-                            fix="wait for it, or choose another --out") from error  # fmt: skip
+            raise SayoError(
+                "D53",
+                "another process is at work in this folder",
+                where=str(self.folder),
+                fix="wait for it, or choose another --out",
+            ) from error
 
     def _remove(self, which: Callable[[str], Any]) -> None:
         # what says whose the folder is goes last: an interruption leaves no folder that is nobody's
@@ -152,9 +166,14 @@ class Output:
             check_shard(self.folder / name, facts["rows"]).close()
         log = self.folder / LEFT_OUT
         if self.left_out_bytes and (not log.is_file() or log.stat().st_size < self.left_out_bytes):
-            raise SayoError("D56", "a file of the folder is not complete", where=str(log),
-                            got=f"{log.stat().st_size} bytes" if log.is_file() else "no file",
-                            wanted=f"at least {self.left_out_bytes} bytes", fix=START_OVER)  # fmt: skip
+            raise SayoError(
+                "D56",
+                "a file of the folder is not complete",
+                where=str(log),
+                got=f"{log.stat().st_size} bytes" if log.is_file() else "no file",
+                wanted=f"at least {self.left_out_bytes} bytes",
+                fix=START_OVER,
+            )
 
     def rows(self, split: str) -> int:
         """How many rows of a split were taken."""
@@ -289,6 +308,11 @@ class Earlier:
             raise self._differs("other records", f"{ids[0]!r} in the folder")
 
     def _differs(self, now: str, there: str) -> SayoError:
-        return SayoError("D53", "the source yields other records than when the folder was begun",
-                         where=str(self.folder), got=f"{now}, {there}", wanted="the same records in the same order",
-                         fix=START_OVER)  # fmt: skip
+        return SayoError(
+            "D53",
+            "the source yields other records than when the folder was begun",
+            where=str(self.folder),
+            got=f"{now}, {there}",
+            wanted="the same records in the same order",
+            fix=START_OVER,
+        )

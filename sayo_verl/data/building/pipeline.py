@@ -112,8 +112,17 @@ def make(example: Example, rules: Rules) -> Made:
     for image, where, boxes, box_names, annotated in zip(
         stored, names, example.boxes, example.box_names, example.sizes or [None] * len(stored), strict=True
     ):
-        placed = place_boxes(boxes, box_names, box_format=example.box_format, frame=rules.box_frame, stored=image,
-                             annotated=annotated, rescale=rules.rescale, rules=rules.boxes, where=where)  # fmt: skip
+        placed = place_boxes(
+            boxes,
+            box_names,
+            box_format=example.box_format,
+            frame=rules.box_frame,
+            stored=image,
+            annotated=annotated,
+            rescale=rules.rescale,
+            rules=rules.boxes,
+            where=where,
+        )
         made.boxes_left_out.update(placed.left_out)
         made.boxes.append(placed.boxes)
         made.names.append(placed.names)
@@ -159,10 +168,13 @@ def in_order(items: Iterator[Item], rules: Rules, workers: int) -> Generator[tup
             while waiting:
                 yield from _results(*waiting.popleft())
         except BrokenProcessPool as error:
-            raise SayoError("D54", "a process that reads images died", where="worker process",
-                            got="killed for memory, or crashed on an image",
-                            fix="call again with fewer --workers, it goes on; with --workers 1 the crash shows "
-                            "itself") from error  # fmt: skip
+            raise SayoError(
+                "D54",
+                "a process that reads images died",
+                where="worker process",
+                got="killed for memory, or crashed on an image",
+                fix="call again with fewer --workers, it goes on; with --workers 1 the crash shows itself",
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -110,8 +110,12 @@ def telling(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SayoError("D56", f"a file cannot be written ({error})", where=str(path),
-                        fix="make room or correct the folder, and call again: it goes on") from error  # fmt: skip
+        raise SayoError(
+            "D56",
+            f"a file cannot be written ({error})",
+            where=str(path),
+            fix="make room or correct the folder, and call again: it goes on",
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -177,9 +181,12 @@ class ShardWriter:
                 # images are compressed already; statistics of binary columns would put images into the footer
                 columns = dict.fromkeys(_leaves(ROW_SCHEMA), "zstd") | {IMAGE_BYTES: "none"}
                 self._writer = pq.ParquetWriter(
-                    self._file, ROW_SCHEMA, compression=columns, write_statistics=False,
+                    self._file,
+                    ROW_SCHEMA,
+                    compression=columns,
+                    write_statistics=False,
                     use_dictionary=[column for column in columns if column != IMAGE_BYTES],
-                )  # fmt: skip
+                )
             self._writer.write_table(table, row_group_size=len(self._buffer))
         self._buffer, self._bytes = [], 0
 
@@ -253,12 +260,23 @@ def check_shard(path: Path, rows: int) -> pq.ParquetFile:
         raise _unreadable(path, error) from error
     if not file.schema_arrow.equals(ROW_SCHEMA):
         lines = differences(_kinds(list(file.schema_arrow)), _kinds(list(ROW_SCHEMA)))
-        raise SayoError("D56", "the columns of a shard are not those of this version", where=str(path),
-                        got="; ".join(lines).replace(" now", " wanted") or "the same fields in another order",
-                        wanted="sayo_verl.data.rows.ROW_SCHEMA in every shard", fix=START_OVER)  # fmt: skip
+        raise SayoError(
+            "D56",
+            "the columns of a shard are not those of this version",
+            where=str(path),
+            got="; ".join(lines).replace(" now", " wanted") or "the same fields in another order",
+            wanted="sayo_verl.data.rows.ROW_SCHEMA in every shard",
+            fix=START_OVER,
+        )
     if file.metadata.num_rows != rows:
-        raise SayoError("D56", "a shard has another number of rows than was written", where=str(path),
-                        got=file.metadata.num_rows, wanted=rows, fix=START_OVER)  # fmt: skip
+        raise SayoError(
+            "D56",
+            "a shard has another number of rows than was written",
+            where=str(path),
+            got=file.metadata.num_rows,
+            wanted=rows,
+            fix=START_OVER,
+        )
     return file
 
 
@@ -284,5 +302,11 @@ def read_rows(folder: Path, names: Sequence[str], columns: Sequence[str] | None 
 
 def _unreadable(path: Path, error: Exception) -> SayoError:
     found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
-    return SayoError("D56", f"the parquet file cannot be read ({' '.join(str(error).split())})", where=str(path),
-                     got=found, wanted="the shard as it was written", fix=START_OVER)  # fmt: skip
+    return SayoError(
+        "D56",
+        f"the parquet file cannot be read ({' '.join(str(error).split())})",
+        where=str(path),
+        got=found,
+        wanted="the shard as it was written",
+        fix=START_OVER,
+    )

@@ -49,6 +49,4 @@ def bars(rng: random.Random, config: SceneConfig, kind: str) -> Scene:
         raise AssertionError(f"no question about bars: {kind}")
     roles = ("answer", "other") if kind == "higher" else ()
     distractors = distractors_of(rng, n_bars, needed)
-    return Scene(
-        image, image, tuple(objects), kind, question, answer, needed, distractors, "colour", "value", roles
-    )  # fmt: skip
+    return Scene(image, image, tuple(objects), kind, question, answer, needed, distractors, "colour", "value", roles)

@@ -21,9 +21,18 @@ KINDS = (*QUESTIONS, *OBJECT_KINDS, *BAR_KINDS)
 GENERATOR_VERSION = 1
 LATER_VERSION = 1  # of everything that version 1 of the generator does not draw: raise it when that changes
 _VERSION_1_FIELDS = (
-    "image_size", "grid", "min_objects", "max_objects", "min_radius", "max_radius", "question_kinds", "n_train",
-    "n_val", "seed", "region",
-)  # fmt: skip
+    "image_size",
+    "grid",
+    "min_objects",
+    "max_objects",
+    "min_radius",
+    "max_radius",
+    "question_kinds",
+    "n_train",
+    "n_val",
+    "seed",
+    "region",
+)
 # later field -> the kinds that read it; () stands for all
 _READ_BY: dict[str, tuple[str, ...]] = {
     "repeat": ("place", "size", "relation"),

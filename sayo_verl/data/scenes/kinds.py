@@ -105,9 +105,16 @@ def count(rng: random.Random, config: SceneConfig) -> Scene:
     _fill(rng, config, image, objects, n_objects, taken, shapes=shapes, colours=colours)
     things = f"{word} objects" if by == "colour" else f"{word}es" if word.endswith("s") else f"{word}s"
     return _scene(
-        rng, image, objects, "count", f"How many {things} are there?", str(n_counted), needed=tuple(range(n_counted)),
-        key=by, asks="shape" if by == "colour" else "colour",
-    )  # fmt: skip
+        rng,
+        image,
+        objects,
+        "count",
+        f"How many {things} are there?",
+        str(n_counted),
+        needed=tuple(range(n_counted)),
+        key=by,
+        asks="shape" if by == "colour" else "colour",
+    )
 
 
 def relation(rng: random.Random, config: SceneConfig) -> Scene:
@@ -131,15 +138,25 @@ def relation(rng: random.Random, config: SceneConfig) -> Scene:
     key, asks = rng.choice((("shape", "colour"), ("colour", "shape")))
     question = f"What {asks} is the object directly {direction} the {reference.name}?"
     return _scene(
-        rng, image, [answer, reference, *rest], "relation", question,
-        answer.colour if asks == "colour" else answer.shape, needed=(0, 1), key=key, asks=asks,
+        rng,
+        image,
+        [answer, reference, *rest],
+        "relation",
+        question,
+        answer.colour if asks == "colour" else answer.shape,
+        needed=(0, 1),
+        key=key,
+        asks=asks,
         roles=("answer", "reference"),
-    )  # fmt: skip
+    )
 
 
 SAMPLERS: Mapping[str, Callable[[random.Random, SceneConfig], Scene]] = {
-    "place": place, "size": size, "count": count, "relation": relation,
-}  # fmt: skip
+    "place": place,
+    "size": size,
+    "count": count,
+    "relation": relation,
+}
 
 
 def distractors_of(rng: random.Random, n_objects: int, needed: Sequence[int]) -> tuple[int, ...]:
@@ -149,17 +166,33 @@ def distractors_of(rng: random.Random, n_objects: int, needed: Sequence[int]) ->
 
 
 def _scene(
-    rng: random.Random, image: np.ndarray, objects: Sequence[SceneObject], kind: str, question: str, answer: str,
-    *, needed: tuple[int, ...], key: str, asks: str, roles: tuple[str, ...] = (),
-) -> Scene:  # fmt: skip
+    rng: random.Random,
+    image: np.ndarray,
+    objects: Sequence[SceneObject],
+    kind: str,
+    question: str,
+    answer: str,
+    *,
+    needed: tuple[int, ...],
+    key: str,
+    asks: str,
+    roles: tuple[str, ...] = (),
+) -> Scene:
     distractors = distractors_of(rng, len(objects), needed)
     return Scene(image, image, tuple(objects), kind, question, answer, needed, distractors, key, asks, roles)
 
 
 def _fill(
-    rng: random.Random, config: SceneConfig, image: np.ndarray, objects: list[SceneObject], up_to: int,
-    taken: Sequence[int], *, shapes: Sequence[str], colours: Mapping[str, object] | Sequence[str],
-) -> list[int]:  # fmt: skip
+    rng: random.Random,
+    config: SceneConfig,
+    image: np.ndarray,
+    objects: list[SceneObject],
+    up_to: int,
+    taken: Sequence[int],
+    *,
+    shapes: Sequence[str],
+    colours: Mapping[str, object] | Sequence[str],
+) -> list[int]:
     """Draw random objects into free cells until there are ``up_to``; return the cells that are taken then."""
     free = [cell for cell in range(config.grid**2) if cell not in taken]
     cells = rng.sample(free, up_to - len(objects))

@@ -33,9 +33,18 @@ from sayo_verl.data.scenes.types import Scene, SceneObject
 from sayo_verl.errors import SayoError
 
 __all__ = [
-    "GENERATOR_VERSION", "QUESTIONS", "ROW_SCHEMA", "Scene", "SceneConfig", "SceneObject", "image_digest", "prepare",
-    "sample_scene", "scene_row", "write_scenes",
-]  # fmt: skip
+    "GENERATOR_VERSION",
+    "QUESTIONS",
+    "ROW_SCHEMA",
+    "Scene",
+    "SceneConfig",
+    "SceneObject",
+    "image_digest",
+    "prepare",
+    "sample_scene",
+    "scene_row",
+    "write_scenes",
+]
 
 ROW_GROUP_ROWS = 64
 _MAX_REDRAWS = 100

@@ -87,9 +87,17 @@ class Scene:
 
 
 def put(
-    rng: random.Random, config: SceneConfig, image: np.ndarray, cell: int, shape: str, colour: str,
-    *, radius: int | None = None, value: str = "", aligned: tuple[int, SceneObject] | None = None,
-) -> SceneObject:  # fmt: skip
+    rng: random.Random,
+    config: SceneConfig,
+    image: np.ndarray,
+    cell: int,
+    shape: str,
+    colour: str,
+    *,
+    radius: int | None = None,
+    value: str = "",
+    aligned: tuple[int, SceneObject] | None = None,
+) -> SceneObject:
     """Draw one object somewhere in ``cell``.
 
     Args:

@@ -110,8 +110,11 @@ class CocoSource:
     def __post_init__(self) -> None:
         tp.check_asks(self.ask, self.questions, "--ask and --questions")
         if (self.absent and "presence" not in self.ask) or (self.categories and not self.ask):
-            raise fields.refuse("an option has nothing to act on", "--absent, --categories",
-                                "set --ask presence for --absent, and --ask for --categories")  # fmt: skip
+            raise fields.refuse(
+                "an option has nothing to act on",
+                "--absent, --categories",
+                "set --ask presence for --absent, and --ask for --categories",
+            )
         for path in (self.annotations, self.questions):
             if path is not None:
                 inputs.check_file(path)
@@ -157,8 +160,11 @@ class CocoSource:
             name = inputs.image_name(fields.field_of(record, "file_name", str, where), where)
             yield Picture(id, name, fields.picture_size(width, height, where))
         if not seen.ids:
-            raise fields.refuse("the file has no images", str(self.annotations),
-                                "give a whole annotation file: {images, annotations, categories}")  # fmt: skip
+            raise fields.refuse(
+                "the file has no images",
+                str(self.annotations),
+                "give a whole annotation file: {images, annotations, categories}",
+            )
 
     def _categories(self) -> dict[int, Category]:
         found = {}
@@ -168,8 +174,11 @@ class CocoSource:
             name = fields.field_of(record, "name", str, where)
             found[fields.field_of(record, "id", int, where)] = Category(name, bool(thing))
         if not found:
-            raise fields.refuse("the file has no categories", str(self.annotations),
-                                "give a whole annotation file: {images, annotations, categories}")  # fmt: skip
+            raise fields.refuse(
+                "the file has no categories",
+                str(self.annotations),
+                "give a whole annotation file: {images, annotations, categories}",
+            )
         return found
 
     def _marks(self, pictures: dict[int, Picture], categories: dict[int, Category]) -> Marks:
@@ -178,16 +187,24 @@ class CocoSource:
             where = f"{self.annotations} annotations[{i}]"
             image = fields.field_of(record, "image_id", int, where)
             if image not in pictures:
-                raise fields.refuse("an annotation is of an image that is not in images", where,
-                                    "give images and annotations of one file", got=image)  # fmt: skip
+                raise fields.refuse(
+                    "an annotation is of an image that is not in images",
+                    where,
+                    "give images and annotations of one file",
+                    got=image,
+                )
             segments = record.get("segments_info")
             each = [record] if segments is None else fields.field_of(record, "segments_info", list, where)
             for j, mark in enumerate(each):
                 at = where if segments is None else f"{where} segments_info[{j}]"
                 category = fields.field_of(mark, "category_id", int, at)
                 if category not in categories:
-                    raise fields.refuse("an annotation is of a category that is not in categories", at,
-                                        "give categories and annotations of one file", got=category)  # fmt: skip
+                    raise fields.refuse(
+                        "an annotation is of a category that is not in categories",
+                        at,
+                        "give categories and annotations of one file",
+                        got=category,
+                    )
                 box = fields.box(fields.field_of(mark, "bbox", list, at), at)
                 marks.add(image, fields.field_of(mark, "id", int, at), category, bool(mark.get("iscrowd", 0)), box)
         marks.close()
@@ -196,23 +213,42 @@ class CocoSource:
     # ----------------------------------------------------------------------------------------------------- questions
 
     def _example(
-        self, id: str, folder: inputs.ImageFolder, picture: Picture, question: str, answer: str,
-        boxes: list[tuple[str, tuple[float, ...]]], kind: str, what: str,
-    ) -> Example | LeftOut:  # fmt: skip
+        self,
+        id: str,
+        folder: inputs.ImageFolder,
+        picture: Picture,
+        question: str,
+        answer: str,
+        boxes: list[tuple[str, tuple[float, ...]]],
+        kind: str,
+        what: str,
+    ) -> Example | LeftOut:
         try:
             check_text(question, answer)
         except Drop as drop:
             return LeftOut(id, drop.reason, drop.detail)
         return Example(
-            id, (folder.ref(picture.file, id),), question, answer, (tuple(b for _, b in boxes),),
-            (tuple(name for name, _ in boxes),), "xywh", f"{self.name}_{what}", f"sayo/{self.name}", (picture.size,),
+            id,
+            (folder.ref(picture.file, id),),
+            question,
+            answer,
+            (tuple(b for _, b in boxes),),
+            (tuple(name for name, _ in boxes),),
+            "xywh",
+            f"{self.name}_{what}",
+            f"sayo/{self.name}",
+            (picture.size,),
             kind,
-        )  # fmt: skip
+        )
 
     def _asked(
-        self, picture: Picture, names: tuple[str, ...], folder: inputs.ImageFolder, categories: dict[int, Category],
+        self,
+        picture: Picture,
+        names: tuple[str, ...],
+        folder: inputs.ImageFolder,
+        categories: dict[int, Category],
         marks: Marks,
-    ) -> Iterator[Example | LeftOut]:  # fmt: skip
+    ) -> Iterator[Example | LeftOut]:
         here = [(categories[c].name, crowd, b) for _, c, crowd, b in marks.of(picture.id)]
         things = [tp.Thing(name, None if crowd else b, _CROWD) for name, crowd, b in here if name in names]
         n_yes = 0
@@ -230,9 +266,13 @@ class CocoSource:
                 yield self._example(id, folder, picture, tp.is_there(name), "no", [], "absence", "presence")
 
     def _joined(
-        self, questions: Path, folder: inputs.ImageFolder, pictures: dict[int, Picture],
-        categories: dict[int, Category], marks: Marks,
-    ) -> Iterator[Example | LeftOut]:  # fmt: skip
+        self,
+        questions: Path,
+        folder: inputs.ImageFolder,
+        pictures: dict[int, Picture],
+        categories: dict[int, Category],
+        marks: Marks,
+    ) -> Iterator[Example | LeftOut]:
         by_file = {picture.file: picture for picture in pictures.values()}
         names = {category.name for category in categories.values()}
         seen = fields.Seen()
@@ -242,11 +282,16 @@ class CocoSource:
             id = fields.text(record.get("id")) or f"{questions.name}:{number}"
             seen.add(id, where)
             if ("image_id" in record) == ("file_name" in record):
-                raise fields.refuse("a question needs either image_id or file_name", where, "write one of the two",
-                                    got=sorted(record))  # fmt: skip
+                raise fields.refuse(
+                    "a question needs either image_id or file_name", where, "write one of the two", got=sorted(record)
+                )
             if ("annotation_ids" in record) == ("categories" in record):
-                raise fields.refuse("a question needs either annotation_ids or categories", where,
-                                    "write one of the two; [] for no region", got=sorted(record))  # fmt: skip
+                raise fields.refuse(
+                    "a question needs either annotation_ids or categories",
+                    where,
+                    "write one of the two; [] for no region",
+                    got=sorted(record),
+                )
             if "image_id" in record:
                 picture = pictures.get(fields.field_of(record, "image_id", int, where))
             else:

@@ -92,13 +92,22 @@ def check_keys(record: Any, required: Iterable[str], optional: Iterable[str], wh
     known = required + optional
     for key in record:
         if key not in known:
-            raise refuse(f"unknown key {key!r}{did_you_mean(str(key), known)}", where,
-                         "correct or remove the key; a key that is not read would be lost without a word",
-                         got=sorted(map(str, record)), wanted=sorted(known))  # fmt: skip
+            raise refuse(
+                f"unknown key {key!r}{did_you_mean(str(key), known)}",
+                where,
+                "correct or remove the key; a key that is not read would be lost without a word",
+                got=sorted(map(str, record)),
+                wanted=sorted(known),
+            )
     missing = [key for key in required if key not in record]
     if missing:
-        raise refuse(f"the record has no {', '.join(missing)}", where, "add what is missing",
-                     got=sorted(map(str, record)), wanted=sorted(required))  # fmt: skip
+        raise refuse(
+            f"the record has no {', '.join(missing)}",
+            where,
+            "add what is missing",
+            got=sorted(map(str, record)),
+            wanted=sorted(required),
+        )
     return record
 
 
@@ -109,13 +118,22 @@ def field_of(record: Any, key: str, kind: type | tuple[type, ...], where: str) -
         SayoError: D58.
     """
     if not isinstance(record, dict) or key not in record:
-        raise refuse(f"the record has no {key!r}", where, "check that the file is of the format it was given as",
-                     got=sorted(map(str, record)) if isinstance(record, dict) else shown(record))  # fmt: skip
+        raise refuse(
+            f"the record has no {key!r}",
+            where,
+            "check that the file is of the format it was given as",
+            got=sorted(map(str, record)) if isinstance(record, dict) else shown(record),
+        )
     value = record[key]
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise refuse(f"{key!r} is of the wrong type", where, "correct the value",
-                     got=shown(value), wanted=" or ".join(k.__name__ for k in kinds))  # fmt: skip
+        raise refuse(
+            f"{key!r} is of the wrong type",
+            where,
+            "correct the value",
+            got=shown(value),
+            wanted=" or ".join(k.__name__ for k in kinds),
+        )
     return value
 
 
@@ -140,8 +158,12 @@ def picture_size(width: Any, height: Any, where: str) -> tuple[int, int]:
     for side in (width, height):
         whole = isinstance(side, numbers.Real | decimal.Decimal) and not isinstance(side, bool) and side == side // 1
         if not whole or side < 1:
-            raise refuse("the size of an image is not two whole numbers above zero", where,
-                         "write width and height in pixels", got=shown((width, height)))  # fmt: skip
+            raise refuse(
+                "the size of an image is not two whole numbers above zero",
+                where,
+                "write width and height in pixels",
+                got=shown((width, height)),
+            )
         sides.append(int(side))
     return sides[0], sides[1]
 
@@ -158,8 +180,14 @@ class Seen:
 
     def add(self, id: str, where: str) -> str:
         if id in self.ids:
-            raise SayoError("D62", "an id stands for two records", where=where, got=shown(id), wanted="unique ids",
-                            fix="give each record its own id, or none: they are numbered then")  # fmt: skip
+            raise SayoError(
+                "D62",
+                "an id stands for two records",
+                where=where,
+                got=shown(id),
+                wanted="unique ids",
+                fix="give each record its own id, or none: they are numbered then",
+            )
         self.ids.add(id)
         return id
 
@@ -191,14 +219,21 @@ def finite(values: Sequence[Any], where: str) -> list[float]:
 
 
 def _no_numbers(what: str, where: str, got: Any) -> SayoError:
-    return SayoError("D42", what, where=where, got=shown(got), wanted="finite numbers, without units",
-                     fix="correct the box, or remove the record")  # fmt: skip
+    return SayoError(
+        "D42",
+        what,
+        where=where,
+        got=shown(got),
+        wanted="finite numbers, without units",
+        fix="correct the box, or remove the record",
+    )
 
 
 def no_box(what: str, where: str, got: Any, wanted: str) -> SayoError:
     """D59: boxes do not have the form of their format."""
-    return SayoError("D59", what, where=where, got=shown(got), wanted=wanted,
-                     fix="correct the boxes, or remove the record")  # fmt: skip
+    return SayoError(
+        "D59", what, where=where, got=shown(got), wanted=wanted, fix="correct the boxes, or remove the record"
+    )
 
 
 def _finite(value: Any) -> bool:
@@ -215,16 +250,26 @@ def boxes_of_images(value: Any, n_images: int, where: str) -> tuple[tuple[tuple[
     if value is None or value == [] or value == ():
         return ((),) * n_images
     if not isinstance(value, list | tuple):
-        raise SayoError("D59", "boxes are not a list", where=where, got=shown(value),
-                        wanted="a list of boxes of four numbers", fix="write [[...], ...]")  # fmt: skip
+        raise SayoError(
+            "D59",
+            "boxes are not a list",
+            where=where,
+            got=shown(value),
+            wanted="a list of boxes of four numbers",
+            fix="write [[...], ...]",
+        )
     nested = all(isinstance(b, list | tuple) and all(isinstance(v, list | tuple) for v in b) for b in value)
     if not nested and n_images == 1:
         return (tuple(box(b, f"{where}, box {i}") for i, b in enumerate(value)),)
     if not nested or len(value) != n_images:
-        raise SayoError("D05", "boxes are not nested by image", where=where,
-                        got=f"{len(value)} entries for {n_images} images: {shown(value)}",
-                        wanted="one list of boxes for each image, empty for an image without one",
-                        fix="write boxes as [[box, ...], ...], one list per image")  # fmt: skip
+        raise SayoError(
+            "D05",
+            "boxes are not nested by image",
+            where=where,
+            got=f"{len(value)} entries for {n_images} images: {shown(value)}",
+            wanted="one list of boxes for each image, empty for an image without one",
+            fix="write boxes as [[box, ...], ...], one list per image",
+        )
     return tuple(tuple(box(b, f"{where}, image {i} box {j}") for j, b in enumerate(of)) for i, of in enumerate(value))
 
 
@@ -243,9 +288,14 @@ def names_of_boxes(value: Any, boxes: Sequence[Sequence[Any]], where: str) -> tu
         raise refuse("names of boxes are not a list", where, "write a list of strings", got=shown(value))
     names = tuple(strings(of_image, where, "names of boxes") for of_image in value)
     if [len(of_image) for of_image in names] != [len(of_image) for of_image in boxes]:
-        raise SayoError("D59", "there are not as many names as boxes", where=where, got=shown(value),
-                        wanted=f"{[len(of_image) for of_image in boxes]} names by image",
-                        fix="name every box, or leave the names out")  # fmt: skip
+        raise SayoError(
+            "D59",
+            "there are not as many names as boxes",
+            where=where,
+            got=shown(value),
+            wanted=f"{[len(of_image) for of_image in boxes]} names by image",
+            fix="name every box, or leave the names out",
+        )
     return names
 
 
@@ -256,9 +306,13 @@ def check_box_format(box_format: str, where: str = "--box-format") -> str:
         SayoError: D46.
     """
     if box_format not in BOX_FORMATS:
-        raise SayoError("D46", f"there is no box format {box_format!r}{did_you_mean(box_format, BOX_FORMATS)}",
-                        where=where, wanted=", ".join(BOX_FORMATS),
-                        fix="name the format that the boxes are written in")  # fmt: skip
+        raise SayoError(
+            "D46",
+            f"there is no box format {box_format!r}{did_you_mean(box_format, BOX_FORMATS)}",
+            where=where,
+            wanted=", ".join(BOX_FORMATS),
+            fix="name the format that the boxes are written in",
+        )
     return box_format
 
 

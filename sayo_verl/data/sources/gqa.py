@@ -102,8 +102,13 @@ class SceneGraphs:
         for image_id, graph in json_items(*place):
             where = f"{place}, image {image_id!r}"
             if image_id in self._packed:
-                raise SayoError("D50", "two files have a scene graph of one image", where=where, wanted="one",
-                                fix="leave one of the files out")  # fmt: skip
+                raise SayoError(
+                    "D50",
+                    "two files have a scene graph of one image",
+                    where=where,
+                    wanted="one",
+                    fix="leave one of the files out",
+                )
             self._packed[image_id] = self._pack(graph, where)
 
     def _pack(self, graph: Any, where: str) -> bytes:
@@ -163,8 +168,13 @@ class GqaSource:
         for flag, given, known in (("--boxes", (self.boxes,), RULES), ("--kinds", self.kinds, KINDS)):
             for value in given:
                 if value not in known:
-                    raise SayoError("D51", f"there is no {value!r}{did_you_mean(value, known)}", where=flag,
-                                    wanted=", ".join(known), fix="write one of these")  # fmt: skip
+                    raise SayoError(
+                        "D51",
+                        f"there is no {value!r}{did_you_mean(value, known)}",
+                        where=flag,
+                        wanted=", ".join(known),
+                        fix="write one of these",
+                    )
         for flag, files in (("--scene-graphs", self.scene_graphs), ("--questions", self.questions)):
             if not files or isinstance(files, str):
                 raise SayoError("D51", "no files are given", where=flag, got=files, fix="name at least one file")
@@ -172,8 +182,9 @@ class GqaSource:
             if not place.path.is_file():
                 raise SayoError("D51", "there is no such file", where=str(place), fix="correct the path")
         if not self.images.exists():
-            raise SayoError("D51", "there is no such folder or zip file of images", where=str(self.images),
-                            fix="correct --images")  # fmt: skip
+            raise SayoError(
+                "D51", "there is no such folder or zip file of images", where=str(self.images), fix="correct --images"
+            )
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -216,10 +227,15 @@ class GqaSource:
 
     def _strangers(self, place: Place, count: int) -> SayoError:
         graphs = ", ".join(str(graph) for graph in self._graph_places())
-        return SayoError("D50", "no image of these questions has a scene graph", where=str(place),
-                         got=f"{count} questions, none of an image of {graphs}", wanted="graphs of the same split",
-                         fix="give train questions with train graphs and val with val; for testdev, test and images "
-                         "n* none are published")  # fmt: skip
+        return SayoError(
+            "D50",
+            "no image of these questions has a scene graph",
+            where=str(place),
+            got=f"{count} questions, none of an image of {graphs}",
+            wanted="graphs of the same split",
+            fix="give train questions with train graphs and val with val; for testdev, test and images "
+            "n* none are published",
+        )
 
     def _example(
         self, id: str, record: Any, where: str, graphs: SceneGraphs, image_of: Callable[[str], ImageRef]
@@ -295,8 +311,12 @@ def _grounding(record: Mapping[str, Any], where: str) -> tuple[list[int], bool]:
         for value in _field(annotations, part, there, dict).values():
             for text in value if isinstance(value, list) else [value]:
                 if not isinstance(text, str) or not _IDS.fullmatch(text):
-                    raise _not_gqa("an annotation is not the id of an object", there, got=repr(text)[:80],
-                                   wanted='"12", "12,34" or a list of such')  # fmt: skip
+                    raise _not_gqa(
+                        "an annotation is not the id of an object",
+                        there,
+                        got=repr(text)[:80],
+                        wanted='"12", "12,34" or a list of such',
+                    )
                 ids.update(dict.fromkeys(_numbers(text)))
     steps = _field(record, "semantic", where, list)
     scene = any(
@@ -332,9 +352,15 @@ def _pixels(value: Any, where: str) -> int:
 
 
 def _not_gqa(what: str, where: str, *, got: object = None, wanted: object = None) -> SayoError:
-    return SayoError("D49", what, where=where, got=got, wanted=wanted,
-                     fix="use the train or val files of GQA's download page; test questions have no answers, and "
-                     "mirrors that changed the format are not read")  # fmt: skip
+    return SayoError(
+        "D49",
+        what,
+        where=where,
+        got=got,
+        wanted=wanted,
+        fix="use the train or val files of GQA's download page; test questions have no answers, and "
+        "mirrors that changed the format are not read",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -352,9 +378,14 @@ def _question_files(folder: Path) -> list[Place]:
         if match:
             sets.setdefault(match[1], []).append((int(match[2] or 0), file))
     if len(sets) != 1:
-        raise SayoError("D51", "the folder does not hold the questions of one set", where=str(folder),
-                        got=", ".join(sorted(sets)) or "no question files", wanted="such as train_all_questions_*.json",
-                        fix="name the files one by one")  # fmt: skip
+        raise SayoError(
+            "D51",
+            "the folder does not hold the questions of one set",
+            where=str(folder),
+            got=", ".join(sorted(sets)) or "no question files",
+            wanted="such as train_all_questions_*.json",
+            fix="name the files one by one",
+        )
     return [Place(folder / file, None) for _, file in sorted(*sets.values())]
 
 
@@ -378,8 +409,12 @@ def _images(images: Path) -> Callable[[str], ImageRef]:
                     prefixes.add(info.filename[: info.filename.rfind("/") + 1])
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         told = " ".join(str(error).split())
-        raise SayoError("D48", f"the zip file cannot be read ({told})", where=str(images),
-                        fix="give a folder or a whole zip file; download it again") from error  # fmt: skip
+        raise SayoError(
+            "D48",
+            f"the zip file cannot be read ({told})",
+            where=str(images),
+            fix="give a folder or a whole zip file; download it again",
+        ) from error
     if len(prefixes) != 1:
         raise _no_images(images, f".jpg in {sorted(prefixes)[:5]}" if prefixes else "no .jpg")
     (prefix,) = prefixes
@@ -387,8 +422,14 @@ def _images(images: Path) -> Callable[[str], ImageRef]:
 
 
 def _no_images(images: Path, got: str) -> SayoError:
-    return SayoError("D50", "these are not GQA's images", where=str(images), got=got, wanted="<image id>.jpg",
-                     fix="give the folder images/ or images.zip of the download page")  # fmt: skip
+    return SayoError(
+        "D50",
+        "these are not GQA's images",
+        where=str(images),
+        got=got,
+        wanted="<image id>.jpg",
+        fix="give the folder images/ or images.zip of the download page",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -396,21 +437,45 @@ def _no_images(images: Path, got: str) -> SayoError:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare gqa``."""
-    parser.add_argument("--scene-graphs", nargs="+", required=True, metavar="FILE",
-                        help="train_sceneGraphs.json; or sceneGraphs.zip::train_sceneGraphs.json")  # fmt: skip
-    parser.add_argument("--questions", nargs="+", required=True, metavar="FILE",
-                        help="question files of the same split, or the folder train_all_questions")  # fmt: skip
+    parser.add_argument(
+        "--scene-graphs",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="train_sceneGraphs.json; or sceneGraphs.zip::train_sceneGraphs.json",
+    )
+    parser.add_argument(
+        "--questions",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="question files of the same split, or the folder train_all_questions",
+    )
     parser.add_argument("--images", type=Path, required=True, help="the folder of images, or images.zip")
-    parser.add_argument("--boxes", choices=RULES, default="semantic",
-                        help="which objects a question is about: semantic as SAYO, grounding as GQA's evaluation "
-                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--boxes",
+        choices=RULES,
+        default="semantic",
+        help="which objects a question is about: semantic as SAYO, grounding as GQA's evaluation "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=(), help="only questions of these kinds")
-    parser.add_argument("--keep-without-boxes", action="store_true",
-                        help="keep questions whose object is missing, as rows without boxes")  # fmt: skip
+    parser.add_argument(
+        "--keep-without-boxes",
+        action="store_true",
+        help="keep questions whose object is missing, as rows without boxes",
+    )
     parser.add_argument("--balanced-only", action="store_true", help="only questions of the balanced set")
 
 
 def from_args(args: argparse.Namespace) -> GqaSource:
     """The source from the flags of ``add_flags``."""
-    return GqaSource(tuple(args.scene_graphs), tuple(args.questions), args.images, args.boxes, tuple(args.kinds),
-                     args.keep_without_boxes, args.balanced_only)  # fmt: skip
+    return GqaSource(
+        tuple(args.scene_graphs),
+        tuple(args.questions),
+        args.images,
+        args.boxes,
+        tuple(args.kinds),
+        args.keep_without_boxes,
+        args.balanced_only,
+    )

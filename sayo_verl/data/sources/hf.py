@@ -66,8 +66,11 @@ class HfSource:
         fields.check_name(self.name)
         fields.check_keys(dict(self.columns), (), REQUIRED + OPTIONAL, "--map")
         if not self._is_local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.dataset):
-            raise inputs.unreadable(self.dataset, "there is no such file or folder, and it is no name on the hub",
-                                    "correct the path, or write owner/name")  # fmt: skip
+            raise inputs.unreadable(
+                self.dataset,
+                "there is no such file or folder, and it is no name on the hub",
+                "correct the path, or write owner/name",
+            )
         if self._is_local:
             inputs.parquet_files(Path(self.dataset), self.split)
         else:
@@ -159,9 +162,18 @@ class HfSource:
         answer = fields.text(row["answer"])
         check_text(question, answer)
         return Example(
-            id, images, question, answer, found, names, self.box_format, self.name, f"sayo/{self.name}",
-            (size,) * len(images), fields.text(row.get("kind")),
-        )  # fmt: skip
+            id,
+            images,
+            question,
+            answer,
+            found,
+            names,
+            self.box_format,
+            self.name,
+            f"sayo/{self.name}",
+            (size,) * len(images),
+            fields.text(row.get("kind")),
+        )
 
 
 def _nested(value: Any) -> bool:
@@ -182,9 +194,12 @@ def _at(row: Mapping[str, Any], dotted: str, where: str) -> Any:
         if value is None:
             return None
         if not isinstance(value, Mapping) or name not in value:
-            raise fields.refuse(f"there is no column {dotted!r}", f"{where}, --map",
-                                "name the columns as the table does",
-                                got=sorted(value) if isinstance(value, Mapping) else fields.shown(value))  # fmt: skip
+            raise fields.refuse(
+                f"there is no column {dotted!r}",
+                f"{where}, --map",
+                "name the columns as the table does",
+                got=sorted(value) if isinstance(value, Mapping) else fields.shown(value),
+            )
         value = value[name]
     return value
 
@@ -200,9 +215,12 @@ def _refuse_unsafe(name: str) -> None:
 def _unreachable(dataset: str, error: Exception) -> SayoError:
     said = " ".join(f"{type(error).__name__}: {error}".split())
     return inputs.unreadable(
-        dataset, "the data set cannot be had from the hub", "check the name, the network, HF_HUB_OFFLINE and, for a "
-        "gated data set, `hf auth login`; or download its parquet files and give their folder", got=said[:300],
-    )  # fmt: skip
+        dataset,
+        "the data set cannot be had from the hub",
+        "check the name, the network, HF_HUB_OFFLINE and, for a "
+        "gated data set, `hf auth login`; or download its parquet files and give their folder",
+        got=said[:300],
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -226,9 +244,12 @@ def _stream(dataset: str, config: str | None, split: str, commit: str) -> Any:
     import datasets
 
     if int(datasets.__version__.partition(".")[0]) < 4:
-        raise inputs.unreadable(dataset, "this version of datasets can run a data set's own script",
-                                "pip install -U 'datasets>=4', or download the parquet files",
-                                got=f"datasets {datasets.__version__}")  # fmt: skip
+        raise inputs.unreadable(
+            dataset,
+            "this version of datasets can run a data set's own script",
+            "pip install -U 'datasets>=4', or download the parquet files",
+            got=f"datasets {datasets.__version__}",
+        )
     try:
         rows = datasets.load_dataset(dataset, config, split=split, streaming=True, revision=commit)
     except Exception as error:  # as in _commit
@@ -246,8 +267,12 @@ def parse_map(text: str) -> dict[str, str]:
     wrong = [name for name, _, column in pairs if not name.strip() or not column.strip()]
     names = [name.strip() for name, _, _ in pairs]
     if wrong or len(set(names)) != len(names):
-        raise fields.refuse("the map is not field=column,field=column", "--map",
-                            "write each field once, as in image=img,question=query", got=text)  # fmt: skip
+        raise fields.refuse(
+            "the map is not field=column,field=column",
+            "--map",
+            "write each field once, as in image=img,question=query",
+            got=text,
+        )
     return {name.strip(): column.strip() for name, _, column in pairs}
 
 
@@ -256,8 +281,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", required=True, help="parquet file, folder of them, or owner/name on the hub")
     parser.add_argument("--box-format", required=True, metavar="FORMAT", help=fields.box_format_help())
     parser.add_argument("--split", default="train", help="default: %(default)s")
-    parser.add_argument("--map", default="", metavar="FIELD=COLUMN,...",
-                        help=f"columns of {', '.join(REQUIRED + OPTIONAL)}, where they have other names")  # fmt: skip
+    parser.add_argument(
+        "--map",
+        default="",
+        metavar="FIELD=COLUMN,...",
+        help=f"columns of {', '.join(REQUIRED + OPTIONAL)}, where they have other names",
+    )
     parser.add_argument("--config", help="of the data set on the hub, where it has several")
     parser.add_argument("--revision", help="branch, tag or commit on the hub (default: the newest commit)")
     parser.add_argument("--images", type=Path, help="where images are file names: their folder or zip file")

@@ -44,8 +44,13 @@ def image_name(name: Any, where: str, *, outside: bool = False) -> str:
     check_name(name, where=where)
     path = PurePosixPath(name)
     if not outside and (path.is_absolute() or ".." in path.parts):
-        raise _no_image("an image lies outside the folder of images", where, name, "a path inside it",
-                        "name the folder with --images, or allow other folders with --allow-outside")  # fmt: skip
+        raise _no_image(
+            "an image lies outside the folder of images",
+            where,
+            name,
+            "a path inside it",
+            "name the folder with --images, or allow other folders with --allow-outside",
+        )
     return name
 
 
@@ -87,8 +92,13 @@ class ImageFolder:
             return ImageRef(key=str(PurePosixPath(name)), path=self.base / name)
         member = self._members.get(name, name)
         if not member:
-            raise _no_image("two members of the zip file end in this name", f"{where} in {self.base}", name,
-                            "one", "write the whole name of the member")  # fmt: skip
+            raise _no_image(
+                "two members of the zip file end in this name",
+                f"{where} in {self.base}",
+                name,
+                "one",
+                "write the whole name of the member",
+            )
         return ImageRef(key=name, path=self.base, member=member)
 
 
@@ -108,9 +118,14 @@ def stored_image(value: Any, where: str, folder: ImageFolder | None = None) -> I
         return ImageRef(key=hashlib.sha256(data).hexdigest()[:20], data=data)
     if isinstance(value, str) and folder is not None:
         return folder.ref(value, where)
-    raise _no_image("an image has no bytes", where, value, "{'bytes': the encoded image, 'path': ...}",
-                    "save the data set with its images embedded (push_to_hub and embed_table_storage do that), "
-                    "or name the folder of its files with --images where they are file names")  # fmt: skip
+    raise _no_image(
+        "an image has no bytes",
+        where,
+        value,
+        "{'bytes': the encoded image, 'path': ...}",
+        "save the data set with its images embedded (push_to_hub and embed_table_storage do that), "
+        "or name the folder of its files with --images where they are file names",
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -129,8 +144,12 @@ def check_file(path: Path) -> Path:
     """
     path = place_of(path).path
     if path.suffix.lower() in RUNS_CODE:
-        raise unreadable(path, "files of this format are not read: reading one can run code that it holds",
-                         "convert it to parquet or JSON where you trust it", got=path.suffix)  # fmt: skip
+        raise unreadable(
+            path,
+            "files of this format are not read: reading one can run code that it holds",
+            "convert it to parquet or JSON where you trust it",
+            got=path.suffix,
+        )
     if not path.is_file():
         raise unreadable(path, "there is no such file", "correct the path")
     return path
@@ -159,8 +178,12 @@ def parquet_files(path: Path, split: str) -> tuple[Path, ...]:
     unsafe = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in RUNS_CODE]
     if unsafe:
         check_file(unsafe[0])
-    raise unreadable(path, f"the folder has no parquet file of the split {split!r}", "correct the folder or --split",
-                     got=sorted(f.name for f in path.rglob("*.parquet"))[:8] or "no parquet file")  # fmt: skip
+    raise unreadable(
+        path,
+        f"the folder has no parquet file of the split {split!r}",
+        "correct the folder or --split",
+        got=sorted(f.name for f in path.rglob("*.parquet"))[:8] or "no parquet file",
+    )
 
 
 def parquet_rows(path: Path, columns: Sequence[str], rows: int = 64) -> Iterator[dict[str, Any]]:
@@ -180,8 +203,12 @@ def parquet_rows(path: Path, columns: Sequence[str], rows: int = 64) -> Iterator
 
 def damaged(path: Path, error: Exception) -> SayoError:
     """D63 for a parquet file that Arrow cannot read."""
-    return unreadable(path, f"the parquet file cannot be read ({' '.join(str(error).split())})",
-                      "download it again; it may have been cut short", got=f"{path.stat().st_size} bytes")  # fmt: skip
+    return unreadable(
+        path,
+        f"the parquet file cannot be read ({' '.join(str(error).split())})",
+        "download it again; it may have been cut short",
+        got=f"{path.stat().st_size} bytes",
+    )
 
 
 def need_columns(columns: Iterable[str], there: Iterable[str], where: str) -> None:
@@ -193,5 +220,9 @@ def need_columns(columns: Iterable[str], there: Iterable[str], where: str) -> No
     there = list(there)
     for column in columns:
         if column not in there:
-            raise refuse(f"there is no column {column!r}{did_you_mean(column, there)}", where,
-                         "name the columns as the table does", wanted=sorted(there))  # fmt: skip
+            raise refuse(
+                f"there is no column {column!r}{did_you_mean(column, there)}",
+                where,
+                "name the columns as the table does",
+                wanted=sorted(there),
+            )

@@ -90,16 +90,23 @@ class JsonlSource:
 
     def _example(self, id: str, record: dict[str, Any], folder: inputs.ImageFolder, where: str) -> Example:
         if ("image" in record) == ("images" in record):
-            raise fields.refuse("a record needs either image or images", where, "write one of the two",
-                                got=sorted(record))  # fmt: skip
+            raise fields.refuse(
+                "a record needs either image or images", where, "write one of the two", got=sorted(record)
+            )
         names = record["images"] if "images" in record else [record["image"]]
         if not isinstance(names, list) or not names:
             raise fields.refuse("images are not a list of file names", where, "write at least one name", got=names)
         images = tuple(folder.ref(name, where) for name in names)
         told = record.get("box_format", self.box_format)
         if told != self.box_format:
-            raise SayoError("D61", "a line and the command name different box formats", where=where, got=told,
-                            wanted=self.box_format, fix="correct --box-format or the line")  # fmt: skip
+            raise SayoError(
+                "D61",
+                "a line and the command name different box formats",
+                where=where,
+                got=told,
+                wanted=self.box_format,
+                fix="correct --box-format or the line",
+            )
         boxes = fields.boxes_of_images(record["boxes"], len(images), f"{where}, boxes")
         box_names = fields.names_of_boxes(record.get("box_names"), boxes, f"{where}, box_names")
         sizes = self._sizes(record, len(images), where)
@@ -118,9 +125,12 @@ class JsonlSource:
         each = value if "images" in record else [value]
         pairs = isinstance(each, list) and all(s is None or (isinstance(s, list) and len(s) == 2) for s in each)
         if not pairs or len(each) != n_images:
-            raise fields.refuse("size is not [width, height] for each image", where,
-                                "write [width, height], and with images a list of such",
-                                got=fields.shown(value))  # fmt: skip
+            raise fields.refuse(
+                "size is not [width, height] for each image",
+                where,
+                "write [width, height], and with images a list of such",
+                got=fields.shown(value),
+            )
         return tuple(None if s is None else fields.picture_size(s[0], s[1], where) for s in each)
 
 

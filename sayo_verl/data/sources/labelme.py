@@ -164,9 +164,18 @@ class LabelmeSource:
         kinds = {shape for name, _ in boxes for shape in picture.shapes[name]}
         what = kinds.pop() if len(kinds) == 1 else "mixed" if kinds else "none"
         return Example(
-            id, (picture.image,), question, answer, (tuple(b for _, b in boxes),), (tuple(name for name, _ in boxes),),
-            "xyxy", f"{self.name}_{what}", f"sayo/{self.name}", (picture.size,), kind,
-        )  # fmt: skip
+            id,
+            (picture.image,),
+            question,
+            answer,
+            (tuple(b for _, b in boxes),),
+            (tuple(name for name, _ in boxes),),
+            "xyxy",
+            f"{self.name}_{what}",
+            f"sayo/{self.name}",
+            (picture.size,),
+            kind,
+        )
 
     # ----------------------------------------------------------------------------------------------------- reading
 

@@ -72,13 +72,21 @@ class RefocusSource:
 
     def __post_init__(self) -> None:
         if self.fall_back not in FALL_BACKS:
-            raise fields.refuse("there is no such fall-back", "--fall-back", "name one of them", got=self.fall_back,
-                                wanted=", ".join(FALL_BACKS))  # fmt: skip
+            raise fields.refuse(
+                "there is no such fall-back",
+                "--fall-back",
+                "name one of them",
+                got=self.fall_back,
+                wanted=", ".join(FALL_BACKS),
+            )
         for path in self._files():
             inputs.check_file(path)
         if self._is_json and self.images is None:
-            raise fields.refuse("the JSON form names its images as files", str(self.data),
-                                "name the folder or zip file of the charts with --images")  # fmt: skip
+            raise fields.refuse(
+                "the JSON form names its images as files",
+                str(self.data),
+                "name the folder or zip file of the charts with --images",
+            )
 
     @property
     def _is_json(self) -> bool:
@@ -148,9 +156,16 @@ class RefocusSource:
         return self._example(id, image, record, record["query"], boxes, False, record.get("type"), where)
 
     def _example(
-        self, id: str, image: ImageRef, row: Any, question: Any, boxes: dict[str, list[Box]], pixels: bool, kind: Any,
+        self,
+        id: str,
+        image: ImageRef,
+        row: Any,
+        question: Any,
+        boxes: dict[str, list[Box]],
+        pixels: bool,
+        kind: Any,
         where: str,
-    ) -> Example:  # fmt: skip
+    ) -> Example:
         question, answer = fields.untagged(fields.text(question), 1, where), fields.text(row["answer"])
         check_text(question, answer)
         labels: list[tuple[str, Box]] = []
@@ -161,15 +176,28 @@ class RefocusSource:
             values = [fields.text(value) for value in listed]
             of_values = boxes[f"{axis}_values_bbox"]
             if len(values) != len(of_values):
-                raise SayoError("D59", f"there are not as many {axis} labels as boxes of them", where=where,
-                                got=f"{len(values)} labels, {len(of_values)} boxes", wanted="one box for each label",
-                                fix="remove the row, or download the file again")  # fmt: skip
+                raise SayoError(
+                    "D59",
+                    f"there are not as many {axis} labels as boxes of them",
+                    where=where,
+                    got=f"{len(values)} labels, {len(of_values)} boxes",
+                    wanted="one box for each label",
+                    fix="remove the row, or download the file again",
+                )
             labels += zip(values, of_values, strict=True)
         chosen, box_source = self._choose(question, boxes, labels)
         return Example(
-            id, (image,), question, answer, (tuple(b for _, b in chosen),), (tuple(name for name, _ in chosen),),
-            "xyxy" if pixels else "xyxy_unit", box_source, "sayo/refocus", kind=fields.text(kind),
-        )  # fmt: skip
+            id,
+            (image,),
+            question,
+            answer,
+            (tuple(b for _, b in chosen),),
+            (tuple(name for name, _ in chosen),),
+            "xyxy" if pixels else "xyxy_unit",
+            box_source,
+            "sayo/refocus",
+            kind=fields.text(kind),
+        )
 
     def _choose(
         self, question: str, boxes: dict[str, list[Box]], labels: list[tuple[str, Box]]
@@ -244,15 +272,26 @@ def _boxes(value: Any, pixels: bool, where: str) -> list[Box]:
     if isinstance(value, dict) and set(value) == set(_CORNERS) and all(isinstance(v, list) for v in value.values()):
         columns = [value[corner] for corner in _CORNERS]
         if len({len(column) for column in columns}) != 1:
-            raise SayoError("D59", "the corners of boxes are not equally many", where=where,
-                            got=[len(column) for column in columns], wanted="four lists of one length",
-                            fix="remove the row, or download the file again")  # fmt: skip
+            raise SayoError(
+                "D59",
+                "the corners of boxes are not equally many",
+                where=where,
+                got=[len(column) for column in columns],
+                wanted="four lists of one length",
+                fix="remove the row, or download the file again",
+            )
         rows = [list(corners) for corners in zip(*columns, strict=True)]
     else:
         each = value if isinstance(value, list) else [value]
         if not all(isinstance(b, dict) and set(b) == set(_CORNERS) for b in each):
-            raise SayoError("D59", "a box is not x1, y1, x2, y2", where=where, got=fields.shown(value),
-                            wanted="{x1, y1, x2, y2}", fix="check that the file is ReFocus-Chart's")  # fmt: skip
+            raise SayoError(
+                "D59",
+                "a box is not x1, y1, x2, y2",
+                where=where,
+                got=fields.shown(value),
+                wanted="{x1, y1, x2, y2}",
+                fix="check that the file is ReFocus-Chart's",
+            )
         rows = [[b[corner] for corner in _CORNERS] for b in each]
     if rows and all(v is None for b in rows for v in b):  # a struct of nulls is a missing struct
         return []
@@ -270,8 +309,14 @@ def _clipped(share: float) -> float:
 
 
 def _mixture(where: str, got: Any, wanted: str) -> SayoError:
-    return SayoError("D61", "boxes in pixels and boxes as fractions are mixed", where=where, got=got, wanted=wanted,
-                     fix="prepare a file of one kind, or write it as lines of JSON with --box-format")  # fmt: skip
+    return SayoError(
+        "D61",
+        "boxes in pixels and boxes as fractions are mixed",
+        where=where,
+        got=got,
+        wanted=wanted,
+        fix="prepare a file of one kind, or write it as lines of JSON with --box-format",
+    )
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -282,9 +327,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--first-box", action="store_true", help="of several focus areas the first, as SAYO's code does"
     )
-    parser.add_argument("--fall-back", choices=FALL_BACKS, default="figure",
-                        help="without a focus area: boxes of the labels named, then the figure's (figure), the labels "
-                        "alone (labels), or nothing (none); default: %(default)s")  # fmt: skip
+    parser.add_argument(
+        "--fall-back",
+        choices=FALL_BACKS,
+        default="figure",
+        help="without a focus area: boxes of the labels named, then the figure's (figure), the labels "
+        "alone (labels), or nothing (none); default: %(default)s",
+    )
 
 
 def from_args(args: argparse.Namespace) -> RefocusSource:

@@ -20,10 +20,23 @@ from sayo_verl.errors import SayoError, did_you_mean
 
 ASKS = ("count", "presence")
 _PLURALS = {
-    "person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "foot": "feet",
-    "tooth": "teeth", "goose": "geese", "knife": "knives", "shelf": "shelves", "leaf": "leaves", "wolf": "wolves",
-    "sheep": "sheep", "fish": "fish", "deer": "deer", "bus": "buses",
-}  # fmt: skip
+    "person": "people",
+    "man": "men",
+    "woman": "women",
+    "child": "children",
+    "mouse": "mice",
+    "foot": "feet",
+    "tooth": "teeth",
+    "goose": "geese",
+    "knife": "knives",
+    "shelf": "shelves",
+    "leaf": "leaves",
+    "wolf": "wolves",
+    "sheep": "sheep",
+    "fish": "fish",
+    "deer": "deer",
+    "bus": "buses",
+}
 _ALWAYS_PLURAL = ("scissors", "skis", "glasses", "sunglasses", "pants", "jeans", "shorts", "trousers", "headphones")
 
 
@@ -68,12 +81,22 @@ def check_asks(asks: Sequence[str], questions: object, where: str) -> None:
     """
     wrong = [ask for ask in asks if ask not in ASKS]
     if wrong:
-        raise SayoError("D58", f"there is no question {wrong[0]!r}{did_you_mean(wrong[0], ASKS)}", where=where,
-                        wanted=", ".join(ASKS), fix="name one of them")  # fmt: skip
+        raise SayoError(
+            "D58",
+            f"there is no question {wrong[0]!r}{did_you_mean(wrong[0], ASKS)}",
+            where=where,
+            wanted=", ".join(ASKS),
+            fix="name one of them",
+        )
     if bool(asks) == bool(questions):
-        raise SayoError("D58", "there must be either questions to make or a file of questions", where=where,
-                        got="both" if asks else "neither", wanted="--ask or --questions",
-                        fix="set --ask count, --ask presence or --questions FILE: annotations have none")  # fmt: skip
+        raise SayoError(
+            "D58",
+            "there must be either questions to make or a file of questions",
+            where=where,
+            got="both" if asks else "neither",
+            wanted="--ask or --questions",
+            fix="set --ask count, --ask presence or --questions FILE: annotations have none",
+        )
 
 
 def ask_about(things: Sequence[Thing], asks: Sequence[str]) -> Iterator[Asked]:
@@ -141,5 +164,10 @@ def join_names(wanted: Sequence[str], known: Mapping[str, object] | Sequence[str
     """
     for name in wanted:
         if name not in known:
-            raise SayoError("D62", f"there is no category {name!r}{did_you_mean(name, list(known))}", where=where,
-                            wanted=", ".join(list(known)[:20]), fix="use the names of the annotation file")  # fmt: skip
+            raise SayoError(
+                "D62",
+                f"there is no category {name!r}{did_you_mean(name, list(known))}",
+                where=where,
+                wanted=", ".join(list(known)[:20]),
+                fix="use the names of the annotation file",
+            )
