@@ -379,7 +379,7 @@ def outcome(data: bytes) -> Stored | tuple[str, str]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on metadata that is odd but can be read
-@settings(PROPERTY, max_examples=600)
+@settings(PROPERTY, max_examples=300)
 @given(data=st.data(), file=st.integers(0, len(FILES) - 1))
 def test_damaged_files_are_stored_or_left_out_and_nothing_else(data, file):
     damaged = bytearray(FILES[file])
