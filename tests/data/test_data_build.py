@@ -30,6 +30,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.refusals import refusal
 
 from sayo_verl.cli import main
 from sayo_verl.data.boxes import BoxRules
@@ -50,10 +51,6 @@ from sayo_verl.inspection.files import find_data
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
 SMALL = BuildOptions(workers=1, shard_rows=10, row_group_rows=4, val_share=0.2)
-
-
-def refusal(code: str, says: str = ""):
-    return pytest.raises(SayoError, match=rf"^(?=SAYO-{code}: .+ \| at .+ \| (.* \| )?fix: .+\Z).*{says}")
 
 
 @cache
@@ -484,7 +481,7 @@ def test_an_image_that_changed_under_an_open_shard_is_noticed(tmp_path):
 # ----------------------------------------------------------------------------------------------- ids, splits, draws
 
 
-def test_D21_two_records_of_one_id(tmp_path):
+def test_two_records_of_one_id(tmp_path):
     for workers in (1, 2):
         for options in (SMALL, dataclasses.replace(SMALL, limit=2)):
             with refusal("D52", "one id"):
@@ -495,7 +492,7 @@ def test_D21_two_records_of_one_id(tmp_path):
                 )
 
 
-def test_D21_the_same_question_twice(tmp_path):
+def test_the_same_question_twice(tmp_path):
     things: list[Any] = [example(n, image=n % 2, question=q) for n, q in enumerate(["a?", "a?", " a?\n", "b?", "a? "])]
     made = build(Made(things), tmp_path / "out", dataclasses.replace(SMALL, val_share=0))
     assert left_out(made.folder) == {"e2": "duplicate", "e4": "duplicate"}
@@ -514,7 +511,7 @@ def splits_of(tmp_path: Path, names: list[str], options: BuildOptions = SMALL) -
     return {row["extra_info"]["image_keys"][0]: row["extra_info"]["split"] for row in rows(folder)}
 
 
-def test_D21_a_picture_under_two_names_is_in_one_split(tmp_path):
+def test_a_picture_under_two_names_is_in_one_split(tmp_path):
     things: list[Any] = [
         dataclasses.replace(example(n), images=(ImageRef(f"name {n}", data=picture(n % 25)),)) for n in range(100)
     ]
@@ -533,7 +530,7 @@ def test_D21_a_picture_under_two_names_is_in_one_split(tmp_path):
 
 @settings(PROPERTY, max_examples=25)
 @given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=3, unique=True), min_size=2, max_size=12))
-def test_D21_train_and_val_share_no_image(pairs):
+def test_train_and_val_share_no_image(pairs):
     things: list[Any] = [
         Example(
             f"e{n}",
@@ -566,7 +563,7 @@ def test_D21_train_and_val_share_no_image(pairs):
     assert found["train"]
 
 
-def test_D21_rows_that_tie_images_of_both_splits_together_are_refused(tmp_path):
+def test_rows_that_tie_images_of_both_splits_together_are_refused(tmp_path):
     names = [f"p{n}" for n in range(40)]
     splits = splits_of(tmp_path, names)
     held = next(n for n in names if splits[n] == "val")
@@ -662,7 +659,7 @@ def on_disk(tmp_path: Path, n: int = 30) -> Made:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_D01_missing_images_stop_the_work_and_are_named(tmp_path, workers):
+def test_missing_images_stop_the_work_and_are_named(tmp_path, workers):
     source = on_disk(tmp_path)
     whole = build(source, tmp_path / "whole", SMALL)
     gone = {n: (tmp_path / "images" / f"{n}.png").read_bytes() for n in (17, 19, 20, 28)}
@@ -682,13 +679,13 @@ def test_D01_missing_images_stop_the_work_and_are_named(tmp_path, workers):
     assert sums(build(source, tmp_path / "out", options).folder) == sums(whole.folder)
 
 
-def test_D01_what_the_source_misses_counts_as_well(tmp_path):
+def test_what_the_source_misses_counts_as_well(tmp_path):
     things = [example(0), LeftOut("e1", "image_missing", "null"), example(2)]
     with refusal("D54", "e1: null"):
         build(Made(things), tmp_path / "out", SMALL)
 
 
-def test_D02_D03_D04_D06_D13_D22_rows_that_cannot_be_are_counted(tmp_path):
+def test_rows_that_cannot_be_are_counted(tmp_path):
     gif = io.BytesIO()
     Image.new("RGB", (60, 40)).save(gif, format="GIF")
     broken = {
@@ -757,7 +754,7 @@ def test_nothing_in_train(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_D17_boxes_in_another_format_stop_the_work(tmp_path, workers):
+def test_boxes_in_another_format_stop_the_work(tmp_path, workers):
     wrong = example(5, boxes=(((30, 20, 20, 10),),))
     with refusal("D43", "looks like xywh.*--box-format=xywh"):
         build(
@@ -771,7 +768,7 @@ def test_D17_boxes_in_another_format_stop_the_work(tmp_path, workers):
 
 @pytest.mark.parametrize("interrupt", [False, True])
 @pytest.mark.parametrize("left", [0, 12])
-def test_D18_mix_ups_of_many_rows_are_found_whether_interrupted_or_not(tmp_path, monkeypatch, interrupt, left):
+def test_mix_ups_of_many_rows_are_found_whether_interrupted_or_not(tmp_path, monkeypatch, interrupt, left):
     """The rows that tell are among the first: in shards, or left out for their boxes, when the work is interrupted."""
     things: list[Any] = []
     for n in range(190):  # fewer boxes than are needed for a look before the end; sizes that nobody states
@@ -801,7 +798,7 @@ def killing_keywords(function: Callable, at: int) -> Callable:
     return called
 
 
-def test_D32_data_sources_of_verl_are_refused(tmp_path):
+def test_data_sources_of_verl_are_refused(tmp_path):
     for name in ("openai/gsm8k", "numina_x", "sayo/Upper", "sayo/", "sayo/a b", "sayo/a\n"):
         with refusal("D52", "data source"):
             build(Made([example(0, data_source=name)]), tmp_path / "out", SMALL)
@@ -810,7 +807,7 @@ def test_D32_data_sources_of_verl_are_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------ shards and checks
 
 
-def test_D24_row_groups_are_capped_by_rows_and_by_bytes(tmp_path):
+def test_row_groups_are_capped_by_rows_and_by_bytes(tmp_path):
     noise = [np.random.default_rng(n).integers(0, 255, (60 + 20 * n, 60, 3), dtype=np.uint8) for n in range(12)]
     data = []
     for pixels in noise:
@@ -838,7 +835,7 @@ def test_D24_row_groups_are_capped_by_rows_and_by_bytes(tmp_path):
     assert [row["images"][0]["bytes"] for row in rows(made.folder)] == data
 
 
-def test_D23_a_shard_that_was_cut_short_is_named(tmp_path):
+def test_a_shard_that_was_cut_short_is_named(tmp_path):
     folder = build(mixed(), tmp_path / "out", LENIENT).folder
     assert check_folder(folder, hashes=True)["rows"]["train"] > 30
     path = folder / "train-00001.parquet"
@@ -866,7 +863,7 @@ def test_D23_a_shard_that_was_cut_short_is_named(tmp_path):
     )
 
 
-def test_D23_what_is_written_is_read_back_before_it_counts(tmp_path, monkeypatch):
+def test_what_is_written_is_read_back_before_it_counts(tmp_path, monkeypatch):
     sync = os.fsync
 
     def cutting(handle: int) -> None:
@@ -894,7 +891,7 @@ def test_a_full_disk_is_told_and_the_work_goes_on(tmp_path, monkeypatch):
     assert build(mixed(), tmp_path / "out", LENIENT).rows["train"] > 30
 
 
-def test_D25_columns_that_differ_are_named(tmp_path):
+def test_columns_that_differ_are_named(tmp_path):
     folder = build(mixed(), tmp_path / "out", LENIENT).folder
     path = folder / "train-00001.parquet"
     info = ROW_SCHEMA.field("extra_info").type
@@ -931,7 +928,7 @@ def test_folders_that_are_none(tmp_path):
         check_folder(tmp_path)
     with refusal("D56", "no prepared folder"):
         check_folder(tmp_path / "nowhere")
-    for suffix in ("pkl", "pt", "npy"):  # D31
+    for suffix in ("pkl", "pt", "npy"):
         with refusal("D56", "run code"):
             check_folder(tmp_path / f"rows.{suffix}")
     interrupted(tmp_path / "begun")

@@ -16,8 +16,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.refusals import refusal
 
-from sayo_verl.errors import SayoError
 from sayo_verl.probe import fast, kernels, reference
 from sayo_verl.probe.reference import Masses, Span, stretches
 from sayo_verl.probe.tiles import tiles_of, whole_tiles
@@ -50,10 +50,6 @@ def compiled():
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fast, "_FLOAT32", QUICK)
-
-
-def refusal(code: str, says: str = ""):
-    return pytest.raises(SayoError, match=rf"^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
 
 
 def packed(*sequences: tuple[int, int]) -> list[Span]:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from support.probe_rows import ALL, PER_HEAD, ROW_OFFSET, SIZES, Rows, refusal, statistic
+from support.probe_rows import ALL, PER_HEAD, ROW_OFFSET, SIZES, Rows, statistic
+from support.refusals import refusal
 
 from sayo_verl.probe.plan import RowPlan
 from sayo_verl.probe.statistics import (
