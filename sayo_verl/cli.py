@@ -1,11 +1,15 @@
-"""The ``sayo`` command. Every subcommand explains itself with ``--help``."""
+"""The ``sayo`` command. Every subcommand explains itself with ``--help``.
+
+A subcommand is a function that adds its flags to a parser and returns what runs it. Only the chosen one is called, so
+no other one's modules are imported: torch takes seconds.
+"""
 
 import argparse
 import dataclasses
 import importlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -13,6 +17,30 @@ from sayo_verl import __version__
 from sayo_verl.errors import SayoError
 
 Config = TypeVar("Config")
+Run = Callable[[argparse.Namespace], int]
+AddFlags = Callable[[argparse.ArgumentParser], Run | None]
+
+
+class Command(argparse.ArgumentParser):
+    """A parser that adds its flags when it begins to parse: argparse lets only the chosen subcommand's parser do so."""
+
+    def __init__(self, *args: Any, add_flags: AddFlags | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        self.add_flags = add_flags
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self.add_flags:
+            add_flags, self.add_flags = self.add_flags, None
+            self.set_defaults(function=add_flags(self))
+        return super().parse_known_args(args, namespace)
+
+
+def add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, tuple[str, AddFlags]]) -> None:
+    """Subcommands by name, each with one line of help and the function that adds its flags."""
+    choices = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Command)
+    for name, (summary, add_flags) in commands.items():
+        choices.add_parser(name, help=summary, add_flags=add_flags)
 
 
 def add_config_flags(parser: argparse.ArgumentParser, config: type, prefix: str = "") -> None:
@@ -39,50 +67,20 @@ def config_from(args: argparse.Namespace, config: Callable[..., Config]) -> Conf
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def _synthetic(args: argparse.Namespace) -> int:
-    from sayo_verl.data.scenes import SceneConfig, prepare
-
-    made = prepare(args.out, config_from(args, SceneConfig))
-    print(f"scenes: {'reused' if made.reused else 'made'} {made.path}", file=sys.stderr)
-    print(made.path)
-    return 0
-
-
-def _rows(args: argparse.Namespace) -> int:
-    from sayo_verl.data.building.build import build
-    from sayo_verl.data.building.options import options_from
-
-    source = importlib.import_module(f"sayo_verl.data.sources.{args.source}").from_args(args)
-    print(build(source, args.out, options_from(args)).folder)
-    return 0
+def _doctor(parser: argparse.ArgumentParser) -> Run:
+    parser.epilog = DOCTOR_EXAMPLE
+    parser.add_argument("--stack", choices=("cpu", "gpu"), help="which pins to check (default: those of torch's build)")
+    parser.add_argument(
+        "--job",
+        nargs="+",
+        default=[],
+        metavar=("SCRIPT", "OVERRIDE"),
+        help="a launch script: its dry run and its memory, on this machine",
+    )
+    return _run_doctor
 
 
-def _mix(args: argparse.Namespace) -> int:
-    from sayo_verl.data.building.mix import from_args
-
-    print(from_args(args).folder)
-    return 0
-
-
-def _inspect(args: argparse.Namespace) -> int:
-    from sayo_verl.inspection.command import run
-
-    return run(args)
-
-
-def _policy(args: argparse.Namespace) -> int:
-    from sayo_verl.data.scenes import SceneConfig
-    from sayo_verl.tiny.policy import TinyPolicyConfig
-    from sayo_verl.tiny.warmup import WarmupConfig, prepare_policy
-
-    configs = (config_from(args, TinyPolicyConfig), config_from(args, WarmupConfig), config_from(args, SceneConfig))
-    made = prepare_policy(args.out, *configs)
-    print(f"policy: {'reused' if made.reused else 'made'} {made.path}", file=sys.stderr)
-    print(made.path)
-    return 0
-
-
-def _doctor(args: argparse.Namespace) -> int:
+def _run_doctor(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
@@ -105,13 +103,125 @@ def _doctor(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _watch(args: argparse.Namespace) -> int:
+def _synthetic(parser: argparse.ArgumentParser) -> Run:
+    from sayo_verl.data.scenes import SceneConfig, prepare
+
+    parser.add_argument("--out", type=Path, default=Path(".sayo"), help="parent folder (default: %(default)s)")
+    add_config_flags(parser, SceneConfig)
+
+    def run(args: argparse.Namespace) -> int:
+        made = prepare(args.out, config_from(args, SceneConfig))
+        print(f"scenes: {'reused' if made.reused else 'made'} {made.path}", file=sys.stderr)
+        print(made.path)
+        return 0
+
+    return run
+
+
+def _policy(parser: argparse.ArgumentParser) -> Run:
+    from sayo_verl.data.scenes import SceneConfig
+    from sayo_verl.tiny.policy import TinyPolicyConfig
+    from sayo_verl.tiny.warmup import WarmupConfig, prepare_policy
+
+    parser.add_argument("--out", type=Path, default=Path(".sayo"), help="parent folder (default: %(default)s)")
+    configs = {TinyPolicyConfig: "", WarmupConfig: "warmup-", SceneConfig: "scenes-"}
+    for config, prefix in configs.items():
+        add_config_flags(parser, config, prefix)
+
+    def run(args: argparse.Namespace) -> int:
+        made = prepare_policy(args.out, *(config_from(args, config) for config in configs))
+        print(f"policy: {'reused' if made.reused else 'made'} {made.path}", file=sys.stderr)
+        print(made.path)
+        return 0
+
+    return run
+
+
+def _rows(source: str) -> AddFlags:
+    """The command that makes training rows from a source."""
+
+    def add_flags(parser: argparse.ArgumentParser) -> Run:
+        from sayo_verl.data.building import build, options
+
+        module = importlib.import_module(f"sayo_verl.data.sources.{source}")
+        parser.description = module.__doc__
+        module.add_flags(parser)
+        parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+        options.add_flags(parser)
+
+        def run(args: argparse.Namespace) -> int:
+            print(build.build(module.from_args(args), args.out, options.options_from(args)).folder)
+            return 0
+
+        return run
+
+    return add_flags
+
+
+def _mix(parser: argparse.ArgumentParser) -> Run:
+    from sayo_verl.data.building import mix
+
+    parser.description = mix.__doc__
+    mix.add_flags(parser)
+
+    def run(args: argparse.Namespace) -> int:
+        print(mix.from_args(args).folder)
+        return 0
+
+    return run
+
+
+def _prepare(parser: argparse.ArgumentParser) -> None:
+    sources = {name: (f"rows from {summary}", _rows(name)) for name, summary in SOURCES.items()}
+    add_commands(
+        parser,
+        {
+            **sources,
+            "mix": ("rows drawn from prepared folders by shares", _mix),
+            "synthetic": ("draw scenes with exact boxes as verl parquet; prints the folder", _synthetic),
+            "policy": ("build and warm up the tiny Qwen3-VL; prints the folder", _policy),
+        },
+    )
+
+
+def _inspect(parser: argparse.ArgumentParser) -> Run:
+    from sayo_verl.inspection import command
+
+    command.add_flags(parser)
+    return command.run
+
+
+def _focus(parser: argparse.ArgumentParser) -> Run:
+    from sayo_verl.focus import command
+
+    parser.description = command.__doc__
+    command.add_flags(parser)
+    return command.run
+
+
+def _watch(parser: argparse.ArgumentParser) -> Run:
+    parser.add_argument("run", type=Path, help="run folder, for train.log and metrics.jsonl")
+    parser.add_argument("--steps", type=int, required=True, help="training steps the command will take")
+    parser.add_argument("command", nargs="+", help="the command, after --")
+    return _run_watch
+
+
+def _run_watch(args: argparse.Namespace) -> int:
     from sayo_verl.report.watch import run_and_watch
 
     return run_and_watch(args.command, args.run, args.steps)
 
 
-def _report(args: argparse.Namespace) -> int:
+def _report(parser: argparse.ArgumentParser) -> Run:
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument(
+        "--window", type=int, default=5, help="steps that make 'first' and 'last' (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture that compares several runs")
+    return _run_report
+
+
+def _run_report(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from sayo_verl.report.curves import plot_run, plot_runs
@@ -132,7 +242,18 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+def _evaluate(parser: argparse.ArgumentParser) -> Run:
+    parser.add_argument("model", type=Path)
+    parser.add_argument("scenes", type=Path, help="a parquet of `sayo prepare synthetic`")
+    parser.add_argument("--samples", type=int, default=1, help="responses per row (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("--out", type=Path, help="also write the result to this file")
+    return _run_evaluate
+
+
+def _run_evaluate(args: argparse.Namespace) -> int:
     from sayo_verl.tiny.evaluate import evaluate
 
     result = evaluate(
@@ -150,75 +271,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """The whole command line."""
-    parser = argparse.ArgumentParser(prog="sayo", description="Credit by visual attention for stock verl.")
-    parser.add_argument("--version", action="version", version=f"sayo-verl {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    doctor = commands.add_parser(
-        "doctor",
-        help="check versions, device and whether the plug-in loads in Ray workers",
-        epilog=DOCTOR_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    doctor.add_argument("--stack", choices=("cpu", "gpu"), help="which pins to check (default: those of torch's build)")
-    doctor.add_argument(
-        "--job",
-        nargs="+",
-        default=[],
-        metavar=("SCRIPT", "OVERRIDE"),
-        help="a launch script: its dry run and its memory, on this machine",
-    )
-    doctor.set_defaults(function=_doctor)
-
-    prepare = commands.add_parser("prepare", help="make data or the tiny policy").add_subparsers(
-        required=True, metavar="WHAT"
-    )
-    _source_flags(prepare, argv)
-    synthetic = prepare.add_parser("synthetic", help="draw scenes with exact boxes as verl parquet; prints the folder")
-    policy = prepare.add_parser("policy", help="build and warm up the tiny Qwen3-VL; prints the folder")
-    for made in (synthetic, policy):
-        made.add_argument("--out", type=Path, default=Path(".sayo"), help="parent folder (default: %(default)s)")
-    _lazy_flags(synthetic, policy, argv)
-    synthetic.set_defaults(function=_synthetic)
-    policy.set_defaults(function=_policy)
-
-    inspect = commands.add_parser("inspect", help="check prepared data with the model's processor; a page of pictures")
-    if "inspect" in argv:
-        importlib.import_module("sayo_verl.inspection.command").add_flags(inspect)
-    inspect.set_defaults(function=_inspect)
-
-    watch = commands.add_parser("watch", help="run a training command and show its progress")
-    watch.add_argument("run", type=Path, help="run folder, for train.log and metrics.jsonl")
-    watch.add_argument("--steps", type=int, required=True, help="training steps the command will take")
-    watch.add_argument("command", nargs="+", help="the command, after --")
-    watch.set_defaults(function=_watch)
-
-    report = commands.add_parser("report", help="table of first and last steps and curves of runs")
-    report.add_argument("runs", type=Path, nargs="+", help="run folders")
-    report.add_argument(
-        "--window", type=int, default=5, help="steps that make 'first' and 'last' (default: %(default)s)"
-    )
-    report.add_argument("--out", type=Path, default=Path("curves.png"), help="picture that compares several runs")
-    report.set_defaults(function=_report)
-
-    evaluate = commands.add_parser("evaluate", help="let a tiny policy answer held-out scenes; accuracy and attention")
-    evaluate.add_argument("model", type=Path)
-    evaluate.add_argument("scenes", type=Path, help="a parquet of `sayo prepare synthetic`")
-    evaluate.add_argument("--samples", type=int, default=1, help="responses per row (default: %(default)s)")
-    evaluate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
-    evaluate.add_argument("--seed", type=int, default=0)
-    evaluate.add_argument("--max-new-tokens", type=int, default=24)
-    evaluate.add_argument("--out", type=Path, help="also write the result to this file")
-    evaluate.set_defaults(function=_evaluate)
-    return parser
-
-
-DOCTOR_EXAMPLE = """a job, with variables in front and overrides after the script as in its own call:
-  LORA_RANK=16 NGPUS_PER_NODE=4 sayo doctor --job scripts/run_sayo_qwen3vl_8b.sh sayo.gpu_memory_gib=48
-"""
-
 SOURCES = {
     "gqa": "GQA: scene graphs, questions, images",
     "refocus": "ReFocus-Chart: parquet or JSON",
@@ -227,53 +279,33 @@ SOURCES = {
     "labelme": "a folder of labelme files",
     "hf": "a data set of the Hugging Face hub, or a folder of one",
 }
+DOCTOR_EXAMPLE = """a job, with variables in front and overrides after the script as in its own call:
+  LORA_RANK=16 NGPUS_PER_NODE=4 sayo doctor --job scripts/run_sayo_qwen3vl_8b.sh sayo.gpu_memory_gib=48
+"""
+COMMANDS: dict[str, tuple[str, AddFlags]] = {
+    "doctor": ("check versions, device and whether the plug-in loads in Ray workers", _doctor),
+    "prepare": ("make data or the tiny policy", _prepare),
+    "inspect": ("check prepared data with the model's processor; a page of pictures", _inspect),
+    "focus": ("teach a model to look at annotated regions, before attn_faithful", _focus),
+    "watch": ("run a training command and show its progress", _watch),
+    "report": ("table of first and last steps and curves of runs", _report),
+    "evaluate": ("let a tiny policy answer held-out scenes; accuracy and attention", _evaluate),
+}
 
 
-def _source_flags(prepare: Any, argv: Sequence[str]) -> None:
-    """Subcommands that make training rows; their modules are imported when one of them is asked for."""
-    for name, what in SOURCES.items():
-        parser = prepare.add_parser(
-            name, help=f"rows from {what}", formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        if name in argv:
-            module = importlib.import_module(f"sayo_verl.data.sources.{name}")
-            building = importlib.import_module("sayo_verl.data.building.options")
-            parser.description = module.__doc__
-            module.add_flags(parser)
-            parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
-            building.add_flags(parser)
-        parser.set_defaults(function=_rows, source=name)
-    mixed = prepare.add_parser(
-        "mix", help="rows drawn from prepared folders by shares", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    if "mix" in argv:
-        module = importlib.import_module("sayo_verl.data.building.mix")
-        mixed.description = module.__doc__
-        module.add_flags(mixed)
-    mixed.set_defaults(function=_mix)
+def _all(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", action="version", version=f"sayo-verl {__version__}")
+    add_commands(parser, COMMANDS)
 
 
-def _lazy_flags(synthetic: argparse.ArgumentParser, policy: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Flags that need the configuration classes; the policy's live beside torch, which is slow to import, so they are
-    made only when asked for."""
-    if "prepare" not in argv:
-        return
-    from sayo_verl.data.scenes import SceneConfig
-
-    add_config_flags(synthetic, SceneConfig)
-    if "policy" in argv:
-        from sayo_verl.tiny.policy import TinyPolicyConfig
-        from sayo_verl.tiny.warmup import WarmupConfig
-
-        add_config_flags(policy, TinyPolicyConfig)
-        add_config_flags(policy, WarmupConfig, prefix="warmup-")
-        add_config_flags(policy, SceneConfig, prefix="scenes-")
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    return Command(prog="sayo", description="Credit by visual attention for stock verl.", add_flags=_all)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the ``sayo`` command; 0 for success, 1 for a finding, 2 for a refusal, 130 for Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
-    args: Any = build_parser(argv).parse_args(argv)
+    args = build_parser().parse_args(argv)
     try:
         return args.function(args)
     except SayoError as error:

@@ -23,6 +23,7 @@ from verl.utils.device import auto_set_device
 from sayo_verl import __version__
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks.contract import RUN_TOKEN
+from sayo_verl.launch.model_check import load_config
 from sayo_verl.launch.preflight import preflight, show
 from sayo_verl.launch.resume import how_to_resume
 from sayo_verl.launch.reward_check import configure as configure_reward
@@ -125,7 +126,7 @@ def main(config: DictConfig) -> None:
     """Check, plan, run."""
     try:
         config.sayo.modules = load_methods(config.sayo.modules)
-        internvl.configure(config)
+        internvl.configure(config, load_config(str(config.actor_rollout_ref.model.path), dry_run=True))
         plan = preflight(config, dry_run=config.sayo.dry_run)
         check_by_verl(config, dry_run=config.sayo.dry_run)
     except SayoError as error:

@@ -46,14 +46,14 @@ mkdir -p "$OUT"
 
 ROWS="$SCENES/train.parquet"
 if [[ "$RESPONSE_ROWS" != 0 ]]; then
-  ROWS=$(python -m sayo_verl.focus respond --base "$POLICY" --rows "$SCENES/train.parquet" \
+  ROWS=$(sayo focus respond --base "$POLICY" --rows "$SCENES/train.parquet" \
     --out "$OUT/rows.parquet" --max-rows "$RESPONSE_ROWS" --max-new-tokens 24 --batch-size 128)
 fi
 
-python -m sayo_verl.focus train --base "$POLICY" --rows "$ROWS" --out "$OUT/policy" \
+sayo focus train --base "$POLICY" --rows "$ROWS" --out "$OUT/policy" \
   --steps "$STEPS" --batch-size "$BATCH_SIZE" --learning-rate "$LR" --weight "$WEIGHT" --alpha "$ALPHA" "$@"
 
-python -m sayo_verl.focus report --base "$POLICY" --after "$OUT/policy" --rows "$SCENES/val.parquet" \
+sayo focus report --base "$POLICY" --after "$OUT/policy" --rows "$SCENES/val.parquet" \
   --out "$OUT" --alpha "$ALPHA" --answers
 echo "policy   $OUT/policy"
 echo "next     METHOD=faithful POLICY=$(printf '%q' "$(absolute "$OUT/policy")") bash scripts/run_tiny.sh"

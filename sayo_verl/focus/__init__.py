@@ -11,5 +11,5 @@ Only its abstract is public; token, loss and data are our reading (docs/anchorin
 - ``respond``: targets from the policy's own right answers
 - ``report``: figures and picture before and after
 
-``python -m sayo_verl.focus --help``
+``sayo focus --help``
 """

@@ -46,11 +46,12 @@ def activate() -> None:
     model_config.hf_processor = hf_processor
 
 
-def configure(config: Any) -> bool:
+def configure(config: Any, model: Any) -> bool:
     """Prepare the launch of a run: name the data set class and refuse what cannot work. Other families are let alone.
 
     Args:
         config: the composed configuration, an OmegaConf ``DictConfig``; ``data.custom_cls`` is set unless the user did.
+        model: the model's transformers configuration; None where it is not there, which is for preflight to judge.
 
     Returns:
         Whether the model is of this family.
@@ -60,10 +61,6 @@ def configure(config: Any) -> bool:
     """
     from omegaconf import OmegaConf, open_dict
 
-    from sayo_verl.launch.model_check import load_config
-
-    # A model that is not there is for preflight to judge.
-    model = load_config(str(config.actor_rollout_ref.model.path), dry_run=True)
     if model is None or model.model_type != MODEL_TYPE:
         return False
     sequence_parallel = tuple(

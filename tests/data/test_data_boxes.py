@@ -10,12 +10,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from support.refusals import refusal
 
 from sayo_verl.data.boxes import BOX_FORMATS, BoxRules, Placed, place_boxes, upright_boxes
 from sayo_verl.data.images import Stored
 from sayo_verl.data.mixups import FormatWatch
 from sayo_verl.data.rows import REASONS
-from sayo_verl.errors import SayoError
 from sayo_verl.vision.grids import Tile
 from sayo_verl.vision.masks import box_masks, check_box
 
@@ -23,10 +23,6 @@ PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
 KEEP_ALL = BoxRules(min_area_left=0.0, merge_iou=1.0, max_area=1.0, min_area=0.0)
 PIXELS = ("xyxy", "xywh")
 SHARES = [name for name in BOX_FORMATS if name not in PIXELS]
-
-
-def refusal(code: str, says: str = ""):
-    return pytest.raises(SayoError, match=rf"^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
 
 
 def image(width: int = 640, height: int = 480, orientation: int = 1) -> Stored:
@@ -193,7 +189,7 @@ BAD_VALUES = [float("nan"), float("inf"), -float("inf"), "12px", "12", None, Tru
 @pytest.mark.parametrize("box_format", BOX_FORMATS)
 @pytest.mark.parametrize("value", BAD_VALUES, ids=str)
 @pytest.mark.parametrize("at", range(4))
-def test_D20_values_that_are_no_coordinates(box_format, value, at):
+def test_values_that_are_no_coordinates(box_format, value, at):
     box: list = [0.1, 0.1, 0.5, 0.5]
     box[at] = value
     with refusal("D42", "four finite numbers") as caught:
@@ -204,7 +200,7 @@ def test_D20_values_that_are_no_coordinates(box_format, value, at):
 
 
 @pytest.mark.parametrize("box", [(), (1, 2, 3), (1, 2, 3, 4, 5), "1234", b"1234", None, 5, {"x": 1}], ids=str)
-def test_D20_boxes_that_are_not_four_values(box):
+def test_boxes_that_are_not_four_values(box):
     with refusal("D42", "four finite numbers"):
         place([box])
     with refusal("D42"):
@@ -221,7 +217,7 @@ def test_D20_boxes_that_are_not_four_values(box):
         ("xyxy_unit_square", (0.2, 0.6, 0.4, 0.3)),
     ],
 )
-def test_D17_xywh_given_as_xyxy(box_format, box):
+def test_xywh_given_as_xyxy(box_format, box):
     with refusal("D43", "looks like xywh"):
         place([box], box_format)
     with refusal("D43", "looks like xywh"):
@@ -230,7 +226,7 @@ def test_D17_xywh_given_as_xyxy(box_format, box):
 
 @pytest.mark.parametrize("box_format", ["xywh", "xywh_unit"])
 @pytest.mark.parametrize("box", [(0.5, 0.5, -0.1, 0.2), (0.5, 0.5, 0.1, -0.2)])
-def test_D17_negative_extent(box_format, box):
+def test_boxes_of_negative_extent(box_format, box):
     with refusal("D43", "negative width or height"):
         place([box], box_format)
 
@@ -248,7 +244,7 @@ def test_D17_negative_extent(box_format, box):
         ("xyxy_1000", (-2, 100, 500, 500), "outside of 0 .. 1000"),
     ],
 )
-def test_D18_values_beyond_the_format(box_format, box, says):
+def test_values_beyond_the_format(box_format, box, says):
     with refusal("D43", says):
         place([box], box_format)
     with refusal("D43", says):
@@ -297,7 +293,7 @@ def test_names_that_do_not_fit_and_rules_out_of_range():
 
 
 @pytest.mark.parametrize("box", [(10, 10, 10, 20), (10, 10, 20, 10), (10, 10, 10, 10), (0, 0, 0, 0)])
-def test_D15_without_area(box):
+def test_boxes_without_area(box):
     assert place([box]) == Placed((), (), {"box_without_area": 1})
     x0, y0, x1, y1 = box
     assert place([(x0, y0, x1 - x0, y1 - y0)], "xywh") == Placed((), (), {"box_without_area": 1})
@@ -316,7 +312,7 @@ def test_D15_without_area(box):
         ((-10, -10, 650, 490), (0, 0, 1, 1)),
     ],
 )
-def test_D16_outside(box, placed):
+def test_boxes_that_run_outside(box, placed):
     out = place([box], rules=BoxRules(max_area=1.0))
     if placed is None:
         assert out == Placed((), (), {"box_outside": 1})
@@ -324,7 +320,7 @@ def test_D16_outside(box, placed):
         assert out.boxes[0] == pytest.approx(placed, abs=1e-12)
 
 
-def test_D16_a_box_wholly_outside_goes_whatever_the_rule():
+def test_a_box_wholly_outside_goes_whatever_the_rule():
     assert place([(640, 0, 700, 480)]).left_out == {"box_outside": 1}
     assert place([(639, 0, 1000, 480)]).boxes
 
@@ -337,7 +333,7 @@ def test_D16_a_box_wholly_outside_goes_whatever_the_rule():
     h=st.integers(1, 900),
     share=st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]),
 )
-def test_D16_the_area_left_exactly(x0, y0, w, h, share):
+def test_the_area_left_exactly(x0, y0, w, h, share):
     across = max(0, min(x0 + w, 640) - max(x0, 0))
     down = max(0, min(y0 + h, 480) - max(y0, 0))
     left = Fraction(across * down, w * h)
@@ -388,7 +384,7 @@ def test_each_box_has_one_reason_and_the_rest_keep_their_order():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_D08_boxes_turn_as_pillow_turns_the_picture(orientation):
+def test_boxes_turn_as_pillow_turns_the_picture(orientation):
     raw = Image.new("L", (64, 40))
     box = (7, 3, 30, 11)
     raw.paste(255, box)
@@ -419,7 +415,7 @@ def test_round_trip_through_the_raw_frame(unit, orientation, size, box_format):
     assert placed == pytest.approx(unit, abs=1e-6)
 
 
-def test_D08_auto_takes_the_frame_of_the_annotated_size():
+def test_the_auto_frame_is_that_of_the_annotated_size():
     stored = image(480, 640, 6)  # 640 x 480 on its side
     box = (64, 120, 320, 360)
     assert place([box], stored=stored, annotated=(640, 480)) == place([box], stored=stored, frame="raw")
@@ -437,7 +433,7 @@ def test_D08_auto_takes_the_frame_of_the_annotated_size():
         (image(480, 640, 8), (240, 320), True),
     ],
 )
-def test_D08_auto_does_not_guess(stored, annotated, rescale):
+def test_the_auto_frame_does_not_guess(stored, annotated, rescale):
     for box_format in ("xyxy", "xyxy_unit"):
         with refusal("D45", "nothing tells") as caught:
             place([(0, 0, 0.5, 0.5)], box_format, stored, annotated=annotated, rescale=rescale)
@@ -449,7 +445,7 @@ def test_D08_auto_does_not_guess(stored, annotated, rescale):
 
 @pytest.mark.parametrize(("frame", "annotated"), [("raw", (480, 640)), ("upright", (640, 480))])
 @pytest.mark.parametrize("rescale", [False, True])
-def test_D08_a_frame_that_the_annotated_size_contradicts(frame, annotated, rescale):
+def test_a_frame_that_the_annotated_size_contradicts(frame, annotated, rescale):
     with refusal("D45", "are said to be"):
         place([(0, 0, 9, 9)], stored=image(480, 640, 6), frame=frame, annotated=annotated, rescale=rescale)
 
@@ -457,7 +453,7 @@ def test_D08_a_frame_that_the_annotated_size_contradicts(frame, annotated, resca
 @pytest.mark.parametrize("frame", ["auto", "raw", "upright"])
 @pytest.mark.parametrize("stored", [image(), image(480, 640, 6), image(640, 480, 3)])
 @pytest.mark.parametrize("box_format", BOX_FORMATS)
-def test_D19_another_annotated_size(box_format, stored, frame):
+def test_an_annotated_size_that_is_not_the_images(box_format, stored, frame):
     with refusal("D44", "another size") as caught:
         place([(0.1, 0.1, 0.5, 0.5)], box_format, stored, frame=frame, annotated=(320, 200))
     assert "320 x 200" in str(caught.value)
@@ -473,7 +469,7 @@ def test_D19_another_annotated_size(box_format, stored, frame):
     orientation=st.integers(1, 8),
     frame=st.sampled_from(["raw", "upright"]),
 )
-def test_D19_rescale_takes_the_annotated_size(box_format, unit, size, drawn_on, orientation, frame):
+def test_rescale_takes_the_annotated_size(box_format, unit, size, drawn_on, orientation, frame):
     stored = image(*size, orientation)
     assume(drawn_on not in (size, size[::-1]))
     (turned,) = upright_boxes([unit], orientation if frame == "raw" else 1)
@@ -483,7 +479,7 @@ def test_D19_rescale_takes_the_annotated_size(box_format, unit, size, drawn_on, 
 
 
 @pytest.mark.parametrize("size", [(0, 480), (640, -1), (640.0, 480), (True, 480), (640,), (640, 480, 3), ("640", 480)])
-def test_D19_sizes_that_are_none(size):
+def test_annotated_sizes_that_are_none(size):
     with refusal("D44", "no size"):
         place([(0, 0, 9, 9)], annotated=size)
     with refusal("D44", "no size"):
@@ -631,7 +627,7 @@ def test_honest_boxes_that_run_out_a_little_or_rarely():
     ],
 )
 @pytest.mark.parametrize("seed", range(5))
-def test_D18_mix_ups_are_found_within_the_first_400_boxes(named, true_format, of_sizes, looks, seed):
+def test_mix_ups_are_found_within_the_first_400_boxes(named, true_format, of_sizes, looks, seed):
     boxes, sizes = publish(true_format, 400, of_sizes, seed)
     with refusal("D43", rf"probably not {named}; they look like .*\b{looks} ") as caught:
         watch_over(named, boxes, sizes)
@@ -641,7 +637,7 @@ def test_D18_mix_ups_are_found_within_the_first_400_boxes(named, true_format, of
 
 @pytest.mark.parametrize("true_format", ["xywh", "xywh_unit"])
 @pytest.mark.parametrize("of_sizes", [PHOTOS, LARGE])
-def test_D17_xywh_named_xyxy_stops_at_the_first_box_that_shows_it(true_format, of_sizes):
+def test_xywh_named_xyxy_stops_at_the_first_box_that_shows_it(true_format, of_sizes):
     boxes, sizes = publish(true_format, 50, of_sizes)
     with refusal("D43", "looks like xywh"):
         watch_over(true_format.replace("xywh", "xyxy"), boxes, sizes)

@@ -13,17 +13,13 @@ import pytest
 from datasets import Dataset, Features, List, Value
 from datasets import Image as DatasetsImage
 from PIL import Image
+from support.refusals import refusal
 
 from sayo_verl.data.check import check_boxes_of_run, check_parquet
 from sayo_verl.data.contract import Demands
 from sayo_verl.data.reading import MAX_PIXELS
-from sayo_verl.errors import SayoError
 
 NAN = float("nan")
-
-
-def refusal(code: str, says: str = ""):
-    return pytest.raises(SayoError, match=rf"^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
 
 
 def encoded(kind: str = "PNG", size: tuple[int, int] = (12, 10)) -> bytes:
@@ -130,11 +126,11 @@ def test_rows_without_boxes_are_enough_where_none_are_needed(check):
     assert check(bare, need_boxes=False) == "1 rows, 0 with boxes, 1 images decoded"
 
 
-# --------------------------------------------------------------------------------------------------- D02, D03: the file
+# --------------------------------------------------------------------------------------------------- the file
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
-def test_D02_a_file_that_was_cut(tmp_path, share):
+def test_a_file_that_was_cut(tmp_path, share):
     path = tmp_path / "cut.parquet"
     pq.write_table(pa.Table.from_pylist([row()] * 20), path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
@@ -143,14 +139,14 @@ def test_D02_a_file_that_was_cut(tmp_path, share):
     assert caught.value.where == str(path)
 
 
-def test_D02_a_file_that_is_no_parquet(tmp_path):
+def test_a_file_that_is_no_parquet(tmp_path):
     (tmp_path / "rows.parquet").write_text("version https://git-lfs.github.com/spec/v1\n" * 20)
     with refusal("D02"):
         check_file(tmp_path / "rows.parquet")
 
 
 @pytest.mark.parametrize("at", [4, 40])
-def test_D02_a_page_that_was_overwritten(tmp_path, at):
+def test_a_page_that_was_overwritten(tmp_path, at):
     # The footer is whole, so the file opens; the damage, in the first column, shows when rows are read.
     path = tmp_path / "damaged.parquet"
     pq.write_table(
@@ -166,7 +162,7 @@ def test_D02_a_page_that_was_overwritten(tmp_path, at):
 
 
 @pytest.mark.parametrize("column", ["prompt", "data_source", "reward_model"])
-def test_D03_a_column_is_missing(check, column):
+def test_a_column_is_missing(check, column):
     bare = row()
     del bare[column]
     with refusal("D03", column) as caught:
@@ -174,17 +170,17 @@ def test_D03_a_column_is_missing(check, column):
     assert "images" in str(caught.value.got)
 
 
-def test_D03_no_rows(tmp_path):
+def test_a_file_without_rows(tmp_path):
     path = tmp_path / "empty.parquet"
     pq.write_table(pa.Table.from_pylist([row()]).slice(0, 0), path)
     with refusal("D03", "no rows"):
         check_file(path)
 
 
-# ------------------------------------------------------------------------------------------ D04, D05, V01 to V03: boxes
+# ------------------------------------------------------------------------------------------ boxes
 
 
-def test_D04_no_column_of_boxes(check):
+def test_no_column_of_boxes(check):
     bare = row()
     del bare["extra_info"]["boxes"]
     with refusal("D04") as caught:
@@ -194,7 +190,7 @@ def test_D04_no_column_of_boxes(check):
 
 
 @pytest.mark.parametrize("boxes", [[[]], [], None], ids=["no box", "no lists", "null"])
-def test_D04_no_row_has_a_box(check, boxes):
+def test_no_row_has_a_box(check, boxes):
     schema = pa.Table.from_pylist([row()]).schema
     with refusal("D04"):
         check(row(boxes=boxes), row(boxes=boxes), schema=schema)
@@ -213,7 +209,7 @@ def test_D04_no_row_has_a_box(check, boxes):
     ],
     ids=["one box", "boxes", "text", "named", "two lists for one image", "two empty lists for one image"],
 )
-def test_D05_boxes_that_are_not_nested_by_image(check, boxes):
+def test_boxes_that_are_not_nested_by_image(check, boxes):
     with refusal("D05", "nested") as caught:
         check(row(boxes=boxes))
     assert "row 0" in caught.value.where
@@ -249,7 +245,7 @@ def test_a_bad_box_after_good_ones(check):
     assert "row 1" in caught.value.where
 
 
-# --------------------------------------------------------------------------------------------------- D06 to D09: images
+# --------------------------------------------------------------------------------------------------- images
 
 
 @pytest.mark.parametrize("attention", [True, False])
@@ -281,7 +277,7 @@ def test_a_bad_box_after_good_ones(check):
     ],
     ids=str,
 )
-def test_D06_D73_an_image_that_verl_does_not_open(check, image, code, attention, tmp_path, monkeypatch):
+def test_an_image_that_verl_does_not_open(check, image, code, attention, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.png").write_bytes(encoded())
     (tmp_path / "text.png").write_text("not an image")
@@ -388,13 +384,13 @@ def png_with_a_cut_header() -> bytes:
     ],
     ids=["text", "PNG header", "PNG cut", "PNG bit", "PNG short header", "JPEG cut", "WEBP cut", "SVG"],
 )
-def test_D07_an_image_that_cannot_be_decoded(check, data):
+def test_an_image_that_cannot_be_decoded(check, data):
     with refusal("D07", "cannot be decoded") as caught:
         check(row(), row(images=[{"bytes": data, "path": None}]))
     assert "row 1" in caught.value.where
 
 
-def test_D08_an_image_that_is_too_large(check):
+def test_an_image_that_is_too_large(check):
     out = io.BytesIO()
     side = int(MAX_PIXELS**0.5) + 1
     Image.new("1", (side, side)).save(out, "PNG", compress_level=1)
@@ -422,7 +418,7 @@ def test_an_image_bomb_is_refused_by_its_header(check):
         ("<Image>?", 1, "each image once"),
     ],
 )
-def test_D09_placeholders_that_do_not_fit_the_images(check, text, n_images, says):
+def test_placeholders_that_do_not_fit_the_images(check, text, n_images, says):
     images = [{"bytes": encoded(), "path": None}] * n_images
     with refusal("D09", says) as caught:
         check(row(), row(text=text, images=images, boxes=[[]] * n_images))

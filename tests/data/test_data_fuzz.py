@@ -32,7 +32,7 @@ from sayo_verl.errors import SayoError
 PROPERTY = settings(
     derandomize=True,
     deadline=datetime.timedelta(seconds=5),
-    max_examples=150,
+    max_examples=75,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 

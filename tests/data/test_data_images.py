@@ -17,18 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 from qwen_vl_utils.vision_process import to_rgb
+from support.refusals import refusal
 
 from sayo_verl.data import image_files, images
 from sayo_verl.data.image_files import check_member, check_name, read_image
 from sayo_verl.data.images import ImageRules, Stored, store_image
 from sayo_verl.data.rows import Drop, ImageRef
-from sayo_verl.errors import SayoError
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
-
-
-def refusal(code: str, says: str = ""):
-    return pytest.raises(SayoError, match=rf"^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (60, 40)) -> Image.Image:
@@ -125,42 +121,42 @@ def test_a_colour_key_is_ignored_as_verl_ignores_it(mode, key):
 # --------------------------------------------------------------------------------------------------------- left out
 
 
-def test_D02_no_bytes():
+def test_an_image_of_no_bytes():
     assert dropped(b"") == "image_empty"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_D03_cut_short(kind):
+def test_an_image_that_is_cut_short(kind):
     data = encoded(picture(size=(200, 150)), kind)
     for share in (0.1, 0.5, 0.9):
         assert dropped(data[: int(len(data) * share)]) == "image_unreadable"
 
 
-def test_D03_refuses_to_work_where_cut_images_are_filled_up(monkeypatch):
+def test_refuses_to_work_where_cut_images_are_filled_up(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with refusal("D46", "truncated"):
         store_image(encoded(picture()), where="here")
 
 
-def test_D04_text_named_jpg():
+def test_text_named_jpg_is_no_image():
     assert dropped(b"<html>not found</html>" * 9) == "image_format"
 
 
 @pytest.mark.parametrize("size", [(20000, 20000), (9000, 9999), (7072, 7072), (2**31 - 1, 2**31 - 1)])
-def test_D05_too_many_pixels_by_the_header(size):
+def test_an_image_of_too_many_pixels_by_its_header(size):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert dropped(png_header(*size)) == "image_too_large"
 
 
-def test_D05_pillows_own_limit_holds_where_ours_is_raised(monkeypatch):
+def test_pillows_own_limit_holds_where_ours_is_raised(monkeypatch):
     assert dropped(png_header(10000, 10000), max_pixels=10**9) == "image_too_large"  # Pillow would only warn
     assert dropped(png_header(20000, 20000), max_pixels=10**9) == "image_too_large"
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert dropped(encoded(picture())) == "image_too_large"
 
 
-def test_D05_is_judged_before_decoding(monkeypatch):
+def test_the_size_is_judged_before_decoding(monkeypatch):
     def load(self):
         raise AssertionError("decoded")
 
@@ -170,17 +166,17 @@ def test_D05_is_judged_before_decoding(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "BMP", "PPM", "ICO"])
-def test_D06_other_formats(kind):
+def test_other_image_formats(kind):
     assert dropped(encoded(picture(), kind)) == "image_format"
 
 
-def test_D06_other_formats_by_text():
+def test_other_image_formats_by_text():
     assert dropped(b'<svg xmlns="http://www.w3.org/2000/svg"/>') == "image_format"
     assert dropped(b"SIMPLE  =                    T") == "image_format"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_D06_animated(kind):
+def test_an_animated_image(kind):
     frames = [picture(), ImageOps.invert(picture())]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
     assert dropped(data) == "image_format"
@@ -202,7 +198,7 @@ def test_D06_animated(kind):
         ((40, 90), {"max_ratio": 2.0}, "image_too_long"),
     ],
 )
-def test_D09_D10_sides(size, rules, reason):
+def test_sides_that_are_too_short_or_too_unequal(size, rules, reason):
     data = encoded(Image.new("L", size))
     assert (dropped(data, **rules) if reason else "".join(kept(data, **rules).changed)) == reason
 
@@ -225,7 +221,7 @@ def test_rules_out_of_range(rules):
         ("LA", "PNG", "from LA"),
     ],
 )
-def test_D07_modes_become_rgb_as_verl_sees_them(mode, kind, changed):
+def test_modes_become_rgb_as_verl_sees_them(mode, kind, changed):
     image = picture("L").convert("LA") if mode == "LA" else picture(mode)
     data = encoded(image, kind)
     out = kept(data)
@@ -243,7 +239,7 @@ def translucent() -> Image.Image:
 
 
 @pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True, "exact": True})])
-def test_D07_transparent_pixels_over_white_as_verl_sees_them(kind, options):
+def test_transparent_pixels_over_white_as_verl_sees_them(kind, options):
     data = encoded(translucent(), kind, **options)
     out = kept(data)
     assert out.changed == ("from RGBA over white",)
@@ -251,7 +247,7 @@ def test_D07_transparent_pixels_over_white_as_verl_sees_them(kind, options):
     assert pixels(out.data)[0, 0].tolist() == [255, 255, 255]
 
 
-def test_D07_a_palette_or_grey_with_alpha_over_white():
+def test_a_palette_or_grey_with_alpha_over_white():
     palette = Image.new("P", (40, 40), 1)
     palette.putpalette([0, 0, 0, 200, 10, 20, 9, 9, 9])
     palette.paste(2, (0, 0, 10, 40))
@@ -268,7 +264,7 @@ def test_D07_a_palette_or_grey_with_alpha_over_white():
     assert pixels(out.data)[3, 3].tolist() == [30] * 3
 
 
-def test_D07_16_bit_grey_is_scaled_not_clipped():
+def test_16_bit_grey_is_scaled_not_clipped():
     grey = np.linspace(0, 65535, 60 * 40).astype(np.uint16).reshape(40, 60)
     out = kept(encoded(Image.fromarray(grey)))
     assert out.changed == ("from I;16",)
@@ -299,7 +295,7 @@ def turned(kind: str, orientation: int, mode: str = "RGB", **options) -> bytes:
 
 @pytest.mark.parametrize("orientation", range(2, 9))
 @pytest.mark.parametrize(("kind", "options"), [("JPEG", {"quality": 95}), ("PNG", {}), ("WEBP", {"lossless": True})])
-def test_D08_orientation_is_baked_in(kind, options, orientation):
+def test_orientation_is_baked_in(kind, options, orientation):
     data = turned(kind, orientation, **options)
     out = kept(data)
     assert out.changed == ("upright",)
@@ -315,7 +311,7 @@ def test_D08_orientation_is_baked_in(kind, options, orientation):
             assert [layer[1:3] for layer in image.layer] == [(1, 1)] * 3  # no chroma subsampling
 
 
-def test_D08_grey_stays_grey_and_modes_are_told_with_it():
+def test_grey_stays_grey_and_modes_are_told_with_it():
     out = kept(turned("JPEG", 6, "L"))
     assert out.changed == ("upright",)
     assert pixels(out.data).shape == (60, 40)
@@ -379,7 +375,7 @@ def outcome(data: bytes) -> Stored | tuple[str, str]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on metadata that is odd but can be read
-@settings(PROPERTY, max_examples=600)
+@settings(PROPERTY, max_examples=300)
 @given(data=st.data(), file=st.integers(0, len(FILES) - 1))
 def test_damaged_files_are_stored_or_left_out_and_nothing_else(data, file):
     damaged = bytearray(FILES[file])
@@ -472,7 +468,7 @@ def test_reads_bytes_files_and_members(tmp_path):
     assert unread(ImageRef("a", path=tmp_path / "a.zip", member="images/")) == "image_missing"
 
 
-def test_D01_missing_and_unreadable_files(tmp_path):
+def test_missing_and_unreadable_files(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"content")
     os.mkfifo(tmp_path / "pipe.jpg")
     for name in ("b.jpg", "a.jpg/b.jpg", "", "pipe.jpg"):
@@ -484,7 +480,7 @@ def test_D01_missing_and_unreadable_files(tmp_path):
     assert unread(ImageRef("a", path=tmp_path / "large.jpg")) == "image_too_large"
 
 
-def test_D11_neither_bytes_nor_a_path():
+def test_neither_bytes_nor_a_path():
     with refusal("D40", "neither bytes nor a path"):
         read_image(ImageRef("a"))
 
@@ -506,7 +502,7 @@ BAD_NAMES = [
 
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
-def test_D29_D30_names_that_are_none(name, tmp_path):
+def test_image_names_that_no_file_can_have(name, tmp_path):
     for ref in (
         ImageRef(name, path=Path(name)),
         ImageRef(name, path=Path(tmp_path, name)) if not Path(name).is_absolute() else ImageRef(name, path=Path(name)),
@@ -538,7 +534,7 @@ def archive_of(path: Path, name: str, content: bytes = b"x", mode: int = stat.S_
 @pytest.mark.parametrize(
     "name", ["../../x.jpg", "/x.jpg", "a/../../x.jpg", "..\\x.jpg", "C:\\x.jpg", "\\\\host\\x.jpg"]
 )
-def test_D26_members_that_lead_out(name, tmp_path):
+def test_members_that_lead_out(name, tmp_path):
     path = archive_of(tmp_path / "a.zip", name)
     with refusal("D41", "leads out"):
         read_image(ImageRef("a", path=path, member=name))
@@ -547,13 +543,13 @@ def test_D26_members_that_lead_out(name, tmp_path):
 
 
 @pytest.mark.parametrize("mode", [stat.S_IFLNK | 0o777, stat.S_IFCHR, stat.S_IFIFO])
-def test_D26_members_that_are_links_or_devices(mode, tmp_path):
+def test_members_that_are_links_or_devices(mode, tmp_path):
     path = archive_of(tmp_path / "a.zip", "a.jpg", b"/etc/passwd", mode)
     with refusal("D41", "link or a device"):
         read_image(ImageRef("a", path=path, member="a.jpg"))
 
 
-def test_D27_zip_bombs(tmp_path):
+def test_zip_bombs(tmp_path):
     path = archive_of(tmp_path / "a.zip", "a.jpg", bytes(3 * 2**20))
     with refusal("D41", "fold"):
         read_image(ImageRef("a", path=path, member="a.jpg"))
@@ -566,7 +562,7 @@ def test_D27_zip_bombs(tmp_path):
     assert len(read_image(ImageRef("a", path=small, member="a.jpg"))) == 2**19
 
 
-def test_D26_members_whose_name_goes_on_behind_a_nul():
+def test_members_whose_name_goes_on_behind_a_nul():
     info = zipfile.ZipInfo("a.jpg\0/../../x.jpg")
     assert info.filename == "a.jpg"
     with refusal("D41", "leads out"):

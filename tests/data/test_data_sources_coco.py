@@ -6,17 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.refusals import refusal
 
 from sayo_verl.data.rows import Example, LeftOut
 from sayo_verl.data.sources import coco, templates
 from sayo_verl.data.sources.coco import CocoSource, Marks
-from sayo_verl.errors import SayoError
 
 CATEGORIES = {1: "person", 2: "wine glass", 3: "umbrella", 4: "skis"}
-
-
-def refusal(code: str, says: str = ""):
-    return pytest.raises(SayoError, match=rf"^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
 
 
 def mark(id: int, image: int, category: int, box: list, **more) -> dict:

@@ -12,17 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from support.refusals import refusal
 
 from sayo_verl.data.rows import Example, LeftOut
 from sayo_verl.data.sources import hf
 from sayo_verl.data.sources.hf import HfSource, parse_map
-from sayo_verl.errors import SayoError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def refusal(code: str, says: str = ""):
-    return pytest.raises(SayoError, match=rf"^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
 
 
 def png(colour: str) -> bytes:
@@ -140,21 +136,21 @@ def test_images_as_file_names(tmp_path):
         read(parquet(tmp_path, row(image="../a.png")), images=tmp_path)
 
 
-def test_D11_an_image_without_bytes_stops_the_work(tmp_path):
+def test_an_image_without_bytes_stops_the_work(tmp_path):
     with refusal("D60", "no bytes") as caught:
         read(parquet(tmp_path, row(), row(image={"bytes": None, "path": "a.png"})))
     assert "row 1" in caught.value.where
     assert "wanted" in str(caught.value)
 
 
-def test_D12_tags_and_images_that_differ_in_number_stop_the_work(tmp_path):
+def test_tags_and_images_that_differ_in_number_stop_the_work(tmp_path):
     with refusal("D09"):
         one(tmp_path, question="<image><image>What?")
     assert one(tmp_path, question="<image>\nWhat?").question == "What?"
     assert one(tmp_path, question="What of <image> this?").reason == "reserved_text"
 
 
-def test_D20_wrong_boxes_stop_the_work(tmp_path):
+def test_wrong_boxes_stop_the_work(tmp_path):
     for boxes in ([[1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0, float("nan")]], [["1", "2", "3", "4px"]]):
         with refusal("D42") as caught:
             one(tmp_path, boxes=boxes)
@@ -165,17 +161,17 @@ def test_D20_wrong_boxes_stop_the_work(tmp_path):
         one(tmp_path, box_names=["a", "b"])
 
 
-def test_D21_an_id_that_comes_twice_stops_the_work(tmp_path):
+def test_an_id_that_comes_twice_stops_the_work(tmp_path):
     with refusal("D62"):
         read(parquet(tmp_path, row(id="a"), row(id="a")))
 
 
-def test_D22_answers_that_are_no_text_drop_the_row(tmp_path):
+def test_answers_that_are_no_text_drop_the_row(tmp_path):
     assert one(tmp_path, answer=["a", "b"]) == LeftOut("train-00000-of-00001.parquet:0", "empty_answer")
     assert one(tmp_path, answer=2.0).answer == "2"
 
 
-def test_D23_a_parquet_file_cut_short_stops_the_work(tmp_path):
+def test_a_parquet_file_cut_short_stops_the_work(tmp_path):
     path = parquet(tmp_path, row())
     path.write_bytes(path.read_bytes()[:-200])
     with refusal("D63", "cannot be read"):
@@ -183,7 +179,7 @@ def test_D23_a_parquet_file_cut_short_stops_the_work(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pt", ".npy"])
-def test_D31_formats_that_can_run_code_stop_the_work(tmp_path, suffix):
+def test_formats_that_can_run_code_stop_the_work(tmp_path, suffix):
     path = tmp_path / f"train{suffix}"
     with refusal("D63", "run code"):
         HfSource(path.name, "xyxy")
@@ -194,7 +190,7 @@ def test_D31_formats_that_can_run_code_stop_the_work(tmp_path, suffix):
         HfSource(str(tmp_path), "xyxy")
 
 
-def test_D18_the_format_of_boxes_is_never_guessed(tmp_path):
+def test_the_format_of_boxes_is_never_guessed(tmp_path):
     path = parquet(tmp_path, row())
     with refusal("D46"):
         HfSource(str(path), "")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.refusals import refusal
 
 from sayo_verl.data.rows import Drop, Example, LeftOut
 from sayo_verl.data.sources import fields, inputs, jsonl
@@ -17,10 +18,6 @@ from sayo_verl.data.sources.jsonl import JsonlSource
 from sayo_verl.errors import SayoError
 
 LINE = {"image": "a.png", "question": "What is it?", "answer": "a dog", "boxes": [[1, 2, 3, 4]]}
-
-
-def refusal(code: str, says: str = ""):
-    return pytest.raises(SayoError, match=rf"^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
 
 
 def written(folder: Path, *lines: dict, name: str = "data.jsonl") -> Path:
@@ -149,13 +146,13 @@ def test_a_wrong_line_stops_the_work_and_is_named(tmp_path, changed, code, says)
     assert f"{tmp_path / 'data.jsonl'} line 2" in caught.value.where
 
 
-def test_M07_two_images_and_one_list_of_boxes_stop_the_work(tmp_path):
+def test_two_images_and_one_list_of_boxes_stop_the_work(tmp_path):
     with refusal("D05", "nested by image"):
         one(tmp_path, image=..., images=["a.png", "b.png"])
 
 
 @pytest.mark.parametrize("value", [{"bytes": None, "path": "a.png"}, {"bytes": "x"}, None, 3, ""])
-def test_D11_an_image_that_is_no_file_name_stops_the_work(tmp_path, value):
+def test_an_image_that_is_no_file_name_stops_the_work(tmp_path, value):
     with refusal("D60") as caught:
         one(tmp_path, image=value)
     assert "got " in str(caught.value)
@@ -163,13 +160,13 @@ def test_D11_an_image_that_is_no_file_name_stops_the_work(tmp_path, value):
 
 
 @pytest.mark.parametrize(("tags", "n"), [("<image><image> Look.", 1), ("<image> Look.", 2), ("a <image> b", 2)])
-def test_D12_tags_and_images_that_differ_in_number_stop_the_work(tmp_path, tags, n):
+def test_tags_and_images_that_differ_in_number_stop_the_work(tmp_path, tags, n):
     with refusal("D09", "each image once") as caught:
         one(tmp_path, image=..., images=["a.png", "b.png"][:n], boxes=[[], []][:n], question=tags)
     assert "line 1" in caught.value.where
 
 
-def test_D12_tags_around_the_text_are_removed_and_D13_one_within_it_drops_the_row(tmp_path):
+def test_tags_around_the_text_are_removed_and_one_within_it_drops_the_row(tmp_path):
     assert one(tmp_path, question="<image>\nWhat is it?").question == "What is it?"
     assert one(tmp_path, question="What is it? <image>").question == "What is it?"
     two = one(tmp_path, image=..., images=["a.png", "b.png"], boxes=[], question="<image> <image> Same?")
@@ -178,7 +175,7 @@ def test_D12_tags_around_the_text_are_removed_and_D13_one_within_it_drops_the_ro
     assert one(tmp_path, question="Is <|image_pad|> old?").reason == "reserved_text"
 
 
-def test_D20_coordinates_that_are_no_finite_numbers_stop_the_work(tmp_path):
+def test_coordinates_that_are_no_finite_numbers_stop_the_work(tmp_path):
     for value in ("12px", None, True, [1]):
         with refusal("D42") as caught:
             one(tmp_path, boxes=[[1, 2, 3, value]])
@@ -191,14 +188,14 @@ def test_D20_coordinates_that_are_no_finite_numbers_stop_the_work(tmp_path):
             list(JsonlSource(path, "xyxy").examples())
 
 
-def test_D21_an_id_that_comes_twice_stops_the_work(tmp_path):
+def test_an_id_that_comes_twice_stops_the_work(tmp_path):
     with refusal("D62", "two records") as caught:
         read(tmp_path, {**LINE, "id": 1}, {**LINE, "id": "1"})
     assert "line 2" in caught.value.where
 
 
 @pytest.mark.parametrize("answer", ["", "  ", None, [], ["a"], {"a": 1}])
-def test_D22_an_answer_that_is_no_text_drops_the_row(tmp_path, answer):
+def test_an_answer_that_is_no_text_drops_the_row(tmp_path, answer):
     left = one(tmp_path, answer=answer)
     assert isinstance(left, LeftOut)
     assert left.reason == "empty_answer"
@@ -206,7 +203,7 @@ def test_D22_an_answer_that_is_no_text_drops_the_row(tmp_path, answer):
 
 
 @pytest.mark.parametrize("name", ["a\0.png", "a\nb.png", "x" * 300 + ".png", "\udcff.png", "\x7f.png"])
-def test_D29_names_that_no_file_can_have_stop_the_work(tmp_path, name):
+def test_names_that_no_file_can_have_stop_the_work(tmp_path, name):
     with refusal("D40"):
         inputs.ImageFolder(tmp_path).ref(name, "line 1")
     if "\udcff" not in name:  # such a line is no JSON in UTF-8, which the reader refuses before
@@ -216,7 +213,7 @@ def test_D29_names_that_no_file_can_have_stop_the_work(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["http://x.org/a.png", "file:///etc/passwd", "s3://b/a.png", "HTTPS://x/a.png"])
-def test_D30_addresses_stop_the_work(tmp_path, name):
+def test_addresses_stop_the_work(tmp_path, name):
     with refusal("D40"):
         one(tmp_path, image=name)
 
@@ -230,7 +227,7 @@ def test_names_outside_the_folder_stop_the_work_unless_allowed(tmp_path, name):
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pt", ".npy", ".PTH"])
-def test_D31_formats_that_can_run_code_stop_the_work(tmp_path, suffix):
+def test_formats_that_can_run_code_stop_the_work(tmp_path, suffix):
     path = tmp_path / f"x{suffix}"
     path.write_bytes(b"\x80")
     with refusal("D63", "run code"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.refusals import refusal
 
 from sayo_verl.data.boxes import place_boxes
 from sayo_verl.data.image_files import read_image
@@ -15,11 +16,6 @@ from sayo_verl.data.images import store_image
 from sayo_verl.data.rows import Example, LeftOut
 from sayo_verl.data.sources import labelme
 from sayo_verl.data.sources.labelme import LabelmeSource
-from sayo_verl.errors import SayoError
-
-
-def refusal(code: str, says: str = ""):
-    return pytest.raises(SayoError, match=rf"^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
 
 
 def shape(label: str, points: list, kind: str | None = "rectangle", group: int | None = None) -> dict:

@@ -11,21 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from support.refusals import refusal
 
 from sayo_verl.data.boxes import place_boxes
 from sayo_verl.data.images import store_image
 from sayo_verl.data.rows import Example, LeftOut
 from sayo_verl.data.sources import refocus
 from sayo_verl.data.sources.refocus import RefocusSource, named_labels
-from sayo_verl.errors import SayoError
 
 CORNERS = ("x1", "y1", "x2", "y2")
 BARS = [[10, 20, 60, 30], [10, 40, 90, 50]]  # of "Alpha" and "Beta"
 FIGURE = [5, 10, 95, 90]
-
-
-def refusal(code: str, says: str = ""):
-    return pytest.raises(SayoError, match=rf"^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
 
 
 def columns(boxes: list[list]) -> dict[str, list]:
@@ -288,14 +284,14 @@ def test_files_of_another_kind_are_refused(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- bad inputs
 
 
-def test_D11_an_image_without_bytes_stops_the_work(tmp_path):
+def test_an_image_without_bytes_stops_the_work(tmp_path):
     with refusal("D60", "no bytes") as caught:
         one(tmp_path, image={"bytes": None, "path": "1.png"})
     assert "row 0" in caught.value.where
     assert one(tmp_path, image=None).reason == "image_missing"
 
 
-def test_D18_pixels_among_fractions_stop_the_work(tmp_path):
+def test_pixels_among_fractions_stop_the_work(tmp_path):
     box = pa.struct({corner: pa.float64() for corner in CORNERS})
     with refusal("D61", "mixed"):  # column by column
         list(RefocusSource(parquet(tmp_path, row(), types=schema(pa.int32(), figure_bbox=box))).examples())
@@ -334,28 +330,28 @@ def test_boxes_that_do_not_fit_together_stop_the_work(tmp_path):
         of_json(tmp_path, {"q": wbb(figure_bbox=[0, 0, 1, 1])})
 
 
-def test_D20_a_coordinate_that_is_no_number_stops_the_work(tmp_path):
+def test_a_coordinate_that_is_no_number_stops_the_work(tmp_path):
     with refusal("D42"):
         one(tmp_path, focus_areas_bbox={**columns(BARS), "x2": [60, None]})
     with refusal("D42"):
         of_json(tmp_path, {"q": wbb(figure_bbox={**wbb()["figure_bbox"], "x2": "90%"})})
 
 
-def test_D21_an_id_that_comes_twice_stops_the_work(tmp_path):
+def test_an_id_that_comes_twice_stops_the_work(tmp_path):
     with refusal("D62"):
         list(RefocusSource(parquet(tmp_path, row(), row())).examples())
     with refusal("D58", "no id"):
         one(tmp_path, id=None)
 
 
-def test_D22_rows_without_question_or_answer_are_left_out(tmp_path):
+def test_rows_without_question_or_answer_are_left_out(tmp_path):
     assert one(tmp_path, answer=None) == LeftOut("train-1", "empty_answer")
     assert one(tmp_path, question=" ") == LeftOut("train-1", "empty_question")
     assert one(tmp_path, question="What of <image> this?").reason == "reserved_text"
     assert one(tmp_path, question="<image>\nWhat?").question == "What?"
 
 
-def test_D23_a_parquet_file_cut_short_stops_the_work(tmp_path):
+def test_a_parquet_file_cut_short_stops_the_work(tmp_path):
     path = parquet(tmp_path, row())
     path.write_bytes(path.read_bytes()[:-1024])
     with refusal("D63", "cannot be read") as caught:
@@ -363,7 +359,7 @@ def test_D23_a_parquet_file_cut_short_stops_the_work(tmp_path):
     assert f"{path.stat().st_size} bytes" in str(caught.value)
 
 
-def test_D31_formats_that_can_run_code_stop_the_work(tmp_path):
+def test_formats_that_can_run_code_stop_the_work(tmp_path):
     for name in ("train.pkl", "train.npy"):
         (tmp_path / name).write_bytes(b"\x80")
         with refusal("D63", "run code"):

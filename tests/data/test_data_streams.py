@@ -10,6 +10,7 @@ import ijson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.refusals import refusal
 
 from sayo_verl.data import streams
 from sayo_verl.data.streams import json_array, json_items, json_lines, place_of
@@ -27,10 +28,6 @@ def _installed(name: str) -> bool:
 BACKENDS = [name for name in ijson.ALL_BACKENDS if _installed(name)]
 DEEP = 10**5
 RECORD = {"name": "mañ 人", "box": [1, 2.5, -3, 0], "no": None, "yes": True, "in": {"a": [{"b": "}{]["}], "e": {}}}
-
-
-def refusal(code: str, says: str = ""):
-    return pytest.raises(SayoError, match=rf"^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
 
 
 def write(path, data):
@@ -148,7 +145,7 @@ def test_memory_stays_flat(tmp_path):
         return top
 
     peaks: dict[str, list[int]] = {"array": [], "lines": [], "passed over": []}
-    for count in (1500, 12_000):
+    for count in (1500, 6000):
         records = [RECORD] * count  # more than the block that is read at once
         both = write(tmp_path / "both.json", json.dumps({"big": records, "small": [1]}))
         lines = write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, records)))
@@ -157,12 +154,12 @@ def test_memory_stays_flat(tmp_path):
         peaks["passed over"].append(peak(json_array(both, "small.item")))
     for name, (small, large) in peaks.items():
         assert large < 1.25 * small + 20_000, name
-    keys = write(tmp_path / "keys.json", "{" + ",".join(f'"{i:08d}":0' for i in range(50_000)) + "}")
+    keys = write(tmp_path / "keys.json", "{" + ",".join(f'"{i:08d}":0' for i in range(20_000)) + "}")
     # 12 to 24 bytes a key, and for a moment 2.5 times that: a million takes less than 50 MB. Strings take twice as much
-    assert peak(json_items(keys)) < 50_000 * 50 + 1_500_000
+    assert peak(json_items(keys)) < 20_000 * 50 + 1_500_000
 
 
-# ------------------------------------------------------------------------------------------------- D28: faults of JSON
+# ------------------------------------------------------------------------------------------------- faults of JSON
 
 FAULTS = {
     "nothing": "",
@@ -199,7 +196,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_D28_broken_json_stops_the_work(tmp_path, backend, fault):
+def test_broken_json_stops_the_work(tmp_path, backend, fault):
     path = write(tmp_path / "x.json", FAULTS[fault])
     with refusal("D47") as told:
         list(json_items(path, backend=backend))
@@ -209,7 +206,7 @@ def test_D28_broken_json_stops_the_work(tmp_path, backend, fault):
 
 
 @pytest.mark.parametrize("fault", sorted(FAULTS.keys() - {"nothing", "blank", "UTF-16", "a key twice", "many digits"}))
-def test_D28_broken_lines_stop_the_work(tmp_path, fault):
+def test_broken_lines_stop_the_work(tmp_path, fault):
     data = FAULTS[fault]
     bad = data if isinstance(data, bytes) else data.encode()
     path = write(tmp_path / "x.jsonl", b'{"good": 1}\n' + bad + b"\n")
@@ -218,7 +215,7 @@ def test_D28_broken_lines_stop_the_work(tmp_path, fault):
     assert str(path) in told.value.where
 
 
-def test_D28_lines_of_other_kinds_of_wrong(tmp_path):
+def test_lines_of_other_kinds_of_wrong(tmp_path):
     for text, says in (("9" * 5000, "line 1"), ('{"a": 1, "a": 2}', "twice"), ('"\\ud800"', "surrogate")):
         with refusal("D47", says):
             list(json_lines(write(tmp_path / "x.jsonl", text)))
@@ -226,7 +223,7 @@ def test_D28_lines_of_other_kinds_of_wrong(tmp_path):
         list(json_lines(write(tmp_path / "x.jsonl", '{"a": 1}'.encode("utf-16"))))
 
 
-def test_D28_a_line_without_end(tmp_path, monkeypatch):
+def test_a_line_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(streams, "MAX_LINE", 1000)
     assert len(list(json_lines(write(tmp_path / "x.jsonl", '"' + "x" * 997 + '"\n')))) == 1
     with refusal("D47", "too long"):
@@ -235,7 +232,7 @@ def test_D28_a_line_without_end(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("text", "got"), [("[1]", "array"), ("3", "number"), ("null", "null"), ('"a"', "string")])
-def test_D28_another_kind_of_top_level(tmp_path, backend, text, got):
+def test_json_of_another_kind_at_the_top(tmp_path, backend, text, got):
     with refusal("D47", "another kind") as told:
         list(json_items(write(tmp_path / "x.json", text), backend=backend))
     assert got in str(told.value.got)
@@ -245,7 +242,7 @@ def test_D28_another_kind_of_top_level(tmp_path, backend, text, got):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pair", ["[]", "{}"])
-def test_D28_depth(tmp_path, backend, pair):
+def test_json_that_is_nested_too_deep(tmp_path, backend, pair):
     def nested(depth: int) -> str:
         opens = "[" if pair == "[]" else '{"k":'
         return opens * depth + ("1" if pair == "{}" else "") + pair[1] * depth
@@ -272,20 +269,20 @@ def test_D28_depth(tmp_path, backend, pair):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_D28_keys_twice_on_the_way_to_an_array(tmp_path, backend):
+def test_keys_twice_on_the_way_to_an_array(tmp_path, backend):
     for text in ('{"b": [1], "a": 1, "a": 2}', '{"b": [1], "b": [2]}', '{"c": {"b": [1], "x": 0, "x": 1}}'):
         with refusal("D47", "twice"):
             list(json_array(write(tmp_path / "x.json", text), "c.b.item" if "c" in text else "b.item", backend=backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_D28_faults_behind_an_array_are_seen(tmp_path, backend):
+def test_faults_behind_an_array_are_seen(tmp_path, backend):
     for tail in ("", "} x", ', "z": NaN}', ', "z": {"y": 1}'):
         with refusal("D47"):
             list(json_array(write(tmp_path / "x.json", '{"b": [1, 2]' + tail), "b.item", backend=backend))
 
 
-def test_D21_keys_that_are_unique_over_files(tmp_path):
+def test_keys_that_are_unique_over_files(tmp_path):
     one, two = write(tmp_path / "1.json", '{"a": 1, "b": 1}'), write(tmp_path / "2.json", '{"c": 1, "b": 1}')
     seen = streams.Hashes()
     assert len(list(json_items(one, seen=seen))) == 2
@@ -295,7 +292,7 @@ def test_D21_keys_that_are_unique_over_files(tmp_path):
     assert "'c'" in told.value.where
 
 
-def test_D28_the_place_is_named(tmp_path):
+def test_the_place_of_a_fault_in_json_is_named(tmp_path):
     text = json.dumps({f"k{i}": RECORD for i in range(200)})[:-30]
     with refusal("D47") as told:
         list(json_items(write(tmp_path / "x.json", text)))
@@ -323,7 +320,7 @@ def test_any_json_is_read_as_json_reads_it(tmp_path_factory, backend, data, asci
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(data=st.dictionaries(TEXT, VALUES, min_size=1, max_size=4), share=st.floats(0, 1, exclude_max=True))
-def test_D28_any_cut_is_seen(tmp_path_factory, backend, data, share):
+def test_any_cut_in_json_is_seen(tmp_path_factory, backend, data, share):
     text = json.dumps(data).encode()
     path = write(tmp_path_factory.getbasetemp() / f"cut-{backend}.json", text[: int(share * len(text))])
     with refusal("D47"):
@@ -333,7 +330,7 @@ def test_D28_any_cut_is_seen(tmp_path_factory, backend, data, share):
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(data=st.dictionaries(TEXT, VALUES, max_size=4), at=st.integers(0, 10**6), byte=st.integers(0, 255))
-def test_D28_damage_gives_values_or_an_error_of_ours(tmp_path_factory, backend, data, at, byte):
+def test_damaged_json_gives_values_or_an_error_of_ours(tmp_path_factory, backend, data, at, byte):
     text = bytearray(json.dumps(data).encode())
     text[at % len(text)] = byte
     path = write(tmp_path_factory.getbasetemp() / f"hit-{backend}.json", bytes(text))
@@ -345,27 +342,27 @@ def test_D28_damage_gives_values_or_an_error_of_ours(tmp_path_factory, backend, 
         assert len(read) == len({key for key, _ in read})
 
 
-# ------------------------------------------------------------------------------------------------- D26, D27: containers
+# ------------------------------------------------------------------------------------------------- containers
 
 MEMBERS = ("../x.json", "a/../../x.json", "/x.json", "C:/x.json", "C:x.json", "..\\x.json", "\\\\server\\x.json")
 
 
 @pytest.mark.parametrize("name", MEMBERS)
 @pytest.mark.parametrize("read", [True, False])
-def test_D26_names_that_lead_out_of_the_archive(tmp_path, name, read):
+def test_names_that_lead_out_of_the_archive(tmp_path, name, read):
     members = {name: '{"a": 1}'} if read else {"good.json": '{"a": 1}', name.replace(".json", ".txt"): "x"}
     with refusal("D41", "leads out"):
         list(json_items(zipped(tmp_path / "x.zip", members)))
 
 
 @pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFCHR, stat.S_IFIFO])
-def test_D26_links_and_devices(tmp_path, kind):
+def test_links_and_devices(tmp_path, kind):
     archive = zipped(tmp_path / "x.zip", {"x.json": "/etc/passwd"}, create_system=3, external_attr=(kind | 0o644) << 16)
     with refusal("D41", "link or a device"):
         list(json_items(archive))
 
 
-def test_D27_what_unpacks_to_far_more(tmp_path):
+def test_what_unpacks_to_far_more(tmp_path):
     bomb = b'{"a": "' + b"0" * (4 * 2**20) + b'"}'
     with refusal("D41", "fold"):
         list(json_items(zipped(tmp_path / "x.zip", {"x.json": bomb})))
@@ -377,7 +374,7 @@ def test_D27_what_unpacks_to_far_more(tmp_path):
     assert len(list(json_items(write(tmp_path / "y.gz", gzip.compress(small))))) == 1
 
 
-def test_D27_more_than_the_cap(tmp_path, monkeypatch):
+def test_an_archive_that_unpacks_to_more_than_the_cap(tmp_path, monkeypatch):
     monkeypatch.setattr(streams, "MAX_BYTES", 2**17)
     text = json.dumps({str(i): f"{i * 7919 % 10007:x}" for i in range(12_000)}).encode()
     assert len(text) > 2**17
@@ -387,7 +384,7 @@ def test_D27_more_than_the_cap(tmp_path, monkeypatch):
         list(json_items(write(tmp_path / "x.gz", gzip.compress(text))))
 
 
-def test_D27_an_archive_that_lies_about_its_size(tmp_path):
+def test_an_archive_that_lies_about_its_size(tmp_path):
     text = json.dumps({str(i): RECORD for i in range(500)}).encode()
     path = zipped(tmp_path / "x.zip", {"x.json": text})
     data = bytearray(path.read_bytes())
@@ -400,7 +397,7 @@ def test_D27_an_archive_that_lies_about_its_size(tmp_path):
 
 
 @pytest.mark.parametrize("reader", [json_items, json_lines])
-def test_D28_damaged_containers(tmp_path, reader):
+def test_damaged_containers(tmp_path, reader):
     text = json.dumps({str(i): i for i in range(2000)}).encode()
     packed, archive = gzip.compress(text), zipped(tmp_path / "x.zip", {"x.json": text}).read_bytes()
     wrong = bytearray(packed)

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from support.family_models import TINY
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from sayo_verl.cli import main as sayo
 from sayo_verl.data.scenes import ROW_SCHEMA, SceneConfig, sample_scene, scene_row
 from sayo_verl.errors import SayoError
 from sayo_verl.focus import report, respond, trainer
-from sayo_verl.focus.__main__ import main
 from sayo_verl.focus.loss import (
     IGNORE,
     anchor_divergence,
@@ -48,6 +48,10 @@ from sayo_verl.vision.grids import Tile, merged_grid
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
 GRID = (merged_grid(1, 6, 8, 2, where="test"),)
 quick = settings(derandomize=True, deadline=None, max_examples=60)
+
+
+def main(arguments: list[str]) -> int:
+    return sayo(["focus", *arguments])
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,4 @@
-"""Inspection of finished data: every row without a model, a sample through the processors of the families, the page.
-
-Inputs that the table of bad inputs calls M01 to M14 and that are not met here by name:
-M01, M03 tests/vision/test_masks.py (a box never vanishes; a box that ends on a border does not take the next cell),
-M04, M06 also tests/vision/test_grids.py (the golden table), M05, M07, M14 also tests/probe/test_plan.py, M11 also
-tests/hooks/test_engine.py, M13 also tests/methods/test_region.py and tests/hooks/test_trainer.py.
-"""
+"""Inspection of finished data: every row without a model, a sample through the processors of the families, the page."""
 
 import argparse
 import base64
@@ -29,11 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support.family_models import TINY
+from support.refusals import refusal
 
 from sayo_verl.data.check import check_leakage, check_parquet
 from sayo_verl.data.contract import Demands
 from sayo_verl.data.rows import ROW_SCHEMA
-from sayo_verl.errors import SayoError
 from sayo_verl.inspection import command as inspection
 from sayo_verl.inspection.audit import Audit
 from sayo_verl.inspection.files import find_data
@@ -48,10 +42,6 @@ from sayo_verl.vision.masks import box_masks, region_mask
 NAN = float("nan")
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
 BOX = [0.1, 0.2, 0.6, 0.7]
-
-
-def refusal(code: str, says: str = ""):
-    return pytest.raises(SayoError, match=rf"^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
 
 
 def encoded(kind: str = "PNG", size: tuple[int, int] = (96, 64), seed: int = 0, **options: Any) -> bytes:
@@ -148,19 +138,19 @@ def test_good_rows_have_no_finding_and_are_counted(audit):
 
 
 @pytest.mark.parametrize("image", [{"bytes": None, "path": "a.png"}, {"bytes": b"", "path": None}, None], ids=str)
-def test_D11_an_image_without_bytes(audit, image):
+def test_an_image_without_bytes(audit, image):
     bad = row(1)
     bad["images"] = [image]
     assert "row 1, images[0]" in only(audit(row(0), bad)[0], "D06").rows[0]
 
 
 @pytest.mark.parametrize("data", [b"not an image", encoded()[:30]], ids=["text", "cut"])
-def test_D04_bytes_that_are_no_image(audit, data):
+def test_bytes_that_are_no_image(audit, data):
     finding = only(audit(row(0, data=[data]), row(1), row(2, data=[data + b"."]))[0], "D07")
     assert finding.count == 2  # one finding, although the library names an address in memory
 
 
-def test_D06_an_animation_or_another_format(audit):
+def test_an_animation_or_another_format(audit):
     frames = [Image.new("RGB", (96, 64), c) for c in ("red", "blue")]
     out = io.BytesIO()
     frames[0].save(out, "PNG", save_all=True, append_images=frames[1:])
@@ -170,7 +160,7 @@ def test_D06_an_animation_or_another_format(audit):
     assert only(findings, "D67", "WARN").count == 3
 
 
-def test_D08_an_image_that_is_not_upright(audit):
+def test_an_image_that_is_not_upright(audit):
     exif = Image.Exif()
     exif[0x0112] = 6
     finding = only(audit(row(0), row(1, data=[encoded("JPEG", exif=exif)]))[0], "D67", says="orientation 6")
@@ -178,20 +168,20 @@ def test_D08_an_image_that_is_not_upright(audit):
 
 
 @pytest.mark.parametrize("text", ["<image><image>What?", "What?"])
-def test_D12_placeholders_and_images(audit, text):
+def test_placeholders_that_do_not_fit_the_images(audit, text):
     assert "wanted as many" in only(audit(row(0, text=text), row(1))[0], "D09").rows[0]
 
 
-def test_D13_a_question_with_the_tag_of_a_video(audit):
+def test_a_question_with_the_tag_of_a_video(audit):
     assert {f.code for f in audit(row(0, question="Is <video> red?"), row(1))[0]} == {"D09", "D66"}
 
 
 @pytest.mark.parametrize("tag", ["<|image_pad|>", "<IMG_CONTEXT>", "<|im_end|>"])
-def test_D13_reserved_text(audit, tag):
+def test_a_question_with_reserved_text(audit, tag):
     assert tag in only(audit(row(0, question=f"Is {tag} red?"), row(1))[0], "D66").rows[0]
 
 
-def test_D13_a_question_with_the_tag_of_an_image(audit):
+def test_a_question_with_the_tag_of_an_image(audit):
     codes = {f.code for f in audit(row(0, question="Is <image> red?"), row(1))[0]}
     assert codes == {"D09", "D66"}
 
@@ -206,29 +196,29 @@ def test_D13_a_question_with_the_tag_of_an_image(audit):
     ],
     ids=["D18 pixels", "D17 sizes", "D20 NaN", "three numbers"],
 )
-def test_D17_D18_D20_boxes_that_are_none(audit, code, box):
+def test_boxes_that_are_none(audit, code, box):
     assert "row 1, extra_info.boxes: got" in only(audit(row(0), row(1, boxes=[[BOX, box]]))[0], code).rows[0]
 
 
-def test_D19_an_image_of_another_size_than_the_row_says(audit):
+def test_an_image_of_another_size_than_the_row_says(audit):
     assert "got 96 x 64, wanted 64 x 96" in only(audit(row(0, sizes=[[64, 96]]), row(1))[0], "D67").rows[0]
 
 
-def test_D21_two_rows_of_one_id(audit):
+def test_two_rows_of_one_id(audit):
     findings, _ = audit(row(0), row(1), row(2, id="row-0"), val=[row(3, id="row-0")])
     assert only(findings, "D65", says="row 0").count == 1  # the splits may use the same ids
     assert audit(row(0, id="7"), row(1, id="7", source=None) | {"data_source": "my/charts"})[0] == []
 
 
 @pytest.mark.parametrize("by", ["name", "bytes"])
-def test_D21_an_image_of_validation_in_training(audit, by):
+def test_an_image_of_validation_in_training(audit, by):
     other = row(9, data=[encoded(seed=0)]) if by == "bytes" else row(9, image_keys=["picture-0-0"])
     finding = only(audit(row(0), row(1), val=[other])[0], "D65", says=f"by {by}")
     assert "train.parquet row 0 and " in finding.rows[0]
     assert "val.parquet row 0" in finding.rows[0]
 
 
-def test_D21_equal_keys_of_two_data_sources_are_two_pictures(audit, tmp_path):
+def test_equal_keys_of_two_data_sources_are_two_pictures(audit, tmp_path):
     theirs = row(9, image_keys=["picture-0-0"]) | {"data_source": "my/charts"}
     assert audit(row(0), row(1), val=[theirs])[0] == []
     train, val = write(tmp_path / "a.parquet", [row(0)]), write(tmp_path / "b.parquet", [theirs])
@@ -236,11 +226,11 @@ def test_D21_equal_keys_of_two_data_sources_are_two_pictures(audit, tmp_path):
 
 
 @pytest.mark.parametrize("answer", ["", "  ", None])
-def test_D22_no_answer(audit, answer):
+def test_a_row_without_an_answer(audit, answer):
     assert "ground_truth" in only(audit(row(0, answer=answer), row(1))[0], "D74").rows[0]
 
 
-def test_D22_an_answer_that_is_a_list(audit):
+def test_an_answer_that_is_a_list(audit):
     assert "['red']" in only(audit(row(0, answer=["red"]), schema=None)[0], "D74").rows[0]
 
 
@@ -248,7 +238,7 @@ def test_an_empty_question(audit):
     only(audit(row(0, question=" "), row(1))[0], "D66", says="no question")
 
 
-def test_D23_a_cut_parquet_is_refused(tmp_path):
+def test_a_cut_parquet_is_refused(tmp_path):
     path = write(tmp_path / "train.parquet", [row(i) for i in range(9)])
     path.write_bytes(path.read_bytes()[:-1024])
     with refusal("D02") as caught:
@@ -256,7 +246,7 @@ def test_D23_a_cut_parquet_is_refused(tmp_path):
     assert str(path) in caught.value.where
 
 
-def test_D25_shards_of_different_types(tmp_path):
+def test_shards_of_different_types(tmp_path):
     write(tmp_path / "train-00000.parquet", [row(0)])
     write(tmp_path / "train-00001.parquet", [row(1, boxes=[[[0, 0, 1, 1]]])], schema=None)
     found, _ = Audit(find_data([tmp_path])).run()
@@ -266,7 +256,7 @@ def test_D25_shards_of_different_types(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rows.pkl", "rows.pt", "rows.npy"])
-def test_D31_files_that_can_run_code_are_not_read(tmp_path, name):
+def test_files_that_can_run_code_are_not_read(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     with refusal("D64", "run code") as caught:
         find_data([tmp_path / name])
@@ -281,11 +271,11 @@ def test_data_that_is_not_there_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["numina_olympiads", "numina_x", "codecontests", None, " "])
-def test_D32_a_data_source_that_verl_evaluates(audit, name):
+def test_a_data_source_that_verl_evaluates(audit, name):
     assert "data_source" in only(audit(row(0), row(1, source=name))[0], "D66").rows[0]
 
 
-def test_M02_a_box_that_is_the_whole_image_is_counted(audit):
+def test_a_box_that_is_the_whole_image_is_counted(audit):
     whole = [[[0.0, 0.0, 1.0, 0.999]]]
     many, _ = audit(row(0, boxes=whole), row(1))
     assert "50.0%" in only(many, "D69", "WARN", "same for every answer").rows[0]
@@ -293,7 +283,7 @@ def test_M02_a_box_that_is_the_whole_image_is_counted(audit):
     assert only(few, "D69", "INFO").count == figures.whole_image_rows == 1
 
 
-def test_M07_two_images_and_one_list_of_boxes(audit):
+def test_two_images_and_one_list_of_boxes(audit):
     two = [encoded(seed=1), encoded(seed=2)]
     assert "1 entries for 2 images" in only(audit(row(0, data=two, boxes=[[BOX]]))[0], "D05").rows[0]
     with refusal("P06", "one list of boxes per image"):
@@ -322,7 +312,7 @@ def test_lists_that_are_not_nested_by_image(audit, info, says):
     only(audit(row(0, **info), row(1))[0], "D05", says=says)
 
 
-def test_M11_a_row_with_a_video(audit):
+def test_a_row_with_a_video(audit):
     schema = ROW_SCHEMA.append(pa.field("videos", pa.list_(pa.string())))
     shown = row(0, text="<video><image>What?") | {"videos": ["a.mp4"]}
     only(audit(shown, row(1) | {"videos": None}, schema=schema)[0], "D66", says="row 0, videos")
@@ -443,7 +433,7 @@ def test_the_fast_form_reads_no_image_where_none_is_wanted(tmp_path):
 
 
 @pytest.mark.parametrize("by", ["name", "bytes"])
-def test_D21_the_fast_form_tells_training_and_validation_apart(tmp_path, by):
+def test_the_fast_form_tells_training_and_validation_apart(tmp_path, by):
     train = write(tmp_path / "train.parquet", [row(i) for i in range(6)])
     apart = write(tmp_path / "val.parquet", [row(i) for i in range(6, 9)])
     told = check_leakage([train], [apart], image_key="images", max_images=4)
@@ -511,7 +501,7 @@ def test_grids_by_hand(models):
     assert models["internvl"].see(wide, "").tiles == [tile_grid(2, 1, 2, where="")]  # and a thumbnail
 
 
-def test_M01_small_boxes_are_counted_and_have_a_token(models, tmp_path):
+def test_small_boxes_are_counted_and_have_a_token(models, tmp_path):
     tiny = [[0.5, 0.5, 0.501, 0.501]]
     got, findings = measure(tmp_path, models["qwen3_vl"], row(0, boxes=[tiny]), row(1))
     assert min(got.per_box) == 1
@@ -519,7 +509,7 @@ def test_M01_small_boxes_are_counted_and_have_a_token(models, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_M04_a_picture_that_the_processor_enlarges(models, name, tmp_path):
+def test_a_picture_that_the_processor_enlarges(models, name, tmp_path):
     """8 x 6 pixels become a grid of at least one token, and a box is still its share of that grid."""
     small = encoded(size=(8, 6))
     got, findings = measure(tmp_path, models[name], row(0, data=[small], sizes=[[8, 6]], boxes=[[[0, 0, 1, 1]]]))
@@ -541,7 +531,7 @@ def fewer_tokens(model: Model, monkeypatch, change) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_M05_placeholders_that_are_not_the_grids(models, name, monkeypatch, tmp_path):
+def test_placeholders_that_are_not_the_grids(models, name, monkeypatch, tmp_path):
     model = models[name]
     V = sum(t.tokens for t in model.see(row(0), "").tiles[0])
 
@@ -555,7 +545,7 @@ def test_M05_placeholders_that_are_not_the_grids(models, name, monkeypatch, tmp_
     assert f"got {V - 1} placeholders, wanted {V} " in told
 
 
-def test_M12_a_token_inside_the_run_of_an_image(models, monkeypatch, tmp_path):
+def test_a_token_inside_the_run_of_an_image(models, monkeypatch, tmp_path):
     def split(ids, image):
         at = (ids[0] == image).nonzero()[1].item()
         return torch.cat([ids[:, :at], ids[:, :1] * 0, ids[:, at:]], dim=1)
@@ -566,7 +556,7 @@ def test_M12_a_token_inside_the_run_of_an_image(models, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_M12_the_families_have_no_token_inside_an_image(models, name):
+def test_the_families_have_no_token_inside_an_image(models, name):
     model, two = models[name], row(0, data=[encoded(size=(192, 128)), encoded(seed=1)])
     ids = model._features(two, "row 0")["input_ids"][0]
     at = (ids == model.config.image_token_id).nonzero().flatten()
@@ -589,14 +579,14 @@ def changed(folder: Path, out: Path, **values: Any) -> Path:
     [("qwen3_vl", {"patch_size": 14}), ("qwen3_vl", {"merge_size": 1}), ("internvl", {"image_seq_length": 256})],
     ids=str,
 )
-def test_M06_a_processor_of_other_patches(folders, tmp_path, name, values):
+def test_a_processor_of_other_patches(folders, tmp_path, name, values):
     with refusal("D68", "visual tokens of these weights") as caught:
         Model(str(changed(folders[name], tmp_path / "model", **values)))
     assert str(next(iter(values.values()))) in str(caught.value.got)
     assert caught.value.wanted
 
 
-def test_M06_the_processor_of_another_family(folders, tmp_path):
+def test_the_processor_of_another_family(folders, tmp_path):
     folder = changed(folders["qwen3_vl"], tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_5_vl"}))
@@ -604,7 +594,7 @@ def test_M06_the_processor_of_another_family(folders, tmp_path):
         Model(str(folder))
 
 
-def test_M08_an_image_that_is_added_in_the_response_is_not_the_prompts(models):
+def test_an_image_that_is_added_in_the_response_is_not_the_prompts(models):
     """Multi-turn rollouts are refused at launch (L13). Should one get through: added tokens are not marked, and an
     added image's grid is refused."""
     grid = merged_grid(1, 2, 4, 2, where="")
@@ -616,7 +606,7 @@ def test_M08_an_image_that_is_added_in_the_response_is_not_the_prompts(models):
         plan_row(ids, 4, image_token_id=5, images=[grid, grid], boxes=[[], []], coverage=0.5, where="row")
 
 
-def test_M14_a_placeholder_in_the_response_is_text(models):
+def test_a_placeholder_in_the_response_is_text(models):
     ids = torch.tensor([1, 5, 5, 2, 5, 8])
     plan = plan_row(
         ids, 2, image_token_id=5, images=[merged_grid(1, 2, 4, 2, where="")], boxes=[[BOX]], coverage=0.5, where="row"
@@ -625,7 +615,7 @@ def test_M14_a_placeholder_in_the_response_is_text(models):
     assert plan.keys["response"].nonzero().flatten().tolist() == [4, 5]
 
 
-def test_M13_a_padding_row_of_verl_has_boxes_and_no_image(models):
+def test_a_padding_row_of_verl_has_boxes_and_no_image(models):
     plan = plan_row(
         torch.tensor([1, 2, 3]),
         1,
@@ -639,7 +629,7 @@ def test_M13_a_padding_row_of_verl_has_boxes_and_no_image(models):
     assert not plan.keys["region"].any()
 
 
-def test_M09_prompts_over_the_limit(models, tmp_path):
+def test_prompts_over_the_limit(models, tmp_path):
     rows = [row(0), row(1, question="What colour is it? " * 40), row(2), row(3, question="What? " * 50)]
     got, findings = measure(tmp_path, models["qwen3_vl"], *rows, limit=100)
     longest = max(got.prompts)
@@ -649,7 +639,7 @@ def test_M09_prompts_over_the_limit(models, tmp_path):
     assert str(longest) in finding.fix
 
 
-def test_M10_a_family_without_a_map_of_boxes(tmp_path):
+def test_a_family_without_a_map_of_boxes(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_next"}))
     with refusal("L18") as caught:
         Model(str(tmp_path))
@@ -669,7 +659,7 @@ def test_a_model_without_its_processor(folders, tmp_path):
         Model(str(tmp_path))
 
 
-def test_D10_a_picture_that_the_processor_refuses(models, tmp_path):
+def test_a_picture_that_the_processor_refuses(models, tmp_path):
     long = row(0, data=[encoded(size=(455, 2))], sizes=[[455, 2]])
     found, _ = Audit(find_data([write(tmp_path / "train.parquet", [long, row(1)])])).run()
     assert "455 x 2" in only(found.sorted(), "D77", says="row 0").rows[0]
@@ -680,7 +670,7 @@ def test_D10_a_picture_that_the_processor_refuses(models, tmp_path):
         models["qwen3_vl"].see(long, "row 0")
 
 
-def test_D08_an_orientation_behind_the_pixels_of_a_png(models, tmp_path):
+def test_an_orientation_behind_the_pixels_of_a_png(models, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     png = encoded(exif=exif)
@@ -694,7 +684,7 @@ def test_D08_an_orientation_behind_the_pixels_of_a_png(models, tmp_path):
     only(findings, "D67", says="orientation 6")
 
 
-def test_D03_pixels_that_are_cut(models, tmp_path):
+def test_pixels_that_are_cut(models, tmp_path):
     _, findings = measure(
         tmp_path, models["qwen3_vl"], row(0, data=[encoded("JPEG", size=(200, 200))[:900]], sizes=[[200, 200]]), row(1)
     )

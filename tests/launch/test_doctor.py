@@ -249,7 +249,7 @@ def test_a_job_gets_the_overrides_after_its_script_and_the_variables_in_front(tm
     script.write_text('echo "  machines  1 x $NGPUS_PER_NODE cuda"\necho "  memory per GPU  $*"\n')
     monkeypatch.setattr(doctor, "cards", lambda: [])
     monkeypatch.setenv("NGPUS_PER_NODE", "1")
-    args = build_parser(["doctor"]).parse_args(["doctor", "--job", str(script), "sayo.gpu_memory_gib=24", "a.b=1"])
+    args = build_parser().parse_args(["doctor", "--job", str(script), "sayo.gpu_memory_gib=24", "a.b=1"])
     findings = doctor.check_job(*args.job)
     assert [line.found for line in findings[1:]] == [
         "sayo.gpu_memory_gib=24 a.b=1",
@@ -259,7 +259,7 @@ def test_a_job_gets_the_overrides_after_its_script_and_the_variables_in_front(tm
 
 def test_help_of_doctor_shows_a_job_with_variables_in_front(capsys):
     with pytest.raises(SystemExit):
-        build_parser(["doctor"]).parse_args(["doctor", "--help"])
+        build_parser().parse_args(["doctor", "--help"])
     assert (
         "LORA_RANK=16 NGPUS_PER_NODE=4 sayo doctor --job scripts/run_sayo_qwen3vl_8b.sh sayo."
         in capsys.readouterr().out

@@ -28,6 +28,7 @@ from support.tiny_internvl import TOKENS_PER_TILE, build_processor, save_policy
 from transformers import AutoModelForImageTextToText, AutoProcessor, InternVLForConditionalGeneration, InternVLModel
 
 from sayo_verl.errors import SayoError
+from sayo_verl.launch.model_check import load_config
 from sayo_verl.models import internvl, internvl_model
 from sayo_verl.models.internvl import one_token_per_image
 
@@ -371,16 +372,20 @@ def composed(policy, **changes):
     return config
 
 
+def configure(config) -> bool:
+    return internvl.configure(config, load_config(config.actor_rollout_ref.model.path, dry_run=True))
+
+
 def test_the_launch_names_the_data_set_for_this_family_only(policy, random_policy):
     config = composed(policy)
-    assert internvl.configure(config)
+    assert configure(config)
     assert config.data.custom_cls == {"path": "pkg://sayo_verl.models.internvl_data", "name": "InternVLDataset"}
     own = composed(policy, data__custom_cls__path="mine.py", data__custom_cls__name="Mine")
-    assert internvl.configure(own)
+    assert configure(own)
     assert own.data.custom_cls.path == "mine.py"
     other = composed(random_policy, actor_rollout_ref__rollout__name="sglang")
     before = OmegaConf.to_container(other)
-    assert not internvl.configure(other)
+    assert not configure(other)
     assert OmegaConf.to_container(other) == before
 
 
@@ -396,7 +401,7 @@ def test_the_launch_names_the_data_set_for_this_family_only(policy, random_polic
 )
 def test_settings_that_cannot_work_are_refused_at_launch(policy, key, value, code):
     with pytest.raises(SayoError, match=rf"SAYO-{code}: .*at {key.replace('__', '.')} .*fix: "):
-        internvl.configure(composed(policy, **{key: value}))
+        configure(composed(policy, **{key: value}))
 
 
 # --- the engine -----------------------------------------------------------------------------------------------------

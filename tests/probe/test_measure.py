@@ -17,10 +17,10 @@ from support.probe_rows import (
     SHAPES,
     Rows,
     largest_difference,
-    refusal,
     same,
     statistic,
 )
+from support.refusals import refusal
 
 from sayo_verl.probe import fast, profiles, reference
 from sayo_verl.probe.measure import Measurement, kernels

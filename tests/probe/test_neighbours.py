@@ -10,14 +10,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support.refusals import refusal
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sayo_verl.errors import SayoError
 from sayo_verl.probe.neighbours import top_neighbours
-
-
-def refusal(code: str, says: str = ""):
-    return pytest.raises(SayoError, match=rf"^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
 
 
 def attention(T: int, V: int, seed: int) -> torch.Tensor:

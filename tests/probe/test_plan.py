@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.probe_rows import refusal
+from support.refusals import refusal
 
 from sayo_verl.models.families import FAMILIES
 from sayo_verl.probe.plan import ChatTokens, RowPlan, image_tiles, plan_row, video_tokens

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from support.probe_rows import NAN, dense_attention, refusal, same
+from support.probe_rows import NAN, dense_attention, same
+from support.refusals import refusal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sayo_verl.probe.reference import MAX_SETS, Masses, Span, attention_masses, attention_profile

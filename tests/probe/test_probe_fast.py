@@ -16,8 +16,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.refusals import refusal
 
-from sayo_verl.errors import SayoError
 from sayo_verl.probe import fast, kernels, reference
 from sayo_verl.probe.reference import Masses, Span, stretches
 from sayo_verl.probe.tiles import tiles_of, whole_tiles
@@ -50,10 +50,6 @@ def compiled():
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fast, "_FLOAT32", QUICK)
-
-
-def refusal(code: str, says: str = ""):
-    return pytest.raises(SayoError, match=rf"^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
 
 
 def packed(*sequences: tuple[int, int]) -> list[Span]:
@@ -154,7 +150,8 @@ def compare(errors: Errors, query, key, spans, sets, n_sets, scale) -> None:
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8])
 def test_float32_against_dense_softmax_in_float64(group, quick):
     errors = Errors(f"float32, group {group}")
-    for i, D in enumerate((16, 32, 64, 80, 128)):
+    sizes = (16, 32, 64, 80, 128)
+    for i, D in enumerate((sizes[group % 5], sizes[(group + 2) % 5])):  # over all groups every size twice or more
         spans = (packed if (group + i) % 2 else padded)((9, 13), (40, 5), (0, 3), (33, 20))
         query, key, sets = random_case(spans, group, D, seed=group * 10 + i)
         compare(errors, query, key, spans, sets, 3, D**-0.5)
@@ -164,8 +161,9 @@ def test_float32_against_dense_softmax_in_float64(group, quick):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_inputs_against_float64_on_the_same_values(dtype):
     errors = Errors(str(dtype))
-    for i, (group, D) in enumerate([(1, 64), (2, 16), (3, 96), (4, 128), (7, 80), (8, 32), (4, 256), (5, 10)]):
-        spans = (padded if i % 2 else packed)((100, 30), (0, 1), (150, 45))
+    cases = [(1, 64), (2, 16), (3, 96), (4, 128), (7, 80), (8, 32), (4, 256), (5, 10)]
+    for i, (group, D) in enumerate(cases if dtype == torch.bfloat16 else cases[3:6]):
+        spans = (padded if i % 2 else packed)((60, 20), (0, 1), (90, 30))  # of one tile of keys, and of two
         query, key, sets = random_case(spans, group, D, dtype=dtype, seed=i)
         compare(errors, query, key, spans, sets, 3, D**-0.5)
     errors.check(1e-4)
@@ -493,7 +491,7 @@ def test_stretches_cover_what_is_marked_in_whole_tiles_and_visit_no_key_twice(ma
     assert all(marked_N[first] and marked_N[end - 1] for first, end in found)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_tiles_that_lie_in_a_set_wholly_in_part_or_not_at_all(seed, quick):
     # as images and boxes do: each set is a few long stretches
     spans = packed((250, 40), (97, 66))
@@ -667,10 +665,10 @@ COMPILE = """
 """
 
 
-def test_the_kernels_compile_for_hopper_without_spilling(repo, tmp_path):
+def test_the_kernels_compile_for_hopper_without_spilling(repo, tmp_path, pytestconfig):
     cases = [("bfloat16", 128, 8, 4, 3), ("bfloat16", 80, 4, 7, 5), ("bfloat16", 8, 1, 2, 1), ("float32", 64, 2, 2, 2)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(repo)}
+    environment |= {"TRITON_CACHE_DIR": str(pytestconfig.cache.mkdir("triton")), "PYTHONPATH": str(repo)}
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(COMPILE), json.dumps(cases)],
         env=environment,

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from support.probe_rows import ALL, PER_HEAD, ROW_OFFSET, SIZES, Rows, refusal, statistic
+from support.probe_rows import ALL, PER_HEAD, ROW_OFFSET, SIZES, Rows, statistic
+from support.refusals import refusal
 
 from sayo_verl.probe.plan import RowPlan
 from sayo_verl.probe.statistics import (
@@ -111,7 +112,7 @@ def test_every_option_that_applies_is_accepted(name):
 
 
 @given(statistics(), statistics())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_keys_are_equal_exactly_for_equal_statistics(a, b):
     assert (a.key == b.key) == (a == b)
     assert a.key == dataclasses.replace(a).key
@@ -119,7 +120,7 @@ def test_keys_are_equal_exactly_for_equal_statistics(a, b):
 
 
 @given(statistics(), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_change_of_any_field_changes_the_key(a, data):
     changes = [{"query_row": "input" if a.query_row == "predicting" else "predicting"}]
     if a.fact.source != "hidden":
@@ -142,7 +143,7 @@ def test_layers_in_another_order_are_another_statistic_with_another_key():
 
 
 @given(requests())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_request_survives_its_travel(request):
     wire = request.to_wire()
     assert type(wire) is dict

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.flash_stand_in import flash_attention_on_cpu
-from support.probe_rows import refusal
+from support.refusals import refusal
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,

@@ -8,10 +8,8 @@ H query heads, G key heads, D head dimension, V visual tokens, W values per toke
 
 from collections.abc import Sequence
 
-import pytest
 import torch
 
-from sayo_verl.errors import SayoError
 from sayo_verl.probe.measure import Measurement
 from sayo_verl.probe.plan import RowPlan
 from sayo_verl.probe.shard import Shard
@@ -22,11 +20,6 @@ CPU = torch.device("cpu")
 ROW_OFFSET = {"input": 0, "predicting": -1}  # of the attention row from the position of y_t
 SIZES = {"box_mass": 3, "top_patch_index": 4, "top_patch_mass": 4, "neighbour_index": 3, "neighbour_similarity": 3}
 PER_HEAD = ("image_mass", "region_mass", "sink_mass", "system_mass", "question_mass", "response_mass", "lse")
-
-
-def refusal(code: str, says: str = ""):
-    """Expect a SayoError of this code, with its place and its fix."""
-    return pytest.raises(SayoError, match=rf"(?s)^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
 
 
 def statistic(name: str, **options) -> Statistic:

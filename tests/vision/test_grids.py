@@ -19,6 +19,7 @@ import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.refusals import refusal
 from transformers import InternVLConfig, InternVLModel, InternVLProcessor, Qwen2Config
 from transformers.models.got_ocr2 import image_processing_got_ocr2, image_processing_pil_got_ocr2
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
@@ -29,7 +30,6 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl, image_pr
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from sayo_verl.errors import SayoError
 from sayo_verl.vision.grids import Tile, merged_grid, tile_grid, token_levels
 from sayo_verl.vision.masks import box_masks, cell_coverage, region_mask, token_coverage
 
@@ -60,10 +60,6 @@ TILE_TOKENS = inspect.signature(InternVLProcessor.__init__).parameters["image_se
 BACKENDS = ["torchvision", "pil"]
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=150)
 PLAIN = {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]}  # pixel values in [0, 1]
-
-
-def refusal(code: str, says: str = ""):
-    return pytest.raises(SayoError, match=rf"^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
 
 
 # ------------------------------------------------------------------------------------------- the installed processors

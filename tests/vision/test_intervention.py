@@ -15,11 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.refusals import refusal
 from support.tiny_internvl import TILE
 from support.tiny_internvl import build_processor as build_internvl
 from transformers import Qwen2VLImageProcessor
 
-from sayo_verl.errors import SayoError
 from sayo_verl.models.internvl_model import InternVLProcessor
 from sayo_verl.tiny.policy import TinyPolicyConfig, build_processor
 from sayo_verl.vision.grids import merged_grid, tile_grid
@@ -29,10 +29,6 @@ from sayo_verl.vision.masks import region_mask
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
 ROUNDING = 0.51 / 255  # mid-grey is 127.5, which a picture of whole numbers cannot hold
 NAN = float("nan")
-
-
-def refusal(code: str, says: str = ""):
-    return pytest.raises(SayoError, match=rf"^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support.refusals import refusal
 
-from sayo_verl.errors import SayoError
 from sayo_verl.vision.grids import Tile
 from sayo_verl.vision.masks import cell_coverage, check_box, region_mask
 
@@ -20,10 +20,6 @@ NAN = float("nan")
 
 grids = st.integers(1, 24)
 thresholds = st.floats(min_value=0.05, max_value=1.0)
-
-
-def refusal(code: str, says: str = ""):
-    return pytest.raises(SayoError, match=rf"^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
 
 
 @st.composite
@@ -175,7 +171,7 @@ def cell_spans(draw: st.DrawFn) -> tuple[int, int, int]:
 
 @PROPERTY
 @given(x=cell_spans(), y=cell_spans(), coverage=st.one_of(thresholds, st.just(TOUCHING)))
-def test_M03_a_box_that_ends_on_a_border_does_not_take_the_next_cell(x, y, coverage):
+def test_a_box_that_ends_on_a_border_does_not_take_the_next_cell(x, y, coverage):
     (cols, c0, c1), (rows, r0, r1) = x, y
     expected = np.zeros((rows, cols), dtype=bool)
     expected[r0:r1, c0:c1] = True

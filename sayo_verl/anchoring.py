@@ -1,0 +1,16 @@
+"""The old name of ``sayo focus``: it ends in an error that says the new one."""
+
+import sys
+
+from sayo_verl.errors import SayoError
+
+if __name__ == "__main__":
+    renamed = SayoError(
+        "F25",
+        "the anchoring stage has a new name",
+        where="python -m sayo_verl.anchoring",
+        wanted="sayo focus train|respond|report",
+        fix="give the same arguments to `sayo focus`; on N devices: torchrun --nproc_per_node=N -m sayo_verl.focus ...",
+    )
+    print(renamed, file=sys.stderr)
+    sys.exit(2)

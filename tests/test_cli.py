@@ -1,0 +1,66 @@
+"""The ``sayo`` command as a whole; what a subcommand does is tested in its room."""
+
+import subprocess
+import sys
+
+import pytest
+
+from sayo_verl.cli import COMMANDS, main
+
+FOCUS = ["report", "--base", "x", "--after", "y", "--rows", "z", "--out", "o", "--alpha", "2"]
+
+
+def loaded_after(*argv: str) -> set[str]:
+    """Modules that are loaded when this command line was parsed."""
+    code = "import sys, sayo_verl.cli as cli; cli.build_parser().parse_args(sys.argv[1:]); print(*sys.modules)"
+    return set(
+        subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True).stdout.split()
+    )
+
+
+def test_a_file_named_as_a_command_does_not_load_that_command():
+    loaded = loaded_after("report", "mix", "policy", "prepare", "inspect")
+    assert not loaded & {"torch", "pyarrow", "sayo_verl.data.building.mix", "sayo_verl.inspection.command"}
+    assert "sayo_verl.data.building.mix" in loaded_after(
+        "prepare", "mix", "--from=a=b", "--mix=a=all", "--rows=1", "--out=mixed"
+    )
+
+
+def test_checking_focus_loads_no_model_library():
+    assert "torch" not in loaded_after("focus", *FOCUS)
+
+
+def test_help_fits_a_screen_and_names_every_command(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert len(shown.splitlines()) <= 24
+    assert [name for name in COMMANDS if f"\n    {name} " not in shown] == []
+
+
+def test_a_command_that_does_not_exist_is_refused_with_the_choices(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["prepare", "gqaa"])
+    assert stop.value.code == 2
+    assert "'gqa'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("door", [["-m", "sayo_verl.focus"], ["-m", "sayo_verl.cli", "focus"]], ids=["module", "sayo"])
+def test_sayo_focus_and_the_module_for_torchrun_are_one_command_line(door):
+    done = subprocess.run([sys.executable, *door, *FOCUS, "--check"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("SAYO-F05: a setting of the anchoring stage is out of range | at FocusConfig")
+
+
+def test_the_old_name_of_the_anchoring_stage_names_the_new_one():
+    done = subprocess.run(
+        [sys.executable, "-m", "sayo_verl.anchoring", "train", "--base", "x"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("SAYO-F25: ")
+    assert "sayo focus train|respond|report" in done.stderr
