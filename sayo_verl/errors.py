@@ -4,16 +4,32 @@ Every message has one shape, so that people can read it and a log can be searche
 
     SAYO-P03: layer 36 does not exist | at algorithm.attn.layers | got 36, wanted -36..35 | fix: set ...
 
-The letter of the code names the room it comes from: A advantage and methods, C compatibility with verl, D data,
-F anchoring of the ``<Focus>`` token, L launch, P probe, R report, T tiny task, V vision, X environment.
+The letter of a code names the area (``AREAS``). The class of an error follows from its code (``kind_of``), so
+``raise SayoError("D02", ...)`` raises a ``DataError``. docs/errors.md lists all codes.
 """
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
+
+AREAS = {
+    "A": "Advantages and methods",
+    "C": "InternVL on verl",
+    "D": "Data",
+    "F": "Training of the <Focus> token",
+    "L": "Launch",
+    "P": "Probe of attention",
+    "R": "Reports",
+    "T": "Tiny task",
+    "V": "Boxes, grids and changed images",
+    "X": "Plug-in and verl",
+}
 
 
 class SayoError(RuntimeError):
-    """A refusal with a code, a place, what was found, what was wanted and what to do.
+    """An error with a code, a place, what was found, what was wanted and what to do.
+
+    The constructor makes an instance of the subclass that belongs to the code.
 
     Args:
         code: letter and two digits, such as ``"D04"``; unique per kind of mistake.
@@ -23,6 +39,9 @@ class SayoError(RuntimeError):
         got: what was found, if that helps.
         wanted: what is accepted, if that helps.
     """
+
+    def __new__(cls, code: str = "", *_: object, **__: object) -> "SayoError":
+        return super().__new__(kind_of(code) if cls is SayoError else cls)
 
     def __init__(
         self, code: str, what: str, *, where: str, fix: str, got: object | None = None, wanted: object | None = None
@@ -44,6 +63,64 @@ class SayoError(RuntimeError):
 
 def _rebuild(code: str, what: str, where: str, fix: str, got: object, wanted: object) -> SayoError:
     return SayoError(code, what, where=where, fix=fix, got=got, wanted=wanted)
+
+
+class ConfigError(SayoError, ValueError):
+    """A setting or an option cannot be used."""
+
+
+class DataError(SayoError):
+    """A row, an image, a box, or a file of data is missing or wrong."""
+
+
+class ProbeError(SayoError):
+    """Attention, or what a method computes from it, is missing or does not fit the batch."""
+
+
+class SetupError(SayoError):
+    """A model, a package, verl, a device or a recorded run is not what the code was written for."""
+
+
+# A letter, or the whole code where an error is of another kind than its letter.
+KINDS: dict[str, type[SayoError]] = {
+    **dict.fromkeys("L", ConfigError),
+    **dict.fromkeys("D", DataError),
+    **dict.fromkeys("APV", ProbeError),
+    **dict.fromkeys("CFRTX", SetupError),
+    **dict.fromkeys(("A05", "A12", "A13", "A14", "D20", "D46", "D57", "F05", "F21", "V04"), ConfigError),
+    **dict.fromkeys(("F10", "F13", "F14", "F20", "F22", "F24", "V01", "V02", "V03"), DataError),
+    **dict.fromkeys(("A15", "D71", "L28", "L32"), SetupError),
+}
+
+
+def kind_of(code: str) -> type[SayoError]:
+    """The class of a code; ``SayoError`` itself for a letter that is not in ``AREAS``."""
+    return KINDS.get(code) or KINDS.get(code[:1], SayoError)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One check of a list of checks.
+
+    Attributes:
+        code, what, where, fix, got, wanted: as of ``SayoError``.
+        broken: whether the mistake was made.
+    """
+
+    code: str
+    broken: bool
+    what: str
+    where: str
+    fix: str
+    got: object | None = None
+    wanted: object | None = None
+
+
+def raise_first(rules: Iterable[Rule]) -> None:
+    """Raise the error of the first broken rule, if there is one."""
+    for rule in rules:
+        if rule.broken:
+            raise SayoError(rule.code, rule.what, where=rule.where, got=rule.got, wanted=rule.wanted, fix=rule.fix)
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

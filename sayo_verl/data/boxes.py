@@ -21,10 +21,11 @@ Mix-ups of formats are looked for twice. Each box is held to its format here; wh
 thousandths among pixels, ``sayo_verl.data.mixups`` finds in many.
 """
 
+import decimal
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sayo_verl.data.images import Stored
 from sayo_verl.errors import SayoError, did_you_mean
@@ -277,28 +278,43 @@ def check_size(size: Sequence[int], where: str) -> None:
         )
 
 
+def four_numbers(box: Any, where: str, wanted: str = "finite numbers, without units") -> Box:
+    """The four values of an annotated box as floats, in whatever format.
+
+    Raises:
+        SayoError: D42 for another number of values, and for what is not a finite number.
+    """
+    try:
+        values = [] if isinstance(box, str | bytes) else list(box)
+    except TypeError:  # no collection at all
+        values = []
+    if len(values) != 4 or not all(is_coordinate(value) for value in values):
+        raise SayoError(
+            "D42",
+            "a box is not four finite numbers",
+            where=where,
+            got=" ".join(f"{box!r}".split())[:120],
+            wanted=wanted,
+            fix="correct the annotation, or leave this box out",
+        )
+    a, b, c, d = (float(value) for value in values)
+    return a, b, c, d
+
+
+def is_coordinate(value: Any) -> bool:
+    """Whether a value is a number, finite and not absurdly large. JSON readers give ``Decimal``."""
+    number = isinstance(value, numbers.Real | decimal.Decimal) and not isinstance(value, bool)
+    return number and value == value and -LARGEST <= value <= LARGEST  # comparing a Decimal NaN raises, but for ==
+
+
 def check_values(box: Sequence[float], box_format: str, where: str) -> Box:
     """The four values as floats.
 
     Raises:
         SayoError: D42, D43, as ``place_boxes``.
     """
-    try:
-        values = [] if isinstance(box, (str, bytes)) else list(box)
-    except TypeError:  # no collection at all
-        values = []
-    number = [isinstance(v, numbers.Real) and not isinstance(v, bool) and -LARGEST <= v <= LARGEST for v in values]
     meaning = f"{box_format}: {BOX_FORMATS[box_format]}"
-    if len(values) != 4 or not all(number):
-        raise SayoError(
-            "D42",
-            "a box is not four finite numbers",
-            where=where,
-            got=" ".join(f"{box!r}".split())[:120],
-            wanted=meaning,
-            fix="correct the annotation, or leave this box out",
-        )
-    a, b, c, d = (float(v) for v in values)
+    a, b, c, d = values = four_numbers(box, where, meaning)
     form = FORMS[box_format]
     problem = fix = ""
     if form.extent and (c < 0 or d < 0):

@@ -8,6 +8,7 @@ counts all (``sayo_verl.inspection``). `sayo prepare` leaves rows out by the sam
 ``Demands`` says what applies. Rows of verl's own estimators are checked only for what verl 0.9.1 itself needs.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,11 +18,13 @@ from sayo_verl.data.reading import MAX_PIXELS, Header, read_image
 from sayo_verl.data.rows import IMAGE_TAG, reserved_text
 from sayo_verl.errors import SayoError
 from sayo_verl.reward import why_not_gradable
-from sayo_verl.vision.masks import check_box
+from sayo_verl.vision.masks import check_boxes, not_an_image
 
 PREPARE = "prepare the data again, with `sayo prepare`"
 # Data sources for which verl's own reward function evaluates the model's text or runs it as a program.
 EVALUATED = ("codecontests", "apps", "codeforces", "taco")
+# verl chooses its own reward functions by this name. None of them is meant for prepared rows.
+PREPARED_SOURCE = re.compile(r"sayo/[a-z0-9_.-]+")
 
 
 class Keys(NamedTuple):
@@ -126,7 +129,7 @@ class RowContract:
             looked.attempt(check_id, row.get("data_source"), info.get("id"), self._ids, where)
             looked.attempt(check_only_images, media, where)
             looked.attempt(check_question, looked.question, info.get("question"), where)
-            looked.boxes = looked.attempt(check_boxes, info, len(images), where) or []
+            looked.boxes = looked.attempt(check_boxes, info.get("boxes"), len(images), where=where) or []
             looked.attempt(check_lists, info, len(images), where)
         if demands.headers:
             for i, image in enumerate(images):
@@ -320,6 +323,19 @@ def check_data_source(name: Any, where: str) -> None:
         )
 
 
+def check_prepared_source(name: Any, where: str) -> None:
+    """Refuse a data source that `sayo prepare` does not write; D52. All that it writes pass ``check_data_source``."""
+    if not isinstance(name, str) or not PREPARED_SOURCE.fullmatch(name):
+        raise SayoError(
+            "D52",
+            "the name of a data source is not that of prepared data",
+            where=where,
+            got=repr(name)[:80],
+            wanted=PREPARED_SOURCE.pattern,
+            fix="name it sayo/..., in small letters",
+        )
+
+
 def check_id(data_source: Any, name: Any, ids: dict[tuple[str, str], str], where: str) -> None:
     """Refuse the id of an earlier row of its data source; D65. Rows without an id pass.
 
@@ -347,40 +363,7 @@ def check_only_images(media: Mapping[str, int], where: str) -> None:
     """Refuse videos and audios; D66."""
     for tag in ("<video>", "<audio>"):
         if media[tag]:
-            raise SayoError(
-                "D66",
-                "a row has a video or an audio, and boxes lie in images only",
-                where=f"{where}, {tag.strip('<>')}s",
-                got=media[tag],
-                fix="remove it",
-            )
-
-
-def check_boxes(extra_info: Mapping[str, Any], n_images: int, where: str) -> list[list[list[float]]]:
-    """The boxes of a row, nested by image, or an empty list.
-
-    Raises:
-        SayoError: D05 for boxes that are not nested by image, V01-V03 for a malformed box.
-    """
-    boxes = extra_info.get("boxes")
-    if not boxes:
-        return []
-    nested = isinstance(boxes, list) and all(
-        isinstance(of_image, list) and all(isinstance(box, list) for box in of_image) for of_image in boxes
-    )
-    if not nested or len(boxes) != n_images:
-        raise SayoError(
-            "D05",
-            "boxes are not nested by image",
-            where=f"{where}, extra_info.boxes",
-            got=f"{len(boxes) if nested else type(boxes).__name__} entries for {n_images} images: {str(boxes)[:80]}",
-            wanted="boxes[image][box] = [x0, y0, x1, y1]",
-            fix="write one list of boxes per image, empty for an image without one",
-        )
-    for of_image in boxes:
-        for box in of_image:
-            check_box(box, where=f"{where}, extra_info.boxes")
-    return boxes
+            raise not_an_image(f"{where}, {tag.strip('<>')}s", media[tag])
 
 
 def check_lists(info: Mapping[str, Any], n_images: int, where: str) -> None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from sayo_verl.errors import SayoError
 from sayo_verl.reward import why_not_gradable
+from sayo_verl.vision.masks import check_nesting
 
 IMAGE_TAG = "<image>"
 # Files that can run code when they are loaded; none is ever read as data.
@@ -183,15 +184,17 @@ class Example:
 
     def __post_init__(self) -> None:
         n = len(self.images)
+        where = f"{self.data_source} {self.id}"
+        check_nesting(self.boxes, n, where=where)
         names = [len(of_image) for of_image in self.box_names]
-        if len(self.boxes) != n or names != [len(of_image) for of_image in self.boxes] or len(self.sizes) not in (0, n):
+        if names != [len(of_image) for of_image in self.boxes] or len(self.sizes) not in (0, n):
             raise SayoError(
                 "D05",
-                "boxes are not nested by image",
-                where=f"{self.data_source} {self.id}",
-                got=f"{n} images, boxes of {len(self.boxes)}, names {names}, sizes of {len(self.sizes)}",
-                wanted="one list of boxes and one of names for each image, of equal lengths",
-                fix="write one list of boxes per image, empty for an image without one",
+                "names of boxes or sizes of images are not nested as the boxes are",
+                where=where,
+                got=f"{n} images, names {names}, sizes of {len(self.sizes)}",
+                wanted=f"names {[len(of_image) for of_image in self.boxes]}, sizes of 0 or {n}",
+                fix="write one list of names and one size per image",
             )
 
 

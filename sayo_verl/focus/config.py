@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from sayo_verl.errors import SayoError
+from sayo_verl.errors import Rule, raise_first
 
 DTYPES = ("bfloat16", "float32")
 
@@ -49,23 +49,29 @@ class FocusConfig:
     trainer_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        wrong = [
-            (not 0 <= self.weight < float("inf"), "weight", "a finite number >= 0"),
-            (not 0 <= self.alpha < 1, "alpha", "a number in [0, 1)"),
-            (min(self.steps, self.batch_size, self.accumulation) < 1, "steps, batch_size, accumulation", "at least 1"),
-            (not 0 < self.learning_rate < float("inf"), "learning_rate", "a finite number > 0"),
-            (self.lora_rank < 0, "lora_rank", "at least 0"),
-            (self.lora_rank > 0 and self.train_vision, "lora_rank, train_vision", "one or the other"),
-            (self.dtype not in DTYPES, "dtype", f"one of {list(DTYPES)}"),
-        ]
-        for is_wrong, names, wanted in wrong:
-            if is_wrong:
-                got = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split(", "))
-                raise SayoError(
-                    "F05",
-                    "a setting of the anchoring stage is out of range",
-                    where="FocusConfig",
-                    got=got,
-                    wanted=wanted,
-                    fix=f"change {names}",
-                )
+        raise_first(
+            [
+                self._rule(not 0 <= self.weight < float("inf"), "weight", "a finite number >= 0"),
+                self._rule(not 0 <= self.alpha < 1, "alpha", "a number in [0, 1)"),
+                self._rule(
+                    min(self.steps, self.batch_size, self.accumulation) < 1,
+                    "steps, batch_size, accumulation",
+                    "at least 1",
+                ),
+                self._rule(not 0 < self.learning_rate < float("inf"), "learning_rate", "a finite number > 0"),
+                self._rule(self.lora_rank < 0, "lora_rank", "at least 0"),
+                self._rule(self.lora_rank > 0 and self.train_vision, "lora_rank, train_vision", "one or the other"),
+                self._rule(self.dtype not in DTYPES, "dtype", f"one of {list(DTYPES)}"),
+            ]
+        )
+
+    def _rule(self, broken: bool, names: str, wanted: str) -> Rule:
+        return Rule(
+            "F05",
+            broken,
+            "a setting of the anchoring stage is out of range",
+            where="FocusConfig",
+            got=", ".join(f"{name}={getattr(self, name)!r}" for name in names.split(", ")),
+            wanted=wanted,
+            fix=f"change {names}",
+        )

@@ -37,7 +37,7 @@ from torch import nn
 from sayo_verl.errors import SayoError
 from sayo_verl.probe.taps import ForwardTap, text_attention_layers
 from sayo_verl.vision.grids import Tile
-from sayo_verl.vision.masks import box_masks, token_coverage
+from sayo_verl.vision.masks import box_masks, check_boxes, token_coverage
 
 IGNORE = -100  # the label that a language-model loss skips
 FORBIDDEN_LOG_PROB = -20.0  # one in 5e8 tokens
@@ -84,8 +84,8 @@ def target_distribution(
         float64 [V] over the visual tokens of all images in token order; its sum is 1.
 
     Raises:
-        SayoError: F05 for alpha out of range, F06 for other than one list of boxes per image or no box at all, V01-V03
-            and V06 for a malformed box or grid.
+        SayoError: F05 for alpha out of range, F06 for a row without a box, and what ``check_boxes`` and ``box_masks``
+            raise for a malformed box or grid.
     """
     if not 0 <= alpha < 1:
         raise SayoError(
@@ -96,18 +96,18 @@ def target_distribution(
             wanted="0 <= alpha < 1",
             fix="set --alpha within [0, 1)",
         )
-    if len(boxes) != len(images) or not any(len(b) for b in boxes):
+    if not any(check_boxes(boxes, len(images), where=where)):
         raise SayoError(
             "F06",
-            "the row does not have one list of boxes per image",
+            "a row without a box has no target",
             where=where,
-            got=f"{[len(b) for b in boxes]} boxes for {len(images)} images",
-            wanted="extra_info.boxes[image][box] = [x0, y0, x1, y1]",
-            fix="nest the boxes by image, with an empty list for an image without one",
+            got=boxes,
+            wanted="at least one box",
+            fix="train the language-model loss alone on such a row",
         )
     shares = []
     for image_boxes, tiles in zip(boxes, images, strict=True):
-        masks = box_masks(image_boxes, tiles, where=where)  # refuses malformed boxes
+        masks = box_masks(image_boxes, tiles, where=where)
         covered = np.array([token_coverage(box, tiles) for box in image_boxes]).reshape(masks.shape)
         thin = covered.sum(1) == 0  # thinner than rounding: as the probe sees it
         shares.append(np.where(thin[:, None], masks, covered).max(0, initial=0.0))

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from sayo_verl.errors import SayoError
+from sayo_verl.errors import Rule, SayoError, raise_first
 from sayo_verl.focus.rows import columns_of, images_of, messages_of
 from sayo_verl.reward import compute_score
 
@@ -78,13 +78,8 @@ def write_responses(
             and what ``columns_of`` raises.
     """
     counts = {"tries": tries, "max-new-tokens": max_new_tokens, "batch-size": batch_size, "max-rows": max_rows}
-    wrong: dict[str, tuple[float, str]] = {
-        name: (n, "at least 1") for name, n in counts.items() if n is not None and n < 1
-    }
-    if not 0 < temperature < math.inf:
-        wrong["temperature"] = (temperature, "a positive number")
-    for name, (got, wanted) in wrong.items():
-        raise SayoError("F05", "a number is out of range", where=f"--{name}", got=got, wanted=wanted, fix="correct it")
+    rules = [_rule(n is not None and n < 1, name, n, "at least 1") for name, n in counts.items()]
+    raise_first([*rules, _rule(not 0 < temperature < math.inf, "temperature", temperature, "a positive number")])
     out = Path(out)
     parts = out.with_name(f"{out.name}.parts")
     blocks = _blocks(files, BLOCK * batch_size, max_rows)
@@ -220,6 +215,10 @@ def _check_settings(parts: Path, settings: dict[str, Any]) -> None:
             wanted=changed,
             fix=f"give those settings, or name another file; to start over: rm -r {parts}",
         )
+
+
+def _rule(broken: bool, name: str, got: float | None, wanted: str) -> Rule:
+    return Rule("F05", broken, "a number is out of range", where=f"--{name}", got=got, wanted=wanted, fix="correct it")
 
 
 def _part(parts: Path, n: int) -> Path:

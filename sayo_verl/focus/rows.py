@@ -110,7 +110,8 @@ class AnchorRows(Dataset):
             SayoError: the first fault of ``sayo_verl.data.contract``.
         """
         row, where = self._rows[index].to_pylist()[0], f"row {index}"
-        looked = RowContract(Demands(judge=None, rewarded=not row.get("response"))).look(row, where)
+        # without a response the ground truth is imitated
+        looked = RowContract(Demands(rewarded=not row.get("response"))).look(row, where)
         if looked.faults:
             raise looked.faults[0]
         return {"images": None, "extra_info": None, **row, "_where": where}
@@ -202,7 +203,7 @@ class FocusCollator:
 
         Raises:
             SayoError: D09 for images that do not fit the prompt, F13 when a row is not prompt, ``<Focus>``, response,
-                F14 for a row that is too long, P05-P07 and V01-V06 for bad grids and boxes.
+                F14 for a row that is too long, and what ``image_tiles`` and ``plan_row`` raise for bad grids and boxes.
         """
         end = self.processor.tokenizer.eos_token
         prompts = [

@@ -164,7 +164,7 @@ def plan_micro_batch(
                 images=image_tiles(image, family, model_config.hf_config, where=where),
                 video_token_id=model_config.hf_config.video_token_id if family.geometry == "grid" else None,
                 videos=video_tokens(image, family, model_config.hf_config, where=where),
-                boxes=info.get("boxes") or [],
+                boxes=info.get("boxes"),
                 coverage=request.coverage,
                 where=where,
                 n_boxes=n_boxes,

@@ -16,7 +16,7 @@ from sayo_verl.errors import SayoError
 from sayo_verl.models.families import Family
 from sayo_verl.probe.plan import image_tiles, video_tokens
 from sayo_verl.vision.intervention import Intervention, Pixels, intervene, prompt_key
-from sayo_verl.vision.masks import box_masks
+from sayo_verl.vision.masks import box_masks, check_boxes
 
 
 def counterfactual_micro_batch(
@@ -71,9 +71,9 @@ def counterfactual_micro_batch(
                 fix="remove videos, or choose a method without counterfactual images",
             )
         tiles = image_tiles(image, family, model_config.hf_config, where=where)
-        boxes = info.get("boxes") or []
+        boxes = check_boxes(info.get("boxes"), len(tiles), where=where) if tiles else []
         region = None
-        if intervention.kind == "region" and len(boxes) == len(tiles):
+        if intervention.kind == "region" and boxes:
             region = [
                 torch.from_numpy(box_masks(image_boxes, image_grids, float(wire["coverage"]), where=where)).any(0)
                 for image_boxes, image_grids in zip(boxes, tiles, strict=True)

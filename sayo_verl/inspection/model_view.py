@@ -176,15 +176,6 @@ class Model:
                 wanted=f"one run per image, of {counts}",
                 fix="use the chat template of the original model",
             )
-        if len(boxes) != len(tiles):
-            raise SayoError(
-                "P06",
-                "the row does not have one list of boxes per image",
-                where=where,
-                got=f"{len(boxes)} lists for {len(tiles)} images",
-                wanted="one list per image",
-                fix="prepare the data again",
-            )
         masks = [box_masks(b, t, self.coverage, where=where) for b, t in zip(boxes, tiles, strict=True)]
         return Seen(tiles, masks, len(ids_S))
 

@@ -17,7 +17,7 @@ from transformers.dependency_versions_table import deps
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_kernels_available, is_torch_npu_available
 
-from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.errors import Rule, SayoError, did_you_mean, raise_first
 from sayo_verl.methods import Method
 from sayo_verl.models.families import FAMILIES, Family, family_of
 
@@ -345,34 +345,32 @@ def _check_modes(config: DictConfig, family: Family, method: Method) -> None:
     whole = [s.name for s in method.needs().statistics.statistics if s.name.startswith("neighbour")]
     model, strategy = config.actor_rollout_ref.model, config.actor_rollout_ref.actor.strategy
     rules = [
-        (
+        Rule(
             "L09",
             sequence_parallel(config) > 1 and not family.sequence_parallel,
             "verl does not split the tokens of this family over devices, and would not say so",
-            "actor.fsdp_config.ulysses_sequence_parallel_size",
-            sequence_parallel(config),
-            "set it to 1",
+            where="actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
+            got=f"{sequence_parallel(config)}, {family.model_type}",
+            fix="set it to 1",
         ),
-        (
+        Rule(
             "L27",
             sequence_parallel(config) > 1 and bool(whole),
             f"{', '.join(whole)} compare whole sequences, which no device holds",
-            "actor.fsdp_config.ulysses_sequence_parallel_size",
-            sequence_parallel(config),
-            "set it to 1, or choose another method",
+            where="actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
+            got=f"{sequence_parallel(config)}, {family.model_type}",
+            fix="set it to 1, or choose another method",
         ),
-        (
+        Rule(
             "L25",
             bool(model.use_fused_kernels) and strategy not in family.fused_kernels,
             f"verl's fused kernels do not run this family under {strategy}",
-            "model.use_fused_kernels",
-            True,
-            "set it to False" + "".join(f", or actor_rollout_ref.actor.strategy={s}" for s in family.fused_kernels),
+            where="actor_rollout_ref.model.use_fused_kernels",
+            got=f"True, {family.model_type}",
+            fix="set it to False" + "".join(f", or actor_rollout_ref.actor.strategy={s}" for s in family.fused_kernels),
         ),
     ]
-    for code, broken, what, key, got, fix in rules:
-        if broken:
-            raise SayoError(code, what, where=f"actor_rollout_ref.{key}", got=f"{got}, {family.model_type}", fix=fix)
+    raise_first(rules)
 
 
 def _check_processor(folder: Path, family: Family) -> None:

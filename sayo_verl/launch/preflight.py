@@ -14,7 +14,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.errors import Rule, SayoError, did_you_mean, raise_first
 from sayo_verl.launch.data_check import check_data
 from sayo_verl.launch.memory_check import check_memory
 from sayo_verl.launch.model_check import (
@@ -132,93 +132,91 @@ def check_settings(config: DictConfig, method: Method) -> None:
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     correction = config.algorithm.get("rollout_correction") or {}
     attention = attention_of(config)
-    rules: list[tuple[str, bool, str, str, object, str]] = [
-        (
+    rules = [
+        Rule(
             "L05",
             config.trainer.v1.trainer_mode not in ("sync", "sayo_sync"),
             "only the synchronous trainer is known",
-            "trainer.v1.trainer_mode",
-            config.trainer.v1.trainer_mode,
-            "set trainer.v1.trainer_mode=sync",
+            where="trainer.v1.trainer_mode",
+            got=config.trainer.v1.trainer_mode,
+            fix="set trainer.v1.trainer_mode=sync",
         ),
-        (
+        Rule(
             "L06",
             bool(correction.get("bypass_mode", False)),
             "bypass mode skips the log-prob pass in which attention is measured",
-            "algorithm.rollout_correction.bypass_mode",
-            True,
-            "set it to False",
+            where="algorithm.rollout_correction.bypass_mode",
+            got=True,
+            fix="set it to False",
         ),
-        (
+        Rule(
             "L07",
             bool(config.algorithm.use_pf_ppo),
             "use_pf_ppo pairs rows wrongly on the V1 trainer (verl issue 7956)",
-            "algorithm.use_pf_ppo",
-            True,
-            "set it to False",
+            where="algorithm.use_pf_ppo",
+            got=True,
+            fix="set it to False",
         ),
-        (
+        Rule(
             "L08",
             actor.strategy not in ("fsdp", "fsdp2"),
             "attention is captured in verl's FSDP engine only",
-            "actor_rollout_ref.actor.strategy",
-            actor.strategy,
-            "use fsdp or fsdp2, or algorithm.adv_estimator=grpo",
+            where="actor_rollout_ref.actor.strategy",
+            got=actor.strategy,
+            fix="use fsdp or fsdp2, or algorithm.adv_estimator=grpo",
         ),
-        (
+        Rule(
             "L09",
             sequence_parallel(config) > 1 and not config.actor_rollout_ref.model.use_remove_padding,
             "verl's sequence parallelism needs packed rows",
-            "actor_rollout_ref.model.use_remove_padding",
-            False,
-            "set it to True, or actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1",
+            where="actor_rollout_ref.model.use_remove_padding",
+            got=False,
+            fix="set it to True, or actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1",
         ),
-        (
+        Rule(
             "L24",
             sequence_parallel(config) > 1 and "flash_attention" not in attention,
             "verl exchanges heads for tokens in FlashAttention only; with another kernel each device attends to its "
             "own part, and no error says so",
-            ATTENTION,
-            attention,
-            "set it to flash_attention_2, or actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1",
+            where=ATTENTION,
+            got=attention,
+            fix="set it to flash_attention_2, or actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1",
         ),
-        (
+        Rule(
             "L10",
             bool(config.algorithm.filter_groups.enable) and "reward" in method.gives,
             "group filtering acts before attention is known and would drop groups that differ only in the method's "
             "reward",
-            "algorithm.filter_groups.enable",
-            True,
-            "set it to False, or give the method's reward term weight 0",
+            where="algorithm.filter_groups.enable",
+            got=True,
+            fix="set it to False, or give the method's reward term weight 0",
         ),
-        (
+        Rule(
             "L12",
             int(rollout.n) < 2,
             "a group of one has nothing to compare with",
-            "actor_rollout_ref.rollout.n",
-            rollout.n,
-            "set it to 2 or more (paper: 16)",
+            where="actor_rollout_ref.rollout.n",
+            got=rollout.n,
+            fix="set it to 2 or more (paper: 16)",
         ),
-        (
+        Rule(
             "L13",
             bool(rollout.multi_turn.enable),
             "multi-turn rollouts are not supported",
-            "actor_rollout_ref.rollout.multi_turn.enable",
-            True,
-            "set it to False",
+            where="actor_rollout_ref.rollout.multi_turn.enable",
+            got=True,
+            fix="set it to False",
         ),
-        (
+        Rule(
             "L20",
             config.actor_rollout_ref.model.external_lib not in (None, "sayo_verl.hooks.engine"),
             "external_lib is what loads the engine with the attention mixin",
-            "actor_rollout_ref.model.external_lib",
-            config.actor_rollout_ref.model.external_lib,
-            "name your own module in VERL_USE_EXTERNAL_MODULES instead",
+            where="actor_rollout_ref.model.external_lib",
+            got=config.actor_rollout_ref.model.external_lib,
+            fix="name your own module in VERL_USE_EXTERNAL_MODULES instead",
         ),
     ]
-    for code, broken, what, where, got, fix in rules:
-        if broken:
-            raise SayoError(code, what, where=where, got=got, fix=fix)
+    raise_first(rules)
     check_lse_path(
         str(config.sayo.probe_path),
         packed=bool(config.actor_rollout_ref.model.use_remove_padding),

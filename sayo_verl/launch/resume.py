@@ -183,6 +183,7 @@ def _tracked(folder: Path, config: DictConfig) -> Path | None:
 
 
 def _no_start(config: DictConfig, tracker: Path, what: str, got: str | None) -> SayoError:
+    """L44: the tracker of checkpoints does not name one to resume."""
     mend = f"write such a number into it (echo -n <n> > {shlex.quote(str(tracker))})"
     if tracker.is_dir():
         mend = f"move that folder away, then {mend}"

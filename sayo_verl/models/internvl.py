@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from sayo_verl.errors import SayoError
+from sayo_verl.errors import Rule, SayoError, raise_first
 
 MODEL_TYPE = "internvl"
 _VLLM_SERVER = "verl.workers.rollout.vllm_rollout.vllm_async_server"
@@ -68,23 +68,20 @@ def configure(config: Any, model: Any) -> bool:
         for role in ("actor", "ref")
         for key in ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size")
     )
-    rules = [
-        ("C07", "model.use_fused_kernels", False, "verl's fused kernels drop the images of this family"),
-        *(("C08", key, 1, "verl does not slice the inputs of this family") for key in sequence_parallel),
-        ("C09", "rollout.name", "vllm", "prompts with images are adapted for vLLM only"),
-    ]
-    for code, key, wanted, what in rules:
-        # not every engine has every key
-        found = OmegaConf.select(config, f"actor_rollout_ref.{key}", default=wanted)
-        if found != wanted:
-            raise SayoError(
-                code,
-                f"{MODEL_TYPE}: {what}",
-                where=f"actor_rollout_ref.{key}",
-                got=found,
-                wanted=wanted,
-                fix=f"set it to {wanted}",
-            )
+
+    def rule(code: str, key: str, wanted: Any, what: str) -> Rule:
+        where = f"actor_rollout_ref.{key}"
+        found = OmegaConf.select(config, where, default=wanted)  # not every engine has every key
+        what = f"{MODEL_TYPE}: {what}"
+        return Rule(code, found != wanted, what, where=where, got=found, wanted=wanted, fix=f"set it to {wanted}")
+
+    raise_first(
+        [
+            rule("C07", "model.use_fused_kernels", False, "verl's fused kernels drop the images of this family"),
+            *(rule("C08", key, 1, "verl does not slice the inputs of this family") for key in sequence_parallel),
+            rule("C09", "rollout.name", "vllm", "prompts with images are adapted for vLLM only"),
+        ]
+    )
     if OmegaConf.select(config, "data.custom_cls.path") is None:
         with open_dict(config):
             config.data.custom_cls = {"path": "pkg://sayo_verl.models.internvl_data", "name": "InternVLDataset"}

@@ -18,7 +18,7 @@ import torch
 from sayo_verl.errors import SayoError
 from sayo_verl.models.families import Family
 from sayo_verl.vision.grids import Tile, merged_grid, tile_grid
-from sayo_verl.vision.masks import box_masks
+from sayo_verl.vision.masks import box_masks, check_boxes, not_an_image
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def plan_row(
     *,
     image_token_id: int,
     images: Sequence[Sequence[Tile]],
-    boxes: Sequence[Sequence[Sequence[float]]],
+    boxes: Sequence[Sequence[Sequence[float]]] | None,
     coverage: float,
     where: str,
     n_boxes: int = 0,
@@ -169,7 +169,7 @@ def plan_row(
         response_length: T.
         image_token_id: the placeholder.
         images: each image's grids, see ``image_tiles``.
-        boxes: for each image its boxes ``[x0, y0, x1, y1]`` in [0, 1]; may be empty.
+        boxes: ``extra_info.boxes`` of the row, which ``check_boxes`` judges; empty or None for none.
         coverage: see ``sayo_verl.vision.masks``.
         where: names the row in errors.
         n_boxes: how many single boxes to keep apart, in the order of the row, as ``box0``, ``box1``, ...
@@ -178,8 +178,8 @@ def plan_row(
         videos: how many visual tokens the row's videos have. They count like an image's, but no box lies in a video.
 
     Raises:
-        SayoError: P05 when placeholders and grids disagree, P06 when there is not one box list per image, P07 for boxes
-            of a row with a video, P21 for a row without a prompt, V01-V05 for bad boxes and grids.
+        SayoError: P05 when placeholders and grids disagree, P21 for a row without a prompt, D66 for boxes of a row with
+            a video, and what ``sayo_verl.vision.masks`` raises for bad boxes and grids.
     """
     ids_S = input_ids.cpu()
     S, P = ids_S.shape[0], ids_S.shape[0] - response_length
@@ -237,7 +237,7 @@ def _find(
     ids: np.ndarray,
     image_token_id: int,
     images: Sequence[Sequence[Tile]],
-    boxes: Sequence[Sequence[Sequence[float]]],
+    boxes: Sequence[Sequence[Sequence[float]]] | None,
     coverage: float,
     n_boxes: int,
     chat: ChatTokens | None,
@@ -268,26 +268,14 @@ def _find(
             wanted=videos,
             fix="the prompt was cut; raise data.max_prompt_length",
         )
-    if videos and any(len(b) for b in boxes):
-        raise SayoError(
-            "P07",
-            "a row with a video has boxes",
-            where=where,
-            fix="remove the boxes, or the video: in which frames a box lies is not known",
-        )
+    if videos and boxes and any(boxes):
+        raise not_an_image(f"{where}, videos", f"{videos} visual tokens of videos")
+    # a padding row of verl's has the boxes of another row and no image
+    boxes = check_boxes(boxes, len(images), where=where) if images else []
     image_P = image_P | video_P
     keys = {"image": image_P, "region": torch.zeros_like(image_P)}
     keys |= {f"box{i}": torch.zeros_like(image_P) for i in range(n_boxes)}
-    if images and any(len(b) for b in boxes):
-        if len(boxes) != len(images):
-            raise SayoError(
-                "P06",
-                "the row does not have one list of boxes per image",
-                where=where,
-                got=f"{len(boxes)} lists for {len(images)} images",
-                wanted="extra_info.boxes[image][box] = [x0, y0, x1, y1]",
-                fix="nest the boxes by image, with an empty list for an image without one",
-            )
+    if boxes:
         box, columns = 0, columns_V
         for tiles, image_boxes, count in zip(images, boxes, counts, strict=True):
             for inside_V in torch.from_numpy(box_masks(image_boxes, tiles, coverage, where=where)):

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.errors import Rule, SayoError, did_you_mean, raise_first
 
 # Keys under which statistics travel beside log_probs and entropy.
 WIRE_PREFIX = "sayo_"
@@ -160,27 +160,30 @@ class Statistic:
                 fix="name one of them",
             )
         fact, sized = CATALOGUE[self.name], self.name in SIZED
-        for broken, what, got, wanted in (
-            (not self.layers or len(set(self.layers)) < len(self.layers), "layers", self.layers, "distinct numbers"),
-            (fact.source == "hidden" and self.layers != (-1,), "layers", self.layers, "(-1,), the last hidden state"),
-            (self.per_head and (fact.source not in ("mass", "lse") or sized), "per_head", True, "False"),
-            (
-                (self.size < 1) if sized else (self.size != 0),
-                "size",
-                self.size,
-                "1 or more" if sized else "0, it has none",
-            ),
-            (self.name == "box_mass" and self.size > 16, "size", self.size, "at most 16 boxes"),
-        ):
-            if broken:
-                raise SayoError(
-                    "P13",
-                    f"{what} does not fit the statistic",
-                    where=f"Statistic {self.name}",
-                    got=got,
-                    wanted=wanted,
-                    fix=f"change {what} in the method's statistics()",
-                )
+        twice = not self.layers or len(set(self.layers)) < len(self.layers)
+        not_last = fact.source == "hidden" and self.layers != (-1,)
+        no_heads = self.per_head and (fact.source not in ("mass", "lse") or sized)
+        wrong_size = self.size < 1 if sized else self.size != 0
+        raise_first(
+            [
+                self._rule(twice, "layers", "distinct numbers"),
+                self._rule(not_last, "layers", "(-1,), the last hidden state"),
+                self._rule(no_heads, "per_head", "False"),
+                self._rule(wrong_size, "size", "1 or more" if sized else "0, it has none"),
+                self._rule(self.name == "box_mass" and self.size > 16, "size", "at most 16 boxes"),
+            ]
+        )
+
+    def _rule(self, broken: bool, key: str, wanted: str) -> Rule:
+        return Rule(
+            "P13",
+            broken,
+            f"{key} does not fit the statistic",
+            where=f"Statistic {self.name}",
+            got=getattr(self, key),
+            wanted=wanted,
+            fix=f"change {key} in the method's needs()",
+        )
 
     @property
     def key(self) -> str:

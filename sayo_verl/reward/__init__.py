@@ -29,7 +29,7 @@ import functools
 import math
 from typing import Any
 
-from sayo_verl.errors import SayoError
+from sayo_verl.errors import Rule, SayoError, raise_first
 from sayo_verl.reward.formula import equal_formulas, same_letters
 from sayo_verl.reward.text import (
     MAX_CHARACTERS,
@@ -99,28 +99,29 @@ def check_settings(
     Raises:
         SayoError: L34.
     """
-    for name, value, right, wanted in (
-        ("format_weight", format_weight, _weight(format_weight), "a number of at least 0"),
-        ("accuracy_weight", accuracy_weight, _weight(accuracy_weight), "a number of at least 0"),
-        ("judge", judge, judge in JUDGES, " or ".join(JUDGES)),
-        ("format", format, format in FORMATS, " or ".join(FORMATS)),
-        ("think_opened", think_opened, isinstance(think_opened, bool), "true or false"),
-        (
-            "length_tokenizer",
-            length_tokenizer,
-            length_tokenizer is None or (isinstance(length_tokenizer, str) and bool(length_tokenizer.strip())),
-            "a model folder or hub name, or null",
-        ),
-    ):
-        if not right:
-            raise SayoError(
-                "L34",
-                f"{name} of the reward function is out of range",
-                where=f"reward.custom_reward_function.reward_kwargs.{name}",
-                got=repr(value),
-                wanted=wanted,
-                fix="correct the value",
-            )
+    no_tokenizer = length_tokenizer is not None and not (isinstance(length_tokenizer, str) and length_tokenizer.strip())
+    raise_first(
+        [
+            _rule(not _weight(format_weight), "format_weight", format_weight, "a number of at least 0"),
+            _rule(not _weight(accuracy_weight), "accuracy_weight", accuracy_weight, "a number of at least 0"),
+            _rule(judge not in JUDGES, "judge", judge, " or ".join(JUDGES)),
+            _rule(format not in FORMATS, "format", format, " or ".join(FORMATS)),
+            _rule(not isinstance(think_opened, bool), "think_opened", think_opened, "true or false"),
+            _rule(no_tokenizer, "length_tokenizer", length_tokenizer, "a model folder or hub name, or null"),
+        ]
+    )
+
+
+def _rule(broken: bool, name: str, value: Any, wanted: str) -> Rule:
+    return Rule(
+        "L34",
+        broken,
+        f"{name} of the reward function is out of range",
+        where=f"reward.custom_reward_function.reward_kwargs.{name}",
+        got=repr(value),
+        wanted=wanted,
+        fix="correct the value",
+    )
 
 
 def _weight(value: Any) -> bool:

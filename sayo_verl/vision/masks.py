@@ -4,12 +4,16 @@ A visual token is one cell of a grid over a rectangle of its image (``sayo_verl.
 resizes the *whole* image before it cuts patches, so the cell is the same share of the image whatever the resize did.
 Boxes are therefore stored normalised to [0, 1], and the only grid that is trusted is the one the processor returned.
 
+``check_boxes`` judges the boxes of a row, for the row contract (``sayo_verl.data.contract``), the probe and the <Focus>
+stage alike. It stands here because the probe does not import the data room.
+
 Shape suffixes: R grid rows, C grid columns, V visual tokens of one image in token order, N boxes.
 """
 
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +58,59 @@ def check_box(box: Sequence[float], *, where: str) -> None:
             wanted="coordinates in [0, 1]",
             fix="divide pixel coordinates by the image's width and height and clip them to the image",
         )
+
+
+def check_nesting(boxes: Any, n_images: int, *, where: str) -> None:
+    """Raise unless ``boxes`` is one list of boxes for each image.
+
+    Raises:
+        SayoError: D05.
+    """
+    lists = isinstance(boxes, list | tuple) and all(
+        isinstance(of_image, list | tuple) and all(isinstance(box, list | tuple) for box in of_image)
+        for of_image in boxes
+    )
+    if not lists or len(boxes) != n_images:
+        raise SayoError(
+            "D05",
+            "boxes are not nested by image",
+            where=where,
+            got=f"{len(boxes) if lists else type(boxes).__name__} entries for {n_images} images: {str(boxes)[:80]}",
+            wanted="boxes[image][box] = [x0, y0, x1, y1]",
+            fix="write one list of boxes per image, empty for an image without one",
+        )
+
+
+def check_boxes(boxes: Any, n_images: int, *, where: str) -> list[Any]:
+    """The boxes of a row, nested by image; an empty list for a row without boxes.
+
+    Args:
+        boxes: ``extra_info.boxes``; None and an empty list are no boxes.
+        n_images: of the row.
+        where: names the row.
+
+    Raises:
+        SayoError: D05 for boxes that are not nested by image, V01-V03 for a malformed box.
+    """
+    if not boxes:
+        return []
+    where = f"{where}, extra_info.boxes"
+    check_nesting(boxes, n_images, where=where)
+    for i, of_image in enumerate(boxes):
+        for j, box in enumerate(of_image):
+            check_box(box, where=f"{where}[{i}][{j}]")
+    return boxes
+
+
+def not_an_image(where: str, got: object) -> SayoError:
+    """The error D66 of a video or an audio, in a row whose boxes would be looked at."""
+    return SayoError(
+        "D66",
+        "a row has a video or an audio, and boxes lie in images only",
+        where=where,
+        got=got,
+        fix="remove it",
+    )
 
 
 def cell_coverage(box: Sequence[float], rows: int, cols: int) -> np.ndarray:

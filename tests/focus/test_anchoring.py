@@ -304,7 +304,7 @@ def test_target_by_hand():
         ([[[0, 0, 1, 1]]], 1.0, "F05"),
         ([[[0, 0, 1, 1]]], float("nan"), "F05"),
         ([[]], 0.1, "F06"),
-        ([[[0, 0, 1, 1]], []], 0.1, "F06"),
+        ([[[0, 0, 1, 1]], []], 0.1, "D05"),
         ([[[0.5, 0, 0.2, 1]]], 0.1, "V02"),
     ],
 )
@@ -418,7 +418,7 @@ def test_rows_that_cannot_be_used_are_refused(folders, tmp_path):
     refused("D09", {**row, "prompt": [{"role": "user", "content": "no place for an image"}]})
     refused("F14", row, max_tokens=10)
     refused(
-        "P06",
+        "D05",
         {**row, "extra_info": {**row["extra_info"], "boxes": row["extra_info"]["boxes"] * 2}}
         | {"prompt": [{"role": "user", "content": "<image><image><image>"}], "images": row["images"] * 3},
     )

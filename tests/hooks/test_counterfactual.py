@@ -1,6 +1,7 @@
 """The counterfactual pass inside verl's training worker: other pixels, the same tokens, and nothing else touched."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,10 @@ from support.engine_rows import log_prob_pass, make_rows, mixed_rows, model_conf
 from support.family_models import patches_undone
 from transformers import Qwen3VLForConditionalGeneration
 
+from sayo_verl.errors import SayoError
+from sayo_verl.hooks.capture import plan_micro_batch
+from sayo_verl.hooks.counterfactual import counterfactual_micro_batch
+from sayo_verl.models.families import FAMILIES
 from sayo_verl.probe.statistics import COUNTERFACTUAL_LOG_PROBS, INTERVENTION_KEY, Statistic, StatisticsRequest
 from sayo_verl.vision.grids import merged_grid
 from sayo_verl.vision.intervention import KINDS, Intervention, Pixels, intervene, prompt_key
@@ -170,3 +175,20 @@ def test_rollouts_of_a_prompt_share_the_mask_and_steps_do_not(config, rows):
 
     assert torch.equal(pixels(1), pixels(1))
     assert not torch.equal(pixels(1), pixels(2))
+
+
+FIELDS = dict.fromkeys(("input_ids", "response_mask", "multi_modal_inputs", "extra_info"))
+
+
+@pytest.mark.parametrize("absent", FIELDS)
+def test_a_pass_without_a_field_that_it_reads_is_refused(absent):
+    batch = {name: None for name in FIELDS if name != absent}
+    with pytest.raises(SayoError, match=f"SAYO-P10: .*no field '{absent}'"):
+        counterfactual_micro_batch(batch, SimpleNamespace(), FAMILIES["qwen3_vl"], wire(Intervention()))
+    with pytest.raises(SayoError, match=f"SAYO-P10: .*no field '{absent}'"):
+        plan_micro_batch(batch, SimpleNamespace(), FAMILIES["qwen3_vl"], REQUEST)
+
+
+def test_a_model_without_an_image_processor_is_refused():
+    with pytest.raises(SayoError, match="SAYO-P28: the model has no image processor"):
+        counterfactual_micro_batch(FIELDS, SimpleNamespace(processor=None), FAMILIES["qwen3_vl"], wire(Intervention()))

@@ -263,7 +263,7 @@ def test_videos_are_visual_tokens_like_images(random_policy, rows, packed):
 def test_boxes_of_a_row_with_a_video_stop_the_pass(random_policy, packed_worker):
     row = video_row(model_config(random_policy, packed=True).processor, 4, 96, 64, 6)
     row["extra_info"] = {"index": 1, "boxes": [[[0.1, 0.1, 0.9, 0.4]]]}
-    with pytest.raises(SayoError, match=r"SAYO-P07: .*boxes.*index 1.*fix: "):
+    with pytest.raises(SayoError, match=r"SAYO-D66: .*boxes.*index 1.*fix: "):
         log_prob_pass(packed_worker, [row, row], REQUEST)
 
 
@@ -271,7 +271,7 @@ def test_boxes_of_a_row_with_a_video_stop_the_pass(random_policy, packed_worker)
     ("break_row", "code"),
     [
         (lambda row: row["extra_info"].update(boxes=[[[0.5, 0.1, 0.2, 0.4]]]), "V02"),
-        (lambda row: row["extra_info"].update(boxes=[[[0.5, 0.1, 0.9, 0.4]], []]), "P06"),
+        (lambda row: row["extra_info"].update(boxes=[[[0.5, 0.1, 0.9, 0.4]], []]), "D05"),
         (lambda row: row["multi_modal_inputs"].update(video_grid_thw=torch.tensor([[2, 4, 4]])), "P05"),
     ],
     ids=["x1<x0", "boxes-not-per-image", "video without placeholders"],

@@ -380,6 +380,15 @@ def test_more_outputs_than_sessions_are_refused(queue, config):
         trainer._compute_advantage(batch, {})
 
 
+def test_advantages_that_bypass_the_registered_estimator_are_refused(queue, config, monkeypatch):
+    from sayo_verl.hooks.modes import SayoSync
+
+    of_verl = next(c for c in SayoSync.__mro__[2:] if "_compute_advantage" in vars(c))
+    monkeypatch.setattr(of_verl, "_compute_advantage", lambda self, batch, metrics: batch)
+    with pytest.raises(SayoError, match=r"SAYO-A08: .*without calling the registered estimator"):
+        one_step(config, "bypassed", [0, 1, 2, 3])
+
+
 def test_the_handshake_names_a_worker_without_the_plugin(queue, config):
     """Workers that report another version or verl's own engine end the run before step 1."""
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from sayo_verl.data.scenes import SceneConfig, prepare, sample_scene
 from sayo_verl.errors import SayoError
 from sayo_verl.reward import compute_score
+from sayo_verl.tiny import policy
 from sayo_verl.tiny import warmup as warmup_module
 from sayo_verl.tiny.evaluate import evaluate, measure_batch, region_attention, select_tokens
 from sayo_verl.tiny.policy import (
@@ -92,6 +93,13 @@ def test_every_word_of_the_task_is_one_token_and_tags_survive_decoding(processor
     assert len(ids) == 9
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<think> circle red .</think><answer> red</answer>"
     assert tokenizer.eos_token == END
+
+
+def test_a_tokenizer_that_splits_words_of_the_task_is_refused(monkeypatch):
+    words = iter([("circle",), ("circle", "unknown word")])  # of the training, of the check
+    monkeypatch.setattr(policy, "task_words", lambda: next(words))
+    with pytest.raises(SayoError, match=r"SAYO-T02: .*got \['unknown word'\]"):
+        policy.build_tokenizer()
 
 
 @pytest.mark.parametrize("text", ["Straße, 東京 \n\t x=3.5!", "<think> the ring is blue . </think>", "What shape"])

@@ -22,12 +22,13 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
-from sayo_verl.data.building.folder import IN_OTHER_SPLIT, LEFT_OUT, Built, check_data_source, check_folder
+from sayo_verl.data.building.folder import IN_OTHER_SPLIT, LEFT_OUT, Built, check_folder
 from sayo_verl.data.building.meter import Meter, finished
 from sayo_verl.data.building.options import LOSSES, BuildOptions, add_flags, options_from
 from sayo_verl.data.building.output import Earlier, Output
 from sayo_verl.data.building.pipeline import Item, Made, Rules, Size, drawn_on, in_order
 from sayo_verl.data.building.shards import SPLITS, START_OVER, Hashes, Layout, bytes64, hash64
+from sayo_verl.data.contract import check_prepared_source
 from sayo_verl.data.mixups import FormatWatch
 from sayo_verl.data.rows import Drop, Example, LeftOut, Source, check_text, record
 from sayo_verl.errors import SayoError
@@ -135,7 +136,7 @@ class _Build:
                 yield Item(ordinal, None, thing)
             elif ordinal in self._drawn if self._drawn is not None else self._luck(thing) < self.options.share:
                 where = f"{self.source.name} {thing.id}"
-                check_data_source(thing.data_source, where)
+                check_prepared_source(thing.data_source, where)
                 if not thing.images:
                     raise SayoError("D52", "an example has no image", where=where, fix="leave it out")
                 try:

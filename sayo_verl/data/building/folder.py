@@ -6,7 +6,7 @@
                               got as far as its boxes
     manifest.json             what the folder was made of and what is in it, with sizes and sha256; written last
 
-Error codes: D52 a data source that is none of ours, D56 the folder is damaged or none of ours.
+Error code: D56 the folder is damaged or of another kind.
 """
 
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sayo_verl.data.building.shards import PROGRESS, SPLITS, START_OVER, check_shard, file_sha256, read_rows
+from sayo_verl.data.contract import check_prepared_source
 from sayo_verl.data.prepared import MANIFEST
 from sayo_verl.data.rows import RUNS_CODE
 from sayo_verl.errors import SayoError
@@ -24,8 +25,6 @@ from sayo_verl.errors import SayoError
 KIND, FORMAT = "sayo rows", 1
 LEFT_OUT = "left_out.jsonl"
 SHARD = re.compile(r"(train|val)-\d{5}\.parquet")
-# verl chooses the reward by this name: names of its own lead to code that is not meant for these rows
-DATA_SOURCE = re.compile(r"sayo/[a-z0-9_.-]+")
 IN_OTHER_SPLIT = "image_in_other_split"
 _PLAIN = re.compile(r"[\w/.@%+-]+")  # a path that Hydra's grammar takes without quotes
 
@@ -46,21 +45,6 @@ class Built(NamedTuple):
     left_out: dict[str, int]
     files: dict[str, list[Path]]
     reused: bool
-
-
-def check_data_source(name: Any, where: str) -> None:
-    """Raises:
-    SayoError: D52 for a name that verl's own rewards may answer to.
-    """
-    if not isinstance(name, str) or not DATA_SOURCE.fullmatch(name):
-        raise SayoError(
-            "D52",
-            "the name of a data source is not one of ours",
-            where=where,
-            got=repr(name)[:80],
-            wanted=DATA_SOURCE.pattern,
-            fix="name it sayo/..., in small letters",
-        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -135,7 +119,7 @@ def check_folder(folder: Path, *, hashes: bool = False) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        SayoError: D56; D52 for a data source that is none of ours.
+        SayoError: D56; D52 for a data source that `sayo prepare` does not write.
     """
     told = read_manifest(folder)
     files = told["files"]
@@ -174,7 +158,7 @@ def check_folder(folder: Path, *, hashes: bool = False) -> dict[str, Any]:
         if name != LEFT_OUT:
             check_shard(path, facts["rows"]).close()
             for source in {row["data_source"] for row in read_rows(folder, [name], ["data_source"])}:
-                check_data_source(source, str(path))
+                check_prepared_source(source, str(path))
     return told
 
 

@@ -13,7 +13,7 @@ from sayo_verl.data.boxes import FRAMES, BoxRules
 from sayo_verl.data.building.shards import Layout
 from sayo_verl.data.images import ImageRules
 from sayo_verl.data.rows import INSTRUCTION, PROMPTS, RESERVED
-from sayo_verl.errors import SayoError
+from sayo_verl.errors import Rule, raise_first
 
 # Reasons that count towards max_drop: what is wrong with images and text, not what the source does not choose.
 LOSSES = frozenset(
@@ -99,31 +99,34 @@ class BuildOptions:
     prompt: str = PROMPTS[0]
 
     def __post_init__(self) -> None:
-        for name, right, wanted in (
-            ("limit", self.limit >= 0, "0 (all) or more"),
-            ("workers", self.workers >= 0, "0 (one for each core) or more"),
-            ("share", 0 < self.share <= 1, "more than 0, at most 1"),
-            ("val_share", 0 <= self.val_share < 1, "at least 0, less than 1"),
-            ("max_drop", 0 <= self.max_drop <= 1, "0 to 1"),
-            ("instruction", not RESERVED.search(self.instruction), "text without image tags and control tokens"),
-            (
-                "instruction",
-                self.prompt != "released" or self.instruction in (INSTRUCTION, ""),
-                "none with --prompt released",
-            ),
-            ("prompt", self.prompt in PROMPTS, ", ".join(PROMPTS)),
-            ("box_frame", self.box_frame in FRAMES, ", ".join(FRAMES)),
-            *((n, getattr(self, n) >= 1, "1 or more") for n in ("shard_rows", "row_group_rows", "row_group_bytes")),
-        ):
-            if not right:
-                raise SayoError(
-                    "D57",
-                    "an option is out of range",
-                    where=f"--{name.replace('_', '-')}",
-                    got=getattr(self, name),
-                    wanted=wanted,
-                    fix="correct the option",
-                )
+        two_prompts = self.prompt == "released" and self.instruction not in (INSTRUCTION, "")
+        reserved = RESERVED.search(self.instruction) is not None
+        sizes = ("shard_rows", "row_group_rows", "row_group_bytes")
+        raise_first(
+            [
+                self._rule(self.limit < 0, "limit", "0 (all) or more"),
+                self._rule(self.workers < 0, "workers", "0 (one for each core) or more"),
+                self._rule(not 0 < self.share <= 1, "share", "more than 0, at most 1"),
+                self._rule(not 0 <= self.val_share < 1, "val_share", "at least 0, less than 1"),
+                self._rule(not 0 <= self.max_drop <= 1, "max_drop", "0 to 1"),
+                self._rule(reserved, "instruction", "text without image tags and control tokens"),
+                self._rule(two_prompts, "instruction", "none with --prompt released"),
+                self._rule(self.prompt not in PROMPTS, "prompt", ", ".join(PROMPTS)),
+                self._rule(self.box_frame not in FRAMES, "box_frame", ", ".join(FRAMES)),
+                *(self._rule(getattr(self, name) < 1, name, "1 or more") for name in sizes),
+            ]
+        )
+
+    def _rule(self, broken: bool, name: str, wanted: str) -> Rule:
+        return Rule(
+            "D57",
+            broken,
+            "an option is out of range",
+            where=f"--{name.replace('_', '-')}",
+            got=getattr(self, name),
+            wanted=wanted,
+            fix="correct the option",
+        )
 
     def deciding(self) -> dict[str, Any]:
         """The options that decide what is in the folder."""

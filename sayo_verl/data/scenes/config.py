@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from sayo_verl.data.prepared import content_hash
 from sayo_verl.data.scenes.drawing import COLOURS, DIGIT_HEIGHT, SHAPES, chart_frame
-from sayo_verl.errors import SayoError
+from sayo_verl.errors import Rule, raise_first
 
 # The kinds of version 1: kind -> text; {key} is the word that names the target. The tiny policy's words come from here.
 QUESTIONS = {"colour": "What colour is the {key}?", "shape": "What shape is the {key} object?"}
@@ -94,30 +94,34 @@ class SceneConfig:
 
     def __post_init__(self) -> None:
         kinds = set(self.question_kinds)
-        checks = [(not kinds or not kinds <= set(KINDS), "question_kinds", f"some of {sorted(KINDS)}")]
+        rules = [self._rule(not kinds or not kinds <= set(KINDS), "question_kinds", f"some of {sorted(KINDS)}")]
         if kinds & {*QUESTIONS, *OBJECT_KINDS}:
-            checks += self._object_checks(kinds)
+            rules += self._object_rules(kinds)
         if kinds & set(BAR_KINDS):
-            checks += self._bar_checks()
-        checks += [
-            (self.n_train < 1 or self.n_val < 1, "n_train, n_val", "at least 1"),
-            (self.region not in ("target", "distractor"), "region", "'target' or 'distractor'"),
-            (not 0 <= self.clutter <= 64, "clutter", "0 to 64"),
-            (not 0 <= self.noise <= 64, "noise", "0 to 64"),
-            ("height" in kinds and self.noise > 32, "noise, question_kinds", "at most 32, or no number can be read"),
+            rules += self._bar_rules()
+        unreadable = "height" in kinds and self.noise > 32
+        rules += [
+            self._rule(self.n_train < 1 or self.n_val < 1, "n_train, n_val", "at least 1"),
+            self._rule(self.region not in ("target", "distractor"), "region", "'target' or 'distractor'"),
+            self._rule(not 0 <= self.clutter <= 64, "clutter", "0 to 64"),
+            self._rule(not 0 <= self.noise <= 64, "noise", "0 to 64"),
+            self._rule(unreadable, "noise, question_kinds", "at most 32, or no number can be read"),
         ]
         for name in self._changed():
             unread = bool(_READ_BY[name]) and not kinds & set(_READ_BY[name])
-            checks.append((unread, f"{name}, question_kinds", f"a kind that reads {name}: {list(_READ_BY[name])}"))
-        for is_wrong, names, wanted in checks:
-            if is_wrong:
-                got = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split(", "))
-                raise SayoError(
-                    "D20", "no scene can be drawn", where="SceneConfig", got=got, wanted=wanted, fix=f"change {names}"
-                )
+            wanted = f"a kind that reads {name}: {list(_READ_BY[name])}"
+            rules.append(self._rule(unread, f"{name}, question_kinds", wanted))
+        raise_first(rules)
 
-    def _object_checks(self, kinds: set[str]) -> list[tuple[bool, str, str]]:
-        """(is wrong, names of fields, what is wanted) of scenes on the grid."""
+    def _rule(self, broken: bool, names: str, wanted: str) -> Rule:
+        """A rule about some fields, named as in ``"n_train, n_val"``."""
+        got = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split(", "))
+        return Rule(
+            "D20", broken, "no scene can be drawn", where="SceneConfig", got=got, wanted=wanted, fix=f"change {names}"
+        )
+
+    def _object_rules(self, kinds: set[str]) -> list[Rule]:
+        """Rules of scenes on the grid."""
         fewest, most = 1, self.grid**2
         if kinds & set(QUESTIONS):
             most = min(most, len(SHAPES), len(COLOURS))
@@ -125,55 +129,60 @@ class SceneConfig:
             fewest = 2
         if "relation" in kinds:  # of the cells on one side of the named object only one may be taken
             most = min(most, self.grid**2 - max(0, self.grid - 2))
-        checks = [
-            (self.grid < 1, "grid", "at least 1"),
-            (
+        alike = bool(kinds & set(OBJECT_KINDS)) and self.min_radius < 3
+        flat = bool(kinds & {"place", "relation"}) and self.grid < 2
+        rules = [
+            self._rule(self.grid < 1, "grid", "at least 1"),
+            self._rule(
                 not fewest <= self.min_objects <= self.max_objects <= most,
                 "min_objects, max_objects",
                 f"{fewest} to {most}, in order",
             ),
-            (not 1 <= self.min_radius <= self.max_radius, "min_radius, max_radius", "at least 1, in order"),
-            (
+            self._rule(not 1 <= self.min_radius <= self.max_radius, "min_radius, max_radius", "at least 1, in order"),
+            self._rule(
                 2 * self.max_radius + 2 > self.image_size // max(1, self.grid),
                 "max_radius",
                 "an object that fits in its cell",
             ),
-            (bool(kinds & set(OBJECT_KINDS)) and self.min_radius < 3, "min_radius", "at least 3, or shapes look alike"),
-            (bool(kinds & {"place", "relation"}) and self.grid < 2, "grid", "at least 2, for a place or a relation"),
+            self._rule(alike, "min_radius", "at least 3, or shapes look alike"),
+            self._rule(flat, "grid", "at least 2, for a place or a relation"),
         ]
         if kinds & {"place", "size", "relation"}:
             others = self.min_objects - (2 if "relation" in kinds else 1)
             if "place" in kinds:  # none in the named quarter or on the lines that bound it
                 others = min(others, self.grid**2 - (self.grid - self.grid // 2) ** 2)
-            checks.append((not 0 <= self.repeat <= others, "repeat, min_objects", f"repeat from 0 to {others}"))
+            wrong = not 0 <= self.repeat <= others
+            rules.append(self._rule(wrong, "repeat, min_objects", f"repeat from 0 to {others}"))
         if "size" in kinds:
             apart = self.max_radius - self.min_radius >= 2 and 4 * self.max_radius >= 5 * self.min_radius
-            checks.append((not apart, "min_radius, max_radius", "sizes that differ by a quarter and 2 pixels or more"))
+            wanted = "sizes that differ by a quarter and 2 pixels or more"
+            rules.append(self._rule(not apart, "min_radius, max_radius", wanted))
         if "count" in kinds:
             most = self.max_objects - 1
-            checks.append((not 1 <= self.max_count <= most, "max_count, max_objects", f"max_count from 1 to {most}"))
-        return checks
+            wrong = not 1 <= self.max_count <= most
+            rules.append(self._rule(wrong, "max_count, max_objects", f"max_count from 1 to {most}"))
+        return rules
 
-    def _bar_checks(self) -> list[tuple[bool, str, str]]:
-        """As ``_object_checks``, of charts."""
+    def _bar_rules(self) -> list[Rule]:
+        """Rules of charts."""
         levels = range(1, 100)
-        checks = [(self.bar_levels not in levels, "bar_levels", "1 to 99")]
+        rules = [self._rule(self.bar_levels not in levels, "bar_levels", "1 to 99")]
         if self.bar_levels in levels:
             frame = chart_frame(self.image_size, self.bar_levels)
             most = min(len(COLOURS), self.bar_levels, max(0, frame.width // _MIN_SLOT))
-            checks += [
-                (
+            rules += [
+                self._rule(
                     frame.step < frame.scale * (DIGIT_HEIGHT + 1),
                     "bar_levels, image_size",
                     "a scale whose numbers do not touch",
                 ),
-                (
+                self._rule(
                     not 2 <= self.min_bars <= self.max_bars <= most,
                     "min_bars, max_bars, bar_levels, image_size",
                     f"2 to {most} bars, in order: as many as there are levels, colours and room",
                 ),
             ]
-        return checks
+        return rules
 
     def _changed(self) -> list[str]:
         """Fields that version 1 did not have and that are not at their default."""

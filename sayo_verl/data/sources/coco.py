@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sayo_verl.data.boxes import four_numbers
 from sayo_verl.data.rows import Drop, Example, LeftOut, check_text
 from sayo_verl.data.sources import fields, inputs
 from sayo_verl.data.sources import templates as tp
@@ -205,7 +206,7 @@ class CocoSource:
                         "give categories and annotations of one file",
                         got=category,
                     )
-                box = fields.box(fields.field_of(mark, "bbox", list, at), at)
+                box = four_numbers(fields.field_of(mark, "bbox", list, at), at)
                 marks.add(image, fields.field_of(mark, "id", int, at), category, bool(mark.get("iscrowd", 0)), box)
         marks.close()
         return marks

@@ -16,9 +16,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sayo_verl.data.boxes import BOX_FORMATS
+from sayo_verl.data.boxes import BOX_FORMATS, four_numbers
+from sayo_verl.data.contract import check_placeholders
 from sayo_verl.data.rows import IMAGE_TAG, Drop
 from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.vision.masks import check_nesting
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
@@ -44,18 +46,9 @@ def untagged(question: str, n_images: int, where: str) -> str:
         SayoError: D09 where there are tags, but not one for each image.
         Drop: ``reserved_text`` where a tag stands within the text, whose meaning hangs on its place.
     """
-    told = question.count(IMAGE_TAG)
-    if not told:
+    if IMAGE_TAG not in question:
         return question
-    if told != n_images:
-        raise SayoError(
-            "D09",
-            "the question does not name each image once",
-            where=where,
-            got=f"{told} {IMAGE_TAG} tags, {n_images} images",
-            wanted="one tag for each image, or none",
-            fix="remove the tags; one for each image is put before the question",
-        )
+    check_placeholders([{"role": "user", "content": question}], {IMAGE_TAG: n_images}, where)
     words = question.strip()
     while words.startswith(IMAGE_TAG):
         words = words.removeprefix(IMAGE_TAG).strip()
@@ -195,49 +188,11 @@ class Seen:
 # --------------------------------------------------------------------------------------------------------------- boxes
 
 
-def box(values: Any, where: str) -> tuple[float, float, float, float]:
-    """Four finite numbers.
-
-    Raises:
-        SayoError: D42.
-    """
-    if not isinstance(values, list | tuple) or len(values) != 4:
-        raise _no_numbers("a box is not four finite numbers", where, values)
-    a, b, c, d = finite(values, where)
-    return a, b, c, d
-
-
-def finite(values: Sequence[Any], where: str) -> list[float]:
-    """Finite numbers as floats.
-
-    Raises:
-        SayoError: D42.
-    """
-    if not all(_finite(value) for value in values):
-        raise _no_numbers("a coordinate is not a finite number", where, values)
-    return [float(value) for value in values]
-
-
-def _no_numbers(what: str, where: str, got: Any) -> SayoError:
-    return SayoError(
-        "D42",
-        what,
-        where=where,
-        got=shown(got),
-        wanted="finite numbers, without units",
-        fix="correct the box, or remove the record",
-    )
-
-
 def no_box(what: str, where: str, got: Any, wanted: str) -> SayoError:
     """D59: boxes do not have the form of their format."""
     return SayoError(
         "D59", what, where=where, got=shown(got), wanted=wanted, fix="correct the boxes, or remove the record"
     )
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, numbers.Real | decimal.Decimal) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def boxes_of_images(value: Any, n_images: int, where: str) -> tuple[tuple[tuple[float, ...], ...], ...]:
@@ -260,17 +215,11 @@ def boxes_of_images(value: Any, n_images: int, where: str) -> tuple[tuple[tuple[
         )
     nested = all(isinstance(b, list | tuple) and all(isinstance(v, list | tuple) for v in b) for b in value)
     if not nested and n_images == 1:
-        return (tuple(box(b, f"{where}, box {i}") for i, b in enumerate(value)),)
-    if not nested or len(value) != n_images:
-        raise SayoError(
-            "D05",
-            "boxes are not nested by image",
-            where=where,
-            got=f"{len(value)} entries for {n_images} images: {shown(value)}",
-            wanted="one list of boxes for each image, empty for an image without one",
-            fix="write boxes as [[box, ...], ...], one list per image",
-        )
-    return tuple(tuple(box(b, f"{where}, image {i} box {j}") for j, b in enumerate(of)) for i, of in enumerate(value))
+        return (tuple(four_numbers(b, f"{where}, box {i}") for i, b in enumerate(value)),)
+    check_nesting(value, n_images, where=where)
+    return tuple(
+        tuple(four_numbers(b, f"{where}, image {i} box {j}") for j, b in enumerate(of)) for i, of in enumerate(value)
+    )
 
 
 def names_of_boxes(value: Any, boxes: Sequence[Sequence[Any]], where: str) -> tuple[tuple[str, ...], ...]:

@@ -352,6 +352,7 @@ def _pixels(value: Any, where: str) -> int:
 
 
 def _not_gqa(what: str, where: str, *, got: object = None, wanted: object = None) -> SayoError:
+    """D49: a record does not have the form of GQA's."""
     return SayoError(
         "D49",
         what,

@@ -55,6 +55,7 @@ def image_name(name: Any, where: str, *, outside: bool = False) -> str:
 
 
 def _no_image(what: str, where: str, got: Any, wanted: str, fix: str) -> SayoError:
+    """D60: an image cannot be found by its name."""
     return SayoError("D60", what, where=where, got=shown(got), wanted=wanted, fix=fix)
 
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
+from sayo_verl.data.boxes import four_numbers
 from sayo_verl.data.rows import Drop, Example, ImageRef, LeftOut, check_text
 from sayo_verl.data.sources import fields, inputs
 from sayo_verl.data.sources import templates as tp
@@ -235,7 +236,8 @@ def _bounds(shape: dict[str, Any], kind: str, where: str) -> tuple[float, ...] |
         wanted = "two corners [x, y]" if kind in _BY_CORNERS else f"{fewest} or more points [x, y]"
         raise fields.no_box(f"a {kind} has not the points of one", where, points, wanted)
     xs, ys = zip(*points, strict=True)
-    fields.finite([*xs, *ys], where)
+    for x, y in points:
+        four_numbers([x, y, x, y], where)  # a point is a box without extent
     return float(min(xs)), float(min(ys)), float(max(xs)), float(max(ys))
 
 

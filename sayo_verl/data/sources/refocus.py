@@ -36,6 +36,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sayo_verl.data.boxes import four_numbers
 from sayo_verl.data.rows import Drop, Example, ImageRef, LeftOut, check_text
 from sayo_verl.data.sources import fields, inputs
 from sayo_verl.data.streams import json_items
@@ -295,7 +296,7 @@ def _boxes(value: Any, pixels: bool, where: str) -> list[Box]:
         rows = [[b[corner] for corner in _CORNERS] for b in each]
     if rows and all(v is None for b in rows for v in b):  # a struct of nulls is a missing struct
         return []
-    found = [fields.box(b, f"{where} {i}") for i, b in enumerate(rows)]
+    found = [four_numbers(b, f"{where} {i}") for i, b in enumerate(rows)]
     for b in found:
         if pixels and b[2] > b[0] and b[3] > b[1] and max(b) <= 1:
             raise _mixture(where, b, "pixels; these are fractions that were cut to whole numbers")
