@@ -9,7 +9,7 @@ FLOORS = """
 errors
 vision models reward
 probe data
-methods tiny inspection
+methods metis tiny inspection
 report focus
 launch
 hooks

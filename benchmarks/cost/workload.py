@@ -27,7 +27,7 @@ from sayo_verl.probe.measure import Measurement
 from sayo_verl.probe.plan import RowPlan, plan_row
 from sayo_verl.probe.reference import Span
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest
-from sayo_verl.probe.taps import ForwardTap, asked_layers
+from sayo_verl.probe.taps import ForwardTap, requested_layers
 from sayo_verl.vision.grids import Tile
 
 LOGIT_ROWS = 2048  # tokens whose log-softmax and entropy are computed at once: verl's entropy_from_logits_chunk_size
@@ -165,7 +165,7 @@ class Workload:
             request: what to measure.
             chunk: query rows at once on the reference path; None: its own default.
         """
-        numbers = asked_layers(self.stack.model, request.layers, where="benchmark")
+        numbers = requested_layers(self.stack.model, request.layers, where="benchmark")
         changed: Any = contextlib.nullcontext()
         if chunk is not None:
             changed = mock.patch.object(measure, "kernels", return_value=in_chunks(chunk))
@@ -176,8 +176,8 @@ class Workload:
         """The pass with the probe in it, as the engine runs it; ``chunk`` as for ``measurement``."""
         made = functools.cache(lambda: self.measurement(request, chunk))  # when the first layer is read, as there
         n_layers = self.stack.shape.layers
-        attention = {n % n_layers for s in request.statistics if s.fact.source != "hidden" for n in s.layers}
-        hidden = any(s.fact.source == "hidden" for s in request.statistics)
+        attention = {n % n_layers for s in request.statistics if s.spec.source != "hidden" for n in s.layers}
+        hidden = any(s.spec.source == "hidden" for s in request.statistics)
         read_hidden = (lambda states: made().read_hidden(states)) if hidden else None
         with ForwardTap(self.stack.model, sorted(attention), lambda *args: made().read(*args), read_hidden):
             self.plain()

@@ -1,12 +1,11 @@
-"""The engine mixin: attention statistics from the log-prob pass, beside ``log_probs`` and ``entropy``.
+"""The engine mixin, which adds attention statistics to the output of the log-prob pass.
 
-It overrides one method of verl's engine, ``forward_step``, and does nothing unless the call carries a request (the
-trainer mixin raises it for the old-log-prob pass only: the reference pass of a LoRA run uses the same worker call and
-would otherwise overwrite the statistics with the base model's). A call that carries an intervention instead is a
-counterfactual pass.
+It overrides one method of verl's engine, ``forward_step``. Without a request in the call it does nothing. The trainer
+mixin sets the request for the old-log-prob pass only, because the reference pass of a LoRA run uses the same worker
+call and would overwrite the statistics with the base model's. A call with an intervention is a counterfactual pass.
 
-verl concatenates every jagged tensor in ``model_output`` over micro-batches, restores the order after dynamic batching
-and stores it in TransferQueue under its key, so an extra key needs no other change.
+verl concatenates every jagged tensor in ``model_output`` over micro-batches and restores the order after dynamic
+batching. It then stores the tensor in TransferQueue under its key, so an extra key needs no other change.
 """
 
 import functools
@@ -15,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from tensordict import NonTensorData, TensorDict
+from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_torch_device
 from verl.utils.ulysses import get_ulysses_sequence_parallel_group, get_ulysses_sequence_parallel_rank
 
 from sayo_verl.errors import SayoError
-from sayo_verl.hooks.counterfactual import counterfactual_micro_batch
+from sayo_verl.hooks.counterfactual import counterfactual_micro_batch, plain_rows
 from sayo_verl.models.families import Family, family_of
 from sayo_verl.probe.measure import Measurement, Shard
 from sayo_verl.probe.plan import ChatTokens, RowPlan, image_tiles, plan_row, video_tokens
@@ -34,14 +33,14 @@ from sayo_verl.probe.statistics import (
     StatisticsRequest,
     check_lse_path,
 )
-from sayo_verl.probe.taps import ForwardTap, asked_layers
+from sayo_verl.probe.taps import ForwardTap, requested_layers
 from sayo_verl.probe.transfer import to_device
 
 LAYERS = "algorithm.attn.*.layers"
 
 
 class AttentionStatisticsMixin:
-    """In front of ``FSDPEngineWithLMHead``."""
+    """Mixin for ``FSDPEngineWithLMHead``; it comes first in the bases."""
 
     module: torch.nn.Module
     model_config: Any
@@ -61,12 +60,12 @@ class AttentionStatisticsMixin:
         family = family_of(self.model_config.hf_config.model_type, where="the loaded model")
         shard = self._shard(family, packed)
         check_lse_path(request.path, packed=packed, ranks=shard.size if shard else 1)
-        numbers = asked_layers(self.module, request.layers, where=LAYERS)
+        numbers = requested_layers(self.module, request.layers, where=LAYERS)
         clock = _Clock(device)
 
         @functools.cache
         def measurement() -> Measurement:
-            # made when the first layer is read: the device then has the layers before it to compute, and does not wait
+            # Created when the first layer is read. The device is then busy with earlier layers, so it does not idle.
             rows = plan_micro_batch(micro_batch, self.model_config, family, request)
             return Measurement(request, rows, numbers, packed=packed, device=device, shard=shard)
 
@@ -78,8 +77,8 @@ class AttentionStatisticsMixin:
             with clock:
                 measurement().read_hidden(hidden)
 
-        attention = {numbers[n] for s in request.statistics if s.fact.source != "hidden" for n in s.layers}
-        hidden = any(s.fact.source == "hidden" for s in request.statistics)
+        attention = {numbers[n] for s in request.statistics if s.spec.source != "hidden" for n in s.layers}
+        hidden = any(s.spec.source == "hidden" for s in request.statistics)
         tap = ForwardTap(
             self.module, sorted(attention), read, read_hidden if hidden else None, with_lse=request.path == FAST_LSE
         )
@@ -93,8 +92,10 @@ class AttentionStatisticsMixin:
     def _counterfactual_step(
         self, micro_batch: TensorDict, loss_function: Any, forward_only: bool, change: Mapping[str, Any]
     ) -> tuple[Any, dict]:
-        """Log-probs after a changed image, under a name of their own: verl stores whatever a pass returns by its name,
-        and those of the real image must stay."""
+        """Return log-probs for a changed image under a separate name.
+
+        verl stores all outputs of a pass by name, and the log-probs of the real image must stay.
+        """
         family = family_of(self.model_config.hf_config.model_type, where="the loaded model")
         copy = counterfactual_micro_batch(micro_batch, self.model_config, family, change)
         loss, output = super().forward_step(copy, loss_function, forward_only)  # type: ignore[misc]
@@ -102,10 +103,10 @@ class AttentionStatisticsMixin:
         return loss, output
 
     def _shard(self, family: Family, packed: bool) -> Shard | None:
-        """This rank's place among those that share a sequence; None when sequences are whole.
+        """This rank's place among the ranks that share a sequence; None without sequence parallelism.
 
         Raises:
-            SayoError: P09 where a sequence-parallel run is not what it looks like.
+            SayoError: P09 for a sequence-parallel run with padded rows or a family that does not support it.
         """
         if not self.use_ulysses_sp:
             return None
@@ -126,17 +127,17 @@ class AttentionStatisticsMixin:
 def plan_micro_batch(
     micro_batch: TensorDict, model_config: Any, family: Family, request: StatisticsRequest
 ) -> list[RowPlan]:
-    """Plans for the rows of a micro-batch, from the fields verl gives every row.
+    """Plan the rows of a micro-batch from verl's fields.
 
     Args:
         micro_batch: with ``input_ids`` and ``response_mask`` (jagged [N, .]), ``multi_modal_inputs`` and ``extra_info``
             (one dict per row).
         model_config: verl's, with ``hf_config`` and ``tokenizer``.
         family: the model's.
-        request: what is to be measured.
+        request: what to measure.
 
     Raises:
-        SayoError: P10 for a missing field, and what ``image_tiles`` and ``plan_row`` raise.
+        SayoError: P10 for a missing field, and the errors of ``image_tiles`` and ``plan_row``.
     """
     for field in ("input_ids", "response_mask", "multi_modal_inputs", "extra_info"):
         if field not in micro_batch.keys():
@@ -152,7 +153,7 @@ def plan_micro_batch(
     n_boxes = max((s.size for s in request.statistics if s.name == "box_mass"), default=0)
     ids = micro_batch["input_ids"].unbind()
     masks = micro_batch["response_mask"].unbind()
-    images, infos = _rows_of(micro_batch["multi_modal_inputs"]), _rows_of(micro_batch["extra_info"])
+    images, infos = plain_rows(micro_batch["multi_modal_inputs"]), plain_rows(micro_batch["extra_info"])
     plans = []
     for n, (ids_S, mask_T, image, info) in enumerate(zip(ids, masks, images, infos, strict=True)):
         where = f"row {n} of the micro-batch (extra_info.index {info.get('index', 'absent')})"
@@ -180,7 +181,7 @@ def wire_tensors(
     seconds: float,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """Statistics as jagged tensors: what ``Measurement.finish`` gives, and per-row ones as rows of length one."""
+    """Jagged tensors of the statistics from ``Measurement.finish`` and the per-row numbers (rows of length one)."""
     per_row = {
         "image_tokens": [row.image_columns.numel() for row in rows],
         "region_tokens": [row.region_tokens for row in rows],
@@ -189,24 +190,19 @@ def wire_tensors(
     lengths = [*(parts for _, parts in results.values()), *([1] * len(rows) for _ in per_row)]
     offsets = [torch.tensor([0, *parts]).cumsum(0) for parts in lengths]
     numbers = [torch.tensor(numbers, dtype=torch.float32) for numbers in per_row.values()]
-    there = to_device([*offsets, *numbers], device)  # one copy for all
-    values = [*(values for values, _ in results.values()), *there[len(offsets) :]]
+    on_device = to_device([*offsets, *numbers], device)  # one copy for all
+    values = [*(values for values, _ in results.values()), *on_device[len(offsets) :]]
     return {
         WIRE_PREFIX + name: torch.nested.nested_tensor_from_jagged(values, offsets)
-        for name, values, offsets in zip([*results, *per_row], values, there[: len(offsets)], strict=True)
+        for name, values, offsets in zip([*results, *per_row], values, on_device[: len(offsets)], strict=True)
     }
 
 
-def _rows_of(stack: Any) -> list[dict]:
-    """Per-row dicts of a non-tensor field, which tensordict hands out bare or wrapped depending on its history."""
-    return [row.data if isinstance(row, NonTensorData) else row for row in stack]
-
-
 class _Clock:
-    """Adds up the time of its ``with`` blocks.
+    """Sums the time of its ``with`` blocks.
 
-    On an accelerator it lets the device take the time between two events of its queue: waiting for the device around
-    every layer would cost more than the probe.
+    On an accelerator it records two device events per block, because a wait around every layer would cost more than
+    the probe.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -231,7 +227,7 @@ class _Clock:
             self._events.append((self._start, end))
 
     def seconds(self) -> float:
-        """Waits for the device, once."""
+        """Total so far, in seconds; waits for the device."""
         if self._events:
             get_torch_device().synchronize()
         return self._host_seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000

@@ -1,8 +1,8 @@
-"""Every private name of verl that this plug-in stands on, with its contract, and the guards it puts in place.
+"""Every private name of verl that this plug-in uses, with the reason, and repairs of verl.
 
-``CONTRACT`` is read by tests/hooks/test_contract.py: a signature or a source hash that differs says which seam moved,
-before a run does. Public API (registries, ``register_*``, configuration keys) is listed where its behaviour is relied
-upon.
+tests/hooks/test_contract.py reads ``CONTRACT``. A signature or source hash that differs shows which name changed before
+a run fails. Public API (registries, ``register_*``, configuration keys) is listed where the plug-in relies on its
+behaviour.
 """
 
 import functools
@@ -21,18 +21,18 @@ from sayo_verl.errors import SayoError
 
 SUPPORTED_VERL = ("0.9.1",)
 WEIGHT_TRANSFER = "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer"
-# A name of the run that the launcher makes up and all its processes share.
+# Environment variable with the run's token, which the launcher creates and all processes of the run share.
 RUN_TOKEN = "SAYO_RUN_TOKEN"
 
 
 @dataclass(frozen=True)
 class Seam:
-    """One name of verl: where it is, what is done to it and why it would hurt if it changed.
+    """One name of verl, its use and the behaviour that the plug-in expects.
 
     Attributes:
         path: ``module:attribute``.
         use: ``overrides``, ``calls``, ``replaces`` or ``relies on``.
-        why: what is expected of it.
+        why: the expected behaviour.
     """
 
     path: str
@@ -47,7 +47,7 @@ class Seam:
         return target.__func__ if isinstance(target, classmethod | staticmethod) else target
 
     def source_hash(self) -> str:
-        """First 12 hex digits of the SHA-256 of the source, indentation and trailing blanks aside."""
+        """First 12 hex digits of the SHA-256 of the source without indentation and trailing blanks."""
         lines = inspect.getsource(self.resolve()).splitlines()
         return hashlib.sha256("\n".join(line.strip() for line in lines).encode()).hexdigest()[:12]
 
@@ -58,13 +58,13 @@ CONTRACT = (
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_old_log_prob", "overrides",
          "one compute_log_prob call with batch.extra_info; entropy comes back sliced to the response"),
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_ref_log_prob", "relies on",
-         "must not carry the probe request"),
+         "must not have the probe request"),
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_advantage", "overrides",
          "pads with to_padded_tensor in batch.keys order and calls the registered estimator"),
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._step_once", "relies on", "old_log_prob comes before advantage"),
     Seam("verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync", "overrides", "base of the sayo_sync mode"),
     Seam("verl.trainer.ppo.v1.utils:compute_advantage_for_multi_trajectories", "relies on",
-         "hands non-GRPO estimators every row"),
+         "passes every row to non-GRPO estimators"),
     Seam("verl.trainer.ppo.ray_trainer:compute_advantage", "relies on", "the keyword arguments an estimator gets"),
     Seam("verl.trainer.ppo.core_algos:compute_grpo_outcome_advantage", "relies on", "arithmetic of group_advantage"),
     Seam("verl.trainer.ppo.padding_utils:construct_minimal_padding_template", "relies on",
@@ -74,7 +74,7 @@ CONTRACT = (
     Seam("verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead.prepare_model_inputs", "relies on",
          "rows packed back to back or padded on the right"),
     Seam("verl.workers.engine.utils:postprocess_batch_func", "relies on",
-         "carries every jagged key of model_output and restores row order"),
+         "keeps every jagged key of model_output and restores row order"),
     Seam("verl.workers.engine.base:EngineRegistry.get_engine_cls", "relies on", "(device, vendor) before device"),
     Seam("verl.workers.utils.padding:response_from_nested", "calls", "token t from position P + t - 1"),
     Seam("verl.workers.utils.padding:response_to_nested", "calls", "inverse of padding"),
@@ -90,7 +90,7 @@ CONTRACT = (
     Seam("verl.utils.tracking:FileLogger", "relies on", "metrics.jsonl and VERL_FILE_LOGGER_PATH"),
     # Resuming (sayo_verl/launch/resume.py)
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._load_checkpoint", "relies on",
-         "where each resume_mode looks; silent where the tracker or data.pt is missing"),
+         "where each resume_mode looks; silent if the tracker or data.pt is missing"),
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._save_checkpoint", "relies on",
          "actor, critic, data.pt, and the tracker last"),
     Seam("verl.utils.checkpoint.checkpoint_manager:find_latest_ckpt_path", "relies on", "how a tracker is read"),
@@ -99,7 +99,7 @@ CONTRACT = (
     Seam("verl.trainer.ppo.utils:need_critic", "calls", "whether a checkpoint has a critic"),
     Seam("verl.trainer.ppo.reward:get_custom_reward_fn", "relies on", "reward_kwargs reach the reward function"),
     Seam("verl.trainer.ppo.reward:_call_with_kwargs", "relies on",
-         "our reward function has no **kwargs: verl's keywords and reward_kwargs are all it is given"),
+         "our reward function has no **kwargs; it gets verl's keywords and reward_kwargs only"),
     Seam("verl.experimental.reward_loop.reward_manager.registry:get_reward_manager_cls", "relies on",
          "REWARD_MANAGER beside it holds the names that reward.reward_manager.name may have"),
     Seam("verl.experimental.reward_loop.reward_manager.naive:NaiveRewardManager.run_single", "relies on",
@@ -109,11 +109,11 @@ CONTRACT = (
     Seam("verl.experimental.reward_loop.reward_loop:migrate_legacy_reward_impl", "relies on",
          "the earlier names of reward keys; verl.trainer.main_ppo does not call it"),
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_reward_colocate", "relies on",
-         "a reward model without its own devices hands the reward function raw_prompt alone"),
+         "a reward model without its own devices passes only raw_prompt to the reward function"),
     Seam("verl.utils.import_utils:load_module", "calls", "loads a reward function as a run does"),
     Seam("verl.utils.tokenizer.chat_template:apply_chat_template", "calls", "renders the generation prompt"),
     Seam("verl.utils.tokenizer.tokenizer:hf_tokenizer", "calls", "the tokenizer of rollouts and of the reward loop"),
-    Seam("verl.utils.device:get_device_id", "calls", "where a micro-batch is computed, wherever parameters lie"),
+    Seam("verl.utils.device:get_device_id", "calls", "where a micro-batch is computed, also with offloaded parameters"),
     Seam("verl.utils.ulysses:get_ulysses_sequence_parallel_group", "calls", "the ranks that share a sequence"),
     Seam("verl.utils.ulysses:get_ulysses_sequence_parallel_rank", "calls", "which slice of the packed tokens is here"),
     Seam("verl.utils.ulysses:get_ulysses_sequence_parallel_world_size", "calls", "1 without sequence parallelism"),
@@ -126,34 +126,34 @@ CONTRACT = (
     # Weights from the trainer to vLLM
     Seam(f"{WEIGHT_TRANSFER}:BucketedWeightSender.__init__", "overrides", "takes the address of the socket"),
     Seam(f"{WEIGHT_TRANSFER}:BucketedWeightSender._init_socket", "relies on",
-         "deletes what lies at the address before it binds"),
+         "deletes an existing file at the address before it binds"),
     Seam(f"{WEIGHT_TRANSFER}:BucketedWeightReceiver.__init__", "overrides", "takes the address of the socket"),
     Seam("verl.workers.rollout.vllm_rollout.vllm_rollout:ServerAdapter.__init__", "relies on",
-         "makes the sender's address of Ray's job id, which is 01000000 in every Ray that a job starts"),
+         "builds the sender's address from Ray's job id, which is 01000000 in every Ray that a job starts"),
     Seam("verl.workers.rollout.vllm_rollout.utils:vLLMColocateWorkerExtension._get_zmq_handle", "relies on",
-         "makes the same address for the receiver"),
+         "builds the same address for the receiver"),
     # Sampling
     Seam("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.__init__", "overrides",
          "poll_interval has no configuration key; only with VERL_PLATFORM=cpu"),
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._build_replay_buffer", "relies on",
-         "gives its own buffers group filtering, and a custom sampler none"),
+         "gives group filtering to its own buffers, not to a custom sampler"),
     # Other families (sayo_verl/models)
     Seam("verl.models.transformers.qwen2_vl:_get_input_embeds", "replaces",
          "image-free micro-batches of Qwen2.5-VL crash on transformers 5"),
     Seam("verl.workers.config.model:hf_processor", "replaces",
-         "only caller of it in workers, agent loop and server; None for a processor it has no case for"),
+         "its only caller in workers, agent loop and server; returns None for an unknown processor"),
     Seam("verl.workers.rollout.utils:qwen2_5_vl_dedup_image_tokens", "replaces",
-         "every prompt goes through it to vLLM, with the processor of HFModelConfig"),
+         "every prompt passes through it to vLLM, with the processor of HFModelConfig"),
     Seam("verl.experimental.agent_loop.agent_loop:AgentLoopWorker._compute_multi_modal_inputs", "relies on",
-         "calls the processor with a text decoded without special tokens; keeps all but input_ids and attention_mask"),
+         "calls the processor with text decoded without special tokens; keeps all but input_ids and attention_mask"),
     Seam("verl.experimental.agent_loop.agent_loop:AgentLoopWorker._compute_position_ids", "relies on",
          "1-D positions for a processor without get_rope_index"),
     Seam("verl.utils.tokenizer.continuous_token:VLContinuousTokenMixin.render_tokens_with_mm", "relies on",
          "renders a prompt with the processor's chat template and takes its input_ids"),
     # sayo inspect (sayo_verl/inspection/model_view.py)
     Seam("verl.utils.dataset.rl_dataset:RLHFDataset._build_messages", "calls",
-         "a row's prompt with its images in the place of the tags, as rollouts get it"),
-    Seam("verl.utils.dataset.rl_dataset:RLHFDataset._download", "overrides", "nothing to fetch: one row is looked at"),
+         "a row's prompt with its images in place of the tags, as rollouts get it"),
+    Seam("verl.utils.dataset.rl_dataset:RLHFDataset._download", "overrides", "nothing to fetch for a single row"),
     Seam("verl.utils.dataset.rl_dataset:RLHFDataset._read_files_and_tokenize", "overrides", "no file is read"),
     Seam("verl.utils.tokenizer:build_multimodal_processor_inputs", "calls", "the processor's call of rollouts"),
     Seam("verl.utils.dataset.rl_dataset:RLHFDataset._process_multi_modal_info", "overrides",
@@ -163,13 +163,13 @@ CONTRACT = (
          "apply_chat_template_kwargs and mm_processor_kwargs of the configuration"),
     Seam("verl.utils.dataset.rl_dataset:RLHFDataset.__getitem__", "relies on", "extra_info is a dict or null"),
     Seam("verl.utils.dataset.rl_dataset:RLHFDataset.maybe_filter_out_long_prompts", "relies on",
-         "drops what is over data.max_prompt_length and what raises, with data.filter_overlong_prompts alone"),
+         "drops prompts over data.max_prompt_length and those that raise, only with data.filter_overlong_prompts"),
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._init_dataloader", "relies on",
-         "opens validation files always; drops a last batch that is not whole"),
+         "always opens validation files; drops an incomplete last batch"),
     Seam("verl.experimental.agent_loop.agent_loop:AgentLoopBase.ct_build_initial_tokens", "relies on",
-         "refuses a prompt with images over rollout.prompt_length, and cuts one of text alone"),
+         "refuses a prompt with images over rollout.prompt_length, and cuts a text-only prompt"),
     Seam("verl.utils.model:extract_multi_modal_inputs", "relies on",
-         "concatenates every key of multi_modal_inputs over rows and hands it to the model"),
+         "concatenates every key of multi_modal_inputs over rows and passes it to the model"),
     Seam("verl.models.transformers.dense_common:forward_with_torch_backend", "relies on",
          "drops pixel values, so fused kernels are refused for InternVL"),
     Seam("verl.plugin.platform:PlatformRegistry.register", "calls", "the CPU platform"),
@@ -177,7 +177,7 @@ CONTRACT = (
 
 
 def require_supported_verl() -> None:
-    """Refuse a verl the contract was not checked against; ``SAYO_ALLOW_VERL=<version>`` overrides for one version.
+    """Refuse a verl version that the contract does not cover; ``SAYO_ALLOW_VERL=<version>`` allows one version.
 
     Raises:
         SayoError: X01.
@@ -186,7 +186,7 @@ def require_supported_verl() -> None:
     if found not in SUPPORTED_VERL and os.environ.get("SAYO_ALLOW_VERL") != found:
         raise SayoError(
             "X01",
-            "this version of verl was not checked",
+            "this version of verl is not supported",
             where="import verl",
             got=found,
             wanted=" or ".join(SUPPORTED_VERL),
@@ -196,19 +196,19 @@ def require_supported_verl() -> None:
 
 
 def worker_report(actor: Any, request: Mapping[str, Any]) -> dict[str, Any]:
-    """What one of verl's worker actors runs; executed inside the actor, for the launch handshake.
+    """Report what a worker actor of verl runs; the launch handshake executes this inside the actor.
 
     Args:
         actor: the colocated worker actor (it keeps its workers in ``worker_dict``).
-        request: what the run's method asks for, as ``StatisticsRequest.to_wire`` gives it.
+        request: the request of the run's method, from ``StatisticsRequest.to_wire``.
 
     Returns:
-        version of sayo-verl there, names of the engine's classes, number of decoder layers, the asked layers counted
-        from 0, the probe's path and its largest difference from the reference path, node and pid.
+        version of sayo-verl there, names of the engine's classes, number of decoder layers, the requested layers
+        counted from 0, the probe's path and its largest difference from the reference path, node and pid.
 
     Raises:
-        SayoError: L18 and P02 for a model family that cannot be probed, P03 and P11 for a layer that is not there or
-            not of full attention, P16, P17, P24, P29 and P31 for a path that cannot run here or is wrong here.
+        SayoError: L18 and P02 for a model family that cannot be probed, P03 and P11 for a layer that is missing or has
+            no full attention, P16, P17, P24, P29 and P31 for a path that cannot run or is wrong here.
     """
     import socket
 
@@ -218,13 +218,13 @@ def worker_report(actor: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     from sayo_verl.models.families import family_of
     from sayo_verl.probe.selfcheck import check_path
     from sayo_verl.probe.statistics import StatisticsRequest
-    from sayo_verl.probe.taps import asked_layers, text_attention_layers
+    from sayo_verl.probe.taps import requested_layers, text_attention_layers
 
     (engine,) = (w.actor.engine for w in actor.worker_dict.values() if type(w).__name__ == "ActorRolloutRefWorker")
     wanted, where = StatisticsRequest.from_wire(request), "algorithm.attn.*.layers"
     family_of(engine.model_config.hf_config.model_type, where="the loaded model")
     _, n_layers = text_attention_layers(engine.module)
-    layers = asked_layers(engine.module, wanted.layers, where=where)
+    layers = requested_layers(engine.module, wanted.layers, where=where)
     text = engine.model_config.hf_config.get_text_config()
     path, difference = check_path(
         wanted.path,
@@ -246,12 +246,12 @@ def worker_report(actor: Any, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def guard_equal_length_mrope() -> None:
-    """Repair verl issue 7899, on every device: mRoPE position ids of a batch whose sequences all have one length.
+    """Repair verl issue 7899, on every device: mRoPE position ids of a batch of equally long sequences.
 
-    When all sequences of a batch are equally long (all responses hit the limit on same-size prompts, or a batch of
-    one), the (4, L) position ids come back from TransferQueue ragged over the component dimension, values (B * 4, L)
-    instead of (4, B * L). verl's ``maybe_fix_3d_position_ids`` only relabels the dimension, and the update then dies in
-    ``split_with_sizes``. The replacement rebuilds the layout in that case and does what verl does otherwise.
+    All sequences of a batch are equally long in a batch of one, or when all responses to same-size prompts hit the
+    limit. TransferQueue then returns the (4, L) position ids ragged over the component dimension, with values
+    (B * 4, L) instead of (4, B * L). verl's ``maybe_fix_3d_position_ids`` only relabels the dimension, and the update
+    fails in ``split_with_sizes``. The replacement rebuilds the layout in that case and calls verl's function otherwise.
     """
     import torch
     import verl.utils.tensordict_utils as tu
@@ -279,12 +279,12 @@ def guard_equal_length_mrope() -> None:
 
 
 def guard_weight_socket(transfer: ModuleType) -> None:
-    """Keep the weights of two jobs on one machine apart.
+    """Separate the weights of two jobs on one machine.
 
-    verl sends weights to vLLM through a socket in /tmp that is named after Ray's job id. The sender deletes a socket
-    that is already there. Every job that starts a Ray of its own has the id 01000000. So of two such jobs one hangs, or
-    its rollouts get the other's weights. Here both ends add the run's token to the address. The launcher makes the
-    token and gives it to all processes of the run. Without a token the address stays verl's.
+    verl sends weights to vLLM through a socket in /tmp that is named after Ray's job id. The sender deletes an existing
+    socket. Every job that starts its own Ray has the id 01000000. So one of two such jobs hangs, or its rollouts get
+    the other's weights. Here both ends add the run's token to the address. The launcher creates the token and passes it
+    to all processes of the run. Without a token the address stays verl's.
 
     Args:
         transfer: the module ``WEIGHT_TRANSFER``, just imported.

@@ -1,7 +1,7 @@
-"""The micro-batch of a counterfactual pass: the same prompts and responses, other pixels.
+"""The micro-batch of a counterfactual pass: the same prompts and responses with other pixels.
 
-Called by the engine mixin when a call carries an intervention. Only ``pixel_values`` of the rows change, in a copy; the
-placeholders, grids and position ids stay, so every response token keeps its place.
+The engine mixin uses it for a call with an intervention. Only ``pixel_values`` change, in a copy. Placeholders, grids
+and position ids stay, so every response token keeps its position.
 """
 
 import dataclasses
@@ -22,17 +22,17 @@ from sayo_verl.vision.masks import box_masks, check_boxes
 def counterfactual_micro_batch(
     micro_batch: TensorDict, model_config: Any, family: Family, wire: Mapping[str, Any]
 ) -> TensorDict:
-    """A copy of a micro-batch in which every row's image is changed as ``wire`` says.
+    """Copy a micro-batch and change every row's image as ``wire`` says.
 
     Args:
-        micro_batch: as verl hands it to ``forward_step``; left as it is.
+        micro_batch: verl's argument of ``forward_step``; not changed.
         model_config: verl's, with ``hf_config`` and ``processor``.
         family: the model's.
-        wire: fields of ``Intervention`` and ``step``, the training step, so that masks differ between steps.
+        wire: fields of ``Intervention``, and ``step``, the training step, so that masks differ between steps.
 
     Raises:
-        SayoError: P10 for a missing field, P28 for a model without an image processor, and what ``image_tiles``,
-            ``box_masks`` and ``intervene`` raise.
+        SayoError: P10 for a missing field, P28 for a model without an image processor, and the errors of
+            ``image_tiles``, ``box_masks`` and ``intervene``.
     """
     for field in ("input_ids", "response_mask", "multi_modal_inputs", "extra_info"):
         if field not in micro_batch.keys():
@@ -57,8 +57,8 @@ def counterfactual_micro_batch(
     rows = zip(
         micro_batch["input_ids"].unbind(),
         micro_batch["response_mask"].unbind(),
-        _plain(micro_batch["multi_modal_inputs"]),
-        _plain(micro_batch["extra_info"]),
+        plain_rows(micro_batch["multi_modal_inputs"]),
+        plain_rows(micro_batch["extra_info"]),
         strict=True,
     )
     for n, (ids_S, mask_T, image, info) in enumerate(rows):
@@ -85,6 +85,6 @@ def counterfactual_micro_batch(
     return copy
 
 
-def _plain(stack: Any) -> list[dict]:
-    """Per-row dicts of a non-tensor field, which tensordict hands out bare or wrapped depending on its history."""
+def plain_rows(stack: Any) -> list[dict]:
+    """Per-row dicts of a non-tensor field; tensordict returns them bare or wrapped."""
     return [row.data if isinstance(row, NonTensorData) else row for row in stack]

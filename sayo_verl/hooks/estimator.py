@@ -1,8 +1,8 @@
 """The channel from the trainer mixin to the estimator.
 
-verl hands an estimator only rewards, response mask, config and uid, and offers no way to pass another tensor. The mixin
-therefore opens this context around verl's own advantage computation, and the registered estimator reads it. Light on
-imports: the estimators are registered in every process that imports verl.
+verl passes only rewards, response mask, config and uid to an estimator. The mixin therefore sets this context around
+verl's own advantage computation, and the registered estimator reads it. Every process that imports verl registers the
+estimators, so this module imports little.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from sayo_verl.methods.group import group_rows
 
 
 def timed_credit(method: Method, signals: Signals) -> tuple[Credit, float]:
-    """The method's credit for signals that have been checked, and the seconds that took."""
+    """Check the signals, compute the method's credit and return it with the seconds that both took."""
     start = time.perf_counter()
     signals.check()
     return method.credit(signals), time.perf_counter() - start
@@ -30,15 +30,15 @@ def timed_credit(method: Method, signals: Signals) -> tuple[Credit, float]:
 
 @dataclass
 class AdvantageContext:
-    """One step's signals for the estimator, and what the estimator tells back.
+    """One step's signals for the estimator, and the estimator's results.
 
     Attributes:
-        method: whose credit it is.
+        method: computes the credit.
         signals: of the batch, in its order of rows.
         norm_by_std: verl's ``algorithm.norm_adv_by_std_in_grpo``.
         spread_floor: see ``sayo_verl.methods.group``.
-        ahead: ``timed_credit`` of just these signals, begun before verl's reference and value passes; None: not begun.
-        metrics: what the estimator logs.
+        ahead: ``timed_credit`` of these signals, started before verl's reference and value passes; None: not started.
+        metrics: logged by the estimator.
         reward: [B], the task reward plus terms, set by the estimator.
     """
 
@@ -51,9 +51,9 @@ class AdvantageContext:
     reward: torch.Tensor | None = None
 
     def credit(self, response_mask: torch.Tensor) -> tuple[Signals, Credit]:
-        """The method's credit under the mask that verl trains with.
+        """Return the method's credit under the mask that verl trains with.
 
-        Rejection sampling may have masked tokens since the signals were fetched: what was begun ahead is then no use.
+        Rejection sampling may have masked tokens since the signals were fetched. The credit is then computed again.
         """
         start = time.perf_counter()
         if self.ahead is not None and torch.equal(self.signals.response_mask.bool(), response_mask.bool()):
@@ -70,7 +70,7 @@ CURRENT: ContextVar[AdvantageContext | None] = ContextVar("sayo_advantage_contex
 
 
 def make_estimator(name: str):
-    """verl's estimator signature around the method called ``name``."""
+    """Return an estimator with verl's signature for the method called ``name``."""
 
     def estimator(
         token_level_rewards: torch.Tensor,
@@ -96,7 +96,7 @@ def make_estimator(name: str):
                 where=name,
                 got=f"mask {tuple(response_mask.shape)}, statistics {tuple(signals.response_mask.shape)}, "
                 f"uid {'absent' if index is None else 'present'}",
-                fix="this is a changed verl; run the contract tests (pytest tests/hooks/test_contract.py) and report",
+                fix="verl has changed; run the contract tests (pytest tests/hooks/test_contract.py) and report it",
             )
         group_rows(index)  # every row has a uid
         if signals.uid != tuple(map(str, index)):
@@ -106,7 +106,7 @@ def make_estimator(name: str):
                 where=name,
                 got=f"uids {list(map(str, index))[:3]} ...",
                 wanted=f"{list(signals.uid[:3])} ...",
-                fix="this is a changed verl; run the contract tests (pytest tests/hooks/test_contract.py) and report",
+                fix="verl has changed; run the contract tests (pytest tests/hooks/test_contract.py) and report it",
             )
         signals, credit = context.credit(response_mask)
         advantage, reward = advantages(
@@ -121,7 +121,7 @@ def make_estimator(name: str):
         for reason, hit in signals.neutral_reasons(boxes=context.method.needs().boxes).items():
             context.metrics[f"neutral_rows/{reason}"] = float(hit.sum())
         for kind, weight in (("token", credit.token_weight), ("trajectory", credit.trajectory_weight)):
-            if weight is not None:  # mean factor on what counts: 1 keeps the size of the step
+            if weight is not None:  # mean factor on tokens or rows that count; 1 keeps the size of the step
                 on = response_mask.bool() if kind == "token" else response_mask.bool().any(-1) & ~signals.is_padding
                 context.metrics[f"{kind}_weight/mean"] = float(weight[on].mean()) if on.any() else 1.0
         context.reward = reward
@@ -132,10 +132,10 @@ def make_estimator(name: str):
 
 
 def finite_metrics(metrics: Mapping[str, float], name: str) -> dict[str, float]:
-    """The method's metrics as they are.
+    """Check a method's metrics and return them unchanged.
 
     Raises:
-        SayoError: A03 for one that is not finite.
+        SayoError: A03 for a metric that is not finite.
     """
     for key, value in metrics.items():
         if not math.isfinite(value):
@@ -145,13 +145,13 @@ def finite_metrics(metrics: Mapping[str, float], name: str) -> dict[str, float]:
                 where=name,
                 got=value,
                 wanted="a finite number",
-                fix="leave a metric out when there is nothing to take a mean of",
+                fix="leave a metric out when it has no values to average",
             )
     return dict(metrics)
 
 
 def register_estimators() -> None:
-    """Register every method under its name; safe to call again."""
+    """Register every method under its name; may be called more than once."""
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est
 
     for name in (*METHODS, Mix.name):

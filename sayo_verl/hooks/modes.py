@@ -1,4 +1,4 @@
-"""verl's trainers with the mixin in front, registered under names of their own."""
+"""verl's trainers with the attention mixin, registered under separate names."""
 
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 

@@ -1,6 +1,6 @@
-"""The data plane: fetching statistics from TransferQueue by row key. The only file that names TransferQueue.
+"""Access to TransferQueue by row key.
 
-``kv_batch_get`` leaves absent fields out without a word, so presence is checked here.
+``kv_batch_get`` leaves out missing fields silently, so this module checks that they are present.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from sayo_verl.probe.statistics import COUNTERFACTUAL_LOG_PROBS, PER_ROW, WIRE_P
 
 
 def fetch(batch: KVBatchMeta, fields: Sequence[str]) -> TensorDict:
-    """The named fields of the batch's rows, in the order of ``batch.keys``.
+    """Fetch the named fields of the batch's rows, in the order of ``batch.keys``.
 
     Raises:
-        SayoError: A06 when a field is absent.
+        SayoError: A06 for a missing field.
     """
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(fields))
     missing = sorted(set(fields) - set(data.keys()))
@@ -32,16 +32,16 @@ def fetch(batch: KVBatchMeta, fields: Sequence[str]) -> TensorDict:
             where=f"partition {batch.partition_id!r}, {len(batch.keys)} rows",
             got=sorted(data.keys()),
             wanted=list(fields),
-            fix="the workers did not run the engine with the attention mixin; run `sayo doctor`",
+            fix="the workers ran without the attention mixin; run `sayo doctor`",
         )
     return data
 
 
 def fetch_signals(batch: KVBatchMeta, needs: Needs) -> tuple[Signals, float]:
-    """What the log-prob passes measured, padded like verl pads its own fields, and the probe's total seconds.
+    """Fetch the results of the log-prob passes, padded as verl pads its fields, and the probe's total seconds.
 
     Raises:
-        SayoError: A06 for a field that is absent, A17 when the reward function does not say which answers are right.
+        SayoError: A06 for a missing field, A17 when the reward function returns no ``acc`` and the method needs it.
     """
     wire = {statistic: WIRE_PREFIX + statistic.key for statistic in needs.statistics.statistics}
     per_row = {name: WIRE_PREFIX + name for name in PER_ROW}
@@ -73,7 +73,7 @@ def fetch_signals(batch: KVBatchMeta, needs: Needs) -> tuple[Signals, float]:
 
 
 def _reward_info(batch: KVBatchMeta) -> list[dict[str, Any]]:
-    """What the reward function returned beside the score, row by row; empty for a padding row."""
+    """What the reward function returned besides the score, for each row; empty for a padding row."""
     infos = []
     for row, tag in zip(fetch(batch, ["extra_fields"])["extra_fields"], batch.tags, strict=True):
         plain = row.data if isinstance(row, NonTensorData) else row
@@ -88,7 +88,7 @@ def _correct(batch: KVBatchMeta) -> torch.Tensor:
         if not tag.get("is_padding", False) and "acc" not in info:
             raise SayoError(
                 "A17",
-                "the method rewards right answers only, and the reward function does not say which are right",
+                "the method rewards correct answers only, and the reward function does not return which are correct",
                 where=f"row {key}",
                 got=sorted(info),
                 wanted="a key 'acc' in what the reward function returns, 0 or 1",
@@ -99,7 +99,7 @@ def _correct(batch: KVBatchMeta) -> torch.Tensor:
 
 
 def fetch_reward_parts(batch: KVBatchMeta) -> dict[str, float]:
-    """Batch means of ``accuracy`` and ``format`` as the reward function reported them, padding rows left out."""
+    """Batch means of ``accuracy`` and ``format`` from the reward function, without padding rows."""
     totals: dict[str, list[float]] = {}
     for info in _reward_info(batch):
         for key, name in (("acc", "accuracy"), ("format", "format")):
@@ -109,7 +109,7 @@ def fetch_reward_parts(batch: KVBatchMeta) -> dict[str, float]:
 
 
 def put_token_level_rewards(batch: KVBatchMeta, reward_B: torch.Tensor) -> None:
-    """Store the shaped reward at each response's last token: verl's critic/rewards/* then shows it."""
+    """Store the shaped reward at each response's last token, so that verl's critic/rewards/* shows it."""
     mask = fetch(batch, ["response_mask"])["response_mask"]
     padded = mask.to_padded_tensor(0)
     rewards: Any = torch.zeros(padded.shape, dtype=torch.float32)

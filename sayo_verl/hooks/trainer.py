@@ -1,8 +1,7 @@
-"""The trainer mixin: asks for statistics in the old-log-prob pass and hands them to the estimator.
+"""The trainer mixin, which requests statistics in the old-log-prob pass and passes them to the estimator.
 
-A method that compares with a counterfactual image gets a second pass of the same responses, after the first. The
-method computes its credit in a thread while verl goes on with the reference and value passes, which leave this process
-waiting.
+A method with a counterfactual image gets a second pass of the same responses, after the first. The method computes its
+credit in a thread while verl runs the reference and value passes, during which this process waits.
 
 It overrides four methods of verl's V1 trainer and calls verl's own in each: ``__init__``, ``_setup`` (handshake),
 ``_compute_old_log_prob`` and ``_compute_advantage``.
@@ -27,13 +26,13 @@ from sayo_verl.methods import Credit, Signals
 from sayo_verl.probe.statistics import INTERVENTION_KEY, REQUEST_KEY
 
 
-class Begun(NamedTuple):
-    """What was begun right after the log-prob passes of a batch.
+class PendingCredit(NamedTuple):
+    """Credit that is being computed since the log-prob passes of a batch.
 
     Attributes:
         rows: key of each row and whether it is padding, in the order of the batch.
         signals: of these rows.
-        probe_seconds: that measuring them took, over all workers.
+        probe_seconds: time of the measurement, summed over all workers.
         credit: ``timed_credit`` of the signals.
     """
 
@@ -48,11 +47,11 @@ def rows_of(batch: KVBatchMeta) -> list[tuple[str, bool]]:
 
 
 class AttentionTrainerMixin:
-    """In front of one of verl's V1 trainers.
+    """Mixin for one of verl's V1 trainers; it comes first in the bases.
 
     Attributes:
-        base_mode: verl's name for the trainer it stands in front of. verl compares ``trainer_mode`` with that name in
-            many places (replay buffer, refill, checkpointing), so the mode is set back before its ``__init__``.
+        base_mode: verl's name for that trainer. verl compares ``trainer_mode`` with it in many places (replay buffer,
+            refill, checkpointing), so the mode is set to this name before verl's ``__init__``.
     """
 
     base_mode: str
@@ -68,7 +67,7 @@ class AttentionTrainerMixin:
         if settings.method is None:
             raise SayoError(
                 "A09",
-                "this trainer was selected for an estimator of verl's own",
+                "this trainer was selected for one of verl's own estimators",
                 where="algorithm.adv_estimator",
                 got=config.algorithm.adv_estimator,
                 fix="leave trainer.v1.trainer_mode alone; the launcher selects it",
@@ -78,7 +77,7 @@ class AttentionTrainerMixin:
         self._request = dataclasses.replace(self._needs.statistics, path=str(config.sayo.probe_path))
         self._log_prob_seconds = self._counterfactual_seconds = 0.0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sayo-credit")
-        self._begun: Begun | None = None
+        self._pending: PendingCredit | None = None
         super().__init__(config)  # type: ignore[call-arg]
 
     def _setup(self) -> None:
@@ -86,15 +85,14 @@ class AttentionTrainerMixin:
         self._handshake()
 
     def _handshake(self) -> None:
-        """Every actor worker must run this version, the engine with the mixin and a model that can be probed, or the
-        run ends before step 1.
+        """Check before step 1 that every actor worker runs this version, the mixin and a model that can be probed.
 
-        verl logs a plug-in that fails to load at DEBUG and goes on without it; this is where that would show.
+        verl logs a plug-in that fails to load at DEBUG only and continues without it. This check finds such a worker.
 
         Raises:
-            SayoError: X03 naming the workers that differ; from a worker L18 and P02 for a model that is not known, P03
-                and P11 for a layer that is not there or not of full attention, P16, P17, P24 and P29 for a path of the
-                probe that cannot run or is wrong there.
+            SayoError: X03 with the first worker that differs; from a worker L18 and P02 for an unknown model, P03 and
+                P11 for a layer that is missing or has no full attention, P16, P17, P24 and P29 for a path of the probe
+                that cannot run or is wrong there.
         """
         workers, request = self.actor_rollout_wg.workers, self._request.to_wire()
         reports = ray.get([worker.__ray_call__.remote(worker_report, request) for worker in workers])
@@ -109,7 +107,7 @@ class AttentionTrainerMixin:
                     fix="install the same sayo-verl on every node and launch with `python -m sayo_verl.main_ppo`",
                 )
         first = reports[0]
-        probed = "no layer probed"
+        probed = "no probed layer"
         if first["layers"]:
             numbers = ", ".join(map(str, first["layers"]))
             probed = f"probing layer {numbers} of {first['n_layers']} by the {first['path']} path"
@@ -126,23 +124,27 @@ class AttentionTrainerMixin:
         try:
             out = super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
         finally:
-            # The reference pass of a LoRA run goes through the same worker call; without the flag it stays verl's.
+            # The reference pass of a LoRA run uses the same worker call and must not have the request.
             batch.extra_info.pop(REQUEST_KEY, None)
             self._log_prob_seconds = time.perf_counter() - start
         if self._needs.intervention is not None:
             self._counterfactual_pass(batch)
-        self._begun = self._begin(out)
+        self._pending = self._start_credit(out)
         return out
 
-    def _begin(self, batch: KVBatchMeta) -> Begun:
-        """Fetch the signals (here: TransferQueue's client is not said to be safe in threads) and begin the credit."""
+    def _start_credit(self, batch: KVBatchMeta) -> PendingCredit:
+        """Fetch the signals and start the credit in the thread.
+
+        The fetch is not in the thread, because TransferQueue's client is not documented as thread-safe.
+        """
         signals, probe_seconds = store.fetch_signals(batch, self._needs)
-        return Begun(rows_of(batch), signals, probe_seconds, self._thread.submit(timed_credit, self._method, signals))
+        credit = self._thread.submit(timed_credit, self._method, signals)
+        return PendingCredit(rows_of(batch), signals, probe_seconds, credit)
 
     def _counterfactual_pass(self, batch: KVBatchMeta) -> None:
-        """A second log-prob pass of the same responses after the changed image.
+        """Run a second log-prob pass of the same responses with the changed image.
 
-        Workers return it under a name of its own and nothing else, so what verl stored from the first pass stays.
+        Workers return it under a separate name and nothing else, so the results of the first pass stay.
         """
         assert self._needs.intervention is not None
         start, before = time.perf_counter(), dict(batch.extra_info)
@@ -170,18 +172,18 @@ class AttentionTrainerMixin:
         if len(set(sessions)) != len(sessions):
             raise SayoError(
                 "A07",
-                "an agent loop gave more than one output per session",
+                "an agent loop returned more than one output per session",
                 where="actor_rollout_ref.rollout.agent",
                 got=f"{len(sessions)} outputs of {len(set(sessions))} sessions",
                 wanted="one output per session",
                 fix="use the single-turn agent loop; a group would count such a session twice",
             )
         start = time.perf_counter()
-        begun, self._begun = self._begun, None
-        if begun is None or begun.rows != rows_of(batch):  # verl changed the batch on the way
-            begun = self._begin(batch)
+        pending, self._pending = self._pending, None
+        if pending is None or pending.rows != rows_of(batch):  # verl changed the batch in between
+            pending = self._start_credit(batch)
         norm_by_std = bool(self.config.algorithm.norm_adv_by_std_in_grpo)
-        context = AdvantageContext(self._method, begun.signals, norm_by_std, self._spread_floor, begun.credit)
+        context = AdvantageContext(self._method, pending.signals, norm_by_std, self._spread_floor, pending.credit)
         token = CURRENT.set(context)
         try:
             out = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
@@ -198,8 +200,8 @@ class AttentionTrainerMixin:
         ranks = len(self.actor_rollout_wg.workers)
         metrics.update({f"sayo/{name}": value for name, value in context.metrics.items()})
         metrics.update({f"sayo/{name}/mean": value for name, value in store.fetch_reward_parts(batch).items()})
-        metrics["sayo/probe_seconds"] = begun.probe_seconds / ranks
-        metrics["sayo/probe_share_of_log_prob"] = begun.probe_seconds / ranks / self._log_prob_seconds
+        metrics["sayo/probe_seconds"] = pending.probe_seconds / ranks
+        metrics["sayo/probe_share_of_log_prob"] = pending.probe_seconds / ranks / self._log_prob_seconds
         metrics["sayo/advantage_seconds"] = time.perf_counter() - start
         if self._needs.intervention is not None:
             metrics["sayo/counterfactual_seconds"] = self._counterfactual_seconds

@@ -296,9 +296,9 @@ def _job(config: DictConfig, method: Method | None, s: Shapes, *, card: float, f
         sequences=int(rollout.max_num_seqs),
         bucket=int(rollout.checkpoint_engine.update_weights_bucket_megabytes) * 2**20,
         card=card,
-        probe_sets=len({s.name for s in statistics if s.fact.source in ("mass", "lse")}),
-        probe_profile=any(s.fact.source == "profile" for s in statistics),
-        probe_hidden=any(s.fact.source == "hidden" for s in statistics),
+        probe_sets=len({s.name for s in statistics if s.spec.source in ("mass", "lse")}),
+        probe_profile=any(s.spec.source == "profile" for s in statistics),
+        probe_hidden=any(s.spec.source == "hidden" for s in statistics),
     )
 
 

@@ -324,7 +324,7 @@ def check_model(config: DictConfig, method: Method, folder: Path, model: Pretrai
     request = method.needs().statistics
     where = f"algorithm.attn.{method.name.removeprefix('attn_')}.layers"
     n_layers = text.num_hidden_layers
-    attention = [s.layers for s in request.statistics if s.fact.source != "hidden"]
+    attention = [s.layers for s in request.statistics if s.spec.source != "hidden"]
     # a statistic at a time: -1 and the last number may both be there, asked by different methods
     layers = list(dict.fromkeys(n for asked in attention for n in resolve_layers(asked, n_layers, where=where)))
     kinds = dict.fromkeys(layers, "full_attention") | {n: kind for n, kind in enumerate(_kinds(text)) if n in layers}

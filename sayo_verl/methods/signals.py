@@ -178,7 +178,7 @@ class Signals:
         if self.correct is not None:
             _check_range("correct", self.correct[~self.is_padding], 0.0, 1.0)
         for statistic, values in self.statistics.items():
-            _check_range(statistic.key, values[on_image], statistic.fact.low, statistic.fact.high)
+            _check_range(statistic.key, values[on_image], statistic.spec.low, statistic.spec.high)
 
 
 def _check_range(name: str, values: torch.Tensor, low: float, high: float) -> None:

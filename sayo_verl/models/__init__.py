@@ -1,5 +1,5 @@
-"""Model families: what the plug-in knows of each, and what verl needs to train those that it does not know.
+"""Model families: facts about each, and adapters for those that verl does not support.
 
-``sayo_verl.plugin`` calls ``activate`` of each adapter in every process, so these modules import nothing heavy. What a
-family needs of transformers is imported when a model of that family is loaded.
+``sayo_verl.plugin`` calls ``activate`` of each adapter in every process, so these modules import little. Parts of
+transformers are imported when a model of the family is loaded.
 """

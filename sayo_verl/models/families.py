@@ -1,7 +1,7 @@
-"""Facts about the model families whose attention can be read: one entry each, plain strings and flags.
+"""Facts about the model families whose attention can be read, one entry each, as plain strings and flags.
 
-A family is found by ``model_type`` of config.json, its modules by class name: FSDP, PEFT and checkpointing wrap and
-rename modules, but what they wrap keeps its class or a subclass of it.
+A family is found by ``model_type`` of config.json and its modules by class name. FSDP, PEFT and checkpointing wrap and
+rename modules, but a wrapped module keeps its class or gets a subclass of it.
 """
 
 from collections.abc import Mapping
@@ -12,21 +12,21 @@ from sayo_verl.errors import SayoError
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between families.
+    """Differences between families.
 
     Attributes:
         model_type: as in config.json.
-        processor: class of the processor that makes this family's images.
+        processor: class of this family's processor.
         attention: class of the text attention modules -> the functions, ``module:name``, that its forward may call to
-            rotate queries and keys; each takes them first and returns them as [B, heads, S, D]. Any forward calls
-            exactly one of them, once.
+            rotate queries and keys. Each takes them as first arguments and returns them as [B, heads, S, D]. A forward
+            calls exactly one of them, once.
         decoder: classes of the text model; the output of its ``norm`` is the last hidden state.
-        geometry: how an image becomes visual tokens: ``"grid"`` (``image_grid_thw`` and a merge size) or ``"tiles"``
+        geometry: layout of visual tokens: ``"grid"`` (``image_grid_thw`` and a merge size) or ``"tiles"``
             (``image_tile_grid``, one thumbnail).
         delimiters: tokens around an image that are not visual tokens.
-        sequence_parallel: verl slices this family's inputs under Ulysses; without that a run is silently wrong.
+        sequence_parallel: verl slices this family's inputs under Ulysses; otherwise a run would be silently wrong.
         fused_kernels: strategies under which verl's fused kernels run this family.
-        packed_needs_flash_attn: verl calls flash-attn for packed rows whatever ``attn_implementation`` says.
+        packed_needs_flash_attn: verl calls flash-attn for packed rows with any ``attn_implementation``.
         flash: the names, ``module:name``, by which the attention of packed rows calls FlashAttention's function for
             sequences of different lengths.
     """
@@ -48,7 +48,7 @@ class Family:
 _MODELS = "transformers.models"
 _QWEN2_5_ROTARY = (
     f"{_MODELS}.qwen2_5_vl.modeling_qwen2_5_vl:apply_multimodal_rotary_pos_emb",
-    # the attention that verl puts in place for packed rows imports the function of the older family
+    # verl's replacement attention for packed rows imports the function of the older family
     f"{_MODELS}.qwen2_vl.modeling_qwen2_vl:apply_multimodal_rotary_pos_emb",
 )
 
@@ -97,15 +97,15 @@ FAMILIES = {
 
 
 def family_of(model_type: str, *, where: str) -> Family:
-    """The facts of a model type.
+    """Return the facts of a model type.
 
     Raises:
-        SayoError: L18 for a family that is not known.
+        SayoError: L18 for an unknown family.
     """
     if model_type not in FAMILIES:
         raise SayoError(
             "L18",
-            "attention capture does not know this model family",
+            "attention capture does not support this model family",
             where=where,
             got=model_type,
             wanted=" or ".join(FAMILIES),

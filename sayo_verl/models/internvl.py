@@ -1,19 +1,19 @@
-"""InternVL in Hugging Face format (``model_type`` ``internvl``, such as InternVL3.5) in verl 0.9.1, which lacks it.
+"""InternVL in Hugging Face format (``model_type`` ``internvl``, such as InternVL3.5), which verl 0.9.1 lacks.
 
-``activate`` wraps one name of verl, ``hf_processor``, which every process that loads a model calls. It does what verl
-does unless the model's config.json says ``internvl``. Then, and only then:
+``activate`` wraps one name of verl, ``hf_processor``, which every process that loads a model calls. If the model's
+config.json has another ``model_type``, the wrapper calls verl's function. For ``internvl``:
 
-- verl gets the processor of ``sayo_verl.models.internvl_model``, where its own function knows none and returns None.
-  Without ``get_rope_index`` on it, verl numbers positions 0, 1, 2, ..., which is right for this family.
+- verl gets the processor of ``sayo_verl.models.internvl_model``; its own function returns None. The processor has no
+  ``get_rope_index``, so verl numbers positions 0, 1, 2, ..., which is right for this family.
 - The model's class gets that module's guards.
 - ``qwen2_5_vl_dedup_image_tokens``, through which every prompt goes to vLLM, is replaced. verl's prompts hold all
-  visual tokens of an image; vLLM wants one ``<IMG_CONTEXT>`` in place of ``<img>`` + tokens + ``</img>`` and puts the
-  whole back. Given anything else it adds a second image's worth of tokens and answers a prompt nobody trains on.
+  visual tokens of an image. vLLM expects one ``<IMG_CONTEXT>`` in place of ``<img>`` + tokens + ``</img>`` and expands
+  it again. For any other prompt it adds a second image's tokens and answers a prompt that is not trained on.
 
-The data set of ``sayo_verl.models.internvl_data`` keeps images as they are stored; verl's own snaps their sides to
-multiples of 28, which is Qwen's grid. The launcher names it in ``data.custom_cls``.
+The data set of ``sayo_verl.models.internvl_data`` keeps images as they are stored. verl's own data set rounds their
+sides to multiples of 28, which is Qwen's grid. The launcher names ours in ``data.custom_cls``.
 
-Not supported: videos, Ulysses sequence parallelism, fused kernels; each raises. Rollouts on vLLM only.
+Not supported: videos, Ulysses sequence parallelism, fused kernels; each raises. Rollouts run on vLLM only.
 """
 
 import functools
@@ -28,7 +28,7 @@ _VLLM_SERVER = "verl.workers.rollout.vllm_rollout.vllm_async_server"
 
 
 def activate() -> None:
-    """Wrap ``hf_processor`` where verl looks it up. Called once per process, from the plug-in."""
+    """Wrap ``hf_processor`` where verl looks it up. The plug-in calls this once per process."""
     import verl.workers.config.model as model_config
 
     stock = model_config.hf_processor
@@ -47,17 +47,17 @@ def activate() -> None:
 
 
 def configure(config: Any, model: Any) -> bool:
-    """Prepare the launch of a run: name the data set class and refuse what cannot work. Other families are let alone.
+    """Set the data set class of a run and refuse settings that cannot work; does nothing for other families.
 
     Args:
-        config: the composed configuration, an OmegaConf ``DictConfig``; ``data.custom_cls`` is set unless the user did.
-        model: the model's transformers configuration; None where it is not there, which is for preflight to judge.
+        config: the composed configuration, an OmegaConf ``DictConfig``; sets ``data.custom_cls`` unless the user did.
+        model: the model's transformers configuration; None for a missing model, which preflight reports.
 
     Returns:
         Whether the model is of this family.
 
     Raises:
-        SayoError: C07 for fused kernels, C08 for Ulysses sequence parallelism, C09 for a rollout that is not vLLM's.
+        SayoError: C07 for fused kernels, C08 for Ulysses sequence parallelism, C09 for a rollout without vLLM.
     """
     from omegaconf import OmegaConf, open_dict
 
@@ -71,7 +71,7 @@ def configure(config: Any, model: Any) -> bool:
 
     def rule(code: str, key: str, wanted: Any, what: str) -> Rule:
         where = f"actor_rollout_ref.{key}"
-        found = OmegaConf.select(config, where, default=wanted)  # not every engine has every key
+        found = OmegaConf.select(config, where, default=wanted)  # an engine may lack a key
         what = f"{MODEL_TYPE}: {what}"
         return Rule(code, found != wanted, what, where=where, got=found, wanted=wanted, fix=f"set it to {wanted}")
 
@@ -89,7 +89,7 @@ def configure(config: Any, model: Any) -> bool:
 
 
 def model_type_of(name_or_path: str) -> str | None:
-    """``model_type`` of config.json; None where there is none to read, which is for verl to judge."""
+    """``model_type`` of config.json; None if it cannot be read, which verl reports."""
     from transformers import PretrainedConfig
 
     try:
@@ -102,8 +102,8 @@ def model_type_of(name_or_path: str) -> str | None:
 def collapse_prompts_for_vllm() -> None:
     """Replace ``qwen2_5_vl_dedup_image_tokens`` for this family's processors, once per process.
 
-    verl's server imports it by name and has done so when it loads its model; a process that loads a model first imports
-    the server later. So it is replaced in both places.
+    verl's server imports it by name before it loads its model. Another process may load a model before it imports the
+    server. So the function is replaced in both modules.
     """
     import verl.workers.rollout.utils as rollout_utils
 
@@ -134,10 +134,10 @@ def collapse_prompts_for_vllm() -> None:
 def one_token_per_image(
     prompt_ids: Sequence[int], *, start: int, image: int, end: int, tokens_per_tile: int
 ) -> list[int]:
-    """A prompt with every image's ``<img>`` + visual tokens + ``</img>`` replaced by one visual token.
+    """Replace every image's ``<img>`` + visual tokens + ``</img>`` in a prompt by one visual token.
 
     Args:
-        prompt_ids: token ids of a prompt as the processor writes it.
+        prompt_ids: token ids of a prompt from the processor.
         start, image, end: ids of ``<img>``, ``<IMG_CONTEXT>`` and ``</img>``.
         tokens_per_tile: visual tokens of a tile.
 
@@ -157,12 +157,12 @@ def one_token_per_image(
         if first == i or last == len(ids) or ids[last] != end or (last - first) % tokens_per_tile:
             raise SayoError(
                 "C01",
-                "the visual tokens of a prompt are not those of an image",
-                where=f"prompt on its way to vLLM, position {first} of {len(ids)}",
+                "the visual tokens of a prompt do not form an image",
+                where=f"prompt for vLLM, position {first} of {len(ids)}",
                 got=f"{last - first} visual tokens between {ids[i - 1 : i] if first == i else [ids[i]]} and "
                 f"{ids[last : last + 1]}",
                 wanted=f"a multiple of {tokens_per_tile} between <img> ({start}) and </img> ({end})",
-                fix="check the chat template: it must write <IMG_CONTEXT> once per image and nothing else around it",
+                fix="check the chat template; it must write <IMG_CONTEXT> once per image and nothing around it",
             )
         out.append(image)
         i = last + 1

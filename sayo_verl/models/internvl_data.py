@@ -1,6 +1,6 @@
-"""The data set class for InternVL: images reach the processor as they are stored.
+"""The data set class for InternVL, which passes images to the processor in their stored size.
 
-verl's own class resizes every image to Qwen's grid. Selected with ``data.custom_cls``, verl's hook for this.
+verl's own class resizes every image to Qwen's grid. verl's key ``data.custom_cls`` selects this class.
 """
 
 from typing import Any
@@ -22,10 +22,10 @@ class InternVLDataset(RLHFDataset):
     def _process_multi_modal_info(
         cls, messages: list[dict], image_patch_size: int, config: DictConfig
     ) -> tuple[list[Image.Image] | None, None, None]:
-        """Images of a conversation in order, RGB and in their stored size; None if there is none.
+        """Return the images of a conversation in order, RGB and in their stored size; None without images.
 
         Raises:
-            SayoError: D30 for a video or an audio, and what ``stored_image`` raises.
+            SayoError: D30 for video or audio, and the errors of ``stored_image``.
         """
         parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
         other = sorted({part["type"] for part in parts} - {"text", "image"})
@@ -41,20 +41,20 @@ class InternVLDataset(RLHFDataset):
 
 
 def stored_image(part: dict[str, Any]) -> Image.Image:
-    """The image of one part of a message.
+    """Load the image of one part of a message.
 
     Raises:
-        SayoError: D31 for a size that only Qwen's resize would honour, D32 for what is neither a PIL image nor the
-            path of a file.
+        SayoError: D31 for a size that only Qwen's resize would use, D32 for anything but a PIL image or the path of a
+            file.
     """
-    asked = {key: part[key] for key in _RESIZES if part.get(key) is not None}
-    if asked:
+    sizes = {key: part[key] for key in _RESIZES if part.get(key) is not None}
+    if sizes:
         raise SayoError(
             "D31",
-            "InternVL has no sizes in pixels",
+            "InternVL does not support image sizes in pixels",
             where="images of a row",
-            got=asked,
-            fix="remove them; data.mm_processor_kwargs.max_patches bounds the tiles",
+            got=sizes,
+            fix="remove them; data.mm_processor_kwargs.max_patches limits the number of tiles",
         )
     image = part.get("image")
     if isinstance(image, str) and "://" not in image.removeprefix("file://"):

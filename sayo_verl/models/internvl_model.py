@@ -1,4 +1,4 @@
-"""InternVL's processor with the geometry of its tiles, and guards in its model class; imported for this family only."""
+"""InternVL's processor with its tile geometry, and guards in its model class. Imported for this family only."""
 
 import functools
 from typing import Any
@@ -17,13 +17,13 @@ GRID_KEY = "image_tile_grid"  # where sayo_verl.probe.plan looks for the geometr
 
 
 class InternVLProcessor(transformers.InternVLProcessor):
-    """transformers' processor, with two additions. The name is kept: it is written into saved checkpoints.
+    """transformers' processor with two additions. It keeps the name, which is written into saved checkpoints.
 
-    - The output has ``image_tile_grid``, int64 [images, 2]: columns and rows of tiles of each image, from the size of
-      the image given here. A thumbnail follows the tiles when there is more than one.
-    - Images with a text that has no place for them give the images' tensors alone, without ``input_ids``. verl's agent
-      loop calls the processor so after a rollout: it wants the tensors only, and its text, decoded without special
-      tokens, has lost the placeholders.
+    - The output has ``image_tile_grid``, int64 [images, 2]: columns and rows of tiles of each image, from the image's
+      size. A thumbnail follows the tiles if there is more than one.
+    - For images and a text without placeholders it returns only the images' tensors, without ``input_ids``. verl's
+      agent loop calls the processor this way after a rollout. It needs only the tensors, and its text, decoded without
+      special tokens, has lost the placeholders.
     """
 
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
@@ -31,14 +31,14 @@ class InternVLProcessor(transformers.InternVLProcessor):
 
         Raises:
             SayoError: C02 for a video, C03 for images that are not PIL images or a size other than the model's tile,
-                C04 when a rendered prompt has another number of placeholders than of images, C05 when the tiles that
-                come back are not those of the grid.
+                C04 when the numbers of placeholders and images of a rendered prompt differ, C05 when the returned tiles
+                do not match the grid.
         """
         if videos is not None:
             raise SayoError("C02", "a row has a video", where="InternVL processor", fix="remove videos from the data")
         if images is None:
             return super().__call__(text=text, **kwargs)
-        images = self._checked(images)
+        images = self._image_list(images)
         grids = self._grids(images, kwargs)
         texts = [text] if isinstance(text, str) else list(text)
         places = sum(part.count(self.image_token) for part in texts)
@@ -47,7 +47,7 @@ class InternVLProcessor(transformers.InternVLProcessor):
         elif any(token in part for part in texts for token in self._rendered_tokens()):
             raise SayoError(
                 "C04",
-                "a prompt has another number of image placeholders than of images",
+                "the numbers of image placeholders and images in a prompt differ",
                 where="InternVL processor",
                 got=f"{places} times {self.image_token} for {len(images)} images",
                 wanted="one per image",
@@ -61,7 +61,7 @@ class InternVLProcessor(transformers.InternVLProcessor):
         if len(features["pixel_values"]) != tiles:
             raise SayoError(
                 "C05",
-                "the image processor cut other tiles than its own rule says",
+                "the image processor did not cut tiles by its own rule",
                 where="InternVL processor",
                 got=f"{len(features['pixel_values'])} tiles for images of sizes {[image.size for image in images]}",
                 wanted=f"{tiles}: (columns, rows) = {grids}, and a thumbnail for more than one tile",
@@ -70,31 +70,31 @@ class InternVLProcessor(transformers.InternVLProcessor):
         features[GRID_KEY] = torch.tensor(grids, dtype=torch.int64)
         return features
 
-    def _checked(self, images: Any) -> list[Image.Image]:
+    def _image_list(self, images: Any) -> list[Image.Image]:
         images = [images] if isinstance(images, Image.Image) else list(images)
-        strange = [type(image).__name__ for image in images if not isinstance(image, Image.Image)]
-        if strange or not images:
+        others = [type(image).__name__ for image in images if not isinstance(image, Image.Image)]
+        if others or not images:
             raise SayoError(
                 "C03",
-                "the size of an image is only known of PIL images",
+                "the size of an image is known for PIL images only",
                 where="InternVL processor",
-                got=strange or "an empty list",
-                fix="give a flat list of PIL images, or None for a text without images",
+                got=others or "an empty list",
+                fix="pass a flat list of PIL images, or None for a text without images",
             )
         return images
 
     def _grids(self, images: list[Image.Image], kwargs: dict[str, Any]) -> list[tuple[int, int]]:
-        """(columns, rows) of each image, by the rule and with the settings that the image processor goes by."""
+        """(columns, rows) of each image, by the image processor's rule and settings."""
         settings = self._merge_kwargs(
             InternVLProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )["images_kwargs"]
         if "size" in settings:
             raise SayoError(
                 "C03",
-                "the size of a tile is the model's",
+                "the size of a tile is fixed by the model",
                 where="data.mm_processor_kwargs.size",
                 got=settings["size"],
-                fix="remove it; max_patches bounds the number of tiles",
+                fix="remove it; max_patches limits the number of tiles",
             )
         if not settings["crop_to_patches"]:
             return [(1, 1)] * len(images)
@@ -104,7 +104,7 @@ class InternVLProcessor(transformers.InternVLProcessor):
         return [tiling.get_optimal_tiled_canvas((im.height, im.width), tile, low, high) for im in images]
 
     def _rendered_tokens(self) -> list[str]:
-        """Tokens that a rendered chat holds, and a text decoded without special tokens does not."""
+        """Tokens that occur in a rendered chat, but not in a text decoded without special tokens."""
         tokenizer = self.tokenizer
         return [
             token
@@ -114,17 +114,17 @@ class InternVLProcessor(transformers.InternVLProcessor):
 
 
 def load_processor(name_or_path: str, **kwargs: Any) -> InternVLProcessor:
-    """The processor of a model folder or hub name.
+    """Load the processor of a model folder or hub name.
 
     Raises:
-        SayoError: C06 for an image processor whose rule for tiles is not known.
+        SayoError: C06 for an image processor with an unknown rule for tiles.
     """
     processor = InternVLProcessor.from_pretrained(name_or_path, **kwargs)
     known = (tiling.GotOcr2ImageProcessor, GotOcr2ImageProcessorPil)
     if not isinstance(processor.image_processor, known):
         raise SayoError(
             "C06",
-            "the tiles of this image processor are not known",
+            "the tile rule of this image processor is unknown",
             where=f"processor of {name_or_path}",
             got=type(processor.image_processor).__name__,
             wanted=" or ".join(cls.__name__ for cls in known),
@@ -136,12 +136,12 @@ def load_processor(name_or_path: str, **kwargs: Any) -> InternVLProcessor:
 def guard_model_class() -> None:
     """Wrap ``InternVLModel.forward``, once per process.
 
-    - ``image_tile_grid`` is for statistics and does not go further.
+    - ``image_tile_grid`` is for statistics and is removed.
     - A micro-batch without images still runs the vision tower, on one empty tile with weight zero. verl's padding rows
-      have no image, and under FSDP every rank must gather the same layers in the same order or all of them wait for
-      ever. verl does the same for the families it knows.
-    - Visual tokens without pixels (as verl's fused kernels would have it) and Ulysses sequence parallelism (verl does
-      not slice this family's inputs) would be silently wrong and raise: C07, C08.
+      have no image. Under FSDP every rank must gather the same layers in the same order, or all ranks wait forever.
+      verl does the same for the families it supports.
+    - Visual tokens without pixels (from verl's fused kernels) and Ulysses sequence parallelism (verl does not slice
+      this family's inputs) would be silently wrong, so they raise C07 and C08.
     """
     original = InternVLModel.forward
     if getattr(original, "sayo_guarded", False):
@@ -166,7 +166,7 @@ def _embed_with_idle_vision(model: InternVLModel, input_ids: torch.Tensor) -> to
     if (input_ids == model.config.image_token_id).any():
         raise SayoError(
             "C07",
-            "a row has visual tokens and no pixels",
+            "a row has visual tokens but no pixels",
             where="InternVLModel.forward",
             fix="set actor_rollout_ref.model.use_fused_kernels=False; verl's fused kernels drop this family's images",
         )

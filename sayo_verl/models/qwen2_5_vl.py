@@ -1,4 +1,4 @@
-"""Qwen2.5-VL in verl 0.9.1 with transformers 5: repairs a crash on micro-batches without an image."""
+"""A repair of verl 0.9.1 with transformers 5: Qwen2.5-VL crashes on micro-batches without an image."""
 
 import functools
 from typing import Any
@@ -9,7 +9,7 @@ MODEL_TYPE = "qwen2_5_vl"
 
 
 def activate() -> None:
-    """Wrap ``hf_processor``, which every process that loads a model calls. For the plug-in, once per process."""
+    """Wrap ``hf_processor``, which every process that loads a model calls. The plug-in calls this once per process."""
     import verl.workers.config.model as model_config
 
     stock = model_config.hf_processor
@@ -26,11 +26,11 @@ def activate() -> None:
 def guard_image_free() -> None:
     """Replace ``_get_input_embeds`` of verl's Qwen2-VL forward, once per process.
 
-    So that FSDP finds every parameter used on every rank, verl runs a blank image through the vision tower of a
-    micro-batch without one and adds 0 times its mean. It takes the mean of what the tower returns, which in
-    transformers 5 is an output object: ``AttributeError: 'BaseModelOutputWithPooling' object has no attribute 'mean'``.
-    verl's padding rows have no image, so a run on images only meets it too. The replacement takes the mean of the
-    visual tokens; micro-batches with an image or a video go to verl's function.
+    For a micro-batch without an image, verl runs a blank image through the vision tower and adds 0 times its mean, so
+    that FSDP uses every parameter on every rank. It takes the mean of the tower's return value, which in transformers 5
+    is an output object: ``AttributeError: 'BaseModelOutputWithPooling' object has no attribute 'mean'``. verl's padding
+    rows have no image, so runs with images only crash too. The replacement takes the mean of the visual tokens.
+    Micro-batches with an image or a video go to verl's function.
     """
     import torch
     import verl.models.transformers.qwen2_vl as qwen2_vl

@@ -1,1 +1,1 @@
-"""Exact attention statistics of a model's own forward pass. Torch only: knows neither verl nor methods."""
+"""Exact attention statistics of a model's own forward pass. Imports torch, but neither verl nor methods."""

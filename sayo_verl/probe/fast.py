@@ -1,19 +1,18 @@
 """The statistics of ``sayo_verl.probe.reference`` as Triton kernels: same functions, same arguments, same results.
 
-``attention_masses`` is one pass over response rows x visible keys: flash attention without values, whose online
-softmax carries a sum per set of keys beside the sum over all keys, so that the log-sum-exp comes out instead of going
-in. A program handles one tile of rows for one key head, with that head's query heads side by side in the tile: no
-atomics, every run gives the same bits. Memory beside the results is one small table of tiles per micro-batch, shared by
-its layers. A layer costs two launches: a small one finds the tiles of keys that belong to the same sets throughout,
-where one sum serves all sets.
+``attention_masses`` is one pass over response rows x visible keys. It is flash attention without values. Its online
+softmax keeps a sum per set of keys and the sum over all keys, so it computes the log-sum-exp as well. A program handles
+one tile of rows for one key head, with that head's query heads side by side in the tile. There are no atomics, so every
+run gives the same bits. Besides the results it needs one small table of tiles per micro-batch, shared by its layers. A
+layer costs two launches. The first, a small one, finds the tiles whose keys all belong to the same sets; there one sum
+serves all sets.
 
-With the log-sum-exp given, as FlashAttention returns it, keys that belong to no set need not be visited. The work then
-shrinks by their share: text and response.
+If the log-sum-exp is given, as FlashAttention returns it, keys without a set (text and response) are not visited. The
+work shrinks by their share.
 
-``attention_profile`` is one pass over rows x chosen keys with the log-sum-exp known; the mean over heads is finished in
-registers.
+``attention_profile`` is one pass over rows x chosen keys with a given log-sum-exp. It averages over heads in registers.
 
-There is no fall-back in here: where Triton cannot run, these functions say so.
+There is no fall-back: where Triton cannot run, these functions raise an error.
 """
 
 import importlib
@@ -41,12 +40,12 @@ class _Tiling(NamedTuple):
     stages: int
 
 
-# Several programs should fit on a multiprocessor, so that one computes exponentials while another multiplies: at 128
+# Several programs should fit on a multiprocessor, so that one computes exponentials while another multiplies. At 128
 # lanes x 64 keys x D 128 of bfloat16 one takes 65 of 227 KiB of shared memory (queries 32, keys 16 per stage). Of the
 # tilings that benchmarks/on_gpu.py timed on an H100, _MASSES is the fastest that keeps everything in registers. 128
-# keys were up to 13 % faster, but spill with the log-sum-exp given. The other tilings are chosen by arithmetic. Eight
-# warps halve the registers that each set costs a thread. float32 products run without tensor cores (``ieee``): they are
-# there to be exact, not fast, and larger tiles of them spill.
+# keys were up to 13 % faster, but spill with a given log-sum-exp. The other tilings are chosen by arithmetic. Eight
+# warps halve the registers that each set costs a thread. float32 products run without tensor cores (``ieee``), because
+# they should be exact rather than fast. Larger tiles of them spill.
 _MASSES = _Tiling(lanes=128, keys=64, warps=4, stages=2)
 _MASSES_OF_MANY_SETS = _Tiling(lanes=128, keys=64, warps=8, stages=3)
 _MASSES_OF_WIDE_HEADS = _Tiling(lanes=64, keys=64, warps=4, stages=2)
@@ -69,21 +68,21 @@ def attention_masses(
     """How much attention each query row gives to each set of keys; see ``reference.attention_masses``.
 
     Args:
-        query: [B, H, S, D] of bfloat16, float16 or float32, D at most ``MAX_HEAD_DIMENSION``; any strides (it is fast
-            when D is contiguous).
+        query: [B, H, S, D] of bfloat16, float16 or float32, D at most ``MAX_HEAD_DIMENSION``; any strides (fast if D is
+            contiguous).
         key: [B, G, S, D].
         spans: the sequences.
-        sets: int32 [B, S] beside ``key``; bit k says that the key belongs to set k.
-        n_sets: K, at most ``MAX_SETS``; few are fast.
+        sets: int32 [B, S] parallel to ``key``; bit k is set if the key belongs to set k.
+        n_sets: K, at most ``MAX_SETS``; a few sets are fastest.
         scale: factor on the logits, usually D ** -0.5.
-        lse: float32 [Q, H] of the same queries and keys. Then only ``Span.marked`` stretches of keys are visited, in
-            whole tiles; all keys where they are not known.
+        lse: float32 [Q, H] of the same queries and keys. If given, only the keys in ``Span.marked`` are visited, in
+            whole tiles; all keys if ``Span.marked`` is None.
 
     Returns:
         ``Masses`` with the query rows in the order of ``spans``.
 
     Raises:
-        SayoError: P01 for shapes or types that do not fit, P16 for tensors Triton cannot run on, P17 without Triton.
+        SayoError: P01 for mismatched shapes or types, P16 for tensors Triton cannot run on, P17 without Triton.
     """
     check_inputs(query, key, spans)
     check_sets(key, sets, n_sets)
@@ -98,7 +97,7 @@ def attention_masses(
     lanes = max(tiling.lanes, _power_of_two(H // G))
     tiles, marked, key_tiles = tiles_of(tuple(spans), lanes // (H // G), tiling.keys, query.device)
     members = torch.empty(key_tiles.shape[0], 2, dtype=torch.int32, device=query.device)
-    with torch.cuda.device_of(query):  # Triton launches on the current device, not on the tensors'
+    with torch.cuda.device_of(query):  # Triton launches on the current device, not on the device of the tensors
         kernels.members_kernel[(key_tiles.shape[0],)](
             sets, key_tiles, members, *sets.stride(), N_SETS=n_sets, BLOCK_N=tiling.keys
         )
@@ -136,14 +135,14 @@ def attention_profile(
         query, key, scale: as for ``attention_masses``.
         span: the sequence.
         lse: float32 [T, H], this sequence's rows of ``Masses.lse``.
-        columns: int64 [V] positions within the sequence. They are not looked at on the host, which would wait for the
-            device: one that lies outside gives a column of NaN.
+        columns: int64 [V] positions within the sequence. The host does not check them, because it would wait for the
+            device. A position outside of the sequence gives a column of NaN.
 
     Returns:
         float32 [T, V] in [0, 1]; 0 where a column comes after the row.
 
     Raises:
-        SayoError: P01 for shapes or types that do not fit, P16 for tensors Triton cannot run on, P17 without Triton.
+        SayoError: P01 for mismatched shapes or types, P16 for tensors Triton cannot run on, P17 without Triton.
     """
     check_inputs(query, key, [span])
     check_profile(span, query, lse, columns)
@@ -195,7 +194,7 @@ def _profile_tiling(dtype: torch.dtype, D: int) -> _Tiling:
 
 
 def _common(query: torch.Tensor, tiling: _Tiling, interpreted: bool) -> dict[str, object]:
-    """Arguments that both kernels take: tensor cores round float32 to TensorFloat-32 unless told not to."""
+    """Arguments of both kernels. ``ieee`` keeps tensor cores from rounding float32 to TensorFloat-32."""
     D = query.shape[3]
     return {
         "D": D,
@@ -214,15 +213,15 @@ def _power_of_two(n: int) -> int:
 
 
 def _kernels(query: torch.Tensor) -> ModuleType:
-    """The kernels, once it is clear that they can run on such a tensor.
+    """Check that the kernels can run on such a tensor and return their module.
 
     Raises:
-        SayoError: P01 for a type or head dimension the kernels are not made for, P16, P17.
+        SayoError: P01 for an unsupported type or head dimension, P16, P17.
     """
     if query.dtype not in TYPES or not 0 < query.shape[3] <= MAX_HEAD_DIMENSION:
         raise SayoError(
             "P01",
-            "the fast path is not made for these queries",
+            "the fast path does not support these queries",
             where="attention statistics",
             got=f"{query.dtype}, head dimension {query.shape[3]}",
             wanted=f"one of {', '.join(map(str, TYPES))}, at most {MAX_HEAD_DIMENSION}",

@@ -1,11 +1,11 @@
-# Triton's compiler knows neither starred tuples nor annotated ones:
+# Triton's compiler supports neither starred nor annotated tuples.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
-"""The Triton kernels of ``sayo_verl.probe.fast``. Only it imports them, when it is first called: Triton may be absent.
+"""The Triton kernels of ``sayo_verl.probe.fast``, which imports them on its first call because Triton may be missing.
 
-Both are flash attention without values. Only language features that Triton's interpreter has too are used, and
-reductions name their combining function themselves: ``tl.sum`` and ``tl.max`` cannot be interpreted in a process that
-imported Triton before it was told to interpret. The file is long because arguments stand one to a line.
+Both are flash attention without values. They use only language features that Triton's interpreter supports. Reductions
+name their combining function, because ``tl.sum`` and ``tl.max`` cannot be interpreted in a process that imported Triton
+before TRITON_INTERPRET was set. The file is long because each argument has its own line.
 
 Shape suffixes: M lanes of a tile (rows x query heads of one key head), N keys or columns of a tile, R rows of a tile,
 D head dimension (padded to a power of two), K sets.
@@ -25,7 +25,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _products(query_MD, key_ND, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """float32 [M, N]. WIDEN is for Triton's interpreter, which multiplies bfloat16 as if its bits were integers."""
+    """float32 [M, N]. WIDEN is for Triton's interpreter, which multiplies the bits of bfloat16 as integers."""
     if WIDEN:
         query_MD = query_MD.to(tl.float32)
         key_ND = key_ND.to(tl.float32)
@@ -36,7 +36,7 @@ def _products(query_MD, key_ND, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 def _tile_of_keys(
     key, n, last, key_stride_s, key_stride_d, D: tl.constexpr, D_PAD: tl.constexpr, BOUNDED: tl.constexpr
 ):
-    """[N, D] of the keys n; BOUNDED: those from ``last`` on are zeros."""
+    """Keys n as [N, D]. If BOUNDED, keys from ``last`` on are zeros."""
     d = tl.arange(0, D_PAD)
     at_ND = key + n.to(tl.int64)[:, None] * key_stride_s + d[None, :] * key_stride_d
     if BOUNDED:
@@ -48,10 +48,10 @@ def _tile_of_keys(
 
 @triton.jit
 def _add_to_sets(masses_K, p_MN, share_M, sets_at_N, exists_N, whole, mixed, N_SETS: tl.constexpr):
-    """Add a tile's sums to those of the sets.
+    """Add a tile's sums to the sums of the sets.
 
-    Where all keys of a tile belong to a set, as in nearly all of an image, ``share_M`` is the set's sum. Only a set
-    with some of the keys has to select them.
+    If all keys of a tile belong to a set, as in nearly all of an image, ``share_M`` is the set's sum. Only for a set
+    with some of the keys are keys selected.
     """
     shared_K = ()
     for k in tl.static_range(N_SETS):
@@ -72,7 +72,7 @@ def _add_to_sets(masses_K, p_MN, share_M, sets_at_N, exists_N, whole, mixed, N_S
 
 @triton.jit
 def members_kernel(sets, key_tiles, members, sets_stride_b, sets_stride_s, N_SETS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """For each tile of keys, as bits: the sets that all its keys belong to, and those that some do. Grid (tiles,)."""
+    """Find for each tile of keys, as bits, the sets with all of its keys and the sets with some. Grid (tiles,)."""
     tile = key_tiles + tl.program_id(0) * KEY_TILE_FIELDS
     n = tl.arange(0, BLOCK_N)
     exists_N = n < tl.load(tile + 2)
@@ -113,7 +113,7 @@ def _visit_keys(
     WIDEN: tl.constexpr,
     DIAGONAL: tl.constexpr,
 ):
-    """Online softmax over the keys first .. last - 1, a tile at a time; only DIAGONAL compares positions and bounds."""
+    """Online softmax over keys first .. last - 1, tile by tile. Only DIAGONAL compares positions and bounds."""
     for start in range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         wide_n = n.to(tl.int64)
@@ -121,9 +121,9 @@ def _visit_keys(
         logits_MN = _products(query_MD, key_ND, PRECISION, WIDEN)
         if DIAGONAL:
             logits_MN = tl.where(n[None, :] <= position_M[:, None], logits_MN, float("-inf"))
-        # every lane sees key 0, which lies in the first tile: the maximum is finite from then on
+        # every lane sees key 0, which lies in the first tile, so the maximum is finite from then on
         new_max_M = tl.maximum(max_M, tl.reduce(logits_MN, 1, _elementwise_max) * scale_log2)
-        # scaled and shifted in one multiply-add per logit, which is all but the exponential
+        # one multiply-add per logit scales and shifts it before the exponential
         p_MN = tl.exp2(logits_MN * scale_log2 - new_max_M[:, None])
         shrink_M = tl.exp2(max_M - new_max_M)
         share_M = tl.reduce(p_MN, 1, _sum_combine)
@@ -163,13 +163,13 @@ def _visit_marked_keys(
     WIDEN: tl.constexpr,
     DIAGONAL: tl.constexpr,
 ):
-    """As ``_visit_keys`` with the log-sum-exp known (to base 2): a sum per set and nothing else."""
+    """Like ``_visit_keys`` with a given log-sum-exp (to base 2): computes only a sum per set."""
     for start in range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         wide_n = n.to(tl.int64)
         key_ND = _tile_of_keys(key, n, last, key_stride_s, key_stride_d, D, D_PAD, DIAGONAL)
         p_MN = tl.exp2(_products(query_MD, key_ND, PRECISION, WIDEN) * scale_log2 - lse_M[:, None])
-        if DIAGONAL:  # a later key is no part of the log-sum-exp: its term may be anything
+        if DIAGONAL:  # a later key is not part of the log-sum-exp, so its term may have any value
             p_MN = tl.where(n[None, :] <= position_M[:, None], p_MN, 0.0)
         whole = tl.load(members + 2 * (start // BLOCK_N))
         mixed = tl.load(members + 2 * (start // BLOCK_N) + 1)
@@ -212,9 +212,9 @@ def masses_kernel(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One tile of query rows x one key head: grid (tiles, G). Lane m is query head m % GROUP of row m // GROUP.
+    """One tile of query rows x one key head; grid (tiles, G). Lane m is query head m % GROUP of row m // GROUP.
 
-    LSE_GIVEN: ``lse`` is read, and of the keys only the stretches in ``marked`` are visited; else it is written.
+    With LSE_GIVEN, ``lse`` is read and only the keys in ``marked`` are visited. Otherwise ``lse`` is written.
     """
     tile = tiles + tl.program_id(0) * TILE_FIELDS
     query_batch = tl.load(tile).to(tl.int64)
@@ -247,7 +247,7 @@ def masses_kernel(
     masses_K = ()
     for _ in tl.static_range(N_SETS):
         masses_K = masses_K + (tl.full([BLOCK_M], 0.0, tl.float32),)
-    # Up to `seen_by_all` every row of the tile sees every key; lanes without a row (zero queries) are never stored.
+    # Every row of the tile sees every key before `seen_by_all`. Lanes without a row (zero queries) are never stored.
     seen_by_all = (position + 1) // BLOCK_N * BLOCK_N
     if LSE_GIVEN:
         lse_M = tl.load(lse + out_M, mask=real_M, other=0.0) * LOG2_E
@@ -313,7 +313,7 @@ def profile_kernel(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One tile of rows x one tile of columns: grid (row tiles, column tiles). The heads are summed in registers."""
+    """One tile of rows x one tile of columns; grid (row tiles, column tiles). Heads are summed in registers."""
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, D_PAD)
@@ -335,7 +335,7 @@ def profile_kernel(
             lse_R = tl.load(lse_at_R + head * lse_stride_h, mask=real_R, other=0.0).to(tl.float32)
             logits_RN = _products(query_RD, key_ND, PRECISION, WIDEN) * scale_log2
             total_RN += tl.exp2(logits_RN - (lse_R * LOG2_E)[:, None])
-    # A later key is not part of the log-sum-exp, so its term may be anything; a key that does not exist is told by NaN.
+    # A later key is not part of the log-sum-exp, so its term may have any value. A key that does not exist gives NaN.
     seen_RN = column_N[None, :] <= position + r[:, None]
     share_RN = tl.where(seen_RN, total_RN / (N_KEY_HEADS * GROUP), 0.0)
     share_RN = tl.where(exists_N[None, :], share_RN, float("nan"))

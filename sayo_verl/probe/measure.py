@@ -1,13 +1,12 @@
-"""Measures what a request asks for, one micro-batch at a time: the readers that a ``ForwardTap`` feeds.
+"""Measurement of the requested statistics, one micro-batch at a time, by the readers of a ``ForwardTap``.
 
-Queries, keys and hidden states are reduced the moment they are handed over; what lives on is linear in tokens, except
-the attention profiles, which exist for one sequence at a time (for several layers: until the last has been read).
+Queries, keys and hidden states are reduced as soon as they are read, so memory is linear in tokens. The attention
+profiles are the exception: they exist for one sequence at a time (for several layers, until the last has been read).
 
 Under sequence parallelism every rank holds a slice of the packed tokens with all heads. Keys of a probed layer are
-gathered, query rows stay where they are, and the small results are added up over the ranks, each of which has filled in
-its own rows.
+gathered and query rows stay on their rank. Each rank fills in its own rows. The small results are summed over ranks.
 
-Shape suffixes: B rows of the model's batch, S tokens of such a row, L tokens of all sequences one behind another,
+Shape suffixes: B rows of the model's batch, S tokens of such a row, L tokens of all sequences back to back,
 N sequences, T response tokens, Q query rows, V visual tokens, H query heads, K sets of keys, W values per token, D
 hidden size.
 """
@@ -28,7 +27,7 @@ from sayo_verl.probe.statistics import QUERY_ROWS, Statistic, StatisticsRequest
 
 
 def kernels(path: str, device: torch.device) -> ModuleType:
-    """The module with ``attention_masses`` and ``attention_profile`` that a path names on a device."""
+    """The module with ``attention_masses`` and ``attention_profile`` for a path on a device."""
     if path == "reference" or (path == "auto" and device.type != "cuda"):
         return reference
     from sayo_verl.probe import fast
@@ -37,15 +36,15 @@ def kernels(path: str, device: torch.device) -> ModuleType:
 
 
 class Measurement:
-    """One micro-batch.
+    """The measurement of one micro-batch.
 
-    Nothing here waits for the device but ``finish``, once: the host is to go on to the model's next layers.
+    Only ``finish`` waits for the device, once, so that the host can launch the model's next layers.
 
     Args:
         request: what to measure.
         rows: plans in micro-batch order.
-        layers: asked layer number -> number from 0.
-        packed: the model sees the rows one behind another ([1, heads, L, D]), not right-padded ([B, heads, S, D]).
+        layers: requested layer number -> number from 0.
+        packed: the model gets rows back to back ([1, heads, L, D]), not right-padded ([B, heads, S, D]).
         device: where queries and keys will be.
         shard: this rank's slice under sequence parallelism (packed rows only).
     """
@@ -68,13 +67,13 @@ class Measurement:
             if len(numbers) != len(s.layers):
                 raise SayoError(
                     "P03",
-                    "two names of one layer",
+                    "a layer is named twice",
                     where=f"statistic {s.key}",
                     got=list(s.layers),
                     wanted="distinct layers",
                     fix="name each layer once",
                 )
-        self._reads: dict[int | str, int] = {}  # layer number or "hidden" -> how often it was handed over
+        self._reads: dict[int | str, int] = {}  # layer number or "hidden" -> how often it was read
         if shard is not None and any(s.name.startswith("neighbour_") for s in request.statistics):
             raise SayoError(
                 "P09",
@@ -102,14 +101,14 @@ class Measurement:
     def read(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float, lse: torch.Tensor | None = None
     ) -> None:
-        """One layer's queries [B, H, S, D] and keys [B, G, S, D], rotary applied.
+        """Read one layer's queries [B, H, S, D] and keys [B, G, S, D] after rotary embedding.
 
         Args:
             layer: number from 0.
             query, key: of this rank's tokens.
             scale: of the logits.
-            lse: float32 [H, tokens], the log-sum-exp that the attention kernel computed for these tokens; None: the
-                probe computes its own. Packed rows on one rank only.
+            lse: float32 [H, tokens], the attention kernel's log-sum-exp of these tokens, for packed rows on one rank
+                only; None: the probe computes its own.
         """
         self._reads[layer] = self._reads.get(layer, 0) + 1
         if self._shard is not None:
@@ -121,18 +120,18 @@ class Measurement:
         )
         mass_KQ = masses.mass.mean(-1)
         for statistic, numbers in self._statistics.items():
-            if layer not in numbers or statistic.fact.source not in ("mass", "lse"):
+            if layer not in numbers or statistic.spec.source not in ("mass", "lse"):
                 continue
-            if statistic.fact.source == "lse":
+            if statistic.spec.source == "lse":
                 self._add(statistic, masses.lse if statistic.per_head else masses.lse.mean(-1, keepdim=True))
                 continue
             sets = [self._sets.index(name) for name in _sets_of(statistic)]
-            # one by one: a list of columns would be copied to the device
+            # one by one, because a list of columns would be copied to the device
             by_set = [mass_KQ[k] for k in sets]
             self._add(statistic, masses.mass[sets[0]] if statistic.per_head else torch.stack(by_set, 1))
         profiles = [group for group in self._profiles if layer in group.layers]
         for statistic in (s for group in profiles for s in group.statistics if s.size):
-            self._expect(statistic, statistic.size)  # also where no row has query rows on this rank
+            self._allocate(statistic, statistic.size)  # also if no row has query rows on this rank
         done = 0
         for n, span in zip(placed.span_rows, placed.spans, strict=True) if profiles else ():
             rows_TH = masses.lse[done : done + span.n_queries]
@@ -142,7 +141,7 @@ class Measurement:
             done += span.n_queries
 
     def read_hidden(self, hidden: torch.Tensor) -> None:
-        """The last hidden states [B, S, D] (a slice of the packed tokens under sequence parallelism)."""
+        """Read the last hidden states [B, S, D] (a slice of the packed tokens under sequence parallelism)."""
         B, S, D = hidden.shape
         placed = self._place(B, S * (self._shard.size if self._shard else 1), "hidden states")
         self._reads["hidden"] = self._reads.get("hidden", 0) + 1
@@ -154,8 +153,8 @@ class Measurement:
             means_ND[n] = image_VD.float().sum(0) / max(row.image_columns.numel(), 1)
         if self._shard:
             self._shard.add_up(means_ND)
-        for statistic in (s for s in self._statistics if s.fact.source == "hidden"):
-            self._expect(statistic, 1)
+        for statistic in (s for s in self._statistics if s.spec.source == "hidden"):
+            self._allocate(statistic, 1)
             for n, row in enumerate(self.rows):
                 first = row.length - row.response_length + QUERY_ROWS[statistic.query_row]
                 start = (self._starts[n] if self._packed else n * S) - low + first
@@ -166,31 +165,32 @@ class Measurement:
 
     # ------------------------------------------------------------------------------------------------ results
     def finish(self) -> dict[str, tuple[torch.Tensor, list[int]]]:
-        """Every statistic by key: values one behind another and the length of each row's part.
+        """Return every statistic by key: values of all rows back to back, and the length of each row's part.
 
-        Per-token ones are float32 [L] or [L, W], in the wire layout; per visual token ones [sum of max(V, 1)].
+        Per-token statistics are float32 [L] or [L, W] in the wire layout. Those per visual token are
+        [sum of max(V, 1)].
 
         Raises:
-            SayoError: P22 for a statistic that was not read once in every layer and for every response token, P25 for
-                profiles to be compared that are not finite.
+            SayoError: P22 for a statistic that was not read exactly once in every layer and for every response token,
+                P25 for profiles to compare that are not finite.
         """
         out: dict[str, tuple[torch.Tensor, list[int]]] = {}
         unseen: dict[str, torch.Tensor] = {}
         for statistic, numbers in self._statistics.items():
-            asked = {"hidden"} if statistic.fact.source == "hidden" else numbers
-            reads = {part: self._reads.get(part, 0) for part in asked}
+            parts = {"hidden"} if statistic.spec.source == "hidden" else numbers
+            reads = {part: self._reads.get(part, 0) for part in parts}
             if any(n != 1 for n in reads.values()):
                 raise SayoError(
                     "P22",
-                    "what a statistic needs was not handed over once",
+                    "a statistic's inputs were not read exactly once",
                     got=reads,
                     wanted="1 of each",
                     where=f"statistic {statistic.key}",
                     fix="this is a defect of the capture; report it with the model family",
                 )
             if statistic.name == "patch_sums":
-                parts = [sums[statistic] for sums in self._sums]
-                values, lengths = torch.cat(parts), [part.shape[0] for part in parts]
+                sums = [row_sums[statistic] for row_sums in self._sums]
+                values, lengths = torch.cat(sums), [part.shape[0] for part in sums]
             else:
                 values, lengths = self._values[statistic], [row.length for row in self.rows]
             if self._shard:
@@ -199,7 +199,7 @@ class Measurement:
             if statistic.name != "patch_sums":
                 values, unseen[statistic.key] = self._to_wire(statistic, values)
             out[statistic.key] = values, lengths
-        # all at once and last: it waits for the device
+        # in one copy and last, because it waits for the device
         counts = [*unseen.values(), *(group.not_finite for group in self._profiles)]
         counted = torch.stack(counts).tolist() if counts else []
         missed, not_finite = counted[: len(unseen)], sum(counted[len(unseen) :])
@@ -215,9 +215,9 @@ class Measurement:
         if any(missed):
             raise SayoError(
                 "P22",
-                "a statistic was not measured once for every response token",
+                "a statistic was not measured exactly once for every response token",
                 where="Measurement",
-                got=f"tokens otherwise: {dict(zip(unseen, missed, strict=True))}",
+                got=f"other tokens: {dict(zip(unseen, missed, strict=True))}",
                 wanted="0",
                 fix="this is a defect of the capture; report it with verl's settings",
             )
@@ -225,7 +225,7 @@ class Measurement:
 
     # ------------------------------------------------------------------------------------------------ helpers
     def _place(self, B: int, S: int, what: str) -> Placement:
-        """Where the rows lie: known once the first tensor shows how long a slice is.
+        """Positions of the rows, computed once the first tensor shows the length of a slice.
 
         Raises:
             SayoError: P01.
@@ -237,30 +237,32 @@ class Measurement:
         self._placement.check(B, S, what)
         return self._placement
 
-    def _expect(self, statistic: Statistic, width: int) -> None:
-        """Make room for W values per token, by attention row, and for the share of its layers that each row has seen:
-        a row that nobody measured must not pass for a zero."""
+    def _allocate(self, statistic: Statistic, width: int) -> None:
+        """Allocate W values per token, by attention row, and the share of layers measured in each row.
+
+        The share distinguishes a row that was not measured from a zero.
+        """
         if statistic not in self._values:
             self._values[statistic] = torch.zeros(self._starts[-1], width + 1, dtype=torch.float32, device=self._device)
 
     def _put(self, statistic: Statistic, at: int, values_TW: torch.Tensor, share: float) -> None:
-        """Values of the attention rows from ``at`` on, which make up a share of what is to be measured there."""
+        """Add values of the attention rows from ``at`` on, and the share of the layers that they cover."""
         rows = self._values[statistic][at : at + values_TW.shape[0]]
         rows[:, :-1] += values_TW * share
         rows[:, -1] += share
 
     def _add(self, statistic: Statistic, values_QW: torch.Tensor) -> None:
-        """Values of one layer for all query rows: few operations however many sequences there are."""
-        self._expect(statistic, values_QW.shape[1])
+        """Add one layer's values for all query rows at once; the number of operations does not grow with sequences."""
+        self._allocate(statistic, values_QW.shape[1])
         assert self._placement is not None
         ones_Q = values_QW.new_ones(values_QW.shape[0], 1)
         share_QW = torch.cat([values_QW, ones_Q], 1) / len(statistic.layers)
         self._values[statistic].index_add_(0, self._placement.rows_at, share_QW)
 
     def _add_profile(self, group: Profiles, n: int, span: Span, profile_TV: torch.Tensor) -> None:
-        """Take one layer's profile of a sequence."""
+        """Add one layer's profile of a sequence."""
         prompt, offset = self.rows[n].length - self.rows[n].response_length, QUERY_ROWS[group.query_row]
-        # only the rows of the statistic's own convention: the span has one more
+        # only the rows of the statistic's own convention; the span has one more
         first = max(prompt + offset, span.position)
         last = min(self.rows[n].length + offset, span.position + span.n_queries)
         profile_TV = profile_TV[first - span.position : last - span.position] / len(group.layers)
@@ -272,9 +274,9 @@ class Measurement:
         check_held(self._profiles)
 
     def _to_wire(self, statistic: Statistic, rows_LW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """From attention rows to the layout verl slices: token t's value at position P + t - 1, NaN elsewhere.
+        """Convert attention rows to the layout that verl slices: token t at position P + t - 1, NaN elsewhere.
 
-        Also the number of response tokens that were not seen once in every layer.
+        Also return the number of response tokens that were not measured exactly once in every layer.
         """
         assert self._placement is not None
         tokens = self._placement.tokens_at
@@ -286,7 +288,7 @@ class Measurement:
 
 
 def _sets_of(statistic: Statistic) -> list[str]:
-    """Names of the sets of keys that a statistic reads."""
+    """Names of the sets of keys that a statistic needs."""
     if statistic.name == "box_mass":
         return [f"box{i}" for i in range(statistic.size)]
-    return [statistic.fact.keys] if statistic.fact.source == "mass" else []
+    return [statistic.spec.keys] if statistic.spec.source == "mass" else []

@@ -1,6 +1,6 @@
-"""Where the rows of a micro-batch lie in the tensors that the model works on: found on the host, copied once.
+"""Positions of a micro-batch's rows in the model's tensors, computed on the host and copied once.
 
-Shape suffixes: B rows of the model's batch, S tokens of such a row, L tokens of all sequences one behind another,
+Shape suffixes: B rows of the model's batch, S tokens of such a row, L tokens of all sequences back to back,
 Q query rows, V visual tokens.
 """
 
@@ -18,18 +18,18 @@ from sayo_verl.probe.transfer import to_device
 
 @dataclass(frozen=True)
 class Placement:
-    """All that a layer needs of its micro-batch; tensors are on the device.
+    """Positions that a layer needs of its micro-batch; tensors are on the device.
 
     Attributes:
         spans: the sequences that have query rows on this rank.
-        span_rows: which row each of them is.
-        key_sets: int32 [B, S], bit k of a key says that it belongs to set k.
-        rows_at: int64 [Q], where query rows lie among the L tokens.
-        query_at: int64 [Q], where they lie among the tokens that the model has here.
+        span_rows: the row of each span.
+        key_sets: int32 [B, S], bit k is set if the key belongs to set k.
+        rows_at: int64 [Q], positions of query rows among the L tokens.
+        query_at: int64 [Q], positions of query rows among this rank's tokens.
         columns: for each row int64 [V], its visual tokens, counted from its first token.
-        hidden_columns: for each row int64, those of its visual tokens whose hidden states are here, counted from the
-            first hidden state.
-        tokens_at: int64, where response tokens lie among the L tokens.
+        hidden_columns: for each row int64, its visual tokens with hidden states on this rank, counted from the first
+            hidden state.
+        tokens_at: int64, positions of response tokens among the L tokens.
         lengths: of the rows.
     """
 
@@ -44,7 +44,7 @@ class Placement:
     lengths: list[int]
 
     def check(self, B: int, S: int, what: str) -> None:
-        """Refuse a later tensor of another shape.
+        """Refuse a later tensor with another shape.
 
         Raises:
             SayoError: P01.
@@ -69,14 +69,14 @@ def place(
     Args:
         rows: plans in micro-batch order.
         sets: names of the sets of keys, bit by bit.
-        B, S: as the model has them, with the tokens of all ranks.
-        packed: one behind another ([1, L]), not right-padded ([B, S]).
+        B, S: shape of the model's batch, with the tokens of all ranks.
+        packed: rows are back to back ([1, L]), not right-padded ([B, S]).
         shard: this rank's slice of the tokens.
         device: of the result.
-        what: the tensor whose shape this is, for the error.
+        what: name of the tensor with this shape, for the error.
 
     Raises:
-        SayoError: P01 when the rows do not fit.
+        SayoError: P01 when the rows do not match B and S.
     """
     lengths = [row.length for row in rows]
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
@@ -93,7 +93,7 @@ def place(
         hidden_columns.append(columns[(columns >= 0) & (columns < here)])
         for bit, name in enumerate(sets):
             sets_L[start : start + row.length] |= row.keys[name].to(torch.int32) << bit
-        # rows P - 1 .. P + T - 1 serve both conventions, and give the same bits whichever is asked beside which
+        # Rows P - 1 .. P + T - 1 serve both conventions, so a statistic's bits do not depend on the other requests.
         first = row.length - row.response_length - 1
         begin, end = max(start + first, low), min(start + row.length, low + here)
         if row.response_length == 0 or begin >= end:
@@ -107,7 +107,7 @@ def place(
         query_at.append(torch.arange(begin - low, end - low))
     tokens = [torch.arange(end - row.response_length, end) for end, row in zip(starts[1:], rows, strict=True)]
     none = torch.zeros(0, dtype=torch.int64)
-    key_sets, rows_there, query_there, tokens_there, *columns_there = to_device(
+    key_sets, rows_at_Q, query_at_Q, tokens_at, *all_columns = to_device(
         [
             sets_L.view(B, S),
             torch.cat([none, *rows_at]),
@@ -120,14 +120,14 @@ def place(
     )
     N = len(rows)
     return Placement(
-        spans, span_rows, key_sets, rows_there, query_there, columns_there[:N], columns_there[N:], tokens_there, lengths
+        spans, span_rows, key_sets, rows_at_Q, query_at_Q, all_columns[:N], all_columns[N:], tokens_at, lengths
     )
 
 
 def _misfit(what: str, B: int, S: int, lengths: list[int], wanted: str) -> SayoError:
     return SayoError(
         "P01",
-        "the model's batch is not that of the plan",
+        "the model's batch does not match the plan",
         where="Measurement",
         got=f"{what} of {B} x {S} tokens, rows of {lengths}",
         wanted=wanted,

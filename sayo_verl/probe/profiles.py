@@ -1,4 +1,4 @@
-"""What is made of attention profiles, which are too large to keep: one sequence at a time, as soon as it can be.
+"""Statistics of attention profiles, one sequence at a time, because profiles are too large to keep.
 
 Shape suffixes: T response tokens, V visual tokens, k the asked size.
 """
@@ -12,20 +12,20 @@ from sayo_verl.errors import SayoError
 from sayo_verl.probe.neighbours import top_neighbours
 from sayo_verl.probe.statistics import Statistic
 
-# Profiles of a micro-batch that must live at once, when a statistic averages them over layers.
+# Limit for the profiles of a micro-batch that are kept at once because a statistic averages them over layers.
 MAX_PROFILE_BYTES = 2**30
 
 
 @dataclass
 class Profiles:
-    """The statistics that read the same profiles, and what has been read of those profiles.
+    """Statistics that share the same profiles, and the profiles read so far.
 
     Attributes:
         layers: numbers from 0, over which a profile is averaged.
-        query_row: the convention.
-        statistics: what is made of them.
-        not_finite: int64 on the device, values of profiles to be compared that are not finite.
-        held: row -> its profile so far [T, V], when more layers are to come; and how many have.
+        query_row: the row convention.
+        statistics: computed from the profiles.
+        not_finite: int64 on the device, number of values that are not finite in profiles to compare.
+        held: row -> sum of its profiles so far [T, V] and their number, while layers are missing.
     """
 
     layers: frozenset[int]
@@ -35,14 +35,11 @@ class Profiles:
     held: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)
 
     def take(self, n: int, profile_TV: torch.Tensor) -> Iterator[tuple[Statistic, torch.Tensor]]:
-        """One layer's share of row n's profile.
+        """Add one layer's share of row n's profile.
 
         Yields:
-            Every statistic that is finished with it, and its values: [V] of ``patch_sums``, layer by layer to be added
-            up; [T, k] of the others, which are not linear in a profile and wait for the mean over layers.
-
-        Raises:
-            SayoError: P23 when the profiles that wait take too much memory.
+            Every statistic that this completes, with its values: [V] of ``patch_sums`` for each layer, which the caller
+            sums; [T, k] of the others, which are not linear in a profile and need the mean over layers.
         """
         for statistic in self.statistics:
             if not statistic.size:
@@ -55,16 +52,16 @@ class Profiles:
         if reads < len(self.layers):
             self.held[n] = profile_TV, reads
             return
-        made: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}  # kind and size -> index, values
+        ranked: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}  # kind and size -> index, values
         for statistic in sized:
             kind = statistic.name.rpartition("_")[0]
-            if (kind, statistic.size) not in made:
-                made[kind, statistic.size] = self._ranked(kind, profile_TV, statistic.size)
-            index_Tk, values_Tk = made[kind, statistic.size]
+            if (kind, statistic.size) not in ranked:
+                ranked[kind, statistic.size] = self._rank(kind, profile_TV, statistic.size)
+            index_Tk, values_Tk = ranked[kind, statistic.size]
             yield statistic, index_Tk.float() if statistic.name.endswith("_index") else values_Tk
 
-    def _ranked(self, kind: str, profile_TV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index [T, k] and attention or similarity [T, k]."""
+    def _rank(self, kind: str, profile_TV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return index [T, k] and attention or similarity [T, k]."""
         if kind == "top_patch":
             mass_Tk, index_Tk = profile_TV.topk(min(k, profile_TV.shape[1]))
             return _widen(index_Tk, k, -1.0), _widen(mass_Tk, k, 0.0)
@@ -73,16 +70,16 @@ class Profiles:
 
 
 def grouped(statistics: Mapping[Statistic, set[int]], device: torch.device) -> list[Profiles]:
-    """Statistics of profiles, with the layer numbers of each, by the profiles that they read."""
+    """Group statistics of profiles by the profiles they need; ``statistics`` maps each to its layer numbers."""
     groups: dict[tuple[frozenset[int], str], list[Statistic]] = {}
     for statistic, numbers in statistics.items():
-        if statistic.fact.source == "profile":
+        if statistic.spec.source == "profile":
             groups.setdefault((frozenset(numbers), statistic.query_row), []).append(statistic)
     return [Profiles(*key, group, torch.zeros((), dtype=torch.int64, device=device)) for key, group in groups.items()]
 
 
 def check_held(groups: Sequence[Profiles]) -> None:
-    """Refuse a micro-batch whose waiting profiles take too much memory.
+    """Refuse a micro-batch whose kept profiles take too much memory.
 
     Raises:
         SayoError: P23.
@@ -91,14 +88,14 @@ def check_held(groups: Sequence[Profiles]) -> None:
     if size > MAX_PROFILE_BYTES:
         raise SayoError(
             "P23",
-            "attention profiles of several layers do not fit in memory together",
+            "attention profiles of several layers take too much memory",
             where="Measurement.read",
             got=f"{size / 2**20:.0f} MiB in one micro-batch",
             wanted=f"at most {MAX_PROFILE_BYTES / 2**20:.0f} MiB",
-            fix="ask for one layer, or lower actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu",
+            fix="request one layer, or lower actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu",
         )
 
 
 def _widen(values_Tn: torch.Tensor, k: int, fill: float) -> torch.Tensor:
-    """[T, n] -> [T, k]: there are fewer visual tokens than asked."""
+    """Pad [T, n] to [T, k] if there are fewer visual tokens than requested."""
     return torch.nn.functional.pad(values_Tn.float(), (0, k - values_Tn.shape[1]), value=fill)

@@ -1,17 +1,17 @@
-"""Attention statistics of packed or padded sequences: the plain path, and the signature that both paths share.
+"""Attention statistics of packed or padded sequences: the plain path and the signatures that both paths share.
 
 For every response row and head, over *all* causal keys of the row's own sequence:
 
     lse    = log sum_j exp(scale * q.k_j)
     mass_k = sum over the keys j of set k of exp(scale * q.k_j - lse)
 
-and, when a method wants single columns, the profile: the mean over heads of exp(scale * q.k_j - lse) for chosen keys j.
-Nothing of size T x S outlives a chunk, key heads are not replicated, no autograd graph is built and the arithmetic is
-float32 whatever the inputs are. ``sayo_verl.probe.fast`` computes the same in Triton.
+and, when a method needs single columns, the profile: the mean over heads of exp(scale * q.k_j - lse) for chosen keys j.
+No tensor of size T x S outlives a chunk. Key heads are not replicated and no autograd graph is built. The arithmetic is
+float32 for all input types. ``sayo_verl.probe.fast`` computes the same in Triton.
 
-Shape suffixes: B rows of the tensors the model works on, S tokens of such a row, H query heads, G key heads (H is a
-multiple of G), D head dimension, Q query rows of all sequences one behind another, T query rows of one sequence,
-t of a chunk, N keys of one sequence, K sets of keys, V chosen keys of one sequence.
+Shape suffixes: B rows of the model's tensors, S tokens of such a row, H query heads, G key heads (H is a multiple of
+G), D head dimension, Q query rows of all sequences back to back, T query rows of one sequence, t of a chunk, N keys of
+one sequence, K sets of keys, V chosen keys of one sequence.
 """
 
 from collections.abc import Sequence
@@ -25,16 +25,16 @@ MAX_SETS = 31  # a key's sets are the bits of an int32
 
 
 class Span(NamedTuple):
-    """One sequence: where its query rows and its keys lie. Plain numbers, so that a layer costs no host work.
+    """Positions of one sequence's query rows and keys, as plain numbers, so that a layer costs no host work.
 
     Attributes:
         query_batch, query_start: the first query row is ``query[query_batch, :, query_start]``.
-        n_queries: how many follow one another.
-        position: place of the first query row in its sequence; row i attends to the keys 0 .. position + i.
+        n_queries: number of consecutive query rows.
+        position: of the first query row in its sequence; row i attends to the keys 0 .. position + i.
         key_batch, key_start: the sequence's first key is ``key[key_batch, :, key_start]``.
         n_keys: length of the sequence.
-        marked: stretches (first, end) of keys outside of which no key belongs to a set, as ``stretches`` finds them.
-            None: not known. With a log-sum-exp given no other keys are visited.
+        marked: stretches (first, end) from ``stretches`` that contain all keys of any set; None: unknown. With a given
+            log-sum-exp no other keys are visited.
     """
 
     query_batch: int
@@ -48,7 +48,7 @@ class Span(NamedTuple):
 
 
 class Masses(NamedTuple):
-    """Per head; reduce over heads where a method does not want them apart.
+    """Results per head; the caller reduces over heads.
 
     Attributes:
         mass: float32 [K, Q, H] in [0, 1].
@@ -60,7 +60,7 @@ class Masses(NamedTuple):
 
 
 def check_inputs(query: torch.Tensor, key: torch.Tensor, spans: Sequence[Span]) -> None:
-    """Refuse tensors and spans that do not fit; both paths call it first.
+    """Refuse tensors and spans that do not match; both paths call it first.
 
     Raises:
         SayoError: P01.
@@ -83,7 +83,7 @@ def check_inputs(query: torch.Tensor, key: torch.Tensor, spans: Sequence[Span]) 
     if not fits or outside:
         raise SayoError(
             "P01",
-            "queries, keys and sequences do not fit",
+            "queries, keys and sequences do not match",
             where="attention statistics",
             got=f"query {tuple(query.shape)} {query.dtype}, key {tuple(key.shape)} {key.dtype}, "
             f"{f'outside: {outside[0]}' if outside else f'{len(spans)} sequences'}",
@@ -110,17 +110,17 @@ def attention_masses(
         query: [B, H, S, D], after rotary embedding; any strides.
         key: [B, G, S, D], after rotary embedding.
         spans: the sequences.
-        sets: int32 [B, S] beside ``key``; bit k says that the key belongs to set k.
+        sets: int32 [B, S] parallel to ``key``; bit k is set if the key belongs to set k.
         n_sets: K, at most ``MAX_SETS``.
         scale: factor on the logits, usually D ** -0.5.
-        lse: float32 [Q, H] log-sum-exp of the same queries and keys, if somebody has it; None: it is computed.
-        chunk: query rows handled at once; bounds memory at chunk * H * S float32.
+        lse: float32 [Q, H] log-sum-exp of the same queries and keys; None: computed here.
+        chunk: query rows handled at once; limits memory to chunk * H * S float32.
 
     Returns:
         ``Masses`` with the query rows in the order of ``spans``.
 
     Raises:
-        SayoError: P01 for shapes that do not fit.
+        SayoError: P01 for mismatched shapes.
     """
     check_inputs(query, key, spans)
     check_sets(key, sets, n_sets)
@@ -133,7 +133,7 @@ def attention_masses(
     for span in spans:
         sets_N = sets[span.key_batch, span.key_start : span.key_start + span.n_keys]
         member_KN = ((sets_N >> bits_K[:, None]) & 1).float()
-        if lse is not None and span.marked is not None:  # as the fast path: a wrong stretch must show here, too
+        if lse is not None and span.marked is not None:  # as in the fast path, so that a wrong stretch shows here too
             visited_N = torch.zeros_like(member_KN[0])
             for begin, end in span.marked:
                 visited_N[begin:end] = 1.0
@@ -151,7 +151,7 @@ def attention_masses(
                 sum_Ggt = torch.ones_like(p_GgtN[..., 0])
             with torch.autocast(query.device.type, enabled=False):
                 for mass_QH, member_N in zip(mass_KQH, member_KN, strict=True):
-                    # one by one: the bits of a set's mass must not depend on which others are asked
+                    # one by one, because the bits of a set's mass must not depend on the other sets
                     mass_QH[at] = (p_GgtN @ member_N[:n] / sum_Ggt).reshape(H, rows).T
         done += span.n_queries
     return Masses(mass_KQH, lse_QH)
@@ -180,7 +180,7 @@ def attention_profile(
         float32 [T, V] in [0, 1]; 0 where a column comes after the row, NaN for a column outside of the sequence.
 
     Raises:
-        SayoError: P01 for shapes that do not fit.
+        SayoError: P01 for mismatched shapes.
     """
     check_inputs(query, key, [span])
     check_profile(span, query, lse, columns)
@@ -199,7 +199,7 @@ def attention_profile(
 
 
 def _logits(query: torch.Tensor, key: torch.Tensor, span: Span, scale: float, chunk: int, causal: bool = True):
-    """Chunks (first row, rows, float32 logits [G, H/G, t, n]) of one sequence; causal ones end at the last key seen."""
+    """Yield (first row, rows, float32 logits [G, H/G, t, n]) of one sequence in chunks; causal: up to the last row."""
     H, G, D = query.shape[1], key.shape[1], query.shape[3]
     key_GND = key[span.key_batch, :, span.key_start : span.key_start + span.n_keys].detach().float()
     for first in range(0, span.n_queries, chunk):
@@ -207,9 +207,9 @@ def _logits(query: torch.Tensor, key: torch.Tensor, span: Span, scale: float, ch
         start = span.query_start + first
         query_HtD = query[span.query_batch, :, start : start + rows].detach().float()
         n = span.position + first + rows if causal else span.n_keys
-        # The engine runs the model under autocast, which would cast these products back to bfloat16.
+        # The engine runs the model under autocast, which would cast these products to bfloat16.
         with torch.autocast(query.device.type, enabled=False):
-            # [G, H/G * t, D] @ [G, D, n]: every key head serves its own query heads without being copied
+            # [G, H/G * t, D] @ [G, D, n]: no key head is copied for its query heads
             logits = query_HtD.reshape(G, H // G * rows, D) @ key_GND[:, :n].transpose(1, 2)
         logits = logits.mul_(scale).view(G, H // G, rows, n)
         if causal:
@@ -219,17 +219,17 @@ def _logits(query: torch.Tensor, key: torch.Tensor, span: Span, scale: float, ch
 
 
 def check_sets(key: torch.Tensor, sets: torch.Tensor, n_sets: int) -> None:
-    """Refuse sets that do not lie beside the keys.
+    """Refuse sets that do not match the keys.
 
     Raises:
         SayoError: P01.
     """
     wanted = (key.shape[0], key.shape[2])
-    beside = tuple(sets.shape) == wanted and sets.device == key.device
-    if not beside or sets.dtype != torch.int32 or not 0 < n_sets <= MAX_SETS:
+    fits = tuple(sets.shape) == wanted and sets.device == key.device
+    if not fits or sets.dtype != torch.int32 or not 0 < n_sets <= MAX_SETS:
         raise SayoError(
             "P01",
-            "the sets of keys do not lie beside the keys",
+            "the sets of keys do not match the keys",
             where="attention_masses",
             got=f"sets {tuple(sets.shape)} {sets.dtype} on {sets.device}, {n_sets} sets",
             wanted=f"{wanted} torch.int32 on {key.device}, 1 to {MAX_SETS} sets",
@@ -238,7 +238,7 @@ def check_sets(key: torch.Tensor, sets: torch.Tensor, n_sets: int) -> None:
 
 
 def check_lse(query: torch.Tensor, spans: Sequence[Span], lse: torch.Tensor | None) -> None:
-    """Refuse a log-sum-exp that is not one number for each query row and head.
+    """Refuse a log-sum-exp without exactly one number for each query row and head.
 
     Raises:
         SayoError: P01.
@@ -248,7 +248,7 @@ def check_lse(query: torch.Tensor, spans: Sequence[Span], lse: torch.Tensor | No
         return
     raise SayoError(
         "P01",
-        "the log-sum-exp is not that of the query rows",
+        "the log-sum-exp does not match the query rows",
         where="attention_masses",
         got=f"{tuple(lse.shape)} {lse.dtype} on {lse.device}",
         wanted=f"{wanted} torch.float32 on {query.device}",
@@ -257,7 +257,7 @@ def check_lse(query: torch.Tensor, spans: Sequence[Span], lse: torch.Tensor | No
 
 
 def stretches(marked_N: torch.Tensor, gap: int = 64) -> tuple[tuple[int, int], ...]:
-    """The stretches (first, end) that cover all True of a CPU mask; those less than ``gap`` apart are one."""
+    """Find stretches (first, end) that cover all True of a CPU mask; those at most ``gap`` apart are merged."""
     at = marked_N.nonzero().flatten()
     if at.numel() == 0:
         return ()
@@ -268,7 +268,7 @@ def stretches(marked_N: torch.Tensor, gap: int = 64) -> tuple[tuple[int, int], .
 
 
 def check_profile(span: Span, query: torch.Tensor, lse: torch.Tensor, columns: torch.Tensor) -> None:
-    """Refuse a log-sum-exp or columns that are not this sequence's.
+    """Refuse a log-sum-exp or columns that do not match the sequence.
 
     Raises:
         SayoError: P01.
@@ -277,7 +277,7 @@ def check_profile(span: Span, query: torch.Tensor, lse: torch.Tensor, columns: t
     if not fits or columns.ndim != 1 or columns.dtype != torch.int64:
         raise SayoError(
             "P01",
-            "log-sum-exp and columns are not those of the sequence",
+            "log-sum-exp and columns do not match the sequence",
             where="attention_profile",
             got=f"lse {tuple(lse.shape)} on {lse.device}, columns {tuple(columns.shape)} {columns.dtype} on "
             f"{columns.device}",

@@ -1,6 +1,6 @@
-"""Before a run trusts the fast path: it must agree with the reference path on this device, at the model's head shape.
+"""Comparison of the fast path with the reference path on this device, at the model's head shape, before a run.
 
-Kernels are compiled for the device they run on, so no test made elsewhere can vouch for them.
+Kernels are compiled for the device they run on, so a test on another device does not cover them.
 
 Shape suffixes: B rows, H query heads, G key heads, S tokens, D head dimension.
 """
@@ -32,13 +32,13 @@ def check_path(path: str, *, heads: int, key_heads: int, head_dim: int, device: 
         The module that runs and its largest difference from the reference (0 for the reference itself).
 
     Raises:
-        SayoError: P16, P17 and P29 when the path cannot run here, P24 when it does not agree.
+        SayoError: P16, P17 and P29 when the path cannot run here, P24 when it differs from the reference.
     """
     try:
         return _compare(path, heads, key_heads, head_dim, device)
     except (SayoError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:  # what Triton's build of its driver raises
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:  # raised when Triton builds its driver
         raise SayoError(
             "P29",
             "the probe's kernels cannot be built or started on this machine",
@@ -56,7 +56,7 @@ def _compare(path: str, heads: int, key_heads: int, head_dim: int, device: torch
     if chosen is reference:
         return name, 0.0
     generator = torch.Generator().manual_seed(0)
-    # two sequences, longer than a tile and not a multiple of one, in a packed row with other tokens around them
+    # two sequences in a packed row between other tokens, longer than a tile and not a multiple of it
     spans = [Span(0, 90, 70, 85, 0, 5, 155), Span(0, 170, 131, 10, 0, 160, 141)]
     query, key = (
         torch.randn(1, n, 320, head_dim, generator=generator).to(device, torch.bfloat16) for n in (heads, key_heads)
@@ -66,7 +66,7 @@ def _compare(path: str, heads: int, key_heads: int, head_dim: int, device: torch
     marked = [s._replace(marked=stretches(sets[0, s.key_start : s.key_start + s.n_keys] != 0)) for s in spans]
     sets = sets.to(device)
     columns = torch.randperm(155, generator=generator)[:50].to(device)
-    scale = 3 * head_dim**-0.5  # sharper than random heads are
+    scale = 3 * head_dim**-0.5  # sharper than random heads
     found, expected = (m.attention_masses(query, key, spans, sets, 3, scale=scale) for m in (chosen, reference))
     profiles = [
         m.attention_profile(query, key, spans[0], expected.lse[:70], columns, scale=scale) for m in (chosen, reference)
@@ -76,12 +76,12 @@ def _compare(path: str, heads: int, key_heads: int, head_dim: int, device: torch
     differences.append(given.mass - expected.mass)
     if path == FAST_LSE:
         differences += [lse.T - expected.lse for lse in _kernels_own(query, key, spans, scale)]
-    # NaN must not pass: max() of a comparison with it is false
+    # NaN must fail, but every comparison with NaN is false
     largest = max(float(d.abs().nan_to_num(float("inf")).max()) for d in differences)
     if not largest <= TOLERANCE:
         raise SayoError(
             "P24",
-            f"the {name} path of the probe does not agree with the reference path on this device",
+            f"the {name} path of the probe differs from the reference path on this device",
             where="sayo.probe_path",
             got=f"largest difference {largest:.1e} ({heads} heads, {key_heads} key heads of {head_dim}, {device})",
             wanted=f"at most {TOLERANCE:.0e}",
@@ -91,17 +91,18 @@ def _compare(path: str, heads: int, key_heads: int, head_dim: int, device: torch
 
 
 def _kernels_own(query: torch.Tensor, key: torch.Tensor, spans: Sequence[Span], scale: float) -> Iterator[torch.Tensor]:
-    """The log-sum-exp [H, Q] of the spans' query rows by each of FlashAttention's functions that is loaded: releases of
-    it have returned other layouts.
+    """The log-sum-exp [H, Q] of the spans' query rows from each loaded function of FlashAttention.
+
+    Releases of FlashAttention differ in its layout; a wrong layout gives NaN.
 
     Raises:
-        SayoError: P31 when none is loaded.
+        SayoError: P31 when no function is loaded.
     """
     functions = flash_functions()
     if not functions:
         raise SayoError(
             "P31",
-            "there is no FlashAttention whose log-sum-exp could be taken",
+            "there is no FlashAttention to read the log-sum-exp from",
             where="sayo.probe_path",
             got="no function for packed rows is loaded",
             wanted="flash-attn",

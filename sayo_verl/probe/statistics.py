@@ -1,4 +1,4 @@
-"""What the probe can measure: names, shapes, units and ranges, and how a method asks. The one place where they stand.
+"""The statistics of the probe, with names, shapes, units and ranges, and the request of a method.
 
 Row convention. A statistic of response token y_t is read from one row of the attention matrix (or one hidden state).
 With prompt length P and t = 0, 1, ... the row is
@@ -6,13 +6,13 @@ With prompt length P and t = 0, 1, ... the row is
     input        P + t      the position where y_t is the *input* (SAYO: "attention of the generated token")
     predicting   P + t - 1  the position whose logits *sampled* y_t (verl's log_probs and entropy belong to this row)
 
-verl slices every per-token output with ``response_from_nested``, which reads position P + t - 1 for token t. The wire
-layout absorbs the difference: the value of token t always lies at position P + t - 1, whichever row it was read from.
-Positions that describe no response token hold NaN, so that reading a wrong slice cannot pass for a measurement.
+verl slices every per-token output with ``response_from_nested``, which reads position P + t - 1 for token t. In the
+wire layout the value of token t always lies at position P + t - 1, for both conventions. All other positions hold NaN,
+so that a wrong slice is noticed.
 
-Attention is that of the model's softmax over all causal keys of the row's own sequence, averaged over heads (unless
-``per_head``) and over the asked layers, in float32, detached. Shape suffixes: T response tokens, V visual tokens of the
-row, H query heads, k the asked ``size``.
+Attention is the model's softmax over all causal keys of the row's own sequence, averaged over heads (unless
+``per_head``) and over the requested layers, in float32, detached. Shape suffixes: T response tokens, V visual tokens of
+the row, H query heads, k the requested ``size``.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from typing import Any
 
 from sayo_verl.errors import Rule, SayoError, did_you_mean, raise_first
 
-# Keys under which statistics travel beside log_probs and entropy.
+# Prefix of the keys under which workers return statistics, next to log_probs and entropy.
 WIRE_PREFIX = "sayo_"
-# Keys of the per-call requests in the batch's extra information; without one of them the engine mixin is inert.
+# Keys of the per-call requests in the batch's extra_info; without one of them the engine mixin does nothing.
 REQUEST_KEY = "sayo_probe"
 INTERVENTION_KEY = "sayo_intervention"
-# What a pass with a changed image gives, and all it gives: the log-probs of the very response.
+# The only output of a pass with a changed image: the log-probs of the same response.
 COUNTERFACTUAL_LOG_PROBS = WIRE_PREFIX + "counterfactual_log_probs"
 
 QUERY_ROWS = {"input": 0, "predicting": -1}  # offset of the query row from the position of y_t
@@ -37,15 +37,15 @@ PATHS = ("auto", "reference", "fast", FAST_LSE)
 
 
 @dataclass(frozen=True)
-class Fact:
+class StatisticSpec:
     """One entry of the catalogue.
 
     Attributes:
         shape: of one row's values.
-        unit, low, high: what a value means and where it lies.
+        unit, low, high: unit and range of a value.
         source: ``mass`` (attention on a set of keys), ``lse``, ``profile`` (attention on single visual tokens) or
             ``hidden`` (last hidden state).
-        what: one line.
+        what: a description of one line.
         keys: the set of keys of a mass, see ``sayo_verl.probe.plan``.
     """
 
@@ -58,31 +58,31 @@ class Fact:
     keys: str = ""
 
 
-def _mass(keys: str, what: str, shape: str = "[T] or [T, H]") -> Fact:
-    return Fact(shape, "attention probability", 0.0, 1.0, "mass", what, keys)
+def _mass(keys: str, what: str, shape: str = "[T] or [T, H]") -> StatisticSpec:
+    return StatisticSpec(shape, "attention probability", 0.0, 1.0, "mass", what, keys)
 
 
-CATALOGUE: Mapping[str, Fact] = {
+CATALOGUE: Mapping[str, StatisticSpec] = {
     "image_mass": _mass("image", "attention on all visual tokens of the row"),
     "region_mass": _mass("region", "attention on the visual tokens of the row's boxes taken together"),
     "box_mass": _mass(
-        "box", "attention on the visual tokens of each of the first k boxes, 0 where there is none", "[T, k]"
+        "box", "attention on the visual tokens of each of the first k boxes, 0 for a missing box", "[T, k]"
     ),
     "sink_mass": _mass("sink", "attention on the first token of the sequence, where models park unused attention"),
     "system_mass": _mass("system", "attention on the text of system turns"),
-    "question_mass": _mass("question", "attention on the text of user turns, visual tokens and their borders left out"),
+    "question_mass": _mass("question", "attention on the text of user turns, without visual tokens and their borders"),
     "response_mass": _mass("response", "attention on the response's own tokens so far"),
-    "lse": Fact("[T] or [T, H]", "nats", -math.inf, math.inf, "lse", "log-sum-exp of the attention logits"),
-    "top_patch_index": Fact(
+    "lse": StatisticSpec("[T] or [T, H]", "nats", -math.inf, math.inf, "lse", "log-sum-exp of the attention logits"),
+    "top_patch_index": StatisticSpec(
         "[T, k]",
         "visual token, -1: none",
         -1.0,
         math.inf,
         "profile",
-        "the k visual tokens with most attention, most first",
+        "the k visual tokens with most attention, highest first",
     ),
-    "top_patch_mass": Fact("[T, k]", "attention probability", 0.0, 1.0, "profile", "their attention"),
-    "patch_sums": Fact(
+    "top_patch_mass": StatisticSpec("[T, k]", "attention probability", 0.0, 1.0, "profile", "their attention"),
+    "patch_sums": StatisticSpec(
         "[V]",
         "attention probability x tokens",
         0.0,
@@ -90,16 +90,18 @@ CATALOGUE: Mapping[str, Fact] = {
         "profile",
         "attention each visual token gets, summed over the response: a heat map",
     ),
-    "neighbour_index": Fact(
+    "neighbour_index": StatisticSpec(
         "[T, k]",
         "response token, -1: none",
         -1.0,
         math.inf,
         "profile",
-        "the k response tokens that look at the image most alike",
+        "the k response tokens with the most similar attention to the image",
     ),
-    "neighbour_similarity": Fact("[T, k]", "cosine", 0.0, 1.0, "profile", "cosine of their attention profiles"),
-    "image_cosine": Fact(
+    "neighbour_similarity": StatisticSpec(
+        "[T, k]", "cosine", 0.0, 1.0, "profile", "cosine of their attention profiles"
+    ),
+    "image_cosine": StatisticSpec(
         "[T]",
         "cosine",
         -1.0,
@@ -110,7 +112,7 @@ CATALOGUE: Mapping[str, Fact] = {
 }
 SIZED = ("box_mass", "top_patch_index", "top_patch_mass", "neighbour_index", "neighbour_similarity")
 
-# Measured for every row, asked or not: float32 numbers, one per row.
+# Measured for every row, without a request: one float32 number per row.
 PER_ROW: Mapping[str, str] = {
     "image_tokens": "number of visual tokens of the row (0: the row has no image)",
     "region_tokens": "number of visual tokens of the row's boxes (0: the row has no box)",
@@ -120,15 +122,15 @@ PER_ROW: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Statistic:
-    """One thing a method wants to know.
+    """One statistic that a method needs.
 
     Attributes:
         name: key of ``CATALOGUE``.
-        layers: decoder layers to average over; negative numbers count from the last. ``image_cosine`` knows the last
+        layers: decoder layers to average over; negative numbers count from the last. ``image_cosine`` uses the last
             hidden state only.
         query_row: ``"input"`` or ``"predicting"``, see above.
-        per_head: keep query heads apart (masses over sets of keys and the log-sum-exp).
-        size: k, for what has one.
+        per_head: do not average over query heads (masses over sets of keys and the log-sum-exp only).
+        size: k, for statistics in ``SIZED``; 0 for others.
 
     Raises:
         SayoError: P08 for an unknown row convention, P12 for an unknown name, P13 for an option that does not apply.
@@ -187,24 +189,24 @@ class Statistic:
 
     @property
     def key(self) -> str:
-        """Names the measurement: equal exactly for equal statistics. With ``WIRE_PREFIX`` the key on the wire."""
+        """Name of the measurement, equal only for equal statistics. With ``WIRE_PREFIX`` it is the key on the wire."""
         tail = ".heads" if self.per_head else f".{self.size}" if self.size else ""
         return f"{self.name}.{self.query_row}.L{','.join(map(str, self.layers))}{tail}"
 
     @property
-    def fact(self) -> Fact:
+    def spec(self) -> StatisticSpec:
         return CATALOGUE[self.name]
 
 
 @dataclass(frozen=True)
 class StatisticsRequest:
-    """What a run asks of one log-prob pass; travels to the workers as a plain dict.
+    """A run's request for one log-prob pass; sent to the workers as a plain dict.
 
     Attributes:
         statistics: without duplicates.
         coverage: share of a visual token's cell that a box must cover, see ``sayo_verl.vision.masks``.
-        path: ``"fast"`` (Triton), ``"reference"`` (plain torch) or ``"auto"``: fast on a GPU, reference elsewhere.
-            ``"fast_lse"`` is the fast path with FlashAttention's log-sum-exp instead of one of its own.
+        path: ``"fast"`` (Triton), ``"reference"`` (plain torch) or ``"auto"`` (fast on a GPU, reference elsewhere).
+            ``"fast_lse"`` is the fast path with FlashAttention's log-sum-exp instead of its own.
     """
 
     statistics: tuple[Statistic, ...]
@@ -219,12 +221,12 @@ class StatisticsRequest:
                 where="sayo.probe_path",
                 got=self.path,
                 wanted=" or ".join(PATHS),
-                fix="leave it at auto",
+                fix="use auto",
             )
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Every layer that any statistic names, as named, each once."""
+        """Every layer of any statistic, as named, without duplicates."""
         return tuple(dict.fromkeys(layer for statistic in self.statistics for layer in statistic.layers))
 
     def to_wire(self) -> dict[str, Any]:
@@ -237,16 +239,16 @@ class StatisticsRequest:
 
 
 def union(requests: Sequence[StatisticsRequest]) -> StatisticsRequest:
-    """One request that serves several: every statistic once.
+    """Combine requests into one without duplicate statistics.
 
     Raises:
-        SayoError: P15 when two requests map boxes to tokens by different rules or want different paths.
+        SayoError: P15 when requests differ in coverage or path.
     """
     settings = {(request.coverage, request.path) for request in requests}
     if len(settings) != 1:
         raise SayoError(
             "P15",
-            "requests disagree on coverage or path, which hold for a whole pass",
+            "requests differ in coverage or path, which apply to a whole pass",
             where="union",
             got=sorted(settings),
             wanted="one pair",
@@ -258,11 +260,11 @@ def union(requests: Sequence[StatisticsRequest]) -> StatisticsRequest:
 
 
 def check_lse_path(path: str, *, packed: bool, ranks: int, flash: bool = True) -> None:
-    """Refuse ``fast_lse`` where FlashAttention has no log-sum-exp of the tokens that the probe reads.
+    """Refuse ``fast_lse`` where FlashAttention computes no log-sum-exp of the tokens that the probe reads.
 
     Args:
         path: of the probe.
-        packed: whether rows lie one behind another.
+        packed: whether rows are packed back to back.
         ranks: how many share a sequence.
         flash: whether the model runs FlashAttention.
 
@@ -272,7 +274,7 @@ def check_lse_path(path: str, *, packed: bool, ranks: int, flash: bool = True) -
     if path == FAST_LSE and not (packed and ranks == 1 and flash):
         raise SayoError(
             "P31",
-            "FlashAttention's log-sum-exp can be taken for whole packed rows only",
+            "FlashAttention's log-sum-exp is available for whole packed rows only",
             where="sayo.probe_path",
             got=f"{'packed' if packed else 'padded'} rows, sequence parallel size "
             f"{ranks}, {'FlashAttention' if flash else 'another attention kernel'}",

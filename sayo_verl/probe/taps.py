@@ -1,13 +1,13 @@
-"""Where queries, keys and hidden states are taken inside a model, and for how long.
+"""Capture of queries, keys and hidden states inside a model, for one forward pass.
 
-The capture point is the call of the family's rotary function within the forward of an asked layer: what it returns is
-what the attention kernel gets, whichever that is (FlashAttention, SDPA, eager, verl's own forward of Qwen2.5-VL), after
-QK-norm and LoRA, before Ulysses exchanges heads for tokens, without a matrix product or a rotation of our own. Hooks on
-the layer say whose call it is. Hooks and the wrapped function exist only between ``__enter__`` and ``__exit__`` of
-``ForwardTap``: the training forward never sees them.
+The capture point is the call of the family's rotary function within the forward of a requested layer. What that call
+returns is what the attention kernel gets, for every kernel (FlashAttention, SDPA, eager, verl's own forward of
+Qwen2.5-VL). It comes after QK-norm and LoRA and before Ulysses exchanges heads for tokens, and needs no additional
+matrix product or rotation. Hooks on the layers show which layer makes the call. Hooks and the wrapped function exist
+only between ``__enter__`` and ``__exit__`` of ``ForwardTap``, so the training forward never runs them.
 
-On request the log-sum-exp of the logits is taken, too, where FlashAttention is called for packed rows. The kernel has
-computed it anyway and returns it when asked (``return_attn_probs``); its output stays as it was.
+On request the log-sum-exp of the logits is captured too, where FlashAttention is called for packed rows. The kernel
+computes it anyway and returns it with ``return_attn_probs``; its output does not change.
 
 Shape suffixes: B rows of the model's batch, S tokens, H query heads, G key heads, D head dimension.
 """
@@ -34,21 +34,21 @@ ROTARY: Mapping[str, tuple[str, ...]] = {
     name: f for family in FAMILIES.values() for name, f in family.attention.items()
 }
 FLASH = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.flash))
-# what every family's attention calls where a packed row holds one sequence: a micro-batch of one row
+# called by every family's attention when a packed row holds one sequence, as in a micro-batch of one row
 FLASH_OF_ONE = ("transformers.modeling_flash_attention_utils:_flash_fn",)
 DECODERS = {name for family in FAMILIES.values() for name in family.decoder}
 
 
 def _class_in(module: nn.Module, names: Any) -> str | None:
-    """The first of a module's classes that is named; FSDP2 and others subclass the modules they wrap."""
+    """The first of a module's classes in ``names``; FSDP2 and others subclass the modules they wrap."""
     return next((c.__name__ for c in type(module).__mro__ if c.__name__ in names), None)
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
-    """The text model: the one module of a known decoder class.
+    """Find the text model: the only module of a known decoder class.
 
     Raises:
-        SayoError: P02 when there is none or more than one.
+        SayoError: P02 for no such module or more than one.
     """
     found = [module for module in model.modules() if _class_in(module, DECODERS)]
     if len(found) != 1:
@@ -62,16 +62,16 @@ def text_decoder(model: nn.Module) -> nn.Module:
     return found[0]
 
 
-# A model is searched once: a real one has thousands of modules, and the search would cost more than the probe. Should a
-# module be replaced later, its reading is missed and stops the run (P04).
+# A model is searched once, because a real one has thousands of modules and the search would cost more than the probe.
+# If a module is replaced later, its layer is not read and P04 stops the run.
 _FOUND: WeakKeyDictionary[nn.Module, tuple[dict[int, nn.Module], nn.Module]] = WeakKeyDictionary()
 
 
 def text_attention_layers(model: nn.Module) -> tuple[dict[int, nn.Module], int]:
-    """The decoder's attention modules by layer index, and how many layers it has: not every layer must have one.
+    """The decoder's attention modules by layer index, and its number of layers; a layer may have no such module.
 
     Raises:
-        SayoError: P02 when there are none or two claim the same index.
+        SayoError: P02 for no modules or two of the same index.
     """
     if model in _FOUND:
         layers, decoder = _FOUND[model]
@@ -92,7 +92,7 @@ def text_attention_layers(model: nn.Module) -> tuple[dict[int, nn.Module], int]:
 
 
 def resolve_layers(layers: Sequence[int], n_layers: int, *, where: str) -> tuple[int, ...]:
-    """Layer numbers from 0, with negative ones counted from the last.
+    """Convert layer numbers, which may count from the last, to numbers from 0.
 
     Raises:
         SayoError: P03 for a layer that does not exist or is named twice.
@@ -101,7 +101,7 @@ def resolve_layers(layers: Sequence[int], n_layers: int, *, where: str) -> tuple
     if not resolved or any(not 0 <= layer < n_layers for layer in resolved) or len(set(resolved)) != len(resolved):
         raise SayoError(
             "P03",
-            f"the model has {n_layers} decoder layers and cannot give these",
+            f"the model has {n_layers} decoder layers, but not these",
             where=where,
             got=list(layers),
             wanted=f"distinct numbers within {-n_layers}..{n_layers - 1}",
@@ -131,11 +131,11 @@ def check_full_attention(layers: Sequence[int], attention: Mapping[int, nn.Modul
             )
 
 
-def asked_layers(model: nn.Module, layers: Sequence[int], *, where: str) -> dict[int, int]:
-    """Each asked layer, as named, and its number from 0.
+def requested_layers(model: nn.Module, layers: Sequence[int], *, where: str) -> dict[int, int]:
+    """Map each requested layer, as named, to its number from 0.
 
     Raises:
-        SayoError: P02 for an unknown model, P03 for a layer that is not there, P11 for one without full attention.
+        SayoError: P02 for an unknown model, P03 for a missing layer, P11 for a layer without full attention.
     """
     attention, n_layers = text_attention_layers(model)
     numbers = {layer: resolve_layers([layer], n_layers, where=where)[0] for layer in layers}
@@ -147,7 +147,7 @@ def _rotary(target: str) -> tuple[ModuleType, str]:
     """The module and name of a family's rotary function.
 
     Raises:
-        SayoError: P26 when the installed transformers has none of that name.
+        SayoError: P26 when the installed transformers does not have it.
     """
     source, name = target.split(":")
     module = importlib.import_module(source)
@@ -164,26 +164,28 @@ def _rotary(target: str) -> tuple[ModuleType, str]:
 
 
 def flash_functions(targets: Sequence[str] = FLASH) -> list[tuple[ModuleType, str, Callable[..., Any]]]:
-    """FlashAttention's functions for sequences of different lengths (``FLASH_OF_ONE``: of one length), where the loaded
-    code keeps them. Code that is not loaded calls none, and a name may be empty where flash-attn is not installed."""
+    """FlashAttention's functions in loaded modules. A name may be empty if flash-attn is not installed.
+
+    ``FLASH`` names those for sequences of different lengths, ``FLASH_OF_ONE`` those of one length.
+    """
     places = [(sys.modules.get(source), name) for source, _, name in (target.partition(":") for target in targets)]
     found = [(module, name, getattr(module, name, None)) for module, name in places if module is not None]
     return [(module, name, function) for module, name, function in found if function is not None]
 
 
 class ForwardTap:
-    """Hands queries and keys of some layers, and the last hidden states, to readers during one forward pass.
+    """Passes queries and keys of some layers, and the last hidden states, to readers during one forward pass.
 
     Args:
         model: the (wrapped) model.
         layers: layer numbers from 0; may be empty.
-        read: called once per layer, inside the layer's forward; it must not keep what it gets.
-        read_hidden: called once, with the output of the text model's last norm; None: not wanted.
-        with_lse: hand over the log-sum-exp of packed rows as well; ``read`` is then called after the attention kernel.
+        read: called once per layer, inside the layer's forward; it must not keep its arguments.
+        read_hidden: called once, with the output of the text model's last norm; None: not needed.
+        with_lse: pass the log-sum-exp of packed rows as well; ``read`` is then called after the attention kernel.
 
     Raises:
-        SayoError: P02 and P11 for a model or layer that cannot be read; on leaving without an exception, P04 when
-            something was read a number of times other than one, P31 when a layer's kernel gave no log-sum-exp.
+        SayoError: P02 and P11 for a model or layer that cannot be read. On exit without an exception: P04 when a layer
+            or the hidden states were not read exactly once, P31 when a layer's kernel returned no log-sum-exp.
     """
 
     def __init__(
@@ -205,7 +207,7 @@ class ForwardTap:
         self._handles: list[Any] = []
         self._originals: list[tuple[Any, str, Any]] = []
         self._with_lse = with_lse
-        # queries and keys before their kernel ran
+        # queries and keys whose kernel has not run yet
         self._pending: tuple[torch.Tensor, torch.Tensor, float] | None = None
         self._without_lse: dict[int, str] = {}
         self._current: int | None = None
@@ -216,7 +218,7 @@ class ForwardTap:
     def __enter__(self) -> "ForwardTap":
         for layer, module in self._modules.items():
             self._handles.append(module.register_forward_pre_hook(self._begin(layer)))
-            # also when the forward fails: a later call of the function must not be taken for this layer's
+            # also when the forward fails, so that a later call of the function is not attributed to this layer
             self._handles.append(module.register_forward_hook(self._end, always_call=True))
         for python_module, name in self._rotaries:
             original = getattr(python_module, name)
@@ -239,11 +241,11 @@ class ForwardTap:
         if exc_type is None and self._without_lse:
             raise SayoError(
                 "P31",
-                "the attention kernel gave no log-sum-exp of the probed tokens",
+                "the attention kernel returned no log-sum-exp of the probed tokens",
                 where="ForwardTap",
                 got=self._without_lse,
-                wanted="one number for each head and token, from flash-attn's "
-                "function for packed rows, of the queries that were read",
+                wanted="one number for each head and token of the queries that were read, from flash-attn's "
+                "function for packed rows",
                 fix="set sayo.probe_path=fast, which computes its own",
             )
         if exc_type is None and any(n != 1 for n in self._reads.values()):
@@ -285,10 +287,10 @@ class ForwardTap:
 
     def _with_its_lse(self, original: Callable[..., Any]):
         def attend(*args: Any, **kwargs: Any) -> Any:
-            if self._pending is None or self._current is None:  # another layer's, or the vision tower's
+            if self._pending is None or self._current is None:  # of another layer or the vision tower
                 return original(*args, **kwargs)
             output, lse, *_ = original(*args, **kwargs, return_attn_probs=True)
-            lse = lse[0] if lse.ndim == 3 and lse.shape[0] == 1 else lse  # [1, H, S] of a row with one sequence
+            lse = lse[0] if lse.ndim == 3 and lse.shape[0] == 1 else lse  # [1, H, S] for a row with one sequence
             (query, key, scale), self._pending = self._pending, None
             seen = kwargs["q"] if "q" in kwargs else args[0]
             if lse.shape != query.shape[1:3] or seen.dtype != query.dtype:

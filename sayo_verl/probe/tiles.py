@@ -1,4 +1,4 @@
-"""How the Triton kernels share the work of a micro-batch: tables of tiles, made on the host once for all layers."""
+"""Tables of tiles that divide a micro-batch's work among Triton programs, built on the host once for all layers."""
 
 import functools
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from sayo_verl.probe.reference import Span
 from sayo_verl.probe.transfer import to_device
 
 
-@functools.lru_cache(maxsize=16)  # one per micro-batch in flight is enough; they are small
+@functools.lru_cache(maxsize=16)  # one per micro-batch in flight is enough; tables are small
 def tiles_of(
     spans: tuple[Span, ...], rows: int, keys: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The work of a micro-batch in tiles; fields as ``kernels`` reads them.
+    """Divide the work of a micro-batch into tiles, with the fields that ``kernels`` reads.
 
     Args:
         spans: the sequences.
@@ -22,8 +22,8 @@ def tiles_of(
         device: of the tables.
 
     Returns:
-        int32 [tiles, 10], tiles of query rows of one sequence; int32 [stretches, 2], the keys that are visited when the
-        log-sum-exp is given; int32 [key tiles, 3].
+        int32 [tiles, 10], tiles of query rows of one sequence; int32 [stretches, 2], the keys to visit with a given
+        log-sum-exp; int32 [key tiles, 3].
     """
     tiles: list[tuple[int, ...]] = []
     stretches: list[tuple[int, int]] = []
@@ -46,18 +46,18 @@ def tiles_of(
                 )
             )
         stretches += marked
-        seen = span.position + span.n_queries  # by the last row; keys after it are not looked at
+        seen = span.position + span.n_queries  # by the last row; later keys are not needed
         key_tiles += [(span.key_batch, span.key_start + n, min(keys, seen - n)) for n in range(0, seen, keys)]
         done += span.n_queries
-    # the tiles with most keys start first, so that the last ones to run are short
+    # tiles with most keys start first, so that the last ones are short
     tiles.sort(key=lambda tile: -tile[3])
     tables_of = ((tiles, 10), (stretches or [(0, 0)], 2), (key_tiles or [(0, 0, 0)], 3))
-    there = to_device([torch.tensor(table, dtype=torch.int32).view(-1, n) for table, n in tables_of], device)
-    return there[0], there[1], there[2]
+    on_device = to_device([torch.tensor(table, dtype=torch.int32).view(-1, n) for table, n in tables_of], device)
+    return on_device[0], on_device[1], on_device[2]
 
 
 def whole_tiles(stretches: Sequence[tuple[int, int]], keys: int) -> list[tuple[int, int]]:
-    """Stretches widened to whole tiles of keys; those that meet become one, so that no key is visited twice."""
+    """Widen stretches to whole tiles of keys and merge those that meet, so that no key is visited twice."""
     found: list[tuple[int, int]] = []
     for first, end in sorted(stretches):
         first, end = first // keys * keys, -(-end // keys) * keys

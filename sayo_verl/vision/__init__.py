@@ -1,1 +1,1 @@
-"""From boxes and image grids to visual tokens. Torch and numpy only."""
+"""Visual tokens of boxes, image grids and counterfactual images. Imports torch and numpy only."""

@@ -1,8 +1,8 @@
-"""Which part of its image each visual token is.
+"""The part of the image that each visual token covers.
 
-Every family resizes the *whole* image before it cuts patches, without keeping its aspect ratio to the pixel, so token
-(r, c) of an R x C grid over a rectangle of the image covers the cell (r, c) of that rectangle whatever the resize did.
-What differs is how many grids an image has:
+Every family resizes the *whole* image before it cuts patches, without keeping its aspect ratio to the pixel. So token
+(r, c) of an R x C grid over a rectangle of the image covers the cell (r, c) of that rectangle after any resize.
+Families differ in the number of grids per image:
 
 - Qwen2.5-VL and Qwen3-VL: one grid over the whole image. ``image_grid_thw`` counts patches; ``merge_size`` x
   ``merge_size`` of them are merged into a token. The patches of a token lie side by side in ``pixel_values``, so tokens
@@ -11,8 +11,8 @@ What differs is how many grids an image has:
   tokens after the pixel shuffle. Tiles come row-major, tokens row-major within a tile, and a *thumbnail*, one more grid
   over the whole image, comes last when there is more than one tile.
 
-Nothing here computes a resize: the size of the grid is asked of the processor that made the pixels
-(``image_grid_thw``; ``get_optimal_tiled_canvas`` of InternVL's image processor), never recomputed from the file's size.
+Nothing here computes a resize. The size of the grid comes from the processor that made the pixels
+(``image_grid_thw``; ``get_optimal_tiled_canvas`` of InternVL's image processor), never from the size of the file.
 
 Shape suffixes: V visual tokens of one image, in token order.
 """
@@ -27,7 +27,7 @@ import numpy as np
 
 from sayo_verl.errors import SayoError
 
-SAME = 1e-6  # relative: cell sizes and areas that differ by less are equal
+SAME = 1e-6  # relative tolerance of cell sizes and areas
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Tile:
 
 
 def merged_grid(t: int, h: int, w: int, merge_size: int, *, where: str) -> tuple[Tile, ...]:
-    """The one tile of an image of the Qwen families.
+    """Return the single tile of an image of the Qwen families.
 
     Args:
         t: frames; 1 for an image.
@@ -70,7 +70,7 @@ def merged_grid(t: int, h: int, w: int, merge_size: int, *, where: str) -> tuple
     if t != 1 or merge_size < 1 or h < 1 or w < 1 or h % merge_size or w % merge_size:
         raise SayoError(
             "P07",
-            "an image grid is not that of a still image",
+            "an image grid does not belong to a still image",
             where=where,
             got=f"(t, h, w) = ({t}, {h}, {w}), merge size {merge_size}",
             wanted="t = 1, h and w positive multiples of the merge size",
@@ -80,20 +80,20 @@ def merged_grid(t: int, h: int, w: int, merge_size: int, *, where: str) -> tuple
 
 
 def tile_grid(columns: int, rows: int, side: int, *, thumbnail: bool = True, where: str) -> tuple[Tile, ...]:
-    """The tiles of an image of InternVL, and its thumbnail last.
+    """Return the tiles of an InternVL image, with its thumbnail last.
 
     Args:
         columns: tiles across.
         rows: tiles down.
         side: visual tokens per side of a tile (16: 448 px, patches of 14 px, pixel shuffle by 1/2).
-        thumbnail: whether the processor adds the whole image as one more tile; it never does for a single tile.
+        thumbnail: whether the processor adds the whole image as another tile; it never does for a single tile.
         where: names the image in errors.
 
     Returns:
         ``columns * rows`` tiles in row-major order, then the thumbnail if there is one.
 
     Raises:
-        SayoError: V05 for a count that is not a whole number of at least 1.
+        SayoError: V05 for a count that is not an integer of at least 1.
     """
     _check_counts(where, columns=columns, rows=rows, side=side)
     tiles = [
@@ -107,23 +107,23 @@ def tile_grid(columns: int, rows: int, side: int, *, thumbnail: bool = True, whe
 
 
 def _check_counts(where: str, **counts: int) -> None:
-    """Refuse a grid of no cells, or of parts of cells; V05."""
+    """Refuse a count of cells that is not a positive integer; V05."""
     if not all(isinstance(n, numbers.Integral) and n >= 1 for n in counts.values()):
         raise SayoError(
             "V05",
-            "a grid of tiles or of visual tokens is empty or not whole",
+            "a grid of tiles or of visual tokens has an invalid size",
             where=where,
             got=", ".join(f"{name}={n}" for name, n in counts.items()),
-            wanted="whole numbers of at least 1",
-            fix="take the grid from the image processor, for the size of the image that it was given",
+            wanted="integers of at least 1",
+            fix="take the grid from the image processor, for the size of the image that it processed",
         )
 
 
 def token_levels(tiles: Sequence[Tile], *, where: str) -> np.ndarray:
-    """The level of resolution of each visual token.
+    """Return the resolution level of each visual token.
 
-    A level is the set of tiles whose cells are equally large in the image: the tiles of InternVL are one level, its
-    thumbnail another, and the grid of Qwen is the only one.
+    A level is the set of tiles whose cells are equally large in the image. InternVL's tiles are one level and its
+    thumbnail another. Qwen's grid is the only level.
 
     Args:
         tiles: all tiles of one image, in token order.
@@ -133,8 +133,8 @@ def token_levels(tiles: Sequence[Tile], *, where: str) -> np.ndarray:
         int64 [V]: 0 for tokens of the first tile's level, 1 for the next level, and so on.
 
     Raises:
-        SayoError: V05 for a tile without tokens, V06 when the tiles of some level are not the whole image, each part
-            of it once. Every box then meets at least one token of each level.
+        SayoError: V05 for a tile without tokens, V06 when the tiles of a level do not cover each part of the image
+            exactly once. This check guarantees that every box meets at least one token of each level.
     """
     levels: list[list[Tile]] = []
     level_of_tile = []
@@ -162,7 +162,7 @@ def _same_cells(tile: Tile, other: Tile) -> bool:
 
 
 def _check_partition(tiles: Sequence[Tile], where: str) -> None:
-    """Refuse tiles that leave out a part of the image or show one twice; V06."""
+    """Refuse tiles that do not cover each part of the image exactly once; V06."""
     proper = all(0 <= tile.x0 < tile.x1 <= 1 and 0 <= tile.y0 < tile.y1 <= 1 for tile in tiles)
     area = sum((tile.x1 - tile.x0) * (tile.y1 - tile.y0) for tile in tiles)
     twice = sum(
@@ -172,9 +172,9 @@ def _check_partition(tiles: Sequence[Tile], where: str) -> None:
     if not proper or not math.isclose(area, 1, rel_tol=SAME) or twice > SAME:
         raise SayoError(
             "V06",
-            "the tiles of one resolution are not the whole image, each part once",
+            "the tiles of one resolution do not cover each part of the image exactly once",
             where=where,
             got=f"{len(tiles)} tiles of {area:.6g} of the image's area, {twice:.6g} of it more than once",
-            wanted="rectangles within [0, 1] that divide the image among them",
+            wanted="rectangles within [0, 1] that partition the image",
             fix="build the tiles of one image with merged_grid or tile_grid and pass all of them",
         )

@@ -1,10 +1,10 @@
-"""Counterfactual images: what a row's visual tokens would have been, had part of the image not been there.
+"""Counterfactual images: a row's pixels with part of the image removed.
 
-The worker changes the pixels its processor returned, not the file: patches of the vision tower are replaced, so the
-number of visual tokens, the prompt and the response stay as they are. Every rollout of a prompt gets the same mask.
+The worker changes the processor's pixels, not the file. It replaces patches of the vision tower, so the number of
+visual tokens, the prompt and the response do not change. Every rollout of a prompt gets the same mask.
 
-Conventions of others: PAPO (arXiv 2507.06448) and VPPO (arXiv 2510.09285) blacken 14 px patches of the picture with
-probability 0.6 and 0.5. Theirs are patches of the picture before its resize, ours those of the vision tower after it.
+PAPO (arXiv 2507.06448) and VPPO (arXiv 2510.09285) blacken 14 px patches of the picture with probability 0.6 and 0.5.
+Their patches belong to the picture before its resize, ours to the vision tower after it.
 
 Shape suffixes: N patches of all images of a row, K tiles of all images of a row, V visual tokens of one image, C colour
 channels, F values of a patch, H and W pixels down and across.
@@ -20,26 +20,26 @@ import torch
 
 from sayo_verl.errors import Rule, SayoError, raise_first
 
-if TYPE_CHECKING:  # methods read settings from here and need torch alone
+if TYPE_CHECKING:  # methods import settings from here and need only torch
     from sayo_verl.vision.grids import Tile
 
 KINDS = ("patches", "blur", "grey", "region")
 FILLS = {"black": 0.0, "grey": 0.5}  # share of white; mid-grey is 127.5 of 255
-TILE_MERGE = 2  # patches per side of InternVL's visual token: downsample_ratio 0.5, which its processor does not name
-BLUR_REACH = 3  # standard deviations from the middle of the kernel to its end
+TILE_MERGE = 2  # patches per side of InternVL's visual token (downsample_ratio 0.5, which its processor does not have)
+BLUR_REACH = 3  # standard deviations from the centre of the kernel to its end
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """How the image is changed.
+    """Settings of the change to the image.
 
     Attributes:
         kind: ``patches`` (random patches are filled), ``blur`` (Gaussian), ``grey`` (the whole image is filled with
-            mid-grey), ``region`` (the visual tokens of the row's boxes are filled; a row without boxes stays as it is).
+            mid-grey), ``region`` (the visual tokens of the row's boxes are filled; a row without boxes is unchanged).
         share: probability that a patch is filled, for ``patches`` (PAPO 0.6, VPPO 0.5).
         fill: ``black`` (PAPO, VPPO) or ``grey`` (mid-grey, 127.5 of 255), for ``patches`` and ``region``.
         sigma: of the blur, in patches of the vision tower.
-        seed: of the masks; a mask depends on it, the prompt, the step and nothing else.
+        seed: of the masks; a mask depends only on it, the prompt and the step.
 
     Raises:
         SayoError: A05 for a value out of range.
@@ -58,7 +58,7 @@ class Intervention:
                 self._rule(not 0 < self.share <= 1, "share", "a number in (0, 1]"),
                 self._rule(self.fill not in FILLS, "fill", " or ".join(FILLS)),
                 self._rule(not 0 < self.sigma < float("inf"), "sigma", "a finite number > 0"),
-                self._rule(self.seed < 0, "seed", "a whole number >= 0"),
+                self._rule(self.seed < 0, "seed", "an integer >= 0"),
             ]
         )
 
@@ -77,7 +77,7 @@ class Intervention:
 
 @dataclass(frozen=True)
 class Pixels:
-    """How the model's processor writes pixels. The same for all rows of a run.
+    """Pixel layout of the model's processor, the same for all rows of a run.
 
     Attributes:
         geometry: ``grid`` (Qwen: ``pixel_values`` [N, C * temporal * patch * patch], the merge_size x merge_size
@@ -85,7 +85,7 @@ class Pixels:
         patch_size: pixels per side of a patch of the vision tower.
         merge_size: patches per side of a visual token.
         temporal_patch_size: copies of a still image in each patch; 1 for tiles.
-        mean, std: C numbers each: a pixel of value x in [0, 1] is stored as (x - mean) / std.
+        mean, std: C numbers each; a pixel of value x in [0, 1] is stored as (x - mean) / std.
     """
 
     geometry: str
@@ -97,24 +97,24 @@ class Pixels:
 
     @classmethod
     def of(cls, processor: Any, geometry: str) -> "Pixels":
-        """Read it from the model's processor.
+        """Read the layout from the model's processor.
 
         Args:
-            processor: with ``image_processor``: its ``image_mean`` and ``image_std``, and for ``grid`` ``patch_size``,
-                ``merge_size`` and ``temporal_patch_size``. A tile is ``image_processor.size`` pixels and
-                ``image_seq_length`` visual tokens.
+            processor: with ``image_processor``, which has ``image_mean`` and ``image_std``, and for ``grid``
+                ``patch_size``, ``merge_size`` and ``temporal_patch_size``. A tile has ``image_processor.size`` pixels
+                and ``image_seq_length`` visual tokens.
             geometry: of the model's family, ``sayo_verl.models.families``.
 
         Raises:
-            SayoError: V08 when it does not store pixels as (x - mean) / std, with x in [0, 1], or its tiles are not
-                whole visual tokens.
+            SayoError: V08 when it does not store pixels as (x - mean) / std, with x in [0, 1], or when a tile is not a
+                square of whole visual tokens.
         """
         images = processor.image_processor
         scale = float(images.rescale_factor) if images.do_rescale else 1.0
         if not images.do_normalize or not math.isclose(scale, 1 / 255, rel_tol=1e-6):
             raise SayoError(
                 "V08",
-                "the processor does not rescale and normalise pixels, so no one knows what black is",
+                "the processor does not rescale and normalise pixels, so the value of black is unknown",
                 where=type(images).__name__,
                 got=f"do_normalize={images.do_normalize}, scale {scale:.6g}",
                 wanted="do_rescale and do_normalize, rescale_factor 1/255",
@@ -133,7 +133,7 @@ class Pixels:
                 "a tile is not a square of whole visual tokens",
                 where=type(processor).__name__,
                 got=f"{tokens} visual tokens for {images.size}",
-                wanted="such as 256 for 448 x 448",
+                wanted="for example 256 for 448 x 448",
                 fix="use the processor of the model's own folder",
             )
         return cls(geometry, side // patches, TILE_MERGE, 1, mean, std)
@@ -145,11 +145,11 @@ class Pixels:
 
 
 def prompt_key(prompt_ids: torch.Tensor, step: int) -> int:
-    """A number below 2**63 that names a prompt at a step, the same in every process and every run.
+    """Return a number below 2**63 for a prompt at a step, equal in all processes and runs.
 
     Args:
         prompt_ids: [P] token ids of the prompt, without padding and without the response.
-        step: of training, so that a prompt that comes again gets another mask.
+        step: of training, so that a repeated prompt gets another mask.
     """
     return _hash63(f"{int(step)}:" + ",".join(map(str, prompt_ids.tolist())))
 
@@ -164,7 +164,7 @@ def intervene(
     key: int,
     where: str,
 ) -> dict[str, Any]:
-    """The inputs of one row with its image changed.
+    """Return the inputs of one row with a changed image.
 
     Args:
         image: the row's ``multi_modal_inputs``; never mutated. Without ``pixel_values`` the row has no image.
@@ -172,16 +172,16 @@ def intervene(
         layout: of ``pixel_values``.
         tiles: for each image its grids of visual tokens, ``sayo_verl.probe.plan.image_tiles``.
         region: for each image bool [V], the visual tokens in the row's boxes, ``sayo_verl.vision.masks.region_mask``;
-            read for kind ``region`` only. None: the row has no box.
+            used for kind ``region`` only. None: the row has no box.
         key: ``prompt_key`` of the row.
         where: names the row in errors.
 
     Returns:
         A new dict in which only ``pixel_values`` is another tensor, of the same shape, dtype and device. Patches that
-        are not filled keep their bits. A row without image, and for kind ``region`` a row without box, is as it was.
+        are not filled keep their bits. A row without image, and for kind ``region`` a row without box, is unchanged.
 
     Raises:
-        SayoError: V07 when pixels and grids do not fit, V09 when region and grids do not fit.
+        SayoError: V07 when pixels and grids do not match, V09 when region and grids do not match.
     """
     out = dict(image)
     if "pixel_values" not in image and not tiles:
@@ -198,7 +198,7 @@ def intervene(
     if intervention.kind == "grey":
         mask_N = torch.ones(sum(h * w for h, w in sides), dtype=torch.bool)
     elif intervention.kind == "patches":
-        # the generator of the CPU uses 32 bits of its seed: both numbers go into a hash, not side by side
+        # the CPU generator uses 32 bits of its seed, so both numbers go into a hash instead of the seed's bits
         generator = torch.Generator().manual_seed(_hash63(f"{intervention.seed}:{key}"))
         mask_N = torch.rand(sum(h * w for h, w in sides), generator=generator) < intervention.share
     elif region is None:
@@ -216,18 +216,18 @@ def _hash63(text: str) -> int:
 def _misfit(where: str, got: str, wanted: str) -> SayoError:
     return SayoError(
         "V07",
-        "the pixels of a row are not those of its grids of visual tokens",
+        "the pixels of a row do not match its grids of visual tokens",
         where=where,
         got=got,
         wanted=wanted,
-        fix="use the model's own processor, and the tiles of this very row",
+        fix="use the model's own processor, and the tiles of the same row",
     )
 
 
 def _sides(
     pixels: torch.Tensor, layout: Pixels, tiles: "Sequence[Sequence[Tile]]", where: str
 ) -> list[tuple[int, int]]:
-    """Patches down and across of each grid of the row, in the order of the pixels; V07 unless they fit."""
+    """Patches down and across of each grid of the row, in the order of the pixels; V07 if they do not match."""
     merge, patch = layout.merge_size, layout.patch_size
     sides = [(tile.rows * merge, tile.cols * merge) for grids in tiles for tile in grids]
     if not torch.is_floating_point(pixels):
@@ -251,17 +251,17 @@ def _sides(
 def _region_patches(
     region: Sequence[Any], tiles: "Sequence[Sequence[Tile]]", layout: Pixels, where: str
 ) -> torch.Tensor:
-    """bool [N]: the patches of the marked visual tokens, in the order of ``_filled``; V09 unless they fit."""
+    """bool [N]: patches of the marked visual tokens, in the order of ``_filled``; V09 if region and grids differ."""
     masks = [torch.as_tensor(mask_V) for mask_V in region]
     tokens = [sum(tile.tokens for tile in grids) for grids in tiles]
     if [tuple(mask_V.shape) for mask_V in masks] != [(n,) for n in tokens] or any(m.dtype != torch.bool for m in masks):
         raise SayoError(
             "V09",
-            "the region is not one mark per visual token",
+            "the region does not have one mark per visual token",
             where=where,
             got=[(str(mask_V.dtype), tuple(mask_V.shape)) for mask_V in masks],
             wanted=[("torch.bool", (n,)) for n in tokens],
-            fix="make it with sayo_verl.vision.masks.region_mask from the same tiles",
+            fix="build it with sayo_verl.vision.masks.region_mask from the same tiles",
         )
     merge = layout.merge_size
     marked = torch.cat(masks).cpu()
@@ -273,7 +273,7 @@ def _region_patches(
 
 
 def _filled(pixels: torch.Tensor, mask_N: torch.Tensor, fill_C: torch.Tensor, layout: Pixels) -> torch.Tensor:
-    """The pixels with the masked patches in one colour; for tiles, patches are row-major within each tile."""
+    """Fill the masked patches with one colour; for tiles, patches are row-major within each tile."""
     patch = layout.patch_size
     if layout.geometry == "grid":
         fill_F = fill_C.repeat_interleave(layout.patch_values // len(fill_C))
@@ -284,8 +284,10 @@ def _filled(pixels: torch.Tensor, mask_N: torch.Tensor, fill_C: torch.Tensor, la
 
 
 def _blurred(pixels: torch.Tensor, sigma: float, layout: Pixels, sides: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Every image of a grid family is blurred as a whole; of a tile family every tile and thumbnail by itself, so that
-    nothing of one tile leaks into another and the blur is the same number of visual tokens wide in all of them."""
+    """Blur each image of a grid family as a whole, and each tile and thumbnail of a tile family separately.
+
+    So no tile leaks into another, and the blur spans the same number of visual tokens in all tiles.
+    """
     if layout.geometry == "tiles":
         return _gaussian(pixels, sigma * layout.patch_size)
     parts = pixels.split([h * w for h, w in sides])
@@ -298,20 +300,24 @@ def _blurred(pixels: torch.Tensor, sigma: float, layout: Pixels, sides: Sequence
 
 
 def _gaussian(picture: torch.Tensor, sigma: float) -> torch.Tensor:
-    """[..., C, H, W] blurred in float32, pixels beyond the border by reflection. An axis of L pixels can be reflected
-    L - 1 pixels far, so on a small image the kernel ends there."""
-    from torchvision.transforms.functional import gaussian_blur  # here, since methods import this file
+    """Blur [..., C, H, W] in float32, with reflection at the border.
+
+    Reflection of an axis of L pixels reaches L - 1 pixels, which limits the kernel on a small image.
+    """
+    from torchvision.transforms.functional import gaussian_blur  # here, because methods import this file
 
     H, W = picture.shape[-2:]
     reach_x, reach_y = (min(math.ceil(BLUR_REACH * sigma), side - 1) for side in (W, H))
-    # one axis after the other is the same blur, and the kernel is as wide as the image is
-    wide = gaussian_blur(picture.float(), [2 * reach_x + 1, 1], [sigma, sigma])
-    return gaussian_blur(wide, [1, 2 * reach_y + 1], [sigma, sigma]).to(picture.dtype)
+    # separate passes per axis give the same blur without a kernel as large as the image
+    blurred_x = gaussian_blur(picture.float(), [2 * reach_x + 1, 1], [sigma, sigma])
+    return gaussian_blur(blurred_x, [1, 2 * reach_y + 1], [sigma, sigma]).to(picture.dtype)
 
 
 def unpatchify(patches_NF: torch.Tensor, h: int, w: int, layout: Pixels) -> torch.Tensor:
-    """The picture of one image of a grid family: [temporal, C, H, W] of the rows [h * w, F] of ``pixel_values``, where
-    h and w are patches down and across. The copies of a still image are equal."""
+    """Convert rows [h * w, F] of ``pixel_values`` to the picture [temporal, C, H, W] of one image of a grid family.
+
+    h and w are patches down and across. The copies of a still image are equal.
+    """
     m, p, t = layout.merge_size, layout.patch_size, layout.temporal_patch_size
     split = patches_NF.reshape(h // m, w // m, m, m, len(layout.mean), t, p, p)
     return split.permute(5, 4, 0, 2, 6, 1, 3, 7).reshape(t, len(layout.mean), h * p, w * p)

@@ -194,8 +194,8 @@ def test_every_statistic_travels_through_verls_batching(random_policy, rows, dyn
             assert values.shape[0] == row["input_ids"].shape[0]
             told = values[row["prompts"].shape[0] - 1 : -1]
             assert torch.isfinite(told).all()
-            assert told.min() >= statistic.fact.low - 1e-6
-            assert told.max() <= statistic.fact.high + 1e-5
+            assert told.min() >= statistic.spec.low - 1e-6
+            assert told.max() <= statistic.spec.high + 1e-5
 
 
 def test_lora_weights_are_seen_and_the_reference_pass_carries_no_statistics(random_policy, rows):

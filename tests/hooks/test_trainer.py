@@ -145,7 +145,7 @@ def make_trainer(config, group, method="attn_region", **settings):
     trainer._method = method_from_config(method, {"region": settings})
     trainer._needs = trainer._method.needs()
     trainer._request, trainer._spread_floor, trainer.global_steps = trainer._needs.statistics, None, 1
-    trainer._log_prob_seconds, trainer._begun = 0.0, None
+    trainer._log_prob_seconds, trainer._pending = 0.0, None
     trainer._thread = ThreadPoolExecutor(max_workers=1)
     return trainer
 

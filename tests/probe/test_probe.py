@@ -511,7 +511,7 @@ def test_sets_that_do_not_lie_beside_the_keys_are_refused(sets, n_sets):
     ids=["rows", "heads", "transposed", "flat", "columns of two dimensions", "float", "int32", "bool"],
 )
 def test_a_log_sum_exp_or_columns_of_another_sequence_are_refused(lse, columns):
-    with refusal("P01", "not those of the sequence"):
+    with refusal("P01", "do not match the sequence"):
         attention_profile(torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 5, 8), FITTING, lse, columns, scale=1.0)
 
 

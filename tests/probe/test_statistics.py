@@ -123,7 +123,7 @@ def test_keys_are_equal_exactly_for_equal_statistics(a, b):
 @settings(max_examples=100, deadline=None)
 def test_a_change_of_any_field_changes_the_key(a, data):
     changes = [{"query_row": "input" if a.query_row == "predicting" else "predicting"}]
-    if a.fact.source != "hidden":
+    if a.spec.source != "hidden":
         changes.append({"layers": (*a.layers, 77)})
         changes.append({"layers": (a.layers[0] - 100, *a.layers[1:])})
     if a.name in PER_HEAD:
@@ -227,15 +227,15 @@ def test_a_union_of_nothing_is_refused():
 def test_the_catalogue_says_shape_unit_range_and_source():
     assert set(SIZED) <= set(CATALOGUE)
     assert set(SIZES) == set(SIZED), "the tests must give a size to what has one"
-    for name, fact in CATALOGUE.items():
-        assert fact.shape.startswith("["), name
-        assert fact.unit, name
-        assert fact.what, name
-        assert fact.low < fact.high, name
-        assert fact.source in ("mass", "lse", "profile", "hidden"), name
-        assert (", k]" in fact.shape) == (name in SIZED), name
-        assert ("H]" in fact.shape) == (name in PER_HEAD), name
-        assert bool(fact.keys) == (fact.source == "mass"), name
+    for name, spec in CATALOGUE.items():
+        assert spec.shape.startswith("["), name
+        assert spec.unit, name
+        assert spec.what, name
+        assert spec.low < spec.high, name
+        assert spec.source in ("mass", "lse", "profile", "hidden"), name
+        assert (", k]" in spec.shape) == (name in SIZED), name
+        assert ("H]" in spec.shape) == (name in PER_HEAD), name
+        assert bool(spec.keys) == (spec.source == "mass"), name
     assert all(PER_ROW.values())
     assert not set(PER_ROW) & set(CATALOGUE)
 
@@ -261,7 +261,7 @@ def test_everything_in_the_catalogue_can_be_measured(name, query_row):
                 first = plan.length - plan.response_length - 1
                 found = values[first : first + plan.response_length]
             assert found.isfinite().all()
-            assert found.min() >= s.fact.low - 1e-6
-            assert found.max() <= s.fact.high + 1e-6
+            assert found.min() >= s.spec.low - 1e-6
+            assert found.max() <= s.spec.high + 1e-6
             assert found.unique().numel() > 1 or s.name in ("box_mass", "neighbour_index")
             assert math.isfinite(found.sum().item())

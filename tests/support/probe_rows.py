@@ -129,10 +129,10 @@ class Rows:
         """Feed the asked layers and the hidden states as one forward pass would: statistic -> row -> its values."""
         measurement = self.measurement(statistics, packed=packed, order=order)
         for layer in sorted(
-            {layer % self.layers for s in statistics if s.fact.source != "hidden" for layer in s.layers}
+            {layer % self.layers for s in statistics if s.spec.source != "hidden" for layer in s.layers}
         ):
             measurement.read(layer, *self.tensors(layer, packed, poison, order), self.scale)
-        if any(s.fact.source == "hidden" for s in statistics):
+        if any(s.spec.source == "hidden" for s in statistics):
             measurement.read_hidden(self.hidden_states(packed, poison, order))
         return self.by_row(measurement, statistics, order)
 
@@ -190,7 +190,7 @@ class Rows:
         plan = self.plans[n]
         first = plan.length - plan.response_length + ROW_OFFSET[s.query_row]
         rows = slice(first, first + plan.response_length)
-        if s.fact.source in ("mass", "lse"):
+        if s.spec.source in ("mass", "lse"):
             weights_HTS, lse_HT = (
                 torch.stack([self.dense(n, layer % self.layers)[i][:, rows] for layer in s.layers]).mean(0)
                 for i in (0, 1)
@@ -198,9 +198,9 @@ class Rows:
             if s.name == "box_mass":
                 boxes = [weights_HTS[..., plan.keys[f"box{i}"]].sum(-1).mean(0) for i in range(s.size)]
                 return torch.stack(boxes, -1)
-            values_HT = lse_HT if s.name == "lse" else weights_HTS[..., plan.keys[s.fact.keys]].sum(-1)
+            values_HT = lse_HT if s.name == "lse" else weights_HTS[..., plan.keys[s.spec.keys]].sum(-1)
             return values_HT.T if s.per_head else values_HT.mean(0)
-        if s.fact.source == "hidden":
+        if s.spec.source == "hidden":
             image_E = self.hidden[n][plan.image_columns].double().sum(0) / max(len(plan.image_columns), 1)
             own_TE = self.hidden[n][rows].double()
             norms_T = own_TE.norm(dim=-1) * image_E.norm()

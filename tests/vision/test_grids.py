@@ -482,7 +482,7 @@ TILES = tile_grid(3, 2, 4, where="test")
     ],
 )
 def test_tiles_that_are_not_the_whole_image_once_per_resolution_are_refused(tiles):
-    with refusal("V06", "whole image"):
+    with refusal("V06", "exactly once"):
         region_mask([[0.1, 0.1, 0.2, 0.2]], tiles, where="row 3")
 
 

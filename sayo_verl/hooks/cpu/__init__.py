@@ -1,1 +1,1 @@
-"""The CPU as a platform of verl, which verl does not ship. Active only with ``VERL_PLATFORM=cpu``."""
+"""A CPU platform for verl, which has none of its own. Active only with ``VERL_PLATFORM=cpu``."""

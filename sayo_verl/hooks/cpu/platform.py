@@ -1,8 +1,8 @@
-"""verl on a machine without an accelerator: a platform for its registry, and the three repairs it needs there.
+"""verl on a machine without an accelerator: a platform for verl's registry and three repairs.
 
-Active only with ``VERL_PLATFORM=cpu`` (``sayo_verl.plugin`` imports this module then and not otherwise). It exists so
-that the real stack can be tried and tested anywhere; nothing here is meant for speed. Each repair names the line of
-verl 0.9.1 it is for, and tests/hooks/test_platform_cpu.py fails when one is no longer needed.
+``sayo_verl.plugin`` imports this module only with ``VERL_PLATFORM=cpu``. It lets users try and test the real stack on
+any machine; it is not made for speed. Each repair names the line of verl 0.9.1 that needs it.
+tests/hooks/test_platform_cpu.py fails when a repair is no longer needed.
 """
 
 import functools
@@ -33,7 +33,7 @@ def _nothing(*_: object, **__: object) -> None:
     return None
 
 
-# What verl reads as get_torch_device().X, where a GPU platform has the module torch.cuda.
+# verl reads these names from get_torch_device(), which is torch.cuda on a GPU platform.
 _DEVICE_MODULE = SimpleNamespace(
     is_available=lambda: False,
     set_device=_nothing,
@@ -58,8 +58,10 @@ _DEVICE_MODULE = SimpleNamespace(
 
 @PlatformRegistry.register(platform="cpu")
 class PlatformCPU(PlatformBase):
-    """One logical device. Ray is told of logical GPUs (``ray.init(num_gpus=...)``), because verl's resource pools and
-    placement groups ask for them."""
+    """A platform with one logical device.
+
+    Ray gets logical GPUs (``ray.init(num_gpus=...)``), because verl's resource pools and placement groups need them.
+    """
 
     device_name = "cpu"
     vendor_name = "cpu"
@@ -69,7 +71,7 @@ class PlatformCPU(PlatformBase):
         return True
 
     def current_device(self) -> str:
-        return "cpu"  # verl uses it as a device, not only as an index
+        return "cpu"  # verl uses it as a device and as an index
 
     def device_count(self) -> int:
         return 1
@@ -108,7 +110,7 @@ class PlatformCPU(PlatformBase):
         return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
 
     def is_ipc_supported(self) -> bool:
-        return False  # weights then go to vLLM through verl's own shared-memory transfer
+        return False  # verl then sends weights to vLLM through its shared-memory transfer
 
     def profiler_start(self) -> None:
         pass
@@ -125,8 +127,11 @@ class PlatformCPU(PlatformBase):
 
 
 def repair_process_group_backend() -> None:
-    """verl/utils/distributed.py:63,89 builds ``cpu:gloo,<device>:<backend>``, which on CPU names cpu twice and is
-    refused by torch ("Duplicate device type cpu in backend string")."""
+    """Remove the duplicate device from the backend string of the process group.
+
+    verl/utils/distributed.py:63,89 builds ``cpu:gloo,<device>:<backend>``. On CPU this names cpu twice, and torch
+    refuses it ("Duplicate device type cpu in backend string").
+    """
     original = torch.distributed.init_process_group
 
     @functools.wraps(original)
@@ -137,8 +142,11 @@ def repair_process_group_backend() -> None:
 
 
 def repair_offload_pinning() -> None:
-    """verl/workers/engine/fsdp/transformer_impl.py:462 gives the reference model ``CPUOffloadPolicy(pin_memory=True)``;
-    pinning needs an accelerator. The name is replaced where that module imports it from."""
+    """Switch off pinned memory for the offloaded reference model, because pinning needs an accelerator.
+
+    verl/workers/engine/fsdp/transformer_impl.py:462 passes ``CPUOffloadPolicy(pin_memory=True)``. The name is replaced
+    in the module from which verl imports it.
+    """
     import verl.utils.fsdp_utils as fsdp_utils
 
     original = fsdp_utils.CPUOffloadPolicy
@@ -146,8 +154,8 @@ def repair_offload_pinning() -> None:
 
 
 def activate() -> None:
-    """Make this process a CPU process of verl. Called once, from the plug-in."""
-    # verl registers its FSDP engines for cuda and npu only; this knob of its registry selects the class, nothing else.
+    """Make this process a CPU process of verl. The plug-in calls it once."""
+    # verl registers its FSDP engines for cuda and npu only; this variable selects the engine class and nothing else.
     os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
     repair_process_group_backend()
     repair_offload_pinning()

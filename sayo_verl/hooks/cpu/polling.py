@@ -1,9 +1,9 @@
-"""How often verl looks for finished rollouts: ``trainer.v1.sampler.sampler_kwargs.poll_interval``, in seconds.
+"""A configuration key for verl's polling interval: ``trainer.v1.sampler.sampler_kwargs.poll_interval``, in seconds.
 
-verl looks every two seconds. That is nothing beside a rollout on GPUs, and a quarter of a step of the tiny task. The
-interval is a parameter of its replay buffers that no configuration key reaches. A custom sampler could set it, but verl
-gives a custom sampler neither group filtering nor the refill of failed groups, and uses it in place of its asynchronous
-buffer. So verl's own buffers stay, and read the interval from the configuration.
+verl looks for finished rollouts every two seconds. That is short compared with a rollout on GPUs, but a quarter of a
+step of the tiny task. No configuration key of verl sets this parameter of its replay buffers. A custom sampler could
+set it, but verl gives a custom sampler neither group filtering nor the refill of failed groups, and uses it in place of
+its asynchronous buffer. So verl's own buffers stay and read the interval from the configuration.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def read_poll_interval(replay_buffer: ModuleType) -> None:
-    """Make verl's replay buffers take their interval from ``sampler_kwargs.poll_interval``, where that is set.
+    """Make verl's replay buffers read their interval from ``sampler_kwargs.poll_interval`` if it is set.
 
     Args:
         replay_buffer: ``verl.trainer.ppo.v1.replay_buffer``. Its ``ReplayBufferAsync`` inherits from ``ReplayBuffer``.
