@@ -36,10 +36,11 @@ class Intervention:
     Attributes:
         kind: ``patches`` (random patches are filled), ``blur`` (Gaussian), ``grey`` (the whole image is filled with
             mid-grey), ``region`` (the visual tokens of the row's boxes are filled; a row without boxes stays as it is).
-        share: probability that a patch is filled, for ``patches`` (PAPO 0.6, VPPO 0.5).
-        fill: ``black`` (PAPO, VPPO) or ``grey`` (mid-grey, 127.5 of 255), for ``patches`` and ``region``.
-        sigma: of the blur, in patches of the vision tower.
-        seed: of the masks; a mask depends on it, the prompt, the step and nothing else.
+            [precedent: PAPO, VPPO]
+        share: probability that a patch is filled, for ``patches``. [precedent: VPPO; PAPO has 0.6]
+        fill: ``black``, or ``grey`` (127.5 of 255), for ``patches`` and ``region``. [precedent: PAPO, VPPO]
+        sigma: standard deviation of the blur, in patches of the vision tower. [ours]
+        seed: seed of the masks; a mask depends on it, the prompt, the step and nothing else. [ours]
 
     Raises:
         SayoError: A05 for a value out of range.
@@ -52,13 +53,7 @@ class Intervention:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key, right, wanted in (
-            ("kind", self.kind in KINDS, " or ".join(KINDS)),
-            ("share", 0 < self.share <= 1, "a number in (0, 1]"),
-            ("fill", self.fill in FILLS, " or ".join(FILLS)),
-            ("sigma", 0 < self.sigma < float("inf"), "a finite number > 0"),
-            ("seed", self.seed >= 0, "a whole number >= 0"),
-        ):
+        for key, (right, wanted) in self.rules().items():
             if not right:
                 raise SayoError(
                     "A05",
@@ -68,6 +63,16 @@ class Intervention:
                     wanted=wanted,
                     fix=f"set it to {wanted}",
                 )
+
+    def rules(self) -> dict[str, tuple[bool, str]]:
+        """What each setting must be."""
+        return {
+            "kind": (self.kind in KINDS, " or ".join(KINDS)),
+            "share": (0 < self.share <= 1, "a number in (0, 1]"),
+            "fill": (self.fill in FILLS, " or ".join(FILLS)),
+            "sigma": (0 < self.sigma < float("inf"), "a finite number > 0"),
+            "seed": (self.seed >= 0, "a whole number >= 0"),
+        }
 
     def to_wire(self) -> dict[str, Any]:
         return dict(vars(self))
