@@ -33,8 +33,6 @@ RESUME=${RESUME:-}                                           # folder of an earl
 NNODES=${NNODES:-1}
 NGPUS_PER_NODE=${NGPUS_PER_NODE:-8}                          # [P] 6 H200; 8 is the usual node [ours]
 
-REGION_WEIGHT=${REGION_WEIGHT:-1.0}                          # [P] r_o = r_v + r_f
-ENTROPY_FRACTION=${ENTROPY_FRACTION:-0.3}                    # [P] top 30 % [C] 0.3
 FORMAT_WEIGHT=${FORMAT_WEIGHT:-1.0}                          # [P] r_f
 ACCURACY_WEIGHT=${ACCURACY_WEIGHT:-0.0}                      # [P][C] no accuracy reward
 
@@ -84,8 +82,6 @@ export VERL_USE_EXTERNAL_MODULES=sayo_verl.plugin
 ALGORITHM=(
   algorithm.adv_estimator="$ADV_ESTIMATOR"
   algorithm.use_kl_in_reward=False
-  algorithm.attn.region.weight="$REGION_WEIGHT"
-  algorithm.attn.region.entropy_fraction="$ENTROPY_FRACTION"
 )
 
 ROWS=(

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import sayo_verl.launch.settings  # noqa: F401 (Hydra composes algorithm.attn from it)
+
 REPO = Path(__file__).resolve().parent.parent
 
 

@@ -1,7 +1,8 @@
-"""Settings of a run's method, read once from ``algorithm.attn.*`` and checked before anything is loaded.
+"""Settings of the methods, from their classes into ``algorithm.attn`` and from there back, checked before a run.
 
-Every method is a frozen dataclass whose fields are its settings; its node in the configuration must hold exactly those
-keys. Nothing below this module looks at the configuration again.
+Every method is a frozen dataclass whose fields are its settings and whose defaults are the vetted ones. Hydra composes
+``algorithm.attn`` from these classes, so a default stands in its class alone. Below this module nothing reads
+``algorithm.attn``.
 """
 
 import dataclasses
@@ -16,6 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.methods import METHODS, PREFIX, RESERVED, Method, Mix
@@ -33,6 +37,17 @@ class AttnSettings:
 
     method: Method | None
     spread_floor: float | None
+
+
+def register_defaults() -> None:
+    """Give Hydra the config ``attn_defaults``, which ``sayo_trainer.yaml`` starts from: every default, by method.
+
+    New keys are allowed below ``algorithm.attn``, so that a user's own method needs no ``+``. Hydra therefore does not
+    refuse a misspelt key here; ``settings_from_config`` does, and suggests the right one.
+    """
+    methods = {name.removeprefix(PREFIX): dataclasses.asdict(cls()) for name, cls in METHODS.items()}  # type: ignore[call-overload]
+    attn = OmegaConf.create({"mix": [], "spread_floor": SPREAD_FLOOR, **methods}, flags={"struct": False})
+    ConfigStore.instance().store("attn_defaults", OmegaConf.create({"algorithm": {"attn": attn}}))
 
 
 def load_methods(modules: Sequence[str]) -> list[str]:
@@ -94,11 +109,12 @@ def settings_from_config(adv_estimator: str, attn: Mapping[str, Any]) -> AttnSet
 
     Args:
         adv_estimator: value of ``algorithm.adv_estimator``.
-        attn: ``algorithm.attn`` as plain containers: node name -> settings, ``mix``, ``spread_floor``.
+        attn: ``algorithm.attn`` as plain containers: node name -> settings, ``mix``, ``spread_floor``. What is absent
+            has its default.
 
     Raises:
         SayoError: L02 for an unknown node or key, L03 for a value of the wrong type, A05 for one out of range, A12 for
-            a mix that makes no sense or has no effect.
+            a mix that makes no sense or has no effect. The settings of every method are checked, whichever runs.
     """
     nodes = [name.removeprefix(PREFIX) for name in METHODS]
     for node in attn:
@@ -110,6 +126,10 @@ def settings_from_config(adv_estimator: str, attn: Mapping[str, Any]) -> AttnSet
                 wanted=", ".join((*nodes, *RESERVED)),
                 fix="remove it or correct its name",
             )
+    methods = {
+        name: _build(cls, attn.get(node, {}), f"algorithm.attn.{node}")
+        for node, (name, cls) in zip(nodes, METHODS.items(), strict=True)
+    }
     floor = attn.get("spread_floor", SPREAD_FLOOR)
     if floor is not None and (isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor < 1):
         raise SayoError(
@@ -148,13 +168,8 @@ def settings_from_config(adv_estimator: str, attn: Mapping[str, Any]) -> AttnSet
                     wanted=", ".join(nodes),
                     fix="name the methods without attn_",
                 )
-        return AttnSettings(Mix(tuple(_method(PREFIX + node, attn) for node in mix)), floor)
-    return AttnSettings(_method(adv_estimator, attn) if adv_estimator in METHODS else None, floor)
-
-
-def _method(name: str, attn: Mapping[str, Any]) -> Method:
-    node = name.removeprefix(PREFIX)
-    return _build(METHODS[name], attn.get(node, {}), f"algorithm.attn.{node}")
+        return AttnSettings(Mix(tuple(methods[PREFIX + node] for node in mix)), floor)
+    return AttnSettings(methods.get(adv_estimator), floor)
 
 
 def _build(cls: Any, values: Any, where: str) -> Any:
@@ -209,3 +224,6 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         wanted=hint.__name__,
         fix=f"set {where} to a value of type {hint.__name__}",
     )
+
+
+register_defaults()  # at import: Hydra composes before any function of this module could be called

@@ -37,9 +37,10 @@ from dataclasses import dataclass
 import torch
 
 from sayo_verl.errors import SayoError
-from sayo_verl.methods.base import Credit, Gift, blend, check_setting, distinct_layers, masked_mean
+from sayo_verl.methods.base import Credit, CreditKind, Rules, blend, check_setting, distinct_layers, masked_mean
 from sayo_verl.methods.region import select_tokens
 from sayo_verl.methods.signals import Needs, Signals
+from sayo_verl.metrics import AS_GRPO, Metric, Panel
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 
 EPS = 1e-6  # of a share of attention
@@ -103,19 +104,21 @@ def cluster_weights(
 
 @dataclass(frozen=True)
 class AnchorMethod:
-    """``algorithm.adv_estimator=attn_anchor``. All defaults are ours, but for ``anchor_share``.
+    """``algorithm.adv_estimator=attn_anchor``.
 
     Attributes:
-        strength: in [0, 1]; weights are 1 + strength (weight - 1); 0 is GRPO.
-        layers: decoder layers to average over. Every layer adds its attention profiles to the measurement.
-        neighbours: m, edges of each token.
-        parts: K; 0: one for every 24 tokens, 2 to 8.
-        weight_min, weight_max: bounds of a cluster's weight, around 1.
-        weighting: ``clusters``, ``top`` or ``rest``.
-        anchor_share: of tokens that ``top`` keeps (abstract: about 0.15).
-        seed: of METIS.
-        time_limit: seconds that METIS may take for a few responses.
-        processes: that cut responses; 0: one per core of the trainer's machine, at most 64.
+        strength: weights are 1 + strength (weight - 1); 0 is GRPO. [ours]
+        layers: decoder layers to average over; each adds its attention profiles to the measurement. [ours]
+        neighbours: m, edges of each token in the graph. [A: similarity of patterns] [ours: the number]
+        parts: K, clusters of a response; 0 is one for every 24 tokens, 2 to 8. [A: METIS] [ours: the number]
+        weight_min, weight_max: bounds of a cluster's weight around 1, before the mean is made one. [ours]
+        weighting: ``clusters``; or ``top``, ``rest``: the tokens of highest connectivity alone, the others alone, the
+            paper's control. [A]
+        anchor_share: share of tokens that ``top`` keeps. [A: about 15 %]
+        seed: seed of METIS. [ours]
+        time_limit: seconds that METIS may take for a few responses. [ours]
+        processes: number of processes that cut responses; 0 is one per core of the trainer's machine, at most 64.
+            [ours]
     """
 
     strength: float = 1.0
@@ -130,28 +133,70 @@ class AnchorMethod:
     time_limit: float = 20.0
     processes: int = 0
     name = "attn_anchor"
+    reference = ("our reading of AT-RL", "arXiv 2602.11455")
+    metrics = (
+        Panel(
+            "Anchor share",
+            "share of tokens",
+            (
+                Metric(
+                    "anchor_share",
+                    "anchors",
+                    0,
+                    1,
+                    "share of tokens",
+                    live="anchor share",
+                    note="Tokens in the most perceptual cluster of their response.",
+                ),
+            ),
+            guide=(0.15, "about the paper's"),
+        ),
+        Panel(
+            "Anchor weights",
+            "factor on the advantage",
+            band=(
+                Metric("anchor_weight/min", "anchor weight, smallest", 0),
+                Metric("anchor_weight/max", "anchor weight, largest", 0, live="largest weight"),
+            ),
+            guide=AS_GRPO,
+        ),
+        Panel(
+            "Clusters", "mean per response", (Metric("anchor_clusters/mean", "clusters per response", 1, decimals=1),)
+        ),
+        Panel(
+            "Connectivity $d$",
+            "share of attention",
+            (Metric("anchor_density/mean", "connectivity d", 0, 1, "share of attention"),),
+        ),
+        Metric("anchor_weight/std", "anchor weight, standard deviation", 0),
+        Metric("anchor_cluster_size/mean", "tokens per cluster", 1, decimals=1),
+        Metric("anchor_share_of_density", "anchors", 0, 1, "share of connectivity"),
+        Metric("partition_seconds", "graph partitioning", 0, unit="seconds"),
+        Metric("partition_failed_rows", "rows whose partition failed", 0, decimals=1),
+        Metric("anchor_uncut_rows", "rows that were not cut", 0, decimals=1),
+    )
 
     def __post_init__(self) -> None:
-        check_setting(
-            "anchor",
-            self,
-            {
-                "strength": (0 <= self.strength <= 1, "a number in [0, 1]"),
-                "layers": distinct_layers(self.layers),
-                "neighbours": (1 <= self.neighbours <= 32, "a whole number in 1 .. 32"),
-                "parts": (self.parts == 0 or 2 <= self.parts <= 64, "0 or a whole number in 2 .. 64"),
-                "weight_min": (0 <= self.weight_min <= 1, "a number in [0, 1]"),
-                "weight_max": (1 <= self.weight_max < float("inf"), "a finite number >= 1"),
-                "weighting": (self.weighting in WEIGHTINGS, " or ".join(WEIGHTINGS)),
-                "anchor_share": (0 < self.anchor_share < 1, "a number in (0, 1)"),
-                "seed": (0 <= self.seed < 2**31, "a whole number of 31 bits"),
-                "time_limit": (0 < self.time_limit <= 600, "seconds in (0, 600]"),
-                "processes": (0 <= self.processes <= 1024, "a whole number in 0 .. 1024"),
-            },
-        )
+        check_setting("anchor", self, self.rules())
+
+    def rules(self) -> Rules:
+        """What each setting must be."""
+        return {
+            "strength": (0 <= self.strength <= 1, "a number in [0, 1]"),
+            "layers": distinct_layers(self.layers),
+            "neighbours": (1 <= self.neighbours <= 32, "a whole number in 1 .. 32"),
+            "parts": (self.parts == 0 or 2 <= self.parts <= 64, "0 or a whole number in 2 .. 64"),
+            "weight_min": (0 <= self.weight_min <= 1, "a number in [0, 1]"),
+            "weight_max": (1 <= self.weight_max < float("inf"), "a finite number >= 1"),
+            "weighting": (self.weighting in WEIGHTINGS, " or ".join(WEIGHTINGS)),
+            "anchor_share": (0 < self.anchor_share < 1, "a number in (0, 1)"),
+            "seed": (0 <= self.seed < 2**31, "a whole number of 31 bits"),
+            "time_limit": (0 < self.time_limit <= 600, "seconds in (0, 600]"),
+            "processes": (0 <= self.processes <= 1024, "a whole number in 0 .. 1024"),
+        }
 
     @property
-    def gives(self) -> frozenset[Gift]:
+    def gives(self) -> frozenset[CreditKind]:
         return frozenset({"token"} if self.strength else ())
 
     def _statistic(self, name: str) -> Statistic:
@@ -170,9 +215,9 @@ class AnchorMethod:
         density = torch.where(tokens, density, torch.zeros_like(density))
         metrics = {"anchor_density/mean": float(density[tokens].mean())} if tokens.any() else {}
         if self.weighting == "clusters":
-            labels, told = self._labels(signals, tokens)
+            labels, of_partition = self._labels(signals, tokens)
             weight, load = cluster_weights(density, labels, self.weight_min, self.weight_max)
-            metrics |= told | _shares(density, labels, load)
+            metrics |= of_partition | _shares(density, labels, load)
         else:
             top = select_tokens(density, tokens, self.anchor_share)
             kept = top if self.weighting == "top" else tokens & ~top

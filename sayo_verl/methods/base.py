@@ -16,8 +16,10 @@ import torch
 from sayo_verl.errors import SayoError
 from sayo_verl.methods.signals import Needs, Signals
 
-# What a method can give: a term of the reward, a factor per token, a factor per trajectory.
-Gift = Literal["reward", "token", "trajectory"]
+# A term of the reward, a factor per token, a factor per trajectory.
+CreditKind = Literal["reward", "token", "trajectory"]
+# Setting -> (whether its value is right, what it must be).
+Rules = dict[str, tuple[bool, str]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,13 @@ class Method(Protocol):
     """One way to assign credit. Implementations are frozen dataclasses, one file each, torch only.
 
     The fields of the dataclass are the method's settings, at ``algorithm.attn.<node>``, where the node is the name
-    without ``attn_``.
+    without ``attn_``. Their defaults stand here alone, and docs/settings.md is made from what ``Attributes`` says
+    of them.
+
+    Two class attributes say how the method is shown; a method of your own may leave them out:
+
+    - ``metrics``: ``Metric`` and ``Panel`` of ``sayo_verl.metrics``, one for each name in ``Credit.metrics``;
+    - ``reference``: the name of the method and of its paper, such as ``("SAYO", "arXiv 2602.08241")``.
     """
 
     @property
@@ -68,7 +76,7 @@ class Method(Protocol):
         ...
 
     @property
-    def gives(self) -> frozenset[Gift]:
+    def gives(self) -> frozenset[CreditKind]:
         """What ``credit`` will hold under these settings; empty at strength zero, where the run is GRPO."""
         ...
 
@@ -87,7 +95,7 @@ def check_setting(node: str, settings: Any, rules: Mapping[str, tuple[bool, str]
     Args:
         node: below ``algorithm.attn``.
         settings: the dataclass.
-        rules: field -> (whether it is right, what is wanted).
+        rules: setting -> (whether its value is right, what it must be).
 
     Raises:
         SayoError: A05 for the first that is not.

@@ -9,8 +9,8 @@ visual tokens:
     rho_it = (S_it + 1) / 2                                   in [0, 1]                                       (4)
     w_it   = rho_it (1 + G_it beta t / T_i)                   visual compensation against forgetting          (5)
     G_it   = 1 where t lies in the last gamma of the response and rho_it in the top kappa of that tail, else 0 (6)
-    what_i = min-max over t of w_i                            in [0, 1]                                       (7)
-    psi_it = what_it - mean over t of what_i                                                                  (8)
+    u_it   = min-max over t of w_i                            in [0, 1]; w-hat in the notes                  (7)
+    psi_it = u_it - mean over t of u_i                                                                        (8)
     s_i    = sum over t of w_it                                                                               (9)
     phi_i  = min-max of s over the rollouts of the prompt, minus its mean over them                           (10), (11)
     A_it   = A_i (1 + psi_it) (1 + phi_i)
@@ -28,7 +28,7 @@ Options that follow the released code instead, together ``DualConfig.released()`
    (whose score is 0) included. Here over the group, so that groups stay independent. rho then spreads over [0, 1], and
    the gate's bonus weighs less beside it.
  - ``position="zero_based"``: (t - 1) / (T_i - 1) instead of t / T_i.
- - ``trajectory_score="normalised_sum"``: s_i sums what instead of w. Both sums favour long answers;
+ - ``trajectory_score="normalised_sum"``: s_i sums u instead of w. Both sums favour long answers;
    ``"mean"`` (ours) does not.
  - ``clamp="released"``: token factors to [0.1, 2], trajectory factors to [0.9, 2]. Only the lower bounds ever bind, and
    0.9 lifts the group's mean factor above one: the mean advantage is inflated.
@@ -44,9 +44,10 @@ from dataclasses import dataclass
 
 import torch
 
-from sayo_verl.methods.base import Credit, Gift, blend, check_setting, distinct_layers, masked_mean
+from sayo_verl.methods.base import Credit, CreditKind, Rules, blend, check_setting, distinct_layers, masked_mean
 from sayo_verl.methods.group import group_rows
 from sayo_verl.methods.signals import Needs, Signals
+from sayo_verl.metrics import AS_GRPO, Metric, Panel
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 
 EPS = 1e-8  # in every min-max, from the released code
@@ -57,8 +58,8 @@ CHOICES = {
     "position": ("one_based", "zero_based"),
     "trajectory_score": ("sum", "normalised_sum", "mean"),
     "clamp": ("none", "released"),
-    "score": ("cosine", "image_mass"),
 }
+SCORES = ("cosine", "image_mass")
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,20 @@ class DualConfig:
     """How scores become factors; the defaults are the paper's, see the head of this file.
 
     Attributes:
-        beta: strength of the compensation, >= 0 (0.3).
-        gamma: length of the tail as a share of the response, in (0, 1] (0.5; 1 is the paper's "full trajectory"
-            ablation, its worst).
-        kappa: share of the tail that the gate lets through, in (0, 1] (0.2).
-        schedule: ``linear``, ``exponential`` or ``step`` (linear).
-        intra: weight tokens by psi.
-        inter: weight trajectories by phi.
-        score_offset: ``cosine`` (S + 1) / 2, ``minmax`` as released, or ``none`` for a score that lies in [0, 1].
-        position: ``one_based`` t / T or ``zero_based`` (t - 1) / (T - 1).
-        trajectory_score: ``sum`` of w, ``normalised_sum`` of what, or ``mean`` of w.
-        clamp: ``none`` or ``released``.
+        beta: strength of the compensation against visual forgetting. [C] [N]
+        gamma: length of the tail as a share of the response; 1 is the "full trajectory", the worst in the paper. [C]
+            [N]
+        kappa: share of the tail that passes the gate. [C] [N]
+        schedule: how the compensation grows along the tail. [N: linear is the best]
+        intra: weight tokens by psi. [C] [N]
+        inter: weight trajectories by phi. [C] [N]
+        score_offset: ``cosine`` is (S + 1) / 2, ``minmax`` as released, ``none`` is for a score in [0, 1]. [N] [C:
+            minmax]
+        position: ``one_based`` is t / T, ``zero_based`` is (t - 1) / (T - 1). [N] [C: zero_based]
+        trajectory_score: ``sum`` of w, ``normalised_sum`` of u, or ``mean`` of w, which does not favour long
+            answers. [N] [C: normalised_sum] [ours: mean]
+        clamp: ``released`` limits the factors to [0.1, 2] and [0.9, 2], which inflates the mean advantage. [N] [C:
+            released]
     """
 
     beta: float = 0.3
@@ -91,17 +95,17 @@ class DualConfig:
     clamp: str = "none"
 
     def __post_init__(self) -> None:
-        rules = {
+        check_setting("dual", self, self.rules())
+
+    def rules(self) -> Rules:
+        """What each setting must be."""
+        named = {key: (vars(self)[key] in choices, " or ".join(choices)) for key, choices in CHOICES.items()}
+        return {
             "beta": (0 <= self.beta < math.inf, "a finite number >= 0"),
             "gamma": (0 < self.gamma <= 1, "a number in (0, 1]"),
             "kappa": (0 < self.kappa <= 1, "a number in (0, 1]"),
+            **named,
         }
-        named = {
-            key: (vars(self)[key] in choices, " or ".join(choices))
-            for key, choices in CHOICES.items()
-            if key in vars(self)
-        }
-        check_setting("dual", self, rules | named)
 
     @classmethod
     def paper(cls) -> "DualConfig":
@@ -195,12 +199,12 @@ def dual_grained_factors(
     # in float64: a min-max with so small an eps would blow the rounding of float32 sums up to the whole range
     rho = focus_score(score.detach().double(), mask, groups, config.score_offset)
     w, _ = compensated(rho, mask, config)
-    what = minmax(w, mask)
+    u = minmax(w, mask)
 
-    psi = torch.where(mask, what - masked_mean(what, mask)[:, None], torch.zeros_like(what))
+    psi = torch.where(mask, u - masked_mean(u, mask)[:, None], torch.zeros_like(u))
     token_factor = 1 + psi if config.intra else torch.ones_like(psi)
 
-    s_B = {"sum": w.sum(-1), "normalised_sum": what.sum(-1), "mean": masked_mean(w, mask)}[config.trajectory_score]
+    s_B = {"sum": w.sum(-1), "normalised_sum": u.sum(-1), "mean": masked_mean(w, mask)}[config.trajectory_score]
     trajectory_factor = torch.ones_like(s_B)
     for rows in groups if config.inter else ():
         s_G = minmax(s_B[rows], torch.ones(len(rows), dtype=torch.bool, device=s_B.device))
@@ -215,39 +219,76 @@ class DualMethod(DualConfig):
     """``algorithm.adv_estimator=attn_dual``: the settings of ``DualConfig`` and where the score comes from.
 
     Attributes:
-        strength: in [0, 1]; factors are 1 + strength (factor - 1); 0 is GRPO.
-        score: ``cosine`` of hidden states (the paper's) or ``image_mass``, true attention on the image (ours; set
-            ``score_offset`` to ``none`` or ``minmax``).
-        layers: decoder layers of ``image_mass``.
+        strength: factors are 1 + strength (factor - 1); 0 is GRPO. [ours]
+        score: ``cosine`` of last hidden states, or ``image_mass``, attention on the image, which needs a
+            ``score_offset`` of ``none`` or ``minmax``. [C] [ours: image_mass]
+        layers: decoder layers of ``image_mass``; the cosine has the last hidden state only. [C]
     """
 
     strength: float = 1.0
     score: str = "cosine"
     layers: tuple[int, ...] = (-1,)
     name = "attn_dual"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        cosine = self.score == "cosine"
-        check_setting(
-            "dual",
-            self,
-            {
-                "strength": (0 <= self.strength <= 1, "a number in [0, 1]"),
-                "layers": (self.layers == (-1,), "[-1]: the cosine is that of the last hidden state")
-                if cosine
-                else distinct_layers(self.layers),
-                "score_offset": (
-                    self.score_offset != ("none" if cosine else "cosine"),
-                    "cosine or minmax, for a score in [-1, 1]" if cosine else "none or minmax, for a score in [0, 1]",
+    reference = ("VGPO", "arXiv 2604.09349")
+    metrics = (
+        Panel(
+            "Visual score $S$", "cosine (or attention mass)", (Metric("visual_score/mean", "visual score S", -1, 1),)
+        ),
+        Panel(
+            "Late to early score",
+            "ratio of their means",
+            (
+                Metric(
+                    "late_early_visual_score",
+                    "late to early visual score",
+                    0,
+                    unit="ratio",
+                    note="Visual focus of the second half of a response over that of the first.",
                 ),
-            },
-        )
+            ),
+            guide=(1.0, "late as early"),
+        ),
+        Panel(
+            "Gate rate",
+            "share of tokens",
+            (Metric("dual_gate_rate", "tokens through the gate", 0, 1, "share", live="gate rate"),),
+        ),
+        Panel(
+            "Token factor spread",
+            "standard deviation",
+            (Metric("dual_token_factor/std", "token factor, standard deviation", 0, 1, live="token factor std"),),
+        ),
+        Panel(
+            "Trajectory factor",
+            "factor on the advantage",
+            (Metric("dual_trajectory_factor/mean", "trajectory factor, mean", 0, 2, line="mean"),),
+            band=(
+                Metric("dual_trajectory_factor/min", "trajectory factor, smallest", 0, 2),
+                Metric("dual_trajectory_factor/max", "trajectory factor, largest", 0, 2),
+            ),
+            guide=AS_GRPO,
+        ),
+    )
+
+    def rules(self) -> Rules:
+        cosine = self.score == "cosine"
+        return {
+            "score": (self.score in SCORES, " or ".join(SCORES)),
+            **super().rules(),
+            "strength": (0 <= self.strength <= 1, "a number in [0, 1]"),
+            "layers": (self.layers == (-1,), "[-1]: the cosine is that of the last hidden state")
+            if cosine
+            else distinct_layers(self.layers),
+            "score_offset": (
+                self.score_offset in ("minmax", "cosine" if cosine else "none"),
+                "cosine or minmax, for a score in [-1, 1]" if cosine else "none or minmax, for a score in [0, 1]",
+            ),
+        }
 
     @property
-    def gives(self) -> frozenset[Gift]:
-        parts: tuple[tuple[bool, Gift], ...] = ((self.intra, "token"), (self.inter, "trajectory"))
-        return frozenset(gift for on, gift in parts if on and self.strength > 0)
+    def gives(self) -> frozenset[CreditKind]:
+        parts: tuple[tuple[bool, CreditKind], ...] = ((self.intra, "token"), (self.inter, "trajectory"))
+        return frozenset(kind for on, kind in parts if on and self.strength > 0)
 
     @property
     def _statistic(self) -> Statistic:

@@ -33,8 +33,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sayo_verl.methods.base import Credit, Gift, RewardTerm, check_setting, distinct_layers, masked_mean
+from sayo_verl.methods.base import Credit, CreditKind, RewardTerm, Rules, check_setting, distinct_layers, masked_mean
 from sayo_verl.methods.signals import Needs, Signals
+from sayo_verl.metrics import NO_PREFERENCE, Metric, Panel
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 from sayo_verl.vision.intervention import Intervention
 
@@ -78,19 +79,19 @@ def faithful_ratio(causal: torch.Tensor, average: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class FaithfulMethod:
-    """``algorithm.adv_estimator=attn_faithful``. Every default is ours; the gate alone is named in the abstract.
+    """``algorithm.adv_estimator=attn_faithful``.
 
     Attributes:
-        weight: strength of the term; 0 is GRPO. At 1 or more it can outvote correctness.
+        weight: strength of the term; 0 is GRPO. At 1 or more it can outvote correctness. [ours]
         layers: decoder layers to average over. The last exists in every model; floor(2 L / 3) of L layers, as in EASE
-            (arXiv 2605.30912), is 18 for Qwen2.5-VL-7B (28) and 24 for the 3B (36).
-        query_row: ``predicting``, the row that sampled y_t, to which k_t belongs; or ``input`` (as SAYO).
-        gate: multiply the term by the answer's correctness.
-        form: ``effect`` (F), or ``mass``: mean m_t itself, in [0, 1], an ablation.
-        causal_unit: ``image``, or ``region``: needs ``counterfactual.kind=region``.
-        k_max: largest effect of a token (VPPO: 10).
-        coverage: share of a cell that a box must cover, see ``sayo_verl.vision.masks``.
-        counterfactual: how the image is changed. With ``kind=region`` a row without a box is neutral.
+            (arXiv 2605.30912), is 18 for Qwen2.5-VL-7B and 24 for the 3B. [ours]
+        query_row: ``predicting``, the row that sampled y_t, to which k_t belongs; or ``input`` (as SAYO). [ours]
+        gate: multiply the term by the answer's correctness. [A]
+        form: ``effect`` (F), or ``mass``: mean m_t itself, in [0, 1], an ablation. [A] [ours: the formula]
+        causal_unit: ``image``, or ``region``, which needs ``counterfactual.kind=region``. [ours]
+        k_max: largest effect of a token. [precedent: VPPO]
+        coverage: share of a visual token's cell that a box must cover, see ``sayo_verl.vision.masks``. [ours]
+        counterfactual: how the image is changed. With ``kind=region`` a row without a box is neutral. [A: that it is]
 
     Raises:
         SayoError: A05 for a value out of range.
@@ -106,28 +107,67 @@ class FaithfulMethod:
     coverage: float = 0.5
     counterfactual: Intervention = field(default_factory=Intervention)
     name = "attn_faithful"
+    reference = ("our reading of Faithful-MR1", "arXiv 2605.22072")
+    metrics = (
+        Panel(
+            "Faithful reward",
+            "mean, from -1 to 1",
+            (
+                Metric("faithful_reward/mean", "faithful reward", -1, 1, line="reward", live="faithful reward"),
+                Metric("faithful_ratio/mean", "faithful ratio F, before the gate", -1, 1, line="$F$, before the gate"),
+            ),
+            guide=NO_PREFERENCE,
+        ),
+        Panel(
+            "Causal effect $k$",
+            "nats per token",
+            (
+                Metric(
+                    "counterfactual_effect/mean",
+                    "counterfactual effect k",
+                    0,
+                    unit="nats per token",
+                    live="effect",
+                    note="Near 0, the model does not use the image, or the change is too weak to show it.",
+                ),
+            ),
+            limits=(0, None),
+        ),
+        Panel(
+            "Causal attention",
+            "share of attention",
+            (
+                Metric("causal_attention/mean", "attention mass, weighted by effect", 0, 1, line="weighted by effect"),
+                Metric("causal_attention_all_tokens/mean", "attention mass, all tokens", 0, 1, line="all tokens"),
+            ),
+        ),
+        Metric("faithful_gate_rate", "rows through the gate", 0, 1, "share"),
+        Metric("counterfactual_effect/share_above_0.1", "tokens with an effect above 0.1", 0, 1, "share"),
+        Metric("faithful_rows_share", "share of rows that can carry the reward", 0, 1),
+        Metric("faithful_reward/std", "faithful reward, standard deviation", 0, 1, shown=False),
+    )
 
     def __post_init__(self) -> None:
-        check_setting(
-            "faithful",
-            self,
-            {
-                "weight": (0 <= self.weight < float("inf"), "a finite number >= 0"),
-                "layers": distinct_layers(self.layers),
-                "query_row": (self.query_row in ROWS, " or ".join(ROWS)),
-                "form": (self.form in FORMS, " or ".join(FORMS)),
-                "causal_unit": (self.causal_unit in UNITS, " or ".join(UNITS)),
-                "k_max": (0 < self.k_max < float("inf"), "a finite number > 0"),
-                "coverage": (0 < self.coverage <= 1, "a number in (0, 1]"),
-                "counterfactual": (
-                    self.causal_unit != "region" or self.counterfactual.kind == "region",
-                    "kind=region with causal_unit=region",
-                ),
-            },
-        )
+        check_setting("faithful", self, self.rules())
+
+    def rules(self) -> Rules:
+        """What each setting must be."""
+        return {
+            "weight": (0 <= self.weight < float("inf"), "a finite number >= 0"),
+            "layers": distinct_layers(self.layers),
+            "query_row": (self.query_row in ROWS, " or ".join(ROWS)),
+            "form": (self.form in FORMS, " or ".join(FORMS)),
+            "causal_unit": (self.causal_unit in UNITS, " or ".join(UNITS)),
+            "k_max": (0 < self.k_max < float("inf"), "a finite number > 0"),
+            "coverage": (0 < self.coverage <= 1, "a number in (0, 1]"),
+            "counterfactual": (
+                self.causal_unit != "region" or self.counterfactual.kind == "region",
+                "kind=region with causal_unit=region",
+            ),
+        }
 
     @property
-    def gives(self) -> frozenset[Gift]:
+    def gives(self) -> frozenset[CreditKind]:
         return frozenset({"reward"} if self.weight else ())
 
     @property

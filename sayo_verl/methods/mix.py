@@ -7,7 +7,7 @@ trajectory: the product of two such weightings has no paper, and its mean is no 
 from dataclasses import dataclass
 
 from sayo_verl.errors import SayoError
-from sayo_verl.methods.base import Credit, Gift, Method
+from sayo_verl.methods.base import Credit, CreditKind, Method
 from sayo_verl.methods.signals import Needs, Signals, join_needs
 
 
@@ -36,12 +36,12 @@ class Mix:
                 got=names,
                 fix="such as algorithm.attn.mix=[region,dual]",
             )
-        for gift in ("token", "trajectory"):
-            givers = [name for name, method in zip(names, self.methods, strict=True) if gift in method.gives]
+        for kind in ("token", "trajectory"):
+            givers = [name for name, method in zip(names, self.methods, strict=True) if kind in method.gives]
             if len(givers) > 1:
                 raise SayoError(
                     "A12",
-                    f"two methods weight each {gift}; the product of their weights has neither a paper nor mean one",
+                    f"two methods weight each {kind}; the product of their weights has neither a paper nor mean one",
                     where=where,
                     got=givers,
                     wanted="at most one",
@@ -50,8 +50,8 @@ class Mix:
         self.needs()
 
     @property
-    def gives(self) -> frozenset[Gift]:
-        return frozenset(gift for method in self.methods for gift in method.gives)
+    def gives(self) -> frozenset[CreditKind]:
+        return frozenset(kind for method in self.methods for kind in method.gives)
 
     def needs(self) -> Needs:
         return join_needs([method.needs() for method in self.methods])

@@ -46,8 +46,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sayo_verl.methods.base import Credit, Gift, RewardTerm, check_setting, distinct_layers, masked_mean
+from sayo_verl.methods.base import Credit, CreditKind, RewardTerm, Rules, check_setting, distinct_layers, masked_mean
 from sayo_verl.methods.signals import Needs, Signals
+from sayo_verl.metrics import NO_PREFERENCE, Metric, Panel
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 
 EPS = 1e-8  # eps of equations 3 and 7, from the released code
@@ -109,17 +110,17 @@ def token_ratio(target_mean: torch.Tensor, image_mean: torch.Tensor) -> torch.Te
 
 @dataclass(frozen=True)
 class RegionMethod:
-    """``algorithm.adv_estimator=attn_region``; the defaults are the paper's.
+    """``algorithm.adv_estimator=attn_region``.
 
     Attributes:
-        weight: strength of r_v; 0 is GRPO. At most 1 with ``per_token``, where a larger one could turn signs.
-        entropy_fraction: size of Q as a share of the response, in (0, 1] (paper: 0.3; its ablations 0.1, 0.2, 0.5 and
-            1, "all tokens").
-        layers: decoder layers to average over (paper and released code: the last).
-        coverage: share of a cell that a box must cover, see ``sayo_verl.vision.masks`` (ours: 0.5).
-        pooling: of the tokens Q, ``attention`` (paper) or ``ratio`` (ours: its expectation does not depend on their
-            number).
-        per_token: the extension above instead of the paper's reward (ours: false).
+        weight: strength of r_v; 0 is GRPO. With ``per_token`` at most 1: a larger one could turn signs. [P section 3:
+            r_o = r_v + r_f]
+        entropy_fraction: size of Q as a share of the response; 1 is all tokens. [P: the best of the ranges tried] [C]
+        layers: decoder layers to average over. [P equation 1: the last] [C: index 35 of 36]
+        coverage: share of a visual token's cell that a box must cover, see ``sayo_verl.vision.masks``. [ours]
+        pooling: of the tokens Q: ``attention`` is a ratio of means, ``ratio`` a mean of ratios, whose expectation does
+            not depend on their number. [P equations 5 to 7] [ours: ratio]
+        per_token: a factor on each token's advantage instead of the reward; an extension. [ours]
     """
 
     weight: float = 1.0
@@ -129,26 +130,80 @@ class RegionMethod:
     pooling: str = "attention"
     per_token: bool = False
     name = "attn_region"
+    reference = ("SAYO", "arXiv 2602.08241")
+    metrics = (
+        Panel(
+            "Region reward $r_v$",
+            "mean, from -1 to 1",
+            (Metric("region_reward/mean", "region reward r_v", -1, 1, live="r_v"),),
+            guide=NO_PREFERENCE,
+        ),
+        Panel(
+            "Target attention $R_a$",
+            "mean, from 0 to 1",
+            (
+                Metric(
+                    "target_attention/mean",
+                    "target attention R_a, high-entropy tokens",
+                    0,
+                    1,
+                    live="R_a",
+                    note="It grows with the number of pooled tokens, see `selected_tokens/mean`.",
+                ),
+            ),
+            guide=(0.5, "no preference"),
+        ),
+        # A mean over more tokens raises R_a, so tokens are compared one by one.
+        Panel(
+            "$R_a$ of single tokens",
+            "mean over tokens",
+            (
+                Metric(
+                    "token_target_attention/mean",
+                    "R_a of single tokens, high-entropy tokens",
+                    0,
+                    1,
+                    line="high-entropy tokens",
+                    note="It can be compared with that of all tokens.",
+                ),
+                Metric("token_target_attention_all/mean", "R_a of single tokens, all tokens", 0, 1, line="all tokens"),
+            ),
+            guide=(0.5, "no preference"),
+        ),
+        Metric("selected_tokens/mean", "high-entropy tokens per response", 0, decimals=1),
+        Metric("image_mass/mean", "attention mass on the image", 0, 1),
+        Metric(
+            "region_token_weight/mean",
+            "token weight in rows with a region, mean",
+            0,
+            2,
+            note="Logged with `per_token` only.",
+        ),
+        Metric("rows_with_region_share", "share of rows with a region", 0, 1),
+        Metric("region_reward/std", "region reward r_v, standard deviation", 0, 1, shown=False),
+        Metric("region_mass/mean", "attention mass on the target", 0, 1, shown=False),
+        Metric("selected_token_share", "high-entropy tokens, share of all", 0, 1, shown=False),
+    )
 
     def __post_init__(self) -> None:
+        check_setting("region", self, self.rules())
+
+    def rules(self) -> Rules:
+        """What each setting must be."""
         highest = 1.0 if self.per_token else float("inf")
-        check_setting(
-            "region",
-            self,
-            {
-                "weight": (
-                    0 <= self.weight <= highest and self.weight < float("inf"),
-                    "a number in [0, 1] with per_token" if self.per_token else "a finite number >= 0",
-                ),
-                "entropy_fraction": (0 < self.entropy_fraction <= 1, "a number in (0, 1]"),
-                "layers": distinct_layers(self.layers),
-                "coverage": (0 < self.coverage <= 1, "a number in (0, 1]"),
-                "pooling": (self.pooling in POOLINGS, " or ".join(POOLINGS)),
-            },
-        )
+        return {
+            "weight": (
+                0 <= self.weight <= highest and self.weight < float("inf"),
+                "a number in [0, 1] with per_token" if self.per_token else "a finite number >= 0",
+            ),
+            "entropy_fraction": (0 < self.entropy_fraction <= 1, "a number in (0, 1]"),
+            "layers": distinct_layers(self.layers),
+            "coverage": (0 < self.coverage <= 1, "a number in (0, 1]"),
+            "pooling": (self.pooling in POOLINGS, " or ".join(POOLINGS)),
+        }
 
     @property
-    def gives(self) -> frozenset[Gift]:
+    def gives(self) -> frozenset[CreditKind]:
         if self.weight == 0:
             return frozenset()
         return frozenset({"token" if self.per_token else "reward"})

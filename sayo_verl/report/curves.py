@@ -17,9 +17,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from sayo_verl.errors import SayoError
+from sayo_verl.metrics import Metric, Panel
 from sayo_verl.report import catalogue as c
 from sayo_verl.report import runs as r
-from sayo_verl.report.catalogue import Panel
 from sayo_verl.report.runs import Run, Series
 
 WINDOW = 5  # steps of the running mean
@@ -237,7 +237,7 @@ def _draw_series(axis: Axes, series: Series, colour: str, style: dict[str, Any])
     axis.plot(steps, running_mean(values), color=colour, linewidth=2, zorder=4, solid_capstyle="round")
 
 
-def _draw_band(axis: Axes, run: Run, band: tuple[c.Metric, c.Metric], colour: str, *, faint: int) -> bool:
+def _draw_band(axis: Axes, run: Run, band: tuple[Metric, Metric], colour: str, *, faint: int) -> bool:
     """Shade between running means, over the steps that have both ends; False if there is none."""
     low, high = (dict(run.training(metric.name)) for metric in band)
     steps = [step for step in low if step in high]

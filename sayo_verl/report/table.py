@@ -5,9 +5,9 @@ import math
 from rich.markup import escape
 from rich.table import Table
 
+from sayo_verl.metrics import Metric
 from sayo_verl.report import catalogue as c
 from sayo_verl.report import runs as r
-from sayo_verl.report.catalogue import Metric
 from sayo_verl.report.runs import Run, Series
 
 _NONE = "–"  # noqa: RUF001 (a dash in an empty cell)

@@ -18,13 +18,14 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
+from sayo_verl.methods import RegionMethod
 from sayo_verl.reward import compute_score
 from sayo_verl.tiny.policy import END, MERGE_SIZE, generate
 from sayo_verl.tiny.warmup import prompt_batch
 from sayo_verl.vision.grids import merged_grid
 from sayo_verl.vision.masks import region_mask
 
-SELECTED_SHARE = 0.3  # of a response's tokens, those of the highest entropy
+SELECTED_SHARE = RegionMethod.entropy_fraction  # of a response's tokens, those of the highest entropy
 EPS = 1e-8  # added to both means of the ratio
 
 
@@ -151,9 +152,9 @@ def _teacher_forced(
     return output.logits[:, n_prompt - 1 : -1].float(), output.attentions[-1].mean(1)[:, n_prompt:]
 
 
-def select_tokens(entropy_T: np.ndarray) -> np.ndarray:
-    """Indices of the ``max(1, floor(0.3 n))`` tokens of the highest entropy, ascending; ties go to earlier tokens."""
-    k = max(1, math.floor(SELECTED_SHARE * len(entropy_T)))
+def select_tokens(entropy_T: np.ndarray, share: float = SELECTED_SHARE) -> np.ndarray:
+    """Indices of the ``max(1, floor(share n))`` tokens of the highest entropy, ascending; ties go to earlier tokens."""
+    k = max(1, math.floor(share * len(entropy_T)))
     return np.sort(np.argsort(-entropy_T, kind="stable")[:k])
 
 

@@ -35,11 +35,12 @@ class Intervention:
 
     Attributes:
         kind: ``patches`` (random patches are filled), ``blur`` (Gaussian), ``grey`` (the whole image is filled with
-            mid-grey), ``region`` (the visual tokens of the row's boxes are filled; a row without boxes is unchanged).
-        share: probability that a patch is filled, for ``patches`` (PAPO 0.6, VPPO 0.5).
-        fill: ``black`` (PAPO, VPPO) or ``grey`` (mid-grey, 127.5 of 255), for ``patches`` and ``region``.
-        sigma: of the blur, in patches of the vision tower.
-        seed: of the masks; a mask depends only on it, the prompt and the step.
+            mid-grey), ``region`` (the visual tokens of the row's boxes are filled; a row without boxes stays as it is).
+            [precedent: PAPO, VPPO]
+        share: probability that a patch is filled, for ``patches``. [precedent: VPPO; PAPO has 0.6]
+        fill: ``black``, or ``grey`` (127.5 of 255), for ``patches`` and ``region``. [precedent: PAPO, VPPO]
+        sigma: standard deviation of the blur, in patches of the vision tower. [ours]
+        seed: seed of the masks; a mask depends on it, the prompt, the step and nothing else. [ours]
 
     Raises:
         SayoError: A05 for a value out of range.
@@ -53,19 +54,27 @@ class Intervention:
 
     def __post_init__(self) -> None:
         raise_first(
-            [
-                self._rule(self.kind not in KINDS, "kind", " or ".join(KINDS)),
-                self._rule(not 0 < self.share <= 1, "share", "a number in (0, 1]"),
-                self._rule(self.fill not in FILLS, "fill", " or ".join(FILLS)),
-                self._rule(not 0 < self.sigma < float("inf"), "sigma", "a finite number > 0"),
-                self._rule(self.seed < 0, "seed", "an integer >= 0"),
-            ]
+            Rule(
+                "A05",
+                not valid,
+                f"{key} is out of range",
+                where=f"the counterfactual image's {key}",
+                got=getattr(self, key),
+                wanted=wanted,
+                fix=f"set it to {wanted}",
+            )
+            for key, (valid, wanted) in self.rules().items()
         )
 
-    def _rule(self, broken: bool, key: str, wanted: str) -> Rule:
-        where = f"the counterfactual image's {key}"
-        got, fix = getattr(self, key), f"set it to {wanted}"
-        return Rule("A05", broken, f"{key} is out of range", where=where, got=got, wanted=wanted, fix=fix)
+    def rules(self) -> dict[str, tuple[bool, str]]:
+        """What each setting must be."""
+        return {
+            "kind": (self.kind in KINDS, " or ".join(KINDS)),
+            "share": (0 < self.share <= 1, "a number in (0, 1]"),
+            "fill": (self.fill in FILLS, " or ".join(FILLS)),
+            "sigma": (0 < self.sigma < float("inf"), "a finite number > 0"),
+            "seed": (self.seed >= 0, "a whole number >= 0"),
+        }
 
     def to_wire(self) -> dict[str, Any]:
         return dict(vars(self))

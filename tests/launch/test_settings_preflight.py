@@ -31,7 +31,7 @@ from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.launch.preflight import check_estimator, check_settings, preflight, show
 from sayo_verl.launch.resources import CPUS_FIXED, CPUS_PER_DEVICE
 from sayo_verl.launch.settings import load_methods, method_from_config, settings_from_config
-from sayo_verl.methods import METHODS, Mix, RegionMethod, register_method
+from sayo_verl.methods import METHODS, DualConfig, Mix, RegionMethod, register_method
 from sayo_verl.methods.group import SPREAD_FLOOR
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 
@@ -116,7 +116,9 @@ def refused(config: DictConfig, code: str, *, dry_run: bool = False) -> SayoErro
 def test_the_default_configuration_of_a_run_passes(make):
     plan = dict(preflight(make()))
     assert plan["estimator"] == "attn_region"
-    assert plan["method"].startswith("attn_region: weight 1.0, entropy_fraction 0.3, layers (-1,), coverage 0.5")
+    settings = vars(RegionMethod())
+    assert list(settings)[:3] == ["weight", "entropy_fraction", "layers"]
+    assert plan["method"].startswith("attn_region: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
     assert "qwen3_vl, probing layer 3 of 4" in plan["model"]
     assert "train.parquet: 16 rows, 16 with boxes, 16 images decoded" in plan["train data"]
     assert "val.parquet: 16 rows, 16 with boxes" in plan["val data"]
@@ -125,7 +127,7 @@ def test_the_default_configuration_of_a_run_passes(make):
     assert "1 x 1 cpu" in plan["machines"]
 
 
-def test_the_shipped_settings_are_the_methods_defaults(base):
+def test_the_composed_settings_are_the_methods_defaults(base):
     assert check_estimator(base) == RegionMethod()
     attn = OmegaConf.to_container(base.algorithm.attn)
     assert attn.pop("mix") == []
@@ -133,8 +135,45 @@ def test_the_shipped_settings_are_the_methods_defaults(base):
     shipped = {name: cls for name, cls in METHODS.items() if cls.__module__.startswith("sayo_verl.")}
     assert set(attn) == {name.removeprefix("attn_") for name in shipped}
     for name, method in shipped.items():
-        assert set(attn[name.removeprefix("attn_")]) == set(vars(method()))  # every key can be overridden without "+"
+        assert set(attn[name.removeprefix("attn_")]) == set(vars(method()))  # `--cfg job` shows every key
         assert method_from_config(name, attn) == method()
+
+
+def test_a_file_of_configs_method_holds_only_what_differs_from_the_class(repo):
+    """``mix`` is not a setting of a class. A copied default in a file would win over a changed class."""
+    files = sorted((repo / "configs" / "method").glob("*.yaml"))
+    assert {f"attn_{file.stem}" for file in files} >= set(METHODS)
+    for file in files:
+        attn = OmegaConf.to_container(OmegaConf.load(file).algorithm).get("attn", {})
+        for node, values in attn.items():
+            if node != "mix":
+                default = dataclasses.asdict(METHODS[f"attn_{node}"]())
+                assert [key for key, value in values.items() if value == default[key]] == [], file.name
+
+
+@pytest.mark.parametrize("name", ["dual", "dual_released", "dapo"])
+def test_vgpo_and_its_baseline_train_on_dapo_unless_another_is_named_after_it(repo, name):
+    config = composed(repo, f"+method={name}")
+    assert config.algorithm.adv_estimator == ("grpo" if name == "dapo" else "attn_dual")
+    assert (config.algorithm.filter_groups.enable, config.actor_rollout_ref.actor.clip_ratio_high) == (True, 0.28)
+    other = composed(repo, f"+method={name}", "+rl=grpo")
+    assert other.algorithm.adv_estimator == config.algorithm.adv_estimator
+    assert (other.algorithm.filter_groups.enable, other.actor_rollout_ref.actor.clip_ratio_high) == (False, 0.2)
+
+
+def test_the_released_form_of_vgpo_is_that_of_its_class(repo):
+    released = method_from_config(
+        "attn_dual", OmegaConf.to_container(composed(repo, "+method=dual_released").algorithm.attn)
+    )
+    assert {key: vars(released)[key] for key in vars(DualConfig())} == vars(DualConfig.released())
+
+
+def test_a_method_of_ones_own_is_composed_and_overridden_without_a_plus(repo):
+    load_methods([str(repo / "recipe" / "example" / "sensitivity.py")])
+    config = composed(repo, "+method=sensitivity", "algorithm.attn.sensitivity.share=0.2")
+    assert check_estimator(config) == METHODS["attn_sensitivity"](share=0.2)
+    with pytest.raises(SayoError, match=r"^SAYO-L02: unknown setting 'shaer' \(did you mean 'share'\?\)"):
+        check_estimator(composed(repo, "+method=sensitivity", "algorithm.attn.sensitivity.shaer=0.2"))
 
 
 def test_the_plan_is_printed_line_by_line(make):
@@ -251,20 +290,23 @@ def add(config: DictConfig, key: str, value: Any) -> DictConfig:
     return config
 
 
-def test_L02_an_unknown_key_suggests_the_right_one(make):
-    error = refused(add(make(), "algorithm.attn.region.wieght", 0.5), "L02")
+def test_L02_an_unknown_key_suggests_the_right_one(repo):
+    error = refused(composed(repo, "+hardware=cpu", "algorithm.attn.region.wieght=0.5"), "L02")
     assert error.where == "algorithm.attn.region"
     assert "'wieght' (did you mean 'weight'?)" in str(error)
 
 
-def test_L02_an_unknown_node_suggests_the_right_one(make):
-    error = refused(add(make(), "algorithm.attn.regoin.weight", 0.5), "L02")
+def test_L02_an_unknown_node_suggests_the_right_one(repo):
+    error = refused(composed(repo, "+hardware=cpu", "algorithm.attn.regoin.weight=0.5"), "L02")
     assert error.where == "algorithm.attn"
     assert "'regoin' (did you mean 'region'?)" in str(error)
 
 
-def test_L02_an_unknown_node_is_refused_under_grpo_too(make):
-    refused(add(make(**{"algorithm.adv_estimator": "grpo"}), "algorithm.attn.regoin.weight", 0.5), "L02")
+@pytest.mark.parametrize("estimator", ["grpo", "attn_dual"])
+def test_L02_an_unknown_key_of_a_method_that_does_not_run_is_refused_too(repo, estimator):
+    for key in ("regoin.weight", "region.wieght"):
+        config = composed(repo, "+hardware=cpu", f"algorithm.adv_estimator={estimator}", f"algorithm.attn.{key}=0.5")
+        refused(config, "L02")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks.estimator import CURRENT, AdvantageContext, make_estimator
 from sayo_verl.methods import Credit, Mix, Needs, RegionMethod, RewardTerm, Signals, advantages
-from sayo_verl.methods.base import Gift, blend, masked_mean
+from sayo_verl.methods.base import CreditKind, blend, masked_mean
 from sayo_verl.methods.signals import join_needs
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 from sayo_verl.vision.intervention import Intervention
@@ -148,7 +148,7 @@ class Fixed:
     """A method that gives what it is told."""
 
     name: str
-    gives: frozenset[Gift]
+    gives: frozenset[CreditKind]
     intervention: Intervention | None = None
     coverage: float = 0.5
     metric: str = ""

@@ -32,7 +32,7 @@ def test_the_page_shows_the_files_as_they_are():
 def test_the_yaml_selects_it_with_its_defaults():
     config = yaml.safe_load(YAML.read_text())
     assert [ROOT / path for path in config["sayo"]["modules"]] == [FILE]
-    method = settings_from_config(config["algorithm"]["adv_estimator"], config["algorithm"]["attn"]).method
+    method = settings_from_config(config["algorithm"]["adv_estimator"], config["algorithm"].get("attn", {})).method
     assert method == METHOD()
 
 

@@ -457,20 +457,6 @@ def test_what_a_setting_gives():
     assert FaithfulMethod(weight=0.0).gives == frozenset()
 
 
-def test_defaults():
-    assert vars(FaithfulMethod()) == {
-        "weight": 0.2,
-        "layers": (-1,),
-        "query_row": "predicting",
-        "gate": True,
-        "form": "effect",
-        "causal_unit": "image",
-        "k_max": 10.0,
-        "coverage": 0.5,
-        "counterfactual": Intervention(),
-    }
-
-
 def test_the_configuration_reads_every_setting(monkeypatch):
     monkeypatch.setitem(METHODS, FaithfulMethod.name, FaithfulMethod)
     node = {

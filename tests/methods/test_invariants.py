@@ -5,6 +5,7 @@ Shape suffixes: B rows, T response tokens.
 
 import copy
 import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from sayo_verl.hooks.estimator import CURRENT, AdvantageContext, make_estimator
 from sayo_verl.launch.settings import load_methods
 from sayo_verl.methods import METHODS, AnchorMethod, DualMethod, Mix, RegionMethod, advantages
 from sayo_verl.methods.group import group_rows
+from sayo_verl.metrics import every_metric
 
 load_methods([str(Path(__file__).parent.parent.parent / "recipe" / "example" / "sensitivity.py")])
 
@@ -136,6 +138,17 @@ def test_neutral_rows_have_weight_one_and_no_term(method, batch):
         assert (credit.trajectory_weight[~signals.carrying(boxes=False)] == 1).all()
     for term in credit.terms:
         assert not (term.valid & neutral).any()
+
+
+@every_way
+@PROPERTY
+@given(batch=batches)
+def test_every_logged_metric_is_declared_and_lies_in_its_range(method, batch):
+    parts = [part for part in getattr(method, "methods", (method,)) if hasattr(part, "metrics")]
+    declared = {metric.name: metric for part in parts for metric in every_metric(part.metrics)}
+    for name, value in method.credit(made(method, batch)[0]).metrics.items() if parts else ():
+        low, high = declared[name].low, declared[name].high
+        assert (-math.inf if low is None else low - 1e-4) <= value <= (math.inf if high is None else high + 1e-4), name
 
 
 @every_way

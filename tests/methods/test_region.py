@@ -379,11 +379,6 @@ def test_the_request_follows_the_settings():
     assert (request.layers, request.coverage) == ((-1, 3), 0.25)
 
 
-def test_defaults_are_the_papers():
-    paper = {"weight": 1.0, "entropy_fraction": 0.3, "layers": (-1,)}
-    assert vars(RegionMethod()) == {**paper, "pooling": "attention", "coverage": 0.5, "per_token": False}
-
-
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -36,14 +36,15 @@ from sayo_verl.report.runs import Run, load_run
 from sayo_verl.report.table import first_last_markdown, first_last_table
 from sayo_verl.report.watch import Pace, duration, run_and_watch, watch
 
+OF = {section.estimator: section for section in c.OF_METHODS}
 COMMON = {c.REWARD.name: 1.0, "actor/entropy": 0.4, "response_length/mean": 12.0}  # what every run has
 PARTS = {c.ACCURACY.name: 0.5, "sayo/format/mean": 0.9, "sayo/probe_share_of_log_prob": 0.05}
-ATTENTION = COMMON | PARTS | dict.fromkeys(c.REGION.names, 0.6)
+ATTENTION = COMMON | PARTS | dict.fromkeys(OF["attn_region"].names, 0.6)
 GRPO = COMMON
 R_V = "sayo/region_reward/mean"
 OWN = {"sayo/mine/mean": 0.3, "sayo/mine_share": 0.2, "sayo/a_third": 0.1}  # of a method that no list knows
 OF_METHOD = {
-    section.estimator: COMMON | PARTS | {metric.name: 0.6 for metric in section.metrics} for section in c.METHODS
+    section.estimator: COMMON | PARTS | {metric.name: 0.6 for metric in section.metrics} for section in c.OF_METHODS
 }
 OF_METHOD["grpo"] = GRPO
 OF_METHOD["attn_mix"] = OF_METHOD["attn_region"] | OF_METHOD["attn_dual"]
@@ -332,9 +333,9 @@ def test_a_method_has_its_own_panels_and_rows_and_no_others(tmp_path, monkeypatc
     figure = figure_of(monkeypatch, lambda: plot_run(run, tmp_path / "x.png"))
     assert set(titles_of(figure)) == own | {panel.title for panel in c.COMMON.panels}
     rows = cells(first_last_markdown(run)).keys()
-    others = [section for section in c.METHODS if section.estimator != estimator]
+    others = [section for section in c.OF_METHODS if section.estimator != estimator]
     assert not rows & {metric.label for section in others for metric in section.metrics}
-    mine = [section for section in c.METHODS if section.estimator == estimator]
+    mine = [section for section in c.OF_METHODS if section.estimator == estimator]
     labels = [metric.label for section in mine for metric in section.metrics] or ["mine/mean", "mine_share", "a_third"]
     assert set(labels) < rows
 
@@ -364,7 +365,7 @@ def test_a_comparison_has_every_methods_panels_and_says_how_many_runs_measured_t
     figure = figure_of(monkeypatch, lambda: plot_runs(five_runs(tmp_path), tmp_path / "x.png"))
     shown = {axis.get_title(loc="left"): axis for axis in figure.axes}
     colours = []
-    for section in c.METHODS:
+    for section in c.OF_METHODS:
         axes = [shown[panel.title] for panel in section.panels]
         assert {axis.get_title(loc="right") for axis in axes} == {"1 of 5 runs"}
         guides = {axis.lines[-1].get_color() for axis, panel in zip(axes, section.panels, strict=True) if panel.guide}
@@ -403,7 +404,7 @@ def test_no_text_leaves_the_figure_or_covers_another(tmp_path, monkeypatch, esti
 
 
 def test_a_range_is_shaded_between_its_ends_and_tells_of_nan(tmp_path, monkeypatch):
-    low, high = (metric.name for metric in c.ANCHOR.panels[1].band)
+    low, high = (metric.name for metric in OF["attn_anchor"].panels[1].band)
     lines = [line(n, **{low: None if n == 3 else 0.5, high: 1.5}) for n in range(1, 6)]
     run = load_run(write_run(tmp_path, *lines))
     figure = figure_of(monkeypatch, lambda: plot_run(run, tmp_path / "x.png"))
@@ -530,12 +531,12 @@ def test_the_catalogue_knows_what_is_logged_and_nothing_else():
 
 def test_the_catalogue_has_a_section_with_a_paper_for_each_method_and_no_name_twice():
     own = {name for name, cls in METHODS.items() if cls.__module__.startswith("sayo_verl.")}
-    assert {section.estimator for section in c.METHODS} == own
-    assert all(section.paper[0] and section.paper[1].startswith("arXiv ") for section in c.METHODS)
-    for section in c.METHODS:  # what has no public formulas is called so, as in the method's own file
+    assert {section.estimator for section in c.OF_METHODS} == own
+    assert all(section.reference[0] and section.reference[1].startswith("arXiv ") for section in c.OF_METHODS)
+    for section in c.OF_METHODS:  # what has no public formulas is called so, as in the method's own file
         ours = "OUR READING" in (sys.modules[METHODS[section.estimator].__module__].__doc__ or "")
-        assert section.paper[0].startswith("our reading of ") is ours
-        assert section.paper[1] in sys.modules[METHODS[section.estimator].__module__].__doc__.replace("\n", " ")
+        assert section.reference[0].startswith("our reading of ") is ours
+        assert section.reference[1] in sys.modules[METHODS[section.estimator].__module__].__doc__.replace("\n", " ")
     every = [metric for section in c.SECTIONS for metric in section.metrics]
     assert len({metric.name for metric in every}) == len({metric.label for metric in every}) == len(every)
     panels = [panel for section in c.SECTIONS for panel in section.panels]

@@ -14,6 +14,7 @@ from support.public_shapes import write_config
 
 from sayo_verl import __version__
 from sayo_verl.cli import SOURCES, main
+from sayo_verl.methods import RegionMethod
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -59,7 +60,7 @@ def test_dry_run_composes_checks_and_prints_the_papers_values(repo, environment,
     assert "Disabled critic" not in done.stderr
     assert "Platform override" not in done.stderr
     for told in (
-        "attn_region: weight 1.0, entropy_fraction 0.3, layers (-1,)",
+        "attn_region: " + ", ".join(f"{key} {value}" for key, value in vars(RegionMethod()).items()),
         "Qwen/Qwen3-VL-8B-Instruct",
         "24 prompts x 16, up to 110 tokens, temperature 1.0, top-p 0.9",
         "lr 5e-06, mini-batch 24 prompts, KL loss 0.001, LoRA rank 16",

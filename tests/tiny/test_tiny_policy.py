@@ -276,9 +276,9 @@ def test_the_saved_folder_loads_with_auto_classes_and_generates(prepared):
 
 
 def test_selected_tokens_are_the_most_uncertain_ones():
-    assert select_tokens(np.array([0.1, 0.9, 0.5, 0.9, 0.0, 0.2, 0.3])).tolist() == [1, 3]
-    assert select_tokens(np.array([0.1, 0.9])).tolist() == [1]
-    assert select_tokens(np.zeros(9)).tolist() == [0, 1]
+    assert select_tokens(np.array([0.1, 0.9, 0.5, 0.9, 0.0, 0.2, 0.3]), 0.3).tolist() == [1, 3]
+    assert select_tokens(np.array([0.1, 0.9]), 0.3).tolist() == [1]
+    assert select_tokens(np.zeros(9), 0.3).tolist() == [0, 1]
 
 
 def test_region_attention_by_hand():
