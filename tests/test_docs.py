@@ -1,20 +1,122 @@
-"""The code and the tables in docs/ are true."""
+"""The code, the commands and the tables of the documentation are true."""
 
+import json
 import re
+import shlex
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from sayo_verl.cli import build_parser
 from sayo_verl.probe.statistics import CATALOGUE
 
 ROOT = Path(__file__).parent.parent
 PROBE = (ROOT / "docs" / "probe.md").read_text()
+PAGES = sorted(
+    path.relative_to(ROOT)
+    for pattern in ("*.md", "docs/*.md", "recipe/**/*.md", "configs/*.md")
+    for path in ROOT.glob(pattern)
+    if path.name != "CHANGELOG.md"
+)
 
 
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+COMMANDS = [
+    pytest.param(line, id=f"{page}: {line[:60]}")
+    for page in PAGES
+    for block in blocks(page, "bash")
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+NOT_RUN = ("pip", "source")  # they would install packages or enter an environment
+
+
+@cache
+def known_keys() -> Any:
+    with initialize_config_dir(str(ROOT / "sayo_verl" / "config"), version_base=None):
+        return compose("sayo_trainer")
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_of_the_docs_names_what_exists(line):
+    for command in re.split(r"&&", line.partition(" #")[0]):
+        words = shlex.split(command)
+        variables = [word.partition("=")[0] for word in words if re.match(r"[A-Z_0-9]+=", word)]
+        program, *arguments = words[len(variables) :]
+        if program in NOT_RUN:
+            continue
+        if program == "sayo":
+            build_parser().parse_args(arguments)
+            continue
+        assert program in ("bash", "python", "python3", "torchrun"), program
+        if program == "bash":
+            script = ROOT / arguments[0]
+            assert script.is_file()
+            texts = "".join(path.read_text() for path in (ROOT / "scripts").glob("*.sh"))
+            assert not [name for name in variables if not re.search(rf"\b{name}\b", texts)]
+            check_overrides(arguments[1:])
+        elif arguments[0] == "-m":
+            assert (ROOT / arguments[1].replace(".", "/")).with_suffix(".py").is_file() or arguments[
+                1
+            ] == "sayo_verl.focus"
+        else:
+            assert (ROOT / arguments[0]).is_file()
+
+
+def check_overrides(words: list[str]) -> None:
+    for word in words:
+        if "=" in word and not word.startswith("+"):
+            key = word.partition("=")[0]
+            missing = object()
+            assert OmegaConf.select(known_keys(), key, default=missing) is not missing, f"no key {key}"
+
+
+# --------------------------------------------------------------------------------------------------------------- python
+def rows_file(tmp_path: Path) -> dict[str, Any]:
+    row = SimpleNamespace(file_name="a.png", question="?", answer="red", x=1, y=2, w=3, h=4)
+    (tmp_path / "mine").mkdir()
+    return {"my_rows": [row]}
+
+
+def signals(_: Path) -> dict[str, Any]:
+    score = torch.rand(2, 3, generator=torch.Generator().manual_seed(0))
+    return {"score": score, "response_mask": torch.ones(2, 3), "uid": ("a", "a")}
+
+
+PREPARED = {  # what a page's own example needs
+    "README.md": lambda _: {"png": b""},
+    "docs/data.md": rows_file,
+    "recipe/vgpo/README.md": signals,
+}
+ELSEWHERE = {"docs/probe.md": "below", "docs/add_a_method.md": "methods/test_example_method.py"}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=str)
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    if str(page) in ELSEWHERE:
+        return
+    names = PREPARED.get(str(page), lambda _: {})(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for code in blocks(page, "python"):
+        exec(code, names)  # noqa: S102 (the page's own example)
+    if str(page) == "docs/data.md":
+        assert json.loads((tmp_path / "mine" / "questions.jsonl").read_text())["boxes"] == [[1, 2, 4, 6]]
+
+
+# --------------------------------------------------------------------------------------------------- docs/probe.md
 def test_probe_md_lists_every_statistic():
     table = PROBE.split("## How it reads")[0]
     told = set(re.findall(r"`([a-z_]+)`", "".join(line for line in table.splitlines() if line.startswith("| `"))))

@@ -6,11 +6,11 @@ from pathlib import Path
 
 # From bottom to top. A room imports rooms of lower floors only; so there is no circle, and none within a floor.
 FLOORS = """
-errors
-vision models reward
+errors metrics
+vision models reward metis
 probe data
-methods metis tiny inspection
-report focus
+methods inspection
+report focus tiny
 launch
 hooks
 main_ppo plugin cli anchoring
