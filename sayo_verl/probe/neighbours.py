@@ -3,7 +3,7 @@
 AT-RL (arXiv 2602.11455) groups the tokens of a response by METIS "on the similarity of their attention patterns". Its
 formulas and code are not public. This file is our reading: a token's pattern is its attention profile over the image's
 visual tokens (mean over heads), alike means cosine, and a token's neighbours are the few most like it. The graph is
-made of them in ``sayo_verl.methods.metis``.
+made of them in ``sayo_verl.metis``.
 
 Shape suffixes: T tokens of one response, t and s of a chunk, V visual tokens, m neighbours.
 """
