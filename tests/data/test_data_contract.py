@@ -1,6 +1,6 @@
 """The row contract on columns of any type: launch and inspection end with a finding or a refusal, never a traceback.
 
-What each check refuses is tested in test_data_check.py (launch) and test_data_inspect.py (`sayo inspect`).
+What each check refuses is tested in test_data_check.py (launch) and test_inspect.py (`sayo inspect`).
 """
 
 import datetime

@@ -1,4 +1,4 @@
-"""The anchoring stage: its loss against transformers' eager attention in float64, the token, LoRA, the folder written.
+"""The loss of the <Focus> stage against transformers' eager attention in float64, and its target.
 
 Shape suffixes: B rows, R rows with boxes, S tokens, H heads, V visual tokens.
 """

@@ -63,7 +63,7 @@ def test_lora_trains_the_row_of_the_token_and_is_merged(folders, parquet, tmp_pa
         base = tmp_path / "tied"
         model.save_pretrained(base)
         AutoProcessor.from_pretrained(folders["qwen3_vl"]).save_pretrained(base)
-    config = replace(SHORT, lora_rank=4, checkpointing=True)
+    config = replace(SHORT, steps=4, lora_rank=4, checkpointing=True)
     anchor(base, [parquet], tmp_path / "out", config)
     start, processor, focus = load_with_focus(base, config)
     merged, _, _ = load_with_focus(tmp_path / "out", config)
