@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from hypothesis import settings
 from PIL import Image
+from support.pictures import encoded
 from support.refusals import refusal
 
 from sayo_verl.data.building.build import BuildOptions, build
@@ -27,9 +27,7 @@ SMALL = BuildOptions(workers=1, shard_rows=10, row_group_rows=4, val_share=0.2)
 @cache
 def picture(seed: int, size: tuple[int, int] = (60, 40)) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 255, (4, 6, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).resize(size).save(out, format="PNG")
-    return out.getvalue()
+    return encoded(Image.fromarray(pixels).resize(size))
 
 
 def example(n: int, image: int | bytes | None = None, **values: Any) -> Example:

@@ -1,6 +1,5 @@
 """Rows of the contract with pictures of their own, for tests of the inspection."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from support import pictures
 
 from sayo_verl.data.rows import ROW_SCHEMA
 from sayo_verl.inspection.findings import Finding
@@ -19,9 +19,7 @@ def encoded(kind: str = "PNG", size: tuple[int, int] = (96, 64), seed: int = 0, 
     """A small picture; another one for each seed."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (4, 6, 3), dtype=np.uint8))
-    out = io.BytesIO()
-    small.resize(size).save(out, kind, **options)
-    return out.getvalue()
+    return pictures.encoded(small.resize(size), kind, **options)
 
 
 def row(
