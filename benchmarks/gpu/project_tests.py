@@ -10,7 +10,7 @@ from typing import Any
 from gpu.report import Stage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-CHOSEN = ("tests/probe/test_probe_fast.py", "-k", "on_cuda or for_hopper")
+CHOSEN = ("tests/probe/test_probe_fast_tiles.py", "-k", "on_cuda or for_hopper")
 
 
 def run(stage: Stage) -> None:

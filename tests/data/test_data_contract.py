@@ -1,6 +1,6 @@
 """The row contract on columns of any type: launch and inspection end with a finding or a refusal, never a traceback.
 
-What each check refuses is tested in test_data_check.py (launch) and test_data_inspect.py (`sayo inspect`).
+What each check refuses is tested in test_data_check.py (launch) and test_inspect.py (`sayo inspect`).
 """
 
 import datetime
@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.pictures import encoded
 
 from sayo_verl.data.check import check_joined, check_leakage, check_parquet
 from sayo_verl.data.contract import Demands, RowContract
@@ -31,9 +32,7 @@ PROPERTY = settings(
 
 
 def png() -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (40, 30), "red").save(out, "PNG")
-    return out.getvalue()
+    return encoded(Image.new("RGB", (40, 30), "red"))
 
 
 def good() -> dict[str, Any]:

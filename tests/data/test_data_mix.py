@@ -3,22 +3,19 @@
 import argparse
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from support.builds import Killed, killing, picture, sums
 from support.refusals import refusal
 
 from sayo_verl.data.building import mix
@@ -35,13 +32,6 @@ from sayo_verl.inspection.files import find_data
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
 SMALL = Layout(shard_rows=7, row_group_rows=3)
-
-
-@cache
-def picture(seed: int) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (30, 40, 3), dtype=np.uint8)).save(out, format="PNG")
-    return out.getvalue()
 
 
 @dataclasses.dataclass
@@ -85,10 +75,6 @@ def rows(folder: Path, split: str) -> list[dict[str, Any]]:
 
 def ids(folder: Path, split: str) -> list[str]:
     return [row["extra_info"]["id"] for row in rows(folder, split)]
-
-
-def sums(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="module")
@@ -281,21 +267,6 @@ def test_what_is_no_part(parts, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- interruptions
-
-
-class Killed(BaseException):
-    """Not caught by anything."""
-
-
-def killing(function: Callable, at: int) -> Callable:
-    calls = iter(range(at))
-
-    def called(*args: Any) -> Any:
-        if next(calls, at) == at - 1:
-            raise Killed
-        return function(*args)
-
-    return called
 
 
 @pytest.mark.parametrize("at", [1, 12, 40])

@@ -1,7 +1,6 @@
 """Tables of questions, images and boxes: parquet files, and data sets of the hub, which is stood in for."""
 
 import argparse
-import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from support.pictures import encoded
 from support.refusals import refusal
 
 from sayo_verl.data.rows import Example, LeftOut
@@ -22,9 +22,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def png(colour: str) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (8, 6), colour).save(out, "PNG")
-    return out.getvalue()
+    return encoded(Image.new("RGB", (8, 6), colour))
 
 
 def row(**changed) -> dict:

@@ -4,6 +4,7 @@ A failure of a ``still_needed`` test is good news: verl fixed it, and the repair
 """
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -14,26 +15,63 @@ import torch
 CLEAN = {**os.environ, "VERL_USE_EXTERNAL_MODULES": "", "VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_PLATFORM": ""}
 
 
-def run(code, env=None):
-    """A fresh process, without plug-ins unless ``env`` says otherwise."""
-    return subprocess.run([sys.executable, "-c", code], env=env or CLEAN, capture_output=True, text=True, check=False)
+# What verl and vLLM are in a process: three are started, for importing both takes seconds.
+FACTS = """
+import json, sys
+import torch, verl
+from tensordict import TensorDict
+from verl.plugin.platform import PlatformRegistry
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_name
+
+facts = {"platforms": sorted(PlatformRegistry.registered_names()), "device": get_device_name()}
+rows = [torch.arange(4 * 5).view(4, 5) + 100 * i for i in range(3)]
+ids = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+data = TensorDict({"position_ids": ids}, batch_size=[3])
+tu.maybe_fix_3d_position_ids(data)
+try:
+    out = tu.index_select_tensor_dict(data, [2, 0])["position_ids"]
+    same = all(torch.equal(a, rows[i]) for a, i in zip(out.unbind(), (2, 0)))
+    facts["equal lengths"] = ["right" if same else "wrong", int(out.offsets()[-1]), *out.values().shape]
+except RuntimeError as error:
+    facts["equal lengths"] = ["crash", str(error)]
+if sys.argv[1:] == ["all"]:
+    import verl.workers.engine.fsdp.transformer_impl
+    import vllm._custom_ops as ops
+    from verl.workers.engine.base import EngineRegistry
+    facts["cpu engine"] = "cpu" in EngineRegistry._engines["language_model"]["fsdp2"]
+    facts["onednn"] = bool(ops._supports_onednn)
+print(json.dumps(facts))
+"""
 
 
-def test_the_platform_is_active_only_when_chosen():
-    code = (
-        "import verl, sys, torch.distributed as d; from verl.plugin.platform import PlatformRegistry as R; "
-        "from verl.utils.device import get_device_name; "
-        "print('cpu' in R.registered_names(), get_device_name(), d.init_process_group.__module__)"
-    )
-    plugin = {**CLEAN, "VERL_USE_EXTERNAL_MODULES": "sayo_verl.plugin"}
-    chosen, other = run(code, {**plugin, "VERL_PLATFORM": "cpu"}), run(code, plugin)
-    assert chosen.stdout.split()[:2] == ["True", "cpu"], chosen.stderr
-    assert other.stdout.split()[0] == "False", other.stderr
+def facts(*arguments, **env):
+    """``FACTS`` of a fresh process, without plug-ins unless ``env`` says otherwise."""
+    command = [sys.executable, "-c", FACTS, *arguments]
+    done = subprocess.run(command, env=CLEAN | env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_verl_has_no_cpu_platform_still_needed():
-    done = run("import verl; from verl.plugin.platform import PlatformRegistry as R; print(R.registered_names())")
-    assert "'cpu'" not in done.stdout, "verl ships a CPU platform now"
+@pytest.fixture(scope="module")
+def stock():
+    return facts("all")
+
+
+@pytest.fixture(scope="module")
+def plugged():
+    return facts(VERL_USE_EXTERNAL_MODULES="sayo_verl.plugin")
+
+
+def test_the_platform_is_active_only_when_chosen(plugged):
+    chosen = facts(VERL_USE_EXTERNAL_MODULES="sayo_verl.plugin", VERL_PLATFORM="cpu")
+    assert "cpu" in chosen["platforms"]
+    assert chosen["device"] == "cpu"
+    assert "cpu" not in plugged["platforms"]
+
+
+def test_verl_has_no_cpu_platform_still_needed(stock):
+    assert "cpu" not in stock["platforms"], "verl ships a CPU platform now"
 
 
 def test_process_group_backend_repair_still_needed():
@@ -44,12 +82,8 @@ def test_process_group_backend_repair_still_needed():
     assert 'f"cpu:gloo,{get_device_name()}:{get_nccl_backend()}"' in inspect.getsource(distributed)
 
 
-def test_engine_device_knob_still_needed():
-    code = (
-        "import verl.workers.engine.fsdp.transformer_impl; from verl.workers.engine.base import EngineRegistry as E; "
-        "print('cpu' in E._engines['language_model']['fsdp2'])"
-    )
-    assert run(code).stdout.split()[-1] == "False", "verl registers an FSDP engine for cpu now"
+def test_engine_device_knob_still_needed(stock):
+    assert stock["cpu engine"] is False, "verl registers an FSDP engine for cpu now"
 
 
 def test_offload_pinning_repair_still_needed():
@@ -61,32 +95,14 @@ def test_offload_pinning_repair_still_needed():
     assert fsdp_utils.CPUOffloadPolicy(pin_memory=True).pin_memory is False, "the repair is not in place"
 
 
-def test_vllm_repacks_linears_on_cpu_still_needed():
-    done = run("import vllm._custom_ops as ops; print(ops._supports_onednn)")
-    assert done.stdout.split()[-1] == "True", "vLLM's CPU build no longer uses oneDNN handles"
+def test_vllm_repacks_linears_on_cpu_still_needed(stock):
+    assert stock["onednn"] is True, "vLLM's CPU build no longer uses oneDNN handles"
 
 
-def test_equal_length_mrope_guard_still_needed():
+def test_equal_length_mrope_guard_still_needed(stock, plugged):
     """verl issue 7899: four equally long rows come back ragged over the component dimension."""
-    code = """
-import torch
-from tensordict import TensorDict
-from verl.utils import tensordict_utils as tu
-rows = [torch.arange(4 * 5).view(4, 5) + 100 * i for i in range(3)]
-ids = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-data = TensorDict({"position_ids": ids}, batch_size=[3])
-tu.maybe_fix_3d_position_ids(data)
-try:
-    out = tu.index_select_tensor_dict(data, [2, 0])["position_ids"]
-    same = all(torch.equal(a, rows[i]) for a, i in zip(out.unbind(), (2, 0)))
-    print("right" if same else "wrong", int(out.offsets()[-1]), tuple(out.values().shape))
-except RuntimeError as error:
-    print("crash", error)
-"""
-    before = run(code)
-    assert before.stdout.startswith(("crash", "wrong")), f"verl fixed issue 7899: {before.stdout}"
-    after = run(code, {**CLEAN, "VERL_USE_EXTERNAL_MODULES": "sayo_verl.plugin"})
-    assert after.stdout.startswith("right 10 (4, 10)"), after.stdout + after.stderr
+    assert stock["equal lengths"][0] in ("crash", "wrong"), f"verl fixed issue 7899: {stock['equal lengths']}"
+    assert plugged["equal lengths"] == ["right", 10, 4, 10]
 
 
 def test_guard_leaves_ragged_rows_to_verl():

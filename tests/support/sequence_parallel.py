@@ -84,6 +84,7 @@ def run_on_two_ranks(cases: Sequence[Case], folder: Path, port: int) -> dict[str
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
         with open(folder / f"rank{rank}.log", "w") as log:
             command = [sys.executable, __file__, str(folder)]
