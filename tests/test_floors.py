@@ -10,7 +10,8 @@ errors metrics
 vision models reward metis
 probe data
 methods inspection
-report focus tiny
+report tiny
+focus
 launch
 hooks
 main_ppo plugin cli anchoring

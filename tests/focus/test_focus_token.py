@@ -129,7 +129,7 @@ def test_rows_that_cannot_be_used_are_refused(folders, tmp_path):
     refused("D09", {**row, "prompt": [{"role": "user", "content": "no place for an image"}]})
     refused("F14", row, max_tokens=10)
     refused(
-        "P06",
+        "D05",
         {**row, "extra_info": {**row["extra_info"], "boxes": row["extra_info"]["boxes"] * 2}}
         | {"prompt": [{"role": "user", "content": "<image><image><image>"}], "images": row["images"] * 3},
     )

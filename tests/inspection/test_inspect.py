@@ -113,7 +113,7 @@ def test_a_question_with_the_tag_of_an_image(audit):
     ids=["D18 pixels", "D17 sizes", "D20 NaN", "three numbers"],
 )
 def test_boxes_that_are_none(audit, code, box):
-    assert "row 1, extra_info.boxes: got" in only(audit(row(0), row(1, boxes=[[BOX, box]]))[0], code).rows[0]
+    assert "row 1, extra_info.boxes[0][1]: got" in only(audit(row(0), row(1, boxes=[[BOX, box]]))[0], code).rows[0]
 
 
 def test_an_image_of_another_size_than_the_row_says(audit):
@@ -202,7 +202,7 @@ def test_a_box_that_is_the_whole_image_is_counted(audit):
 def test_two_images_and_one_list_of_boxes(audit):
     two = [encoded(seed=1), encoded(seed=2)]
     assert "1 entries for 2 images" in only(audit(row(0, data=two, boxes=[[BOX]]))[0], "D05").rows[0]
-    with refusal("P06", "one list of boxes per image"):
+    with refusal("D05", "nested by image"):
         plan_row(
             torch.tensor([9, 5, 5, 9]),
             0,
@@ -233,7 +233,7 @@ def test_a_row_with_a_video(audit):
     shown = row(0, text="<video><image>What?") | {"videos": ["a.mp4"]}
     only(audit(shown, row(1) | {"videos": None}, schema=schema)[0], "D66", says="row 0, videos")
     assert {f.code for f in audit(row(0) | {"videos": ["a.mp4"]}, schema=schema)[0]} == {"D09", "D66"}
-    with refusal("P07", "video"):
+    with refusal("D66", "a video"):
         plan_row(
             torch.tensor([9, 5, 6, 6, 9]),
             0,

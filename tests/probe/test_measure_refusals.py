@@ -104,7 +104,7 @@ def test_profiles_of_many_layers_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setattr(profiles, "MAX_PROFILE_BYTES", needed)
     assert compare(rows, rows.measure([s])) <= 1e-6
     monkeypatch.setattr(profiles, "MAX_PROFILE_BYTES", needed - 1)
-    with refusal("P23", "do not fit in memory") as caught:
+    with refusal("P23", "take too much memory") as caught:
         rows.measure([s])
     assert "MiB" in str(caught.value)
     one_layer, linear = Statistic("top_patch_mass", size=2), Statistic("patch_sums", layers=(0, 1, 2))
@@ -154,7 +154,7 @@ def test_a_second_layer_of_another_shape_is_refused(packed):
 def test_hidden_states_of_another_batch_are_refused(packed, cut):
     rows = Rows([(9, 4, 5), (6, 2, 3)])
     measurement = rows.measurement([Statistic("image_cosine")], packed=packed)
-    with refusal("P01", "not that of the plan"):
+    with refusal("P01", "does not match the plan"):
         measurement.read_hidden(cut(rows.hidden_states(packed)))
 
 
@@ -268,7 +268,7 @@ def sharded(
     ring = Ring(size, lost)
     monkeypatch.setattr(torch.distributed, "all_gather", ring.all_gather)
     monkeypatch.setattr(torch.distributed, "all_reduce", ring.all_reduce)
-    numbers = sorted({layer % rows.layers for s in asked if s.fact.source != "hidden" for layer in s.layers})
+    numbers = sorted({layer % rows.layers for s in asked if s.spec.source != "hidden" for layer in s.layers})
     layers = {n: [pad_to(x, 2, size) for x in rows.tensors(n, True)] for n in numbers}
     hidden = pad_to(rows.hidden_states(True), 1, size)
 
@@ -276,7 +276,7 @@ def sharded(
         measurement = rows.measurement(asked, shard=Shard(r, size, ring))
         for number, (query, key) in layers.items():
             measurement.read(number, query.chunk(size, 2)[r], key.chunk(size, 2)[r], rows.scale)
-        if any(s.fact.source == "hidden" for s in asked):
+        if any(s.spec.source == "hidden" for s in asked):
             measurement.read_hidden(hidden.chunk(size, 1)[r])
         for _ in range(finishes - 1):
             measurement.finish()

@@ -31,7 +31,6 @@ from sayo_verl.models.families import FAMILIES, Family, family_of
 from sayo_verl.probe import taps
 from sayo_verl.probe.taps import (
     ForwardTap,
-    asked_layers,
     text_attention_layers,
     text_decoder,
 )
@@ -154,7 +153,7 @@ def test_a_model_of_no_known_family_is_refused():
     for tried in (
         text_decoder,
         text_attention_layers,
-        lambda m: asked_layers(m, [-1], where=WHERE),
+        lambda m: requested_layers(m, [-1], where=WHERE),
         lambda m: ForwardTap(m, [], Reads().attention),
     ):
         with refusal("P02", "0 text models") as caught:
@@ -186,7 +185,7 @@ def test_two_modules_of_one_layer_are_refused():
 def test_an_unknown_model_type_is_refused():
     for model_type in FAMILIES:
         assert family_of(model_type, where="config.json").model_type == model_type
-    with refusal("L18", "does not know this model family") as caught:
+    with refusal("L18", "does not support this model family") as caught:
         family_of("qwen9_vl", where="config.json of the policy")
     assert caught.value.where == "config.json of the policy"
     assert caught.value.got == "qwen9_vl"
