@@ -207,7 +207,7 @@ def test_D13_a_question_with_the_tag_of_an_image(audit):
     ids=["D18 pixels", "D17 sizes", "D20 NaN", "three numbers"],
 )
 def test_D17_D18_D20_boxes_that_are_none(audit, code, box):
-    assert "row 1, extra_info.boxes: got" in only(audit(row(0), row(1, boxes=[[BOX, box]]))[0], code).rows[0]
+    assert "row 1, extra_info.boxes[0][1]: got" in only(audit(row(0), row(1, boxes=[[BOX, box]]))[0], code).rows[0]
 
 
 def test_D19_an_image_of_another_size_than_the_row_says(audit):
