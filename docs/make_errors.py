@@ -66,8 +66,9 @@ def _names(node: ast.Assign, name: str) -> bool:
 def entries() -> Iterator[Entry]:
     """All places in the package."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
-    constants = {name: text for tree in trees.values() for name, text in _constants(tree)}
+    everywhere = {name: text for tree in trees.values() for name, text in _constants(tree)}
     for path, tree in trees.items():
+        constants = everywhere | dict(_constants(tree))  # a name means what its own file says first
         file = path.relative_to(PACKAGE).as_posix()
         inside = {}  # call -> the innermost function around it
         for function in ast.walk(tree):

@@ -1,11 +1,12 @@
 """The row contract: everything that can be wrong with one row, in one function.
 
-The contract in words, and which check runs where, stand in docs/data.md. ``RowContract.look`` returns all faults of a
-row. The launcher raises the first one (``sayo_verl.data.check``), and so does the anchoring stage. `sayo inspect`
-counts all (``sayo_verl.inspection``). `sayo prepare` leaves rows out by the same rules for text
+docs/data.md has the contract in words and says which check runs where. ``RowContract.look`` returns all faults of a
+row. The launcher raises the first one (``sayo_verl.data.check``), and so does the <Focus> stage. `sayo inspect` counts
+all (``sayo_verl.inspection``). The probe on a worker sees no text and no pixels. It judges boxes by the same function
+(``sayo_verl.vision.masks.check_boxes``). `sayo prepare` leaves rows out by the same rules for text
 (``rows.check_text``).
 
-``Demands`` says what applies. Rows of verl's own estimators are checked only for what verl 0.9.1 itself needs.
+``Demands`` says which checks apply. Rows of verl's own estimators are checked only for what verl 0.9.1 itself needs.
 """
 
 import re
@@ -38,10 +39,10 @@ class Keys(NamedTuple):
 
 @dataclass(frozen=True)
 class Demands:
-    """What is asked of rows.
+    """Which checks apply to rows.
 
     Attributes:
-        attention: an attention method trains on them. False: only what verl itself needs.
+        attention: an attention method trains on the rows. False: only what verl itself needs.
         rewarded: a reward function compares responses with ``reward_model.ground_truth``.
         judge: of ``sayo_verl.reward``, if that is the reward function; None: another one, which may grade anything.
         qwen_resize: images go through Qwen's resize, as in verl's own data set class.
@@ -63,14 +64,14 @@ class Demands:
 
 @dataclass
 class Looked:
-    """What a look at a row found.
+    """The result of the checks of one row.
 
     Attributes:
-        faults: everything that is wrong, in the order of the checks. Empty: the row is right.
-        headers: per image, None where it is not read: a web address, or wrong.
-        boxes: as in the row; empty where they are wrong.
+        faults: everything that is wrong, in the order of the checks. Empty: the row is valid.
+        headers: per image; None for a web address or an invalid image.
+        boxes: as in the row; empty where they are invalid.
         question: the text of the user without image tags.
-        mistyped: a column has another type than verl reads, and nothing else was looked at.
+        mistyped: a column has another type than verl reads, and no other check was made.
     """
 
     faults: list[SayoError] = field(default_factory=list)
@@ -80,7 +81,7 @@ class Looked:
     mistyped: bool = False
 
     def attempt(self, check: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The value of a check, or None where it refuses, which is noted."""
+        """The value of a check, or None if it raises; the error is added to ``faults``."""
         try:
             return check(*args, **kwargs)
         except SayoError as error:
@@ -89,10 +90,10 @@ class Looked:
 
 
 class RowContract:
-    """Looks at the rows of one split; remembers their ids.
+    """Checks the rows of one split; remembers their ids.
 
     Args:
-        demands: what is asked of them.
+        demands: which checks apply.
     """
 
     def __init__(self, demands: Demands) -> None:
@@ -100,7 +101,7 @@ class RowContract:
         self._ids: dict[tuple[str, str], str] = {}
 
     def look(self, row: Mapping[str, Any], where: str) -> Looked:
-        """All faults of a row. No value, of whatever type, makes this raise.
+        """All faults of a row. This never raises, whatever the types of the values.
 
         Args:
             row: as pyarrow gives it.
@@ -144,7 +145,7 @@ class RowContract:
             looked.attempt(check_ratio, header, f"{where}, images[{i}]")
         if self.demands.attention:
             looked.attempt(check_pixels, header, f"{where}, images[{i}]")
-            looked.attempt(check_stored, header, told_size(info, i), where)
+            looked.attempt(check_stored, header, declared_size(info, i), where)
         return header
 
 
@@ -163,7 +164,7 @@ def _wrong_type(where: str, got: Any, wanted: str, fix: str) -> SayoError:
 
 
 def check_prompt(row: Mapping[str, Any], where: str, demands: Demands) -> None:
-    """Refuse a prompt that is no conversation; D72."""
+    """Refuse a prompt that is not a list of messages; D72."""
     prompt, key = row.get(demands.keys.prompt), demands.keys.prompt
     where, wanted = f"{where}, {key}", "a list of {role, content}, content a text"
     if not isinstance(prompt, list) or not prompt:
@@ -194,19 +195,19 @@ def _check_parts(parts: list[Any], where: str, wanted: str) -> None:
 
 
 def check_media(row: Mapping[str, Any], where: str, demands: Demands) -> None:
-    """Refuse a column of images, videos or audios that is no list; D72. Null and absent are none."""
+    """Refuse a column of images, videos or audios that is not a list; D72. It may be null or missing."""
     for key in demands.keys[1:]:
         if not isinstance(row.get(key), list | None):
             raise _wrong_type(
                 f"{where}, {key}",
                 row[key],
                 "a list, with one entry for each",
-                f"store a list in {key}, also where there is one alone",
+                f"store a list in {key}, also for a single one",
             )
 
 
 def check_extra_info(row: Mapping[str, Any], where: str, demands: Demands) -> None:
-    """Refuse an ``extra_info`` that is no struct; D72."""
+    """Refuse an ``extra_info`` that is not a struct; D72."""
     if not isinstance(row.get("extra_info"), dict | None):
         raise _wrong_type(
             f"{where}, extra_info",
@@ -246,9 +247,9 @@ def check_placeholders(prompt: Sequence[Mapping[str, Any]], media: Mapping[str, 
     """
     texts = [message["content"] for message in prompt if isinstance(message["content"], str)]
     for tag, n in media.items():
-        told = sum(text.count(tag) for text in texts)
+        found = sum(text.count(tag) for text in texts)
         # Without any medium verl does not look for placeholders. A lone <image> is a row whose image is missing.
-        if told != n and (tag == IMAGE_TAG or any(media.values())):
+        if found != n and (tag == IMAGE_TAG or any(media.values())):
             kind = tag.strip("<>")
             raise SayoError(
                 "D09",
@@ -256,7 +257,7 @@ def check_placeholders(prompt: Sequence[Mapping[str, Any]], media: Mapping[str, 
                 if n
                 else f"the row has no {kind} but its prompt names one",
                 where=where,
-                got=f"{told} {tag} placeholders, {n} {kind}s",
+                got=f"{found} {tag} placeholders, {n} {kind}s",
                 wanted="as many placeholders as entries",
                 fix=f"put one {tag} into the user's message for each {kind}; data.{kind}_key names their column",
             )
@@ -302,7 +303,7 @@ def check_ground_truth(reward_model: Mapping[str, Any], where: str, judge: str) 
 
 
 def check_data_source(name: Any, where: str) -> None:
-    """Refuse a name for which verl's own reward function evaluates text of the model, and no name at all; D66."""
+    """Refuse a missing name, and one for which verl's own reward function evaluates text of the model; D66."""
     if not isinstance(name, str) or not name.strip():
         raise SayoError(
             "D66",
@@ -367,7 +368,7 @@ def check_only_images(media: Mapping[str, int], where: str) -> None:
 
 
 def check_lists(info: Mapping[str, Any], n_images: int, where: str) -> None:
-    """Refuse lists that do not go with the boxes, if there are boxes, or with the images; D05."""
+    """Refuse names that are not nested as the boxes are, and lists without one entry for each image; D05."""
     names, boxes = info.get("box_names"), info.get("boxes")
     if names is not None and boxes:
         got, wanted = (
@@ -384,9 +385,9 @@ def check_lists(info: Mapping[str, Any], n_images: int, where: str) -> None:
                 fix=PREPARE,
             )
     for key in ("image_keys", "image_size_wh"):
-        told = info.get(key)
-        n = len(told) if isinstance(told, list) else type(told).__name__
-        if told is not None and n != n_images:
+        entries = info.get(key)
+        n = len(entries) if isinstance(entries, list) else type(entries).__name__
+        if entries is not None and n != n_images:
             raise SayoError(
                 "D05",
                 "a list does not have one entry per image",
@@ -400,8 +401,8 @@ def check_lists(info: Mapping[str, Any], n_images: int, where: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- images
 
 
-def told_size(info: Mapping[str, Any], i: int) -> list[int] | None:
-    """``[width, height]`` of an image as its row says; None: the row does not say."""
+def declared_size(info: Mapping[str, Any], i: int) -> list[int] | None:
+    """``[width, height]`` of an image in ``extra_info.image_size_wh``; None if it is missing."""
     sizes = info.get("image_size_wh")
     return sizes[i] if isinstance(sizes, list) and i < len(sizes) and isinstance(sizes[i], list) else None
 
@@ -433,12 +434,12 @@ def check_ratio(header: Header, where: str) -> None:
         )
 
 
-def check_stored(header: Header, told: Sequence[int] | None, where: str) -> None:
-    """Refuse an image that boxes were not drawn on as it is stored; D67.
+def check_stored(header: Header, declared: Sequence[int] | None, where: str) -> None:
+    """Refuse an image that is not stored as the boxes were drawn on it; D67.
 
     Args:
         header: of the image.
-        told: as of ``told_size``.
+        declared: result of ``declared_size``.
         where: names the row.
     """
     if header.orientation != 1:
@@ -450,12 +451,12 @@ def check_stored(header: Header, told: Sequence[int] | None, where: str) -> None
             wanted="1 or none",
             fix="turn the pixels and remove the tag, as `sayo prepare` does; boxes belong to the stored pixels",
         )
-    if told is not None and list(told) != [header.width, header.height]:
+    if declared is not None and list(declared) != [header.width, header.height]:
         raise SayoError(
             "D67",
             "a stored image has another size than its row says",
             where=f"{where}, extra_info.image_size_wh",
             got=f"{header.width} x {header.height}",
-            wanted=" x ".join(map(str, told)),
+            wanted=" x ".join(map(str, declared)),
             fix="prepare the data again: boxes may be of another picture",
         )

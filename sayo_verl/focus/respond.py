@@ -29,7 +29,7 @@ from rich.progress import Progress
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from sayo_verl.errors import Rule, SayoError, raise_first
-from sayo_verl.focus.rows import columns_of, images_of, messages_of
+from sayo_verl.focus.rows import checked, columns_of, images_of, messages_of
 from sayo_verl.reward import compute_score
 
 BLOCK = 4  # batches; rows still open after a try share batches within their block
@@ -73,9 +73,9 @@ def write_responses(
         ``rows`` and ``kept``; ``rows`` and ``left``, the number of blocks that other processes have not finished yet.
 
     Raises:
-        SayoError: D09 for images that do not fit a prompt, F05 for a number out of range, F10 for no row, F18 when no
-            row is kept, F19 when ``out`` was begun with other settings, F24 for files whose columns do not go together,
-            and what ``columns_of`` raises.
+        SayoError: F05 for a number out of range, F10 for no row, F18 when no row is kept, F19 when ``out`` was begun
+            with other settings, F24 for files whose columns do not go together, the first fault of a row by the row
+            contract, and what ``columns_of`` raises.
     """
     counts = {"tries": tries, "max-new-tokens": max_new_tokens, "batch-size": batch_size, "max-rows": max_rows}
     rules = [_rule(n is not None and n < 1, name, n, "at least 1") for name, n in counts.items()]
@@ -111,7 +111,7 @@ def write_responses(
                 progress.update(bar, completed=_done(parts, blocks))
                 file, start, _ = blocks[n]
                 own = [
-                    {**row, "_where": f"row {start + i} of {file}"}
+                    checked(row, f"row {start + i} of {file}", rewarded=True)
                     for i, row in enumerate(_rows(blocks[n]).to_pylist())
                 ]
                 _write(

@@ -30,14 +30,14 @@ REGION_COVERAGE = 0.5  # of a cell, for figures; the loss takes shares as they a
 FOCUS_KEY = "focus"  # of a batch: its FocusBatch
 
 
-NEEDED, KNOWN = {"prompt", "reward_model"}, {"images", "extra_info", "response", "data_source"}
+NEEDED, KNOWN = {"prompt", "reward_model"}, {"images", "videos", "audios", "extra_info", "response", "data_source"}
 
 
 def columns_of(file: Path | str) -> set[str]:
     """Names of a parquet file's columns.
 
     Raises:
-        SayoError: F20 for a file that is not there, F10 for one without the columns of a row.
+        SayoError: F20 for a missing file, F10 for a file without the columns of a row.
     """
     if not Path(file).is_file():
         raise SayoError(
@@ -51,7 +51,7 @@ def columns_of(file: Path | str) -> set[str]:
     if not have >= NEEDED:
         raise SayoError(
             "F10",
-            "the file is no data of this project",
+            "the file does not have the columns of a row",
             where=str(file),
             got=sorted(have),
             wanted=f"the columns {sorted(NEEDED)}",
@@ -67,8 +67,8 @@ def check_boxes(files: Sequence[Path | str]) -> None:
         SayoError: F22, and what ``columns_of`` raises.
     """
     for file in files:
-        told = pq.read_table(file, columns=["extra_info"]).to_pylist() if "extra_info" in columns_of(file) else []
-        if any(has_boxes(row) for row in told):
+        rows = pq.read_table(file, columns=["extra_info"]).to_pylist() if "extra_info" in columns_of(file) else []
+        if any(has_boxes(row) for row in rows):
             return
     raise SayoError(
         "F22",
@@ -96,7 +96,7 @@ class AnchorRows(Dataset):
         for file in files:
             table = pq.read_table(file, columns=sorted((NEEDED | KNOWN) & columns_of(file)))
             tables += [table.slice(i, 1) for i in range(table.num_rows)]
-        self._rows = tables[:max_rows]  # each is a view: no row is copied or turned into Python before it is asked
+        self._rows = tables[:max_rows]  # each is a view: no row is copied before it is read
         if not self._rows:
             raise SayoError("F10", "there is no row", where=str([str(f) for f in files]), fix="name a file with rows")
 
@@ -109,12 +109,8 @@ class AnchorRows(Dataset):
         Raises:
             SayoError: the first fault of ``sayo_verl.data.contract``.
         """
-        row, where = self._rows[index].to_pylist()[0], f"row {index}"
-        # without a response the ground truth is imitated
-        looked = RowContract(Demands(rewarded=not row.get("response"))).look(row, where)
-        if looked.faults:
-            raise looked.faults[0]
-        return {"images": None, "extra_info": None, **row, "_where": where}
+        row = self._rows[index].to_pylist()[0]
+        return checked(row, f"row {index}", rewarded=not row.get("response"))  # else the ground truth is imitated
 
     def without_boxes(self) -> int:
         """How many rows have no box: they train the language-model loss alone."""
@@ -126,6 +122,23 @@ class AnchorRows(Dataset):
     def without_response(self) -> int:
         """How many rows have no text to imitate: they imitate an empty thought."""
         return sum("response" not in t.column_names or not t["response"][0].as_py() for t in self._rows)
+
+
+def checked(row: dict[str, Any], where: str, *, rewarded: bool) -> dict[str, Any]:
+    """A row that keeps the row contract, with ``_where``.
+
+    Args:
+        row: as pyarrow gives it.
+        where: names the row.
+        rewarded: the ground truth is used.
+
+    Raises:
+        SayoError: the first fault of ``sayo_verl.data.contract``.
+    """
+    looked = RowContract(Demands(rewarded=rewarded)).look(row, where)
+    if looked.faults:
+        raise looked.faults[0]
+    return {"images": None, "extra_info": None, **row, "_where": where}
 
 
 def has_boxes(row: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from transformers import CONFIG_MAPPING
 
-from sayo_verl.errors import SayoError
+from sayo_verl.errors import Rule, SayoError, raise_first
 from sayo_verl.launch.machine import run_cards
 from sayo_verl.launch.memory import GIB, Job, Shapes, estimate, kv_bytes, kv_cache, shapes_of
 from sayo_verl.launch.memory_fix import ACTOR, TIGHT, UTILIZATION, held, ways
@@ -224,20 +224,20 @@ def _check_numbers(config: DictConfig) -> None:
     Raises:
         SayoError: L62.
     """
-    for key, low, high, what in (
-        ("rollout.gpu_memory_utilization", 0.0, 1.0, "a share of the card, above 0 and at most 1"),
-        ("model.lora_rank", -math.inf, math.inf, "a whole number; 0: no adapter"),
-    ):
-        value = OmegaConf.select(config.actor_rollout_ref, key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
-            raise SayoError(
-                "L62",
-                "this number cannot be used",
-                where=f"actor_rollout_ref.{key}",
-                got="null" if value is None else value,
-                wanted=what,
-                fix="correct it",
-            )
+
+    def rule(key: str, low: float, high: float, wanted: str) -> Rule:
+        where = f"actor_rollout_ref.{key}"
+        value = OmegaConf.select(config, where)
+        broken = isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high
+        got = "null" if value is None else value
+        return Rule("L62", broken, "this number cannot be used", where=where, got=got, wanted=wanted, fix="correct it")
+
+    raise_first(
+        [
+            rule("rollout.gpu_memory_utilization", 0.0, 1.0, "a share of the card, above 0 and at most 1"),
+            rule("model.lora_rank", -math.inf, math.inf, "a whole number; 0: no adapter"),
+        ]
+    )
 
 
 def _job(config: DictConfig, method: Method | None, s: Shapes, *, card: float, flash: bool) -> Job:

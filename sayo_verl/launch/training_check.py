@@ -10,7 +10,7 @@ import warnings
 
 from omegaconf import DictConfig, OmegaConf
 
-from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.errors import Rule, SayoError, did_you_mean, raise_first
 from sayo_verl.launch.reward_check import is_ours
 from sayo_verl.methods import Method
 
@@ -140,18 +140,18 @@ def _check_sampling(config: DictConfig) -> None:
     custom = sampler.get("custom_sampler") or {}
     if custom.get("path") and custom.get("name"):
         refill = "trainer.v1.sampler.sync_refill_failed_groups"
-        for key, on in (
-            ("algorithm.filter_groups.enable", groups.enable),
-            (refill, sampler.sync_refill_failed_groups),
-        ):
-            if on:
-                raise SayoError(
-                    "L52",
-                    "verl does not do this with a custom sampler",
-                    where=key,
-                    got=True,
-                    fix=f"set {key}=False, or leave trainer.v1.sampler.custom_sampler out",
-                )
+        asked = {"algorithm.filter_groups.enable": groups.enable, refill: sampler.sync_refill_failed_groups}
+        raise_first(
+            Rule(
+                "L52",
+                bool(on),
+                "verl does not do this with a custom sampler",
+                where=key,
+                got=True,
+                fix=f"set {key}=False, or leave trainer.v1.sampler.custom_sampler out",
+            )
+            for key, on in asked.items()
+        )
     if not groups.enable:
         return
     reported = (*REPORTED, "reward") if is_ours(config) else None

@@ -4,7 +4,7 @@ Every source reads strange records by the same rules, which are:
 
     text     a string is taken as it is, without the white space around it; a number is written as JSON writes it, a
              whole one without a fraction (tables turn 3 into 3.0 where a value is missing), true and false as these
-             words; anything else (null, a list, an object, NaN) is no text, and its row is left out
+             words; anything else (null, a list, an object, NaN) is not text, and its row is left out
     boxes    finite numbers, four to a box; anything else stops the work: a loader that guesses trains on wrong boxes
 """
 
@@ -26,7 +26,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
 
 def text(value: Any) -> str:
-    """A field as text by the rule of the module; "" for what is no text."""
+    """A field as text by the rule of the module; "" for anything that is not text."""
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, bool):
@@ -105,7 +105,7 @@ def check_keys(record: Any, required: Iterable[str], optional: Iterable[str], wh
 
 
 def field_of(record: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """``record[key]``, which must be there and of a kind (a bool is no int here).
+    """``record[key]``, which must be there and of a kind (a bool is not an int here).
 
     Raises:
         SayoError: D58.
@@ -200,7 +200,7 @@ def boxes_of_images(value: Any, n_images: int, where: str) -> tuple[tuple[tuple[
 
     Raises:
         SayoError: D05 for a nesting that is not the images', D42 for a box that is not four finite numbers, D59 for
-            what is no list.
+            anything that is not a list.
     """
     if value is None or value == [] or value == ():
         return ((),) * n_images
