@@ -437,12 +437,12 @@ FITTING = Span(0, 0, 3, 2, 0, 0, 5)
     ],
     ids=["flat query", "flat key", "dimension", "heads", "more key heads", "no key head", "type", "device"],
 )
-def test_queries_and_keys_that_do_not_fit_are_refused(tensors):
+def test_queries_and_keys_that_do_not_match_are_refused(tensors):
     both = {"query": torch.zeros(1, 4, 3, 8), "key": torch.zeros(1, 2, 5, 8), **tensors}
     for spans in ([FITTING], []):
-        with refusal("P01", "do not fit"):
+        with refusal("P01", "do not match"):
             attention_masses(**both, spans=spans, sets=torch.zeros(1, 5, dtype=torch.int32), n_sets=1, scale=1.0)
-    with refusal("P01", "do not fit"):
+    with refusal("P01", "do not match"):
         attention_profile(**both, span=FITTING, lse=torch.zeros(3, 4), columns=torch.tensor([0]), scale=1.0)
 
 
@@ -469,10 +469,10 @@ def test_queries_and_keys_that_do_not_fit_are_refused(tensors):
 )
 def test_sequences_outside_of_the_tensors_are_refused(wrong):
     query, key, span = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 5, 8), FITTING._replace(**wrong)
-    with refusal("P01", "do not fit") as caught:
+    with refusal("P01", "do not match") as caught:
         attention_masses(query, key, [FITTING, span], torch.zeros(1, 5, dtype=torch.int32), 1, scale=1.0)
     assert str(span) in caught.value.got
-    with refusal("P01", "do not fit") as caught:
+    with refusal("P01", "do not match") as caught:
         attention_profile(query, key, span, torch.zeros(3, 4), torch.tensor([0]), scale=1.0)
     assert str(span) in caught.value.got
 
@@ -490,8 +490,8 @@ def test_sequences_outside_of_the_tensors_are_refused(wrong):
     ],
     ids=["too long", "too many rows", "flat", "int64", "bool", "no set", "32 sets"],
 )
-def test_sets_that_do_not_lie_beside_the_keys_are_refused(sets, n_sets):
-    with refusal("P01", "beside the keys"):
+def test_sets_that_do_not_match_the_keys_are_refused(sets, n_sets):
+    with refusal("P01", "do not match the keys"):
         attention_masses(torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 5, 8), [FITTING], sets, n_sets, scale=1.0)
 
 

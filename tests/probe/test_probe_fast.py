@@ -568,12 +568,12 @@ def test_types_and_shapes_that_do_not_fit_are_refused():
     spans = packed((3, 4))
     query, key, sets = random_case(spans, 2, 16)
     lse, columns = torch.zeros(4, 4), torch.arange(2)
-    with refusal("P01", "not made for"):
+    with refusal("P01", "does not support"):
         fast.attention_masses(query.double(), key.double(), spans, sets, 3, scale=1.0)
-    with refusal("P01", "not made for"):
+    with refusal("P01", "does not support"):
         fast.attention_profile(query.double(), key.double(), spans[0], lse, columns, scale=1.0)
     wide = torch.zeros(1, 2, 7, 257)
-    with refusal("P01", "not made for"):
+    with refusal("P01", "does not support"):
         fast.attention_masses(wide, wide, spans, sets, 3, scale=1.0)
     with refusal("P01"):
         fast.attention_masses(query, key.half(), spans, sets, 3, scale=1.0)

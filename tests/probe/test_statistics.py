@@ -210,8 +210,8 @@ def test_a_union_of_one_is_itself():
     ],
     ids=["coverage", "path", "the third"],
 )
-def test_requests_that_disagree_are_refused(others):
-    with refusal("P15", "disagree"):
+def test_requests_that_differ_are_refused(others):
+    with refusal("P15", "differ in"):
         union([StatisticsRequest((Statistic("image_mass"),)), *others])
 
 
