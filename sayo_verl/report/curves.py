@@ -1,4 +1,4 @@
-"""Training curves as a PNG: one small panel per kind of number, one colour per run."""
+"""Training curves as a PNG, with one panel per kind of metric and one colour per run."""
 
 import math
 import textwrap
@@ -24,9 +24,9 @@ from sayo_verl.report.runs import Run, Series
 
 WINDOW = 5  # steps of the running mean
 _INK, _GREY, _FAINT, _WARN = "#1f2328", "#59636e", "#d1d9e0", "#9a3412"
-# Okabe and Ito: told apart by readers with any colour vision; ordered so that two runs contrast most.
+# Okabe and Ito's colours, which readers with any colour vision can distinguish. The order gives two runs most contrast.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# DejaVu Sans comes with matplotlib, so a figure looks alike everywhere.
+# DejaVu Sans comes with matplotlib, so figures look the same everywhere.
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -52,22 +52,22 @@ _DOTS: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 6, "marke
 
 
 def plot_run(run: Run, out_png: Path | str) -> Path:
-    """Draw one run, its id, estimator and steps in the title; returns the file written (2000 px wide)."""
-    # A run without run.json still has a folder to be recognised by.
+    """Draw one run with its id, estimator and steps in the title; return the written file (2000 px wide)."""
+    # A run without run.json is identified by its folder.
     run_id = f"run unknown, folder {run.path.resolve().name}" if run.run_id == r.UNKNOWN else run.run_id
     return _plot({"": run}, f"{run_id}  ·  {c.estimator_of(run)}  ·  {_steps(run)}", Path(out_png))
 
 
 def plot_runs(runs: dict[str, Run], out_png: Path | str) -> Path:
-    """Draw runs over one another, one colour per label; returns the file written (2000 px wide).
+    """Draw several runs in the same panels, one colour per label; return the written file (2000 px wide).
 
     Raises:
-        SayoError: R05 for no run, or for more runs than can be told apart (seven).
+        SayoError: R05 for no run, or for more runs than colours (seven).
     """
     if not 1 <= len(runs) <= len(_COLOURS):
         raise SayoError(
             "R05",
-            "this many runs do not fit one figure",
+            "a figure cannot show this number of runs",
             where="plot_runs",
             got=len(runs),
             wanted=f"1 to {len(_COLOURS)}",
@@ -77,7 +77,7 @@ def plot_runs(runs: dict[str, Run], out_png: Path | str) -> Path:
 
 
 def running_mean(values: Sequence[float], window: int = WINDOW) -> list[float]:
-    """Mean of each value and the ``window - 1`` before it, over those that are numbers; NaN where none is."""
+    """Mean of each value and the ``window - 1`` before it, without NaN; NaN if all of them are NaN."""
     means = []
     for end in range(1, len(values) + 1):
         numbers = [value for value in values[max(0, end - window) : end] if not math.isnan(value)]
@@ -93,7 +93,7 @@ def _steps(run: Run) -> str:
 
 
 def _plot(runs: dict[str, Run], title: str, out_png: Path) -> Path:
-    """Draw all panels; the one run of a figure of its own has the label ``""``."""
+    """Draw all panels; the label of a single run is ``""``."""
     panels = c.panels_of(list(runs.values()))
     columns = 2 if len(panels) <= 4 else 3
     rows = math.ceil(len(panels) / columns)
@@ -121,20 +121,20 @@ def _plot(runs: dict[str, Run], title: str, out_png: Path) -> Path:
         for place, (axis, panel) in enumerate(zip(axes, panels, strict=False)):
             _draw_panel(axis, panel, runs)
             axis.set_xlim(first - pad, last + pad)
-            if place + columns >= len(panels):  # the lowest of its column
+            if place + columns >= len(panels):  # lowest panel of its column
                 axis.set_xlabel("training step")
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
         figure.align_ylabels()
         _draw_header(figure, title, labels, per_row, 1 - 0.27 / height, 1 - 0.46 / height)
         out_png.parent.mkdir(parents=True, exist_ok=True)
-        # Without matplotlib's version in it, the same run gives the same bytes.
+        # Without matplotlib's version in the file, the same run gives the same bytes.
         figure.savefig(out_png, metadata={"Software": None})
     return out_png
 
 
 def _draw_header(figure: Figure, title: str, labels: list[str], per_row: int, title_y: float, labels_y: float) -> None:
-    """The title, on its right what faint and bold lines are, and below it which colour is which run."""
+    """Draw the title, the legend of faint and bold lines on its right, and the legend of runs below it."""
     figure.text(0.012, title_y, title, fontsize=13 * min(1, 64 / len(title)), fontweight="bold", va="center_baseline")
     shade = _GREY if labels else _COLOURS[0]
     key = {"each step": _line(shade, alpha=0.4, linewidth=1), f"mean of the last {WINDOW} steps": _line(shade)}
@@ -168,12 +168,12 @@ def _draw_panel(axis: Axes, panel: Panel, runs: dict[str, Run]) -> None:
         return
     if absent and panel in c.COMMON.panels:
         remarks.append(f"training: {r.NOT_MEASURED}" if "" in runs else f"{r.NOT_MEASURED}: {', '.join(absent)}")
-    elif absent:  # runs of other methods
+    elif absent:  # some runs use other methods
         note = f"{len(runs) - len(absent)} of {len(runs)} runs"
         axis.set_title(note, loc="right", fontsize=8, color=_GREY, pad=7)
     if panel.guide is not None:
         _draw_guide(axis, *panel.guide)
-    _draw_words(axis, panel, kinds if kinds.keys() != {"training"} else {}, remarks)
+    _draw_text(axis, panel, kinds if kinds.keys() != {"training"} else {}, remarks)
 
 
 def _draw_frame(axis: Axes, panel: Panel) -> None:
@@ -193,7 +193,7 @@ def _inches(axis: Axes) -> float:
 
 
 def _draw_run(axis: Axes, panel: Panel, run: Run, colour: str, shade: str, *, faint: int) -> dict[str, Line2D | Patch]:
-    """Everything of one run; returns what was drawn: name -> handle of a legend, in the colour ``shade``."""
+    """Draw one run and return its legend: name -> handle, in the colour ``shade``."""
     kinds: dict[str, Line2D | Patch] = {}
     for metric, style in zip(panel.metrics, ({}, _SECOND), strict=False):
         if series := run.training(metric.name):
@@ -208,8 +208,8 @@ def _draw_run(axis: Axes, panel: Panel, run: Run, colour: str, shade: str, *, fa
     return kinds
 
 
-def _draw_words(axis: Axes, panel: Panel, kinds: dict[str, Line2D | Patch], remarks: list[str]) -> None:
-    """The legend above the curves and the remarks below them, each in room of its own."""
+def _draw_text(axis: Axes, panel: Panel, kinds: dict[str, Line2D | Patch], remarks: list[str]) -> None:
+    """Draw the legend above the curves and the remarks below them, each in free space."""
     per_row = 2 if sum(map(len, kinds)) < 13 * _inches(axis) else 1
     lines = [line for remark in remarks for line in textwrap.wrap(remark, int(17 * _inches(axis)))]
     _set_limits(axis, panel.limits, above=0.16 * math.ceil(len(kinds) / per_row), below=0.09 * len(lines))
@@ -238,12 +238,12 @@ def _draw_series(axis: Axes, series: Series, colour: str, style: dict[str, Any])
 
 
 def _draw_band(axis: Axes, run: Run, band: tuple[Metric, Metric], colour: str, *, faint: int) -> bool:
-    """Shade between running means, over the steps that have both ends; False if there is none."""
+    """Shade between the running means at steps with both ends; return False if there are none."""
     low, high = (dict(run.training(metric.name)) for metric in band)
     steps = [step for step in low if step in high]
     lower, upper = (running_mean([end[step] for step in steps]) for end in (low, high))
     if steps:
-        # Bands of several runs lie over one another.
+        # Bands of several runs overlap.
         axis.fill_between(steps, lower, upper, color=colour, zorder=2, **_BAND | {"alpha": _BAND["alpha"] / faint})
         for values in (lower, upper):
             axis.plot(steps, values, color=colour, linewidth=1, zorder=3, **_dots_alone(values))
@@ -251,13 +251,13 @@ def _draw_band(axis: Axes, run: Run, band: tuple[Metric, Metric], colour: str, *
 
 
 def _dots_alone(values: Sequence[float]) -> dict[str, Any]:
-    """Style that marks values between two NaN, which have no line to show them."""
+    """Style that marks values between two NaN, which have no line."""
     gap = [True, *map(math.isnan, values), True]
     return {"marker": "o", "markersize": 4, "markevery": [i for i in range(len(values)) if gap[i] and gap[i + 2]]}
 
 
 def _draw_guide(axis: Axes, level: float, meaning: str) -> None:
-    """A dotted line, named where the fewest points of curves are in the way."""
+    """Draw a dotted line with its meaning at the place with the fewest curve points."""
     curves = [np.asarray(line.get_ydata(), dtype=float) for line in axis.lines]
     axis.axhline(level, color=_GREY, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
     low, high = axis.get_ylim()
@@ -265,7 +265,7 @@ def _draw_guide(axis: Axes, level: float, meaning: str) -> None:
 
     def crowd(right: bool, above: bool) -> float:
         if (high - level if above else level - low) < room:
-            return math.inf  # it would lie outside
+            return math.inf  # outside of the panel
         ends = [curve[-len(curve) // 2 :] if right else curve[: len(curve) // 2 + 1] for curve in curves]
         middle = level + (room if above else -room) / 2
         return sum(int(np.sum(abs(end - middle) <= room / 2)) for end in ends)
@@ -287,12 +287,12 @@ def _draw_guide(axis: Axes, level: float, meaning: str) -> None:
 
 
 def _set_limits(axis: Axes, limits: tuple[float | None, float | None], *, above: float, below: float) -> None:
-    """Fix the ends that are given and keep shares of the height free for the legend above, the remarks below."""
+    """Set the given limits and keep shares of the height free for the legend above and the remarks below."""
     low, high = (now if fixed is None else fixed for fixed, now in zip(limits, axis.get_ylim(), strict=True))
-    least = 0.02 * max(abs(low), abs(high))  # less would show rounding as a curve, beside long numbers
+    least = 0.02 * max(abs(low), abs(high))  # a smaller range would show rounding as a curve and need long tick labels
     if high - low < least:
         low, high = (low + high - least) / 2, (low + high + least) / 2
-    hair = 0.03  # a line on the edge stays whole
+    margin = 0.03  # a line on the edge stays visible
     ticks = [tick for tick in axis.yaxis.get_major_locator().tick_values(low, high) if low <= tick <= high]
     axis.set_yticks(ticks)
-    axis.set_ylim(low - (below + hair) * (high - low), high + (above + hair) * (high - low))
+    axis.set_ylim(low - (below + margin) * (high - low), high + (above + margin) * (high - low))

@@ -1,7 +1,7 @@
-"""train.log: what a run wrote to its output, with the lines of many processes between one another.
+"""Reader of train.log, the output of a run with interleaved lines of many processes.
 
-Read for two things: the phase that a start has come to, and the first cause of a failure. The last lines of a failed
-run are seldom the cause: verl reports what followed from it, and Ray repeats an error in each process that waited.
+It finds the current phase of a start and the first cause of a failure. The last lines of a failed run are seldom the
+cause, because verl reports later errors and Ray repeats an error in each process that waited.
 """
 
 import re
@@ -11,26 +11,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-# Ray and vLLM put "(Name pid=12, ip=10.0.0.1) " before each line, nested where one runs within the other.
+# Ray and vLLM put "(Name pid=12, ip=10.0.0.1) " before each line, nested if one runs within the other.
 _PREFIX = re.compile(r"^\s?(\((?:[^()]*\bpid=\d+[^()]*|raylet[^()]*|gcs_server[^()]*|autoscaler[^()]*)\)\s?)+")
-# vLLM before each line of a traceback of its engine.
+# vLLM's prefix of each line of an engine traceback.
 _LEVEL = re.compile(r"^ERROR \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]+\] ?")
 _REPEATED = re.compile(r"\s*\[repeated \d+x across cluster\].*$")
-# Blank, the carets under a traceback line, progress bars; what Hydra and the launcher add below an error.
+# Blank lines, carets under a traceback line, progress bars, and lines that Hydra and the launcher add below an error.
 _NOISE = re.compile(r"^[\s^~]*$|\d+%\||^Set the environment variable HYDRA_FULL_ERROR=1|^to resume after step ")
-# At the start of a line or of an exception's text; elsewhere it is a mention.
+# Only at the start of a line or of an exception's text; elsewhere it is a mention.
 _ERROR = re.compile(r"(?:^\s*|(?:Error|Exception)(?:: |\(['\"]))(SAYO-[A-Z][0-9][0-9]: .*)")
 
 
 def clean_log_line(raw: bytes) -> str:
-    """A line of train.log without colours, prefixes of Ray and vLLM, and what a carriage return overwrote."""
+    """Remove colours, prefixes of Ray and vLLM, and text overwritten by a carriage return from a line of train.log."""
     text = _ANSI.sub("", raw.decode("utf-8", errors="replace")).rstrip().rsplit("\r", 1)[-1]
     return _REPEATED.sub("", _LEVEL.sub("", _PREFIX.sub("", text)))
 
 
 STARTING = "starting"
-# Lines that verl 0.9.1 and Ray print, in the order of a start, and what goes on from there. Some are logger.info, which
-# VERL_LOGGING_LEVEL can silence: then an earlier phase stays on the screen longer.
+# Lines that verl 0.9.1 and Ray print, in the order of a start, and the phase that each starts. Some are logger.info,
+# which VERL_LOGGING_LEVEL can silence; then an earlier phase stays on the screen longer.
 PHASES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"^ray init kwargs: "), "starting Ray"),
     (re.compile(r"Started a local Ray instance|Connected to Ray cluster"), "starting the trainer"),
@@ -47,22 +47,22 @@ PHASES: tuple[tuple[re.Pattern[str], str], ...] = (
 
 
 def phase_rank(line: str) -> int:
-    """Index in ``PHASES`` of the phase that a cleaned log line starts, -1 for any other line."""
+    """Index in ``PHASES`` of the phase that a cleaned log line starts; -1 for other lines."""
     return next((rank for rank, (pattern, _) in enumerate(PHASES) if pattern.search(line)), -1)
 
 
 def why_it_failed(log: Path, *, offset: int = 0, lines: int = 30) -> list[str]:
-    """The first cause of a failure, as far as a log names one.
+    """Find the first cause of a failure in a log.
 
     Args:
-        log: the train.log; it may be large, it is read line by line. Absent means an empty answer.
+        log: the train.log, read line by line because it may be large; a missing file gives an empty result.
         offset: byte at which this attempt's output starts.
-        lines: how many lines to show when the log names no cause.
+        lines: number of lines to return if the log contains no cause.
 
     Returns:
-        The distinct SAYO-… errors (at most three, the first first); else the first exception of any process, the
-        last one if it is another (the first may have been handled), each with the line of code that raised it, and the
-        log's last line; else the last meaningful lines. Of exceptions raised from one another the first counts.
+        The distinct SAYO-… errors (the first three). Without any, the first exception of any process, the last one if
+        it differs (the first may have been handled), each with the line of code that raised it, and the log's last
+        line. Without any exception, the last meaningful lines. Of a chain of exceptions the first counts.
     """
     errors: dict[str, None] = {}
     causes: list[_Cause] = []
@@ -98,7 +98,7 @@ _CHAIN = ("The above exception was the direct cause of", "During handling of the
 
 @dataclass
 class _Cause:
-    """The first exception of a chain and the place that raised it; ``skipped`` if verl only left a sample out."""
+    """The first exception of a chain and the place that raised it; ``skipped`` if verl only skipped a sample."""
 
     exception: str
     place: str
@@ -107,15 +107,15 @@ class _Cause:
 
 @dataclass
 class _Traceback:
-    """The traceback that one process is printing."""
+    """The current traceback of one process."""
 
     frames: list[re.Match[str]] = field(default_factory=list)
     cause: _Cause | None = None
     chained: bool = False
 
     def new_cause(self, text: str) -> _Cause | None:
-        """Take the next line; where it ends the first traceback of a chain, its cause, else None."""
-        # Ray puts the traceback of the other process below this line: what that one raised is the cause.
+        """Read the next line; return the cause if the line ends the first traceback of a chain, else None."""
+        # Ray prints the traceback of the other process below this line, and that exception is the cause.
         if text.startswith(("Traceback (most recent call last)", "ray.exceptions.RayTaskError(", "ray::")):
             self.frames = []
         elif text.startswith(_CHAIN):
@@ -124,8 +124,8 @@ class _Traceback:
             self.frames.append(frame)
         elif self.frames and _EXCEPTION.match(text):
             frames, self.frames = self.frames, []
-            # verl's length filter catches what a sample raises and prints it beside "Error processing one of the
-            # samples, skipping...". Ray may part the two, so the traceback is known by where it starts.
+            # verl's length filter catches errors of a sample and prints them with "Error processing one of the
+            # samples, skipping...". Ray may separate the two, so the traceback is recognised by its first frame.
             skipped = frames[0]["name"] == "doc2len" and frames[0]["file"].endswith("rl_dataset.py")
             if self.chained and self.cause:
                 self.cause.skipped |= skipped
@@ -140,7 +140,7 @@ class _Traceback:
 
 
 def _lines_from(log: Path, offset: int) -> Iterator[tuple[str, str]]:
-    """(the process as Ray names it, the cleaned line)"""
+    """Yield (Ray's name of the process, the cleaned line)."""
     with log.open("rb") as file:
         file.seek(offset)
         for raw in file:
@@ -149,18 +149,18 @@ def _lines_from(log: Path, offset: int) -> Iterator[tuple[str, str]]:
 
 
 class Follower:
-    """Reads what was appended to a file since the last look, in whole lines. The file may not exist yet."""
+    """Reads whole lines appended to a file since the last call. The file may not exist yet."""
 
     def __init__(self, path: Path, offset: int = 0) -> None:
         self.path, self.offset = path, offset
         self._rest = b""
 
     def new_lines(self) -> list[bytes]:
-        """Whole new lines without their ends; a carriage return ends a line too (progress bars)."""
+        """Return whole new lines without their ends; a carriage return also ends a line (progress bars)."""
         if not self.path.exists():
             return []
         if self.path.stat().st_size < self.offset:
-            # verl's file logger opens its file anew at every start, resumes included.
+            # verl's file logger empties its file at every start, also when it resumes.
             self.offset, self._rest = 0, b""
         with self.path.open("rb") as file:
             file.seek(self.offset)

@@ -1,4 +1,4 @@
-"""The first and the last steps of a run side by side, for a terminal or a README."""
+"""A table of the first and last steps of a run, for a terminal or a README."""
 
 import math
 
@@ -14,11 +14,11 @@ _NONE = "–"  # noqa: RUF001 (a dash in an empty cell)
 
 
 def first_last_table(run: Run, k: int = 5) -> Table:
-    """Mean of the first ``k`` and of the last ``k`` training steps per metric, and the change, as a rich table.
+    """Means of the first and last ``k`` training steps per metric, and the change, as a rich table.
 
-    Below ``2 k`` steps the two windows shrink so that they do not overlap, and the header says so. A window with a NaN
-    has no mean: it reads ``NaN (3 of 40)``, counted over the whole run; a NaN elsewhere is told beside the name. Which
-    metrics are rows: :func:`sayo_verl.report.catalogue.rows_of`.
+    Below ``2 k`` steps the two windows shrink so that they do not overlap, and the header shows their size. A window
+    with a NaN has no mean. It shows ``NaN (3 of 40)``, counted over the whole run. A NaN outside of the windows is
+    shown next to the name. :func:`sayo_verl.report.catalogue.rows_of` selects the metrics.
     """
     header, rows = _cells(run, k)
     table = Table(title=escape(f"{run.run_id} ({c.estimator_of(run)})"), title_justify="left", header_style="bold")
@@ -30,7 +30,7 @@ def first_last_table(run: Run, k: int = 5) -> Table:
 
 
 def first_last_markdown(run: Run, k: int = 5) -> str:
-    """The table of :func:`first_last_table` in Markdown, padded so that it also reads as plain text."""
+    """The table of :func:`first_last_table` in Markdown, padded to be readable as plain text."""
     header, rows = _cells(run, k)
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [_markdown(header, widths)]
@@ -61,7 +61,7 @@ def _window(points: int, k: int) -> int:
 def _row(metric: Metric, series: Series, steps: int, k: int) -> list[str]:
     if not series:
         return [metric.label, r.NOT_MEASURED, r.NOT_MEASURED, r.NOT_MEASURED]
-    # A metric that is not logged in every step has windows of its own points.
+    # The windows of a metric that is not logged in every step count its own points.
     label = metric.label if len(series) == steps else f"{metric.label} ({len(series)} of {steps} steps)"
     window = _window(len(series), k)
     means = [sum(value for _, value in part) / window for part in (series[:window], series[-window:])]
@@ -72,5 +72,5 @@ def _row(metric: Metric, series: Series, steps: int, k: int) -> list[str]:
     change = means[1] - means[0]
     if len(series) == 1:
         return [label, *cells, _NONE]
-    change = round(change, metric.decimals) + 0.0  # -0.0001 is no change either
+    change = round(change, metric.decimals) + 0.0  # -0.0 becomes 0.0
     return [label, *cells, "NaN" if math.isnan(change) else f"{change:+.{metric.decimals}f}"]

@@ -1,6 +1,7 @@
-"""Shows a training process while it runs, from the files it writes: the phase before step 1, then steps and metrics.
+"""Live view of a training process from the files it writes: the phase before step 1, then steps and metrics.
 
-On a terminal one live line or two; elsewhere (CI, a log file) a plain line per phase and per step and a heartbeat.
+On a terminal it shows one or two live lines. Elsewhere (CI, a log file) it prints a plain line per phase and step, and
+a heartbeat.
 """
 
 import contextlib
@@ -28,12 +29,12 @@ from sayo_verl.report.catalogue import headlines
 from sayo_verl.report.log import PHASES, STARTING, Follower, clean_log_line, phase_rank, why_it_failed
 
 LOGGER_PATH = "VERL_FILE_LOGGER_PATH"
-_PACE_STEPS = 10  # recent steps the ETA is built on
+_PACE_STEPS = 10  # recent steps used for the ETA
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How often to do what, in seconds: look at the files, print a heartbeat, warn of a stall."""
+    """Intervals in seconds: reading the files, a heartbeat, a warning of a stall."""
 
     poll: float = 0.2
     heartbeat: float = 20.0
@@ -49,20 +50,23 @@ def run_and_watch(
     pace: Pace | None = None,
     console: Console | None = None,
 ) -> int:
-    """Start ``command`` in a session of its own, its output appended to run_dir/train.log, and watch it to its end.
+    """Start ``command`` in a new session, append its output to run_dir/train.log, and watch it until it ends.
 
     Args:
         command: program and arguments.
-        run_dir: folder of the run; made if absent. What earlier attempts left there is not shown again. Metrics
-            are read from VERL_FILE_LOGGER_PATH of ``env``, or from metrics.jsonl in this folder.
-        total_steps: training steps the command will take.
-        env: its whole environment (default: ours). PYTHONUNBUFFERED=1 is added, or phases would show late.
-        pace, console: as for :func:`watch`, as is the exit code that is returned.
+        run_dir: folder of the run; created if missing. Output of earlier attempts is not shown again. Metrics are read
+            from VERL_FILE_LOGGER_PATH of ``env``, or from metrics.jsonl in this folder.
+        total_steps: training steps of the command.
+        env: its whole environment (default: this process's). PYTHONUNBUFFERED=1 is added, so that phases show at once.
+        pace, console: as for :func:`watch`.
+
+    Returns:
+        The exit code, as :func:`watch`.
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     environment = {"PYTHONUNBUFFERED": "1", **(os.environ if env is None else env)}
-    # Where verl's file logger will write: a resumed run has a file of its own.
+    # The file that verl's file logger will write; a resumed run has a separate one.
     log_file, metrics_file = run_dir / r.LOG_FILE, Path(environment.get(LOGGER_PATH) or run_dir / r.METRICS_FILE)
     old_log, old_metrics = (file.stat().st_size if file.exists() else 0 for file in (log_file, metrics_file))
     with log_file.open("ab") as log:
@@ -94,34 +98,35 @@ def watch(
 ) -> int:
     """Show the progress of a running training process until it ends.
 
-    Ctrl-C, SIGTERM and SIGHUP go to its process group, and its end is awaited; a second one kills the group. (Only in
-    the main thread: Python delivers signals nowhere else.) If watching itself fails, the run is ended, not orphaned.
+    Ctrl-C, SIGTERM and SIGHUP are passed to its process group, and this function waits for its end. A second signal
+    kills the group. This works only in the main thread, because Python delivers signals only there. If watching fails,
+    the run is stopped.
 
     Args:
-        run_dir: where the process writes train.log and metrics.jsonl.
-        process: started with its output going to train.log, best in a session of its own.
-        total_steps: training steps it will take.
-        console: where to show; default stdout.
-        log_offset, metrics_offset: bytes in the two files that earlier attempts wrote.
+        run_dir: folder of train.log and metrics.jsonl.
+        process: writes its output to train.log; best started in a new session.
+        total_steps: training steps of the process.
+        console: output; default stdout.
+        log_offset, metrics_offset: bytes of the two files from earlier attempts.
         metrics_file: if not run_dir/metrics.jsonl.
 
     Returns:
-        The exit code of the process; 128 + n if signal n ended it, as shells count.
+        The exit code of the process; 128 + n if signal n ended it, as in shells.
     """
     metrics = Follower(metrics_file or Path(run_dir) / r.METRICS_FILE, metrics_offset)
     progress = _Progress(Path(run_dir), total_steps, pace or Pace(), log_offset, metrics)
     display = _Display(console or Console(), progress)
     with _signals_passed_to(process) as received, display.live or contextlib.nullcontext():
         try:
-            told = 0
+            shown = 0
             while True:
-                # Before the look at the files: what it wrote last is then still read.
+                # before the files are read, so that its last output is read too
                 ended = process.poll() is not None
-                display.show(progress.look(), ended=ended)
-                for signum in received[told:]:
-                    done = "killed the run" if told else "passed to the run, waiting for its end (once more: kill it)"
+                display.show(progress.update(), ended=ended)
+                for signum in received[shown:]:
+                    done = "killed the run" if shown else "passed to the run, waiting for its end (again: kill it)"
                     display.warn(f"{signal.Signals(signum).name}: {done}")
-                    told += 1
+                    shown += 1
                 if ended:
                     break
                 with contextlib.suppress(TimeoutExpired):
@@ -136,22 +141,22 @@ def watch(
 
 
 class _Progress:
-    """What the files say about a run in flight."""
+    """The state of a run, read from its files."""
 
     def __init__(self, run_dir: Path, total_steps: int, pace: Pace, log_offset: int, metrics: Follower) -> None:
         self.log, self.total, self.pace = run_dir / r.LOG_FILE, total_steps, pace
         self.phase, self.step, self.metrics = STARTING, 0, dict[str, float]()
         self._shown = headlines([])
         self._seen: set[str] = set()
-        self.started = self.changed = self.step_began = time.monotonic()
+        self.started = self.changed = self.step_started = time.monotonic()
         self._log = Follower(self.log, log_offset)
         self._file = metrics
         self._rank = -1
-        self._stall_told = self.started
-        self._marks: deque[tuple[float, int]] = deque(maxlen=_PACE_STEPS + 1)
+        self._stall_warned = self.started
+        self._step_times: deque[tuple[float, int]] = deque(maxlen=_PACE_STEPS + 1)
 
-    def look(self) -> list[tuple[str, str]]:
-        """Read what is new; returns (kind, line) events, kind being phase, step or warning."""
+    def update(self) -> list[tuple[str, str]]:
+        """Read new lines and return (kind, line) events of kind phase, step or warning."""
         now = time.monotonic()
         events = []
         log_size = self._log.offset
@@ -162,15 +167,15 @@ class _Progress:
             events += self._read_step(raw, now)
         if records or self._log.offset != log_size:
             self.changed = now
-        if now - max(self.changed, self._stall_told) >= self.pace.stall:
-            self._stall_told = now
+        if now - max(self.changed, self._stall_warned) >= self.pace.stall:
+            self._stall_warned = now
             quiet = duration(now - self.changed)
-            events.append(("warning", f"no log line and no step for {quiet}: the run may hang; see {self.log}"))
+            events.append(("warning", f"no log line and no step for {quiet}; the run may hang, see {self.log}"))
         return events
 
     def _read_phase(self, line: str) -> list[tuple[str, str]]:
         rank = phase_rank(line)
-        if self.step or rank <= self._rank:  # only forward: lines of different processes may come out of order
+        if self.step or rank <= self._rank:  # only forward, because lines of different processes may be out of order
             return []
         self._rank, self.phase = rank, PHASES[rank][1]
         return [("phase", self.phase)]
@@ -179,68 +184,68 @@ class _Progress:
         try:
             step, values, _ = r.parse_metrics_line(raw, self._file.path.name)
         except SayoError as error:
-            return [("warning", str(error))]  # the run goes on; the report will refuse the file
+            return [("warning", str(error))]  # the run continues; the report will refuse the file
         validation = [value for name, value in values.items() if r.VALIDATION_ACCURACY.match(name)]
         checked = "".join(f"  validation accuracy {value:.3f}" for value in validation[:1])
         if step == 0 or (values and all(name.startswith("val-") for name in values)):
-            # verl logs the validation before training on its own, under the step that it starts from.
+            # verl logs the validation before training separately, under the step that it starts from.
             self.phase = "first rollout"
             return [("phase", f"validated at step {step}{checked}")]
-        self._marks.append((now, step))  # first: the live display reads them from its thread once step is set
+        self._step_times.append((now, step))  # first, because the live display's thread reads it once step is set
         self._seen |= values.keys()
         self._shown = headlines(self._seen)
-        self.metrics, self.step_began, self.step = values, now, step
+        self.metrics, self.step_started, self.step = values, now, step
         return [("step", f"step {step}/{self.total}  {self.numbers()}{checked}  {self.eta()}")]
 
     def numbers(self) -> str:
-        """The last step's common metrics and those a method logged in any step, in one line; what is absent says so."""
+        """The last step's common metrics and those that a method logged in any step, in one line."""
         values = [(metric.live, self.metrics.get(metric.name)) for metric in self._shown]
         return "  ".join(f"{label} {r.NOT_MEASURED if value is None else f'{value:.3f}'}" for label, value in values)
 
     def eta(self) -> str:
-        """Time left at the pace of the last steps; the first step carries the warm-up and gives none."""
-        (begin, first), (end, last) = self._marks[0], self._marks[-1]
+        """Remaining time at the pace of the last steps; unknown after the first step, which includes the warm-up."""
+        (begin, first), (end, last) = self._step_times[0], self._step_times[-1]
         if last <= first:
             return "ETA unknown"
         return f"ETA {duration((end - begin) / (last - first) * max(0, self.total - last))}"
 
 
 class _Display:
-    """Shows progress: a live area on a terminal, plain lines elsewhere."""
+    """Display of progress: a live area on a terminal, plain lines elsewhere."""
 
     def __init__(self, console: Console, progress: _Progress) -> None:
         self._console, self._progress = console, progress
         self._spinner = Spinner("dots")
-        self._spoke = time.monotonic()
-        # isatty as well: FORCE_COLOR, which CI services set, makes rich call a log file a terminal.
+        self._last_line = time.monotonic()
+        # isatty as well, because with FORCE_COLOR, which CI services set, rich takes a log file for a terminal
         self.live: Live | None = None
         if console.is_interactive and console.file.isatty():
             self.live = Live(get_renderable=self._render, console=console, refresh_per_second=8, transient=True)
 
     def show(self, events: list[tuple[str, str]], *, ended: bool) -> None:
-        """Show what is new; without a terminal also a heartbeat after a while of silence."""
+        """Show new events; without a terminal also a heartbeat after some silence."""
         for kind, line in events:
             if kind == "warning":
                 self.warn(line)
             elif self.live is None:
                 self._say(line)
         progress, now = self._progress, time.monotonic()
-        if self.live is None and not ended and now - self._spoke >= progress.pace.heartbeat:
+        if self.live is None and not ended and now - self._last_line >= progress.pace.heartbeat:
             doing = f"step {progress.step + 1}/{progress.total}" if progress.step else progress.phase
             self._say(f"still in: {doing}; last log line {duration(now - progress.changed)} ago")
 
     def warn(self, line: str) -> None:
-        """A line that stays on the screen."""
+        """Print a line that stays on the screen."""
         self._say(f"warning: {line}", "yellow")
 
     def conclude(self, code: int, *, stopped: bool, log_offset: int) -> None:
-        """The last words: done, stopped, or what went wrong and where the log is."""
+        """Print the result: done, stopped, or the cause of the failure and the path of the log."""
         progress = self._progress
         reached = f"step {progress.step}/{progress.total}" if progress.step else f"before step 1 ({progress.phase})"
         if code == 0 and progress.step >= progress.total:
             self._say(f"done: {reached}", "green")
         elif code == 0:
-            self.warn(f"the run ended by itself at {reached}, with exit code 0; log: {progress.log}")
+            self.warn(f"the run ended early at {reached}, with exit code 0; log: {progress.log}")
         elif stopped:
             self._say(f"stopped: {reached}, exit code {code}; log: {progress.log}", "yellow")
         else:
@@ -249,8 +254,8 @@ class _Display:
             self._say(f"log: {progress.log}")
 
     def _say(self, line: str, style: str = "") -> None:
-        self._spoke = time.monotonic()
-        stamp = f"[{duration(self._spoke - self._progress.started)}]"
+        self._last_line = time.monotonic()
+        stamp = f"[{duration(self._last_line - self._progress.started)}]"
         self._console.print(Text(f"{stamp} {line}", style=style), soft_wrap=True)
 
     def _render(self) -> RenderableType:
@@ -263,7 +268,7 @@ class _Display:
             f"step {progress.step}/{progress.total}",
             ProgressBar(total=progress.total, completed=progress.step, width=20),
             progress.eta(),
-            f"last step {duration(now - progress.step_began)} ago",
+            f"last step {duration(now - progress.step_started)} ago",
         )
         return Group(row, Text(progress.numbers()))
 
@@ -278,19 +283,19 @@ def duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def _signals_passed_to(process: Popen) -> Iterator[list[int]]:
-    """Within it, Ctrl-C, SIGTERM and SIGHUP go to the process group and into the list that is yielded."""
+    """Pass Ctrl-C, SIGTERM and SIGHUP to the process group, and yield the list of received signals."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
 
     def pass_on(signum: int, _: FrameType | None) -> None:
-        # Only the signal and a note of it: printing here could meet a print that is under way.
+        # No printing here, because another print may be in progress.
         _signal_group(process, signal.SIGKILL if received else signum)
         received.append(signum)
 
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    # One that is ignored stays so: nohup and background jobs of a script rely on it.
+    # An ignored signal stays ignored, because nohup and background jobs of a script rely on it.
     before = {signum: handler for signum, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     try:
         for signum in before:
@@ -303,10 +308,10 @@ def _signals_passed_to(process: Popen) -> Iterator[list[int]]:
 
 def _signal_group(process: Popen, signum: int) -> None:
     if process.returncode is not None:
-        return  # reaped: its number may belong to another process by now
+        return  # reaped, so its number may belong to another process
     with contextlib.suppress(ProcessLookupError):
         group = os.getpgid(process.pid)
         if group == os.getpgrp():
-            process.send_signal(signum)  # it shares our group: the group signal would hit us as well
+            process.send_signal(signum)  # a group signal would also reach this process
         else:
             os.killpg(group, signum)

@@ -1,26 +1,27 @@
-"""The reward function: format and answer, by exact rules.
+"""The reward function for format and answer, by exact rules.
 
     <think> anything </think> <answer> ANSWER </answer>
 
- - format is 1 when the whole response is one think block followed by one answer block, with nothing but white space
-   around them, each tag exactly once, and a non-empty answer; otherwise 0. With ``think_opened`` the prompt ends with
-   ``<think>``: the response is read behind it, and one that writes ``<think>`` again has two.
-   With ``format="released"`` it is the rule of SAYO's released code: the last ``<answer>`` is closed, whatever stands
-   around it. Think tags and an empty answer do not matter there.
- - acc is 1 when the answer equals the ground truth, as ``sayo_verl.reward.text`` compares them or, with
-   ``judge="math"``, as math-verify does (``sayo_verl.reward.formula``). It does not depend on format: the answer is the
-   content of the only answer block, or of the last one with ``format="released"``. An answer of more than
-   ``SLACK_CHARACTERS`` plus four times the ground truth is wrong unread. A ground truth of punctuation alone equals no
-   answer. Any other that cannot be graded (null, a list, tags, a solution: ``why_not_gradable``) raises D70; verl then
-   drops the group of that row and logs the error. The launcher refuses all of them before.
+ - format is 1 if the whole response is one think block followed by one answer block, with only white space around
+   them, each tag exactly once, and a non-empty answer. Otherwise it is 0. With ``think_opened`` the prompt ends with
+   ``<think>``, so the response starts inside the think block and must not write ``<think>`` again.
+   ``format="released"`` is the rule of SAYO's released code: the last ``<answer>`` must be closed. Other text, think
+   tags and an empty answer do not matter.
+ - acc is 1 if the answer equals the ground truth, compared by ``sayo_verl.reward.text`` or, with ``judge="math"``, by
+   math-verify (``sayo_verl.reward.formula``). It does not depend on format. The answer is the content of the only
+   answer block, or of the last one with ``format="released"``. An answer longer than ``SLACK_CHARACTERS`` plus four
+   times the ground truth is wrong without comparison. A ground truth of punctuation only equals no answer. Any other
+   ground truth that cannot be graded (null, a list, tags, a solution; see ``why_not_gradable``) raises D70. verl then
+   drops the group of that row and logs the error. The launcher refuses all of them earlier.
  - With ``length_tokenizer`` (a model folder or hub name) format is multiplied by the length factor of SAYO's released
-   code, which its paper does not mention: 1 for 60 to 100 tokens, 0.6 * 100 / n above, 0.6 * n / 60 below. n counts the
-   decoded response tokenised again, without the end token. It belongs to the released format: set both for that form.
+   code, which its paper does not mention: 1 for 60 to 100 tokens, 0.6 * 100 / n above, 0.6 * n / 60 below. n is the
+   number of tokens of the decoded response, tokenised again without the end token. Set it together with
+   ``format="released"`` to match that code.
  - score = format_weight * format + accuracy_weight * acc. SAYO's total reward is r_v + r_f, so its accuracy weight is
-   0; the region reward r_v joins in the estimator, where attention is known.
+   0. The estimator adds the region reward r_v, because attention is known there.
 
-Nothing is evaluated or executed, no signals or threads are used, and the work is linear in the response, which is cut
-at ``MAX_CHARACTERS``. ``judge="math"`` alone asks a worker process, for a bounded time.
+Nothing is evaluated or executed, and no signals or threads are used. The work is linear in the response, which is cut
+at ``MAX_CHARACTERS``. Only ``judge="math"`` uses a worker process, for a limited time.
 
 Error codes: D70 a ground truth that cannot be graded, L34 a setting out of range.
 """
@@ -59,7 +60,7 @@ JUDGES = ("text", "math")
 
 
 def split_response(response: str, *, format: str = FORMATS[0], think_opened: bool = False) -> tuple[bool, str | None]:
-    """``(format is right, content of the answer block or None)``; see the rules above."""
+    """Return ``(format is valid, content of the answer block or None)``; see the rules above."""
     text = response[:MAX_CHARACTERS].strip()
     if format == "released":
         _, opened, last = text.rpartition("<answer>")
@@ -73,7 +74,7 @@ def split_response(response: str, *, format: str = FORMATS[0], think_opened: boo
     if single[2] and single[3] and places[2] < places[3]:
         answer = text[places[2] + len("<answer>") : places[3]].strip()
     between = text[places[1] + len("</think>") : places[2]] if all(single) else "absent"
-    right = (
+    valid = (
         all(single)
         and places == sorted(places)
         and places[0] == 0
@@ -81,11 +82,11 @@ def split_response(response: str, *, format: str = FORMATS[0], think_opened: boo
         and places[3] + len("</answer>") == len(text)
         and bool(answer)
     )
-    return right, answer or None
+    return valid, answer or None
 
 
 def length_factor(tokens: int, low: int = 60, high: int = 100) -> float:
-    """Factor on the format reward in SAYO's released code: 1 within [low, high] tokens, at most 0.6 outside."""
+    """Factor on the format reward in SAYO's released code, 1 within [low, high] tokens and at most 0.6 outside."""
     if tokens > high:
         return 0.6 * high / tokens
     return 1.0 if tokens >= low else 0.6 * tokens / low
@@ -94,7 +95,7 @@ def length_factor(tokens: int, low: int = 60, high: int = 100) -> float:
 def check_settings(
     *, format_weight: Any, accuracy_weight: Any, judge: Any, format: Any, think_opened: Any, length_tokenizer: Any
 ) -> None:
-    """Refuse settings of ``compute_score`` that mean nothing.
+    """Refuse invalid settings of ``compute_score``.
 
     Raises:
         SayoError: L34.
@@ -141,7 +142,7 @@ def _why_not(truth: str, judge: str) -> str | None:
 
 
 def _same(answer: str | None, truth: object, judge: str) -> bool:
-    """Whether an answer is right.
+    """Whether an answer equals the ground truth.
 
     Raises:
         SayoError: D70.
@@ -149,7 +150,7 @@ def _same(answer: str | None, truth: object, judge: str) -> bool:
     text = truth_text(truth)
     wanted = "" if text is None else normalise(text)
     if text is not None and not wanted:
-        return False  # it equals nothing
+        return False  # equals no answer
     reason = why_not_gradable(truth) if text is None else _why_not(text, judge)
     if text is None or reason is not None:
         raise SayoError(
@@ -157,7 +158,7 @@ def _same(answer: str | None, truth: object, judge: str) -> bool:
             f"a ground truth cannot be graded: {reason}",
             where="reward_model.ground_truth",
             got=f"{truth!r:.80}",
-            wanted="the answer alone, as text or a number",
+            wanted="the answer only, as text or a number",
             fix="correct or remove the row",
         )
     if not answer or len(answer) > SLACK_CHARACTERS + 4 * len(text):
@@ -191,18 +192,18 @@ def compute_score(
         extra_info: unused; verl passes it.
         format_weight: r_f for a well-formed response.
         accuracy_weight: w_acc; 0 in the paper.
-        judge: who compares answers: ``"text"``, or ``"math"`` for numbers and formulas, by math-verify.
+        judge: how answers are compared: ``"text"``, or ``"math"`` for numbers and formulas, by math-verify.
         format: ``"think_answer"`` [ours] or ``"released"``, the rule of SAYO's released code.
-        think_opened: the generation prompt has opened the think block. The launcher sets it from the chat template.
-        length_tokenizer: switches the length factor on; the policy's folder or hub name.
-        reward_router_address, reward_model_tokenizer: unused; verl passes them beside a reward model.
+        think_opened: the generation prompt opens the think block. The launcher sets it from the chat template.
+        length_tokenizer: the policy's folder or hub name; enables the length factor.
+        reward_router_address, reward_model_tokenizer: unused; verl passes them with a reward model.
 
     Returns:
         ``score``, ``acc`` and ``format``, the last two 0 or 1 (format without the length factor), and with
         ``length_tokenizer`` also ``length_factor``.
 
     Raises:
-        SayoError: D70 for a ground truth that cannot be graded, L34 for a setting out of range, L32 and D71 as
+        SayoError: D70 for a ground truth that cannot be graded, L34 for a setting out of range, L32 and D71 from
             ``equal_formulas``.
     """
     check_settings(
@@ -213,9 +214,9 @@ def compute_score(
         think_opened=think_opened,
         length_tokenizer=length_tokenizer,
     )
-    right, answer = split_response(solution_str, format=format, think_opened=think_opened)
+    valid, answer = split_response(solution_str, format=format, think_opened=think_opened)
     acc = float(_same(answer, ground_truth, judge))
-    parts = {"acc": acc, "format": float(right)}
+    parts = {"acc": acc, "format": float(valid)}
     if length_tokenizer is not None:
         text = solution_str[:MAX_CHARACTERS]
         parts["length_factor"] = length_factor(len(_tokenizer(length_tokenizer).encode(text, add_special_tokens=False)))

@@ -1,14 +1,14 @@
-"""Answers as numbers and formulas: the package math-verify decides, in a process that can be ended.
+"""Comparison of answers as numbers and formulas by the package math-verify, in a worker process.
 
-math-verify limits its time with an alarm, which works in the main thread of a process only, and verl calls reward
-functions in other threads. So a worker process compares, and is ended after ``TIME_LIMIT`` seconds or above
-``MEMORY_LIMIT`` bytes: "9**9**9**9" is wrong, and the run goes on.
+math-verify limits its time with an alarm, which works only in the main thread of a process, but verl calls reward
+functions in other threads. So a worker process compares and is stopped after ``TIME_LIMIT`` seconds or above
+``MEMORY_LIMIT`` bytes. "9**9**9**9" is then wrong, and the run continues.
 
-math-verify takes letters for factors ("cat" would equal "act") and reads past words ("not 3" would equal "3"). It is
-asked only where both sides have the same words, in the same order; a word is two or more letters that are no LaTeX
-command. Both sides must also have the same single letters ("5 m" is not "5 s", "X" is not "x"), as many of the marks
-that it reads past or in its own way (``MARKS``), and the same indices, dates and numbers like "01". All else is
-compared as text.
+math-verify reads letters as factors ("cat" would equal "act") and ignores words ("not 3" would equal "3"). So it
+compares only sides with the same words in the same order. A word is two or more letters that are not a LaTeX command.
+Both sides must also have the same single letters ("5 m" is not "5 s", "X" is not "x"), equal counts of the marks that
+it ignores or reads differently (``MARKS``), and the same indices, dates and numbers like "01". All others are compared
+as text.
 """
 
 import atexit
@@ -31,7 +31,7 @@ PIP = "pip install 'sayo-verl[math]'"
 MAX_FORMULA_CHARACTERS = 512
 TIME_LIMIT = 5.0
 MEMORY_LIMIT = 4 << 30
-# Importing sympy on a busy machine, and the comparisons of other threads before this one.
+# Time to import sympy on a busy machine and to finish earlier comparisons of other threads.
 START_SECONDS = 600.0
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _WORD = re.compile(r"[^\W\d_]{2,}")
@@ -46,7 +46,7 @@ def require_math_verify() -> None:
     """Refuse ``judge=math`` without its packages.
 
     Raises:
-        SayoError: L32 with the line that installs them.
+        SayoError: L32 with the command that installs them.
     """
     for package in ("math_verify", "pebble"):
         if importlib.util.find_spec(package) is None:
@@ -60,15 +60,15 @@ def require_math_verify() -> None:
 
 
 def equal_formulas(answer: str, truth: str) -> bool:
-    """Whether math-verify takes two texts for the same number or formula.
+    """Whether two texts are the same number or formula by math-verify.
 
-    False for texts of more than ``MAX_FORMULA_CHARACTERS``, with other words, letters or marks, that it cannot read,
-    or that it does not compare within ``TIME_LIMIT`` seconds.
+    False for texts longer than ``MAX_FORMULA_CHARACTERS``, with different words, letters or marks, that it cannot
+    read, or that it does not compare within ``TIME_LIMIT`` seconds.
 
     Raises:
         SayoError: L32 without the packages, D71 when the worker process does not start.
     """
-    if max(len(answer), len(truth)) > MAX_FORMULA_CHARACTERS or _read_past(answer) != _read_past(truth):
+    if max(len(answer), len(truth)) > MAX_FORMULA_CHARACTERS or _ignored_parts(answer) != _ignored_parts(truth):
         return False
     require_math_verify()
     from pebble import ProcessExpired
@@ -88,7 +88,7 @@ def equal_formulas(answer: str, truth: str) -> bool:
 
 
 def same_letters(answer: str, truth: str) -> bool:
-    """Whether two texts without words have the same single letters, in the same case: "X" is another name than "x"."""
+    """Whether two texts without words have the same single letters in the same case, because "X" is not "x"."""
     return bool(_words(answer) or _words(truth)) or _letters(answer) == _letters(truth)
 
 
@@ -96,8 +96,8 @@ def _letters(text: str) -> list[str]:
     return _LETTER.findall(_COMMAND.sub(" ", text))
 
 
-def _read_past(text: str) -> tuple[object, ...]:
-    """What math-verify does not compare, or not in this sense."""
+def _ignored_parts(text: str) -> tuple[object, ...]:
+    """Parts of a text that math-verify does not compare, or compares differently."""
     text = "".join(map(_fold, _DEGREE.sub("°", text)))
     letters = _letters(text)
     ordered = "," in text and not text.strip("$\\ ").startswith("{")  # of a list, not of a set
@@ -126,7 +126,7 @@ def _no_worker(pool: Any) -> SayoError:
 
 
 def _equal(answer: str, truth: str) -> bool:
-    """In the worker."""
+    """Compare in the worker."""
     from math_verify import parse, verify
 
     sides = [parse(_delimited(text), parsing_timeout=None) for text in (truth, answer)]  # [] if it cannot be read
@@ -134,14 +134,14 @@ def _equal(answer: str, truth: str) -> bool:
 
 
 def _delimited(text: str) -> str:
-    """math-verify finds LaTeX between delimiters only."""
+    """Add delimiters, because math-verify finds LaTeX only between them."""
     return text if any(mark in text for mark in _DELIMITERS) else f"${text}$"
 
 
 def _start_worker() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limit of time is off
-    _equal("1", "x^2")  # imports, and builds the grammar, before the clock of the first comparison starts
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
+    _equal("1", "x^2")  # imports and builds the grammar before the time of the first comparison starts
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
@@ -150,7 +150,7 @@ _CURRENT: tuple[int, Any] | None = None  # process that made it, pool
 
 
 def _pool() -> Any:
-    """The worker of this process; a forked child does not use its parent's."""
+    """Return this process's worker pool; a forked child does not use its parent's."""
     global _CURRENT
     from pebble import ProcessPool
 

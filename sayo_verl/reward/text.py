@@ -1,26 +1,26 @@
-"""Answers as text: the normal form in which they are compared, and the truths that can be compared at all.
+"""Comparison of answers as text, and the check of ground truths.
 
-Two answers are equal when their normal forms are equal and not empty. ``normalise`` makes the normal form:
+Two answers are equal if their normal forms are equal and not empty. ``normalise`` computes the normal form:
 
- - Characters. Canonical composition (NFC) and case folding. Compatible characters (full width, ligatures) are one
-   character. Superscripts, subscripts, fractions and circled numbers stay, for "10⁵" is not "105". Decimal digits of
-   any script are ASCII digits; dashes and the minus sign are "-"; apostrophes and primes are "'", double ones '"'.
-   Characters that cannot be seen are dropped: zero-width characters, byte order marks, marks of direction. White space
-   is collapsed. A character keeps at most 30 combining marks, for composing takes time that grows with the square of
+ - Characters. Canonical composition (NFC) and case folding. Compatible characters (full width, ligatures) become one
+   character. Superscripts, subscripts, fractions and circled numbers stay, because "10⁵" is not "105". Decimal digits
+   of any script become ASCII digits. Dashes and the minus sign become "-", apostrophes and primes "'", double ones '"'.
+   Invisible characters are dropped: zero-width characters, byte order marks, direction marks. White space is
+   collapsed. A character keeps at most 30 combining marks, because the time of composition grows with the square of
    their number.
  - Ends. Quotation marks of any script, paired Markdown emphasis (``**red**``, ``_red_``, ``~~red~~``) and sentence
-   punctuation of any script are dropped. ``__red__`` stays, for names of programs look so (``__init__``). Three other
-   things stay: punctuation directly before a digit (".5"), and directly after a digit or a formula "!" ("5!", "n!",
-   "(n-1)!") and a quotation mark if none like it is in front (5", "f'"). A formula ends in a letter or a bracket and
-   has no two letters in a row, or ends in a bracket and has a digit or an operator.
+   punctuation of any script are dropped. ``__red__`` stays, because names in programs have this form (``__init__``).
+   Punctuation directly before a digit stays (".5"). Directly after a digit or a formula, "!" stays ("5!", "n!",
+   "(n-1)!"), and so does a quotation mark without an equal one in front (5", "f'"). A formula ends in a letter or a
+   bracket and has no two letters in a row, or ends in a bracket and has a digit or an operator.
  - Brackets. "(A)", "(A", "A)" are "A", "[red]" is "red", "(3)" is "3". Brackets stay around anything with a separator
    or another bracket in it ("[0,1)", "(0,1]", "{a, b}"), and around a number if they are square or curly.
  - Articles. A leading "the" or "an" is dropped, and a leading "a" unless a single letter follows ("A B").
- - Numbers. A plain decimal number stands for its value: "3", "3.0" and "+3."; ".5" and "0.5"; "1,000" and "1000", with
-   exact groups of three. Exponents, fractions, percentages and units are text. So is a number with a needless zero in
-   front ("007").
- - Spacing. One "$...$" or "\\(...\\)" around everything is dropped. In all but a plain number one space follows a
-   comma or semicolon between two things ("(1,2)" is "(1, 2)"), and none stands between a digit and "%".
+ - Numbers. Plain decimal numbers are equal by value: "3", "3.0" and "+3."; ".5" and "0.5"; "1,000" and "1000", with
+   exact groups of three. Exponents, fractions, percentages and units are text. So is a number with a leading zero
+   ("007").
+ - Spacing. One "$...$" or "\\(...\\)" around everything is dropped. Except in a plain number, one space follows a comma
+   or semicolon between two parts ("(1,2)" is "(1, 2)"), and no space separates a digit from "%".
 """
 
 import decimal
@@ -30,15 +30,15 @@ from functools import lru_cache
 
 import regex
 
-# A response is cut here, so no longer answer exists.
+# A response is cut here, so no answer is longer.
 MAX_CHARACTERS = 65_536
 # Longer truths are refused: their answers would be too long to normalise in bounded time.
 MAX_TRUTH_CHARACTERS = 16_384
 SLACK_CHARACTERS = 1024
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
-# Compatibility forms that mean something else than what they decompose into.
-_MEANT = ("<super>", "<sub>", "<fraction>", "<circle>")
+# Compatibility forms whose meaning differs from their decomposition.
+_MEANINGFUL = ("<super>", "<sub>", "<fraction>", "<circle>")
 _TRANSLATED = {
     "\N{ARABIC DECIMAL SEPARATOR}": ".",
     "\N{ARABIC THOUSANDS SEPARATOR}": ",",
@@ -56,7 +56,7 @@ _TRANSLATED = {
     "【": "[",
     "】": "]",
 }
-# Invisible operators separate what stands beside them: 2 times 3 is not 23.
+# Invisible operators separate their neighbours, because 2 times 3 is not 23.
 _UNSEEN = regex.compile(r"(?![\u2061-\u2064])[\p{Cf}\p{Cc}\p{Default_Ignorable_Code_Point}]")
 _MARKS = regex.compile(r"(\p{M}{30})\p{M}+")
 _OPERATOR = regex.compile(r"[\d+*/^-]")
@@ -73,12 +73,13 @@ _SQUARE = regex.compile(r"[\[{](?=\p{L})([^()\[\]{},;:|]+)[\]}]")
 _LETTER = regex.compile(r"\(?(\p{L})\)?")
 _ARTICLE = regex.compile(r"(?:(?:the|an) |a (?=\w\w|\d))+(?=\S)")
 _NUMBER = regex.compile(r"([-+]?)(0|[1-9]\d*|[1-9]\d{0,2}(?:,\d{3})+)?(?:\.(\d*))?")
-# What shows that a truth holds more than the answer, and what the response is marked up with.
+# Markup of a response, which shows that a ground truth contains more than the answer.
 _MARKUP = regex.compile(
     r"(?i)</?\s*(?:think(?:ing)?|thought|answer|reason(?:ing)?|rationale|reflection|analysis|solution|conclusion|image|video)\s*/?>"
     r"|<\|.{1,40}?\|>|</s>"
 )
-# A label with a colon, or "the answer is" and at most three words: more may be an answer ("... blowing in the wind").
+# A label with a colon, or "the answer is" and at most three words. More words may be an answer ("... blowing in the
+# wind").
 _THOUGHT = regex.compile(
     r"(?im)####|\bfinal answer\b|答案[*_ ]*[:\uff1a]"
     r"|(?:^[ \t*_#>-]*(?:the )?|\bthe )(?:correct |right )?"
@@ -89,7 +90,7 @@ _BOXED = regex.compile(r"\\(?:boxed|fbox)\b")
 
 @lru_cache(maxsize=4096)
 def _fold(character: str) -> str:
-    """One character in the form in which it is compared."""
+    """Return one character in its form for comparison."""
     if character in _TRANSLATED:
         return _TRANSLATED[character]
     category = unicodedata.category(character)
@@ -97,14 +98,14 @@ def _fold(character: str) -> str:
         return str(unicodedata.decimal(character))
     if category == "Pd":
         return "-"
-    if unicodedata.decomposition(character).startswith(_MEANT):
+    if unicodedata.decomposition(character).startswith(_MEANINGFUL):
         return character
     return unicodedata.normalize("NFKC", character)
 
 
 @lru_cache(maxsize=4096)
 def _kind(character: str) -> str:
-    """``"quote"``, ``"punctuation"``, ``"space"``, or ``""`` for what stays at the ends of an answer."""
+    """``"quote"``, ``"punctuation"``, ``"space"``, or ``""`` for a character that stays at the ends of an answer."""
     if _QUOTE.match(character):
         return "quote"
     if _PUNCTUATION.match(character):
@@ -113,7 +114,7 @@ def _kind(character: str) -> str:
 
 
 def _characters(text: str) -> str:
-    """The rule on characters."""
+    """Apply the rule on characters."""
     text = _MARKS.sub(r"\1", text)
     while True:
         folded = unicodedata.normalize("NFC", "".join(map(_fold, " ".join(text.split()))).casefold())
@@ -124,7 +125,7 @@ def _characters(text: str) -> str:
 
 
 def _ends(text: str) -> str:
-    """The rule on ends, without emphasis."""
+    """Apply the rule on ends, without emphasis."""
     first, last = 0, len(text)
     while first < last and _kind(text[first]):
         first += 1
@@ -143,14 +144,14 @@ def _ends(text: str) -> str:
 
 
 def _is_formula(text: str) -> bool:
-    """Whether "!" and "'" behind a text mean something; see the rule on ends."""
+    """Whether "!" and "'" after a text have a meaning; see the rule on ends."""
     if text[-1] in ")]}" and _OPERATOR.search(text):
         return True
     return bool(_SYMBOL.match(text[-1])) and not _WORD.search(text)
 
 
 def _emphasis(text: str) -> str:
-    """The text between a pair of Markdown's marks that stand nowhere else in it."""
+    """Remove a pair of Markdown marks around a text that does not contain them elsewhere."""
     for mark in _EMPHASIS:
         inner = text[len(mark) : -len(mark)]
         if text.startswith(mark) and text.endswith(mark) and inner.strip("*_~ ") and mark not in inner:
@@ -159,7 +160,7 @@ def _emphasis(text: str) -> str:
 
 
 def _number(text: str) -> str:
-    """A plain decimal number as the shortest text of its value; other text as it is."""
+    """Return a plain decimal number as the shortest text of its value, and other text unchanged."""
     found = _NUMBER.fullmatch(text)
     if not found or not (found[2] or found[3]):
         return text
@@ -169,12 +170,12 @@ def _number(text: str) -> str:
 
 
 def _spacing(text: str) -> str:
-    """The rule on spacing, for text that is no number: a space after the comma of "1,200" would hide its value."""
+    """Apply the rule on spacing, except to numbers, because a space after the comma of "1,200" would hide its value."""
     return _PERCENT.sub("", _SEPARATOR.sub(r"\1 ", text))
 
 
 def normalise(answer: str) -> str:
-    """The form in which an answer is compared; empty if nothing of it can be compared. See the rules above."""
+    """Return the normal form of an answer, empty if nothing of it can be compared. See the rules above."""
     text = _characters(answer)
     while True:
         shorter = _emphasis(_ends(text))
@@ -191,7 +192,7 @@ def normalise(answer: str) -> str:
 
 
 def truth_text(ground_truth: object) -> str | None:
-    """A ground truth as text; numbers without an exponent; None for what is neither text nor a finite number."""
+    """Return a ground truth as text, numbers without an exponent; None for neither text nor a finite number."""
     if isinstance(ground_truth, str):
         return ground_truth
     if isinstance(ground_truth, bool) or not isinstance(ground_truth, (numbers.Real, decimal.Decimal)):
@@ -204,7 +205,7 @@ def truth_text(ground_truth: object) -> str | None:
 
 
 def why_not_gradable(ground_truth: object, *, judge: str = "text") -> str | None:
-    """Why no answer can equal a ground truth, or every answer would.
+    """Return why a ground truth cannot be graded.
 
     Args:
         ground_truth: ``reward_model.ground_truth`` of a row, of any type.
@@ -224,12 +225,12 @@ def why_not_gradable(ground_truth: object, *, judge: str = "text") -> str | None
         return f"it has {len(text)} characters, more than {MAX_TRUTH_CHARACTERS}"
     markup = _MARKUP.search(text)
     if markup:
-        return f"it holds the tag {markup.group()}"
+        return f"it contains the tag {markup.group()}"
     if judge == "text" and _BOXED.search(text):
-        return "it holds \\boxed{}, and answers stand in <answer>"
+        return "it contains \\boxed{}, but answers are in <answer>"
     thought = _THOUGHT.search(text)
     if thought:
-        return f"it holds {thought.group().strip()!r}: a solution, not its answer alone"
+        return f"it contains {thought.group().strip()!r}, so it is a solution and not only its answer"
     if not normalise(text):
-        return "nothing of it is left to compare: punctuation or characters that cannot be seen"
+        return "it has only punctuation or invisible characters, so there is nothing to compare"
     return None

@@ -1,1 +1,1 @@
-"""A tiny Qwen3-VL for the drawn scenes: its builder, its supervised warm-up and its evaluation."""
+"""A tiny Qwen3-VL for the drawn scenes, with its supervised warm-up and its evaluation."""

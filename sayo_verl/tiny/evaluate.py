@@ -1,7 +1,7 @@
-"""What a policy does and looks at on held-out rows, measured with plain transformers.
+"""Evaluation of a policy's answers and attention on held-out rows, with plain transformers.
 
-Sampling is HF ``generate``; attention is the last layer's, from HF's eager attention, averaged over heads. Nothing here
-uses the probe or verl, so its figures stand beside theirs as a second measurement.
+Sampling is HF ``generate``. Attention is that of the last layer, from HF's eager attention, averaged over heads.
+Nothing here uses the probe or verl, so its figures are an independent measurement.
 
 Shape suffixes: B responses of a batch, P prompt tokens (padded on the left), T response tokens, S = P + T,
 V visual tokens of an image, H heads, D vocabulary.
@@ -25,7 +25,7 @@ from sayo_verl.tiny.warmup import prompt_batch
 from sayo_verl.vision.grids import merged_grid
 from sayo_verl.vision.masks import region_mask
 
-SELECTED_SHARE = RegionMethod.entropy_fraction  # of a response's tokens, those of the highest entropy
+SELECTED_SHARE = RegionMethod.entropy_fraction  # of a response's tokens, those with the highest entropy
 EPS = 1e-8  # added to both means of the ratio
 
 
@@ -40,7 +40,7 @@ def evaluate(
     batch_size: int = 128,
     max_rows: int | None = None,
 ) -> dict[str, Any]:
-    """Let a checkpoint answer rows of a scenes file and measure answers and attention.
+    """Measure a checkpoint's answers and attention on rows of a scenes file.
 
     Args:
         model_dir: folder that ``from_pretrained`` loads (model and processor).
@@ -48,19 +48,18 @@ def evaluate(
         samples_per_row: responses per row; 1 when greedy.
         temperature: of the sampling; 0 for greedy.
         seed: of the sampling.
-        max_new_tokens: longest response, the end token included.
+        max_new_tokens: longest response, with the end token.
         batch_size: responses per batch.
-        max_rows: take the first rows only.
+        max_rows: use only the first rows.
 
     Returns:
-        ``rows``, ``samples_per_row``, and per measure ``{"mean", "se"}``, where a row counts as its samples' mean:
-        ``accuracy``, ``format``, ``response_tokens`` (end token included), ``entropy`` (nats, mean over tokens),
+        ``rows``, ``samples_per_row``, and per measure ``{"mean", "se"}`` over rows, each the mean of its samples:
+        ``accuracy``, ``format``, ``response_tokens`` (with the end token), ``entropy`` (nats, mean over tokens),
         ``target_attention`` (R_a in (0, 1) over the selected tokens) and ``distractor_attention``,
         ``token_target_attention`` and ``token_target_attention_all`` (R_a of single tokens, mean over the selected and
-        over all tokens: these two can be compared), ``image_mass`` and ``target_mass`` (attention on all visual tokens
-        and on the target's, mean over the response), ``named_first`` and ``named`` (1 when the
-        response's reasoning opens with, or contains, the word that names the target), ``box_tokens`` (visual tokens
-        per target box).
+        over all tokens, so that the two can be compared), ``image_mass`` and ``target_mass`` (attention on all visual
+        tokens and on the target's, mean over the response), ``named_first`` and ``named`` (1 if the response's
+        reasoning starts with, or contains, the word for the target), ``box_tokens`` (visual tokens per target box).
     """
     model = Qwen3VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
     processor = AutoProcessor.from_pretrained(model_dir)
@@ -89,7 +88,7 @@ def measure_batch(
     temperature: float,
     max_new_tokens: int,
 ) -> list[dict[str, float]]:
-    """One response per row and its measures; ``model`` runs eager attention and has one image per row."""
+    """Sample one response per row and measure it; ``model`` runs eager attention, and a row has one image."""
     images = [Image.open(io.BytesIO(row["images"][0]["bytes"])) for row in rows]
     inputs = prompt_batch(processor, [row["extra_info"]["question"] for row in rows], images)
     ids_BS = generate(model, inputs, max_new_tokens=max_new_tokens, temperature=temperature)
@@ -140,7 +139,7 @@ def measure_batch(
 def _teacher_forced(
     model: Qwen3VLForConditionalGeneration, inputs: Any, ids_BS: torch.Tensor, valid_BT: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [B, T, D] that sampled each response token, and the attention row [B, T, S] of each as the input."""
+    """Logits [B, T, D] that sampled each response token, and the attention row [B, T, S] with each as the input."""
     n_prompt = inputs["input_ids"].shape[1]
     padded = dict(inputs)
     padded["input_ids"] = ids_BS
@@ -153,13 +152,13 @@ def _teacher_forced(
 
 
 def select_tokens(entropy_T: np.ndarray, share: float = SELECTED_SHARE) -> np.ndarray:
-    """Indices of the ``max(1, floor(share n))`` tokens of the highest entropy, ascending; ties go to earlier tokens."""
+    """Indices of the ``max(1, floor(share n))`` tokens with the highest entropy, ascending; ties go to earlier tokens."""
     k = max(1, math.floor(share * len(entropy_T)))
     return np.sort(np.argsort(-entropy_T, kind="stable")[:k])
 
 
 def region_attention(visual_TV: np.ndarray, region_V: np.ndarray) -> float:
-    """R_a = (1 + tanh(log((a + eps) / (v + eps)))) / 2 in (0, 1); 0.5 when the region is looked at like the rest.
+    """R_a = (1 + tanh(log((a + eps) / (v + eps)))) / 2 in (0, 1); 0.5 if the region gets average attention.
 
     Args:
         visual_TV: attention of some response tokens to the visual tokens.

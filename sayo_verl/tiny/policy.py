@@ -1,8 +1,8 @@
-"""A tiny but real Qwen3-VL: configuration, weights, tokenizer, image processor and chat template, made offline.
+"""A tiny but real Qwen3-VL: configuration, weights, tokenizer, image processor and chat template, built offline.
 
-Everything is an ordinary transformers object that ``AutoModelForImageTextToText`` and ``AutoProcessor`` load. The
-tokenizer is byte-level BPE, so any text encodes; its merges are trained on the words of the scenes, so that each of
-those is one token in the form it takes in a text.
+All parts are ordinary transformers objects that ``AutoModelForImageTextToText`` and ``AutoProcessor`` load. The
+tokenizer is byte-level BPE, so it encodes any text. Its merges are trained on the words of the scenes, so that each of
+these words is one token in its form in a text.
 """
 
 import json
@@ -30,7 +30,7 @@ from sayo_verl.errors import SayoError
 PAD, END = "<|endoftext|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
 SPECIAL_TOKENS = (PAD, "<|im_start|>", END, VISION_START, VISION_END, IMAGE, VIDEO)
-# Tags are not special: a reward function sees the response decoded without special tokens and must find them.
+# Tags are not special tokens, because a reward function must find them in a response decoded without special tokens.
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 MERGE_SIZE = 2
 TEMPORAL_PATCH_SIZE = 2
@@ -57,10 +57,10 @@ class TinyPolicyConfig:
 
     Attributes:
         hidden_size, layers, heads, kv_heads, head_dim, intermediate_size: the text model.
-        vision_hidden_size, vision_depth, vision_heads: the vision tower; its MLP is twice as wide as its stream.
+        vision_hidden_size, vision_depth, vision_heads: the vision tower; its MLP is twice as wide as its hidden size.
         deepstack: vision blocks whose output is also added to the first text layers.
         patch_size: pixels per patch side; a visual token covers 2 x 2 patches.
-        initializer_range: standard deviation of the initial weights. At the usual 0.02 a model this small did not
+        initializer_range: standard deviation of the initial weights. With the usual 0.02 a model of this size did not
             learn to use the image.
         max_positions: longest sequence, in tokens.
         seed: of the initial weights.
@@ -82,12 +82,12 @@ class TinyPolicyConfig:
     seed: int = 0
 
     def config_hash(self) -> str:
-        """Ten hexadecimal digits; equal for equal initial weights, tokenizer, processor and template."""
+        """Ten hexadecimal digits, equal for equal initial weights, tokenizer, processor and template."""
         return content_hash("policy", self, CHAT_TEMPLATE, SPECIAL_TOKENS, TAGS, task_words())
 
 
 def task_words() -> tuple[str, ...]:
-    """Every word and mark of the task in the form it takes in a text: with its leading space, where it has one."""
+    """Every word and mark of the task in its form in a text, with its leading space if it has one."""
     words = [f" {word}" for word in (*SHAPES, *COLOURS)] + [" ."]
     for question in QUESTIONS.values():
         pieces = question.rstrip(_WORD_ENDS).split(" ")
@@ -97,20 +97,20 @@ def task_words() -> tuple[str, ...]:
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE tokenizer in which every word of the task is one token.
+    """Build a byte-level BPE tokenizer in which every word of the task is one token.
 
     Raises:
-        SayoError: T02 when the trained merges do not give one token per word.
+        SayoError: T02 when the trained merges split a word.
     """
     trained = Tokenizer(models.BPE())
-    # Words are given to the trainer one by one, so only the byte alphabet of the real pre-tokenizer is needed here.
+    # The trainer gets words one by one, so only the byte alphabet of the real pre-tokenizer is needed here.
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trainer = trainers.BpeTrainer(
         vocab_size=100_000, min_frequency=1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     trained.train_from_iterator(task_words(), trainer)
     bpe = json.loads(trained.to_str())["model"]
-    merges: Any = [tuple(pair) for pair in bpe["merges"]]  # transformers declares strings, tokenizers takes pairs
+    merges: Any = [tuple(pair) for pair in bpe["merges"]]  # transformers declares strings, tokenizers needs pairs
     tokenizer = Qwen2Tokenizer(
         vocab=bpe["vocab"],
         merges=merges,
@@ -136,11 +136,11 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def build_processor(config: TinyPolicyConfig) -> Qwen3VLProcessor:
-    """Tokenizer, image processor and chat template; sides that are multiples of a visual token's keep their size."""
+    """Build tokenizer, image processor and chat template; image sides that are multiples of a visual token are kept."""
     side = config.patch_size * MERGE_SIZE
     sizes = {"patch_size": config.patch_size, "temporal_patch_size": TEMPORAL_PATCH_SIZE, "merge_size": MERGE_SIZE}
     half = [0.5, 0.5, 0.5]
-    limits = {"shortest_edge": side**2, "longest_edge": (8 * side) ** 2}  # in pixels: 1 to 64 visual tokens
+    limits = {"shortest_edge": side**2, "longest_edge": (8 * side) ** 2}  # in pixels, for 1 to 64 visual tokens
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=dict(limits), image_mean=half, image_std=half, **sizes),
         video_processor=Qwen3VLVideoProcessor(size=dict(limits), image_mean=half, image_std=half, **sizes),
@@ -150,7 +150,7 @@ def build_processor(config: TinyPolicyConfig) -> Qwen3VLProcessor:
 
 
 def build_model(config: TinyPolicyConfig, processor: Qwen3VLProcessor) -> Qwen3VLForConditionalGeneration:
-    """The untrained model in float32; the global random state is left as it was."""
+    """Build the untrained model in float32 without changing the global random state."""
     tokenizer = processor.tokenizer
     token_id = tokenizer.convert_tokens_to_ids
     spatial = config.head_dim // 6
@@ -168,7 +168,7 @@ def build_model(config: TinyPolicyConfig, processor: Qwen3VLProcessor) -> Qwen3V
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10000.0,
-            # the head_dim // 2 frequencies, shared out over time, height and width
+            # the head_dim // 2 frequencies, divided among time, height and width
             "mrope_section": [config.head_dim // 2 - 2 * spatial, spatial, spatial],
             "mrope_interleaved": True,
         },
@@ -214,11 +214,11 @@ def generate(
     max_new_tokens: int,
     temperature: float,
 ) -> torch.Tensor:
-    """Prompts and responses, long [B, P + T]; drawn from the whole distribution, or greedy at temperature 0."""
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    """Return prompts and responses, long [B, P + T], sampled from the whole distribution or greedy at temperature 0."""
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     stop = model.generation_config
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=stop.eos_token_id, pad_token_id=stop.pad_token_id, **how
+        max_new_tokens=max_new_tokens, eos_token_id=stop.eos_token_id, pad_token_id=stop.pad_token_id, **sampling
     )
-    # transformers types the self of generate() as a protocol that its own models do not meet
+    # transformers annotates the self of generate() with a protocol that its own models do not satisfy
     return cast(Any, model).generate(**inputs, generation_config=config)

@@ -1,13 +1,13 @@
-"""Supervised warm-up of the tiny policy, so that reinforcement learning has something to select from.
+"""Supervised warm-up of the tiny policy, which reinforcement learning then starts from.
 
-The policy learns to write ``<think> circle red .</think><answer> red</answer>``: it may first name other objects, or
-name only another object and still answer rightly. Which objects it names is therefore left to the policy, and that is
-what a reward on attention can change. Training stops by accuracy, not by steps: the rise from chance is steep, and a
-policy that is always right leaves nothing to learn.
+The policy learns to write ``<think> circle red .</think><answer> red</answer>``. It may first name other objects, or
+name only another object and still answer correctly. So the policy chooses which objects it names, and a reward on
+attention can change this choice. Training stops by accuracy, not by steps, because the rise from chance is steep and a
+policy that is always correct has nothing to learn.
 
-The warm-up also teaches the policy never to write an image placeholder or another special token: after random
-initialisation each keeps a probability of about 1e-7 per token, and one stray placeholder in some 50 000 sampled tokens
-would be an image token without an image, which stops a training run.
+The warm-up also teaches the policy not to write an image placeholder or another special token. After random
+initialisation each keeps a probability of about 1e-7 per token. One placeholder in some 50 000 sampled tokens would be
+an image token without an image, which stops a training run.
 
 Shape suffixes: B rows, S sequence, V vocabulary.
 """
@@ -37,22 +37,22 @@ IGNORE = -100  # the label that the loss skips
 
 @dataclass(frozen=True)
 class WarmupConfig:
-    """How the tiny policy is warmed up.
+    """Settings of the warm-up.
 
     Attributes:
         learning_rate, beta2, weight_decay, clip: AdamW and the gradient norm limit.
         warmup_steps: steps of linear rise of the learning rate; constant afterwards.
-        batch_size: fresh scenes per step.
-        forbid_weight, forbid_log_prob: weight of the loss that presses the log probability of all special tokens but
-            the end token (together) below a limit.
-        target_only, others_then_target: shares of responses that name the target alone, and one or two other objects
-            before it; the rest name one other object alone. The answer is right in all of them.
-        min_objects: scenes of the warm-up may be easier than those of the task, down to this many objects.
+        batch_size: new scenes per step.
+        forbid_weight, forbid_log_prob: weight and limit of the loss on the total log probability of all special tokens
+            except the end token.
+        target_only, others_then_target: shares of responses that name only the target, and one or two other objects
+            before it; the rest name only one other object. The answer is correct in all of them.
+        min_objects: minimum number of objects in warm-up scenes, which may be easier than those of the task.
         accuracy_target, format_target: stop at these greedy rates on held-out scenes of the task.
-        accuracy_floor: a policy that ends below it is refused.
+        accuracy_floor: a policy with a lower final accuracy is refused.
         eval_every, eval_scenes: steps between evaluations, scenes in each.
         max_new_tokens: longest response in an evaluation.
-        max_steps: stop here at the latest.
+        max_steps: upper limit of steps.
         threads: of torch while training; results are the same for the same number of threads.
         seed: of the scenes and responses (the initial weights have their own).
     """
@@ -80,18 +80,18 @@ class WarmupConfig:
 
 
 def prompt_messages(question: str) -> list[dict[str, Any]]:
-    """The messages that verl makes of a row's prompt ``"<image>" + question``."""
+    """The messages that verl builds from a row's prompt ``"<image>" + question``."""
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
 
 
 def response_text(named: Sequence[tuple[str, str]], answer: str) -> str:
-    """A response that names objects as (key word, attribute) and answers; without the end token."""
+    """Return a response that names objects as (key word, attribute) and answers, without the end token."""
     thought = "".join(f" {key} {attribute} ." for key, attribute in named)
     return f"<think>{thought}</think><answer> {answer}</answer>"
 
 
 def sample_response(rng: random.Random, scene: Scene, config: WarmupConfig) -> str:
-    """One right response; which objects it names is random, in the shares of ``config``."""
+    """Return one correct response that names random objects, in the shares of ``config``."""
     others = [i for i in range(len(scene.objects)) if i != scene.target]
     draw = rng.random()
     if draw < config.target_only or not others:
@@ -104,7 +104,7 @@ def sample_response(rng: random.Random, scene: Scene, config: WarmupConfig) -> s
 
 
 def prompt_batch(processor: Qwen3VLProcessor, questions: Sequence[str], images: Sequence[Any]) -> BatchFeature:
-    """Model inputs [B, S] of prompts with one image each, padded on the left, ready to generate from."""
+    """Model inputs [B, S] of prompts with one image each, padded on the left for generation."""
     texts = [
         processor.apply_chat_template(prompt_messages(question), add_generation_prompt=True, tokenize=False)
         for question in questions
@@ -115,7 +115,7 @@ def prompt_batch(processor: Qwen3VLProcessor, questions: Sequence[str], images: 
 def training_batch(
     processor: Qwen3VLProcessor, scenes: Sequence[Scene], responses: Sequence[str]
 ) -> tuple[BatchFeature, torch.Tensor]:
-    """Prompts and responses in one sequence, padded on the right.
+    """Build sequences of prompt and response, padded on the right.
 
     Returns:
         Model inputs [B, S], and labels [B, S]: the response's tokens and the end token, ``IGNORE`` elsewhere.
@@ -131,17 +131,17 @@ def training_batch(
     labels_BS = torch.full_like(inputs["input_ids"], IGNORE)
     lengths = inputs["attention_mask"].sum(1).tolist()
     for row, ids in enumerate(processor.tokenizer(ended)["input_ids"]):
-        # A tag opens every response, so the prompt's last token never merges with the response's first.
+        # Every response starts with a tag, so the prompt's last token never merges with the response's first.
         labels_BS[row, lengths[row] - len(ids) : lengths[row]] = torch.tensor(ids)
     if not torch.equal(inputs["input_ids"][labels_BS != IGNORE], labels_BS[labels_BS != IGNORE]):
-        raise AssertionError("a response has other tokens alone than after its prompt")
+        raise AssertionError("a response is tokenised differently alone and after its prompt")
     return inputs, labels_BS
 
 
 def warm_up_loss(
     logits_BSV: torch.Tensor, labels_BS: torch.Tensor, forbidden: Sequence[int], config: WarmupConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the labelled tokens, and how far (in nats) the forbidden ones are above their limit."""
+    """Cross-entropy of the labelled tokens, and the excess (in nats) of the forbidden ones over their limit."""
     predicted_NV = logits_BSV[:, :-1][labels_BS[:, 1:] != IGNORE].float()  # N: all labelled tokens of the batch
     cross_entropy = torch.nn.functional.cross_entropy(predicted_NV, labels_BS[:, 1:][labels_BS[:, 1:] != IGNORE])
     log_p_N = predicted_NV[:, list(forbidden)].logsumexp(-1) - predicted_NV.logsumexp(-1)
@@ -154,7 +154,7 @@ def greedy_rates(
     scenes: Sequence[Scene],
     max_new_tokens: int,
 ) -> tuple[float, float]:
-    """Shares of scenes whose greedy response is right and is well-formed, as the reward function judges."""
+    """Shares of scenes with a correct and with a well-formed greedy response, by the reward function."""
     inputs = prompt_batch(processor, [s.question for s in scenes], [s.image for s in scenes])
     ids_BS = generate(model, inputs, max_new_tokens=max_new_tokens, temperature=0.0)
     texts = processor.tokenizer.batch_decode(ids_BS[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -181,14 +181,14 @@ def warm_up(
     """Train ``model`` in place until its greedy accuracy reaches the target.
 
     Args:
-        scene_config: scenes of the task; train scenes and evaluation scenes come from separate streams.
+        scene_config: scenes of the task; training and evaluation scenes come from separate random streams.
 
     Returns:
-        ``steps``, ``seconds``, greedy ``accuracy`` and ``format`` rate at the end, and ``history``: (step, mean
-        cross-entropy since the last, accuracy) triples.
+        ``steps``, ``seconds``, final greedy ``accuracy`` and ``format`` rate, and ``history``: triples (step, mean
+        cross-entropy since the last evaluation, accuracy).
 
     Raises:
-        SayoError: T01 when ``max_steps`` pass and the accuracy is below the floor.
+        SayoError: T01 when the accuracy is below the floor after ``max_steps``.
     """
     start = time.perf_counter()
     rng = random.Random(f"warm-up/{config.seed}")
@@ -243,7 +243,7 @@ def warm_up(
 
 
 def policy_hash(policy: TinyPolicyConfig, warmup: WarmupConfig, scenes: SceneConfig) -> str:
-    """Ten hexadecimal digits; of ``scenes`` only what is drawn counts, not how many rows or whose box is rewarded."""
+    """Ten hexadecimal digits, independent of settings of ``scenes`` that do not change the drawing."""
     drawn = replace(scenes, n_train=1, n_val=1, seed=0, region="target")
     return content_hash(policy.config_hash(), warmup, WARMUP_VERSION, drawn.content(), GENERATOR_VERSION)
 
@@ -251,7 +251,7 @@ def policy_hash(policy: TinyPolicyConfig, warmup: WarmupConfig, scenes: SceneCon
 def prepare_policy(
     out_root: Path | str, policy: TinyPolicyConfig, warmup: WarmupConfig, scenes: SceneConfig
 ) -> Prepared:
-    """``out_root/policy-<hash>/``: a warmed-up checkpoint that ``from_pretrained`` loads, with ``manifest.json``.
+    """Make ``out_root/policy-<hash>/``, a warmed-up checkpoint for ``from_pretrained``, with ``manifest.json``.
 
     A complete folder of the same configuration is reused; training takes one to two and a half minutes on one core.
 

@@ -30,6 +30,7 @@ from sayo_verl.probe import taps
 from sayo_verl.probe.taps import (
     ForwardTap,
     check_full_attention,
+    requested_layers,
     resolve_layers,
     text_attention_layers,
     text_decoder,

@@ -31,6 +31,7 @@ from sayo_verl.models.families import FAMILIES, Family, family_of
 from sayo_verl.probe import taps
 from sayo_verl.probe.taps import (
     ForwardTap,
+    requested_layers,
     text_attention_layers,
     text_decoder,
 )

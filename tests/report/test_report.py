@@ -102,7 +102,7 @@ def test_a_file_cut_at_any_byte_gives_the_whole_lines_before_the_cut(tmp_path):
         run = load_run(tmp_path)
         assert run.steps == [1, 2, 3][:complete]
         in_a_line = whole[:cut].count(b"\n") < complete or whole[:cut].endswith(b"\n")
-        assert any("cut short" in note for note in run.notes) is not in_a_line
+        assert any("truncated" in note for note in run.notes) is not in_a_line
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_attempts_without_a_start_are_ordered_by_first_step_then_by_number(tmp_p
 
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("started", [None, "2026-11-26T10:00:00+0000"])
-def test_a_second_file_that_starts_anew_is_refused(tmp_path, first, started):
+def test_a_second_file_that_starts_from_scratch_is_refused(tmp_path, first, started):
     """A copy of another run's metrics beside those of the run: neither resumed the other."""
     attempt(tmp_path, "", range(1, 4), 1.0, started)
     attempt(tmp_path, "-old", range(first, 3), 2.0, started and "2026-11-26T11:00:00+0000")
@@ -213,7 +213,7 @@ def test_a_change_between_attempts_is_noted(tmp_path):
     attempt(tmp_path, "-2", range(3, 5), 2.0, "2026-11-26T11:00:00+0000", estimator="rloo")
     run = load_run(tmp_path)
     assert run.estimator == "rloo"
-    assert "estimator changed between the attempts: the last is shown" in run.notes
+    assert "estimator changed between the attempts; the last is shown" in run.notes
 
 
 def test_each_metrics_file_has_a_run_card_of_its_own():
@@ -245,7 +245,7 @@ def test_validation_accuracy_prefers_core_and_takes_the_plain_mean(tmp_path):
     assert load_run(write_run(tmp_path / "2", line(5, **aux))).validation_accuracy() == {"c": [(5, 0.1)]}
 
 
-def test_follower_gives_whole_lines_once_and_starts_anew_with_a_new_file(tmp_path):
+def test_follower_gives_whole_lines_once_and_starts_again_with_a_new_file(tmp_path):
     file = tmp_path / "f"
     follower = Follower(file)
     assert follower.new_lines() == []
@@ -686,7 +686,7 @@ def test_watch_warns_of_an_early_end_and_of_a_broken_line(tmp_path):
     )
     assert code == 0
     assert "warning: SAYO-R01" in shown
-    assert "warning: the run ended by itself at step 1/2" in shown
+    assert "warning: the run ended early at step 1/2" in shown
 
 
 def test_watch_beats_in_silence_and_warns_once_per_stall(tmp_path):

@@ -382,7 +382,7 @@ def test_truths_that_an_answer_can_equal(truth):
         ("?", "punctuation"),
         ("。", "punctuation"),
         ("“”", "punctuation"),
-        ("\u200b", "cannot be seen"),
+        ("\u200b", "invisible"),
         ("[]", "punctuation"),
         ("<answer> 3 </answer>", "<answer>"),
         ("</Think>3", "</Think>"),
