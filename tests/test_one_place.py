@@ -57,7 +57,7 @@ NAMED_ELSEWHERE = {
         "launch/reward_check.py": "its paper rewards no accuracy, which the plan says",
         "tiny/evaluate.py": "measures the tokens that it selects",
     },
-    "attn_anchor": {"methods/metis.py": "the graph partition of this method"},
+    "attn_anchor": {"metis.py": "the graph partition of this method"},
     "attn_faithful": {
         "focus/__init__.py": "the first stage of this method",
         "launch/preflight.py": "the plan says whether that stage was run",

@@ -209,8 +209,8 @@ class AnchorMethod:
         return Needs(StatisticsRequest(tuple(map(self._statistic, names))), packages=packages)
 
     def credit(self, signals: Signals) -> Credit:
-        mask, carrying = signals.response_mask.bool(), signals.carrying(boxes=False)
-        tokens = mask & carrying[:, None]
+        mask, eligible = signals.response_mask.bool(), signals.eligible_rows(boxes=False)
+        tokens = mask & eligible[:, None]
         density = connectivity(signals[self._statistic("image_mass")], signals[self._statistic("sink_mass")])
         density = torch.where(tokens, density, torch.zeros_like(density))
         metrics = {"anchor_density/mean": float(density[tokens].mean())} if tokens.any() else {}

@@ -299,12 +299,12 @@ class DualMethod(DualConfig):
         return Needs(StatisticsRequest((self._statistic,)))
 
     def credit(self, signals: Signals) -> Credit:
-        score, carrying = signals[self._statistic], signals.carrying(boxes=False)
-        mask = signals.response_mask.bool() & carrying[:, None]
-        token, trajectory = dual_grained_factors(score, signals.response_mask, signals.uid, self, carrying)
+        score, eligible = signals[self._statistic], signals.eligible_rows(boxes=False)
+        mask = signals.response_mask.bool() & eligible[:, None]
+        token, trajectory = dual_grained_factors(score, signals.response_mask, signals.uid, self, eligible)
         metrics: dict[str, float] = {}
-        if carrying.any():
-            groups = [kept for rows in group_rows(signals.uid) if (kept := [row for row in rows if carrying[row]])]
+        if eligible.any():
+            groups = [kept for rows in group_rows(signals.uid) if (kept := [row for row in rows if eligible[row]])]
             rho = focus_score(score, mask, groups, self.score_offset)
             _, gate = compensated(rho, mask, self)
             late = mask & (2 * mask.long().cumsum(-1) > mask.sum(-1, keepdim=True))
@@ -312,9 +312,9 @@ class DualMethod(DualConfig):
                 "visual_score/mean": float(score[mask].mean()),
                 "dual_gate_rate": float(gate.sum() / mask.sum()),
                 "dual_token_factor/std": float(token[mask].std(correction=0)),
-                "dual_trajectory_factor/mean": float(trajectory[carrying].mean()),
-                "dual_trajectory_factor/min": float(trajectory[carrying].min()),
-                "dual_trajectory_factor/max": float(trajectory[carrying].max()),
+                "dual_trajectory_factor/mean": float(trajectory[eligible].mean()),
+                "dual_trajectory_factor/min": float(trajectory[eligible].min()),
+                "dual_trajectory_factor/max": float(trajectory[eligible].max()),
             }
             early = mask & ~late
             if early.any() and rho[early].mean() > 0:

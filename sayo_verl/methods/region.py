@@ -220,7 +220,7 @@ class RegionMethod:
         return Needs(StatisticsRequest((self._image_mass, self._region_mass), coverage=self.coverage), boxes=True)
 
     def credit(self, signals: Signals) -> Credit:
-        mask, valid = signals.response_mask.bool(), signals.carrying()
+        mask, valid = signals.response_mask.bool(), signals.eligible_rows()
         image_mass, region_mass = signals[self._image_mass], signals[self._region_mass]
         # a(t), v(t): masses divided by the number of tokens they spread over
         target = region_mass / signals.region_tokens.clamp(min=1)[:, None]
