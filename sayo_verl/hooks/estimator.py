@@ -30,7 +30,7 @@ def timed_credit(method: Method, signals: Signals) -> tuple[Credit, float]:
 
 @dataclass
 class AdvantageContext:
-    """One step's signals for the estimator, and what the estimator tells back.
+    """One step's signals for the estimator, and what the estimator returns beside advantages.
 
     Attributes:
         method: whose credit it is.
@@ -53,7 +53,7 @@ class AdvantageContext:
     def credit(self, response_mask: torch.Tensor) -> tuple[Signals, Credit]:
         """The method's credit under the mask that verl trains with.
 
-        Rejection sampling may have masked tokens since the signals were fetched: what was begun ahead is then no use.
+        Rejection sampling may have masked tokens since the signals were fetched. The credit is then computed anew.
         """
         start = time.perf_counter()
         if self.ahead is not None and torch.equal(self.signals.response_mask.bool(), response_mask.bool()):

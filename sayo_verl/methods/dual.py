@@ -1,4 +1,4 @@
-"""VGPO: advantages reweighted by visual focus, within a response and between the responses of a prompt.
+"""VGPO: advantages weighted by visual focus, within a response and between the responses of a prompt.
 
 Paper: "Visually-Guided Policy Optimization for Multimodal Reasoning", arXiv 2604.09349. Its full text was not at hand:
 the equations are those of the released code (wzb-bupt/VGPO), numbered as third-party notes on the paper number them.
@@ -15,10 +15,10 @@ visual tokens:
     phi_i  = min-max of s over the rollouts of the prompt, minus its mean over them                           (10), (11)
     A_it   = A_i (1 + psi_it) (1 + phi_i)
 
-Both factors lie in [0, 2] and have mean one, over a response and over a group; no sign changes. The sign of A_i is not
-looked at: in a wrong answer the focused tokens are punished more. Equal scores are not equal factors: they tie at the
-gate, so the whole tail is compensated. The paper names the schedules step and exponential
-beside the linear t / T; their formulas are our reading: 1 in the whole tail, and (e^(t/T) - 1) / (e - 1).
+Both factors lie in [0, 2] and have mean one, over a response and over a group, so no sign changes. The sign of A_i is
+not used: in a wrong answer the focused tokens are punished more. If all scores of a tail are equal, all its tokens pass
+the gate. The paper names the schedules step and exponential beside the linear t / T. Their formulas are our reading: 1
+in the whole tail, and (e^(t/T) - 1) / (e - 1).
 
 Assumes: the score belongs to the rollout policy and is read once per batch, without gradient. Rows without an image
 have factor 1 and do not take part in the min-max of their group.

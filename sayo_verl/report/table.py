@@ -17,8 +17,8 @@ def first_last_table(run: Run, k: int = 5) -> Table:
     """Mean of the first ``k`` and of the last ``k`` training steps per metric, and the change, as a rich table.
 
     Below ``2 k`` steps the two windows shrink so that they do not overlap, and the header says so. A window with a NaN
-    has no mean: it reads ``NaN (3 of 40)``, counted over the whole run; a NaN elsewhere is told beside the name. Which
-    metrics are rows: :func:`sayo_verl.report.catalogue.rows_of`.
+    has no mean: it reads ``NaN (3 of 40)``, counted over the whole run. A NaN elsewhere is counted beside the name.
+    :func:`sayo_verl.report.catalogue.rows_of` chooses the rows.
     """
     header, rows = _cells(run, k)
     table = Table(title=escape(f"{run.run_id} ({c.estimator_of(run)})"), title_justify="left", header_style="bold")

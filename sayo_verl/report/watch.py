@@ -113,15 +113,15 @@ def watch(
     display = _Display(console or Console(), progress)
     with _signals_passed_to(process) as received, display.live or contextlib.nullcontext():
         try:
-            told = 0
+            shown = 0
             while True:
                 # Before the look at the files: what it wrote last is then still read.
                 ended = process.poll() is not None
                 display.show(progress.look(), ended=ended)
-                for signum in received[told:]:
-                    done = "killed the run" if told else "passed to the run, waiting for its end (once more: kill it)"
+                for signum in received[shown:]:
+                    done = "killed the run" if shown else "passed to the run, waiting for its end (once more: kill it)"
                     display.warn(f"{signal.Signals(signum).name}: {done}")
-                    told += 1
+                    shown += 1
                 if ended:
                     break
                 with contextlib.suppress(TimeoutExpired):
@@ -147,7 +147,7 @@ class _Progress:
         self._log = Follower(self.log, log_offset)
         self._file = metrics
         self._rank = -1
-        self._stall_told = self.started
+        self._stall_warned = self.started
         self._marks: deque[tuple[float, int]] = deque(maxlen=_PACE_STEPS + 1)
 
     def look(self) -> list[tuple[str, str]]:
@@ -162,8 +162,8 @@ class _Progress:
             events += self._read_step(raw, now)
         if records or self._log.offset != log_size:
             self.changed = now
-        if now - max(self.changed, self._stall_told) >= self.pace.stall:
-            self._stall_told = now
+        if now - max(self.changed, self._stall_warned) >= self.pace.stall:
+            self._stall_warned = now
             quiet = duration(now - self.changed)
             events.append(("warning", f"no log line and no step for {quiet}: the run may hang; see {self.log}"))
         return events
