@@ -74,6 +74,6 @@ def test_a_builtin_method_is_its_file_a_line_of_the_registry_a_yaml_and_a_recipe
     mentions = re.compile(rf"\b({name}|{cls})\b")
     found = {file for file in sources() if package in file.parents and mentions.search(file.read_text())}
     others = {str(file.relative_to(package)) for file in found - {METHOD_FILES[name], registry}}
-    assert others == set(NAMED_ELSEWHERE.get(name, ()))
+    assert others <= set(NAMED_ELSEWHERE.get(name, ())), "name it there with a reason, or leave the method out"
     assert (ROOT / "configs" / "method" / f"{name.removeprefix('attn_')}.yaml").is_file()
     assert [file for file in (ROOT / "recipe").glob("*/README.md") if f"(`{name}`)" in file.read_text()]

@@ -1,4 +1,4 @@
-"""Token filtering by visual sensitivity, after VPPO (arXiv 2510.09285): an example of a method of one's own.
+"""Token filtering by visual sensitivity, after VPPO (arXiv 2510.09285): an example of a method of your own.
 
     k_t = clamp(exp(-d_t) - 1 + d_t, 0, 10),  d_t = log pi(y_t | image) - log pi(y_t | changed image)
     weight of token t = 1 for the ceil(share * T) tokens of highest k_t in a response, 0 for the others
@@ -55,15 +55,15 @@ class SensitivityMethod:
         return Needs(StatisticsRequest(()), intervention=self.counterfactual)
 
     def credit(self, signals: Signals) -> Credit:
-        carrying = signals.carrying(boxes=False)
-        tokens = signals.response_mask.bool() & carrying[:, None]
-        effect = causal_effect(signals.log_probs, signals.the("counterfactual_log_probs"), tokens, k_max=10.0)
+        eligible = signals.eligible_rows(boxes=False)
+        tokens = signals.response_mask.bool() & eligible[:, None]
+        effect = causal_effect(signals.log_probs, signals.required("counterfactual_log_probs"), tokens, k_max=10.0)
         k_B = torch.ceil(self.share * tokens.sum(-1).double() - 1e-9).long()
         order = effect.masked_fill(~tokens, -math.inf).argsort(dim=-1, descending=True, stable=True)
         kept = (order.argsort(dim=-1) < k_B[:, None]) & tokens
         weight = torch.where(tokens, kept.to(effect.dtype), torch.ones_like(effect))
         metrics = {}
-        if carrying.any():
+        if eligible.any():
             metrics = {
                 "sensitivity/mean": float(effect[tokens].mean()),
                 "sensitivity_kept_share": float(kept.sum() / tokens.sum()),

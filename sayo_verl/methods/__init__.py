@@ -22,7 +22,7 @@ RESERVED = ("mix", "spread_floor")
 
 
 def register_method(cls: type[Method]) -> type[Method]:
-    """Make a method known under its name; to be used as a decorator.
+    """Register a method under its name; a decorator.
 
     Raises:
         SayoError: A14 for a class that is not a frozen dataclass with a name of its own that begins with ``attn_``.

@@ -1,11 +1,11 @@
-"""AT-RL: credit to the clusters of tokens that look at the image.
+"""AT-RL: credit for the clusters of tokens that look at the image.
 
 OUR READING. Paper: "Credit Where It is Due: Cross-Modality Connectivity Drives Precise RL for MLLM Reasoning", arXiv
-2602.11455. Its formulas and code are not public. What its abstract and summaries of it say: a token's connectivity is
-the attention it places on visual patches, with attention sinks debiased; about 15 % of the tokens are perceptual
-anchors; METIS clusters tokens by the similarity of their attention patterns; each cluster's perceptual load becomes a
-weight, A_AT(i, t) = W(C_k) A(i); training on tokens of low connectivity alone collapses. We read that as follows, for
-one response of n tokens:
+2602.11455. Its formulas and code are not public. Its abstract and summaries of it say: a token's connectivity is the
+attention it places on visual patches, with attention sinks debiased. About 15 % of the tokens are perceptual anchors.
+METIS clusters tokens by the similarity of their attention patterns. Each cluster's perceptual load becomes a weight,
+A_AT(i, t) = W(C_k) A(i). Training on tokens of low connectivity alone collapses. We read that as follows, for one
+response of n tokens:
 
     d_t   = image mass_t / (1 - sink mass_t)              connectivity in [0, 1]; the sink is the sequence's first token
     e_ts  = cosine of the attention profiles of t and s over the visual tokens, for the m nearest of each; and the least
@@ -15,18 +15,18 @@ one response of n tokens:
     W_k   = clip(l_k / mean of d_t, weight_min, weight_max), divided by its mean over the tokens
     A_it  = A_i W_k(t)
 
-The weights of a response have mean one exactly; dividing by the mean moves the bounds to [weight_min, weight_max] over
-a number between the two. METIS makes parts of equal size: with 7 or 8 of them the most perceptual one holds about the
-15 % that the paper calls anchors, which is why K goes up to 8. The bounds keep every token in the update ("linguistic
+The weights of a response have mean one exactly. Dividing by the mean moves the bounds to [weight_min, weight_max] over
+a number between the two. METIS makes parts of equal size. With 7 or 8 of them the most perceptual one holds about the
+15 % that the paper calls anchors, so K goes up to 8. The bounds keep every token in the update ("linguistic
 coherence").
 
-``weighting=top`` keeps the gradient of the 15 % of highest d_t alone, ``weighting=rest`` that of the others: the
-paper's control, and the one claim of it that needs no hidden formula. These weights are 0 and 1, do not have mean one,
-and need neither profiles nor METIS.
+``weighting=top`` keeps only the gradient of the ``anchor_share`` of highest d_t, ``weighting=rest`` only that of the
+others. This is the paper's control, and its one claim that needs no hidden formula. These weights are 0 and 1, do not
+have mean one, and need neither profiles nor METIS.
 
 Assumes: attention of the rollout policy, without gradient, at the row where y_t is the input. A response of fewer than
-2K tokens, or of more than 32,768 (METIS adds edge weights in 32 bits), is not cut and has weight 1; it is counted in
-``anchor_uncut_rows``. A response whose partition failed has weight 1, too; more than 1 % of failures stop the run.
+2K tokens, or of more than 32,768 (METIS adds edge weights in 32 bits), is not cut. It has weight 1 and is counted in
+``anchor_uncut_rows``. A response whose partition failed has weight 1, too. More than 1 % of failures stop the run.
 
 Shape suffixes: B rows, T response tokens, n tokens of one response, m neighbours, K parts.
 """
@@ -60,12 +60,12 @@ def edges(index: torch.Tensor, similarity: torch.Tensor) -> tuple[torch.Tensor, 
     """Neighbours of each token of one response and the weights of the edges: its nearest, and the token after it.
 
     Args:
-        index: int64 [n, m] in -1 .. n - 1; -1: none.
+        index: int64 [n, m] in -1 .. n - 1; -1 is no neighbour.
         similarity: [n, m] cosines.
 
     Returns:
-        ``(index [n, m + 1], weight [n, m + 1])``, both int16. An edge weighs round(1000 cosine), and is none when that
-        is not positive: METIS takes positive whole numbers only.
+        ``(index [n, m + 1], weight [n, m + 1])``, both int16. The weight of an edge is round(1000 cosine). METIS takes
+        positive whole numbers only, so an edge whose weight is not positive is left out.
     """
     following = torch.arange(1, index.shape[0] + 1, device=index.device)[:, None]
     following[-1:] = -1
@@ -97,7 +97,7 @@ def cluster_weights(
     mean_B1 = masked_mean(kept, on)[:, None]
     weight = (load_BK / mean_B1.clamp(min=EPS)).clamp(weight_min, weight_max).gather(1, label)
     total_B1 = masked_mean(weight, on)[:, None]
-    # all 0 when no token looks at the image and weight_min is 0: then nothing tells clusters apart
+    # All 0 if no token looks at the image and weight_min is 0: the clusters are then equal.
     weight = torch.where(on & (total_B1 > 0), weight / total_B1.clamp(min=EPS), torch.ones_like(weight))
     return weight, load_BK.masked_fill(size_BK == 0, -1.0)
 
@@ -209,8 +209,8 @@ class AnchorMethod:
         return Needs(StatisticsRequest(tuple(map(self._statistic, names))), packages=packages)
 
     def credit(self, signals: Signals) -> Credit:
-        mask, carrying = signals.response_mask.bool(), signals.carrying(boxes=False)
-        tokens = mask & carrying[:, None]
+        mask, eligible = signals.response_mask.bool(), signals.eligible_rows(boxes=False)
+        tokens = mask & eligible[:, None]
         density = connectivity(signals[self._statistic("image_mass")], signals[self._statistic("sink_mass")])
         density = torch.where(tokens, density, torch.zeros_like(density))
         metrics = {"anchor_density/mean": float(density[tokens].mean())} if tokens.any() else {}

@@ -1,8 +1,8 @@
 """What a method is: signals in, credit out.
 
-A method names what it needs (``needs``) and turns what was measured into credit (``credit``): terms that join the task
-reward, a factor per token, a factor per trajectory. ``sayo_verl.methods.group`` makes advantages of it, blind to where
-it came from, so methods compose by listing them (``sayo_verl.methods.mix``).
+A method names what it needs (``needs``) and turns what was measured into credit (``credit``): terms that are added to
+the task reward, a factor per token, a factor per trajectory. ``sayo_verl.methods.group`` computes advantages from the
+credit of any method, so methods compose by listing them (``sayo_verl.methods.mix``).
 
 Shape suffixes: B rows (one response each), T response tokens (padded on the right).
 """

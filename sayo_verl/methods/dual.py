@@ -1,4 +1,4 @@
-"""VGPO: advantages reweighted by visual focus, within a response and between the responses of a prompt.
+"""VGPO: advantages weighted by visual focus, within a response and between the responses of a prompt.
 
 Paper: "Visually-Guided Policy Optimization for Multimodal Reasoning", arXiv 2604.09349. Its full text was not at hand:
 the equations are those of the released code (wzb-bupt/VGPO), numbered as third-party notes on the paper number them.
@@ -15,10 +15,10 @@ visual tokens:
     phi_i  = min-max of s over the rollouts of the prompt, minus its mean over them                           (10), (11)
     A_it   = A_i (1 + psi_it) (1 + phi_i)
 
-Both factors lie in [0, 2] and have mean one, over a response and over a group; no sign changes. The sign of A_i is not
-looked at: in a wrong answer the focused tokens are punished more. Equal scores are not equal factors: they tie at the
-gate, so the whole tail is compensated. The paper names the schedules step and exponential
-beside the linear t / T; their formulas are our reading: 1 in the whole tail, and (e^(t/T) - 1) / (e - 1).
+Both factors lie in [0, 2] and have mean one, over a response and over a group, so no sign changes. The sign of A_i is
+not used: in a wrong answer the focused tokens are punished more. If all scores of a tail are equal, all its tokens pass
+the gate. The paper names the schedules step and exponential beside the linear t / T. Their formulas are our reading: 1
+in the whole tail, and (e^(t/T) - 1) / (e - 1).
 
 Assumes: the score belongs to the rollout policy and is read once per batch, without gradient. Rows without an image
 have factor 1 and do not take part in the min-max of their group.
@@ -299,12 +299,12 @@ class DualMethod(DualConfig):
         return Needs(StatisticsRequest((self._statistic,)))
 
     def credit(self, signals: Signals) -> Credit:
-        score, carrying = signals[self._statistic], signals.carrying(boxes=False)
-        mask = signals.response_mask.bool() & carrying[:, None]
-        token, trajectory = dual_grained_factors(score, signals.response_mask, signals.uid, self, carrying)
+        score, eligible = signals[self._statistic], signals.eligible_rows(boxes=False)
+        mask = signals.response_mask.bool() & eligible[:, None]
+        token, trajectory = dual_grained_factors(score, signals.response_mask, signals.uid, self, eligible)
         metrics: dict[str, float] = {}
-        if carrying.any():
-            groups = [kept for rows in group_rows(signals.uid) if (kept := [row for row in rows if carrying[row]])]
+        if eligible.any():
+            groups = [kept for rows in group_rows(signals.uid) if (kept := [row for row in rows if eligible[row]])]
             rho = focus_score(score, mask, groups, self.score_offset)
             _, gate = compensated(rho, mask, self)
             late = mask & (2 * mask.long().cumsum(-1) > mask.sum(-1, keepdim=True))
@@ -312,9 +312,9 @@ class DualMethod(DualConfig):
                 "visual_score/mean": float(score[mask].mean()),
                 "dual_gate_rate": float(gate.sum() / mask.sum()),
                 "dual_token_factor/std": float(token[mask].std(correction=0)),
-                "dual_trajectory_factor/mean": float(trajectory[carrying].mean()),
-                "dual_trajectory_factor/min": float(trajectory[carrying].min()),
-                "dual_trajectory_factor/max": float(trajectory[carrying].max()),
+                "dual_trajectory_factor/mean": float(trajectory[eligible].mean()),
+                "dual_trajectory_factor/min": float(trajectory[eligible].min()),
+                "dual_trajectory_factor/max": float(trajectory[eligible].max()),
             }
             early = mask & ~late
             if early.any() and rho[early].mean() > 0:

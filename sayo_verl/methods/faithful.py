@@ -183,16 +183,16 @@ class FaithfulMethod:
         return Needs(request, intervention=self.counterfactual, correctness=self.gate, boxes=self._boxes)
 
     def credit(self, signals: Signals) -> Credit:
-        valid = signals.carrying(boxes=self._boxes)
+        valid = signals.eligible_rows(boxes=self._boxes)
         tokens = signals.response_mask.bool() & valid[:, None]
-        effect = causal_effect(signals.log_probs, signals.the("counterfactual_log_probs"), tokens, self.k_max)
+        effect = causal_effect(signals.log_probs, signals.required("counterfactual_log_probs"), tokens, self.k_max)
         mass = torch.where(tokens, signals[self._mass], torch.zeros_like(effect))
         causal, average = (causal_weights(effect, tokens) * mass).sum(-1), masked_mean(mass, tokens)
         F = faithful_ratio(causal, average)
         value = F if self.form == "effect" else average
         metrics = {"faithful_rows_share": float(valid.sum() / (~signals.is_padding).sum().clamp(min=1))}
         if self.gate:
-            correct = torch.where(valid, signals.the("correct"), torch.zeros_like(value))
+            correct = torch.where(valid, signals.required("correct"), torch.zeros_like(value))
             value = correct * value
             if valid.any():
                 metrics["faithful_gate_rate"] = float(correct[valid].mean())

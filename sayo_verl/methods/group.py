@@ -8,10 +8,10 @@ Without terms and weights this is verl's GRPO bit for bit, which is why the grou
 operations as in ``verl.trainer.ppo.core_algos.compute_grpo_outcome_advantage``: one 1-D ``mean`` and ``std`` a group,
 in row order, in the dtype of the rewards.
 
-There is one place where it differs, on purpose. In float32 the mean of eight rewards of 0.95 is not 0.95, and verl's
-GRPO then gives each of them an advantage of 0.056 although nothing tells them apart. Here a group whose rewards spread
-over no more than ``spread_floor`` times the largest of them (at least 1) gets exactly zero. ``spread_floor=None`` keeps
-verl's arithmetic.
+It differs in one place, on purpose. In float32 the mean of eight rewards of 0.95 is not 0.95, and verl's GRPO gives
+each of them an advantage of 0.056 although they are equal. Here a group whose rewards spread over no more than
+``spread_floor`` times the largest of them (at least 1) gets exactly zero. ``spread_floor=None`` keeps verl's
+arithmetic.
 
 Shape suffixes: B rows (one response each), T response tokens (padded on the right), G rows of one group.
 """
@@ -119,7 +119,7 @@ def group_advantage(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """GRPO advantages of the task reward plus reward terms.
 
-    Each term is decided on for each group by itself:
+    Each term is treated by itself in each group:
 
     - A term that at most one row of the group carries is left out there: nothing can be compared with it.
     - Of a term that two or more rows carry, every other row gets the mean of those rows.

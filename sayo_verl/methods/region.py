@@ -36,7 +36,7 @@ A mean of Q tokens drawn at random from a response has the mean over the whole r
 size of Q. ``tests/methods/test_region.py`` shows both. For the same reason R_a over Q cannot be compared with R_a over
 all tokens: the metrics that compare them are means of the tokens' own R_a.
 
-``per_token`` is an extension of ours, after the motivating equation 4, which the paper does not train with: no reward
+``per_token`` is our extension, after the motivating equation 4, which the paper does not train with. It gives no reward
 term, but a factor 1 + weight * tanh(log(a(t) / v(t))) on the advantage of each token of Q, 1 on all other tokens.
 
 Shape suffixes: B rows, T response tokens.
@@ -220,7 +220,7 @@ class RegionMethod:
         return Needs(StatisticsRequest((self._image_mass, self._region_mass), coverage=self.coverage), boxes=True)
 
     def credit(self, signals: Signals) -> Credit:
-        mask, valid = signals.response_mask.bool(), signals.carrying()
+        mask, valid = signals.response_mask.bool(), signals.eligible_rows()
         image_mass, region_mass = signals[self._image_mass], signals[self._region_mass]
         # a(t), v(t): masses divided by the number of tokens they spread over
         target = region_mass / signals.region_tokens.clamp(min=1)[:, None]

@@ -1,4 +1,4 @@
-"""What a method may read of a batch, and how it says what it needs.
+"""What a method can read of a batch, and how it declares what it needs.
 
 Shape suffixes: B rows (one response each), T response tokens (padded on the right).
 """
@@ -6,12 +6,15 @@ Shape suffixes: B rows (one response each), T response tokens (padded on the rig
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sayo_verl.errors import SayoError
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest, union
 from sayo_verl.vision.intervention import Intervention
+
+RENAMED = {"the": "required", "carrying": "eligible_rows"}  # methods of ``Signals``: earlier name -> name
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Needs:
 
     Attributes:
         statistics: what the probe measures in the log-prob pass.
-        intervention: how the image is changed in a second log-prob pass of the same tokens; None: there is none.
+        intervention: how the image is changed in a second log-prob pass of the same tokens; None: no such pass.
         correctness: the reward function must report ``acc``.
         boxes: rows need a target region; rows without one are neutral.
         packages: modules that must be importable where advantages are computed, such as ``pymetis``, each with the pip
@@ -49,7 +52,7 @@ def join_needs(needs: Sequence[Needs]) -> Needs:
             got=sorted(map(str, interventions)),
             fix="give them the same counterfactual settings, or leave one method out",
         )
-    # A method that maps no boxes to tokens has no say in how they are mapped.
+    # Only methods that map boxes to tokens decide how they are mapped.
     coverage = next((n.statistics.coverage for n in needs if n.boxes), needs[0].statistics.coverage)
     requests = [n.statistics if n.boxes else dataclasses.replace(n.statistics, coverage=coverage) for n in needs]
     return Needs(
@@ -63,20 +66,20 @@ def join_needs(needs: Sequence[Needs]) -> Needs:
 
 @dataclass(frozen=True)
 class Signals:
-    """What the log-prob pass of the rollout policy tells about a batch. Detached float32; row order is the batch's.
+    """What the log-prob pass of the rollout policy measured on a batch. Detached float32, in the batch's order of rows.
 
     Attributes:
         response_mask: [B, T], 1 on the response's own tokens.
         entropy: [B, T] in nats, of the distribution that sampled token t.
         log_probs: [B, T] in nats, of token t under the policy that sampled it, recomputed by the trainer.
-        statistics: what the method asked for -> [B, T], or [B, T, W] for statistics of several values per token.
+        statistics: those that the method needs -> [B, T], or [B, T, W] for statistics of several values per token.
         image_tokens: [B] number of visual tokens of the row (0: no image).
         region_tokens: [B] number of visual tokens in the target region (0: no box).
         is_padding: [B] bool, synthetic rows that verl appends to make the batch divisible.
         uid: B names of prompts; rows of one prompt are a group, wherever they stand.
-        counterfactual_log_probs: [B, T] as ``log_probs``, of the same tokens after the changed image; None when no
-            method asked for it.
-        correct: [B] in [0, 1], ``acc`` of the reward function; None when no method asked for it.
+        counterfactual_log_probs: [B, T] as ``log_probs``, of the same tokens after the changed image; None if no
+            method needs it.
+        correct: [B] in [0, 1], ``acc`` of the reward function; None if no method needs it.
     """
 
     response_mask: torch.Tensor
@@ -106,11 +109,11 @@ class Signals:
             )
         return self.statistics[statistic]
 
-    def the(self, name: str) -> torch.Tensor:
-        """``counterfactual_log_probs`` or ``correct``, where presence is up to what was asked for.
+    def required(self, name: str) -> torch.Tensor:
+        """``counterfactual_log_probs`` or ``correct``, which are measured only if ``needs()`` names them.
 
         Raises:
-            SayoError: A10 when it was not measured.
+            SayoError: A10 if it was not measured.
         """
         value = {"counterfactual_log_probs": self.counterfactual_log_probs, "correct": self.correct}[name]
         if value is None:
@@ -118,9 +121,27 @@ class Signals:
                 "A10",
                 "a method reads a signal that was not measured",
                 where=f"signals.{name}",
-                fix="ask for it in the method's needs()",
+                fix="name it in the method's needs()",
             )
         return value
+
+    if not TYPE_CHECKING:  # a type checker still finds a misspelt name
+
+        def __getattr__(self, name: str) -> Any:
+            """Say the new name of a renamed method.
+
+            Raises:
+                SayoError: A19.
+            """
+            if name in RENAMED:
+                raise SayoError(
+                    "A19",
+                    "a method uses a name of an earlier version",
+                    where=f"signals.{name}",
+                    wanted=f"signals.{RENAMED[name]}",
+                    fix="rename it in your method's file",
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def neutral_reasons(self, *, boxes: bool = True) -> dict[str, torch.Tensor]:
         """Why a row cannot carry a visual term: reason -> bool [B]. A row has at most one, the first that fits.
@@ -140,8 +161,8 @@ class Signals:
             taken = taken | hit
         return reasons
 
-    def carrying(self, *, boxes: bool = True) -> torch.Tensor:
-        """bool [B]: the rows that no ``neutral_reasons`` exclude."""
+    def eligible_rows(self, *, boxes: bool = True) -> torch.Tensor:
+        """bool [B]: the rows that can carry a visual term, which have none of the ``neutral_reasons``."""
         return ~torch.stack(list(self.neutral_reasons(boxes=boxes).values())).any(0)
 
     def check(self) -> None:

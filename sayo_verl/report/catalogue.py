@@ -166,6 +166,6 @@ def estimator_of(run: Run) -> str:
 
 
 def _unlisted(names: Iterable[str]) -> list[Metric]:
-    """Metrics below ``sayo/`` that no section knows: those of a method of one's own."""
+    """Metrics below ``sayo/`` that no section knows: those of a user's own method."""
     own = sorted(name for name in names if name.startswith(PREFIX) and name not in _LISTED)
     return [Metric(name, short := name.removeprefix(PREFIX), live=short) for name in own]

@@ -152,7 +152,7 @@ def _teacher_forced(
 
 
 def select_tokens(entropy_T: np.ndarray, share: float = SELECTED_SHARE) -> np.ndarray:
-    """Indices of the ``max(1, floor(share n))`` tokens with the highest entropy, ascending; ties go to earlier tokens."""
+    """Indices of the ``max(1, floor(share n))`` tokens of highest entropy, ascending; ties go to earlier tokens."""
     k = max(1, math.floor(share * len(entropy_T)))
     return np.sort(np.argsort(-entropy_T, kind="stable")[:k])
 

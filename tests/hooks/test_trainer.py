@@ -281,10 +281,10 @@ def test_the_counterfactual_pass_leaves_the_first_pass_as_it_was(queue, config):
         prompt, T = len(row["prompts"]), len(row["responses"])
         wire = row["input_ids"].float()[prompt - 1 : prompt - 1 + T]
         assert torch.equal(signals.log_probs[n, :T], -wire / 1000)
-        assert torch.equal(signals.the("counterfactual_log_probs")[n, :T], -wire / 500)
+        assert torch.equal(signals.required("counterfactual_log_probs")[n, :T], -wire / 500)
         assert torch.equal(stored["old_log_probs"].unbind()[n], -wire / 1000)
         assert torch.equal(stored["log_probs"].unbind()[n], -row["input_ids"].float() / 1000)
-    assert signals.the("correct").tolist() == [float(row["extra_info"]["index"] == 3) for row in rows]
+    assert signals.required("correct").tolist() == [float(row["extra_info"]["index"] == 3) for row in rows]
     assert signals.uid == tuple(row["uid"] for row in rows)
     assert metrics["sayo/counterfactual_seconds"] > 0
 

@@ -286,9 +286,9 @@ def test_rows_may_come_in_any_order_and_neutral_ones_have_weight_one(weighting):
     shuffled = take(signals, order.tolist())
     weight = method.credit(signals).token_weight
     assert torch.equal(method.credit(shuffled).token_weight, weight[order])
-    carrying = signals.carrying(boxes=False)
-    assert not carrying.all()
-    assert (weight[~carrying] == 1).all()
+    eligible = signals.eligible_rows(boxes=False)
+    assert not eligible.all()
+    assert (weight[~eligible] == 1).all()
     assert torch.isfinite(weight).all()
     assert (weight >= 0).all()
 
@@ -303,7 +303,7 @@ def test_top_and_rest_share_the_response_between_them():
     assert {s.name for s in top.needs().statistics.statistics} == {"image_mass", "sink_mass"}
     signals = invent(top.needs(), 8, 10, 40)
     a, b = top.credit(signals), rest.credit(signals)
-    tokens = signals.response_mask.bool() & signals.carrying(boxes=False)[:, None]
+    tokens = signals.response_mask.bool() & signals.eligible_rows(boxes=False)[:, None]
     assert ((a.token_weight + b.token_weight)[tokens] == 1).all()
     for row in tokens.any(-1).nonzero().flatten().tolist():
         n = int(tokens[row].sum())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.invented_signals import invent
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
 from sayo_verl.errors import SayoError
@@ -301,3 +302,13 @@ def test_rows_in_another_order_are_refused():
             make_estimator("attn_region")(torch.rand(4, 3), torch.ones(4, 3), index=["a", "a", "b", "b"])
     finally:
         CURRENT.reset(token)
+
+
+def test_A19_a_renamed_method_of_the_signals_says_its_new_name():
+    signals = invent(RegionMethod().needs(), 3, 4, 5)
+    with pytest.raises(SayoError, match=r"^SAYO-A19: .*wanted signals\.eligible_rows"):
+        signals.carrying()
+    with pytest.raises(SayoError, match=r"^SAYO-A19: .*wanted signals\.required"):
+        signals.the("correct")
+    with pytest.raises(AttributeError, match="no attribute 'corect'"):
+        _ = signals.corect

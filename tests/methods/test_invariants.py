@@ -130,12 +130,12 @@ def test_groups_do_not_see_one_another(method, batch):
 @given(batch=batches)
 def test_neutral_rows_have_weight_one_and_no_term(method, batch):
     signals, _ = made(method, batch)
-    credit, neutral = method.credit(signals), ~signals.carrying(boxes=method.needs().boxes)
-    tokens = signals.response_mask.bool() & (~signals.carrying(boxes=False))[:, None]
+    credit, neutral = method.credit(signals), ~signals.eligible_rows(boxes=method.needs().boxes)
+    tokens = signals.response_mask.bool() & (~signals.eligible_rows(boxes=False))[:, None]
     if credit.token_weight is not None:
         assert (credit.token_weight[tokens] == 1).all()
     if credit.trajectory_weight is not None:
-        assert (credit.trajectory_weight[~signals.carrying(boxes=False)] == 1).all()
+        assert (credit.trajectory_weight[~signals.eligible_rows(boxes=False)] == 1).all()
     for term in credit.terms:
         assert not (term.valid & neutral).any()
 
