@@ -191,7 +191,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
     watch = commands.add_parser("watch", help="run a training command and show its progress")
     watch.add_argument("run", type=Path, help="run folder, for train.log and metrics.jsonl")
-    watch.add_argument("--steps", type=int, required=True, help="training steps the command will take")
+    watch.add_argument("--steps", type=int, help="training steps the command will take (default: as its run.json says)")
     watch.add_argument("command", nargs="+", help="the command, after --")
     watch.set_defaults(function=_watch)
 
@@ -216,7 +216,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 DOCTOR_EXAMPLE = """a job, with variables in front and overrides after the script as in its own call:
-  LORA_RANK=16 NGPUS_PER_NODE=4 sayo doctor --job scripts/run_sayo_qwen3vl_8b.sh sayo.gpu_memory_gib=48
+  METHOD=grpo NGPUS_PER_NODE=4 sayo doctor --job scripts/run_sayo_qwen3vl_8b.sh sayo.gpu_memory_gib=48
 """
 
 SOURCES = {
