@@ -56,4 +56,4 @@ python -m sayo_verl.focus train --base "$POLICY" --rows "$ROWS" --out "$OUT/poli
 python -m sayo_verl.focus report --base "$POLICY" --after "$OUT/policy" --rows "$SCENES/val.parquet" \
   --out "$OUT" --alpha "$ALPHA" --answers
 echo "policy   $OUT/policy"
-echo "next     METHOD=faithful POLICY=$(printf '%q' "$(absolute "$OUT/policy")") bash scripts/run_tiny.sh"
+echo "next     METHOD=faithful MODEL_PATH=$(printf '%q' "$(realpath "$OUT/policy")") bash scripts/run_tiny.sh"
