@@ -24,7 +24,7 @@ from verl.utils.device import auto_set_device
 from sayo_verl import __version__
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks.contract import RUN_TOKEN
-from sayo_verl.launch.job import keys_of, refuse_names, write_out
+from sayo_verl.launch.job import check_names, keys_of, write_out
 from sayo_verl.launch.preflight import preflight, show
 from sayo_verl.launch.resources import check_devices
 from sayo_verl.launch.resume import how_to_resume
@@ -151,8 +151,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        refuse_names(sys.argv[1:], os.environ)
-    except SayoError as error:
-        sys.exit(str(error))
+    check_names()
     main()

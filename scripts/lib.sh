@@ -28,6 +28,7 @@ place_run() {
   for name in METHOD MODEL_PATH DATA NNODES NGPUS_PER_NODE; do
     [[ -z "${!name:-}" ]] || given+="$name=$(printf '%q' "${!name}") "
   done
+  [[ "${0##*/}" != run.sh ]] || given="JOB=$JOB $given"
   if [[ -n "${OWN_METHOD:-}" && "${METHOD:-$OWN_METHOD}" == "$OWN_METHOD" ]]; then
     METHOD=$OWN_METHOD NAME=${0##*/run_} NAME=${NAME%.sh}
   else

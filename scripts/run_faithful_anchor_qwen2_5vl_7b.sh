@@ -65,8 +65,8 @@ fi
 
 TRAIN_FILES=("$TRAIN_FILE")
 if [[ -n "$DATA" ]]; then
-  TRAIN_FILES=("$DATA"/train-*.parquet)
-  VAL_FILES=("$DATA"/val-*.parquet)
+  TRAIN_FILES=("$DATA"/train*.parquet)
+  VAL_FILES=("$DATA"/val*.parquet)
   VAL_FILE=${VAL_FILES[0]} # of its first 256 rows the report is made
 fi
 

@@ -36,7 +36,10 @@ export RAY_enable_worker_prestart=0 RAY_prestart_worker_first_driver=0
 export TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1
 
 [[ "${DRY_RUN:-0}" != 1 ]] || exec bash scripts/run.sh "$@"
-export DATA=${DATA:-$(sayo prepare synthetic --out .sayo)} MODEL_PATH=${MODEL_PATH:-$(sayo prepare policy --out .sayo)}
+python -m sayo_verl.launch.job --config-dir configs +method="$METHOD" "$@" # before the policy takes its minutes
+[[ -n "${DATA:-}" || " $*" == *" data.train_files="* ]] || DATA=$(sayo prepare synthetic --out .sayo)
+[[ -n "${MODEL_PATH:-}" ]] || MODEL_PATH=$(sayo prepare policy --out .sayo)
+export DATA MODEL_PATH
 
 # The launcher's last word, after the report as well.
 trap 'grep "^to resume after step" "$OUT/train.log" | tail -n 1 || true' EXIT

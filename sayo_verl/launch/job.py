@@ -6,6 +6,7 @@
 import itertools
 import os
 import re
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -107,6 +108,14 @@ def refuse_names(arguments: Sequence[str], environment: Mapping[str, str]) -> No
             )
 
 
+def check_names() -> None:
+    """``refuse_names`` of this process; ``python -m sayo_verl.launch.job`` does no more."""
+    try:
+        refuse_names(sys.argv[1:], os.environ)
+    except SayoError as error:
+        sys.exit(str(error))
+
+
 def keys_of(overrides: Sequence[str]) -> set[str]:
     """The keys that Hydra overrides set."""
     return {override.lstrip("+~").partition("=")[0] for override in overrides}
@@ -189,3 +198,7 @@ def _place_output(config: DictConfig, given: Collection[str]) -> None:
             OmegaConf.update(config, key, value)
     metrics = next_metrics_file(folder) if resumed else folder / "metrics.jsonl"
     os.environ.setdefault(LOGGER_PATH, str(metrics))
+
+
+if __name__ == "__main__":
+    check_names()

@@ -173,6 +173,7 @@ def faked(repo, environment, tmp_path):
     fakes = {
         "copy/scripts/setup_env.sh": f"[[ $1 != --where ]] || echo {tmp_path}",
         "bin/sayo": sayo,
+        "bin/python": "",
         "bin/python3": f'[[ $1 != -m ]] || {{ echo "$@"; {told}; }}',
         "bin/nvidia-smi": "echo GPU 0",
     }
@@ -233,6 +234,7 @@ SETTINGS = [
     ("run_grpo_tiny.sh", {}),
     ("run_tiny.sh", {"METHOD": "grpo", "MODEL_PATH": "a b"}),
     ("run_vgpo_qwen2_5vl_7b.sh", {"METHOD": "dual_released", "NGPUS_PER_NODE": "4"}),
+    ("run.sh", {"JOB": "qwen2_5vl_7b", "METHOD": "anchor"}),
 ]
 
 
@@ -274,6 +276,16 @@ def test_the_tiny_scripts_last_line_says_how_to_resume(faked, tmp_path, status):
     assert ("table" in done.stdout) == (status == "0")
     assert "+job=tiny +method=region" in done.stdout
     assert "actor_rollout_ref.model.path=made sayo.data=made" in done.stdout
+
+
+def test_the_tiny_script_takes_files_of_its_own_and_stops_where_nothing_could_be_prepared(faked, tmp_path):
+    copy, env = faked
+    (tmp_path / "out").mkdir()
+    done = launch(copy, "run_tiny.sh", env, "data.train_files=a.parquet", "data.val_files=b.parquet")
+    assert done.returncode == 0, done.stderr
+    assert "sayo.data" not in done.stdout
+    (tmp_path / "bin" / "sayo").write_text('#!/usr/bin/env bash\n[[ "$1" != prepare ]]\n')
+    assert launch(copy, "run_tiny.sh", env).returncode == 1
 
 
 def test_METHOD_is_what_the_job_of_a_paper_trains(repo, environment):
