@@ -12,7 +12,7 @@ does nothing else.
 import argparse
 import json
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -39,7 +39,6 @@ class Condition:
     baseline: str | None = None
     overrides: tuple[str, ...] = ()
     own: tuple[str, str] | None = None
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 TOP, REST = "algorithm.attn.anchor.weighting=top", "algorithm.attn.anchor.weighting=rest"
@@ -217,7 +216,7 @@ def main() -> None:
                 seed,
                 args.steps,
                 args.steps,
-                {"METHOD": condition.method, **condition.environment},
+                {"METHOD": condition.method},
                 args.policy,
                 *condition.overrides,
             )

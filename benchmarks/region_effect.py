@@ -20,13 +20,14 @@ import subprocess
 import time
 from pathlib import Path
 
+from sayo_verl.data.scenes import SceneConfig, prepare
 from sayo_verl.tiny.evaluate import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 CONDITIONS = {
     "region": {"METHOD": "region"},
     "accuracy": {"METHOD": "grpo"},
-    "wrong box": {"METHOD": "region", "REGION": "distractor"},
+    "wrong box": {"METHOD": "region"},
 }
 MEASURES = {
     "accuracy": "accuracy",
@@ -71,14 +72,16 @@ def train(
         **os.environ,
         **settings,
         "OUT": str(out),
-        "SEED": str(seed),
-        "STEPS": str(steps),
-        "SAVE_FREQ": str(every),
-        "TEST_FREQ": "-1",
-        "POLICY": policy,
+        "MODEL_PATH": policy,
     }
+    values = [f"data.seed={seed}", f"trainer.total_training_steps={steps}", f"trainer.save_freq={every}"]
     start = time.monotonic()
-    subprocess.run(["bash", str(ROOT / "scripts" / "run_tiny.sh"), *overrides], env=env, check=True, cwd=ROOT)
+    subprocess.run(
+        ["bash", str(ROOT / "scripts" / "run_tiny.sh"), *values, "trainer.test_freq=-1", *overrides],
+        env=env,
+        check=True,
+        cwd=ROOT,
+    )
     (out / "seconds").write_text(str(time.monotonic() - start))
     return time.monotonic() - start
 
@@ -117,11 +120,13 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     start = measure(Path(args.policy), args.scenes, args.out / "start.json")
     steps = list(range(args.every, args.steps + 1, args.every))
+    wrong_box = prepare(ROOT / ".sayo", SceneConfig(region="distractor")).path
     results: dict[int, dict[str, list[dict[str, float]]]] = {step: {name: [] for name in CONDITIONS} for step in steps}
     seconds = []
     for seed in args.seeds:
-        for name, settings in CONDITIONS.items():
+        for name, given in CONDITIONS.items():
             out = args.out / f"{name.replace(' ', '_')}-{seed}"
+            settings = given | ({"DATA": str(wrong_box)} if name == "wrong box" else {})
             seconds.append(train(out, seed, args.steps, args.every, settings, args.policy))
             for step in steps:
                 model = out / "checkpoints" / f"global_step_{step}" / "actor" / "huggingface"

@@ -201,7 +201,7 @@ def _focus(parser: argparse.ArgumentParser) -> Run:
 
 def _watch(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("run", type=Path, help="run folder, for train.log and metrics.jsonl")
-    parser.add_argument("--steps", type=int, required=True, help="training steps the command will take")
+    parser.add_argument("--steps", type=int, help="training steps of the command (default: as its run.json says)")
     parser.add_argument("command", nargs="+", help="the command, after --")
     return _run_watch
 
@@ -280,7 +280,7 @@ SOURCES = {
     "hf": "a data set of the Hugging Face hub, or a folder of one",
 }
 DOCTOR_EXAMPLE = """a job, with variables in front and overrides after the script as in its own call:
-  LORA_RANK=16 NGPUS_PER_NODE=4 sayo doctor --job scripts/run_sayo_qwen3vl_8b.sh sayo.gpu_memory_gib=48
+  METHOD=grpo NGPUS_PER_NODE=4 sayo doctor --job scripts/run_sayo_qwen3vl_8b.sh sayo.gpu_memory_gib=48
 """
 COMMANDS: dict[str, tuple[str, AddFlags]] = {
     "doctor": ("check versions, device and whether the plug-in loads in Ray workers", _doctor),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import hydra
 import ray
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 from verl.utils.device import auto_set_device
@@ -23,8 +24,10 @@ from verl.utils.device import auto_set_device
 from sayo_verl import __version__
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks.contract import RUN_TOKEN
+from sayo_verl.launch.job import check_names, keys_of, write_out
 from sayo_verl.launch.model_check import load_config
 from sayo_verl.launch.preflight import preflight, show
+from sayo_verl.launch.resources import check_devices
 from sayo_verl.launch.resume import how_to_resume
 from sayo_verl.launch.reward_check import configure as configure_reward
 from sayo_verl.launch.settings import load_methods
@@ -110,6 +113,7 @@ def write_run_card(config: DictConfig) -> None:
         "total_steps": config.trainer.total_training_steps,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {"sayo-verl": __version__, **{name: version(name) for name in names}},
+        "metrics": metrics,
         "overrides": sys.argv[1:],
     }
     card_file.write_text(json.dumps(card, indent=1) + "\n")
@@ -125,6 +129,8 @@ def say_how_to_resume(config: DictConfig) -> None:
 def main(config: DictConfig) -> None:
     """Check, plan, run."""
     try:
+        check_devices(config, dry_run=config.sayo.dry_run)
+        write_out(config, keys_of(HydraConfig.get().overrides.task))
         config.sayo.modules = load_methods(config.sayo.modules)
         internvl.configure(config, load_config(str(config.actor_rollout_ref.model.path), dry_run=True))
         plan = preflight(config, dry_run=config.sayo.dry_run)
@@ -146,4 +152,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    check_names()
     main()

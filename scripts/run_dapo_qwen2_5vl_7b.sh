@@ -2,7 +2,6 @@
 # DAPO, verl's own code | Qwen2.5-VL-7B | vLLM rollouts | FSDP2 | GPUs
 #
 # The paired baseline of run_vgpo_qwen2_5vl_7b.sh: the same job but for the method.
-# Options: scripts/run_qwen2_5vl_7b.sh
+# Values and sources: configs/job/qwen2_5vl_7b.yaml.
 set -euo pipefail
-export METHOD=dapo NAME=${NAME:-dapo_qwen2_5vl_7b}
-exec bash "$(dirname "${BASH_SOURCE[0]}")/run_qwen2_5vl_7b.sh" "$@"
+JOB=qwen2_5vl_7b OWN_METHOD=dapo source "$(dirname "${BASH_SOURCE[0]}")/run.sh"

@@ -65,8 +65,8 @@ fi
 
 TRAIN_FILES=("$TRAIN_FILE")
 if [[ -n "$DATA" ]]; then
-  TRAIN_FILES=("$DATA"/train-*.parquet)
-  VAL_FILES=("$DATA"/val-*.parquet)
+  TRAIN_FILES=("$DATA"/train*.parquet)
+  VAL_FILES=("$DATA"/val*.parquet)
   VAL_FILE=${VAL_FILES[0]} # of its first 256 rows the report is made
 fi
 
@@ -93,11 +93,10 @@ TRAIN=(train --base "$MODEL_PATH" --rows "${IMITATED[@]}"
   --attention "$ATTENTION" --checkpointing "${WEIGHTS[@]}" "$@")
 REPORT=(report --base "$MODEL_PATH" --after "$OUT/policy" --rows "$VAL_FILE"
   --out "$OUT" --alpha "$ALPHA" --attention "$ATTENTION" --dtype bfloat16 --max-rows 256)
-NEXT="MODEL_PATH=$(printf '%q' "$(absolute "$OUT/policy")")"
-if [[ -n "$DATA" ]]; then NEXT+=" DATA=$(printf '%q' "$DATA")"; else
-  NEXT+=" TRAIN_FILE=$(printf '%q' "$TRAIN_FILE") VAL_FILE=$(printf '%q' "$VAL_FILE")"
-fi
+NEXT="MODEL_PATH=$(printf '%q' "$(realpath -m "$OUT/policy")")"
+[[ -z "$DATA" ]] || NEXT+=" DATA=$(printf '%q' "$DATA")"
 NEXT+=" bash scripts/run_faithful_qwen2_5vl_7b.sh"
+[[ -n "$DATA" ]] || NEXT+=" data.train_files=$(printf '%q' "$TRAIN_FILE") data.val_files=$(printf '%q' "$VAL_FILE")"
 
 # Arguments of all steps before the first, which takes hours. Rows that are to be imitated come from TRAIN_FILES.
 check_arguments() {

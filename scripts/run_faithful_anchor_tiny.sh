@@ -56,4 +56,4 @@ sayo focus train --base "$POLICY" --rows "$ROWS" --out "$OUT/policy" \
 sayo focus report --base "$POLICY" --after "$OUT/policy" --rows "$SCENES/val.parquet" \
   --out "$OUT" --alpha "$ALPHA" --answers
 echo "policy   $OUT/policy"
-echo "next     METHOD=faithful POLICY=$(printf '%q' "$(absolute "$OUT/policy")") bash scripts/run_tiny.sh"
+echo "next     METHOD=faithful MODEL_PATH=$(printf '%q' "$(realpath "$OUT/policy")") bash scripts/run_tiny.sh"

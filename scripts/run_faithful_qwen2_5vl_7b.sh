@@ -3,7 +3,6 @@
 #
 # The paired baseline is scripts/run_grpo_qwen2_5vl_7b.sh. MODEL_PATH=<the folder of run_faithful_anchor_qwen2_5vl_7b.sh>;
 # without it this stage runs alone, on a model without <Focus>, and the plan says so.
-# Options: scripts/run_qwen2_5vl_7b.sh
+# Values and sources: configs/job/qwen2_5vl_7b.yaml.
 set -euo pipefail
-export METHOD=faithful NAME=${NAME:-faithful_qwen2_5vl_7b}
-exec bash "$(dirname "${BASH_SOURCE[0]}")/run_qwen2_5vl_7b.sh" "$@"
+JOB=qwen2_5vl_7b OWN_METHOD=faithful source "$(dirname "${BASH_SOURCE[0]}")/run.sh"

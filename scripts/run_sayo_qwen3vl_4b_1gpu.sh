@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # SAYO (attn_region) | Qwen3-VL-4B, LoRA | vLLM rollouts | FSDP2 | one GPU of 80 GB
 #
-# The job of run_sayo_qwen3vl_8b.sh, whose values and sources [P][C][ours] it keeps, on the paper's smaller model [P] and
-# one card [ours]. A step has the paper's 24 prompts x 16 responses [C] and takes some eight times as long as on eight
-# cards. Composed and checked; not run on a GPU.
+# The job of run_sayo_qwen3vl_8b.sh on the paper's smaller model [P] and one card [ours]:
+# configs/job/sayo_qwen3vl_4b_1gpu.yaml. A step has the paper's 24 prompts x 16 responses [C] and takes some eight times as
+# long as on eight cards. Composed and checked; not run on a GPU.
 #
 #   DATA=data/sayo bash scripts/run_sayo_qwen3vl_4b_1gpu.sh
 #   DRY_RUN=1 bash scripts/run_sayo_qwen3vl_4b_1gpu.sh                     compose, check, print the plan; no GPU
-#   ACCURACY_WEIGHT=1 bash scripts/run_sayo_qwen3vl_4b_1gpu.sh algorithm.adv_estimator=grpo    the paired baseline
 #   RESUME=outputs/sayo_qwen3vl_4b_1gpu/<time> bash scripts/run_sayo_qwen3vl_4b_1gpu.sh        go on with a run
+#   METHOD=grpo bash scripts/run_sayo_qwen3vl_4b_1gpu.sh                   the paired baseline
 #
 # GiB by arithmetic, of 79.0 (the plan prints them anew; sayo_verl/launch/memory.py says what is counted):
 #   log-probs 27.7       weights 16.7 (float32), logits 4.6, vLLM asleep 2.0, CUDA 1.5, one layer 1.3, gathered layers 1.3
@@ -16,10 +16,6 @@
 #   optimizer step 20.6  weights 16.7, vLLM asleep 2.0, CUDA 1.5, Adam 0.2, ...
 #   weight sync 30.7     weights 16.7, vLLM weights 8.3, bucket 2.0, ...
 #   rollout 67.8         KV cache 37.8 (42 sequences of 6,610 tokens), weights 16.7, vLLM weights 8.3, CUDA 3.5, ...
-# A card of 48 GB holds it with ROLLOUT_GPU_MEM_UTIL=0.4.
-#
-# Options: scripts/run_sayo_qwen3vl_8b.sh
+# A card of 48 GB holds it with actor_rollout_ref.rollout.gpu_memory_utilization=0.4.
 set -euo pipefail
-export MODEL_PATH=${MODEL_PATH:-Qwen/Qwen3-VL-4B-Instruct} NGPUS_PER_NODE=${NGPUS_PER_NODE:-1}
-export NAME=${NAME:-sayo_qwen3vl_4b_1gpu}
-exec bash "$(dirname "${BASH_SOURCE[0]}")/run_sayo_qwen3vl_8b.sh" "$@"
+JOB=sayo_qwen3vl_4b_1gpu OWN_METHOD=region source "$(dirname "${BASH_SOURCE[0]}")/run.sh"

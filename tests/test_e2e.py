@@ -7,22 +7,29 @@ import subprocess
 
 import pytest
 
+from sayo_verl.data.scenes import SceneConfig, prepare
+
 pytestmark = pytest.mark.e2e
-SMALL = {"STEPS": "2", "TRAIN_BATCH_SIZE": "4", "GROUP_SIZE": "4", "TEST_FREQ": "-1", "MAX_RESPONSE_LENGTH": "12"}
+SMALL = [
+    "trainer.total_training_steps=2",
+    "data.train_batch_size=4",
+    "actor_rollout_ref.rollout.n=4",
+    "trainer.test_freq=-1",
+    "data.max_response_length=12",
+]
 
 
 def launch(repo, script, out, policy, *overrides, **variables):
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VERL_", "RAY_", "TRANSFER_QUEUE"))}
     env = {
         **inherited,
-        **SMALL,
         "OUT": str(out),
-        "POLICY": str(policy),
-        "CACHE": str(out.parent / "cache"),
+        "MODEL_PATH": str(policy),
+        "DATA": str(prepare(out.parent / "scenes", SceneConfig()).path),
         **variables,
     }
     return subprocess.run(
-        ["bash", str(repo / "scripts" / script), *overrides],
+        ["bash", str(repo / "scripts" / script), *SMALL, *overrides],
         env=env,
         capture_output=True,
         text=True,
@@ -88,7 +95,7 @@ def test_a_used_output_folder_is_refused_and_nothing_overwritten(repo, sayo_run,
 
 def test_grpo_is_verls_own_code_on_the_same_launcher(repo, random_policy, tmp_path):
     out = tmp_path / "grpo"
-    done = launch(repo, "run_grpo_tiny.sh", out, random_policy, STEPS="1")
+    done = launch(repo, "run_grpo_tiny.sh", out, random_policy, "trainer.total_training_steps=1")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:] + (out / "train.log").read_text()[-4000:]
     (step,) = metrics(out)
     assert not [name for name in step if name.startswith("sayo/")]
@@ -108,8 +115,8 @@ def test_all_methods_train_together(repo, random_policy, tmp_path):
         "algorithm.adv_estimator=attn_mix",
         "algorithm.attn.mix=[region,faithful,anchor,dual]",
         "algorithm.attn.dual.intra=False",
+        "trainer.total_training_steps=1",
         METHOD="region",
-        STEPS="1",
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:] + (out / "train.log").read_text()[-4000:]
     (step,) = metrics(out)

@@ -62,27 +62,30 @@ def _job(stage: Stage, script: str, model: str, scenes: Path, lora: bool, more: 
     out = stage.out / "runs" / f"{Path(script).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     settings = {
         "MODEL_PATH": model,
-        "TRAIN_FILE": scenes / "train.parquet",
-        "VAL_FILE": scenes / "val.parquet",
+        "DATA": scenes,
         "OUT": out,
         "NGPUS_PER_NODE": 1,
-        "GROUP_SIZE": 8,
-        "TRAIN_BATCH_SIZE": 16,
-        "ACCURACY_WEIGHT": 1,
-        "EPOCHS": 1000,
-        "MAX_PROMPT_LENGTH": 512 if lora else 32,
-        "MAX_RESPONSE_LENGTH": 128 if lora else 24,
-        "LORA_RANK": 16 if lora else 0,
-        "SAVE_FREQ": -1,
-        "TEST_FREQ": -1,
-        "ROLLOUT_GPU_MEM_UTIL": 0.4,
         "DRY_RUN": int(stage.tiny),
     }
     # the scripts take the active Python where it has the package
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, **{name: str(value) for name, value in settings.items()}, "PATH": path}
     environment.pop("TRITON_INTERPRET", None)
-    overrides = [f"trainer.total_training_steps={STEPS}", "trainer.val_before_train=False", *more]
+    overrides = [
+        "actor_rollout_ref.rollout.n=8",
+        "data.train_batch_size=16",
+        "reward.custom_reward_function.reward_kwargs.accuracy_weight=1",
+        "trainer.total_epochs=1000",
+        f"data.max_prompt_length={512 if lora else 32}",
+        f"data.max_response_length={128 if lora else 24}",
+        f"actor_rollout_ref.model.lora_rank={16 if lora else 0}",
+        "trainer.save_freq=-1",
+        "trainer.test_freq=-1",
+        "actor_rollout_ref.rollout.gpu_memory_utilization=0.4",
+        f"trainer.total_training_steps={STEPS}",
+        "trainer.val_before_train=False",
+        *more,
+    ]
     done = subprocess.run(
         ["bash", script, *overrides],
         cwd=ROOT,

@@ -40,7 +40,7 @@ def ways(s: Shapes, j: Job, shapes: Callable[[int], Shapes]) -> str:
     """
 
     def set_utilization(share: float) -> str:
-        return f"ROLLOUT_GPU_MEM_UTIL={share} in front of the script, or {UTILIZATION}={share}"
+        return f"{UTILIZATION}={share}"
 
     share = utilization(s, j)
     if share is not None:
@@ -51,7 +51,7 @@ def ways(s: Shapes, j: Job, shapes: Callable[[int], Shapes]) -> str:
     fsdp = f"{ACTOR}.fsdp_config"
     options: list[tuple[str, Callable[[Shapes, Job], tuple[Shapes, Job]]]] = [
         (
-            f"PPO_MAX_TOKEN_LEN_PER_GPU={tokens} in front of the script, or {ACTOR}.ppo_max_token_len_per_gpu={tokens} "
+            f"{ACTOR}.ppo_max_token_len_per_gpu={tokens} "
             f"actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu={tokens} (or smaller micro-batches; from "
             f"{max(j.tokens, j.log_prob_tokens)} tokens)",
             lambda s, j: (s, _shorter(j, tokens)),
@@ -65,7 +65,7 @@ def ways(s: Shapes, j: Job, shapes: Callable[[int], Shapes]) -> str:
             lambda s, j: (s, replace(j, weight_bytes=2)),
         ),
         (
-            "a LoRA: LORA_RANK=16 in front of the script, or actor_rollout_ref.model.lora_rank=16",
+            "a LoRA: actor_rollout_ref.model.lora_rank=16",
             lambda s, j: (s if j.lora else shapes(16), replace(j, lora=True)),
         ),
         (

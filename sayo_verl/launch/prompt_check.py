@@ -33,8 +33,8 @@ def check_batch(config: DictConfig, rows: int) -> None:
             where="data.train_files",
             got=f"{rows} rows",
             wanted=f"at least {wanted}, data.{'gen' if fetched == wanted else 'train'}_batch_size",
-            fix="add rows, or make the batch smaller (TRAIN_BATCH_SIZE=... for our scripts, which sets the "
-            "mini-batch as well)",
+            fix="add rows, or make the batch smaller: data.train_batch_size=... "
+            "actor_rollout_ref.actor.ppo_mini_batch_size=...",
         )
 
 

@@ -2,8 +2,10 @@
 
 import math
 import os
+import shutil
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.errors import SayoError
@@ -63,9 +65,43 @@ def check_batch_sizes(config: DictConfig) -> None:
             )
 
 
+def cluster(config: DictConfig) -> bool:
+    """Whether the run joins a Ray cluster that is already up."""
+    return bool(os.environ.get("RAY_ADDRESS") or OmegaConf.select(config, "ray_kwargs.ray_init.address"))
+
+
 def elsewhere(config: DictConfig, *, dry_run: bool) -> bool:
     """Whether this machine tells nothing of the run's: a dry run, several nodes, or a cluster that is already up."""
-    return dry_run or int(config.trainer.nnodes) > 1 or bool(os.environ.get("RAY_ADDRESS"))
+    return dry_run or int(config.trainer.nnodes) > 1 or cluster(config)
+
+
+def check_devices(config: DictConfig, *, dry_run: bool) -> None:
+    """Refuse several nodes without a cluster, and a run on GPUs on a machine that has none.
+
+    Raises:
+        SayoError: L55, L21.
+    """
+    nodes = int(config.trainer.nnodes)
+    if dry_run or cluster(config):
+        return
+    if nodes > 1:  # Ray would start a cluster on this machine and wait for GPUs that it does not have
+        raise SayoError(
+            "L55",
+            "several nodes need a Ray cluster that is up, and no address of one is given",
+            where="trainer.nnodes",
+            got=nodes,
+            fix=f"start one (ray start) and give its address: RAY_ADDRESS=auto NNODES={nodes} bash ... on one of its "
+            "nodes",
+        )
+    on_gpu = config.trainer.device == "cuda" and os.environ.get("VERL_PLATFORM") != "cpu"
+    if on_gpu and not torch.cuda.is_available() and shutil.which("nvidia-smi") is None:
+        raise SayoError(
+            "L21",
+            "no GPU on this machine and no RAY_ADDRESS of a cluster that has some",
+            where="trainer.device",
+            got=config.trainer.device,
+            fix="look at the job with DRY_RUN=1, or train the tiny task here: bash scripts/run_sayo_tiny.sh",
+        )
 
 
 def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:

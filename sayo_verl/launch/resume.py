@@ -89,7 +89,7 @@ def check_resume(config: DictConfig) -> str:
             where="trainer.total_training_steps",
             got=f"{total}, resuming {start.name}",
             wanted=f"more than {step}",
-            fix="raise it (STEPS=... for run_tiny.sh)",
+            fix="raise it",
         )
     return f"{start.name} of {total or '?'}, from {start.parent}"
 

@@ -401,7 +401,7 @@ def _check_correctness(settings: Mapping[str, Any], method: Method | None) -> st
             where=f"{KWARGS}.accuracy_weight",
             got=settings["accuracy_weight"],
             wanted="more than 0",
-            fix=f"put ACCURACY_WEIGHT=1 in front of the script, or set ++{KWARGS}.accuracy_weight=1",
+            fix=f"set ++{KWARGS}.accuracy_weight=1",
         )
     if any(part.needs().correctness for part in giving):
         return ""

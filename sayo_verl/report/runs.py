@@ -19,7 +19,7 @@ from typing import Any
 from sayo_verl.errors import SayoError
 
 METRICS_FILE, LOG_FILE, RUN_FILE = "metrics.jsonl", "train.log", "run.json"
-METRICS_GLOB = "metrics*.jsonl"
+METRICS_GLOB, RUN_GLOB = "metrics*.jsonl", "run*.json"
 UNKNOWN, NOT_MEASURED = "unknown", "not measured"
 
 # verl's name is val-core/<data source>/acc/mean@<responses per prompt>; the data source may contain slashes.
@@ -161,6 +161,14 @@ def run_card(metrics: Path) -> Path:
     """The launcher's record of the attempt that writes ``metrics``, such as run-2.json for metrics-2.jsonl."""
     stem = metrics.stem.removeprefix("metrics") if metrics.stem.startswith("metrics") else f"-{metrics.stem}"
     return metrics.with_name(f"run{stem}.json")
+
+
+def next_metrics_file(folder: Path) -> Path:
+    """The metrics file of a further attempt in ``folder``: metrics-2.jsonl, or the first that no attempt has taken."""
+    n = 2
+    while (file := folder / f"metrics-{n}.jsonl").exists() or run_card(file).exists():
+        n += 1
+    return file
 
 
 @dataclass

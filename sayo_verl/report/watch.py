@@ -5,6 +5,7 @@ a heartbeat.
 """
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -44,7 +45,7 @@ class Pace:
 def run_and_watch(
     command: Sequence[str],
     run_dir: Path | str,
-    total_steps: int,
+    total_steps: int | None = None,
     env: Mapping[str, str] | None = None,
     *,
     pace: Pace | None = None,
@@ -55,8 +56,9 @@ def run_and_watch(
     Args:
         command: program and arguments.
         run_dir: folder of the run; created if missing. Output of earlier attempts is not shown again. Metrics are read
-            from VERL_FILE_LOGGER_PATH of ``env``, or from metrics.jsonl in this folder.
-        total_steps: training steps of the command.
+            from the file that the launcher's run card names. Without a card it is VERL_FILE_LOGGER_PATH of ``env``, or
+            metrics.jsonl in this folder.
+        total_steps: training steps of the command; None: those of the run card.
         env: its whole environment (default: this process's). PYTHONUNBUFFERED=1 is added, so that phases show at once.
         pace, console: as for :func:`watch`.
 
@@ -88,7 +90,7 @@ def run_and_watch(
 def watch(
     run_dir: Path | str,
     process: Popen,
-    total_steps: int,
+    total_steps: int | None = None,
     *,
     pace: Pace | None = None,
     console: Console | None = None,
@@ -105,7 +107,7 @@ def watch(
     Args:
         run_dir: folder of train.log and metrics.jsonl.
         process: writes its output to train.log; best started in a new session.
-        total_steps: training steps of the process.
+        total_steps: training steps of the process; None: those of the run card that it writes.
         console: output; default stdout.
         log_offset, metrics_offset: bytes of the two files from earlier attempts.
         metrics_file: if not run_dir/metrics.jsonl.
@@ -143,8 +145,9 @@ def watch(
 class _Progress:
     """The state of a run, read from its files."""
 
-    def __init__(self, run_dir: Path, total_steps: int, pace: Pace, log_offset: int, metrics: Follower) -> None:
+    def __init__(self, run_dir: Path, total_steps: int | None, pace: Pace, log_offset: int, metrics: Follower) -> None:
         self.log, self.total, self.pace = run_dir / r.LOG_FILE, total_steps, pace
+        self._run_dir, self._old_cards = run_dir, set(run_dir.glob(r.RUN_GLOB))
         self.phase, self.step, self.metrics = STARTING, 0, dict[str, float]()
         self._shown = headlines([])
         self._seen: set[str] = set()
@@ -159,6 +162,7 @@ class _Progress:
         """Read new lines and return (kind, line) events of kind phase, step or warning."""
         now = time.monotonic()
         events = []
+        self._read_card()
         log_size = self._log.offset
         for raw in self._log.new_lines():
             events += self._read_phase(clean_log_line(raw))
@@ -172,6 +176,22 @@ class _Progress:
             quiet = duration(now - self.changed)
             events.append(("warning", f"no log line and no step for {quiet}; the run may hang, see {self.log}"))
         return events
+
+    def _read_card(self) -> None:
+        """Take the number of steps and the metrics file from the card that the launcher writes before training."""
+        for card in set(self._run_dir.glob(r.RUN_GLOB)) - self._old_cards:
+            try:
+                launch = json.loads(card.read_text())
+            except ValueError:
+                continue  # half-written: the next look reads it
+            self._old_cards.add(card)
+            self.total = self.total or launch.get("total_steps")
+            if (metrics := launch.get("metrics")) and Path(metrics) != self._file.path:
+                self._file = Follower(Path(metrics))
+
+    def of_total(self, step: int) -> str:
+        """``"3/30"``; a run that counts epochs says no total."""
+        return f"{step}/{self.total or '?'}"
 
     def _read_phase(self, line: str) -> list[tuple[str, str]]:
         rank = phase_rank(line)
@@ -195,7 +215,7 @@ class _Progress:
         self._seen |= values.keys()
         self._shown = headlines(self._seen)
         self.metrics, self.step_started, self.step = values, now, step
-        return [("step", f"step {step}/{self.total}  {self.numbers()}{checked}  {self.eta()}")]
+        return [("step", f"step {self.of_total(step)}  {self.numbers()}{checked}  {self.eta()}")]
 
     def numbers(self) -> str:
         """The last step's common metrics and those that a method logged in any step, in one line."""
@@ -205,7 +225,7 @@ class _Progress:
     def eta(self) -> str:
         """Remaining time at the pace of the last steps; unknown after the first step, which includes the warm-up."""
         (begin, first), (end, last) = self._step_times[0], self._step_times[-1]
-        if last <= first:
+        if last <= first or self.total is None:
             return "ETA unknown"
         return f"ETA {duration((end - begin) / (last - first) * max(0, self.total - last))}"
 
@@ -231,7 +251,7 @@ class _Display:
                 self._say(line)
         progress, now = self._progress, time.monotonic()
         if self.live is None and not ended and now - self._last_line >= progress.pace.heartbeat:
-            doing = f"step {progress.step + 1}/{progress.total}" if progress.step else progress.phase
+            doing = f"step {progress.of_total(progress.step + 1)}" if progress.step else progress.phase
             self._say(f"still in: {doing}; last log line {duration(now - progress.changed)} ago")
 
     def warn(self, line: str) -> None:
@@ -241,8 +261,8 @@ class _Display:
     def conclude(self, code: int, *, stopped: bool, log_offset: int) -> None:
         """Print the result: done, stopped, or the cause of the failure and the path of the log."""
         progress = self._progress
-        reached = f"step {progress.step}/{progress.total}" if progress.step else f"before step 1 ({progress.phase})"
-        if code == 0 and progress.step >= progress.total:
+        reached = f"step {progress.of_total(progress.step)}" if progress.step else f"before step 1 ({progress.phase})"
+        if code == 0 and progress.step >= (progress.total or 1):
             self._say(f"done: {reached}", "green")
         elif code == 0:
             self.warn(f"the run ended early at {reached}, with exit code 0; log: {progress.log}")
@@ -265,7 +285,7 @@ class _Display:
             return self._spinner
         row = Table.grid(padding=(0, 2))
         row.add_row(
-            f"step {progress.step}/{progress.total}",
+            f"step {progress.of_total(progress.step)}",
             ProgressBar(total=progress.total, completed=progress.step, width=20),
             progress.eta(),
             f"last step {duration(now - progress.step_started)} ago",

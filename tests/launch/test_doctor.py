@@ -261,8 +261,7 @@ def test_help_of_doctor_shows_a_job_with_variables_in_front(capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args(["doctor", "--help"])
     assert (
-        "LORA_RANK=16 NGPUS_PER_NODE=4 sayo doctor --job scripts/run_sayo_qwen3vl_8b.sh sayo."
-        in capsys.readouterr().out
+        "METHOD=grpo NGPUS_PER_NODE=4 sayo doctor --job scripts/run_sayo_qwen3vl_8b.sh sayo." in capsys.readouterr().out
     )
 
 

@@ -2,7 +2,7 @@
 
 The whole stack (Ray, FSDP2, vLLM) runs with a folder that ``python tests/support/tiny_internvl.py FOLDER`` writes:
 
-    POLICY=FOLDER STEPS=2 MAX_PROMPT_LENGTH=64 bash scripts/run_grpo_tiny.sh \\
+    MODEL_PATH=FOLDER bash scripts/run_grpo_tiny.sh trainer.total_training_steps=2 data.max_prompt_length=64 \\
         actor_rollout_ref.rollout.calculate_log_probs=True
 
 ``training/rollout_probs_diff_mean`` was 2e-5 in such runs, and 4e-3 with verl's ``qwen2_5_vl_dedup_image_tokens``: that

@@ -593,7 +593,7 @@ def log(step, **data):
 """
 
 
-def follow(folder: Path, script: str, total_steps: int = 2, pace: Pace = QUICK, console: Console | None = None):
+def follow(folder: Path, script: str, total_steps: int | None = 2, pace: Pace = QUICK, console: Console | None = None):
     """Run ``script`` in ``folder`` as the training process; returns (exit code, what was shown)."""
     folder.mkdir(exist_ok=True)
     console = console or Console(file=io.StringIO(), width=200)
@@ -678,6 +678,23 @@ def test_watch_follows_the_metrics_file_of_a_resumed_run(tmp_path):
     assert "step 3/4" in shown.getvalue()
     assert "done: step 4/4" in shown.getvalue()
     assert "step 1/4" not in shown.getvalue()
+
+
+def test_watch_takes_steps_and_metrics_file_from_the_card_of_the_run(tmp_path):
+    attempt(tmp_path, "", range(1, 3), 1.0, total_steps=2)
+    script = f"""
+    time.sleep(0.5)
+    card = {{"total_steps": 4, "metrics": "{tmp_path}/metrics-2.jsonl"}}
+    open("run-2.json", "w").write(json.dumps(card))
+    with open("metrics-2.jsonl", "w") as file:
+        file.writelines(json.dumps({{"step": n, "data": {{"critic/rewards/mean": 1.0}}}}) + "\\n" for n in (3, 4))
+    """
+    code, shown = follow(tmp_path, script, total_steps=None)
+    assert code == 0
+    assert "step 3/4" in shown
+    assert "done: step 4/4" in shown
+    code, shown = follow(tmp_path / "other", "log(1)", total_steps=None)
+    assert "done: step 1/?" in shown
 
 
 def test_watch_warns_of_an_early_end_and_of_a_broken_line(tmp_path):

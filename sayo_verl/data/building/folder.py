@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from sayo_verl.data.building.shards import PROGRESS, SPLITS, START_OVER, check_shard, file_sha256, read_rows
 from sayo_verl.data.contract import check_prepared_source
-from sayo_verl.data.prepared import MANIFEST
+from sayo_verl.data.prepared import MANIFEST, is_complete
 from sayo_verl.data.rows import RUNS_CODE
 from sayo_verl.errors import SayoError
 
@@ -168,6 +168,26 @@ def built(folder: Path, manifest: Mapping[str, Any], *, reused: bool) -> Built:
         split: [folder / name for name in sorted(manifest["files"]) if name.startswith(f"{split}-")] for split in SPLITS
     }
     return Built(folder, dict(manifest["rows"]), dict(manifest["left_out"]), files, reused)
+
+
+def split_files(folder: Path) -> dict[str, list[Path]]:
+    """split -> parquet files of a finished folder of ``sayo prepare``, drawn scenes included.
+
+    Raises:
+        SayoError: D56, D52.
+    """
+    scenes = (folder / MANIFEST).is_file() and "train.parquet" in read_json(folder / MANIFEST).get("files", {})
+    if not scenes:
+        return built(folder, check_folder(folder), reused=True).files
+    if not is_complete(folder):
+        raise SayoError(
+            "D56",
+            "a file of the folder is not complete",
+            where=str(folder),
+            wanted=f"the files of {MANIFEST} at their sizes",
+            fix="prepare it again: `sayo prepare synthetic`",
+        )
+    return {split: [folder / f"{split}.parquet"] for split in SPLITS}
 
 
 def verl_flags(files: Mapping[str, list[Path]]) -> str:

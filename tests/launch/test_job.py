@@ -1,0 +1,291 @@
+"""A job's short settings: what the launcher makes of them, and the refusals before Hydra."""
+
+import copy
+import io
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from sayo_verl.data.building.build import BuildOptions, build
+from sayo_verl.data.rows import Example, ImageRef
+from sayo_verl.data.scenes import SceneConfig, prepare
+from sayo_verl.errors import SayoError
+from sayo_verl.launch.job import BY_SCRIPT, LOGGER_PATH, RETIRED, keys_of, refuse_names, write_out
+from sayo_verl.launch.resources import check_devices
+
+REWARD = "reward.custom_reward_function.reward_kwargs"
+
+
+def composed(repo: Path, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(repo / "sayo_verl" / "config"), version_base=None):
+        return compose(
+            "sayo_trainer",
+            overrides=[f"hydra.searchpath=[pkg://verl.trainer.config,file://{repo / 'configs'}]", *overrides],
+        )
+
+
+@pytest.fixture(scope="module")
+def base(repo: Path) -> DictConfig:
+    return composed(repo, "+job=sayo_qwen3vl_8b", "+method=region")
+
+
+@pytest.fixture
+def written(base: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DictConfig]:
+    """``written(**{key: value})``: the configuration that the launcher checks, with keys of the command line."""
+    monkeypatch.setenv(LOGGER_PATH, "")  # what ``write_out`` sets ends with the test
+    monkeypatch.delenv(LOGGER_PATH)
+    monkeypatch.chdir(tmp_path)
+
+    def make(*, dry_run: bool = False, **values: Any) -> DictConfig:
+        config = copy.deepcopy(base)
+        for key, value in ({"sayo.data": None, "sayo.dry_run": dry_run} | values).items():
+            OmegaConf.update(config, key, value)
+        write_out(config, values.keys())
+        return config
+
+    return make
+
+
+class Squares:
+    """Rows with one picture each."""
+
+    name = "squares"
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+    def examples(self) -> Iterator[Example]:
+        for n in range(20):
+            png = io.BytesIO()
+            Image.new("RGB", (30, 30), (10 * n, 0, 0)).save(png, "PNG")
+            yield Example(
+                id=str(n),
+                question="What?",
+                answer="red",
+                images=(ImageRef(str(n), data=png.getvalue()),),
+                boxes=(((0.0, 0.0, 9.0, 9.0),),),
+                box_names=(("square",),),
+                box_format="xyxy",
+                box_source="drawn",
+                data_source="sayo/squares",
+            )
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = BuildOptions(workers=1, shard_rows=8, row_group_rows=4, val_share=0.2)
+    return build(Squares(), tmp_path_factory.mktemp("prepared") / "squares", options).folder
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(tmp_path_factory.mktemp("scenes"), SceneConfig(n_train=4, n_val=2)).path
+
+
+def files(config: DictConfig, split: str) -> list[str]:
+    return [os.path.relpath(file) for file in config.data[f"{split}_files"]]
+
+
+def test_a_folder_of_prepared_rows_is_all_its_shards(written, shards):
+    config = written(**{"sayo.data": str(shards)})
+    assert config.data.train_files == [str(file) for file in sorted(shards.glob("train-*.parquet"))]
+    assert config.data.val_files == [str(file) for file in sorted(shards.glob("val-*.parquet"))]
+    assert len(config.data.train_files) >= 2
+
+
+def test_a_folder_of_drawn_scenes_is_taken_as_well(written, scenes):
+    config = written(**{"sayo.data": str(scenes)})
+    assert config.data.train_files == [str(scenes / "train.parquet")]
+    assert config.data.val_files == [str(scenes / "val.parquet")]
+
+
+@pytest.mark.parametrize("kind", ["shards", "scenes"])
+def test_D56_a_folder_with_a_file_cut_short(written, kind, request, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file in request.getfixturevalue(kind).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    written(**{"sayo.data": "copy"})
+    cut = next(folder.glob("val*.parquet"))
+    cut.write_bytes(cut.read_bytes()[:-9])
+    with pytest.raises(SayoError, match="D56: a file of the folder is not complete"):
+        written(**{"sayo.data": "copy"})
+
+
+def test_D56_a_folder_that_is_not_prepared_but_in_a_dry_run(written, tmp_path):
+    with pytest.raises(SayoError, match="D56: there is no prepared folder"):
+        written(**{"sayo.data": "absent"})
+    config = written(dry_run=True, **{"sayo.data": "absent"})
+    assert config.data.train_files == [f"{tmp_path}/absent/train-*.parquet"]
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "manifest.json").write_text('{"files": {"config.json": 2}}')
+    with pytest.raises(SayoError, match="D56: the folder is of another kind"):
+        written(dry_run=True, **{"sayo.data": "policy"})
+
+
+def test_files_of_the_command_line_win_over_the_folder_of_the_job(base, written, scenes):
+    config = copy.deepcopy(base)
+    config.sayo.data, config.data.train_files, config.data.val_files = str(scenes), "a.parquet", ["b.parquet"]
+    write_out(config, {"data.train_files", "data.val_files"})
+    assert config.data.train_files == os.path.abspath("a.parquet")
+    assert files(config, "val") == ["b.parquet"]
+    config = written(**{"sayo.data": str(scenes), "data.val_files": "b.parquet"})
+    assert config.data.train_files == [str(scenes / "train.parquet")]
+    assert config.data.val_files == os.path.abspath("b.parquet")
+
+
+def test_L68_training_rows_named_twice(written, scenes):
+    with pytest.raises(SayoError, match=r"L68: .* got a.parquet and sayo.data=.* fix: leave out DATA="):
+        written(**{"sayo.data": str(scenes), "data.train_files": "a.parquet"})
+
+
+def test_paths_of_data_and_model_become_absolute(written, tmp_path):
+    (tmp_path / "model").mkdir()
+    named = {"data.train_files": ["a b.parquet", "/c.parquet", "hdfs://d/e.parquet"], "data.val_files": "~/f.parquet"}
+    config = written(**named, **{"actor_rollout_ref.model.path": "model"})
+    assert config.data.train_files == [f"{tmp_path}/a b.parquet", "/c.parquet", "hdfs://d/e.parquet"]
+    assert config.data.val_files == os.path.expanduser("~/f.parquet")
+    assert config.actor_rollout_ref.model.path == f"{tmp_path}/model"
+    hub = {"actor_rollout_ref.model.path": "Qwen/Qwen3-VL-8B-Instruct"}
+    assert written(**hub).actor_rollout_ref.model.path == hub["actor_rollout_ref.model.path"]
+
+
+def test_a_new_run_lies_in_its_folder(written, tmp_path):
+    config = written(**{"sayo.out": "run"})
+    assert config.trainer.default_local_dir == f"{tmp_path}/run/checkpoints"
+    assert config.trainer.resume_mode == "disable"
+    assert os.environ[LOGGER_PATH] == f"{tmp_path}/run/metrics.jsonl"
+
+
+def test_without_a_folder_verls_own_settings_stay(base, written):
+    assert written().trainer == base.trainer
+    assert LOGGER_PATH not in os.environ
+
+
+def test_the_command_line_and_the_environment_win_over_the_folder(written, monkeypatch):
+    monkeypatch.setenv(LOGGER_PATH, "mine.jsonl")
+    config = written(**{"sayo.out": "run", "trainer.default_local_dir": "/mine", "trainer.resume_mode": "auto"})
+    assert (config.trainer.default_local_dir, config.trainer.resume_mode) == ("/mine", "auto")
+    assert os.environ[LOGGER_PATH] == "mine.jsonl"
+
+
+def test_a_resumed_run_has_a_metrics_file_of_its_own(written, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "global_step_2").mkdir(parents=True)
+    for name in ("metrics.jsonl", "run.json", "metrics-2.jsonl", "run-3.json"):
+        (tmp_path / "run" / name).touch()
+    config = written(**{"sayo.resume": "run", "sayo.out": "other"})
+    assert config.trainer.default_local_dir == f"{tmp_path}/run/checkpoints"
+    assert config.trainer.resume_mode == "auto"
+    assert os.environ[LOGGER_PATH] == f"{tmp_path}/run/metrics-4.jsonl"
+
+
+def test_L44_nothing_to_resume(written, tmp_path):
+    with pytest.raises(SayoError, match=f"L44: there is no checkpoint to resume .* at {tmp_path}/run/checkpoints"):
+        written(**{"sayo.resume": "run"})
+
+
+def test_what_a_job_computes_follows_its_parts_and_needs_no_resolver_of_ours(repo, written):
+    config = written(**{"data.max_response_length": 200, "data.train_batch_size": 48})
+    assert config.actor_rollout_ref.rollout.max_model_len == 6700
+    assert config.actor_rollout_ref.actor.ppo_mini_batch_size == 48
+    for job in (repo / "configs" / "job").glob("*.yaml"):
+        config = composed(repo, f"+job={job.stem}", "+method=grpo")
+        config.sayo.dry_run = True
+        write_out(config, ())
+        assert "${sayo." not in OmegaConf.to_yaml(config), job.stem
+
+
+@pytest.mark.parametrize(("method", "weight"), [("region", 0.0), ("dual", 1.0), ("grpo", 1.0)])
+def test_sayos_job_rewards_accuracy_for_other_methods(repo, method, weight):
+    config = composed(repo, "+job=sayo_qwen3vl_8b", f"+method={method}")
+    assert OmegaConf.select(config, f"{REWARD}.accuracy_weight") == weight
+    config.algorithm.adv_estimator = "rloo"
+    assert OmegaConf.select(config, f"{REWARD}.accuracy_weight") == 1.0
+    config = composed(repo, "+job=sayo_qwen3vl_8b", f"+method={method}", f"{REWARD}.accuracy_weight=0.5")
+    assert OmegaConf.select(config, f"{REWARD}.accuracy_weight") == 0.5
+
+
+def test_the_job_of_one_gpu_differs_in_model_and_cards_only(repo):
+    large, small = (
+        OmegaConf.to_yaml(composed(repo, f"+job={job}", "+method=region"), resolve=True).splitlines()
+        for job in ("sayo_qwen3vl_8b", "sayo_qwen3vl_4b_1gpu")
+    )
+    different = [(a.strip(), b.strip()) for a, b in zip(large, small, strict=True) if a != b]
+    assert ("n_gpus_per_node: 8", "n_gpus_per_node: 1") in different
+    assert all("n_gpus_per_node" in a or "Qwen3-VL-8B" in a for a, _ in different)
+
+
+def test_keys_of_overrides():
+    assert keys_of(["a.b=1", "+c=2", "++d=x=y", "~e"]) == {"a.b", "c", "d", "e"}
+
+
+@pytest.mark.parametrize("argument", ["+method=daul", "method=daul"])
+def test_L30_no_such_method(repo, argument):
+    with pytest.raises(SayoError, match=r"L30: there is no method .*did you mean 'dual'.* wanted .* dual .*region"):
+        refuse_names(["--config-dir", str(repo / "configs"), argument], {})
+    with pytest.raises(SayoError, match=r"L30: there is no job .*did you mean 'tiny'"):
+        refuse_names(["--config-dir", str(repo / "configs"), "+job=tniy"], {})
+    refuse_names(["--config-dir", str(repo / "configs"), "+job=tiny", "+method=dual"], {})
+    refuse_names([argument], {})
+
+
+@pytest.mark.parametrize("name", RETIRED)
+def test_L67_a_variable_of_an_earlier_version(name):
+    with pytest.raises(SayoError, match=f"L67: .* at {name} .* got 7 .* fix: use "):
+        refuse_names([], {name: "7", BY_SCRIPT: "RESUME=..."})
+    refuse_names([], {name: "7"})
+    refuse_names([], {name: "", BY_SCRIPT: "RESUME=..."})
+
+
+def test_what_replaces_a_variable_is_a_key_of_the_jobs(base):
+    for name, replacement in RETIRED.items():
+        if replacement.endswith("=") and not replacement.startswith(("+", "METHOD")):
+            assert OmegaConf.select(base, replacement[:-1], default="absent") != "absent", name
+    with pytest.raises(SayoError, match=r"use actor_rollout_ref\.actor\.optim\.lr=1e-6 after the script, and unset LR"):
+        refuse_names([], {"LR": "1e-6", BY_SCRIPT: "RESUME=..."})
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("RAY_ADDRESS", "VERL_PLATFORM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sayo_verl.launch.resources.shutil.which", lambda name: None)
+    monkeypatch.setattr("sayo_verl.launch.resources.torch.cuda.is_available", lambda: False)
+    return monkeypatch
+
+
+def changed(config: DictConfig, key: str, value: Any) -> DictConfig:
+    config = copy.deepcopy(config)
+    OmegaConf.update(config, key, value, force_add=True)
+    return config
+
+
+def test_L21_no_gpu(base, without_gpu):
+    with pytest.raises(SayoError, match=r"L21: no GPU .*DRY_RUN=1.*bash scripts/run_sayo_tiny\.sh"):
+        check_devices(base, dry_run=False)
+    check_devices(base, dry_run=True)
+    check_devices(changed(base, "trainer.device", "cpu"), dry_run=False)
+    check_devices(changed(base, "ray_kwargs.ray_init.address", "auto"), dry_run=False)
+    without_gpu.setenv("RAY_ADDRESS", "auto")
+    check_devices(base, dry_run=False)
+
+
+def test_L21_lets_a_card_pass(base, without_gpu):
+    without_gpu.setattr("sayo_verl.launch.resources.shutil.which", lambda name: "/usr/bin/nvidia-smi")
+    check_devices(base, dry_run=False)
+
+
+def test_L55_several_nodes_without_a_cluster(base, without_gpu):
+    two = changed(base, "trainer.nnodes", 2)
+    with pytest.raises(SayoError, match=r"L55: .* got 2 \| fix: .*RAY_ADDRESS=auto NNODES=2 bash"):
+        check_devices(two, dry_run=False)
+    check_devices(two, dry_run=True)
+    check_devices(changed(two, "ray_kwargs.ray_init.address", "auto"), dry_run=False)
+    without_gpu.setenv("RAY_ADDRESS", "auto")
+    check_devices(two, dry_run=False)
