@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sayo_verl.errors import Rule, SayoError, raise_first
+from sayo_verl.errors import SayoError
 
 if TYPE_CHECKING:  # methods read settings from here and need torch alone
     from sayo_verl.vision.grids import Tile
@@ -52,20 +52,22 @@ class Intervention:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        raise_first(
-            [
-                self._rule(self.kind not in KINDS, "kind", " or ".join(KINDS)),
-                self._rule(not 0 < self.share <= 1, "share", "a number in (0, 1]"),
-                self._rule(self.fill not in FILLS, "fill", " or ".join(FILLS)),
-                self._rule(not 0 < self.sigma < float("inf"), "sigma", "a finite number > 0"),
-                self._rule(self.seed < 0, "seed", "a whole number >= 0"),
-            ]
-        )
-
-    def _rule(self, broken: bool, key: str, wanted: str) -> Rule:
-        where = f"the counterfactual image's {key}"
-        got, fix = getattr(self, key), f"set it to {wanted}"
-        return Rule("A05", broken, f"{key} is out of range", where=where, got=got, wanted=wanted, fix=fix)
+        for key, right, wanted in (
+            ("kind", self.kind in KINDS, " or ".join(KINDS)),
+            ("share", 0 < self.share <= 1, "a number in (0, 1]"),
+            ("fill", self.fill in FILLS, " or ".join(FILLS)),
+            ("sigma", 0 < self.sigma < float("inf"), "a finite number > 0"),
+            ("seed", self.seed >= 0, "a whole number >= 0"),
+        ):
+            if not right:
+                raise SayoError(
+                    "A05",
+                    f"{key} is out of range",
+                    where=f"the counterfactual image's {key}",
+                    got=getattr(self, key),
+                    wanted=wanted,
+                    fix=f"set it to {wanted}",
+                )
 
     def to_wire(self) -> dict[str, Any]:
         return dict(vars(self))
