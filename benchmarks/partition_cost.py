@@ -28,7 +28,7 @@ import torch
 
 from sayo_verl.methods import Signals
 from sayo_verl.methods.anchor import AnchorMethod, edges
-from sayo_verl.methods.metis import adjacency, metis_labels
+from sayo_verl.metis import adjacency, metis_labels
 from sayo_verl.probe.neighbours import top_neighbours
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -44,7 +44,7 @@ SHOWN = ("torch", "torchvision", "transformers", "vllm", "ray", "tensordict", "T
 
 
 # Of a clone; an installed wheel has none.
-CONSTRAINTS = Path(__file__).resolve().parent.parent / "configs" / "constraints-gpu.txt"
+CONSTRAINTS = Path(__file__).resolve().parent.parent.parent / "configs" / "constraints-gpu.txt"
 
 
 def pinned(stack: str) -> dict[str, Requirement]:

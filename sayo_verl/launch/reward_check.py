@@ -227,7 +227,7 @@ def _names(keys: tuple[str, ...]) -> list[str]:
 @functools.cache
 def _sayo_keys() -> tuple[str, ...]:
     """The keys of the group ``sayo`` that the package ships."""
-    return tuple(OmegaConf.load(Path(__file__).with_name("config") / "sayo_trainer.yaml").sayo)
+    return tuple(OmegaConf.load(Path(__file__).parent.parent / "config" / "sayo_trainer.yaml").sayo)
 
 
 def _check_legacy(config: DictConfig) -> None:

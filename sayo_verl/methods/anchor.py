@@ -195,7 +195,7 @@ class AnchorMethod:
             SayoError: A03 for a neighbour that is no token, A15 without METIS, A16 when METIS failed on more than 1 %
                 of the responses that were to be cut.
         """
-        from sayo_verl.methods.metis import MAX_TOKENS, partition_graphs
+        from sayo_verl.metis import MAX_TOKENS, partition_graphs
 
         index = signals[self._statistic("neighbour_index")]
         similarity = signals[self._statistic("neighbour_similarity")]

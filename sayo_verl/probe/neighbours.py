@@ -3,7 +3,7 @@
 AT-RL (arXiv 2602.11455) groups the tokens of a response by METIS "on the similarity of their attention patterns". Its
 formulas and code are not public. This file is our interpretation. A token's pattern is its attention profile over the
 image's visual tokens (mean over heads). Similarity is the cosine. A token's neighbours are the m most similar tokens.
-``sayo_verl.methods.metis`` builds the graph from them.
+``sayo_verl.metis`` builds the graph from them.
 
 Shape suffixes: T tokens of one response, t and s of a chunk, V visual tokens, m neighbours.
 """

@@ -15,7 +15,7 @@ from support.invented_signals import invent, take
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import AnchorMethod
 from sayo_verl.methods.anchor import cluster_weights, connectivity, edges
-from sayo_verl.methods.metis import MAX_TOKENS, adjacency
+from sayo_verl.metis import MAX_TOKENS, adjacency
 from sayo_verl.probe.neighbours import top_neighbours
 from sayo_verl.probe.statistics import Statistic
 
@@ -221,7 +221,7 @@ def test_the_number_of_parts_follows_the_length(n, parts, monkeypatch):
         assert options == {"seed": 0, "time_limit": 20.0, "processes": None}
         return [np.zeros(len(index), dtype=np.int64) for index, _ in responses]
 
-    monkeypatch.setattr("sayo_verl.methods.metis.partition_graphs", spy)
+    monkeypatch.setattr("sayo_verl.metis.partition_graphs", spy)
     method, _, signals = planted(n // 4, n - n // 4)
     dataclasses.replace(method, parts=0).credit(signals)
     assert asked == [parts]
@@ -243,7 +243,7 @@ def test_failed_partitions_are_neutral_and_counted_until_there_are_too_many(fail
     )
     labels = np.repeat(np.arange(4), 10)
     monkeypatch.setattr(
-        "sayo_verl.methods.metis.partition_graphs",
+        "sayo_verl.metis.partition_graphs",
         lambda responses, parts, **options: [None] * failed + [labels] * (len(responses) - failed),
     )
     if stops:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from support import partition_fakes
 
 from sayo_verl.errors import SayoError
-from sayo_verl.methods.metis import (
+from sayo_verl.metis import (
     MAX_NEIGHBOURS,
     MAX_TOKENS,
     MAX_WEIGHT,
@@ -204,7 +204,7 @@ def test_all_equal_weights_are_cut_the_same_way_twice():
     [(0, 3, []), (1, 3, [0]), (4, 1, [0, 0, 0, 0]), (3, 3, [0, 1, 2]), (3, 8, [0, 1, 2])],
 )
 def test_what_needs_no_metis(n, parts, expected, monkeypatch):
-    monkeypatch.setattr("sayo_verl.methods.metis._pool", None)  # calling it would fail
+    monkeypatch.setattr("sayo_verl.metis._pool", None)  # calling it would fail
     (labels,) = partition_graphs([chain(n)], [parts])
     assert labels.tolist() == expected
 
@@ -256,7 +256,7 @@ def test_neighbours_that_are_none_are_refused_by_the_worker_and_told_to_the_call
 
 def test_workers_do_not_import_torch():
     """Starting and holding it would be most of what a worker costs."""
-    code = "import sys, sayo_verl.methods.metis; print('torch' in sys.modules)"
+    code = "import sys, sayo_verl.metis; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
