@@ -1,11 +1,11 @@
-"""What the compiler makes of the probe's kernels for an H100: registers, spills, instructions of each main loop.
+"""Compiled code of the probe's kernels for an H100: registers, spills, instructions of each main loop.
 
     python benchmarks/kernel_code.py [--sets 2] [--head-dim 128] [--group 4]          no GPU needed
 
 A multiprocessor issues one instruction a cycle in each of its four parts. It multiplies a tile of 128 x 64 by a head of
-128 dimensions in 512 cycles, and takes as many for the tile's 8,192 exponentials. A main loop of four warps should
-therefore issue some 512 instructions for a tile, and not many more. Blocks are what lies between two branches: the
-first ones run for every tile, those with FSEL only where a set has some of a tile's keys.
+128 dimensions in 512 cycles, and needs as many for the tile's 8,192 exponentials. A main loop of four warps should
+therefore issue not many more than 512 instructions per tile. A block is the code between two branches. The first blocks
+run for every tile, those with FSEL only if a set has some of a tile's keys.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--group", type=int, default=4, help="query heads of a key head (default: 4)")
     args = parser.parse_args()
-    # a driver that names a GPU lets Triton compile for it with none there
+    # with a driver that names a GPU, Triton compiles for it without one
     driver.set_active(
         SimpleNamespace(
             get_current_target=lambda: GPUTarget("cuda", 90, 32),
@@ -54,13 +54,13 @@ def main() -> None:
     query = torch.empty(1, 999, heads, args.head_dim, dtype=torch.bfloat16).transpose(1, 2)
     span, sets, lse = Span(0, 100, 300, 100, 0, 0, 400), torch.zeros(1, 999, dtype=torch.int32), torch.zeros(300, heads)
     fast.attention_masses(query, query[:, :8], [span], sets, args.sets, scale=0.1)
-    print("\n--- with the log-sum-exp given")
+    print("\n--- with a given log-sum-exp")
     fast.attention_masses(query, query[:, :8], [span], sets, args.sets, scale=0.1, lse=lse)
     fast.attention_profile(query, query[:, :8], span, lse, torch.arange(77), scale=0.1)
 
 
 class _Compiled:
-    """In place of a kernel: a launch compiles it and prints what came out."""
+    """A replacement for a kernel; its launch compiles the kernel and prints a summary of the code."""
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
@@ -93,7 +93,7 @@ def _tool(flag: str, file: str) -> str:
 
 
 def main_loops(code: str) -> list[list[list[str]]]:
-    """The innermost loops with exponentials of a disassembled kernel, each as blocks of instructions."""
+    """Find the innermost loops with exponentials of a disassembled kernel, each as blocks of instructions."""
     found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
     at = {int(address, 16): i for i, (address, _) in enumerate(found)}
     lines = [re.sub(r"^@!?U?P\w+\s+", "", line) for _, line in found]

@@ -1,12 +1,12 @@
-"""Every method on the tiny task beside its paired baseline: several seeds from one start, held-out scenes.
+"""Comparison of every method with its paired baseline on the tiny task: several seeds, one start, held-out scenes.
 
     python benchmarks/method_effects.py --policy "$(sayo prepare policy)" --scenes .../val.parquet --seeds 0 1 2
 
 runs ``scripts/run_tiny.sh`` (real verl, Ray, FSDP2 and vLLM on CPU, three to five minutes a run) for each condition and
-seed, lets the last checkpoint answer held-out scenes with plain transformers (``sayo evaluate``), and writes
-``docs/methods_tiny.md`` and ``docs/images/methods_tiny.png``. Training is accuracy plus format for all. What is there
-is not run again; an interrupted run's folder is put aside and begun anew. Step times mean something on a machine that
-does nothing else.
+seed, evaluates the last checkpoint on held-out scenes with plain transformers (``sayo evaluate``), and writes
+``docs/methods_tiny.md`` and ``docs/images/methods_tiny.png``. All train on accuracy plus format. Finished runs are not
+repeated. The folder of an interrupted run is renamed and the run starts again. Step times are valid only on an idle
+machine.
 """
 
 import argparse
@@ -29,9 +29,9 @@ class Condition:
     Attributes:
         method: METHOD of ``scripts/run_tiny.sh``.
         title: in tables.
-        baseline: name of the condition it is compared with; none for a baseline.
+        baseline: name of the condition to compare with; None for a baseline.
         overrides: hydra overrides.
-        own: its own metric, logged while it trains, and what it is called.
+        own: the method's own metric in training, and its title.
     """
 
     method: str
@@ -59,7 +59,7 @@ COLOURS = {"grpo": "#000000", "dapo": "#59636e"}
 
 
 def series(out: Path, name: str) -> list[tuple[int, float]]:
-    """(step, value) of a metric while a run trained."""
+    """(step, value) of a metric in training."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [(r["step"], r["data"][name]) for r in records if r["step"] > 0 and name in r["data"]]
 
@@ -71,7 +71,7 @@ def smoothed(points: list[tuple[int, float]], window: int = 5) -> list[tuple[int
 
 
 def plot(runs: dict[str, list[Path]], picture: Path) -> None:
-    """Training accuracy, each method over its baseline; a line per seed, the mean in bold."""
+    """Draw training accuracy of each method and its baseline, with a line per seed and the mean in bold."""
     shown = [name for name in runs if CONDITIONS[name].baseline in runs]
     columns = min(3, max(1, len(shown)))
     rows = -(-len(shown) // columns)
@@ -102,7 +102,7 @@ def plot(runs: dict[str, list[Path]], picture: Path) -> None:
 
 
 def accuracy_of_grpo(out: Path) -> list[tuple[int, float]]:
-    """verl's own run logs no accuracy: the score is accuracy plus format, and format is 1 but for a per mille here."""
+    """Accuracy of a run with verl's own method, which logs only accuracy plus format; format is nearly always 1."""
     return [(step, value - 1.0) for step, value in series(out, "critic/score/mean")]
 
 
@@ -120,7 +120,7 @@ def difference(values: list[float], baseline: list[float]) -> str:
 
 
 def step_seconds(out: Path) -> float:
-    """Median over the steps, the first left out: it holds start-up."""
+    """Median over the steps without the first, which includes start-up."""
     return statistics.median(value for step, value in series(out, "timing_s/step") if step > 1)
 
 
@@ -188,7 +188,7 @@ def page(
 
 
 def main() -> None:
-    """Run what is missing, measure, write the page."""
+    """Run missing jobs, measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=CONDITIONS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -201,7 +201,7 @@ def main() -> None:
         "--remarks",
         type=Path,
         default=ROOT / "benchmarks" / "method_effects_remarks.md",
-        help="text that a person wrote after looking; put below the tables",
+        help="hand-written remarks, added below the tables",
     )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -223,8 +223,8 @@ def main() -> None:
             model = out / "checkpoints" / f"global_step_{args.steps}" / "actor" / "huggingface"
             runs[name].append(out)
             measured[name].append(measure(model, args.scenes, out / f"held_out_{args.steps}.json"))
-            told = {key: round(measured[name][-1][key], 3) for key in SHOWN}
-            print(f"{name}, seed {seed}: {seconds:.0f} s, {told}", flush=True)
+            figures = {key: round(measured[name][-1][key], 3) for key in SHOWN}
+            print(f"{name}, seed {seed}: {seconds:.0f} s, {figures}", flush=True)
     plot(runs, args.page.parent / "images" / "methods_tiny.png")
     lines = page(runs, measured, start, args.seeds, args.steps)
     remarks = [args.remarks.read_text()] if args.remarks.exists() else []

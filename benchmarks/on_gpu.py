@@ -1,15 +1,15 @@
-"""Everything about the probe that only a GPU can tell, on one card, in a quarter of an hour.
+"""All measurements of the probe that need a GPU, on one card, in a quarter of an hour.
 
-    python benchmarks/on_gpu.py                            every stage, some 850 s on an H100; again for the rest
-    python benchmarks/on_gpu.py --stages kernels focus     these, again
+    python benchmarks/on_gpu.py                            every stage, some 850 s on an H100; a second call continues
+    python benchmarks/on_gpu.py --stages kernels focus     only these, also if they are done
     python benchmarks/on_gpu.py --train --model MODEL      also 20 steps of GRPO and of attn_region, with vLLM
-    python benchmarks/on_gpu.py --tiny                     rehearsal on a CPU: every stage, sizes that measure nothing
+    python benchmarks/on_gpu.py --tiny                     rehearsal of every stage on a CPU, at sizes without meaning
 
-Stages run in the order of their value, each in a process of its own with a limit of its own. One that fails or hangs
-costs no more than its limit. The limits add up to more than a call has, for a stage seldom needs its own. A second call
-goes on where the first stopped. --list names the stages. The packages: pip install '.[gpu,dev]'.
+The most important stages run first. Each has a separate process and a time limit, so a stage that fails or hangs costs
+at most its limit. The sum of the limits exceeds the limit of a call, because a stage seldom needs its whole limit. A
+second call continues after the first. --list names the stages. Install the packages with pip install '.[gpu,dev]'.
 
-OUT/report.jsonl has one line per finding, with what stood in for what. OUT/cuda.json has the figures of the page:
+OUT/report.jsonl has one line per finding, with all replacements. OUT/cuda.json has the figures of the page:
     cp OUT/cuda.json benchmarks/results/ && python benchmarks/probe_cost.py --page-only
 """
 
@@ -30,9 +30,9 @@ from typing import Any
 from cost.store import append_line, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
-SPARE = 15  # seconds: no stage is begun with less
-GRACE = 5  # seconds between the limit that a stage keeps by itself and its end by force
-STOPPED = 3  # exit status of a stage that had no time for all of its findings
+SPARE = 15  # seconds; no stage starts with less
+GRACE = 5  # seconds between a stage's own limit and its termination
+STOPPED = 3  # exit status of a stage without time for all of its findings
 TINY = {
     "TRITON_INTERPRET": "1",
     "CUDA_VISIBLE_DEVICES": "",
@@ -50,7 +50,7 @@ ALWAYS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A stage: its module in ``gpu``, what ``run`` of it gets, its limit in seconds, and what it measures."""
+    """A stage: its module in ``gpu``, the argument of its ``run``, its limit in seconds and a description."""
 
     module: str
     argument: str
@@ -61,26 +61,26 @@ class Entry:
 STAGES = {
     "machine": Entry("machine", "", 30, "versions, compiler, rates of products and copies"),
     "kernels": Entry("kernels", "", 130, "against float64 at every family's heads; compilation; times at real sizes"),
-    "passes-qwen3": Entry("passes", "qwen3_vl", 180, "probe in 1, 4, all layers and eager beside the pass; memory"),
+    "passes-qwen3": Entry("passes", "qwen3_vl", 180, "probe in 1, 4, all layers and eager against the pass; memory"),
     "engine-qwen3": Entry("engine", "qwen3_vl", 150, "verl's engine at the 8B shape; waits; counterfactual pass"),
     "passes-qwen2.5": Entry("passes", "qwen2_5_vl", 150, "the same passes at the 7B shape"),
     "engine-qwen2.5": Entry("engine", "qwen2_5_vl", 140, "the same engine at the 7B shape"),
-    "engine-qwen3-lora": Entry("engine", "qwen3_vl lora", 150, "the 8B shape with LoRA, and what vLLM would get"),
+    "engine-qwen3-lora": Entry("engine", "qwen3_vl lora", 150, "the 8B shape with LoRA, and the tensors for vLLM"),
     "tilings": Entry("kernels", "tilings", 40, "times of the masses kernel with other tiles"),
-    "neighbours": Entry("neighbours", "", 30, "of attn_anchor: time, waits"),
-    "focus": Entry("focus", "qwen2_5_vl", 90, "steps of the anchoring stage at the 7B shape, LoRA"),
+    "neighbours": Entry("neighbours", "", 30, "neighbours of attn_anchor: time, waits"),
+    "focus": Entry("focus", "qwen2_5_vl", 90, "steps of the focus stage at the 7B shape, LoRA"),
     "tests": Entry("project_tests", "", 90, "the project's own CUDA tests"),
 }
 TRAIN = Entry("train", "", 1800, "20 steps of GRPO and of attn_region with the whole stack (needs vLLM)")
 
 
 def parse() -> argparse.Namespace:
-    """The command line; the defaults that hang on one another are filled in."""
+    """Parse the command line and set the defaults that depend on other options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--stages", nargs="+", metavar="STAGE", choices=[*STAGES, "train"], help="these, in this order, done or not"
+        "--stages", nargs="+", metavar="STAGE", choices=[*STAGES, "train"], help="run only these, also if done"
     )
-    parser.add_argument("--list", action="store_true", help="name the stages and their limits, run nothing")
+    parser.add_argument("--list", action="store_true", help="print the stages and their limits, run nothing")
     parser.add_argument("--limit", type=int, help="seconds in all (default: 1200; with --train 3000)")
     parser.add_argument("--tiny", action="store_true", help="rehearsal on the CPU")
     parser.add_argument("--out", type=Path, help="folder (default: outputs/on_gpu, with --tiny outputs/on_gpu_tiny)")
@@ -96,7 +96,7 @@ def parse() -> argparse.Namespace:
 
 
 def run_stage(args: argparse.Namespace) -> int:
-    """The process of one stage: 0 when all went well, 1 when a finding failed, ``STOPPED`` when time was short."""
+    """Run one stage in its process; return 0 for success, 1 for a failed finding, ``STOPPED`` for lack of time."""
     from gpu.report import NoTimeLeftError, Stage
 
     entry = (STAGES | {"train": TRAIN})[args.run_stage]
@@ -108,38 +108,38 @@ def run_stage(args: argparse.Namespace) -> int:
         else:
             run(stage, *[entry.argument] * bool(entry.argument))
     except NoTimeLeftError as finding:
-        stage.tell("no time left", next=str(finding))
+        stage.write("no time left", next=str(finding))
         return 1 if stage.wrong else STOPPED
     return 1 if stage.wrong else 0
 
 
 def find_card(tiny: bool) -> str:
-    """The name of the card, asked in a process of its own: it would hold memory in this one.
+    """Return the name of the card, from a separate process so that this one holds no GPU memory.
 
     Raises:
-        SystemExit: there is none.
+        SystemExit: without a card.
     """
     if tiny:
         return "CPU rehearsal"
-    ask = "import torch; torch.cuda.init(); print(torch.cuda.get_device_name(0))"
-    found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
+    code = "import torch; torch.cuda.init(); print(torch.cuda.get_device_name(0))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if found.returncode:
-        last = (found.stderr.strip().splitlines() or ["no word why"])[-1]
+        last = (found.stderr.strip().splitlines() or ["unknown reason"])[-1]
         sys.exit(
-            f"torch finds no GPU: {last}\nfix: run it on a machine with a card (sayo doctor says what is amiss), "
+            f"torch finds no GPU: {last}\nfix: run it on a machine with a card (see sayo doctor), "
             "or rehearse with --tiny"
         )
     return found.stdout.strip()
 
 
 def stage_command(args: argparse.Namespace, name: str, limit: int, card: str) -> list[str]:
-    """The command of a stage's own process."""
+    """The command of a stage's process."""
     options = ["--limit", str(limit), "--out", str(args.out), "--model", args.model, *["--tiny"] * args.tiny]
     return [sys.executable, __file__, "--run-stage", name, "--card", card, *options]
 
 
 def environment_of(args: argparse.Namespace, name: str) -> dict[str, str]:
-    """Of a stage: one card, the project's own modules, and a cache of kernels of its own."""
+    """Environment of a stage: one card, the project's modules and a separate kernel cache."""
     always = dict(ALWAYS)
     if name == "train" and args.model and not Path(args.model).expanduser().exists():
         del always["HF_HUB_OFFLINE"]  # the model comes from the hub
@@ -150,7 +150,7 @@ def environment_of(args: argparse.Namespace, name: str) -> dict[str, str]:
 
 
 def supervise(command: list[str], log: Path, limit: float, environment: dict[str, str]) -> str:
-    """Run a stage; end it, with all that it started, when its limit is over. Returns how it ended."""
+    """Run a stage and return its status; at its limit end it and all its child processes."""
     with log.open("w") as file:
         child = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=ROOT, start_new_session=True)
         try:
@@ -163,7 +163,7 @@ def supervise(command: list[str], log: Path, limit: float, environment: dict[str
 
 
 def _end(group: int) -> None:
-    """End what is left of a stage: also what it started and did not wait for."""
+    """End the remaining processes of a stage, also those that it did not wait for."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         for _ in range(20):
             try:
@@ -176,27 +176,27 @@ def _end(group: int) -> None:
 
 
 def finished(report: Path, card: str) -> set[str]:
-    """Stages that were done on this card, by their last line in the report."""
+    """Stages done on this card, by their last line in the report."""
     ends = {line["stage"]: line["status"] for line in read_lines(report) if "status" in line and line["card"] == card}
     return {name for name, status in ends.items() if status == "done"}
 
 
 def verdicts(report: Path, card: str, stages: Iterable[str]) -> list[str]:
-    """A line for each finding of these stages that was judged on this card, by its last line in the report."""
-    judged = {
+    """Return a line for each checked finding of these stages on this card, by its last line in the report."""
+    checked = {
         (line["stage"], line["finding"]): line
         for line in read_lines(report)
         if "finding" in line and line["card"] == card and ("wrong" in line or "error" in line)
     }
     return [
         f"{'WRONG' if line.get('wrong') or 'error' in line else 'ok':5} {stage:18} {finding}: {_figure_of(line)}"
-        for (stage, finding), line in judged.items()
+        for (stage, finding), line in checked.items()
         if stage in stages
     ]
 
 
 def _figure_of(line: dict[str, Any]) -> str:
-    """The fact that the verdict rests on: an error if there is one, else the first number or text."""
+    """The fact behind the verdict: an error if there is one, else the first number or text."""
     if "error" in line:
         return str(line["error"])
     names = [name for name in line if name not in ("stage", "finding", "at_s", "card", "stood_in", "wrong", "seconds")]
@@ -212,7 +212,7 @@ def _figure_of(line: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """0 when every stage that was wanted is done."""
+    """Run the stages; return 0 if all selected stages are done."""
     args = parse()
     if args.run_stage:
         return run_stage(args)
@@ -220,7 +220,7 @@ def main() -> int:
         for name, entry in (STAGES | {"train": TRAIN}).items():
             only = "only with --train: " if entry is TRAIN else ""
             print(f"{name:18} {entry.limit:5} s  {only}{entry.about}")
-        print("Limits of a stage. All but train need some 850 s on an H100; start it again for the rest.")
+        print("Limit of each stage. All but train need some 850 s on an H100; start it again for the rest.")
         return 0
     begin, card = time.monotonic(), find_card(args.tiny)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -236,11 +236,11 @@ def main() -> int:
         left = int(args.limit - (time.monotonic() - begin))
         limit, lines, start = min(entry.limit, left - GRACE), len(read_lines(report)), time.monotonic()
         if left < SPARE:
-            status = f"not begun: {max(left, 0)} s are left"
+            status = f"not started: {max(left, 0)} s are left"
         else:
             print(f"{entry.about}; at most {limit} s ... ", end="", flush=True)
             if name == "kernels":
-                shutil.rmtree(args.out / "triton", ignore_errors=True)  # it measures compilation
+                shutil.rmtree(args.out / "triton", ignore_errors=True)  # this stage measures compilation
             command, log = stage_command(args, name, limit, card), args.out / f"{name}.log"
             status = supervise(command, log, limit + GRACE, environment_of(args, name))
         end = {"stage": name, "status": status, "seconds": round(time.monotonic() - start, 1), "card": card}
@@ -259,14 +259,12 @@ def main() -> int:
         print(line)
     print(f"{report} after {time.monotonic() - begin:.0f} s; figures for the page: {args.out / 'cuda.json'}")
     if left_over:
-        print(
-            f"not done: {' '.join(left_over)}; what they said is in {args.out}/STAGE.log; a second call goes on there"
-        )
+        print(f"not done: {' '.join(left_over)}; see {args.out}/STAGE.log; a second call continues there")
     figures = f"cp {args.out / 'cuda.json'} benchmarks/results/ && python benchmarks/probe_cost.py --page-only"
     if args.tiny:
-        print("next: the same on a card; no figure of a rehearsal counts")
+        print("next: the same on a card; figures of a rehearsal have no meaning")
     elif found_wrong:
-        print(f"next: send {report} and the STAGE.log of what is WRONG in an issue")
+        print(f"next: send {report} and the STAGE.log of each WRONG stage in an issue")
     else:
         print(f"next: {figures}; then send report.jsonl and cuda.json in an issue")
     return 1 if left_over else 0

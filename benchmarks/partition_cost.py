@@ -1,16 +1,16 @@
-"""What the partition of ``attn_anchor`` costs: graphs and METIS on CPU cores, written to a page.
+"""Benchmark of the partition of ``attn_anchor``: graphs and METIS on CPU cores, as a page.
 
-    python benchmarks/partition_cost.py              # some minutes on two cores; leave the machine alone meanwhile
-    python benchmarks/partition_cost.py --quick      # self-check: every code path, at sizes that measure nothing
-    python benchmarks/partition_cost.py --page-only  # write the page again from the numbers that are there
+    python benchmarks/partition_cost.py              # some minutes on two idle cores
+    python benchmarks/partition_cost.py --quick      # self-check of every code path, at sizes without meaning
+    python benchmarks/partition_cost.py --page-only  # write the page again from the stored numbers
 
-Needs ``pip install 'sayo-verl[anchor]'``. A response is invented: each token looks at one of eight places of 256 visual
-tokens, with noise, and tokens that follow one another tend to look at the same place; its neighbours are those that the
-probe would give. 16 responses of a length are made and stand 64 times in a batch, which goes through
-``AnchorMethod.credit``. Numbers go to ``benchmarks/results/partition.json``; the page is written from that file alone.
+Needs ``pip install 'sayo-verl[anchor]'``. Responses are synthetic. Each token attends to one of eight places of 256
+visual tokens, with noise, and consecutive tokens tend to attend to the same place. Neighbours are computed as in the
+probe. A batch has 16 responses of one length, 64 times each, and goes through ``AnchorMethod.credit``. Numbers are
+stored in ``benchmarks/results/partition.json``, from which the page is written.
 
     cores   CPU time, user and system: of this process, and of the workers by /proc
-    wall    of ``AnchorMethod.credit``, workers running already; the first start is told apart
+    wall    of ``AnchorMethod.credit`` with running workers; the first start is reported separately
 """
 
 import argparse
@@ -35,22 +35,22 @@ ROOT = Path(__file__).resolve().parent.parent
 RESPONSES, PARTS, NEIGHBOURS, VISUAL = 1024, 8, AnchorMethod().neighbours, 256
 LENGTHS, DISTINCT, ROUNDS = (500, 1000, 2000, 4000), 16, 3
 PROCESSES = (1, 2)
-SHARE, PAPER = 0.002, 0.012  # of a step: our target for the partition; all of the method, says the paper
+SHARE, PAPER = 0.002, 0.012  # of a step: our target for the partition; the paper's figure for the whole method
 
 
-def invent(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Neighbours [n, m] and cosines [n, m] of one response."""
+def synthesise(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Neighbours [n, m] and cosines [n, m] of one synthetic response."""
     g = torch.Generator().manual_seed(seed)
     places = torch.randn(8, VISUAL, generator=g) * 2
-    moves = torch.rand(n, generator=g) < 0.1  # a look lasts ten tokens on average
-    places_seen = torch.randint(0, 8, (n + 1,), generator=g)  # one for each look
+    moves = torch.rand(n, generator=g) < 0.1  # a stay lasts ten tokens on average
+    places_seen = torch.randint(0, 8, (n + 1,), generator=g)  # one for each stay
     place = places_seen[moves.cumsum(0)]
     profile = (places[place] + torch.randn(n, VISUAL, generator=g)).softmax(-1)
     return top_neighbours(profile, NEIGHBOURS)
 
 
 def cpu_of(pids: list[int]) -> float:
-    """CPU seconds that these processes have used, to one tick (10 ms)."""
+    """CPU seconds of these processes, to one tick (10 ms)."""
     ticks = 0
     for pid in pids:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -59,7 +59,7 @@ def cpu_of(pids: list[int]) -> float:
 
 
 def batch_of(inputs: list[tuple[torch.Tensor, torch.Tensor]], responses: int) -> Signals:
-    """The signals of a batch in which these responses take turns, all of one length."""
+    """Signals of a batch that repeats these responses, all of one length."""
     row, n = [i % len(inputs) for i in range(responses)], len(inputs[0][0])
     given = {
         "image_mass": torch.rand(responses, n),
@@ -80,8 +80,8 @@ def batch_of(inputs: list[tuple[torch.Tensor, torch.Tensor]], responses: int) ->
 
 
 def measure(n: int, responses: int, distinct: int, rounds: int) -> dict[str, Any]:
-    """One length: parts of the work in this process, then all of it with each number of workers."""
-    inputs = [invent(n, seed) for seed in range(distinct)]
+    """Measure one length: parts of the work in this process, then all of it with each number of workers."""
+    inputs = [synthesise(n, seed) for seed in range(distinct)]
     near = [tuple(part.numpy() for part in edges(*pair)) for pair in inputs]
     metis_labels(*adjacency(*near[0]), PARTS, 0)  # warm
     seconds: dict[str, list[float]] = {"graph": [], "metis": []}
@@ -126,7 +126,7 @@ def measure(n: int, responses: int, distinct: int, rounds: int) -> dict[str, Any
 
 
 def costs(case: dict[str, Any]) -> dict[str, float]:
-    """Core-seconds of a batch: of the process that computes advantages, and of the workers (least of all rounds)."""
+    """Core-seconds of a batch: of the process that computes advantages, and of the workers (minimum of all rounds)."""
     runs = [run for pool in case["pool"].values() for run in pool["rounds"]]
     return {name: min(run[name] for run in runs) for name in ("caller", "workers")}
 
@@ -147,19 +147,19 @@ def page(results: dict[str, Any]) -> str:
             steps.append(f"| {n:,} | {processes} | {added:.2f} | {added / SHARE:,.0f} | {added / PAPER:,.0f} |")
     first = [pool["first_call_seconds"] for pool in cases[0]["pool"].values()]
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    idle = f"Load of the machine when it began: {results['load']:.1f}."
+    idle = f"Load of the machine at the start: {results['load']:.1f}."
     if results["load"] > 0.25 * results["cores"]:
         idle += (
-            "\n\n**Other work ran at the same time: wall seconds below are too long and say nothing about how "
-            "workers scale.**\nCore-seconds suffer less, by shared caches and cores."
+            "\n\n**Other work ran at the same time, so wall seconds below are too long and do not show how workers "
+            "scale.**\nCore-seconds are affected less, through shared caches and cores."
         )
     return f"""# What the partition of `attn_anchor` costs
 
-Written by `benchmarks/partition_cost.py` from `benchmarks/results/partition.json`; its `--help` says what is measured.
+Written by `benchmarks/partition_cost.py` from `benchmarks/results/partition.json`; its `--help` describes the figures.
 
 {results["machine"]}, {results["cores"]} cores, {versions}, {results["date"]}.
-{responses:,} invented responses of one length, {NEIGHBOURS} neighbours, {PARTS} parts. Figures are medians over
-responses, and the least of {results["rounds"]} rounds of the batch. {idle}
+{responses:,} synthetic responses of one length, {NEIGHBOURS} neighbours, {PARTS} parts. Figures are medians over
+responses, and the minimum of {results["rounds"]} rounds of the batch. {idle}
 
 ## Core time
 
@@ -168,8 +168,7 @@ responses, and the least of {results["rounds"]} rounds of the batch. {idle}
 {chr(10).join(rows)}
 
 The first columns are of one response, "all" is the batch of {responses:,}. "Caller" is the process that computes
-advantages: everything that the method does there, mostly gathering and sending neighbours. "Workers" is the making of
-graphs, METIS and unpickling.
+advantages; it mostly gathers and sends neighbours. "Workers" includes building graphs, METIS and unpickling.
 
 ## Wall seconds of the whole method
 
@@ -177,23 +176,24 @@ graphs, METIS and unpickling.
 |---|---|---|---|
 {chr(10).join(pools)}
 
-Workers run already; the first call took {" and ".join(f"{s:.1f} s" for s in first)}, once a run.
-The caller works while the first workers do. A run starts one worker per core, at most 64.
+Workers are running; the first call took {" and ".join(f"{s:.1f} s" for s in first)}, once per run.
+The caller works in parallel with the first workers. A run starts one worker per core, at most 64.
 
 ## Share of a step
 
-Credit is computed in a thread while verl runs the reference and value passes, if there are any: then the partition adds
-what `sayo/credit_wait_seconds` says, nothing as long as those passes take longer. A run without them (no KL, no critic)
-waits for all of it: caller + workers / processes seconds, as if the caller's work did not overlap with the workers' and
-more workers were faster in proportion. Divided by a share that is how long a step without those passes must be for the
-partition to be no more than that share of it. Processes beyond {max(PROCESSES)} are arithmetic, not measurement.
+Credit is computed in a thread while verl runs the reference and value passes, if there are any. Then the partition adds
+the time in `sayo/credit_wait_seconds`, which is nothing as long as those passes take longer. A run without them (no KL,
+no critic) waits for all of it: caller + workers / processes seconds. This assumes that the caller's work does not
+overlap with the workers' and that workers scale linearly. The last columns divide this time by a share. They show how
+long a step without those passes must be for the partition to take that share. Figures for more than {max(PROCESSES)}
+processes are computed, not measured.
 
 | tokens | processes | added, s | step of which that is 0.2 %, s | step of which that is 1.2 %, s |
 |---|---|---|---|---|
 {chr(10).join(steps)}
 
-1.2 % is the overhead that the paper reports for all of its method; 0.2 % is our target for the partition alone.
-The probe's part (profiles and neighbours, on the GPU) is not in these figures.
+1.2 % is the overhead that the paper reports for its whole method; 0.2 % is our target for the partition.
+These figures do not include the probe's part (profiles and neighbours, on the GPU).
 """
 
 
@@ -225,7 +225,7 @@ def main() -> None:
             "versions": {name: version(name) for name in ("pymetis", "pebble", "torch", "numpy")},
         }
         for n in lengths:
-            print(f"{n} tokens: inventing {distinct} responses", flush=True)
+            print(f"{n} tokens: {distinct} synthetic responses", flush=True)
             results["cases"].append(measure(n, responses, distinct, rounds))
         raw.parent.mkdir(parents=True, exist_ok=True)
         raw.write_text(json.dumps(results, indent=1) + "\n")

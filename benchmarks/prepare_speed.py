@@ -1,13 +1,13 @@
-"""How fast ``sayo prepare`` makes rows and how much memory it takes, on images of the size of GQA's.
+"""Speed and memory of ``sayo prepare`` on images of the size of GQA's.
 
-    python benchmarks/prepare_speed.py            # about two minutes; leave the machine alone meanwhile
-    python benchmarks/prepare_speed.py --quick    # self-check: every code path, at sizes that measure nothing
+    python benchmarks/prepare_speed.py            # about two minutes on an idle machine
+    python benchmarks/prepare_speed.py --quick    # self-check of every code path, at sizes without meaning
 
-A few hundred JPEGs of 500 x 375 pixels and about 60 kB, drawn from a seed: gradients, blobs and filtered noise, which
-compress about as a photo does. Rows name them in turn; nothing has to be encoded again. Each case is a process of its
-own. Time is that of ``build``, imports apart and the start of workers included; CPU time is the main process's and its
-workers' together, which other work on the machine disturbs less. Memory is the largest sum of resident memory of the
-main process and its workers, looked at 20 times a second; what they share is counted in each.
+The images are a few hundred JPEGs of 500 x 375 pixels and about 60 kB, drawn from a seed. Their gradients, blobs and
+filtered noise compress about as well as a photo. Rows use them in turn, and none is encoded again. Each case runs in a
+separate process. Time is that of ``build``, without imports and with the start of workers. CPU time is that of the main
+process and its workers, which other work on the machine disturbs less. Memory is the largest sum of resident memory of
+the main process and its workers, sampled 20 times a second. Shared memory counts in each.
 
 Numbers go to ``benchmarks/results/prepare.json``.
 """
@@ -39,11 +39,11 @@ from sayo_verl.data.rows import Example, ImageRef
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = (500, 375)
-TARGET = 300  # rows a second and core
+TARGET = 300  # rows per second and core
 
 
 def photo(seed: int, size: tuple[int, int]) -> bytes:
-    """A JPEG with the large and small structure of a photo."""
+    """Return a JPEG with the large and small structure of a photo."""
     generator = np.random.default_rng(seed)
     width, height = size
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
@@ -95,7 +95,7 @@ class Photos:
 
 
 def work(folder: Path, images: int, rows: int, size: tuple[int, int], workers: int, out: Path) -> None:
-    """One case, in this process; prints its figures."""
+    """Run one case in this process and print its figures."""
     options = BuildOptions(workers=workers, val_share=0.02)
     importlib.import_module("pandas")  # Arrow imports it at its first table
     before, start = cpu_seconds(), time.perf_counter()
@@ -106,13 +106,13 @@ def work(folder: Path, images: int, rows: int, size: tuple[int, int], workers: i
 
 
 def cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """CPU seconds of this process and of its finished children."""
     both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(used.ru_utime + used.ru_stime for used in both)
 
 
 def measure(folder: Path, images: int, rows: int, size: tuple[int, int], workers: int) -> dict[str, Any]:
-    """One case in a process of its own, watched."""
+    """Run one case in a separate process and watch its memory."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
         case = [str(v) for v in (folder, images, rows, *size, workers, Path(out) / "out")]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
@@ -127,11 +127,11 @@ def measure(folder: Path, images: int, rows: int, size: tuple[int, int], workers
         while process.poll() is None:
             peak = max(peak, resident(watched))
             time.sleep(0.05)
-        told, errors = process.communicate()
+        output, errors = process.communicate()
         if process.returncode:
-            raise RuntimeError(f"the case {case} ended with {process.returncode}: {errors[-2000:]}")
+            raise RuntimeError(f"the case {case} failed with {process.returncode}: {errors[-2000:]}")
         size_on_disk = sum(p.stat().st_size for p in (Path(out) / "out").glob("*.parquet"))
-    figures = json.loads(told)
+    figures = json.loads(output)
     return {
         "rows": rows,
         "workers": workers,
@@ -148,7 +148,7 @@ def resident(process: psutil.Process) -> int:
     try:
         for each in (process, *process.children(recursive=True)):
             total += each.memory_info().rss
-    except psutil.NoSuchProcess:  # one ended between the list and the look; the next look is near
+    except psutil.NoSuchProcess:  # one ended during the loop; the next sample follows soon
         return 0
     return total
 
@@ -174,7 +174,7 @@ def main() -> None:
             lengths.append(len(data))
             (folder / f"{n}.jpg").write_bytes(data)
         cases = [measure(folder, images, rows, size, workers) for workers in (1, 2) for rows in sizes]
-    told = {
+    results = {
         "images": images,
         "size_wh": size,
         "mean_bytes": round(float(np.mean(lengths))),
@@ -184,21 +184,21 @@ def main() -> None:
         "cases": cases,
     }
     raw.parent.mkdir(parents=True, exist_ok=True)
-    raw.write_text(json.dumps(told, indent=1) + "\n")
-    show(told, raw)
+    raw.write_text(json.dumps(results, indent=1) + "\n")
+    show(results, raw)
 
 
-def show(told: dict[str, Any], raw: Path) -> None:
-    """The figures as a table."""
+def show(results: dict[str, Any], raw: Path) -> None:
+    """Print the figures as a table."""
     table = Table(
-        title=f"{told['images']} JPEGs of {told['size_wh'][0]} x {told['size_wh'][1]}, "
-        f"{told['mean_bytes'] / 1000:.0f} kB",
+        title=f"{results['images']} JPEGs of {results['size_wh'][0]} x {results['size_wh'][1]}, "
+        f"{results['mean_bytes'] / 1000:.0f} kB",
         title_justify="left",
     )
     columns = ("workers", "rows", "s", "rows/s per worker", "rows per CPU s", "peak MB", "parquet MB")
     for column in columns:
         table.add_column(column, justify="right")
-    for case in told["cases"]:
+    for case in results["cases"]:
         table.add_row(
             f"{case['workers']}",
             f"{case['rows']:,}",
@@ -210,7 +210,7 @@ def show(told: dict[str, Any], raw: Path) -> None:
         )
     console = Console()
     console.print(table)
-    best = max(case["rows_per_cpu_s"] for case in told["cases"])
+    best = max(case["rows_per_cpu_s"] for case in results["cases"])
     console.print(
         f"target: {TARGET} rows per core and second; best {best:.0f} per CPU second; numbers in {raw}",
         soft_wrap=True,

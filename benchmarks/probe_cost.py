@@ -1,22 +1,22 @@
-"""What the attention probe costs: time and memory beside the old-log-prob pass it rides on, written to a page.
+"""Benchmark of the attention probe: time and memory against the old-log-prob pass that contains it, as a page.
 
     python benchmarks/probe_cost.py                 # on the GPU if there is one, else on one CPU core
-    python benchmarks/probe_cost.py --device cpu    # under ten minutes; leave the machine alone meanwhile
+    python benchmarks/probe_cost.py --device cpu    # under ten minutes on an idle machine
     python benchmarks/probe_cost.py --device cuda   # one GPU of 80 GB or more
-    python benchmarks/probe_cost.py --quick         # self-check: every code path, at sizes that measure nothing
-    python benchmarks/probe_cost.py --page-only     # write the page again from the numbers that are there
+    python benchmarks/probe_cost.py --quick         # self-check of every code path, at sizes without meaning
+    python benchmarks/probe_cost.py --page-only     # write the page again from the stored numbers
 
-Needs this package (installed, or PYTHONPATH=.), transformers and, on a GPU, Triton; neither verl nor a download, as
-weights are random. Numbers go to
-``benchmarks/results/<device>.json``, case by case: an interrupted run keeps what it has, ``--models`` fills in one
-model at a time. The page is written from the files of that folder: a GPU run adds its rows to those of the CPU.
+Needs this package (installed, or PYTHONPATH=.), transformers and, on a GPU, Triton. It needs neither verl nor a
+download, because weights are random. It stores numbers in ``benchmarks/results/<device>.json`` after each case, so an
+interrupted run keeps them, and ``--models`` adds one model at a time. The page uses all files of that folder, so a GPU
+run adds its rows to those of the CPU.
 
     cpu     a text model of 1/8 of Qwen3-VL-8B's width and all of its depth, float32, one thread, CPU time
     cuda    the true shapes of Qwen3-VL-8B and Qwen2.5-VL-7B in bfloat16, CUDA events
 
-A case is timed in rounds that run every variant once; each round begins with another one. The page shows medians of
-ratios within a round. Memory is measured apart from time: on a CPU as the high-water mark of a process of its own, set
-back before each variant; on a GPU by the allocator.
+A case is timed in rounds that run every variant once, in a new order. The page shows medians of ratios within a round.
+Memory is measured separately from time. On a CPU it is the high-water mark of a separate process, reset before each
+variant. On a GPU it comes from the allocator.
 """
 
 import argparse
@@ -34,12 +34,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 SELF_CHECK = ROOT / "outputs" / "benchmarks"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-# glibc: every allocation of 64 KiB or more is its own mapping, gone when freed: resident memory is memory in use
+# With these settings of glibc every allocation of 64 KiB or more is returned when freed, so resident memory is memory
+# in use.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 def parse() -> argparse.Namespace:
-    """The command line; the defaults that hang on one another are filled in."""
+    """Parse the command line and set the defaults that depend on other options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [shape.name for shape in REAL]
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -53,21 +54,21 @@ def parse() -> argparse.Namespace:
         "--max-tokens",
         type=int,
         default=16384,
-        help="of a pass on a GPU, if so many fit into memory "
-        "(default: 16384, verl's own for log-probs; 0: as many as fit)",
+        help="of a pass on a GPU, if they fit into memory (default: 16384, verl's default for log-probs; 0: as many as "
+        "fit)",
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rounds < 1 or args.max_tokens < 0:
         parser.error("--rounds must be at least 1, --max-tokens at least 0")
     if args.quick and args.device == "cuda":
-        parser.error("--quick checks the GPU's code on the CPU: leave --device out")
+        parser.error("--quick runs the GPU's code on the CPU; remove --device")
     if args.quick or (args.page_only and args.device == "auto"):
         args.device = "cpu"
     elif args.device == "auto":
         args.device = "cuda" if _gpu() else "cpu"
     elif args.device == "cuda" and not args.page_only and not _gpu():
-        parser.error("torch finds no GPU: torch.cuda.is_available() is false")
+        parser.error("torch finds no GPU (torch.cuda.is_available() is false)")
     args.raw = (args.raw or (SELF_CHECK if args.quick else RESULTS) / f"{args.device}.json").resolve()
     args.out = (args.out or (SELF_CHECK / "benchmarks.md" if args.quick else PAGE)).resolve()
     return args
@@ -80,7 +81,7 @@ def _gpu() -> bool:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Measure, in a process whose environment ``main`` has set. A worker is ``part:what``, such as ``cpu:memory``."""
+    """Measure in a process whose environment ``main`` has set. A worker is ``part:what``, such as ``cpu:memory``."""
     import torch
     from cost.cases import card_cases, cpu_cases, measure_case, measure_scaling
     from cost.workload import TextStack
@@ -100,7 +101,7 @@ def work(args: argparse.Namespace) -> None:
         stack = None
         for n, case in enumerate(cases):
             if stack is None or stack.shape != case.shape:
-                stack = None  # the old weights go before the new ones come
+                stack = None  # free the old weights first
                 report(f"making {case.shape.name} with random weights on {device}")
                 stack = TextStack(case.shape, device, dtype)
             report(f"{part}, {what}: case {n + 1} of {len(cases)}")
@@ -110,7 +111,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def run_worker(args: argparse.Namespace, worker: str, models: list[str], environment: dict[str, str]) -> bool:
-    """Run one worker; a failure is kept beside the numbers, to be told by the page until a run succeeds."""
+    """Run one worker; a failure is stored with the numbers and shown on the page until a run succeeds."""
     key = f"{worker} {' '.join(models)}".strip()
     command = [
         sys.executable,
@@ -133,12 +134,12 @@ def run_worker(args: argparse.Namespace, worker: str, models: list[str], environ
         return True
     print(done.stderr, file=sys.stderr, flush=True)
     last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    Store(args.raw).update("failures", key, {"date": time.strftime("%Y-%m-%d"), "error": last}, anew=True)
+    Store(args.raw).update("failures", key, {"date": time.strftime("%Y-%m-%d"), "error": last}, replace=True)
     return False
 
 
 def main() -> int:
-    """Measure what is asked and write the page; 1 when something could not be measured."""
+    """Measure and write the page; return 1 if a measurement failed."""
     args = parse()
     if args.worker:
         work(args)

@@ -1,11 +1,11 @@
-"""What the region reward does on the tiny task: three rewards from one start, several seeds, held-out scenes.
+"""Effect of the region reward on the tiny task: three rewards, one start, several seeds, held-out scenes.
 
     python benchmarks/region_effect.py --seeds 0 1 2 --steps 30 --every 10
 
 runs ``scripts/run_tiny.sh`` (real verl, Ray, FSDP2 and vLLM on CPU, about four minutes a run) for each condition
-and seed, lets checkpoints answer held-out scenes with plain transformers (``sayo evaluate``: HF sampling and
-HF eager attention, so nothing here is measured by the probe that was rewarded), and writes ``docs/tiny_results.md``.
-What is there is not run again; an interrupted run's folder is put aside and begun anew.
+and seed, evaluates checkpoints on held-out scenes with plain transformers (``sayo evaluate`` uses HF sampling and HF
+eager attention, so it is independent of the rewarded probe), and writes ``docs/tiny_results.md``. Finished runs are not
+repeated. The folder of an interrupted run is renamed and the run starts again.
 
     region      r = r_v + format + accuracy      attn_region, w_acc = 1
     accuracy    r = format + accuracy            grpo, verl's own code
@@ -63,7 +63,7 @@ CAVEATS = """\
 def train(
     out: Path, seed: int, steps: int, every: int, settings: dict[str, str], policy: str, *overrides: str
 ) -> float:
-    """One run; its seconds. Its checkpoints in HF format lie below ``out/checkpoints``."""
+    """Run one job and return its seconds. Its checkpoints in HF format are below ``out/checkpoints``."""
     if (out / "seconds").exists():
         return float((out / "seconds").read_text())
     if out.exists():
@@ -87,14 +87,14 @@ def train(
 
 
 def measure(model: Path, scenes: Path, cache: Path) -> dict[str, float]:
-    """Means over held-out scenes, four samples a scene at temperature 1; kept in ``cache``."""
+    """Means over held-out scenes, four samples per scene at temperature 1, stored in ``cache``."""
     if not cache.exists():
         cache.write_text(json.dumps(evaluate(model, scenes, samples_per_row=4, temperature=1.0, seed=0)))
     return {name: json.loads(cache.read_text())[name]["mean"] for name in MEASURES}
 
 
 def table(start: dict[str, float], results: dict[str, list[dict[str, float]]]) -> list[str]:
-    """Markdown: a row per measure, mean and sample standard deviation over seeds per condition."""
+    """Markdown table with a row per measure, mean and sample standard deviation over seeds per condition."""
     lines = ["| | start | " + " | ".join(results) + " |", "|---" * (len(results) + 2) + "|"]
     for name, title in MEASURES.items():
         cells = [f"{start[name]:.3f}"]
@@ -107,7 +107,7 @@ def table(start: dict[str, float], results: dict[str, list[dict[str, float]]]) -
 
 
 def main() -> None:
-    """Run what is missing, measure, write the page."""
+    """Run missing jobs, measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=30)

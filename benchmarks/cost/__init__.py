@@ -1,1 +1,1 @@
-"""The parts of ``benchmarks/probe_cost.py``: shapes and arithmetic, workload, meters, cases, raw numbers, page."""
+"""Parts of ``benchmarks/probe_cost.py``: shapes and arithmetic, workload, meters, cases, raw numbers, page."""

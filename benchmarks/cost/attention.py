@@ -1,7 +1,6 @@
-"""Attention of a packed row, sequence by sequence and causally: packed sequences cannot see one another, and no dense
-mask of tokens x tokens exists.
+"""Causal attention of a packed row, sequence by sequence, without a dense mask of tokens x tokens.
 
-Shape suffixes: N sequences, S tokens of one, L of all one behind another, D head dimension.
+Shape suffixes: N sequences, S tokens of one, L of all back to back, D head dimension.
 """
 
 import functools
@@ -17,14 +16,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 class PackedAttention:
-    """An attention function for transformers: every sequence by itself, by a fused kernel or eagerly.
+    """An attention function for transformers that runs each sequence separately, by a fused kernel or eagerly.
 
-    It refuses to run when transformers hands it a mask.
+    It raises an error if transformers passes a mask.
 
     Attributes:
         bounds: first and last + 1 position of each sequence.
         eager: layers computed eagerly, with transformers' own function for the family.
-        kept: where eager layers put their weights, as ``output_attentions`` would; None: dropped.
+        kept: list for the weights of eager layers, as with ``output_attentions``; None: dropped.
     """
 
     name = "sequence_by_sequence"
@@ -36,7 +35,7 @@ class PackedAttention:
         self._flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
 
     def backend(self, device: torch.device) -> str:
-        """What computes attention on a device, in words."""
+        """Description of the attention kernel on a device."""
         if device.type == "cuda" and self._flash:
             import flash_attn
 
@@ -60,7 +59,7 @@ class PackedAttention:
             return self._eagerly(module, query, key, value, scaling), None
         if query.is_cuda and self._flash:
             return self._varlen(query, key, value, scaling)[None], None
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):  # an error where it cannot run, never the dense fall-back
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):  # an error if it cannot run, never the dense fall-back
             parts = [
                 nn.functional.scaled_dot_product_attention(
                     query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling, enable_gqa=True
@@ -92,15 +91,15 @@ class PackedAttention:
         return torch.cat(outputs, 1)
 
 
-@functools.lru_cache(maxsize=1)  # not once per layer: the copy would wait for the device
+@functools.lru_cache(maxsize=1)  # not once per layer, because the copy waits for the device
 def _starts(bounds: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
-    """int32 [N + 1]: where the sequences begin, and the end."""
+    """int32 [N + 1]: starts of the sequences, and the end."""
     return torch.tensor([0, *(b for _, b in bounds)], dtype=torch.int32, device=device)
 
 
-@functools.lru_cache(maxsize=1)  # the sequences of a case are equally long; no other case's mask may count as memory
+@functools.lru_cache(maxsize=1)  # a case has sequences of one length; masks of other cases must not count as memory
 def causal_mask(S: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[1, 1, S, S]: the most negative number above the diagonal, as transformers makes it."""
+    """[1, 1, S, S]: the most negative number above the diagonal, as in transformers."""
     return torch.full((S, S), torch.finfo(dtype).min, dtype=dtype, device=device).triu_(1)[None, None]
 
 

@@ -1,7 +1,7 @@
-"""The cases of ``probe_cost.py``: which model, batch and variants, and how one case is measured and kept.
+"""The cases of ``probe_cost.py``: model, batch and variants, and the measurement of one case.
 
-Shape suffixes: B = 1, L tokens of all sequences one behind another, S tokens of one sequence, H query heads, G key
-heads, D head dimension.
+Shape suffixes: B = 1, L tokens of all sequences back to back, S tokens of one sequence, H query heads, G key heads, D
+head dimension.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ from sayo_verl.probe.measure import kernels
 from sayo_verl.probe.reference import Span
 
 Report = Callable[[str], None]
-SHORT = Lengths(2, (2, 2), 2, 8)  # for running a function before its memory is measured
-TOLERANCE = 1e-3  # largest difference of a mass between two ways to compute it, from the same queries and keys
+SHORT = Lengths(2, (2, 2), 2, 8)  # to run a function before its memory is measured
+TOLERANCE = 1e-3  # largest difference of a mass between two ways to compute it from the same queries and keys
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class Case:
     """One model and one batch.
 
     Attributes:
-        part: ``"cpu"`` or ``"card"``: the table it belongs to.
+        part: the table of the case, ``"cpu"`` or ``"card"``.
         shape: of the model.
         lengths: of each sequence.
-        sequences: how many; 0: what fits, see ``fitting_sequences``.
+        sequences: their number; 0: as many as fit, see ``fitting_sequences``.
         paths: of the probe.
         chunks: chunk sizes of the reference path to try in all layers.
         extras: whether profile statistics and the hidden-state cosine are measured too.
-        rounds: of the probe; eager attention takes part in the first ``slow_rounds``.
-        brief: without the slowest: four layers, the reference path in several layers and by itself, and eager weights
-            that are kept.
+        rounds: of the probe; eager attention runs in the first ``slow_rounds``.
+        brief: without the slowest variants: four layers, the reference path in several layers and without a pass, and
+            kept eager weights.
     """
 
     part: str
@@ -70,7 +70,7 @@ class Case:
 
 
 def cpu_cases(quick: bool) -> list[Case]:
-    """Three lengths, 800 tokens a pass; the middle one has the real ratio of tokens to width, and every variant."""
+    """Three lengths, 800 tokens a pass; the middle one has the real ratio of tokens to width and every variant."""
     if quick:
         lengths = Lengths(2, (3, 3), 2, 7)
         return [Case("cpu", TINY[0], lengths, 2, ("reference",), (3,), True, 2, 1)]
@@ -83,7 +83,7 @@ def cpu_cases(quick: bool) -> list[Case]:
 
 
 def card_cases(quick: bool, models: Sequence[str], rounds: int) -> list[Case]:
-    """The true shapes; as many packed sequences as fit."""
+    """The true shapes with as many packed sequences as fit."""
     if quick:
         lengths = Lengths(2, (3, 3), 2, 7)
         return [Case("card", shape, lengths, 2, ("fast", "reference"), (), True, 1, 1) for shape in TINY]
@@ -94,7 +94,7 @@ def card_cases(quick: bool, models: Sequence[str], rounds: int) -> list[Case]:
 
 
 def scaling_lengths(part: str, quick: bool) -> list[Lengths]:
-    """One sequence, twice as long each time, in fixed proportions."""
+    """Lengths of one sequence, doubled each time, in fixed proportions."""
     if quick:
         return [Lengths(1 * n, (2 * n, 2), n, 6 * n) for n in (1, 2, 4)]
     sides = [(8, 16), (16, 16), (16, 32), (32, 32)] if part == "cpu" else [(16, 32), (32, 32), (32, 64), (64, 64)]
@@ -102,7 +102,7 @@ def scaling_lengths(part: str, quick: bool) -> list[Lengths]:
 
 
 def fitting_sequences(stack: TextStack, case: Case, meter: Meter, max_tokens: int) -> tuple[int, str]:
-    """How many sequences a pass takes, and what limits it: 80 % of free memory or ``max_tokens`` (0: none)."""
+    """Number of sequences of a pass and its limit: 80 % of free memory or ``max_tokens`` (0: no limit)."""
     if case.sequences:
         return case.sequences, ""
     need = meter.peak_bytes(Workload(stack, case.lengths, 1).plain)
@@ -110,12 +110,12 @@ def fitting_sequences(stack: TextStack, case: Case, meter: Meter, max_tokens: in
     by_memory = int(0.8 * torch.cuda.mem_get_info(stack.device)[0]) // need
     by_tokens = max_tokens // case.lengths.total if max_tokens else by_memory
     n = max(1, min(by_memory, by_tokens))
-    by_limit = f"{max_tokens:,} tokens a pass (memory would take {by_memory} sequences)"
+    by_limit = f"{max_tokens:,} tokens a pass (memory would allow {by_memory} sequences)"
     return n, "memory" if by_memory <= by_tokens else by_limit
 
 
 def passes(case: Case, work: Workload) -> dict[str, Timed]:
-    """Every whole pass of a case, by name; ``pass`` is the plain one, ``pass again`` shows what noise makes of it."""
+    """Every whole pass of a case, by name; ``pass`` is the plain one, ``pass again`` shows its noise."""
     n_layers = work.stack.shape.layers
     timed = {"pass": Timed(work.plain), "pass again": Timed(work.plain)}
     for path in case.paths:
@@ -142,10 +142,10 @@ def passes(case: Case, work: Workload) -> dict[str, Timed]:
 
 
 def pieces(case: Case, work: Workload) -> dict[str, Timed]:
-    """Parts of the probe by themselves, on queries and keys of the last layer: they show what a pass's noise hides.
+    """Parts of the probe without a pass, on queries and keys of the last layer, because a pass's noise hides them.
 
-    ``alone`` is all that the probe adds to a pass for one layer; ``plan`` is its part before the pass, on the host, and
-    ``read`` what every further layer adds; ``masses`` and ``profile`` are the functions of a path.
+    ``alone`` is the whole probe for one layer; ``plan`` is its part before the pass, on the host, and ``read`` the part
+    of every further layer; ``masses`` and ``profile`` are the functions of a path.
     """
     layer = work.stack.shape.layers - 1
     query, key, scale = work.queries_and_keys(layer)
@@ -182,7 +182,7 @@ def agreement(case: Case, work: Workload) -> dict[str, float]:
     """Largest differences of the masses between ways to compute them.
 
     Raises:
-        RuntimeError: for one above ``TOLERANCE``: a fast path that is wrong is not worth timing.
+        RuntimeError: for one above ``TOLERANCE``, because a wrong path must not be timed.
     """
     layer = work.stack.shape.layers - 1
     query, key, scale = work.queries_and_keys(layer)
@@ -192,7 +192,7 @@ def agreement(case: Case, work: Workload) -> dict[str, float]:
         for path in case.paths
     }
     differences = {f"{path} - reference": found[path] - found["reference"] for path in found if path != "reference"}
-    if query.dtype == torch.float32:  # in bfloat16 eager attention itself is rounded too coarsely to be a yardstick
+    if query.dtype == torch.float32:  # in bfloat16 eager attention itself is too coarsely rounded for a comparison
         n = work.lengths
         in_set = torch.stack([sets[0] & 1, sets[0] >> 1 & 1]).float()
         _, weights = work.eager([layer], keep=True)
@@ -207,7 +207,7 @@ def agreement(case: Case, work: Workload) -> dict[str, float]:
 
 
 def measure_case(case: Case, stack: TextStack, store: Store, max_tokens: int, what: str, report: Report) -> None:
-    """Time or memory (``what``) of one case, or ``"both"``, into the store."""
+    """Measure time or memory (``what``) of one case, or ``"both"``, and store it."""
     say, meter = functools.partial(_say, report, case.key), meter_of(stack.device)
     sequences, limit = fitting_sequences(stack, case, meter, max_tokens)
     work = Workload(stack, case.lengths, sequences)
@@ -229,10 +229,10 @@ def measure_case(case: Case, stack: TextStack, store: Store, max_tokens: int, wh
             "agreement": differences,
         }
         times = in_rounds(meter, passes(case, work) | pieces(case, work), case.rounds, say)
-        store.update("cases", case.key, facts | {"times": times}, anew=True)
+        store.update("cases", case.key, facts | {"times": times}, replace=True)
     if what != "time":
         functions = {name: timed.function for name, timed in passes(case, work).items()}
-        if what == "memory":  # with "both", timing ran everything
+        if what == "memory":  # with "both", timing has run everything
             for timed in passes(case, Workload(stack, SHORT, 2)).values():
                 timed.function()
             work.plain()
@@ -250,7 +250,7 @@ def measure_scaling(
     what: str,
     report: Report,
 ) -> None:
-    """The probe's kernels and one eager layer on random queries and keys: one sequence, twice as long each time."""
+    """Measure the probe's kernels and one eager layer on random queries and keys of one sequence, doubled each time."""
     key, meter = f"{part}: {shape.name}", meter_of(device)
     if what != "memory":
         side = 64 if quick else {"cpu": 1024, "card": 8192}[part]
@@ -260,7 +260,7 @@ def measure_scaling(
             "copy_bytes": copy_rate(meter, copied, device),
         }
         facts = {"part": part, "machine": machine(device, ATTENTION.backend(device)), "rates": rates, "rows": {}}
-        store.update("scaling", key, facts, anew=True)
+        store.update("scaling", key, facts, replace=True)
     rows = store.read()["scaling"][key]["rows"]
     for lengths in scaling_lengths(part, quick):
         timed = _growing(part, shape, lengths, device, dtype)
@@ -270,7 +270,7 @@ def measure_scaling(
             row["times"] = in_rounds(meter, timed, 1 if quick else 7, say)
         if what == "memory":
             for entry in timed.values():
-                entry.function()  # with "both", timing ran it
+                entry.function()  # with "both", timing has run it
         if what != "time":
             row["memory"] = peaks(meter, {name: entry.function for name, entry in timed.items()}, say)
         store.update("scaling", key, {"rows": rows})

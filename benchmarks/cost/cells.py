@@ -1,6 +1,6 @@
-"""Figures of the page from raw entries: ratios, floors, exponents, and how they are written.
+"""Figures of the page from raw entries: ratios, floors, exponents, and their formatting.
 
-An entry is one case or one growth series as ``cost.cases`` keeps it.
+An entry is one case or one growth series from ``cost.cases``.
 """
 
 import math
@@ -22,13 +22,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def ratios(case: Entry, name: str) -> list[float]:
-    """To the plain pass of the same round, one per round that it took part in; empty when it did not."""
+    """Ratios to the plain pass of the same round, one per measured round; empty if it was not measured."""
     seconds = case["times"].get(name, {}).get("seconds", [])
     return [a / b for a, b in zip(seconds, case["times"]["pass"]["seconds"], strict=False)]
 
 
 def seconds(entry: Entry, name: str) -> float | None:
-    """Median; None when it was not measured."""
+    """Median time; None if it was not measured."""
     found = entry["times"].get(name, {}).get("seconds")
     return statistics.median(found) if found else None
 
@@ -44,7 +44,7 @@ def exponent(series: Entry, column: str, what: str) -> float | None:
 
 
 def floor_seconds(case: Entry, kernel: str, rates: Mapping[str, float]) -> float:
-    """The least time that measured rates of products and copies allow a kernel, ``"masses"`` or ``"profile"``."""
+    """Lower bound of a kernel's time (``"masses"`` or ``"profile"``) from measured rates of products and copies."""
     n = case["lengths"]
     shape, lengths = Shape(**case["shape"]), Lengths(n["before"], tuple(n["image"]), n["after"], n["response"])
     element = {"float32": 4, "bfloat16": 2}[case["dtype"]]
@@ -81,7 +81,7 @@ def floor_cell(case: Entry, name: str, series: Entry | None) -> str:
 
 
 def more_cell(memory: Mapping[str, int | None], name: str) -> str:
-    """How much higher a peak is than the plain pass's."""
+    """Difference of a peak from that of the plain pass."""
     if name not in memory:
         return ""
     peak, plain = memory[name], memory["pass"]

@@ -1,7 +1,7 @@
-"""What the kernel can take on an H100, by arithmetic: products, exponentials and bytes against the pass's operations.
+"""Forecast of the kernel's time on an H100 from products, exponentials and bytes against the pass's operations.
 
-Nothing here was measured. The rates of the card are its data sheet's, but for products: that is what large bfloat16
-products reach.
+Nothing here was measured. The rates of exponentials and bytes are from the data sheet. The rate of products is that of
+large bfloat16 products.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ from cost.shapes import (
 PRODUCTS = 800e12  # multiplications and additions a second
 EXPONENTIALS = 132 * 16 * 1.7e9  # multiprocessors x special-function results a cycle x cycles a second
 BYTES = 3.35e12  # a second
-# Operations a second of a kernel whose exponentials wait for its products: somewhat below what the units allow then
+# Operations a second of a kernel whose exponentials wait for its products, somewhat below the bound of the units
 IN_TURN = (350e12, 400e12)
-N_SETS = 2  # image and region, which attn_region asks for
+N_SETS = 2  # image and region, requested by attn_region
 SHAPE = REAL[0]  # the model of the target, and of the vision tower
 
 
@@ -45,7 +45,7 @@ class Work:
 
     @property
     def floors(self) -> tuple[float, float, float]:
-        """Seconds by each unit alone: products, exponentials, bytes."""
+        """Seconds of each unit: products, exponentials, bytes."""
         return self.operations / PRODUCTS, self.exponentials / EXPONENTIALS, self.moved / BYTES
 
     @property
@@ -61,11 +61,11 @@ class Work:
 
 
 def work(shape: Shape, n: Lengths, lse_given: bool) -> Work:
-    """With the log-sum-exp given only the columns of the image are visited, else all causal keys."""
+    """One layer's work. With a given log-sum-exp only the image's keys are visited, otherwise all causal keys."""
     pairs = n.response * n.image_tokens if lse_given else n.pairs
     operations = profile_operations(shape, n) if lse_given else masses_operations(shape, n)
-    keys_left_out = n.total - n.image_tokens if lse_given else 0
-    moved = masses_bytes(shape, n, 2, N_SETS) - 2 * keys_left_out * shape.kv_heads * shape.head_dim
+    skipped_keys = n.total - n.image_tokens if lse_given else 0
+    moved = masses_bytes(shape, n, 2, N_SETS) - 2 * skipped_keys * shape.kv_heads * shape.head_dim
     return Work(operations, shape.heads * pairs, moved)
 
 
@@ -76,13 +76,13 @@ def pass_seconds(n: Lengths, *, vision: bool) -> float:
 
 
 def in_turn_limit() -> float:
-    """Operations a second when exponentials wait for products and both run at their full rates."""
+    """Operations a second if exponentials wait for products and both run at their full rates."""
     longest = work(SHAPE, REAL_LENGTHS[-1], lse_given=False)
     return longest.operations / longest.in_turn
 
 
 def forecast(n: Lengths, layers: int, *, lse_given: bool, vision: bool) -> tuple[float, float]:
-    """Per cent of the pass that a kernel takes whose exponentials wait for its products: lowest, highest."""
+    """Lowest and highest per cent of the pass for a kernel whose exponentials wait for its products."""
     operations = layers * work(SHAPE, n, lse_given).operations
     fast, slow = (100 * operations / rate / pass_seconds(n, vision=vision) for rate in IN_TURN[::-1])
     return fast, slow
@@ -97,24 +97,24 @@ def forecast_cell(sizes: Sequence[Lengths], layers: int, digits: int, *, lse_giv
 TEXT = """\
 One sequence at the shape of {name}, with 128 tokens of text in the prompt. For each response row, causal key
 and query head the probe takes 2 x {dims} operations and one exponential. Attention takes twice the operations for the
-same exponential, so exponentials weigh twice as much here. An H100 is counted with {products:.0f} T operations,
+same exponential, so exponentials weigh twice as much here. The rates of an H100 are {products:.0f} T operations,
 {exponentials:.1f} T exponentials (132 multiprocessors x 16 a cycle x 1.7 GHz) and {bytes:.2f} TB a second.
-Launches and work on the host are not in it.
+Launches and work on the host are not included.
 """
 FLOORS = """\
-Bounds for one layer, from the card's own rates. "Overlapped" is the larger of the times, "in turn" has the exponentials
-wait for the products. "All causal keys" is what a kernel visits that computes the log-sum-exp itself. With the
-log-sum-exp of the model's own attention given, it visits the image alone.
+Bounds for one layer, from the card's rates. "Overlapped" is the largest of the times. In "in turn" the exponentials
+wait for the products. A kernel that computes the log-sum-exp itself visits all causal keys. With the log-sum-exp of the
+model's own attention it visits only the image.
 """
 SHARES = """\
-The same bounds as a share of the pass, from overlapped to in turn. The pass is counted at the full rate of products,
-which a real one does not reach: its shares are smaller. This page times the pass without the vision tower.
+The same bounds as a share of the pass, from overlapped to in turn. The pass is computed at the full rate of products. A
+real pass does not reach this rate, so its shares are smaller. This page times the pass without the vision tower.
 """
 
 
 def arithmetic() -> list[str]:
-    """The section of the page, with everything computed here."""
-    said = {"products": PRODUCTS / 1e12, "exponentials": EXPONENTIALS / 1e12, "bytes": BYTES / 1e12}
+    """The section of the page, with all figures computed here."""
+    rates = {"products": PRODUCTS / 1e12, "exponentials": EXPONENTIALS / 1e12, "bytes": BYTES / 1e12}
     cases = [(n, given, work(SHAPE, n, given)) for given in (False, True) for n in REAL_LENGTHS]
     passes = [
         [
@@ -151,13 +151,13 @@ def arithmetic() -> list[str]:
         ]
         for n, given, w in cases
     ]
-    both = "with vision tower", "text model alone"
+    both = "with vision tower", "text model only"
     columns = [f"{layers}, {what}" for layers in ("1 layer", f"{SHAPE.layers} layers") for what in both]
     by_unit = ["by products", "by exponentials", "by bytes", "overlapped", "in turn"]
     return [
         "## Arithmetic, not measurement",
         "",
-        TEXT.format(name=SHAPE.name, dims=SHAPE.head_dim, **said),
+        TEXT.format(name=SHAPE.name, dims=SHAPE.head_dim, **rates),
         *table(["image + response tokens", "text model", "vision tower", "pass without tower", "pass with it"], passes),
         FLOORS,
         *table(["image + response tokens", "keys", "operations", "exponentials", "bytes", *by_unit], floors),
@@ -172,4 +172,4 @@ def size(n: Lengths) -> str:
 
 
 def _keys(lse_given: bool) -> str:
-    return "image, log-sum-exp given" if lse_given else "all causal keys"
+    return "image, given log-sum-exp" if lse_given else "all causal keys"

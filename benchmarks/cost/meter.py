@@ -1,4 +1,4 @@
-"""Time and memory for ``probe_cost.py``, on a CPU and on a CUDA device, behind the same two calls."""
+"""Time and memory for ``probe_cost.py`` on a CPU and on a CUDA device, with one interface."""
 
 import gc
 import os
@@ -14,14 +14,14 @@ import torch
 
 
 class Meter(Protocol):
-    """What a device must be asked for.
+    """Interface of the meters.
 
     Attributes:
-        lacks_memory: the error that says that something does not fit.
+        lacks_memory: the out-of-memory error.
         shortest: seconds below which a function is repeated.
 
-    ``seconds`` runs a function some times and returns the time of one run. ``peak_bytes`` runs it once and returns how
-    far memory rose above what was in use before.
+    ``seconds`` runs a function some times and returns the time of one run. ``peak_bytes`` runs it once and returns the
+    peak of memory above its previous use.
     """
 
     lacks_memory: type[Exception]
@@ -33,15 +33,15 @@ class Meter(Protocol):
 
 
 class CpuMeter:
-    """CPU time of this process, which other processes lengthen less than they lengthen wall time; resident memory.
+    """CPU time of this process, which other processes disturb less than wall time, and resident memory.
 
-    Memory needs Linux and a process in which freed memory goes back at once (``MALLOC`` of probe_cost.py): what an
-    earlier call freed, but the process kept, would hide a peak. Code counts as memory when it first runs, so a function
-    must have run before, on however short a batch.
+    Memory needs Linux and a process that returns freed memory at once (``MALLOC`` of probe_cost.py), because memory
+    kept from an earlier call would hide a peak. Code counts as memory in its first run, so a function must have run
+    before, for example on a short batch.
     """
 
     lacks_memory: type[Exception] = MemoryError
-    shortest = 0.02  # seconds: shorter functions are repeated
+    shortest = 0.02
 
     def seconds(self, function: Callable[[], Any], repeat: int = 1) -> float:
         start = time.process_time()
@@ -64,7 +64,7 @@ def _status_bytes(name: str) -> int:
 
 
 class CudaMeter:
-    """CUDA events around a function; the caching allocator's own high-water mark."""
+    """CUDA events around a function, and the caching allocator's high-water mark."""
 
     lacks_memory: type[Exception] = torch.cuda.OutOfMemoryError
     shortest = 0.005
@@ -101,8 +101,8 @@ class Timed:
 
     Attributes:
         function: what to run.
-        rounds: in how many rounds, from the first; None: all.
-        whole: a whole pass, run once a round; otherwise it is repeated until it lasts ``Meter.shortest``.
+        rounds: number of rounds, from the first; None: all.
+        whole: a whole pass, run once a round; otherwise repeated until it lasts ``Meter.shortest``.
     """
 
     function: Callable[[], Any]
@@ -113,13 +113,13 @@ class Timed:
 def in_rounds(
     meter: Meter, timed: Mapping[str, Timed], rounds: int, report: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """Time functions side by side: every round runs each of them, in an order of its own.
+    """Time functions in rounds that run each of them in a new order.
 
-    The order is drawn at random, with a fixed seed: a card that short functions have let cool runs the next pass
-    faster, so a pass must not always follow the same one. Python's garbage collection waits until a round is over.
+    The order is random with a fixed seed. A card cools during short functions and then runs the next pass faster, so a
+    pass must not always follow the same function. Python's garbage collection runs only between rounds.
 
     Returns:
-        by name ``{"seconds": [one per round]}``, or ``{"failed": why}`` for one that does not fit in memory.
+        by name ``{"seconds": [one per round]}``, or ``{"failed": error}`` if it does not fit in memory.
     """
     report(f"{len(timed)} variants: each runs before any is timed")
     repeats: dict[str, int] = {}
@@ -152,9 +152,9 @@ def in_rounds(
 def peaks(
     meter: Meter, functions: Mapping[str, Callable[[], Any]], report: Callable[[str], None]
 ) -> dict[str, int | None]:
-    """Peak memory of each function above what was in use before, in bytes; None where it did not fit."""
+    """Peak memory of each function above the previous use, in bytes; None if it did not fit."""
     report(f"memory of {len(functions)} variants")
-    gc.collect()  # what earlier work left in cycles
+    gc.collect()  # reference cycles of earlier work
     found: dict[str, int | None] = {}
     for name, function in functions.items():
         try:
@@ -165,7 +165,7 @@ def peaks(
 
 
 def machine(device: torch.device, backend: str) -> dict[str, Any]:
-    """What a result was measured on, for the page."""
+    """Description of the machine, for the page."""
     import transformers
 
     facts: dict[str, Any] = {

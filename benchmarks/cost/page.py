@@ -1,4 +1,4 @@
-"""The page from the raw numbers: every figure on it is computed here, from a file or from ``cost.shapes``."""
+"""The page from the raw numbers; every figure on it is computed here, from a file or from ``cost.shapes``."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -27,58 +27,60 @@ ONE_LAYER, ALL_LAYERS = 0.1, 3.0  # the target, per cent of the pass
 
 HEAD = """\
 Written by `benchmarks/probe_cost.py` from `benchmarks/results/*.json`. `benchmarks/on_gpu.py` measures a card in a
-quarter of an hour and leaves a file for that folder; the `--help` of both says how.
+quarter of an hour and writes a file for that folder. See the `--help` of both.
 
-Everything stands beside the pass that the probe rides on: verl's old-log-prob pass over one packed micro-batch, without
-gradient, with `lm_head`, log-softmax and entropy of every token. Weights are random, which changes no cost. The vision
-tower is left out of every measured pass: that makes the pass shorter and every ratio here larger than in training.
+All costs are compared with the pass that contains the probe: verl's old-log-prob pass over one packed micro-batch,
+without gradient, with `lm_head`, log-softmax and entropy of every token. Weights are random, which does not change the
+cost. The measured passes have no vision tower. This makes the pass shorter and every ratio here larger than in
+training.
 """
-SELF_CHECK = "**SELF-CHECK: models this small measure nothing. Do not read the figures.**\n"
+SELF_CHECK = "**SELF-CHECK: these models are too small for a measurement. Ignore the figures.**\n"
 TARGET = """\
 {name}, bfloat16, one H100 (an H200 computes as fast), the fast path (Triton), added to the old-log-prob pass.
-The forecast covers the four sizes below. It is for a kernel whose exponentials wait for its products. The card's own
-rates bound such a kernel at {limit:.0f} T operations a second (the column "in turn" of the next section). No kernel
-reaches its bound, so the forecast takes {slow:.0f} to {fast:.0f} T, and its shares are larger than those of the bound.
+The forecast covers the four sizes below. It is for a kernel whose exponentials wait for its products. The card's rates
+limit such a kernel to {limit:.0f} T operations a second (the column "in turn" of the next section). No kernel reaches
+its limit, so the forecast uses {slow:.0f} to {fast:.0f} T, and its shares are larger than those at the limit.
 """
 FORECAST = """\
-By this forecast the kernel misses the target. At {size} tokens, beside a pass with the vision tower:
+By this forecast the kernel misses the target. At {size} tokens, relative to a pass with the vision tower:
 
 - one layer takes {one}, {layers} layers {all};
-- with the log-sum-exp given, one layer takes {one_given}, {layers} layers {all_given}.
+- with a given log-sum-exp, one layer takes {one_given}, {layers} layers {all_given}.
 """
 FIGURES = """\
-From the other stages of `benchmarks/on_gpu.py`. Weights are random. The list below the table says what else stood in
-for what. The lines of the report behind them are in `benchmarks/results/cuda_report.jsonl`. The card: {cards}.
+From the other stages of `benchmarks/on_gpu.py`. Weights are random. The list below the table names the other
+replacements. The lines of the report are in `benchmarks/results/cuda_report.jsonl`. The card: {cards}.
 """
-NOT_RUN = "Not run: there was no card. `python benchmarks/on_gpu.py` measures it in a quarter of an hour.\n"
+NOT_RUN = "Not run, because there was no card. `python benchmarks/on_gpu.py` measures it in a quarter of an hour.\n"
 TIME = """\
-"/ pass" is the ratio to the plain pass of the same round: median (least to most) of {rounds} rounds, of {slow} for
-eager attention. "Alone" is the whole probe for one layer, run by itself in the same rounds: planning on the host, once
-per micro-batch, then reading the layer, then laying out the results. On a GPU "alone" is an upper bound: in a pass the
-host does its part while the device computes, and only reading the layer takes time of the device. The floor of a kernel
-is the larger of two times: its operations at the measured rate of a matrix product, its bytes at that of a copy.
+"/ pass" is the ratio to the plain pass of the same round: median (minimum to maximum) of {rounds} rounds, of {slow} for
+eager attention. "Alone" is the whole probe for one layer without a pass, in the same rounds. It plans on the host, once
+per micro-batch, then reads the layer, then lays out the results. On a GPU "alone" is an upper bound, because in a pass
+the host works while the device computes, and only reading the layer takes time of the device. The floor of a kernel is
+the larger of two times: its operations at the measured rate of a matrix product, its bytes at the rate of a copy.
 """
 MEMORY = """\
-Peak of the plain pass over what it starts from (weights, batch), how much higher it is with each variant, and the peak
-of the probe's parts by themselves. Most of a pass's peak is logits, under which what happens inside a layer hides.
+Peak of the plain pass above the memory in use at its start (weights, batch), the difference of each variant, and the
+peaks of the probe's parts without a pass. Most of a pass's peak is logits, which hide the memory of a single layer.
 """
 GROWTH = """\
-One layer, one sequence, random queries and keys: time, peak memory. The exponents are least-squares slopes of
-logarithms over {tokens}x the tokens and {pairs}x the pairs: of time against pairs (response rows x mean number of
-causal keys), of memory against tokens; 1 is linear. A chunk is the number of query rows that the reference path handles
-at once; where it is longer than the response, memory grows with the response too.
+Time and peak memory of one layer and one sequence, with random queries and keys. The exponents are least-squares slopes
+of logarithms over {tokens}x the tokens and {pairs}x the pairs: of time against pairs (response rows x mean number of
+causal keys), of memory against tokens. An exponent of 1 is linear. A chunk is the number of query rows that the
+reference path handles at once. If it is longer than the response, memory grows with the response too.
 """
 LIMITS = """\
 ## Limits
 
-- CPU figures are those of the reference path (plain torch, float32) on one thread. They show how the cost grows and how
-  the probe stands beside eager attention on the same processor. They are no forecast for a GPU, where products are
-  cheap beside exponentials, memory traffic, launches and work on the host, and where the path is another one.
-- The small model has heads of 64 dimensions, the real one of 128: twice the exponentials for the same products.
+- CPU figures are those of the reference path (plain torch, float32) on one thread. They show the growth of the cost and
+  a comparison with eager attention on the same processor. They do not forecast a GPU, which uses another path, and on
+  which products are cheap compared with exponentials, memory traffic, launches and work on the host.
+- The small model has heads of 64 dimensions and the real one of 128, so the small one computes twice the exponentials
+  for the same products.
 - A whole pass varies by a per cent or more from round to round, as "the same pass again" shows. A ratio of passes can
-  therefore lie below 1. What one layer adds is read from "alone" on a CPU and from "reading the layer" on a GPU.
-- The pass runs in one process: gathering sharded weights would make the pass longer, not the probe.
-- Eager attention runs sequence by sequence here. Over a packed row at once it would take the square of the whole row.
+  therefore be below 1. The cost of one layer is "alone" on a CPU and "reading the layer" on a GPU.
+- The pass runs in one process. Gathering sharded weights would make the pass longer, but not the probe.
+- Eager attention runs sequence by sequence here. Over a whole packed row its cost would be the square of that row.
 - Log-softmax and entropy are verl's formulas over 2,048 tokens at once, without its loop over rows and without
   flash-attn's kernel.
 """
@@ -88,7 +90,7 @@ def write_page(path: Path, raw: Raw) -> None:
     """Write the page.
 
     Args:
-        path: where.
+        path: the output file.
         raw: ``cases``, ``scaling`` and ``failures`` of all devices, see ``cost.store``.
     """
     tiny = {shape.name for shape in TINY}
@@ -114,26 +116,27 @@ def _target(raw: Raw) -> list[str]:
         [forecast_cell(REAL_LENGTHS, layers, digits, lse_given=False, vision=vision) for vision in (True, False)]
         for layers, digits in ((1, 3), (SHAPE.layers, 1))
     ]
-    linear = "linear: some numbers per response token and head"
+    linear = "linear, some numbers per response token and head"
     rows = [
         ["one layer", f"at most {ONE_LAYER:g} %", *forecasts[0], _verdict(one, ONE_LAYER)],
         [f"all {SHAPE.layers} layers", f"at most {ALL_LAYERS:g} %", *forecasts[1], _verdict(whole, ALL_LAYERS)],
         ["memory", "linear in tokens", linear, "", MISSING if grows is None else f"exponent {grows:.2f} over tokens"],
     ]
     longest = REAL_LENGTHS[-1:]
-    said = {
+    shares = {
         name + given: forecast_cell(longest, layers, digits, lse_given=bool(given), vision=True)
         for name, layers, digits in (("one", 1, 3), ("all", SHAPE.layers, 1))
         for given in ("", "_given")
     }
     rates = {"slow": IN_TURN[0] / 1e12, "fast": IN_TURN[1] / 1e12, "limit": in_turn_limit() / 1e12}
-    header = ["", "target", "forecast, pass with vision tower", "forecast, text model alone", "measured beside it"]
+    forecast = ["forecast, pass with vision tower", "forecast, text model only"]
+    header = ["", "target", *forecast, "measured, text model only"]
     return [
         "## Target",
         "",
         TARGET.format(name=SHAPE.name, **rates),
         *table(header, rows),
-        FORECAST.format(size=size(longest[0]), layers=SHAPE.layers, **said),
+        FORECAST.format(size=size(longest[0]), layers=SHAPE.layers, **shares),
     ]
 
 
@@ -144,7 +147,7 @@ def _verdict(values: Sequence[float], target: float) -> str:
 
 
 def _part(raw: Raw, part: str, model: str | None) -> list[str]:
-    """Everything that was measured of one model (None: of all) in one part, or that it was not."""
+    """All measurements of one model (None: all models) in one part, or a line that there are none."""
     cases = _cases(raw, part, model)
     failed = _failures(raw, part, model)
     if not cases:
@@ -164,29 +167,29 @@ def _failures(raw: Raw, part: str, model: str | None) -> list[str]:
 
 
 def _figures(raw: Raw) -> list[str]:
-    """What the stages of ``on_gpu.py`` measured beside the passes."""
+    """Figures of the stages of ``on_gpu.py`` other than the passes."""
     found = [entry for entry in raw.get("figures", {}).values() if "tiny" not in entry["stood_in"]]
     if not found:
         return []
     rows = [[x["stage"], x["what"], x["value"]] for x in found]
-    instead: dict[str, list[str]] = {}
+    replaced: dict[str, list[str]] = {}
     for x in found:
-        said = "; ".join(f"{k}: {v}" for k, v in x["stood_in"].items() if k != "weights")
-        stages = instead.setdefault(said, []) if said else []
+        replacements = "; ".join(f"{k}: {v}" for k, v in x["stood_in"].items() if k != "weights")
+        stages = replaced.setdefault(replacements, []) if replacements else []
         stages += [x["stage"]] * (x["stage"] not in stages)
     cards = ", ".join(sorted({x["card"] for x in found}))
     return [
-        "### Beside the passes",
+        "### Other figures",
         "",
         FIGURES.format(cards=cards),
         *table(["stage", "what", "measured"], rows),
-        *(f"- {', '.join(stages)}: {said}" for said, stages in instead.items()),
+        *(f"- {', '.join(stages)}: {replacements}" for replacements, stages in replaced.items()),
         "",
     ]
 
 
 def _about(cases: Sequence[Entry]) -> list[str]:
-    """What was measured on what."""
+    """Machine, versions and model of the cases."""
     shape, lines = cases[0]["shape"], []
     for case in cases:
         m = case["machine"]
@@ -203,7 +206,7 @@ def _about(cases: Sequence[Entry]) -> list[str]:
         f"{shape['name']}: {shape['layers']} layers, hidden size {shape['hidden']}, {shape['heads']} query heads on "
         f"{shape['kv_heads']} key heads of {shape['head_dim']} dimensions, FFN {shape['ffn']}, vocabulary "
         f"{shape['vocabulary']}. Largest difference of an attention mass between two ways to compute it, on the "
-        f"batches that were timed: {largest:.1e} ({which.split(',')[0]}).\n",
+        f"timed batches: {largest:.1e} ({which.split(',')[0]}).\n",
     ]
 
 
@@ -230,7 +233,7 @@ def _memory(cases: Sequence[Entry]) -> list[str]:
     for name, title in _variants(cases):
         rows.append([title.removesuffix(" / pass"), *(more_cell(c["memory"], name) for c in cases)])
     for name, title in [*_shares(cases)[::3], *_kernels(cases)]:
-        rows.append([f"by itself: {title.removesuffix(' / pass')}", *(size_cell(c["memory"], name) for c in cases)])
+        rows.append([f"no pass: {title.removesuffix(' / pass')}", *(size_cell(c["memory"], name) for c in cases)])
     return ["#### Memory", "", MEMORY, *table(_header(cases), rows)]
 
 
@@ -263,7 +266,7 @@ def _header(cases: Sequence[Entry]) -> list[str]:
 
 
 def _variants(cases: Sequence[Entry]) -> list[tuple[str, str]]:
-    """Names and titles of the whole passes that any of the cases has, but for the plain one."""
+    """Names and titles of the whole passes of any case, except the plain one."""
     n = cases[0]["shape"]["layers"]
     titles = {"pass again": "the same pass again / pass"}
     for path in cases[0]["paths"]:
@@ -281,9 +284,9 @@ def _variants(cases: Sequence[Entry]) -> list[tuple[str, str]]:
 
 
 def _shares(cases: Sequence[Entry]) -> list[tuple[str, str]]:
-    words = {"alone": "probe alone, 1 layer", "plan": "of it planning", "read": "of it reading the layer"}
+    parts = {"alone": "probe alone, 1 layer", "plan": "of it planning", "read": "of it reading the layer"}
     titles = {
-        f"{part} {path}": f"{title}, {path} path / pass" for path in cases[0]["paths"] for part, title in words.items()
+        f"{part} {path}": f"{title}, {path} path / pass" for path in cases[0]["paths"] for part, title in parts.items()
     }
     return _measured(cases, titles)
 
@@ -294,7 +297,7 @@ def _kernels(cases: Sequence[Entry]) -> list[tuple[str, str]]:
 
 
 def _measured(cases: Sequence[Entry], titles: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Those that any of the cases has."""
+    """Names and titles that occur in any case."""
     return [(name, title) for name, title in titles.items() if any(name in case["times"] for case in cases)]
 
 

@@ -1,4 +1,4 @@
-"""Models and lengths that are measured, and the operations they take by arithmetic. Plain numbers: torch is not needed.
+"""Measured models and lengths, and their operation counts by arithmetic. Does not need torch.
 
 An operation is a multiplication or an addition. H query heads, D head dimension.
 """
@@ -44,19 +44,19 @@ class Lengths:
 
     @property
     def pairs(self) -> int:
-        """Response rows x causal keys: how many products of a query and a key one head's statistics are made from."""
+        """Response rows x causal keys: query-key products for one head's statistics."""
         return self.response * self.prompt + self.response * (self.response + 1) // 2
 
 
-# An eighth of Qwen3-VL-8B's width, all of its depth, its ratio of query heads to key heads and of FFN to width, and the
-# vocabulary that keeps lm_head's share of the pass. The ratio of tokens to width decides the probe's share: 400 tokens
-# here are 3,200 there.
+# An eighth of Qwen3-VL-8B's width, its full depth, its ratios of query heads to key heads and of FFN to width, and a
+# vocabulary that keeps lm_head's share of the pass. The probe's share depends on the ratio of tokens to width, so 400
+# tokens here correspond to 3,200 of the real model.
 SMALL = Shape("Qwen3-VL-8B at 1/8 width", "qwen3_vl", 36, 512, 8, 2, 64, 1536, 18992)
 REAL = (
     Shape("Qwen3-VL-8B", "qwen3_vl", 36, 4096, 32, 8, 128, 12288, 151936),
     Shape("Qwen2.5-VL-7B", "qwen2_5_vl", 28, 3584, 28, 4, 128, 18944, 152064),
 )
-# (name, H, G, D) of every family's text attention, and head dimensions that no family has yet
+# (name, H, G, D) of every family's text attention, and head dimensions that no family uses yet
 HEADS = (
     ("Qwen3-VL-2B", 16, 8, 128),
     ("Qwen3-VL-4B and 8B, InternVL3.5-4B and 8B", 32, 8, 128),
@@ -96,7 +96,7 @@ def qwen3_vision_operations(out: int, image_tokens: int) -> int:
 
 
 def masses_operations(shape: Shape, lengths: Lengths) -> int:
-    """One layer of the one-pass scheme, which computes the log-sum-exp anew over all causal keys: 2 H D x pairs."""
+    """One layer of the one-pass scheme, which computes the log-sum-exp over all causal keys: 2 H D x pairs."""
     return 2 * shape.heads * shape.head_dim * lengths.pairs
 
 
@@ -106,12 +106,12 @@ def profile_operations(shape: Shape, lengths: Lengths) -> int:
 
 
 def masses_bytes(shape: Shape, lengths: Lengths, element: int, n_sets: int) -> int:
-    """What must cross memory once: queries of the response, all keys, the sums and the log-sum-exp in float32."""
+    """Bytes moved at least once: queries of the response, all keys, the sums and the log-sum-exp in float32."""
     queries, keys = lengths.response * shape.heads, lengths.total * shape.kv_heads
     return (queries + keys) * shape.head_dim * element + 4 * (n_sets + 1) * queries
 
 
 def profile_bytes(shape: Shape, lengths: Lengths, element: int) -> int:
-    """Queries of the response, keys of the image, the log-sum-exp and the profile in float32."""
+    """Bytes of the response's queries, the image's keys, the log-sum-exp and the profile in float32."""
     queries, keys = lengths.response * shape.heads, lengths.image_tokens * shape.kv_heads
     return (queries + keys) * shape.head_dim * element + 4 * (queries + lengths.response * lengths.image_tokens)

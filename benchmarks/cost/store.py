@@ -1,4 +1,4 @@
-"""The raw numbers: JSON files that are whole at any time, and reports that grow line by line."""
+"""Storage of raw numbers: JSON files that are replaced atomically, and reports that grow line by line."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Store:
-    """One file, ``{section: {key: values}}``; what is measured again replaces what was there."""
+    """One file, ``{section: {key: values}}``; a new measurement replaces the old one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -16,15 +16,15 @@ class Store:
     def read(self) -> dict[str, dict[str, dict[str, Any]]]:
         return json.loads(self.path.read_text()) if self.path.exists() else {}
 
-    def update(self, section: str, key: str, values: dict[str, Any], *, anew: bool = False) -> None:
-        """Add values to an entry, or put them in its place."""
+    def update(self, section: str, key: str, values: dict[str, Any], *, replace: bool = False) -> None:
+        """Add values to an entry, or replace it."""
         raw = self.read()
         entries = raw.setdefault(section, {})
-        entries[key] = values if anew else {**entries.get(key, {}), **values}
+        entries[key] = values if replace else {**entries.get(key, {}), **values}
         self._write(raw)
 
     def drop(self, section: str, key: str) -> None:
-        """Forget an entry, if there is one."""
+        """Remove an entry if it exists."""
         raw = self.read()
         if raw.get(section, {}).pop(key, None) is not None:
             self._write(raw)
@@ -37,22 +37,22 @@ class Store:
 
 
 def read_all(paths: list[Path]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Several files as one; a later file's entry wins."""
-    whole: dict[str, dict[str, dict[str, Any]]] = {"cases": {}, "scaling": {}, "failures": {}, "figures": {}}
+    """Merge several files; a later file's entry wins."""
+    merged: dict[str, dict[str, dict[str, Any]]] = {"cases": {}, "scaling": {}, "failures": {}, "figures": {}}
     for path in paths:
         for section, entries in Store(path).read().items():
-            whole[section].update(entries)
-    return whole
+            merged[section].update(entries)
+    return merged
 
 
 def append_line(report: Path, line: dict[str, Any]) -> None:
-    """Add a line to a report; it is on disk when this returns."""
+    """Append a line to a report and flush it to the file."""
     with report.open("a") as file:
         file.write(json.dumps(line, default=str) + "\n")
 
 
 def read_lines(report: Path) -> list[dict[str, Any]]:
-    """The lines of a report, oldest first; one that was cut short is left out."""
+    """The lines of a report, oldest first, without truncated ones."""
     lines = []
     for text in report.read_text().splitlines() if report.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):

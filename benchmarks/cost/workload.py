@@ -1,12 +1,12 @@
-"""What ``probe_cost.py`` measures: a text model with random weights, a packed micro-batch, and verl's log-prob pass
-over it plain, with the probe, and with eager attention.
+"""The workload of ``probe_cost.py``: a text model with random weights, a packed micro-batch, and passes over it.
 
-The pass is what verl does for old log-probs with ``use_remove_padding``: one packed row of tokens through the text
-model, ``lm_head`` on every token, log-softmax of the sampled tokens and entropy, without gradient. The vision tower is
-left out: it would add to the pass and not to the probe.
+A pass is verl's log-prob pass, plain, with the probe, or with eager attention. It does what verl does for old log-probs
+with ``use_remove_padding``: one packed row of tokens through the text model, ``lm_head`` on every token, log-softmax of
+the sampled tokens and entropy, without gradient. It has no vision tower, which would add to the pass but not to the
+probe.
 
-Shape suffixes: N sequences, S tokens of one, L of all one behind another, V entries of the vocabulary, H query heads,
-G key heads, D head dimension, E hidden size, K sets of keys.
+Shape suffixes: N sequences, S tokens of one, L of all back to back, V entries of the vocabulary, H query heads, G key
+heads, D head dimension, E hidden size, K sets of keys.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from sayo_verl.probe.measure import Measurement
 from sayo_verl.probe.plan import RowPlan, plan_row
 from sayo_verl.probe.reference import Span
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest
-from sayo_verl.probe.taps import ForwardTap, requested_layers
+from sayo_verl.probe.taps import ForwardTap, asked_layers
 from sayo_verl.vision.grids import Tile
 
-LOGIT_ROWS = 2048  # tokens whose log-softmax and entropy are computed at once: verl's entropy_from_logits_chunk_size
+LOGIT_ROWS = 2048  # tokens per step of log-softmax and entropy, verl's entropy_from_logits_chunk_size
 
 
 class TextStack:
@@ -38,7 +38,7 @@ class TextStack:
 
     Args:
         shape: sizes.
-        device: where it is made.
+        device: of its weights.
         dtype: of its weights.
     """
 
@@ -74,7 +74,7 @@ class TextStack:
 
 
 def rope_parameters(shape: Shape) -> dict[str, Any]:
-    """The family's rotary embedding: how the frequencies are shared out over time, height and width."""
+    """The family's rotary embedding, with its division of frequencies among time, height and width."""
     half = shape.head_dim // 2
     of_qwen3 = shape.family == "qwen3_vl"
     spatial = half * 5 // 16 if of_qwen3 else half * 3 // 8
@@ -98,7 +98,7 @@ class Workload:
     Args:
         stack: the model.
         lengths: of each sequence.
-        sequences: how many.
+        sequences: their number.
     """
 
     def __init__(self, stack: TextStack, lengths: Lengths, sequences: int) -> None:
@@ -124,7 +124,7 @@ class Workload:
 
     @torch.no_grad()
     def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs [L] and entropy [L], with verl's formulas for both, ``LOGIT_ROWS`` tokens at a time."""
+        """Log-probs [L] and entropy [L] by verl's formulas, ``LOGIT_ROWS`` tokens at a time."""
         logits_LV = self.stack.head(self.hidden(self.ids_L))
         log_probs, entropies = [], []
         for some_V, label in zip(logits_LV.split(LOGIT_ROWS), self.labels_L.split(LOGIT_ROWS), strict=True):
@@ -134,7 +134,7 @@ class Workload:
 
     @torch.no_grad()
     def eager(self, layers: Sequence[int], keep: bool) -> tuple[tuple[torch.Tensor, torch.Tensor], list[torch.Tensor]]:
-        """The pass with some layers' attention computed eagerly, and the weights [1, H, S, S], if kept."""
+        """The pass with eager attention in some layers, and the weights [1, H, S, S] if kept."""
         ATTENTION.eager, ATTENTION.kept = frozenset(layers), [] if keep else None
         try:
             result = self.plain()
@@ -143,7 +143,7 @@ class Workload:
             ATTENTION.eager, ATTENTION.kept = frozenset(), None
 
     def plan(self, request: StatisticsRequest) -> list[RowPlan]:
-        """As the engine makes it, once per micro-batch."""
+        """The plan as the engine builds it, once per micro-batch."""
         box = [[0.2, 0.3, 0.7, 0.8]]
         return [
             plan_row(
@@ -159,13 +159,13 @@ class Workload:
         ]
 
     def measurement(self, request: StatisticsRequest, chunk: int | None = None) -> Measurement:
-        """All that the probe does before the pass.
+        """The probe's work before the pass.
 
         Args:
             request: what to measure.
-            chunk: query rows at once on the reference path; None: its own default.
+            chunk: query rows at once on the reference path; None: its default.
         """
-        numbers = requested_layers(self.stack.model, request.layers, where="benchmark")
+        numbers = asked_layers(self.stack.model, request.layers, where="benchmark")
         changed: Any = contextlib.nullcontext()
         if chunk is not None:
             changed = mock.patch.object(measure, "kernels", return_value=in_chunks(chunk))
@@ -173,27 +173,27 @@ class Workload:
             return Measurement(request, self.plan(request), numbers, packed=True, device=self.stack.device)
 
     def probed(self, request: StatisticsRequest, chunk: int | None = None) -> dict[str, tuple[torch.Tensor, list[int]]]:
-        """The pass with the probe in it, as the engine runs it; ``chunk`` as for ``measurement``."""
-        made = functools.cache(lambda: self.measurement(request, chunk))  # when the first layer is read, as there
+        """The pass with the probe, as the engine runs it; ``chunk`` as for ``measurement``."""
+        measurement = functools.cache(lambda: self.measurement(request, chunk))  # at the first layer, as in the engine
         n_layers = self.stack.shape.layers
         attention = {n % n_layers for s in request.statistics if s.spec.source != "hidden" for n in s.layers}
         hidden = any(s.spec.source == "hidden" for s in request.statistics)
-        read_hidden = (lambda states: made().read_hidden(states)) if hidden else None
-        with ForwardTap(self.stack.model, sorted(attention), lambda *args: made().read(*args), read_hidden):
+        read_hidden = (lambda states: measurement().read_hidden(states)) if hidden else None
+        with ForwardTap(self.stack.model, sorted(attention), lambda *args: measurement().read(*args), read_hidden):
             self.plain()
-        return made().finish()
+        return measurement().finish()
 
     def alone(
         self, request: StatisticsRequest, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float
     ) -> dict[str, tuple[torch.Tensor, list[int]]]:
-        """What the probe adds to a pass for one layer, on queries and keys that a pass has left."""
+        """The whole probe for one layer, on queries and keys of an earlier pass."""
         measurement = self.measurement(request)
         ForwardTap(self.stack.model, [layer], measurement.read)
         measurement.read(layer, query, key, scale)
         return measurement.finish()
 
     def queries_and_keys(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """What the attention of a layer gets: [1, H, L, D], [1, G, L, D] and the scale."""
+        """Inputs of a layer's attention: [1, H, L, D], [1, G, L, D] and the scale."""
         found: list[tuple[torch.Tensor, torch.Tensor, float]] = []
         read = lambda _, query, key, scale: found.append((query.clone(), key.clone(), scale))  # noqa: E731
         with torch.no_grad(), ForwardTap(self.stack.model, [layer], read):
@@ -208,19 +208,19 @@ class Workload:
 
     @torch.no_grad()
     def check_sequences_are_apart(self) -> None:
-        """Other tokens in the first sequence must not change a bit of the second's hidden states."""
+        """Check that other tokens in the first sequence do not change the second's hidden states."""
         if self.sequences == 1:
             return
         other_L = self.ids_L.clone()
         other_L[: self.lengths.before] = (other_L[: self.lengths.before] + 1) % self.image_token
         (_, first), (a, b) = self.bounds[:2]
-        here, there = self.hidden(self.ids_L), self.hidden(other_L)
-        if torch.equal(here[:first], there[:first]) or not torch.equal(here[a:b], there[a:b]):
-            raise RuntimeError("packed sequences see one another, or the first does not see its own tokens")
+        before, after = self.hidden(self.ids_L), self.hidden(other_L)
+        if torch.equal(before[:first], after[:first]) or not torch.equal(before[a:b], after[a:b]):
+            raise RuntimeError("packed sequences attend to each other, or the first ignores its own tokens")
 
 
 def in_chunks(chunk: int) -> SimpleNamespace:
-    """The reference path with another number of query rows handled at once."""
+    """The reference path with another chunk size."""
     return SimpleNamespace(
         attention_masses=functools.partial(reference.attention_masses, chunk=chunk),
         attention_profile=functools.partial(reference.attention_profile, chunk=chunk),
@@ -228,7 +228,7 @@ def in_chunks(chunk: int) -> SimpleNamespace:
 
 
 def masses_request(layers: Sequence[int], path: str) -> StatisticsRequest:
-    """What ``attn_region`` asks."""
+    """The request of ``attn_region``."""
     names = ("image_mass", "region_mass")
     return StatisticsRequest(tuple(Statistic(name, layers=tuple(layers)) for name in names), path=path)
 
@@ -245,12 +245,12 @@ def cosine_request(path: str) -> StatisticsRequest:
 
 
 def some_layers(n_layers: int, count: int) -> tuple[int, ...]:
-    """``count`` layers spread evenly, the last always among them."""
+    """``count`` evenly spaced layers, with the last."""
     return tuple(n_layers * (i + 1) // count - 1 for i in range(count))
 
 
 def mrope_positions(lengths: Lengths) -> torch.Tensor:
-    """int64 [3, S]: time, height and width of every token, as Qwen-VL counts them."""
+    """int64 [3, S]: time, height and width of every token, as in Qwen-VL."""
     rows, cols = lengths.image
     text = torch.arange(lengths.before).expand(3, -1)
     cell = torch.arange(rows * cols)

@@ -1,1 +1,1 @@
-"""The stages of ``on_gpu.py``: what can only be measured on a card. Each runs in a process of its own."""
+"""The stages of ``on_gpu.py``, which measure what needs a GPU. Each runs in a separate process."""

@@ -1,4 +1,4 @@
-"""The probe inside verl's engine at a true shape: what it measures, what it leaves alone, what it costs.
+"""The probe inside verl's engine at a true shape: accuracy, unchanged outputs and cost.
 
 Shape suffixes: H query heads, T response tokens, N keys of one sequence.
 """
@@ -25,7 +25,7 @@ COMPARED = 6  # rows whose masses are compared with float64
 
 
 def run(stage: Stage, argument: str) -> None:
-    """``argument``: the family, and ``lora`` where it trains with an adapter."""
+    """``argument`` is the family, with ``lora`` for training with an adapter."""
     family, *lora = argument.split()
     prepare(stage)
     shape = models.shape_of(family, stage.tiny)
@@ -54,7 +54,7 @@ def _build(stage: Stage, shape: Any, lora: bool, held: dict[str, Any]) -> dict[s
 
 
 class _Bench:
-    """One worker, its rows and the requests that the methods make of it."""
+    """One worker, its rows and the requests of the methods."""
 
     def __init__(self, stage: Stage, worker: Any) -> None:
         from sayo_verl.probe.statistics import FAST_LSE, WIRE_PREFIX, Statistic, StatisticsRequest
@@ -71,7 +71,7 @@ class _Bench:
             "attn_anchor, neighbours": tuple(Statistic(f"neighbour_{x}", size=8) for x in ("index", "similarity")),
             "heat map": (Statistic("patch_sums"), Statistic("top_patch_mass", size=8)),
         }
-        own = {name: StatisticsRequest(asked, path="fast") for name, asked in wanted.items()}
+        own = {name: StatisticsRequest(statistics, path="fast") for name, statistics in wanted.items()}
         given = {
             f"{name}{GIVEN}": StatisticsRequest(wanted[name], path=FAST_LSE)
             for name in ("attn_region, last layer", "masses, all layers")
@@ -81,8 +81,8 @@ class _Bench:
         self.plain: Any = None
         self.without: dict[str, int] | None = None  # waits of the host in a pass without the probe
         self.ran: list[str] = []  # requests whose first pass did not fail
-        self.same = 0  # of them, those that left log-probs and entropy as they were
-        self.masses: dict[str, dict[str, torch.Tensor]] = {}  # of each request: statistic -> its values
+        self.same = 0  # number of them that did not change log-probs and entropy
+        self.masses: dict[str, dict[str, torch.Tensor]] = {}  # request -> statistic -> its values
 
     def call(self, name: str | None, **extra: Any) -> Any:
         from sayo_verl.probe.statistics import REQUEST_KEY
@@ -98,7 +98,7 @@ class _Bench:
         return output, time.monotonic() - begin
 
     def handshake(self, name: str) -> dict[str, Any]:
-        """What the launcher asks of every worker before it trains."""
+        """Run the launcher's check of a worker before training."""
         from sayo_verl.hooks.contract import worker_report
 
         class ActorRolloutRefWorker:  # the name that the report looks for
@@ -114,11 +114,11 @@ class _Bench:
         return {"tensors": len(names), "first": names[:2], "of_vision": of_vision, "wrong": not names or of_vision > 0}
 
     def first(self, name: str | None) -> dict[str, Any]:
-        """The first pass with a request: it compiles, so its time is no figure; its results are compared."""
+        """Run the first pass with a request and compare its results; its time includes compilation."""
         self.stage.reset_peak()
         compares = name is not None and "last layer" in name  # copies of all layers would not fit
         reading: Any = queries_and_keys() if compares else contextlib.nullcontext([])
-        with reading as taken:
+        with reading as captured:
             output, took = self.timed_call(name)
         facts: dict[str, Any] = {"first_s": round(took, 2), "peak_gib": self.stage.peak_gib()}
         if name is None:
@@ -131,7 +131,9 @@ class _Bench:
         }
         facts["wrong"] = not all(facts["same_bits"].values())
         self.same += not facts["wrong"]
-        self.stage.figure("requests with which log-probs and entropy keep every bit", f"{self.same} of {len(self.ran)}")
+        self.stage.figure(
+            "requests that do not change a bit of log-probs and entropy", f"{self.same} of {len(self.ran)}"
+        )
         self.masses[name] = {
             key: torch.cat(list(output[key].unbind())).nan_to_num(-1.0).cpu()
             for key in output.keys()
@@ -142,19 +144,19 @@ class _Bench:
             facts["from_own_log_sum_exp"] = max(largest(a, b) for a, b in pairs)
             facts["wrong"] |= not facts["from_own_log_sum_exp"] <= 1e-4
         if compares:
-            error, compared = self._error(output, taken)
+            error, compared = self._error(output, captured)
             facts |= {"mass_error_against_float64": error, "rows_compared": compared}
             facts["wrong"] |= not error <= 1e-4 or compared == 0
             self.stage.figure(f"{name}: largest error of a mass against float64", f"{error:.1e} over {compared} rows")
         return facts
 
-    def _error(self, output: Any, taken: list) -> tuple[float, int]:
-        """Largest error of the masses on the model's own queries and keys. Rows are told apart by their lengths."""
+    def _error(self, output: Any, captured: list) -> tuple[float, int]:
+        """Largest error of the masses on the model's own queries and keys. Rows are identified by their lengths."""
         from sayo_verl.probe.reference import Span
 
         by_length = {len(row["input_ids"]): n for n, row in enumerate(self.rows)}
         worst, compared = 0.0, 0
-        for plans, query, key, scale in taken:
+        for plans, query, key, scale in captured:
             start = 0
             for plan in plans:
                 if compared < COMPARED:
@@ -169,7 +171,7 @@ class _Bench:
         return worst, compared
 
     def counterfactual(self) -> dict[str, Any]:
-        """The same tokens after a changed image: finite, other than after the real one, and what the pass takes."""
+        """Run a pass with a changed image; its log-probs must be finite and different. Report its time."""
         from sayo_verl.probe.statistics import COUNTERFACTUAL_LOG_PROBS, INTERVENTION_KEY
         from sayo_verl.vision.intervention import Intervention
 
@@ -190,14 +192,14 @@ class _Bench:
         return facts
 
     def times(self) -> dict[str, Any]:
-        """Passes side by side, a round at a time, and the time that the probe itself says it took."""
+        """Time all passes in rounds, and compare with the probe's own clock."""
         names, shuffled = [None, AGAIN, *self.ran], random.Random(0)
         seconds: dict[str | None, list[float]] = {name: [] for name in names}
         own: dict[str, float] = {}
         took_round = 0.0
         for n in range(1 if self.stage.tiny else ROUNDS):
             if n and self.stage.left() < 1.1 * took_round:
-                break  # what the rounds before have found is worth more than one more of them
+                break  # keep the rounds so far
             shuffled.shuffle(names)
             begin = time.monotonic()
             for name in names:
@@ -209,7 +211,7 @@ class _Bench:
         plain = statistics.median(seconds[None])
         self.stage.figure("pass of verl's engine", f"{plain:.3f} s for {len(self.rows)} rows")
         noise = [100 * (a / b - 1) for a, b in zip(seconds[AGAIN], seconds[None], strict=True)]
-        self.stage.figure("the same pass again, to show the noise", f"{min(noise):.2f} to {max(noise):.2f} %")
+        self.stage.figure("the same pass again (noise)", f"{min(noise):.2f} to {max(noise):.2f} %")
         facts: dict[str, Any] = {
             "rounds": len(seconds[None]),
             "plain_s": [round(x, 4) for x in seconds[None]],
@@ -229,7 +231,7 @@ class _Bench:
         return facts
 
     def waits(self, name: str) -> dict[str, Any]:
-        """How often the host waits in a call, with the probe and without it."""
+        """Count the host's waits in a call, with and without the probe."""
         if self.without is None:
             with host_waits(self.stage.device) as self.without:
                 self.call(None)

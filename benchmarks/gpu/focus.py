@@ -1,4 +1,4 @@
-"""The anchoring stage of ``attn_faithful`` at a true shape: its own trainer on made-up rows, LoRA, random weights."""
+"""The focus stage of ``attn_faithful`` at a true shape: its own trainer on synthetic rows, LoRA, random weights."""
 
 import io
 import json
@@ -21,12 +21,12 @@ from sayo_verl.focus.token import add_focus_token
 from sayo_verl.focus.trainer import FocusConfig, FocusTrainer, focus_layers, trainable
 from sayo_verl.tiny.policy import CHAT_TEMPLATE, IMAGE, VIDEO, VISION_END, VISION_START, build_tokenizer, task_words
 
-STEPS = 3  # timed, after one that is not
+STEPS = 3  # timed, after one that is not timed
 ROWS = 2  # of a forward, as scripts/run_faithful_anchor_qwen2_5vl_7b.sh has it
 
 
 def run(stage: Stage, family: str) -> None:
-    stage.stood_in |= {"weights": "random", "tokenizer": "that of the tiny policy, some 300 words"}
+    stage.stood_in |= {"weights": "random", "tokenizer": "the tiny policy's, some 300 words"}
     held: dict[str, Any] = {}
     if stage.run("model", _make, stage, family, held, needs=20) is not None:
         stage.run("steps", _train, stage, held, needs=15)
@@ -43,7 +43,7 @@ def _make(stage: Stage, family: str, held: dict[str, Any]) -> dict[str, Any]:
     }
     for name, token in names.items():
         setattr(config, name, tokenizer.convert_tokens_to_ids(token))
-    if stage.tiny:  # the tiny shape has fewer words than the tokenizer
+    if stage.tiny:  # the vocabulary of the tiny shape is smaller than the tokenizer's
         config.text_config.vocab_size = len(tokenizer)
     model = models.at_random(config, stage.dtype, stage.device)
     images = models.image_processor(config)
@@ -56,7 +56,7 @@ def _make(stage: Stage, family: str, held: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Rows(Dataset):
-    """Rows with one picture of noise and one box, as the parquet files of the stage have them."""
+    """Rows with a noise image and one box, as in the parquet files of the stage."""
 
     def __init__(self, lengths: Lengths, side: int) -> None:
         rows, columns = lengths.image
@@ -71,7 +71,7 @@ class _Rows(Dataset):
             "response": f"<think> {words}</think><answer> red</answer>",
             "reward_model": {"ground_truth": "red"},
             "extra_info": {"boxes": [[models.BOX]]},
-            "_where": "a made-up row",
+            "_where": "a synthetic row",
         }
 
     def __len__(self) -> int:
@@ -89,11 +89,11 @@ class _Clock(TrainerCallback):
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.stage.sync()
-        self._begin = time.monotonic()
+        self._start = time.monotonic()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.stage.sync()
-        self.seconds.append(round(time.monotonic() - self._begin, 3))
+        self.seconds.append(round(time.monotonic() - self._start, 3))
 
 
 def _train(stage: Stage, held: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The probe's kernels on the card: against float64, the same bits twice, far offsets, what is compiled, real sizes.
+"""The probe's kernels on the card: accuracy against float64, repeatability, large offsets, compilation, real sizes.
 
 Shape suffixes: H query heads, G key heads, S tokens, D head dimension, Q query rows, T of one sequence, N its keys, K
 sets of keys, V chosen keys.
@@ -22,7 +22,7 @@ from sayo_verl.probe.reference import Span
 from sayo_verl.probe.selfcheck import check_path
 
 LIMITS = {torch.bfloat16: 1e-4, torch.float16: 1e-4, torch.float32: 1e-5}  # largest error of a value
-# Beside the kernel's own, which were chosen by arithmetic: what might be faster on a card
+# Candidates that may be faster on a card than the kernel's own tiling
 SIZES = (
     (128, 64, 4, 3),
     (128, 64, 4, 2),
@@ -34,11 +34,11 @@ SIZES = (
     (256, 64, 8, 2),
 )
 TILINGS = tuple(fast._Tiling(*sizes) for sizes in SIZES)
-FAR_TOKENS = 600_000  # x 32 heads x 128: beyond 2^31 elements
+FAR_TOKENS = 600_000  # x 32 heads x 128, beyond 2^31 elements
 
 
 def run(stage: Stage, part: str = "") -> None:
-    """In the order of value: what training uses, then the other types. ``part``: ``"tilings"`` for those alone."""
+    """Run first what training uses, then the other types. ``part`` is ``"tilings"`` for those only."""
     if part == "tilings":
         for tiling in TILINGS[:1] if stage.tiny else TILINGS:
             title = f"tiles of {tiling.lanes} x {tiling.keys}, {tiling.warps} warps, {tiling.stages} stages"
@@ -69,7 +69,7 @@ def run(stage: Stage, part: str = "") -> None:
 
 
 def packed(*sequences: tuple[int, int]) -> list[Span]:
-    """Sequences of (prompt, response) tokens one behind another."""
+    """Spans of sequences of (prompt, response) tokens, back to back."""
     spans, start = [], 0
     for prompt, response in sequences:
         spans.append(Span(0, start + prompt, response, prompt, 0, start, prompt + response))
@@ -80,7 +80,7 @@ def packed(*sequences: tuple[int, int]) -> list[Span]:
 def random_case(
     stage: Stage, H: int, G: int, D: int, S: int, dtype: torch.dtype, n_sets: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries and keys laid out as a model leaves them, and sets; half of the keys belong to next to no set."""
+    """Queries and keys in a model's layout, and sets; half of the keys belong to almost no set."""
     generator = torch.Generator(stage.device).manual_seed(seed)
     query, key = (torch.randn(1, S, n, D, generator=generator, device=stage.device) for n in (H, G))
     sets = torch.randint(0, 2**n_sets, (1, S), generator=generator, device=stage.device, dtype=torch.int32)
@@ -89,7 +89,7 @@ def random_case(
 
 
 def dense(query: torch.Tensor, key: torch.Tensor, span: Span, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [H, T, N] and log-sum-exp [H, T] of one sequence in float64; shares no code with the kernels."""
+    """Weights [H, T, N] and log-sum-exp [H, T] of one sequence in float64, without code of the kernels."""
     T, N = span.n_queries, span.n_keys
     query_HTD = query[span.query_batch, :, span.query_start : span.query_start + T].double()
     key_GND = key[span.key_batch, :, span.key_start : span.key_start + N].double()
@@ -100,7 +100,7 @@ def dense(query: torch.Tensor, key: torch.Tensor, span: Span, scale: float) -> t
 
 
 def largest(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest difference; infinite for a value that is not a number."""
+    """Largest difference; infinite for NaN."""
     return float((found.double() - wanted.double()).abs().nan_to_num(float("inf")).max())
 
 
@@ -151,13 +151,13 @@ def _exactness(stage: Stage, H: int, G: int, D: int, dtype: torch.dtype, seed: i
 
 
 def _handshake(stage: Stage, H: int, G: int, D: int) -> dict[str, Any]:
-    """What a run checks before it trusts the path; it raises where the check fails."""
+    """Run the self-check of a run's handshake, which raises if it fails."""
     path, difference = check_path("fast", heads=H, key_heads=G, head_dim=D, device=stage.device)
     return {"path": path, "difference": difference}
 
 
 def _far(stage: Stage) -> dict[str, Any]:
-    """Statistics of the last sequence of a row whose elements an int32 cannot count."""
+    """Check statistics of the last sequence in a row with more elements than an int32 can index."""
     H, G, D, n_keys = 32, 8, 128, 800
     make = functools.partial(torch.empty, device=stage.device, dtype=torch.bfloat16)
     query, key = (make(1, FAR_TOKENS, n, D).transpose(1, 2) for n in (H, G))
@@ -170,7 +170,7 @@ def _far(stage: Stage) -> dict[str, Any]:
 
 
 def _variants(stage: Stage) -> dict[str, Any]:
-    """Batches of forty different lengths must not compile forty kernels."""
+    """Count kernels compiled for batches of forty different lengths."""
     cache = Path(os.environ["TRITON_CACHE_DIR"])
     lengths = 3 if stage.tiny else 40
     H, G, D = (4, 2, 16) if stage.tiny else (32, 8, 128)
@@ -184,8 +184,8 @@ def _variants(stage: Stage) -> dict[str, Any]:
             query, key, spans[1], lse[spans[0].n_queries :], torch.arange(3 + n, device=stage.device), scale=0.1
         )
     stage.sync()
-    new = "not counted: interpreted" if stage.tiny else len(list(cache.rglob("*.cubin"))) - before
-    stage.figure(f"kernels compiled for {lengths} lengths, beyond those of the head shapes", str(new))
+    new = "not counted (interpreted)" if stage.tiny else len(list(cache.rglob("*.cubin"))) - before
+    stage.figure(f"kernels compiled for {lengths} lengths, in addition to those of the head shapes", str(new))
     return {
         "lengths": lengths,
         "new_kernels": new,
@@ -196,10 +196,10 @@ def _variants(stage: Stage) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Sized:
-    """One layer at some 16,000 packed tokens of one size: each row has an image and a box in it."""
+    """One layer at some 16,000 packed tokens; all rows have one size, an image and a box."""
 
-    masses: Callable[..., Any]  # of spans and a log-sum-exp
-    profile: Callable[..., Any]  # of a span, its log-sum-exp and columns
+    masses: Callable[..., Any]  # takes spans and a log-sum-exp
+    profile: Callable[..., Any]  # takes a span, its log-sum-exp and columns
     spans: list[Span]
     marked: list[Span]
     columns: torch.Tensor
@@ -230,7 +230,7 @@ def _sized(stage: Stage, shape: Any, n: Lengths) -> _Sized:
 
 
 def _other_tiles(stage: Stage, tiling: Any) -> dict[str, Any]:
-    """Milliseconds of one layer with these tiles, the log-sum-exp made and given; no tile is changed by it."""
+    """Time one layer with these tiles in milliseconds, with the log-sum-exp computed and given."""
     facts: dict[str, Any] = {}
     own, fast._MASSES = fast._MASSES, tiling
     try:
@@ -238,20 +238,20 @@ def _other_tiles(stage: Stage, tiling: Any) -> dict[str, Any]:
             case = _sized(stage, REAL[0], n)
             given = {"spans": case.marked, "lse": case.masses(spans=case.spans).lse}
             facts[f"{n.image_tokens} + {n.response}"] = [
-                round(stage.milliseconds(functools.partial(case.masses, **how)), 4)
-                for how in ({"spans": case.spans}, given)
+                round(stage.milliseconds(functools.partial(case.masses, **arguments)), 4)
+                for arguments in ({"spans": case.spans}, given)
             ]
     finally:
         fast._MASSES = own
-    said = ", ".join(f"{size}: {made:.3f} / {with_lse:.3f}" for size, (made, with_lse) in facts.items())
+    times = ", ".join(f"{size}: {computed:.3f} / {with_lse:.3f}" for size, (computed, with_lse) in facts.items())
     what = f"tiles of {tiling.lanes} x {tiling.keys}, {tiling.warps} warps, {tiling.stages} stages"
     chosen = " (chosen)" if tiling == own else ""
-    stage.figure(f"{what}{chosen}: ms a layer, log-sum-exp made / given", said)
+    stage.figure(f"{what}{chosen}: ms a layer, log-sum-exp computed / given", times)
     return facts
 
 
 def _real_size(stage: Stage, shape: Any, n: Lengths) -> dict[str, Any]:
-    """Masses with the log-sum-exp made and given, and the profile."""
+    """Time masses with the log-sum-exp computed and given, and the profile."""
     case = _sized(stage, shape, n)
     sequences = len(case.spans)
     lse = case.masses(spans=case.spans).lse

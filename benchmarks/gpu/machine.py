@@ -1,4 +1,4 @@
-"""The machine: versions, what Triton's compiler needs, and the two rates that floors are made of."""
+"""The machine: versions, requirements of Triton's compiler, and the two rates behind the floors."""
 
 import shutil
 import sys
@@ -32,11 +32,11 @@ def _versions() -> dict[str, Any]:
 
 
 def _compiler(stage: Stage) -> dict[str, Any]:
-    """Triton builds the code that starts a kernel with a C compiler and Python's headers."""
+    """Find the C compiler and Python headers with which Triton builds the code that launches a kernel."""
     compiler = next((path for name in ("gcc", "cc", "clang") if (path := shutil.which(name))), None)
     headers = (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
-    lacks = compiler is None or not headers
-    return {"compiler": compiler, "python_headers": headers, "wrong": lacks and not stage.tiny}
+    incomplete = compiler is None or not headers
+    return {"compiler": compiler, "python_headers": headers, "wrong": incomplete and not stage.tiny}
 
 
 def _rates(stage: Stage) -> dict[str, Any]:

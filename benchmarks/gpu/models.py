@@ -1,4 +1,4 @@
-"""Whole models of the true shape with random weights, and rows as verl's agent loop makes them; no download."""
+"""Whole models of the true shape with random weights, and rows in the form of verl's agent loop; no download."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +8,7 @@ from cost.shapes import REAL, TINY, Lengths, Shape
 from cost.workload import mrope_positions, rope_parameters
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2VLImageProcessor, Qwen3VLConfig
 
-# Of both families' vision towers, as in config.json. Neither changes with the size of the text model.
+# Vision towers of both families, as in config.json. They do not depend on the size of the text model.
 _QWEN3_VISION = {
     "depth": 27,
     "hidden_size": 1152,
@@ -72,7 +72,7 @@ def hf_config(shape: Shape, tiny: bool) -> Any:
 
 
 def at_random(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model made on the device: the 17 GB of a checkpoint need not exist."""
+    """Build a model on the device with random weights, without a checkpoint of 17 GB."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -84,7 +84,7 @@ def at_random(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def loader_at_random(device: torch.device) -> Any:
-    """Stands where verl's engine takes transformers' auto class."""
+    """Return a replacement for transformers' auto class in verl's engine."""
 
     def from_pretrained(*, config: Any, torch_dtype: torch.dtype, **_: Any) -> Any:
         return at_random(config, torch_dtype, device)
@@ -98,7 +98,7 @@ def image_processor(config: Any, half: bool = False, tokens: int = 16384) -> Qwe
     Args:
         config: of the model.
         half: mean and standard deviation 0.5, as Qwen3-VL has them.
-        tokens: most visual tokens of an image.
+        tokens: maximum visual tokens of an image.
     """
     vision = config.vision_config
     side = vision.patch_size * vision.spatial_merge_size
@@ -113,7 +113,7 @@ def image_processor(config: Any, half: bool = False, tokens: int = 16384) -> Qwe
 
 
 def row_lengths(tiny: bool) -> list[Lengths]:
-    """Rows of one call: two micro-batches or more of 16,384 tokens, of images and responses of several sizes."""
+    """Lengths of one call's rows: two or more micro-batches of 16,384 tokens, with several image and response sizes."""
     if tiny:
         return [Lengths(4, (3, 2), 4, 9), Lengths(3, (2, 4), 5, 6), Lengths(4, (3, 3), 2, 1)]
     sizes = [((32, 32), 512), ((32, 32), 300), ((24, 40), 1024), ((64, 64), 512), ((32, 32), 2048), ((16, 16), 700)]
@@ -121,7 +121,7 @@ def row_lengths(tiny: bool) -> list[Lengths]:
 
 
 def random_rows(config: Any, every: list[Lengths]) -> list[dict[str, Any]]:
-    """One dict per row with the fields of verl's agent loop: one image, one box, random text and pixels."""
+    """Return one dict per row with the fields of verl's agent loop: one image, one box, random text and pixels."""
     vision, generator = config.vision_config, torch.Generator().manual_seed(0)
     merge, values = vision.spatial_merge_size, 3 * vision.temporal_patch_size * vision.patch_size**2
     rows = []

@@ -1,4 +1,4 @@
-"""Neighbours by attention, which ``attn_anchor`` reads: time beside the profile they are made from, and host waits."""
+"""Neighbours by attention, which ``attn_anchor`` uses: time, host waits and accuracy."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The cases of ``probe_cost.py`` with fewer rounds and variants, into the file that the page is made from."""
+"""The cases of ``probe_cost.py`` with fewer rounds and variants, written to the file behind the page."""
 
 import statistics
 from typing import Any
@@ -16,7 +16,7 @@ MAX_TOKENS = 16384  # of a pass: verl's own for log-probs
 
 
 def run(stage: Stage, family: str) -> None:
-    """Every case of one model, longest first, and for the first family how the kernels grow."""
+    """Measure every case of one model, longest first, and for the first family the growth of the kernels."""
     stage.stood_in["weights"] = "random"
     if (what := flash_attention(stage.tiny)) and not stage.tiny:
         stage.stood_in["flash-attn"] = what

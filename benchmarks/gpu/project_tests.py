@@ -1,4 +1,4 @@
-"""The project's own tests that need a card, and those that compile the kernels for one."""
+"""The project's own tests that need a GPU or compile the kernels for one."""
 
 import importlib.util
 import os
@@ -18,18 +18,18 @@ def run(stage: Stage) -> None:
 
 
 def _pytest(stage: Stage) -> dict[str, Any]:
-    """Without Triton's interpreter, which the rehearsal sets."""
+    """Run pytest without Triton's interpreter, which the rehearsal sets."""
     if importlib.util.find_spec("pytest") is None:
         raise RuntimeError("the stage 'tests' needs pytest: pip install '.[gpu,dev]'")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # each test in a process of its own: most of their time is compilation
-    several = ["-n", "5", "--dist", "load"]
-    command = [sys.executable, "-m", "pytest", "-q", *several, "-p", "no:cacheprovider", *CHOSEN]
+    # in parallel processes, because most of the tests' time is compilation
+    parallel = ["-n", "5", "--dist", "load"]
+    command = [sys.executable, "-m", "pytest", "-q", *parallel, "-p", "no:cacheprovider", *CHOSEN]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=stage.left(), check=False
     )
     lines = (done.stdout + done.stderr).strip().splitlines()
-    skipped = "skipped" in lines[-1] and not stage.tiny  # they are there to run on a card
+    skipped = "skipped" in lines[-1] and not stage.tiny  # on a GPU all must run
     return {
         "command": " ".join(command[1:]),
         "last_line": lines[-1],

@@ -1,4 +1,4 @@
-"""What a stage of ``on_gpu.py`` has to hand: its device, its limit, and the report that its findings go to."""
+"""A stage of ``on_gpu.py``: its device, its time limit and its report."""
 
 import contextlib
 import time
@@ -17,7 +17,7 @@ REPORT, PAGE_NUMBERS = "report.jsonl", "cuda.json"  # files of the output folder
 
 
 class NoTimeLeftError(Exception):
-    """The stage has findings left to make and no time to make them."""
+    """The time limit of the stage does not allow its next finding."""
 
 
 class Stage:
@@ -26,13 +26,13 @@ class Stage:
     Args:
         name: of the stage.
         out: folder of the report.
-        limit: seconds after which no further finding is begun.
-        tiny: CPU rehearsal at sizes that measure nothing.
+        limit: seconds after which no further finding is started.
+        tiny: CPU rehearsal at sizes without meaning.
         card: name of the device, for the report.
 
     Attributes:
-        device: where tensors belong.
-        stood_in: what stood in for what; on every line from then on.
+        device: of all tensors.
+        stood_in: original -> replacement; written on every line from then on.
         wrong: findings that failed or were wrong.
     """
 
@@ -40,7 +40,7 @@ class Stage:
         self.name, self.out, self.tiny, self.card = name, out, tiny, card
         self.device = torch.device("cpu" if tiny else "cuda")
         self.dtype = torch.float32 if tiny else torch.bfloat16
-        self.stood_in: dict[str, str] = {"tiny": "a CPU and tiny shapes: no figure counts"} if tiny else {}
+        self.stood_in: dict[str, str] = {"tiny": "a CPU and tiny shapes, so figures have no meaning"} if tiny else {}
         self.wrong: list[str] = []
         self.meter: Meter = meter_of(self.device)
         self.numbers = Store(out / PAGE_NUMBERS)
@@ -50,27 +50,26 @@ class Stage:
         """Seconds until the limit."""
         return self._limit - (time.monotonic() - self._begin)
 
-    def tell(self, finding: str, **facts: Any) -> None:
-        """One line of the report."""
+    def write(self, finding: str, **facts: Any) -> None:
+        """Append a line to the report."""
         head = {"stage": self.name, "finding": finding, "at_s": round(time.monotonic() - self._begin, 1)}
         append_line(self.out / REPORT, {**head, "card": self.card, "stood_in": self.stood_in, **facts})
 
     def run(
         self, finding: str, function: Callable[..., dict[str, Any]], *arguments: Any, needs: float = 5
     ) -> dict[str, Any] | None:
-        """Make one finding: the facts that a function returns, or its error, which costs this finding alone.
+        """Run one finding and report its facts or its error; an error does not stop the stage.
 
         Args:
             finding: its name.
-            function: called with ``arguments``; returns facts. ``wrong`` among them, if true, says that a result was
-                not what it must be.
-            needs: seconds that it is likely to take.
+            function: called with ``arguments``; returns facts. A true ``wrong`` among them marks an incorrect result.
+            needs: expected seconds.
 
         Returns:
             The facts; None for an error.
 
         Raises:
-            NoTimeLeftError: when so many seconds are not left.
+            NoTimeLeftError: when fewer seconds are left.
         """
         if self.left() < needs:
             raise NoTimeLeftError(finding)
@@ -79,18 +78,18 @@ class Stage:
             facts = function(*arguments)
         except Exception as error:  # noqa: BLE001 (it goes into the report, and the stage ends as failed)
             traceback.print_exc()
-            self.tell(finding, error=f"{type(error).__name__}: {error}"[:1000])
+            self.write(finding, error=f"{type(error).__name__}: {error}"[:1000])
             self.wrong.append(finding)
             return None
         if facts.get("wrong"):
             self.wrong.append(finding)
-        self.tell(finding, **facts, seconds=round(time.monotonic() - begin, 2))
+        self.write(finding, **facts, seconds=round(time.monotonic() - begin, 2))
         return facts
 
     def figure(self, what: str, value: str) -> None:
-        """A figure for the page, beside those of the passes."""
+        """Store a figure for the page."""
         entry = {"stage": self.name, "what": what, "value": value, "stood_in": self.stood_in, "card": self.card}
-        self.numbers.update("figures", f"{self.name}: {what}", entry, anew=True)
+        self.numbers.update("figures", f"{self.name}: {what}", entry, replace=True)
 
     def sync(self) -> None:
         """Wait for the device."""
@@ -98,19 +97,19 @@ class Stage:
             torch.cuda.synchronize()
 
     def milliseconds(self, function: Callable[[], Any], rounds: int = 10) -> float:
-        """Median time of one call, after one that is not counted."""
+        """Median time of one call, after a first one that is not timed."""
         function()
         times = sorted(self.meter.seconds(function) for _ in range(1 if self.tiny else rounds))
         return 1000 * times[len(times) // 2]
 
     def timed(self, what: str, function: Callable[[], Any]) -> float:
-        """As ``milliseconds``, with a figure for the page."""
+        """Like ``milliseconds``, and store a figure for the page."""
         took = self.milliseconds(function)
         self.figure(what, duration(took / 1000))
         return took
 
     def peak_gib(self) -> float | None:
-        """Highest memory since ``reset_peak``, in GiB; None on a CPU."""
+        """Peak memory since ``reset_peak``, in GiB; None on a CPU."""
         return round(torch.cuda.max_memory_allocated() / 2**30, 2) if self.device.type == "cuda" else None
 
     def reset_peak(self) -> None:
@@ -120,9 +119,9 @@ class Stage:
 
 @contextlib.contextmanager
 def host_waits(device: torch.device) -> Iterator[dict[str, int]]:
-    """Count by place how often the host waits for the device, as torch's sync debug mode reports it.
+    """Count the host's waits for the device by place, with torch's sync debug mode.
 
-    torch does not report ``torch.cuda.synchronize`` and waits inside other libraries. Nothing is counted on a CPU.
+    torch does not report ``torch.cuda.synchronize`` and waits inside other libraries. On a CPU nothing is counted.
     """
     places: dict[str, int] = {}
     if device.type == "cpu":

@@ -1,8 +1,8 @@
-"""What takes the place of packages that are not installed: flash-attn, and Ray where verl's engine runs without it.
+"""Replacements for packages that are not installed: flash-attn, and Ray where verl's engine runs without it.
 
-A package that is installed is used. What stood in is written on every line of the report.
+An installed package is used. Replacements are written on every line of the report.
 
-Shape suffixes: L tokens of all sequences one behind another, S of one, H heads, D head dimension.
+Shape suffixes: L tokens of all sequences back to back, S of one, H heads, D head dimension.
 """
 
 import functools
@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch.nn.attention import varlen
 
-BLOCK = 2048  # rows of logits whose cross entropy is computed at once
+BLOCK = 2048  # rows of logits per step of the cross entropy
 
 
 def flash_attention(tiny: bool) -> str:
-    """Make ``import flash_attn`` work, and transformers take it for installed.
+    """Make ``import flash_attn`` work and transformers regard it as installed.
 
     Args:
-        tiny: whether transformers must also believe that there is a card.
+        tiny: whether transformers must also regard CUDA as available.
 
     Returns:
-        What stands in; empty where the package is installed.
+        The replacement; empty if the package is installed.
     """
     import transformers.utils.import_utils as installed
 
@@ -45,12 +45,12 @@ def flash_attention(tiny: bool) -> str:
         installed.is_torch_cuda_available = lambda: True
     installed.is_flash_attn_2_available.cache_clear()
     if not installed.is_flash_attn_2_available():
-        raise RuntimeError("transformers does not take the stand-in for flash-attn")
+        raise RuntimeError("transformers does not accept the replacement for flash-attn")
     return _way(tiny)
 
 
 def _way(tiny: bool) -> str:
-    return "torch attention, one call a sequence" if tiny else "torch.nn.attention.varlen (torch's FlashAttention 2)"
+    return "torch attention, one call per sequence" if tiny else "torch.nn.attention.varlen (torch's FlashAttention 2)"
 
 
 def _module(name: str, **members: Any) -> None:
@@ -62,7 +62,7 @@ def _module(name: str, **members: Any) -> None:
 
 
 def _not_here(*_: Any, **__: Any) -> Any:
-    raise NotImplementedError("the stand-in for flash-attn neither pads nor unpads: rows are packed here")
+    raise NotImplementedError("the replacement for flash-attn neither pads nor unpads, because rows are packed here")
 
 
 def _packed(
@@ -90,11 +90,11 @@ def _packed(
     if not q.is_cuda:
         out, lse = _one_by_one(q, k, v, cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), scale, causal)
         return (out, lse, None) if return_attn_probs else out
-    takes = _varlen_takes()
+    parameters = _varlen_parameters()
     options: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
-    if "window_size" not in takes:
+    if "window_size" not in parameters:
         options = {"is_causal": causal}
-    if "enable_gqa" in takes:
+    if "enable_gqa" in parameters:
         options["enable_gqa"] = True
     elif q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -106,12 +106,12 @@ def _packed(
     if not return_attn_probs:
         return found
     out, lse = found
-    return out, lse if lse.shape[0] == q.shape[1] else lse.T, None  # torch documents [L, H], its kernel gives [H, L]
+    return out, lse if lse.shape[0] == q.shape[1] else lse.T, None  # torch documents [L, H], its kernel returns [H, L]
 
 
 @functools.cache
-def _varlen_takes() -> frozenset[str]:
-    """Its arguments differ between versions of torch."""
+def _varlen_parameters() -> frozenset[str]:
+    """Parameters of ``varlen_attn``, which differ between versions of torch."""
     return frozenset(inspect.signature(varlen.varlen_attn).parameters)
 
 
@@ -128,14 +128,16 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) ->
 
 def _refuse(dropout: float, window: tuple[int, int], softcap: float, alibi: Any, blocks: Any) -> None:
     if dropout or softcap or tuple(window) != (-1, -1) or alibi is not None or blocks is not None:
-        raise NotImplementedError("the stand-in for flash-attn has no dropout, window, softcap, alibi or block table")
+        raise NotImplementedError(
+            "the replacement for flash-attn has no dropout, window, softcap, alibi or block table"
+        )
 
 
-@torch.autocast("cpu", enabled=False)  # the kernel's log-sum-exp is float32 whatever the model runs in
+@torch.autocast("cpu", enabled=False)  # the kernel's log-sum-exp is float32 for every model type
 def _one_by_one(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends_q: list[int], ends_k: list[int], scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention sequence by sequence, and the log-sum-exp float32 [H, L]."""
+    """Compute plain attention sequence by sequence, and the log-sum-exp float32 [H, L]."""
     outs, lses = [], []
     for n in range(len(ends_q) - 1):
         q_HSD = q[ends_q[n] : ends_q[n + 1]].transpose(0, 1).float()
@@ -153,14 +155,14 @@ def _one_by_one(
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
-    """flash-attn's function by blocks of rows; verl's own fall-back takes one row at a time."""
+    """flash-attn's function in blocks of rows; verl's own fall-back handles one row at a time."""
     parts = zip(logits.split(BLOCK), labels.split(BLOCK), strict=True)
     losses = [torch.nn.functional.cross_entropy(some.float(), label, reduction="none") for some, label in parts]
     return torch.cat(losses), None
 
 
 class _Absent(type):
-    """A name of a package that is not there: it can be subclassed, decorate and stand in an annotation."""
+    """A name of a missing package, which works as a base class, a decorator and in annotations."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -195,7 +197,7 @@ class _AbsentPackages(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def absent_packages(*names: str) -> list[str]:
-    """Make importable those of some packages that are not installed; a call into them raises. Returns their names."""
+    """Make the missing ones of some packages importable, so that only a call raises; return their names."""
     absent = [name for name in names if importlib.util.find_spec(name) is None]
     sys.meta_path.insert(0, _AbsentPackages(absent))
     return absent

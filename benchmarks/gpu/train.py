@@ -1,6 +1,6 @@
-"""The whole stack on one card: 20 steps of GRPO and of ``attn_region`` by the project's own GPU scripts, with vLLM.
+"""The whole stack on one card: 20 steps of GRPO and of ``attn_region`` with the project's GPU scripts and vLLM.
 
-The task is the drawn scenes. The rehearsal composes and checks both jobs, and runs neither.
+The task is the drawn scenes. The rehearsal composes and checks both jobs, but does not run them.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ SHOWN = ("timing_s/step", "timing_s/old_log_prob", "sayo/probe_share_of_log_prob
 
 
 def run(stage: Stage, model: str) -> None:
-    """``model``: a Qwen3-VL folder or hub name; empty: the warmed-up tiny policy."""
+    """``model`` is a Qwen3-VL folder or hub name; empty: the warmed-up tiny policy."""
     if not stage.tiny and importlib.util.find_spec("vllm") is None:
         raise RuntimeError("the stage 'train' needs vLLM: pip install 'sayo-verl[gpu]'")
     if stage.tiny:
@@ -58,7 +58,7 @@ def _prepare(stage: Stage, model: str, held: dict[str, Path]) -> dict[str, Any]:
 
 
 def _job(stage: Stage, script: str, model: str, scenes: Path, lora: bool, more: list[str]) -> dict[str, Any]:
-    """One run of a script; its folder stays below the output folder."""
+    """Run a script; its folder is below the output folder."""
     out = stage.out / "runs" / f"{Path(script).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     settings = {
         "MODEL_PATH": model,
@@ -67,7 +67,7 @@ def _job(stage: Stage, script: str, model: str, scenes: Path, lora: bool, more: 
         "NGPUS_PER_NODE": 1,
         "DRY_RUN": int(stage.tiny),
     }
-    # the scripts take the active Python where it has the package
+    # the scripts use the active Python if it has the package
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, **{name: str(value) for name, value in settings.items()}, "PATH": path}
     environment.pop("TRITON_INTERPRET", None)
@@ -104,7 +104,7 @@ def _job(stage: Stage, script: str, model: str, scenes: Path, lora: bool, more: 
 
 
 def _measured(stage: Stage, out: Path, title: str) -> dict[str, Any]:
-    """Medians over the steps after the first two, which compile and warm up."""
+    """Medians over the steps, without the first two, which compile and warm up."""
     from sayo_verl.report.runs import load_run
 
     training = load_run(out)

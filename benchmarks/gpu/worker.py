@@ -20,9 +20,9 @@ JAGGED = ("prompts", "responses", "input_ids", "position_ids", "response_mask", 
 
 
 def prepare(stage: Stage) -> None:
-    """Put stand-ins where packages are missing, and start a process group of one. Before verl is imported."""
+    """Replace missing packages and start a process group of one. Call it before verl is imported."""
     if absent := absent_packages("ray", "fastapi", "uvicorn"):
-        stage.stood_in[", ".join(absent)] = "absent: importable names that raise when called"
+        stage.stood_in[", ".join(absent)] = "importable names that raise when called"
     if what := flash_attention(stage.tiny):
         stage.stood_in["flash-attn"] = what
     with socket.socket() as free:
@@ -33,15 +33,15 @@ def prepare(stage: Stage) -> None:
 
 
 def build(stage: Stage, shape: Shape, lora: bool) -> Any:
-    """The worker, without tokenizer; its processor knows images alone."""
+    """Build the worker without a tokenizer; its processor handles images only."""
     import verl.utils.model as verl_model
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
     from verl.workers.engine_workers import TrainingWorker
 
-    stage.stood_in |= {"weights": "random", "processor": "the image processor alone"}
+    stage.stood_in |= {"weights": "random", "processor": "the image processor only"}
     adapter = {"lora_rank": 16, "lora_alpha": 32, "target_modules": "all-linear", "exclude_modules": ".*visual.*"}
-    # verl's attention of Qwen2.5-VL rounds float32 queries to bfloat16, as the kernel needs it
+    # verl's attention of Qwen2.5-VL rounds float32 queries to bfloat16 for the kernel
     exact = stage.tiny and shape.family == "qwen3_vl"
     loader = models.loader_at_random(stage.device)
     with (
@@ -85,7 +85,7 @@ def build(stage: Stage, shape: Shape, lora: bool) -> Any:
 
 
 def log_prob_pass(built: Any, rows: Sequence[dict[str, Any]], **extra: Any) -> Any:
-    """verl's ``infer_batch`` as the old-log-prob pass calls it.
+    """Call verl's ``infer_batch`` as the old-log-prob pass does.
 
     Args:
         built: the worker.
@@ -106,15 +106,15 @@ def log_prob_pass(built: Any, rows: Sequence[dict[str, Any]], **extra: Any) -> A
 
 @contextmanager
 def queries_and_keys() -> Iterator[list[tuple[Any, torch.Tensor, torch.Tensor, float]]]:
-    """Copies of what the probe reads, micro-batch by micro-batch: plans of the rows, queries, keys, scale."""
+    """Copy the probe's inputs of each micro-batch: plans of the rows, queries, keys, scale."""
     from sayo_verl.probe.measure import Measurement
 
-    taken: list[tuple[Any, torch.Tensor, torch.Tensor, float]] = []
+    captured: list[tuple[Any, torch.Tensor, torch.Tensor, float]] = []
     original = Measurement.read
 
     def read(self: Any, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float, *more: Any) -> None:
         original(self, layer, query, key, scale, *more)
-        taken.append((self.rows, query.clone(), key.clone(), scale))
+        captured.append((self.rows, query.clone(), key.clone(), scale))
 
     with mock.patch.object(Measurement, "read", read):
-        yield taken
+        yield captured

@@ -33,7 +33,7 @@ from sayo_verl.probe.statistics import (
     StatisticsRequest,
     check_lse_path,
 )
-from sayo_verl.probe.taps import ForwardTap, requested_layers
+from sayo_verl.probe.taps import ForwardTap, asked_layers
 from sayo_verl.probe.transfer import to_device
 
 LAYERS = "algorithm.attn.*.layers"
@@ -60,7 +60,7 @@ class AttentionStatisticsMixin:
         family = family_of(self.model_config.hf_config.model_type, where="the loaded model")
         shard = self._shard(family, packed)
         check_lse_path(request.path, packed=packed, ranks=shard.size if shard else 1)
-        numbers = requested_layers(self.module, request.layers, where=LAYERS)
+        numbers = asked_layers(self.module, request.layers, where=LAYERS)
         clock = _Clock(device)
 
         @functools.cache

@@ -101,7 +101,7 @@ CONTRACT = (
     Seam("verl.trainer.ppo.reward:_call_with_kwargs", "relies on",
          "our reward function has no **kwargs; it gets verl's keywords and reward_kwargs only"),
     Seam("verl.experimental.reward_loop.reward_manager.registry:get_reward_manager_cls", "relies on",
-         "REWARD_MANAGER beside it holds the names that reward.reward_manager.name may have"),
+         "its registry REWARD_MANAGER has the valid values of reward.reward_manager.name"),
     Seam("verl.experimental.reward_loop.reward_manager.naive:NaiveRewardManager.run_single", "relies on",
          "the keywords of a reward function; the response is decoded without special tokens; an error reaches the row"),
     Seam("verl.experimental.reward_loop.reward_manager.limited:RateLimitedRewardManager.run_single", "relies on",
@@ -218,13 +218,13 @@ def worker_report(actor: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     from sayo_verl.models.families import family_of
     from sayo_verl.probe.selfcheck import check_path
     from sayo_verl.probe.statistics import StatisticsRequest
-    from sayo_verl.probe.taps import requested_layers, text_attention_layers
+    from sayo_verl.probe.taps import asked_layers, text_attention_layers
 
     (engine,) = (w.actor.engine for w in actor.worker_dict.values() if type(w).__name__ == "ActorRolloutRefWorker")
     wanted, where = StatisticsRequest.from_wire(request), "algorithm.attn.*.layers"
     family_of(engine.model_config.hf_config.model_type, where="the loaded model")
     _, n_layers = text_attention_layers(engine.module)
-    layers = requested_layers(engine.module, wanted.layers, where=where)
+    layers = asked_layers(engine.module, wanted.layers, where=where)
     text = engine.model_config.hf_config.get_text_config()
     path, difference = check_path(
         wanted.path,

@@ -1,6 +1,6 @@
 """Statistics of attention profiles, one sequence at a time, because profiles are too large to keep.
 
-Shape suffixes: T response tokens, V visual tokens, k the asked size.
+Shape suffixes: T response tokens, V visual tokens, k the requested size.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -131,7 +131,7 @@ def check_full_attention(layers: Sequence[int], attention: Mapping[int, nn.Modul
             )
 
 
-def requested_layers(model: nn.Module, layers: Sequence[int], *, where: str) -> dict[int, int]:
+def asked_layers(model: nn.Module, layers: Sequence[int], *, where: str) -> dict[int, int]:
     """Map each requested layer, as named, to its number from 0.
 
     Raises:

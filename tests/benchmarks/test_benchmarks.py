@@ -98,7 +98,7 @@ def test_without_numbers_the_page_says_so_and_still_has_target_and_arithmetic(re
     assert row(page, "one layer")[1:] == ["at most 0.1 %", "0.030 to 0.146 %", "0.045 to 0.189 %", "not measured"]
     assert row(page, "all 36 layers")[1:] == ["at most 3 %", "1.1 to 5.2 %", "1.6 to 6.8 %", "not measured"]
     on_gpu = page.split("## On a GPU")[1].split("## On a CPU")[0]
-    assert on_gpu.strip().startswith("Not run: there was no card.")
+    assert on_gpu.strip().startswith("Not run, because there was no card.")
     assert not tables(on_gpu), "an empty table says less than a line"
 
 

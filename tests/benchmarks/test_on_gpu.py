@@ -63,7 +63,7 @@ def test_every_finding_of_a_rehearsal_is_right_and_says_what_stood_in(rehearsal)
     assert [line["status"] for line in lines if "status" in line] == ["done"] * len(REHEARSED)
     judged = [line for line in findings if "wrong" in line]
     assert len(said.splitlines()) == len(REHEARSED) + len(judged) + 2, "stages, verdicts, the report, what is next"
-    assert said.splitlines()[-1] == "next: the same on a card; no figure of a rehearsal counts"
+    assert said.splitlines()[-1] == "next: the same on a card; figures of a rehearsal have no meaning"
     assert "ok    kernels            float64: tiny, torch.bfloat16: errors " in said
     assert "WRONG" not in said
 
@@ -83,7 +83,7 @@ def test_a_second_call_goes_on_and_begins_nothing_that_it_has_no_time_for(repo, 
     for stage in REHEARSED:
         assert f"{stage}: done in an earlier call" in done.stdout
     new = lines_of(out)[before:]
-    assert all(line["status"].startswith("not begun") for line in new)
+    assert all(line["status"].startswith("not started") for line in new)
     assert "not done: passes-qwen3" in done.stdout
 
 
@@ -145,7 +145,7 @@ def test_without_pytest_the_stage_of_tests_says_what_to_install(tmp_path, monkey
 
 
 def test_help_and_list_say_that_a_second_call_does_the_rest(repo):
-    assert "some 850 s on an H100; again for the rest" in call(repo, "--help").stdout
+    assert "some 850 s on an H100; a second call continues" in call(repo, "--help").stdout
     said = call(repo, "--list").stdout
     assert "only with --train" in said
     assert "start it again for the rest" in said

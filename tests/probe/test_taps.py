@@ -29,8 +29,8 @@ from sayo_verl.errors import SayoError
 from sayo_verl.probe import taps
 from sayo_verl.probe.taps import (
     ForwardTap,
+    asked_layers,
     check_full_attention,
-    requested_layers,
     resolve_layers,
     text_attention_layers,
     text_decoder,
@@ -100,7 +100,7 @@ def test_the_last_hidden_state_is_the_models(name, attention):
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_only_requested_layers_are_read_and_the_kernel_does_not_matter(name):
+def test_only_asked_layers_are_read_and_the_kernel_does_not_matter(name):
     eager, sdpa = Reads(), Reads()
     for attention, reads in (("eager", eager), ("sdpa", sdpa)):
         with torch.no_grad():
@@ -304,11 +304,11 @@ def test_asked_layers_of_a_model(name):
     assert sorted(modules) == list(range(LAYERS))
     assert all(modules[n] is model.layers[n].self_attn for n in modules)
     # as named, from either end; two names may mean one layer, in statistics of two methods
-    assert requested_layers(model, [-1, 0, 2], where=WHERE) == {-1: 2, 0: 0, 2: 2}
-    assert requested_layers(model, [], where=WHERE) == {}
+    assert asked_layers(model, [-1, 0, 2], where=WHERE) == {-1: 2, 0: 0, 2: 2}
+    assert asked_layers(model, [], where=WHERE) == {}
     for missing in (LAYERS, -LAYERS - 1):
         with refusal("P03", f"{LAYERS} decoder layers") as caught:
-            requested_layers(model, [0, missing], where=WHERE)
+            asked_layers(model, [0, missing], where=WHERE)
         assert caught.value.where == WHERE
         assert caught.value.got == [missing]
 
@@ -319,7 +319,7 @@ def test_a_layer_without_attention_is_refused():
     model.layers[1].self_attn = nn.Identity()
     assert text_attention_layers(model)[1] == LAYERS
     with refusal("P11", "layer 1 is not a full-attention layer") as caught:
-        requested_layers(model, [-1, 1], where=WHERE)
+        asked_layers(model, [-1, 1], where=WHERE)
     assert caught.value.got == "no softmax attention"
     assert caught.value.wanted == "one of [0, 2]"
     with refusal("P11", "layer 1"):
@@ -338,16 +338,13 @@ def test_a_sliding_window_is_refused_by_name(name, full, monkeypatch):
     window = type(config)(**{**config.to_dict(), **switched_on})
     monkeypatch.setitem(TEXT, name, lambda: window)
     model = build(name)
-    for tried in (
-        lambda: requested_layers(model, [-1], where=WHERE),
-        lambda: ForwardTap(model, [2], Reads().attention),
-    ):
+    for tried in (lambda: asked_layers(model, [-1], where=WHERE), lambda: ForwardTap(model, [2], Reads().attention)):
         with refusal("P11", "layer 2 is not a full-attention layer") as caught:
             tried()
         assert caught.value.got == "a sliding window of 4 tokens"
         assert caught.value.wanted == f"one of {full}"
     if full:
-        assert requested_layers(model, full, where=WHERE) == {0: 0}
+        assert asked_layers(model, full, where=WHERE) == {0: 0}
         reads = Reads()
         with torch.no_grad(), ForwardTap(model, full, reads.attention):
             out = model(**inputs(name), output_attentions=True)
