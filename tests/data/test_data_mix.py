@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
