@@ -31,7 +31,7 @@ from sayo_verl.models.families import FAMILIES, Family, family_of
 from sayo_verl.probe import taps
 from sayo_verl.probe.taps import (
     ForwardTap,
-    requested_layers,
+    asked_layers,
     text_attention_layers,
     text_decoder,
 )
@@ -154,7 +154,7 @@ def test_a_model_of_no_known_family_is_refused():
     for tried in (
         text_decoder,
         text_attention_layers,
-        lambda m: requested_layers(m, [-1], where=WHERE),
+        lambda m: asked_layers(m, [-1], where=WHERE),
         lambda m: ForwardTap(m, [], Reads().attention),
     ):
         with refusal("P02", "0 text models") as caught:
