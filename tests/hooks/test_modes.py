@@ -356,15 +356,15 @@ def test_neighbours_are_refused_under_sequence_parallelism(two_ranks, case):
     """On both ranks: one that went on alone would wait for the other for ever."""
     errors = two_ranks[f"{case.name}/neighbours"].error
     assert len(errors) == 2
-    assert all(error.startswith("SayoError: SAYO-P09") for error in errors)
+    assert all(error.startswith("ProbeError: SAYO-P09") for error in errors)
 
 
 def test_sequence_parallelism_of_internvl_is_refused(two_ranks):
     """verl would give every rank the whole sequence and take each for a part of it."""
-    for name, code in (("plain", "C08"), ("full", "P09")):
+    for name, raised in (("plain", "SetupError: SAYO-C08"), ("full", "ProbeError: SAYO-P09")):
         errors = two_ranks[f"internvl-ulysses/{name}"].error
         assert len(errors) == 2
-        assert all(error.startswith(f"SayoError: SAYO-{code}") for error in errors)
+        assert all(error.startswith(raised) for error in errors)
 
 
 def test_sequence_parallelism_without_flash_attention_is_wrong_in_verl(worlds, two_ranks):

@@ -335,7 +335,7 @@ def test_the_pin_of_flash_attn_is_verls():
 
 
 def test_flash_attn_is_installed_by_one_command_wherever_it_is_named(repo):
-    assert INSTALL_FLASH_ATTN in (repo / "README.md").read_text()
+    assert INSTALL_FLASH_ATTN in (repo / "docs" / "gpu.md").read_text()
     build = "FLASH_ATTENTION_FORCE_BUILD=TRUE pip_install --no-build-isolation"
     assert build.replace("pip_install", "pip install") in INSTALL_FLASH_ATTN
     assert build in (repo / "scripts" / "setup_env.sh").read_text()
