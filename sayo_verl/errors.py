@@ -9,6 +9,7 @@ The letter of a code names the area (``AREAS``). The class of an error follows f
 """
 
 import difflib
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -57,12 +58,9 @@ class SayoError(RuntimeError):
         super().__init__(" | ".join(parts))
 
     def __reduce__(self):
-        # Ray pickles errors between processes; keyword-only arguments need a hand.
-        return _rebuild, (self.code, self.what, self.where, self.fix, self.got, self.wanted)
-
-
-def _rebuild(code: str, what: str, where: str, fix: str, got: object, wanted: object) -> SayoError:
-    return SayoError(code, what, where=where, fix=fix, got=got, wanted=wanted)
+        # Ray pickles errors between processes; keyword-only arguments need a hand
+        make = functools.partial(type(self), where=self.where, fix=self.fix, got=self.got, wanted=self.wanted)
+        return make, (self.code, self.what), self.__dict__
 
 
 class ConfigError(SayoError, ValueError):

@@ -19,21 +19,45 @@ help_or_go_on() {
   done
 }
 
+# The line of an error that the launcher would print, for what only a script can know. Arguments: code, what, where, fix.
+refuse() {
+  echo "SAYO-$1: $2 | at $3 | fix: $4" >&2
+  exit 2
+}
+
+# Whether DRY_RUN asks for a dry run.
+dry_run() {
+  case "${DRY_RUN:-0}" in
+    1 | true | yes) return 0 ;;
+    0 | false | no) return 1 ;;
+    *) refuse L30 "DRY_RUN is neither 1 nor 0" "DRY_RUN=$DRY_RUN" "set it to 1, or leave it out" ;;
+  esac
+}
+
+# A value for Hydra: in quotes if it has characters that mean something to Hydra.
+quoted() {
+  if [[ "$1" =~ ^[A-Za-z0-9_./:~%@+\ -]*$ ]]; then printf '%s' "$1"; else printf '"%s"' "${1//\"/\\\"}"; fi
+}
+
 # Sets what a run is called and where it lies: METHOD, NAME, OUT (absolute), and SAYO_RESUME_COMMAND, which the launcher
 # prints last: the script with RESUME, its arguments and the variables that were set from outside. Nothing is left to do
 # where the calling script has done it. Arguments: those of the script. Needs JOB; OWN_METHOD is what a script is named for.
 place_run() {
   [[ -z "${SAYO_RESUME_COMMAND:-}" ]] || return 0
   local name given=''
-  for name in METHOD MODEL_PATH DATA NNODES NGPUS_PER_NODE; do
+  for name in METHOD MODEL_PATH DATA NNODES NGPUS_PER_NODE RAY_ADDRESS; do
     [[ -z "${!name:-}" ]] || given+="$name=$(printf '%q' "${!name}") "
   done
   [[ "${0##*/}" != run.sh ]] || given="JOB=$JOB $given"
   if [[ -n "${OWN_METHOD:-}" && "${METHOD:-$OWN_METHOD}" == "$OWN_METHOD" ]]; then
-    METHOD=$OWN_METHOD NAME=${0##*/run_} NAME=${NAME%.sh}
+    METHOD=$OWN_METHOD NAME=${0##*/} NAME=${NAME#run_} NAME=${NAME%.sh}
+  elif [[ -n "${METHOD:-}" ]]; then
+    NAME=${METHOD}_$JOB
   else
-    NAME=${METHOD:?names a file of configs/method}_$JOB
+    refuse L30 "no method is named" METHOD "METHOD=NAME of configs/method: $(cd configs/method && echo *.yaml)"
   fi
+  [[ -z "${RESUME:-}" || -z "${OUT:-}" ]] ||
+    refuse L68 "the folder of the run is named twice" "OUT=$OUT and RESUME=$RESUME" "leave OUT out: a resumed run stays in its folder"
   OUT=${RESUME:-${OUT:-outputs/$NAME/$(date +%Y%m%d-%H%M%S)}}
   [[ "$OUT" == /* ]] || OUT=$ROOT/$OUT
   SAYO_RESUME_COMMAND="RESUME=$(printf '%q' "$OUT") ${given}bash$(printf ' %q' "$ROOT/scripts/${0##*/}" "$@")"

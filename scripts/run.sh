@@ -2,7 +2,7 @@
 # Starts a job of configs/job with a method of configs/method. Variables mean the same in every script that calls this
 # one, and a hydra override at the end wins over all of them:
 #
-#   METHOD=NAME         region, dual, dual_released, anchor, faithful, region_dual, grpo, dapo, or a file of your own
+#   METHOD=NAME         region, dual, dual_released, anchor, faithful, region_dual, grpo, dapo, or your own file of configs/method
 #   MODEL_PATH=MODEL    a folder or a name of the hub        actor_rollout_ref.model.path
 #   DATA=FOLDER         a folder of `sayo prepare`           sayo.data, or data.train_files and data.val_files
 #   OUT=FOLDER          of a new run                         sayo.out; outputs/<name>/<time> if it is not set
@@ -21,28 +21,29 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"
 source scripts/lib.sh
 help_or_go_on "$@"
-: "${JOB:?is a file of configs/job; call bash scripts/run_<paper>_<model>.sh, or set JOB=}"
+[[ -n "${JOB:-}" ]] || refuse L30 "no job is named" JOB "call a script run_<paper>_<model>.sh, or set JOB=NAME: $(cd configs/job && echo *.yaml)"
+dry_run && DRY=1 || DRY=0
 place_run "$@"
 
 if ! python3 -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("sayo_verl") and u.find_spec("verl")))'; then
   STACK=() # of this machine
   [[ -z "${RAY_ADDRESS:-}" ]] || STACK=(gpu)
-  [[ "${DRY_RUN:-0}" != 1 ]] || STACK=(cpu)
+  ((!DRY)) || STACK=(cpu)
   bash scripts/setup_env.sh "${STACK[@]}"
   export PATH="$(bash scripts/setup_env.sh --where "${STACK[@]}")/bin:$PATH"
 fi
 export VERL_USE_EXTERNAL_MODULES=sayo_verl.plugin
 
 GIVEN=(trainer.experiment_name="$NAME")
-[[ -z "${MODEL_PATH:-}" ]] || GIVEN+=(actor_rollout_ref.model.path="$MODEL_PATH")
-[[ -z "${DATA:-}" ]] || GIVEN+=(sayo.data="$DATA")
+[[ -z "${MODEL_PATH:-}" ]] || GIVEN+=(actor_rollout_ref.model.path="$(quoted "$MODEL_PATH")")
+[[ -z "${DATA:-}" ]] || GIVEN+=(sayo.data="$(quoted "$DATA")")
 [[ -z "${NNODES:-}" ]] || GIVEN+=(trainer.nnodes="$NNODES")
 [[ -z "${NGPUS_PER_NODE:-}" ]] || GIVEN+=(trainer.n_gpus_per_node="$NGPUS_PER_NODE")
-if [[ -n "${RESUME:-}" ]]; then GIVEN+=(sayo.resume="$OUT"); else GIVEN+=(sayo.out="$OUT"); fi
-if [[ "${DRY_RUN:-0}" == 1 ]]; then
+if [[ -n "${RESUME:-}" ]]; then GIVEN+=(sayo.resume="$(quoted "$OUT")"); else GIVEN+=(sayo.out="$(quoted "$OUT")"); fi
+if ((DRY)); then
   export VERL_PLATFORM=${VERL_PLATFORM:-cpu} VERL_LOGGING_LEVEL=${VERL_LOGGING_LEVEL:-WARNING}
   GIVEN+=(sayo.dry_run=True hydra.run.dir=. hydra.output_subdir=null hydra/job_logging=none)
 else
-  GIVEN+=(hydra.run.dir="$OUT/hydra/$(date +%Y%m%d-%H%M%S)")
+  GIVEN+=(hydra.run.dir="$(quoted "$OUT/hydra/$(date +%Y%m%d-%H%M%S)")")
 fi
 exec python3 -m sayo_verl.main_ppo --config-dir configs +job="$JOB" +method="$METHOD" "${GIVEN[@]}" "$@"

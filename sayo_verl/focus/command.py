@@ -99,15 +99,27 @@ def _check(args: argparse.Namespace) -> None:
         SayoError: F05 for a setting out of range, F21 for a name in ``--trainer-args`` that transformers does not know,
             F22 and what ``columns_of`` raises for the files that are there.
     """
-    config = _config(args)
     if args.stage is _respond:
+        from sayo_verl.focus.config import check_numbers
+
+        check_numbers(args.tries, args.max_new_tokens, args.batch_size, args.max_rows, args.temperature)
         return
+    config = _config(args)
     if importlib.util.find_spec("transformers") is None:
         print("not checked without transformers: rows, names in --trainer-args")
         return
     if config.trainer_args:
         from transformers import TrainingArguments
 
+        if not isinstance(config.trainer_args, dict):
+            raise SayoError(
+                "F21",
+                "not a JSON object",
+                where="--trainer-args",
+                got=config.trainer_args,
+                wanted='such as {"logging_steps": 5}',
+                fix="name each argument with its value",
+            )
         known = [field.name for field in dataclasses.fields(TrainingArguments)]
         for name in config.trainer_args:
             if name not in known:

@@ -1,5 +1,6 @@
 """Settings of the anchoring stage. No model library is imported, so a command line can be checked on any machine."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,3 +76,18 @@ class FocusConfig:
             wanted=wanted,
             fix=f"change {names}",
         )
+
+
+def check_numbers(tries: int, max_new_tokens: int, batch_size: int, max_rows: int | None, temperature: float) -> None:
+    """Refuse numbers with which nothing can be sampled.
+
+    Raises:
+        SayoError: F05.
+    """
+    counts = {"tries": tries, "max-new-tokens": max_new_tokens, "batch-size": batch_size, "max-rows": max_rows}
+    rules = [_rule(n is not None and n < 1, name, n, "at least 1") for name, n in counts.items()]
+    raise_first([*rules, _rule(not 0 < temperature < math.inf, "temperature", temperature, "a positive number")])
+
+
+def _rule(broken: bool, name: str, got: float | None, wanted: str) -> Rule:
+    return Rule("F05", broken, "a number is out of range", where=f"--{name}", got=got, wanted=wanted, fix="correct it")

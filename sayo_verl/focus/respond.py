@@ -15,7 +15,6 @@ Shape suffixes: B prompts of a batch, P prompt tokens, T response tokens.
 import functools
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +27,8 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from sayo_verl.errors import Rule, SayoError, raise_first
+from sayo_verl.errors import SayoError
+from sayo_verl.focus.config import check_numbers
 from sayo_verl.focus.rows import checked, columns_of, images_of, messages_of
 from sayo_verl.reward import compute_score
 
@@ -77,9 +77,7 @@ def write_responses(
             with other settings, F24 for files whose columns do not go together, the first fault of a row by the row
             contract, and what ``columns_of`` raises.
     """
-    counts = {"tries": tries, "max-new-tokens": max_new_tokens, "batch-size": batch_size, "max-rows": max_rows}
-    rules = [_rule(n is not None and n < 1, name, n, "at least 1") for name, n in counts.items()]
-    raise_first([*rules, _rule(not 0 < temperature < math.inf, "temperature", temperature, "a positive number")])
+    check_numbers(tries, max_new_tokens, batch_size, max_rows, temperature)
     out = Path(out)
     parts = out.with_name(f"{out.name}.parts")
     blocks = _blocks(files, BLOCK * batch_size, max_rows)
@@ -215,10 +213,6 @@ def _check_settings(parts: Path, settings: dict[str, Any]) -> None:
             wanted=changed,
             fix=f"give those settings, or name another file; to start over: rm -r {parts}",
         )
-
-
-def _rule(broken: bool, name: str, got: float | None, wanted: str) -> Rule:
-    return Rule("F05", broken, "a number is out of range", where=f"--{name}", got=got, wanted=wanted, fix="correct it")
 
 
 def _part(parts: Path, n: int) -> Path:

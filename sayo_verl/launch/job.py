@@ -7,9 +7,11 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.data.building.folder import split_files
@@ -20,7 +22,12 @@ from sayo_verl.report.runs import next_metrics_file
 SPLITS = ("train", "val")
 LOGGER_PATH = "VERL_FILE_LOGGER_PATH"
 BY_SCRIPT = "SAYO_RESUME_COMMAND"  # scripts/run.sh sets it
-CHOICE = re.compile(r"\+?(job|method)=([\w-]+)")
+CHOICE = re.compile(r"\+{0,2}(job|method|rl)=(.+)")
+# Names of papers and what their methods are called here
+PAPERS = {"sayo": "region", "vgpo": "dual", "atrl": "anchor", "at-rl": "anchor", "faithful-mr1": "faithful"}
+# verl's own defaults of settings that a job or a user may name
+VERL_FILES = {"train": "~/data/rlhf/gsm8k/train.parquet", "val": "~/data/rlhf/gsm8k/test.parquet"}
+VERL_CHECKPOINTS = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
 _ACTOR, _ROLLOUT, _MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))
 _REWARD = "reward.custom_reward_function"
 # What files of configs/job compute: a sum, and a value that depends on another one.
@@ -90,7 +97,12 @@ def refuse_names(arguments: Sequence[str], environment: Mapping[str, str]) -> No
                 got=environment[name],
                 fix=f"use {at_end}, and unset {name}",
             )
-    folder = dict(itertools.pairwise(arguments)).get("--config-dir")
+    words = [
+        word
+        for argument in arguments
+        for word in (argument.split("=", 1) if "--config-dir=" in argument else [argument])
+    ]
+    folder = dict(itertools.pairwise(words)).get("--config-dir")
     for argument in arguments:
         choice = CHOICE.fullmatch(argument)
         if folder is None or choice is None:
@@ -98,9 +110,11 @@ def refuse_names(arguments: Sequence[str], environment: Mapping[str, str]) -> No
         kind, name = choice.groups()
         known = sorted(path.stem for path in (Path(folder) / kind).glob("*.yaml"))
         if name not in known:
+            paper = PAPERS.get(name.lower())
+            hint = f" (did you mean {paper!r}?)" if paper in known else did_you_mean(name.removesuffix(".yaml"), known)
             raise SayoError(
                 "L30",
-                f"there is no {kind} of this name{did_you_mean(name, known)}",
+                f"there is no {kind} of this name{hint}",
                 where=kind.upper(),
                 got=name,
                 wanted=f"a file of {folder}/{kind}: {' '.join(known)}",
@@ -117,8 +131,34 @@ def check_names() -> None:
 
 
 def keys_of(overrides: Sequence[str]) -> set[str]:
-    """The keys that Hydra overrides set."""
-    return {override.lstrip("+~").partition("=")[0] for override in overrides}
+    """The keys that Hydra overrides set; of ``data={train_files: x}`` it is ``data.train_files``.
+
+    Raises:
+        SayoError: L68 when the folder of the run is named twice.
+    """
+    found: set[str] = set()
+    folders = []
+    for override in overrides:
+        key, _, text = override.lstrip("+~").partition("=")
+        if key in ("sayo.out", "sayo.resume"):
+            folders.append(text)
+        value = OverridesParser.create().parse_override(override).value() if text.startswith("{") else None
+        found |= {f"{key}.{leaf}" for leaf in _leaves(value)} if isinstance(value, dict) else {key}
+    if len(folders) > 1:
+        raise SayoError(
+            "L68",
+            "the folder of the run is named twice",
+            where="sayo.out",
+            got=" and ".join(folders),
+            wanted="one of them",
+            fix="name it by OUT=, or by RESUME= to resume, in front of the script; or by sayo.out or sayo.resume alone",
+        )
+    return found
+
+
+def _leaves(value: Mapping[Any, Any]) -> Iterator[str]:
+    for key, part in value.items():
+        yield from (f"{key}.{leaf}" for leaf in _leaves(part)) if isinstance(part, Mapping) else [str(key)]
 
 
 def write_out(config: DictConfig, given: Collection[str]) -> None:
@@ -148,16 +188,30 @@ def _absolute(path: str) -> str:
 
 
 def _place_data(config: DictConfig, given: Collection[str]) -> None:
-    if {"sayo.data", "data.train_files"} <= set(given):
+    named = {split: f"data.{split}_files" in given for split in SPLITS}  # on the command line
+    if "sayo.data" not in given:  # or in a job's file
+        named |= {s: True for s in SPLITS if config.data[f"{s}_files"] != VERL_FILES[s] and not any(named.values())}
+    both = config.sayo.data is not None and named["train"]
+    if both and ("sayo.data" in given or "data.train_files" not in given):
         raise SayoError(
             "L68",
             "the training rows are named twice",
             where="data.train_files",
             got=f"{config.data.train_files} and sayo.data={config.sayo.data}",
             wanted="one of them",
-            fix="leave out DATA=... (sayo.data) or data.train_files; data.val_files may stand beside both",
+            fix="leave out DATA=... (sayo.data) or data.train_files; data.val_files may stand beside both. In a job's "
+            "own file set sayo.data to null",
         )
-    left = [split for split in SPLITS if f"data.{split}_files" not in given]
+    if both and not named["val"]:
+        raise SayoError(
+            "L68",
+            "training and validation rows would come from two places",
+            where="data.val_files",
+            got=f"data.train_files={config.data.train_files}, and validation rows of sayo.data={config.sayo.data}",
+            wanted="data.val_files beside data.train_files",
+            fix="set data.val_files too",
+        )
+    left = [split for split in SPLITS if not named[split]]
     if config.sayo.data is not None and left:
         folder = Path(_absolute(str(config.sayo.data)))
         if config.sayo.dry_run and not folder.exists():
@@ -167,11 +221,11 @@ def _place_data(config: DictConfig, given: Collection[str]) -> None:
         for split in left:
             config.data[f"{split}_files"] = [str(file) for file in files[split]]
     for split in SPLITS:
-        named = config.data[f"{split}_files"]
-        if isinstance(named, str):
-            config.data[f"{split}_files"] = _absolute(named)
-        elif named:
-            config.data[f"{split}_files"] = [_absolute(str(file)) for file in named]
+        chosen = config.data[f"{split}_files"]
+        if isinstance(chosen, str):
+            config.data[f"{split}_files"] = _absolute(chosen)
+        elif chosen:
+            config.data[f"{split}_files"] = [_absolute(str(file)) for file in chosen]
 
 
 def _place_output(config: DictConfig, given: Collection[str]) -> None:
@@ -180,9 +234,12 @@ def _place_output(config: DictConfig, given: Collection[str]) -> None:
     if out is None:
         return
     folder = Path(_absolute(str(out)))
-    checkpoints = folder / "checkpoints"
+    trainer: Any = OmegaConf.to_container(config.trainer, resolve=False)
+    own = trainer["default_local_dir"] != VERL_CHECKPOINTS or "trainer.default_local_dir" in given
+    checkpoints = Path(_absolute(str(config.trainer.default_local_dir))) if own else folder / "checkpoints"
     # verl would begin a new run. What is there is judged by ``check_resume``.
-    if resumed and not (checkpoints / TRACKER).exists() and not any(checkpoints.glob("global_step_*")):
+    searched = resumed and config.trainer.resume_mode != "resume_path"
+    if searched and not (checkpoints / TRACKER).exists() and not any(checkpoints.glob("global_step_*")):
         raise SayoError(
             "L44",
             "there is no checkpoint to resume",
@@ -190,12 +247,9 @@ def _place_output(config: DictConfig, given: Collection[str]) -> None:
             fix="name the folder of a run that saved some (trainer.save_freq=...), or leave RESUME (sayo.resume) out "
             "to begin a new run",
         )
-    for key, value in {
-        "trainer.default_local_dir": str(checkpoints),
-        "trainer.resume_mode": "auto" if resumed else "disable",
-    }.items():
-        if key not in given:
-            OmegaConf.update(config, key, value)
+    config.trainer.default_local_dir = str(checkpoints)
+    if not resumed and config.trainer.resume_mode == "auto" and "trainer.resume_mode" not in given:
+        config.trainer.resume_mode = "disable"
     metrics = next_metrics_file(folder) if resumed else folder / "metrics.jsonl"
     os.environ.setdefault(LOGGER_PATH, str(metrics))
 

@@ -114,7 +114,9 @@ def _hub_folder(name: str) -> Path | Exception:
     """The snapshot of a hub model, or why it cannot be had. The hub is tried once per process."""
     try:
         return Path(snapshot_download(name, allow_patterns=SMALL_FILES))
-    except (OSError, httpx.HTTPError, HFValidationError) as error:
+    except HFValidationError as error:
+        return error
+    except (OSError, httpx.HTTPError) as error:
         cached = try_to_load_from_cache(name, "config.json")  # of a snapshot that lacks some of the files
         return Path(cached).parent if isinstance(cached, str) else error
 

@@ -123,7 +123,7 @@ def check_estimator(config: DictConfig) -> Method | None:
             wanted=f"ours ({', '.join(ours)}) or verl's ({', '.join(k for k in known if k not in ours)})",
             fix="correct the name",
         )
-    attn = OmegaConf.to_container(config.algorithm.attn, resolve=True) if "attn" in config.algorithm else {}
+    attn = OmegaConf.to_container(config.algorithm.attn, resolve=True) if config.algorithm.get("attn") else {}
     return settings_from_config(name, attn).method  # type: ignore[arg-type]
 
 

@@ -79,9 +79,20 @@ def check_devices(config: DictConfig, *, dry_run: bool) -> None:
     """Refuse several nodes without a cluster, and a run on GPUs on a machine that has none.
 
     Raises:
-        SayoError: L55, L21.
+        SayoError: L69, L55, L21.
     """
-    nodes = int(config.trainer.nnodes)
+    for key in ("nnodes", "n_gpus_per_node"):
+        number = config.trainer[key]
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise SayoError(
+                "L69",
+                "not a number of nodes or devices",
+                where=f"trainer.{key}",
+                got=repr(number),
+                wanted="an integer of at least 1",
+                fix="correct NNODES, NGPUS_PER_NODE or the override",
+            )
+    nodes = config.trainer.nnodes
     if dry_run or cluster(config):
         return
     if nodes > 1:  # Ray would start a cluster on this machine and wait for GPUs that it does not have

@@ -62,8 +62,17 @@ def load_methods(modules: Sequence[str]) -> list[str]:
     Raises:
         SayoError: L29 for one that is not there or fails to import.
     """
+    if isinstance(modules, str):
+        raise SayoError(
+            "L29",
+            "sayo.modules is not a list",
+            where="sayo.modules",
+            got=modules,
+            wanted="such as [recipe/example/sensitivity.py]",
+            fix="write it as a list",
+        )
     found = []
-    for name in modules:
+    for name in modules or ():
         try:
             if name.endswith(".py"):
                 found.append(str(Path(name).expanduser().resolve()))
@@ -140,7 +149,7 @@ def settings_from_config(adv_estimator: str, attn: Mapping[str, Any]) -> AttnSet
             wanted="null or a number in [0, 1)",
             fix="leave it at its default",
         )
-    mix = attn.get("mix") or []
+    mix = [] if attn.get("mix") is None else attn["mix"]
     if not isinstance(mix, list | tuple):
         raise SayoError(
             "L03",
@@ -221,8 +230,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         "wrong type of value",
         where=where,
         got=repr(value),
-        wanted=hint.__name__,
-        fix=f"set {where} to a value of type {hint.__name__}",
+        wanted=getattr(hint, "__name__", str(hint)),
+        fix=f"set {where} to a value of that type; a field of a method is a float, int, bool, str or tuple[int, ...]",
     )
 
 

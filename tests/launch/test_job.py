@@ -145,6 +145,33 @@ def test_L68_training_rows_named_twice(written, scenes):
         written(**{"sayo.data": str(scenes), "data.train_files": "a.parquet"})
 
 
+def test_an_empty_folder_beside_files_is_no_second_source(written):
+    config = written(**{"sayo.data": None, "data.train_files": "a.parquet", "data.val_files": "b.parquet"})
+    assert config.data.train_files == os.path.abspath("a.parquet")
+
+
+def test_L68_a_jobs_own_file_that_names_files_beside_an_inherited_folder(base, written, scenes):
+    config = copy.deepcopy(base)
+    config.sayo.data, config.data.train_files = str(scenes), "a.parquet"
+    with pytest.raises(SayoError, match=r"L68: .* set sayo.data to null"):
+        write_out(config, set())
+
+
+def test_L68_training_files_alone_beside_the_folder_of_the_job(base, written, scenes):
+    config = copy.deepcopy(base)
+    config.sayo.data, config.data.train_files = str(scenes), "a.parquet"
+    with pytest.raises(SayoError, match=r"L68: training and validation rows .* fix: set data.val_files too"):
+        write_out(config, {"data.train_files"})
+
+
+def test_checkpoints_elsewhere_are_found_and_a_named_checkpoint_is_not_looked_for(written, tmp_path):
+    (tmp_path / "elsewhere" / "global_step_2").mkdir(parents=True)
+    config = written(**{"sayo.resume": "run", "trainer.default_local_dir": f"{tmp_path}/elsewhere"})
+    assert config.trainer.default_local_dir == f"{tmp_path}/elsewhere"
+    named = {"trainer.resume_mode": "resume_path", "trainer.resume_from_path": f"{tmp_path}/elsewhere/global_step_2"}
+    assert written(**{"sayo.resume": "run"} | named).trainer.resume_mode == "resume_path"
+
+
 def test_paths_of_data_and_model_become_absolute(written, tmp_path):
     (tmp_path / "model").mkdir()
     named = {"data.train_files": ["a b.parquet", "/c.parquet", "hdfs://d/e.parquet"], "data.val_files": "~/f.parquet"}
@@ -223,14 +250,33 @@ def test_the_job_of_one_gpu_differs_in_model_and_cards_only(repo):
 
 def test_keys_of_overrides():
     assert keys_of(["a.b=1", "+c=2", "++d=x=y", "~e"]) == {"a.b", "c", "d", "e"}
+    assert keys_of(["data={train_files:/a,x:{y:1}}", "p='{z}'"]) == {"data.train_files", "data.x.y", "p"}
 
 
-@pytest.mark.parametrize("argument", ["+method=daul", "method=daul"])
+@pytest.mark.parametrize("pair", [("sayo.out=a", "sayo.out=b"), ("sayo.resume=a", "sayo.out=b")])
+def test_L68_the_folder_of_a_run_named_twice(pair):
+    with pytest.raises(SayoError, match=r"L68: the folder of the run is named twice .* got a and b"):
+        keys_of(pair)
+
+
+@pytest.mark.parametrize(("key", "number"), [("nnodes", "two"), ("nnodes", 0), ("n_gpus_per_node", True)])
+def test_L69_not_a_number_of_nodes_or_devices(base, key, number):
+    config = copy.deepcopy(base)
+    OmegaConf.update(config, f"trainer.{key}", number)
+    with pytest.raises(SayoError, match=f"L69: not a number .* at trainer.{key}"):
+        check_devices(config, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "argument", ["+method=daul", "method=daul", "++method=daul", "+method=dual.yaml", "+method=vgpo"]
+)
 def test_L30_no_such_method(repo, argument):
     with pytest.raises(SayoError, match=r"L30: there is no method .*did you mean 'dual'.* wanted .* dual .*region"):
         refuse_names(["--config-dir", str(repo / "configs"), argument], {})
     with pytest.raises(SayoError, match=r"L30: there is no job .*did you mean 'tiny'"):
         refuse_names(["--config-dir", str(repo / "configs"), "+job=tniy"], {})
+    with pytest.raises(SayoError, match=r"L30: there is no rl .*did you mean 'dapo'"):
+        refuse_names([f"--config-dir={repo / 'configs'}", "+rl=dapoo"], {})
     refuse_names(["--config-dir", str(repo / "configs"), "+job=tiny", "+method=dual"], {})
     refuse_names([argument], {})
 

@@ -151,7 +151,7 @@ def test_resume_goes_on_in_the_folder_of_the_run_with_files_of_its_own(repo, env
     script = "run_sayo_qwen3vl_8b.sh"
     old = saved(tmp_path / "old run", 2, world=8)
     (tmp_path / "old run" / "run-2.json").write_text("{}")  # an attempt that logged no step
-    done = launch(repo, script, environment, DRY_RUN="1", RESUME=old)
+    done = launch(repo, script, environment, DRY_RUN="1", RESUME=old, OUT="")
     assert done.returncode == 0, done.stderr
     assert f"global_step_2 of ?, from {old}/checkpoints\n" in done.stdout
     assert f"{old}/metrics-3.jsonl\n" in done.stdout
@@ -198,7 +198,7 @@ def test_variables_mean_the_same_in_every_script(faked, tmp_path, script):
     assert [value for value in values if f" {value}" not in command] == []
     assert re.search(r"trainer.experiment_name=dual_released_(sayo_qwen3vl|qwen2_5vl|tiny)", command)
     assert command.endswith(" trainer.save_freq=7 a='b c'"), "overrides win"
-    dry = launch(copy, script, env, DRY_RUN="1", RESUME=f"{tmp_path}/old", **given)
+    dry = launch(copy, script, env, DRY_RUN="1", RESUME=f"{tmp_path}/old", OUT="", **given)
     for value in ("sayo.dry_run=True", f"sayo.resume={tmp_path}/old", "hydra.run.dir=. hydra.output_subdir=null"):
         assert value in dry.stdout
     assert "sayo.out" not in dry.stdout
