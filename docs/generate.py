@@ -114,7 +114,7 @@ def metrics_page() -> str:
         "",
         "What a run logs in every training step beside verl's own metrics, and which of verl's the report shows.",
         "verl's trackers and `metrics.jsonl` have all of them. Those that start with `sayo/` are logged for attention",
-        "methods, and not for verl's own estimators. `Shown as` names the panel of `sayo report`; `table` is its table.",
+        "methods, not for verl's own estimators. `Shown as` names the panel of `sayo report`. `table` is its table.",
         "`sayo watch` shows those with a live name. A metric is absent in a step that has nothing to average.",
         "",
         "## Every run",

@@ -44,7 +44,7 @@ OTHERS_THAT_CALL_FLASH_ATTN = ("qwen2_vl", "glm4v", "kimi_vl")
 
 def is_hub_name(path: str) -> bool:
     """Whether transformers takes a model path for a name on the hub: it is "owner/name", and no such folder is here."""
-    return not path.startswith(("/", "./", "../", "~")) and path.count("/") == 1 and not Path(path).exists()
+    return not path.startswith(("/", ".", "~")) and path.count("/") == 1 and not Path(path).exists()
 
 
 def model_folder(path: str, *, dry_run: bool) -> Path | None:

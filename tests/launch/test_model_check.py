@@ -15,7 +15,7 @@ from transformers import Qwen3VLConfig
 from verl.utils.model import update_model_config
 
 import sayo_verl.launch.model_check
-from sayo_verl.launch.model_check import DENSE_MASK, INSTALL_FLASH_ATTN, SLOW_LOG_PROBS, load_config
+from sayo_verl.launch.model_check import DENSE_MASK, INSTALL_FLASH_ATTN, SLOW_LOG_PROBS, is_hub_name, load_config
 from sayo_verl.launch.preflight import preflight
 
 ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
@@ -68,6 +68,12 @@ def hub_says(hub, monkeypatch):
 @pytest.fixture
 def of_hub(config_of):
     return lambda **values: config_of(**{"actor_rollout_ref.model.path": NAME, **values})
+
+
+@pytest.mark.parametrize("path", [".sayo/policy", "./a", "../a/b", "~/a", "/a", "a", "a/b/c"])
+def test_a_path_is_not_taken_for_a_name_of_the_hub(path):
+    assert not is_hub_name(path)
+    assert is_hub_name("Qwen/Qwen3-VL-8B-Instruct")
 
 
 def test_the_family_and_layers_of_a_hub_name_are_checked(of_hub, hub):
