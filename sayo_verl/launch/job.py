@@ -190,7 +190,7 @@ def _absolute(path: str) -> str:
 def _place_data(config: DictConfig, given: Collection[str]) -> None:
     named = {split: f"data.{split}_files" in given for split in SPLITS}  # on the command line
     if "sayo.data" not in given:  # or in a job's file
-        named |= {s: True for s in SPLITS if config.data[f"{s}_files"] != VERL_FILES[s] and not any(named.values())}
+        named |= {split: True for split in SPLITS if config.data[f"{split}_files"] != VERL_FILES[split]}
     both = config.sayo.data is not None and named["train"]
     if both and ("sayo.data" in given or "data.train_files" not in given):
         raise SayoError(
@@ -248,8 +248,8 @@ def _place_output(config: DictConfig, given: Collection[str]) -> None:
             "to begin a new run",
         )
     config.trainer.default_local_dir = str(checkpoints)
-    if not resumed and config.trainer.resume_mode == "auto" and "trainer.resume_mode" not in given:
-        config.trainer.resume_mode = "disable"
+    if "trainer.resume_mode" not in given and config.trainer.resume_mode in ("auto", "disable"):
+        config.trainer.resume_mode = "auto" if resumed else "disable"
     metrics = next_metrics_file(folder) if resumed else folder / "metrics.jsonl"
     os.environ.setdefault(LOGGER_PATH, str(metrics))
 

@@ -157,6 +157,23 @@ def test_L68_a_jobs_own_file_that_names_files_beside_an_inherited_folder(base, w
         write_out(config, set())
 
 
+def test_L68_a_jobs_own_training_file_is_not_replaced_when_the_command_line_names_validation_rows(
+    base, written, scenes
+):
+    config = copy.deepcopy(base)
+    config.sayo.data, config.data.train_files, config.data.val_files = str(scenes), "a.parquet", "b.parquet"
+    with pytest.raises(SayoError, match=r"L68: the training rows are named twice"):
+        write_out(config, {"data.val_files"})
+
+
+def test_a_job_that_never_resumes_still_resumes_when_asked_to(base, written, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "global_step_2").mkdir(parents=True)
+    config = copy.deepcopy(base)
+    config.sayo.data, config.sayo.resume, config.trainer.resume_mode = None, "run", "disable"
+    write_out(config, set())
+    assert config.trainer.resume_mode == "auto"
+
+
 def test_L68_training_files_alone_beside_the_folder_of_the_job(base, written, scenes):
     config = copy.deepcopy(base)
     config.sayo.data, config.data.train_files = str(scenes), "a.parquet"
