@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.launching import launch
+from support.launching import launch, plan
 from support.public_shapes import write_config
 
 from sayo_verl import __version__
@@ -51,7 +51,7 @@ def test_help_prints_the_header_and_starts_nothing(repo, environment, tmp_path, 
 
 
 def test_gpu_job_without_a_gpu_stops_and_names_the_tiny_script(repo, environment):
-    done = launch(repo, "run_sayo_qwen3vl_8b.sh", environment)
+    done = plan(repo, "run_sayo_qwen3vl_8b.sh", environment, DRY_RUN="0")
     assert done.returncode == 1
     assert re.search(r"SAYO-L21: no GPU .*DRY_RUN=1.*bash scripts/run_sayo_tiny\.sh", done.stderr)
 
@@ -79,7 +79,7 @@ def test_a_folder_of_drawn_scenes_is_a_jobs_data(repo, environment, tmp_path):
     assert main(["prepare", "synthetic", "--out", str(tmp_path / "made"), "--n-train=12", "--n-val=2"]) == 0
     (made,) = (tmp_path / "made").iterdir()
     batch = ["data.train_batch_size=12", "actor_rollout_ref.actor.ppo_mini_batch_size=12"]
-    done = launch(repo, "run_qwen2_5vl_7b.sh", environment, *batch, DRY_RUN="1", DATA=str(made))
+    done = plan(repo, "run_qwen2_5vl_7b.sh", environment, *batch, DATA=str(made))
     assert done.returncode == 0, done.stderr
     assert f"{made}/train.parquet: 12 rows" in done.stdout
     assert f"{made}/val.parquet: 2 rows" in done.stdout
@@ -90,32 +90,31 @@ def test_a_folder_of_drawn_scenes_is_a_jobs_data(repo, environment, tmp_path):
     ("script", "model"), [("run_sayo_qwen3vl_8b.sh", "Qwen3-VL-8B"), ("run_qwen2_5vl_7b.sh", "Qwen2.5-VL-7B")]
 )
 def test_the_gpu_jobs_fit_a_card_and_serve_prompt_and_response(repo, environment, tmp_path, script, model):
-    done = launch(repo, script, environment, DRY_RUN="1", MODEL_PATH=str(write_config(model, tmp_path)))
+    done = plan(repo, script, environment, MODEL_PATH=str(write_config(model, tmp_path)))
     assert done.returncode == 0, done.stderr
     assert f"sequences of {6500 + 110 if '8b' in script else 4096 + 2048} tokens at once" in done.stdout
     assert "TIGHT" not in done.stdout
 
 
 def test_the_header_of_the_one_gpu_job_is_its_plan(repo, environment, tmp_path):
-    done = launch(
+    done = plan(
         repo,
         "run_sayo_qwen3vl_4b_1gpu.sh",
         environment,
-        DRY_RUN="1",
         MODEL_PATH=str(write_config("Qwen3-VL-4B", tmp_path)),
     )
     assert done.returncode == 0, done.stderr
     assert "1 x 1 cuda" in done.stdout
-    plan = [line.split("memory per GPU")[1].strip() for line in done.stdout.splitlines() if "memory per GPU" in line]
+    memory = [line.split("memory per GPU")[1].strip() for line in done.stdout.splitlines() if "memory per GPU" in line]
     header = (repo / "scripts" / "run_sayo_qwen3vl_4b_1gpu.sh").read_text()
-    for line in plan[1:-1]:
+    for line in memory[1:-1]:
         phase, terms = line.split(": ")
         said = re.search(rf"^#   {phase}  +(.*)$", header, re.MULTILINE)
         assert said, phase
         told = re.findall(r"([A-Za-z][A-Za-z ]*) (\d+\.\d)", re.sub(r"\(.*?\)", "", said[1]).replace("  ", " "))
         assert len(told) >= 3
         assert [term for term in told if f"{term[0].strip()} {term[1]}" not in terms] == []
-    assert plan[-1] == "KV cache for 42 sequences of 6610 tokens at once; 384 responses a card: 10 waves at most"
+    assert memory[-1] == "KV cache for 42 sequences of 6610 tokens at once; 384 responses a card: 10 waves at most"
     assert "42 sequences of 6,610 tokens" in header
 
 
@@ -123,7 +122,7 @@ def test_every_node_must_see_the_paths_of_a_job(repo, environment, tmp_path):
     write_config("Qwen3-VL-8B", tmp_path)
     relative = os.path.relpath(tmp_path, repo)
     files = ["data.train_files=[a.parquet,b.parquet]", "data.val_files=c.parquet"]
-    done = launch(repo, "run_sayo_qwen3vl_8b.sh", environment, *files, DRY_RUN="1", NNODES="2", MODEL_PATH=relative)
+    done = plan(repo, "run_sayo_qwen3vl_8b.sh", environment, *files, NNODES="2", MODEL_PATH=relative)
     assert done.returncode == 0, done.stderr
     (seen,) = [line for line in done.stdout.splitlines() if line.strip().startswith("every node must see ")]
     for told in (f"{repo}/a.parquet", f"{repo}/b.parquet", f"{repo}/c.parquet", f"{repo}/{relative}", "/checkpoints"):
@@ -151,11 +150,11 @@ def test_resume_goes_on_in_the_folder_of_the_run_with_files_of_its_own(repo, env
     script = "run_sayo_qwen3vl_8b.sh"
     old = saved(tmp_path / "old run", 2, world=8)
     (tmp_path / "old run" / "run-2.json").write_text("{}")  # an attempt that logged no step
-    done = launch(repo, script, environment, DRY_RUN="1", RESUME=old, OUT="")
+    done = plan(repo, script, environment, RESUME=old, OUT="")
     assert done.returncode == 0, done.stderr
     assert f"global_step_2 of ?, from {old}/checkpoints\n" in done.stdout
     assert f"{old}/metrics-3.jsonl\n" in done.stdout
-    done = launch(repo, script, environment, DRY_RUN="1", OUT=old)
+    done = plan(repo, script, environment, OUT=old)
     assert re.search(r"SAYO-L15: .* got .*old run/metrics.jsonl.* fix: .*RESUME=", done.stderr)
 
 
@@ -289,31 +288,29 @@ def test_the_tiny_script_takes_files_of_its_own_and_stops_where_nothing_could_be
     assert launch(copy, "run_tiny.sh", env).returncode == 1
 
 
-def test_METHOD_is_what_the_job_of_a_paper_trains(repo, environment):
-    done = launch(repo, "run_sayo_qwen3vl_8b.sh", environment, DRY_RUN="1", METHOD="dual")
+def test_the_variable_METHOD_is_what_the_job_of_a_paper_trains(repo, environment):
+    done = plan(repo, "run_sayo_qwen3vl_8b.sh", environment, METHOD="dual")
     assert done.returncode == 0, done.stderr
     assert re.search(r"estimator +attn_dual\n", done.stdout)
-    done = launch(
-        repo, "run_sayo_qwen3vl_8b.sh", environment, "algorithm.adv_estimator=rloo", DRY_RUN="1", METHOD="dual"
-    )
+    done = plan(repo, "run_sayo_qwen3vl_8b.sh", environment, "algorithm.adv_estimator=rloo", METHOD="dual")
     assert re.search(r"estimator +rloo ", done.stdout), "the override at the end wins"
 
 
-def test_L67_a_variable_of_an_earlier_version_is_refused(repo, environment):
-    done = launch(repo, "run_sayo_qwen3vl_8b.sh", environment, DRY_RUN="1", ADV_ESTIMATOR="grpo")
+def test_a_variable_of_an_earlier_version_is_refused(repo, environment):
+    done = plan(repo, "run_sayo_qwen3vl_8b.sh", environment, ADV_ESTIMATOR="grpo")
     assert done.returncode == 1
     assert "SAYO-L67: the scripts no longer read this variable | at ADV_ESTIMATOR | got grpo" in done.stderr
 
 
 def test_dry_run_refuses_a_misspelt_switch(repo, environment):
-    done = launch(repo, "run_sayo_qwen3vl_8b.sh", environment, "algorithm.adv_estimator=attn_regoin", DRY_RUN="1")
+    done = plan(repo, "run_sayo_qwen3vl_8b.sh", environment, "algorithm.adv_estimator=attn_regoin")
     assert done.returncode != 0
     assert "SAYO-L01: unknown advantage estimator (did you mean 'attn_region'?)" in done.stderr
 
 
 def test_the_baseline_differs_only_in_the_method(repo, environment):
     plans = [
-        launch(repo, script, environment, DRY_RUN="1").stdout.splitlines()
+        plan(repo, script, environment).stdout.splitlines()
         for script in ("run_sayo_qwen3vl_8b.sh", "run_grpo_qwen3vl_8b.sh")
     ]
     different = [a.split()[0] for a, b in zip(*plans, strict=True) if a != b]
