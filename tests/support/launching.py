@@ -31,7 +31,10 @@ def launch(repo, script, environment, *overrides, **variables):
 
 
 def plan(repo, script, environment, *overrides, **variables):
-    """A dry run of the script, if DRY_RUN is not set; its Python part runs in this process, which saves the seconds that verl takes to import."""
+    """A dry run of the script, unless DRY_RUN says otherwise.
+
+    Its Python part runs in this process, which saves the seconds that verl takes to import.
+    """
     out = Path(environment["OUT"])
     recorder = out.with_name("recorder")
     recorder.mkdir(exist_ok=True)
