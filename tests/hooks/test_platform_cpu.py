@@ -15,7 +15,7 @@ import torch
 CLEAN = {**os.environ, "VERL_USE_EXTERNAL_MODULES": "", "VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_PLATFORM": ""}
 
 
-# What verl and vLLM are in a process: three are started, for importing both takes seconds.
+# What verl and vLLM are in a process: two are started, because importing both takes seconds.
 FACTS = """
 import json, sys
 import torch, verl
@@ -64,9 +64,12 @@ def plugged():
 
 
 def test_the_platform_is_active_only_when_chosen(plugged):
-    chosen = facts(VERL_USE_EXTERNAL_MODULES="sayo_verl.plugin", VERL_PLATFORM="cpu")
-    assert "cpu" in chosen["platforms"]
-    assert chosen["device"] == "cpu"
+    from verl.plugin.platform import PlatformRegistry
+    from verl.utils.device import get_device_name
+
+    assert os.environ["VERL_PLATFORM"] == "cpu", "chosen in this process, see conftest.py"
+    assert "cpu" in PlatformRegistry.registered_names()
+    assert get_device_name() == "cpu"
     assert "cpu" not in plugged["platforms"]
 
 
