@@ -101,14 +101,3 @@ def test_the_run_names_its_results(mixed_run):
     assert card["estimator"] == "attn_mix"
     assert card["versions"]["verl"] == "0.9.1"
     assert "handshake with 1 worker(s), engine SayoFSDPEngine" in (out / "train.log").read_text()
-
-
-def test_grpo_is_verls_own_code_on_the_same_launcher(repo, random_policy, tmp_path):
-    out = tmp_path / "grpo"
-    done = launch(repo, "run_grpo_tiny.sh", out, random_policy, "trainer.total_training_steps=1")
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:] + (out / "train.log").read_text()[-4000:]
-    (step,) = metrics(out)
-    assert not [name for name in step if name.startswith("sayo/")]
-    assert step["actor/grad_norm"] >= 0
-    assert "not measured" in done.stdout
-    assert "handshake" not in (out / "train.log").read_text()

@@ -1,11 +1,13 @@
 """The launch scripts as a user meets them on a machine without a GPU, and the command line."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from support.launching import launch, plan
@@ -13,6 +15,7 @@ from support.public_shapes import write_config
 
 from sayo_verl import __version__
 from sayo_verl.cli import SOURCES, main
+from sayo_verl.data.scenes import SceneConfig, prepare
 from sayo_verl.methods import RegionMethod
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -373,3 +376,25 @@ def test_doctor_says_what_is_wrong(monkeypatch):
 def test_report_of_a_folder_without_metrics_is_a_clear_refusal(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert re.search(r"SAYO-R02: .* \| at .* \| .*fix: ", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("method", "runner", "mode", "engine"),
+    [
+        ("grpo", "TaskRunnerV1", "sync", None),
+        ("region", "SayoTaskRunner", "sayo_sync", "sayo_verl.hooks.engine"),
+    ],
+)
+def test_grpo_starts_verls_own_code_and_a_method_ours(
+    repo, environment, random_policy, tmp_path, monkeypatch, method, runner, mode, engine
+):
+    monkeypatch.setattr("verl.trainer.main_ppo.run_ppo", start := mock.Mock())
+    monkeypatch.setattr("atexit.register", mock.Mock())
+    given = {"JOB": "tiny", "METHOD": method, "MODEL_PATH": str(random_policy), "VERL_PLATFORM": "cpu"}
+    scenes = prepare(tmp_path / "scenes", SceneConfig(n_train=16, n_val=4)).path
+    done = plan(repo, "run.sh", environment, **given, DATA=str(scenes), DRY_RUN="0")
+    assert done.returncode == 0, done.stderr
+    ((config,), keywords) = start.call_args
+    assert keywords["task_runner_class"].__ray_metadata__.modified_class.__name__ == runner
+    assert (config.trainer.v1.trainer_mode, config.actor_rollout_ref.model.external_lib) == (mode, engine)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["estimator"] == config.algorithm.adv_estimator
