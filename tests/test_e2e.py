@@ -1,4 +1,4 @@
-"""The real stack end to end: the launch scripts with verl's trainer, Ray, TransferQueue, FSDP2 and a vLLM server."""
+"""The real stack end to end: a launch script with verl's trainer, Ray, TransferQueue, FSDP2 and a vLLM server."""
 
 import json
 import math
@@ -10,32 +10,6 @@ import pytest
 from sayo_verl.data.scenes import SceneConfig, prepare
 
 pytestmark = pytest.mark.e2e
-SMALL = [
-    "trainer.total_training_steps=2",
-    "data.train_batch_size=4",
-    "actor_rollout_ref.rollout.n=4",
-    "trainer.test_freq=-1",
-    "data.max_response_length=12",
-]
-
-
-def launch(repo, script, out, policy, *overrides, **variables):
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VERL_", "RAY_", "TRANSFER_QUEUE"))}
-    env = {
-        **inherited,
-        "OUT": str(out),
-        "MODEL_PATH": str(policy),
-        "DATA": str(prepare(out.parent / "scenes", SceneConfig()).path),
-        **variables,
-    }
-    return subprocess.run(
-        ["bash", str(repo / "scripts" / script), *SMALL, *overrides],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=420,
-    )
 
 
 def metrics(out):
@@ -48,15 +22,27 @@ def mixed_run(repo, random_policy, tmp_path_factory):
 
     SAYO's and Faithful-MR1's rewards, AT-RL's token weights and VGPO's trajectory weights.
     """
-    out = tmp_path_factory.mktemp("e2e") / "mix"
-    done = launch(
-        repo,
-        "run_sayo_tiny.sh",
-        out,
-        random_policy,
+    folder = tmp_path_factory.mktemp("e2e")
+    out = folder / "mix"
+    overrides = [
         "algorithm.adv_estimator=attn_mix",
         "algorithm.attn.mix=[region,faithful,anchor,dual]",
         "algorithm.attn.dual.intra=False",
+        "trainer.total_training_steps=2",
+        "trainer.test_freq=-1",
+        "data.train_batch_size=4",
+        "data.max_response_length=12",
+        "actor_rollout_ref.rollout.n=4",
+    ]
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VERL_", "RAY_", "TRANSFER_QUEUE"))}
+    scenes = prepare(folder / "scenes", SceneConfig()).path
+    done = subprocess.run(
+        ["bash", str(repo / "scripts" / "run_sayo_tiny.sh"), *overrides],
+        env={**inherited, "OUT": str(out), "MODEL_PATH": str(random_policy), "DATA": str(scenes)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=420,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:] + (out / "train.log").read_text()[-4000:]
     return out, done
