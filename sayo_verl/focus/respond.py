@@ -28,11 +28,10 @@ from rich.progress import Progress
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from sayo_verl.errors import SayoError
-from sayo_verl.focus.config import check_numbers
+from sayo_verl.focus.config import BLOCK, RespondConfig
 from sayo_verl.focus.rows import checked, columns_of, images_of, messages_of
 from sayo_verl.reward import compute_score
 
-BLOCK = 4  # batches; rows still open after a try share batches within their block
 Block = tuple[Path, int, int]  # file, first row, row after the last
 
 
@@ -40,13 +39,8 @@ def write_responses(
     base: Path | str,
     files: Sequence[Path | str],
     out: Path | str,
+    config: RespondConfig | None = None,
     *,
-    tries: int = 4,
-    max_new_tokens: int = 512,
-    temperature: float = 1.0,
-    batch_size: int = 32,
-    max_rows: int | None = None,
-    seed: int = 0,
     rank: int = 0,
     world: int = 1,
     device: str | None = None,
@@ -60,12 +54,7 @@ def write_responses(
         base: model folder or hub name.
         files: parquet files; a column that some of them lack is null in their rows.
         out: parquet file, in the order of the source; ``<out>.parts`` holds what is done.
-        tries: samples of a row, at most.
-        max_new_tokens: of a sample.
-        temperature: of the whole distribution.
-        batch_size: rows that are sampled together.
-        max_rows: the first ones only; None: all.
-        seed: of the samples.
+        config: how; None: the defaults.
         rank, world: number of this process and how many there are; each calls this function.
         device: of the model; None: the first GPU, else the CPU.
 
@@ -73,14 +62,14 @@ def write_responses(
         ``rows`` and ``kept``; ``rows`` and ``left``, the number of blocks that other processes have not finished yet.
 
     Raises:
-        SayoError: F05 for a number out of range, F10 for no row, F18 when no row is kept, F19 when ``out`` was begun
+        SayoError: F10 for no row, F18 when no row is kept, F19 when ``out`` was begun
             with other settings, F24 for files whose columns do not go together, the first fault of a row by the row
             contract, and what ``columns_of`` raises.
     """
-    check_numbers(tries, max_new_tokens, batch_size, max_rows, temperature)
+    config = config or RespondConfig()
     out = Path(out)
     parts = out.with_name(f"{out.name}.parts")
-    blocks = _blocks(files, BLOCK * batch_size, max_rows)
+    blocks = _blocks(files, BLOCK * config.batch_size, config.max_rows)
     schema = _common_schema(files)
     rows = sum(stop - start for _, start, stop in blocks)
     _check_settings(
@@ -89,11 +78,11 @@ def write_responses(
             "base": str(base),
             "files": [[str(file), Path(file).stat().st_size] for file in files],
             "rows": rows,
-            "tries": tries,
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "batch_size": batch_size,
-            "seed": seed,
+            "tries": config.tries,
+            "max_new_tokens": config.max_new_tokens,
+            "temperature": config.temperature,
+            "batch_size": config.batch_size,
+            "seed": config.seed,
         },
     )
     todo = [n for n in range(rank, len(blocks), world) if not _part(parts, n).is_file()]
@@ -114,16 +103,7 @@ def write_responses(
                 ]
                 _write(
                     _part(parts, n),
-                    _answers(
-                        model,
-                        processor,
-                        own,
-                        seed=f"{seed}/{n}",
-                        tries=tries,
-                        batch_size=batch_size,
-                        max_new_tokens=max_new_tokens,
-                        temperature=temperature,
-                    ),
+                    _answers(model, processor, own, config, seed=f"{config.seed}/{n}"),
                 )
             progress.update(bar, completed=_done(parts, blocks))
     left = sum(not _part(parts, n).is_file() for n in range(len(blocks)))
@@ -245,22 +225,19 @@ def _answers(
     model: Any,
     processor: Any,
     rows: list[dict[str, Any]],
+    config: RespondConfig,
     *,
     seed: str,
-    tries: int,
-    batch_size: int,
-    max_new_tokens: int,
-    temperature: float,
 ) -> list[str | None]:
     """The first right answer of each row, or None."""
     responses: list[str | None] = [None] * len(rows)
     # by default a context would be made on every GPU, by each process
     own = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=own):
-        for attempt in range(tries):
+        for attempt in range(config.tries):
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{attempt}".encode()).digest()[:8]))
-            for chosen in _batches([i for i, response in enumerate(responses) if response is None], batch_size):
-                texts = _sample(model, processor, [rows[i] for i in chosen], max_new_tokens, temperature)
+            for chosen in _batches([i for i, response in enumerate(responses) if response is None], config.batch_size):
+                texts = _sample(model, processor, [rows[i] for i in chosen], config.max_new_tokens, config.temperature)
                 for i, text in zip(chosen, texts, strict=True):
                     score = compute_score(rows[i].get("data_source", ""), text, rows[i]["reward_model"]["ground_truth"])
                     if score["acc"] == score["format"] == 1:
