@@ -180,7 +180,7 @@ def leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _parsed(setting: str) -> tuple[str, Any]:
     key, equals, text = setting.partition("=")
     if not equals:
-        raise SayoError("F26", "not a setting", where="the command line", got=setting, wanted="KEY=VALUE", fix="add =")
+        raise SayoError("F26", "not a setting", where="the command line", got=setting, wanted="KEY=VALUE", fix="add it")
     kind = KEYS.get(key)
     if kind in (str, str | None) or (get_origin(kind) is list and not text.startswith("[")):
         return key, None if text == "null" else text  # a path may have characters that mean something to yaml
