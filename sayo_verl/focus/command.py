@@ -60,7 +60,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     respond = commands.add_parser("respond", help="write rows with the policy's own right answers to imitate")
     respond.add_argument("--base", required=True)
     respond.add_argument("--rows", nargs="+", required=True, help="parquet files")
-    respond.add_argument("--out", type=Path, required=True, help="parquet file; the same command resumes it")
+    respond.add_argument(
+        "--out", type=Path, required=True, help="parquet file; the same command resumes an interrupted one"
+    )
     for field in dataclasses.fields(RespondConfig):
         respond.add_argument(
             f"--{field.name.replace('_', '-')}",

@@ -1,4 +1,4 @@
-"""Settings of the anchoring stage. No model library is imported, so a command line can be checked on any machine."""
+"""Settings of the anchoring stage. No model library is imported: a command line can be checked on any machine."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,18 +13,18 @@ DTYPES = ("bfloat16", "float32")
 
 @dataclass(frozen=True)
 class FocusConfig:
-    """How the stage trains; every default is ours.
+    """Settings of the training; all defaults are ours.
 
     Attributes:
         weight: lambda, of the anchoring loss; 0 is plain supervised training.
         alpha: background share of the target.
-        layers: decoder layers of p, negative ones from the last; empty: floor(2 L / 3).
+        layers: decoder layers of p, from 0, negative ones from the last; empty: floor(2 L / 3).
         steps, batch_size, accumulation: optimiser steps, rows per device and forward, forwards per step.
         learning_rate, warmup_steps, weight_decay, clip: AdamW with linear rise, then constant; gradient norm limit.
-        lora_rank, lora_alpha: 0 trains all weights of the decoder; otherwise LoRA on its projections, and of the
-            embedding the row of ``<Focus>`` alone.
+        lora_rank, lora_alpha: rank 0 trains all weights of the decoder; otherwise LoRA on its projections, and the row
+            of ``<Focus>`` of the embedding.
         train_vision: also train the vision tower (not with LoRA).
-        dtype: of the weights while training and in the folder.
+        dtype: of the weights, in the training and in the folder.
         attention: ``attn_implementation``; empty: transformers' choice.
         checkpointing: gradient checkpointing, non-reentrant.
         max_tokens: longest row; 0: any.
@@ -86,14 +86,14 @@ class FocusConfig:
 
 @dataclass(frozen=True)
 class RespondConfig:
-    """How responses to imitate are sampled; every default is ours.
+    """Settings of the sampling of responses to imitate; all defaults are ours.
 
     Attributes:
         tries: samples of a row, at most.
         max_new_tokens: tokens of a sample.
         batch_size: rows that are sampled together.
         max_rows: sample the first rows only; None: all.
-        temperature: of the whole distribution.
+        temperature: of the distribution, which is not truncated.
         seed: of the samples.
 
     Raises:

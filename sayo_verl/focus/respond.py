@@ -1,12 +1,12 @@
 """Responses to imitate, from the policy's own right answers (rejection sampling; ours).
 
 The language-model loss of the anchoring stage needs a text after ``<Focus>``. A text that a policy would not have
-written changes how it reasons: imitating an empty thought unlearns thinking. Its own right answers, sampled before the
-token is there, keep what it does.
+written changes how it reasons: a policy that imitates an empty thought unlearns to think. Its own right answers,
+sampled before the token is added, do not change it.
 
-Rows are sampled in blocks, in any number of processes: block n is the work of process n modulo their number, and is
-written to ``<out>.parts`` when it is done. The process that finds all blocks there writes ``out``. Random numbers are
-seeded per block and try, and one process samples a block. So the number of processes changes no response;
+Rows are sampled in blocks, in any number of processes. Process n modulo their number samples block n and writes it to
+``<out>.parts`` when it is done. The process that finds all blocks there writes ``out``. Random numbers are
+seeded per block and try, and one process samples a block. So the number of processes changes no response.
 ``batch_size`` and another kind of device do.
 
 Shape suffixes: B prompts of a batch, P prompt tokens, T response tokens.
@@ -47,14 +47,14 @@ def write_responses(
 ) -> dict[str, int]:
     """Write the rows of ``files`` with a column ``response``: the first well-formed right answer of ``tries`` samples.
 
-    Rows without one are left out, so what remains is easier than the source: the counts say by how much. After an
-    interruption the same call goes on where it stood.
+    Rows without one are left out, so the rest is easier than the source. The counts say how many rows are left. After
+    an interruption the same call samples the blocks that are missing.
 
     Args:
         base: model folder or hub name.
         files: parquet files; a column that some of them lack is null in their rows.
-        out: parquet file, in the order of the source; ``<out>.parts`` holds what is done.
-        config: how; None: the defaults.
+        out: parquet file, in the order of the source; ``<out>.parts`` holds the finished blocks.
+        config: settings of the sampling; None: the defaults.
         rank, world: number of this process and how many there are; each calls this function.
         device: of the model; None: the first GPU, else the CPU.
 
@@ -62,8 +62,8 @@ def write_responses(
         ``rows`` and ``kept``; ``rows`` and ``left``, the number of blocks that other processes have not finished yet.
 
     Raises:
-        SayoError: F10 for no row, F18 when no row is kept, F19 when ``out`` was begun
-            with other settings, F24 for files whose columns do not go together, the first fault of a row by the row
+        SayoError: F10 for no row, F18 when no row is kept, F19 when ``out`` was started
+            with other settings, F24 for files whose columns do not match, the first fault of a row by the row
             contract, and what ``columns_of`` raises.
     """
     config = config or RespondConfig()
@@ -113,10 +113,10 @@ def write_responses(
     if not kept:
         raise SayoError(
             "F18",
-            "the policy answered no row rightly and in the asked form",
+            "the policy gave no right answer in the required form",
             where=str(base),
             got=f"0 of {rows} rows",
-            fix="give the rows a column `response` of your own, or ask for "
+            fix="give the rows a column `response` of your own, or request "
             "<think> ... </think> <answer> ... </answer> in the prompts",
         )
     return {"rows": rows, "kept": kept}
@@ -152,11 +152,11 @@ def _common_schema(files: Sequence[Path | str]) -> pa.Schema:
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
             raise SayoError(
                 "F24",
-                "the columns of the files of rows do not go together",
+                "the columns of the files of rows do not match",
                 where=str(file),
                 got=" ".join(str(error).split())[:200],
                 wanted=f"types as in {files[0]}",
-                fix="write the files with one schema, or sample each for itself",
+                fix="write the files with one schema, or sample each file alone",
             ) from error
     return common
 
@@ -166,14 +166,14 @@ def _with_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def _without_penalties(given: GenerationConfig) -> GenerationConfig:
-    """A model's special tokens alone: ``generate`` fills what a call leaves open from the model's own configuration."""
+    """The model's special tokens alone: ``generate`` takes all other values from the model's own configuration."""
     return GenerationConfig(
         bos_token_id=given.bos_token_id, eos_token_id=given.eos_token_id, pad_token_id=given.pad_token_id
     )
 
 
 def _check_settings(parts: Path, settings: dict[str, Any]) -> None:
-    """What is in ``parts`` belongs to these settings; the first process writes them there.
+    """Check that ``parts`` was made with these settings; the first process writes them there.
 
     Raises:
         SayoError: F19.
@@ -187,7 +187,7 @@ def _check_settings(parts: Path, settings: dict[str, Any]) -> None:
     if changed:
         raise SayoError(
             "F19",
-            "these responses were begun with other settings",
+            "these responses were started with other settings",
             where=str(file),
             got={name: settings[name] for name in changed},
             wanted=changed,
@@ -200,12 +200,12 @@ def _part(parts: Path, n: int) -> Path:
 
 
 def _done(parts: Path, blocks: Sequence[Block]) -> int:
-    """Rows of the blocks that are there, of all processes."""
+    """Rows of the finished blocks of all processes."""
     return sum(stop - start for n, (_, start, stop) in enumerate(blocks) if _part(parts, n).is_file())
 
 
 def _write(file: Path, value: Any) -> None:
-    """JSON that is there as a whole or not at all."""
+    """Write JSON, as a whole or not at all."""
     scratch = file.with_name(f"{file.name}.{os.getpid()}")
     scratch.write_text(json.dumps(value, indent=1))
     scratch.replace(file)
@@ -251,7 +251,7 @@ def _batches(items: list[int], size: int) -> Iterator[list[int]]:
 
 
 def _merge(parts: Path, blocks: Sequence[Block], out: Path, schema: pa.Schema) -> int:
-    """Rows with a response, in the order of the source. Two processes that both come last write the same file."""
+    """Rows with a response, in the order of the source. Processes that finish at the same time write the same file."""
     scratch, writer, kept = out.with_name(f"{out.name}.{os.getpid()}"), None, 0
     for n, block in enumerate(blocks):
         responses = json.loads(_part(parts, n).read_text())

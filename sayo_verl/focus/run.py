@@ -110,8 +110,8 @@ def check_steps(steps: Steps) -> list[str]:
     """
     parser = argparse.ArgumentParser(prog="sayo focus")
     command.add_flags(parser)
-    asked = [steps.respond, steps.train_check, steps.report]
-    return sorted({note for step in asked if step for note in command.check(parser.parse_args(step))})
+    read = [steps.respond, steps.train_check, steps.report]
+    return sorted({note for step in read if step for note in command.check(parser.parse_args(step))})
 
 
 def commands(job: FocusJob, steps: Steps) -> list[list[str]]:
@@ -192,7 +192,7 @@ def folder_of(job: FocusJob, name: str) -> Path:
     """The folder of the job; a new one below ``outputs`` if the job names none.
 
     Raises:
-        SayoError: F29 for ``out`` beside ``resume``.
+        SayoError: F29 for ``out`` together with ``resume``.
     """
     if job.out is not None and job.resume is not None:
         raise SayoError(

@@ -1,7 +1,7 @@
 """The anchoring stage: a transformers ``Trainer`` whose loss is L_LM + weight * L_anchor, and the folder it writes.
 
-Why not verl's own SFT trainer: docs/anchoring.md. Distribution (DDP, FSDP, DeepSpeed), precision, checkpointing and
-logging are the Trainer's; ``trainer_args`` passes any field of ``TrainingArguments`` through.
+Why not verl's own SFT trainer: docs/anchoring.md. The Trainer does distribution (DDP, FSDP, DeepSpeed), precision,
+checkpointing and logging; ``trainer_args`` sets any field of ``TrainingArguments``.
 
 Shape suffixes: B rows, R rows with boxes, S tokens.
 """
@@ -35,21 +35,21 @@ LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
 def load_with_focus(folder: Path | str, config: FocusConfig) -> tuple[Any, Any, int]:
-    """Model, processor and id of ``<Focus>``: added where the folder does not have it."""
+    """Model, processor and id of ``<Focus>``, which is added if the folder does not have it."""
     how = {"attn_implementation": config.attention} if config.attention else {}
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, config.dtype), **how)
     processor = AutoProcessor.from_pretrained(folder)
     return model, processor, add_focus_token(model, processor)
 
 
-def focus_layers(model: nn.Module, asked: Sequence[int]) -> tuple[int, ...]:
+def focus_layers(model: nn.Module, named: Sequence[int]) -> tuple[int, ...]:
     """Layer numbers from 0; the default layer if none is named.
 
     Raises:
         SayoError: P02, P03 and P11 for a model or layer that cannot be read.
     """
     attention, n_layers = text_attention_layers(model)
-    layers = resolve_layers(asked, n_layers, where="--layers") if asked else default_layers(model)
+    layers = resolve_layers(named, n_layers, where="--layers") if named else default_layers(model)
     check_full_attention(layers, attention, where="--layers")
     return layers
 
@@ -217,8 +217,8 @@ def anchor(base: Path | str, files: Sequence[Path | str], out: Path | str, confi
 def export(trainer: Trainer, processor: Any, base: Path | str, out: Path, config: FocusConfig) -> None:
     """Write weights, config, tokenizer, chat template and generation config.
 
-    LoRA is merged in a fresh copy of the base model, on the CPU and by the first process: what holds under every
-    wrapper. The adapter stays in the folder ``adapter`` of the checkpoints.
+    The first process merges LoRA in a new copy of the base model, on the CPU. This works under every wrapper. The
+    adapter stays in the folder ``adapter`` of the checkpoints.
     """
     if config.lora_rank == 0:
         trainer.save_model(str(out))  # gathers shards; all processes take part
