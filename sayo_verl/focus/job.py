@@ -6,6 +6,7 @@ underscores. ``FocusJob`` lists the other keys. ``sayo_verl.focus.run`` runs a j
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,6 +123,8 @@ def read_job(file: Path, settings: Sequence[str]) -> tuple[FocusJob, set[str]]:
     given = [_parsed(setting) for setting in settings]
     full = {key.removeprefix(f"{ALL_WEIGHTS}."): v for key, v in values.items() if key.startswith(f"{ALL_WEIGHTS}.")}
     own = {key: value for key, value in values.items() if not key.startswith(f"{ALL_WEIGHTS}.")}
+    for name in full:
+        _check_key(f"train.{name}")
     for key, value in [*own.items(), *given]:
         _set(config, key, value)
     if config.train.lora_rank == 0:
@@ -180,7 +183,7 @@ def leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _parsed(setting: str) -> tuple[str, Any]:
     key, equals, text = setting.partition("=")
     if not equals:
-        raise SayoError("F26", "not a setting", where="the command line", got=setting, wanted="KEY=VALUE", fix="add it")
+        raise SayoError("F26", "not a setting", where="the command line", got=setting, fix="write it as KEY=VALUE")
     kind = KEYS.get(key)
     if kind in (str, str | None) or (get_origin(kind) is list and not text.startswith("[")):
         return key, None if text == "null" else text  # a path may have characters that mean something to yaml
@@ -190,11 +193,11 @@ def _parsed(setting: str) -> tuple[str, Any]:
         raise _wrong_type(key, text) from error
 
 
-def _set(config: DictConfig, key: str, value: Any) -> None:
-    """Set one value.
+def _check_key(key: str) -> str:
+    """The key of ``KEYS`` that ``key`` belongs to.
 
     Raises:
-        SayoError: F26, F27.
+        SayoError: F26.
     """
     known = key if not key.startswith("train.trainer_args.") else "train.trainer_args"
     if known not in KEYS:
@@ -206,6 +209,16 @@ def _set(config: DictConfig, key: str, value: Any) -> None:
             "of respond, train or report",
             fix="correct the name",
         )
+    return known
+
+
+def _set(config: DictConfig, key: str, value: Any) -> None:
+    """Set one value.
+
+    Raises:
+        SayoError: F26, F27.
+    """
+    known = _check_key(key)
     if get_origin(KEYS[known]) in (list, tuple) and not isinstance(value, list):
         value = [value]
     try:
@@ -255,10 +268,10 @@ def refuse_variables(environment: Mapping[str, str]) -> None:
 
 
 def place_rows(job: FocusJob, given: set[str], *, dry_run: bool) -> None:
-    """Set ``train_files`` and ``val_file`` from ``data``. The command line wins over the file; ``data`` is set to None
-    if neither is from there.
+    """Set ``train_files`` and ``val_file`` from ``data``.
 
-    A folder that is missing in a dry run gives the patterns of its files.
+    The command line wins over the file: its files replace ``data`` of the file, which is then None. A folder that is
+    missing in a dry run gives the patterns of its files.
 
     Raises:
         SayoError: F30 for rows that are named twice, or not at all; D56, D52 for a folder that cannot be used.
@@ -303,6 +316,8 @@ def place_rows(job: FocusJob, given: set[str], *, dry_run: bool) -> None:
                 got=f"data={job.data}",
                 fix=f"name a folder of `sayo prepare` (DATA=FOLDER, data=) or parquet files ({key}=)",
             )
+    job.train_files = [os.path.expanduser(file) for file in job.train_files]
+    job.val_file = os.path.expanduser(str(job.val_file))
 
 
 def accumulation(rows: int, gpus: int, batch_size: int) -> int:

@@ -89,7 +89,7 @@ def _flags(values: Any, defaults: Any) -> list[str]:
         value = getattr(values, name)
         value = tuple(value) if isinstance(value, list) else value
         unused = name == "lora_alpha" and not values.lora_rank
-        if value in (None, False) or value == getattr(defaults, name, None) or unused:
+        if value is None or value is False or value == getattr(defaults, name, None) or unused:
             continue
         flags.append("--" + name.replace("_", "-"))
         if isinstance(value, tuple):

@@ -1,5 +1,7 @@
 """A job of the anchoring stage: its values, its arithmetic, its plan, and what runs."""
 
+import argparse
+import dataclasses
 import os
 import re
 import shlex
@@ -15,9 +17,9 @@ from hypothesis import strategies as st
 from sayo_verl.cli import main
 from sayo_verl.data.scenes import SceneConfig, prepare
 from sayo_verl.errors import SayoError
-from sayo_verl.focus import run
-from sayo_verl.focus.config import RespondConfig
-from sayo_verl.focus.job import RETIRED, accumulation, read_job, refuse_variables
+from sayo_verl.focus import command, run
+from sayo_verl.focus.config import FocusConfig, RespondConfig
+from sayo_verl.focus.job import RETIRED, FocusJob, ReportStep, accumulation, read_job, refuse_variables
 from sayo_verl.retired import BY_SCRIPT
 
 JOB = "configs/focus/qwen2_5vl_7b.yaml"
@@ -115,7 +117,14 @@ def test_a_wrong_setting_of_any_step_is_refused_before_the_first(job, tmp_path, 
 
 @pytest.mark.parametrize(
     "text",
-    ["train: {steps: [}", "- a", "", "base: m\ntrain: {stepz: 3}", "train: {steps: 3}", "base: m\nall_weights: {x: 1}"],
+    [
+        "train: {steps: [}",
+        "- a",
+        "",
+        "base: m\ntrain: {stepz: 3}",
+        "train: {steps: 3}",
+        "base: m\ntrain: {lora_rank: 1}\nall_weights: {x: 1}",
+    ],
 )
 def test_a_wrong_file_is_refused(tmp_path, text):
     file = tmp_path / "job.yaml"
@@ -255,6 +264,49 @@ def test_the_plan_estimates_sampling_and_keeps_64_rows_a_step(job, settings, tol
     lines = plan(job, *settings)
     assert [text for text in told if not any(text in line for line in lines.values())] == []
     assert ("sampling" in lines) == ("sample=false" not in settings)
+
+
+def parsed(arguments: list[str]) -> Any:
+    parser = argparse.ArgumentParser()
+    command.add_flags(parser)
+    return parser.parse_args(arguments)
+
+
+@given(
+    values=st.fixed_dictionaries(
+        {},
+        optional={
+            "weight": st.sampled_from([0.0, 0.5, 1e-7]),
+            "alpha": st.sampled_from([0.0, 0.25]),
+            "layers": st.sampled_from([(0,), (-1,), (0, -2)]),
+            "steps": st.integers(1, 9),
+            "warmup_steps": st.integers(0, 3),
+            "clip": st.sampled_from([0.0, 2.0]),
+            "lora_rank": st.integers(0, 4),
+            "lora_alpha": st.integers(1, 9),
+            "attention": st.sampled_from(["sdpa", ""]),
+            "checkpointing": st.booleans(),
+            "max_tokens": st.integers(0, 9),
+            "trainer_args": st.sampled_from([{}, {"logging_steps": 5, "fsdp_config": {"version": 2}}]),
+        },
+    ),
+    sampled=st.fixed_dictionaries(
+        {}, optional={"max_rows": st.integers(1, 9), "seed": st.integers(0, 2), "temperature": st.floats(0.1, 2)}
+    ),
+)
+def test_a_step_gets_the_settings_of_the_job(values, sampled):
+    settings = FocusConfig(**values)
+    report = ReportStep(settings.alpha, settings.layers, settings.dtype, settings.attention, sampled.get("max_rows"))
+    job = FocusJob("m", "d", ["t"], "v", respond=RespondConfig(**sampled), train=settings, report=report)
+    steps = run.steps_of(job, Path("o"))
+    got = command._config(parsed(steps.train))
+    unused = {} if settings.lora_rank else {"lora_alpha": settings.lora_alpha}
+    assert dataclasses.replace(got, **unused) == settings
+    assert command._respond_config(parsed(steps.respond or [])) == job.respond
+    arguments = parsed(steps.report)
+    compared = command._config(arguments)
+    assert (compared.alpha, compared.layers) == (settings.alpha, settings.layers)
+    assert (compared.attention, arguments.max_rows) == (settings.attention, report.max_rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- variables
