@@ -11,6 +11,7 @@ Only its abstract is public. Token, loss and data are our reading (docs/anchorin
 - ``respond``: targets from the policy's own right answers
 - ``report``: figures and picture before and after
 - ``job``: the values of a job, from its file and the command line
+- ``variables``: variables that its scripts refuse
 - ``run``: checks, plan and steps of a job
 
 ``sayo focus --help``

@@ -24,7 +24,8 @@ from sayo_verl.data.building.folder import verl_flags
 from sayo_verl.errors import SayoError
 from sayo_verl.focus import command
 from sayo_verl.focus.config import BLOCK, FocusConfig, RespondConfig, check_new_folder
-from sayo_verl.focus.job import FocusJob, leaves, place_rows, read_job, read_yaml, refuse_variables
+from sayo_verl.focus.job import FocusJob, leaves, place_rows, read_job, read_yaml
+from sayo_verl.focus.variables import refuse_variables
 from sayo_verl.retired import BY_SCRIPT
 
 MS_PER_TOKEN = 28  # of a 7B model and a batch of any size: docs/anchoring.md
@@ -116,9 +117,8 @@ def check_steps(steps: Steps) -> list[str]:
 
 def commands(job: FocusJob, steps: Steps) -> list[list[str]]:
     """The command lines of the steps."""
-    on_all, on_one = ["python3", "-m", "sayo_verl.focus"], ["python3", "-m", "sayo_verl.focus"]
-    if job.gpus:
-        on_all = ["torchrun", "--standalone", f"--nproc_per_node={job.gpus}", "-m", "sayo_verl.focus"]
+    on_one = ["python3", "-m", "sayo_verl.focus"]
+    on_all = ["torchrun", "--standalone", f"--nproc_per_node={job.gpus}", *on_one[1:]] if job.gpus else on_one
     sampled = [[*on_all, *steps.respond]] if steps.respond else []
     return [*sampled, [*on_all, *steps.train], [*on_one, *steps.report]]
 
@@ -279,7 +279,7 @@ def run_job(file: Path, settings: Sequence[str], *, dry_run: bool, check: bool) 
     if dry_run:
         print("nothing was started")
         return 0
-    from sayo_verl.focus.rows import columns_of
+    from sayo_verl.focus.rows import columns_of  # imports torch
 
     for source in (*job.train_files, str(job.val_file)):
         columns_of(source)
@@ -288,11 +288,9 @@ def run_job(file: Path, settings: Sequence[str], *, dry_run: bool, check: bool) 
     kept = [setting for setting in settings if not setting.startswith(("out=", "resume="))]
     again = os.environ.get(BY_SCRIPT) or shlex.join(["sayo", "focus", "run", str(file), *kept, f"resume={folder}"])
     print(f"to resume  {again}", flush=True)
-    lines = commands(job, steps)
     if trained:
         print("the policy is trained: the report alone is left", flush=True)
-        lines = lines[-1:]
-    for line in lines:
+    for line in commands(job, steps)[-1 if trained else 0 :]:
         done = subprocess.run([*_PROGRAMS[line[0]], *line[1:]], check=False)
         if done.returncode:
             return done.returncode
