@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What scripts share: their help, and the command that resumes a run. Sourced after `cd "$ROOT"`.
+# What scripts share: help, refusals, the command that resumes a run, the environment. Sourced after `cd "$ROOT"`.
 set -euo pipefail
 
 # Prints the header comments of the script and of the one it sources, and ends, where -h or --help is an argument. Call
@@ -62,4 +62,14 @@ place_run() {
   [[ "$OUT" == /* ]] || OUT=$ROOT/$OUT
   SAYO_RESUME_COMMAND="RESUME=$(printf '%q' "$OUT") ${given}bash$(printf ' %q' "$ROOT/scripts/${0##*/}" "$@")"
   export METHOD NAME OUT SAYO_RESUME_COMMAND
+}
+
+# Makes and enters the environment of this machine, unless the active Python has the modules that are named.
+ready_python() {
+  python3 -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "$@" && return
+  local stack=() # of this machine
+  [[ -z "${RAY_ADDRESS:-}" ]] || stack=(gpu)
+  ! dry_run || stack=(cpu)
+  bash scripts/setup_env.sh "${stack[@]}"
+  export PATH="$(bash scripts/setup_env.sh --where "${stack[@]}")/bin:$PATH"
 }

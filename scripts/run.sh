@@ -25,13 +25,7 @@ help_or_go_on "$@"
 dry_run && DRY=1 || DRY=0
 place_run "$@"
 
-if ! python3 -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("sayo_verl") and u.find_spec("verl")))'; then
-  STACK=() # of this machine
-  [[ -z "${RAY_ADDRESS:-}" ]] || STACK=(gpu)
-  ((!DRY)) || STACK=(cpu)
-  bash scripts/setup_env.sh "${STACK[@]}"
-  export PATH="$(bash scripts/setup_env.sh --where "${STACK[@]}")/bin:$PATH"
-fi
+ready_python sayo_verl verl
 export VERL_USE_EXTERNAL_MODULES=sayo_verl.plugin
 
 GIVEN=(trainer.experiment_name="$NAME")

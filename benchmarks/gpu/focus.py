@@ -22,7 +22,7 @@ from sayo_verl.focus.trainer import FocusConfig, FocusTrainer, focus_layers, tra
 from sayo_verl.tiny.policy import CHAT_TEMPLATE, IMAGE, VIDEO, VISION_END, VISION_START, build_tokenizer, task_words
 
 STEPS = 3  # timed, after one that is not timed
-ROWS = 2  # of a forward, as scripts/run_faithful_anchor_qwen2_5vl_7b.sh has it
+ROWS = 2  # of a forward, as in configs/focus/qwen2_5vl_7b.yaml
 
 
 def run(stage: Stage, family: str) -> None:

@@ -9,7 +9,7 @@ from sayo_verl.focus import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 for success, 2 for a refusal."""
+    """0 for success, 2 for a refusal, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m sayo_verl.focus",
         description=command.__doc__,
@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SayoError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

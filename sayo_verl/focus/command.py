@@ -1,6 +1,7 @@
-"""``sayo focus``: ``train`` writes a model folder, ``respond`` makes targets, ``report`` compares.
+"""``sayo focus``: ``respond`` samples texts to imitate, ``train`` writes a model folder, ``report`` compares.
 
-On N devices: ``torchrun --nproc_per_node=N -m sayo_verl.focus train ...``, and the same for ``respond``.
+``run`` starts these three steps with the values of a file. On N devices: ``torchrun --nproc_per_node=N -m
+sayo_verl.focus train ...``, and the same for ``respond``.
 """
 
 import argparse
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.focus.config import FocusConfig, RespondConfig
 
-# flag -> (type, what it is); the defaults are FocusConfig's
+# flag -> (type, meaning); the defaults are those of FocusConfig
 _FLAGS: dict[str, tuple[Any, str]] = {
     "weight": (float, "lambda of the anchoring loss"),
     "alpha": (float, "background share of the target"),
@@ -40,8 +42,14 @@ _FLAGS: dict[str, tuple[Any, str]] = {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """``train``, ``respond`` and ``report`` with their flags; this loads no model library."""
+    """``run``, ``train``, ``respond`` and ``report`` with their flags. No model library is loaded."""
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    job = commands.add_parser("run", help="respond, train and report with the values of a file (configs/focus)")
+    job.add_argument("job", type=Path, help="yaml file")
+    job.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="such as train.steps=300 train.layers=[14,18]")
+    job.add_argument("--dry-run", action="store_true", help="check and print the plan; write no file")
+    job.set_defaults(stage=_run_job)
 
     train = commands.add_parser("train", help="add <Focus>, train it, write a model folder; prints the folder")
     train.add_argument("--base", required=True, help="model folder or hub name")
@@ -52,16 +60,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     respond = commands.add_parser("respond", help="write rows with the policy's own right answers to imitate")
     respond.add_argument("--base", required=True)
     respond.add_argument("--rows", nargs="+", required=True, help="parquet files")
-    respond.add_argument("--out", type=Path, required=True, help="parquet file; the same command goes on with it")
-    for name, default in (("tries", 4), ("max-new-tokens", 512), ("batch-size", 32), ("seed", 0)):
-        respond.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
-    respond.add_argument("--max-rows", type=int, help="the first ones only; default: all")
-    respond.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
+    respond.add_argument(
+        "--out", type=Path, required=True, help="parquet file; the same command resumes an interrupted one"
+    )
+    for field in dataclasses.fields(RespondConfig):
+        respond.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=float if field.name == "temperature" else int,
+            default=field.default,
+            help="the first rows only; default: all" if field.name == "max_rows" else "default: %(default)s",
+        )
     respond.set_defaults(stage=_respond)
 
     report = commands.add_parser("report", help="figures and picture of <Focus> on held-out rows, before and after")
-    report.add_argument("--base", required=True, help="the model that `train` began with")
-    report.add_argument("--after", required=True, help="the folder that it wrote")
+    report.add_argument("--base", required=True, help="the model that `train` started from")
+    report.add_argument("--after", required=True, help="the folder that `train` wrote")
     report.add_argument("--rows", required=True, help="parquet file of held-out rows")
     report.add_argument("--out", type=Path, required=True, help="folder for focus.png and focus.json")
     report.add_argument("--max-rows", type=int, help="default: all")
@@ -70,7 +83,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
     for command, names in ((train, tuple(_FLAGS)), (report, ("alpha", "layers", "dtype", "attention"))):
         _config_flags(command, names)
-    for command in (train, respond, report):
+    for command in (job, train, respond, report):
         command.add_argument("--check", action="store_true", help="refuse wrong arguments, and do nothing else")
 
 
@@ -84,30 +97,35 @@ def _config_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
             parser.add_argument(flag, type=kind, nargs="+" if name == "layers" else None, help=text, metavar="X")
 
 
-def _config(args: argparse.Namespace) -> Any:
-    from sayo_verl.focus.config import FocusConfig
-
+def _config(args: argparse.Namespace) -> FocusConfig:
     given: dict[str, Any] = {f.name: vars(args).get(f.name) for f in dataclasses.fields(FocusConfig)}
     kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
     return FocusConfig(**kept)
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuse what can be known to be wrong before a model is loaded; prints what was not checked.
+def _respond_config(args: argparse.Namespace) -> RespondConfig:
+    return RespondConfig(**{field.name: vars(args)[field.name] for field in dataclasses.fields(RespondConfig)})
+
+
+def check(args: argparse.Namespace) -> list[str]:
+    """Refuse wrong arguments of a step before a model is loaded.
+
+    Args:
+        args: of ``train``, ``respond`` or ``report``.
+
+    Returns:
+        What was not checked.
 
     Raises:
         SayoError: F05 for a setting out of range, F21 for a name in ``--trainer-args`` that transformers does not know,
             F22 and what ``columns_of`` raises for the files that are there.
     """
     if args.stage is _respond:
-        from sayo_verl.focus.config import check_numbers
-
-        check_numbers(args.tries, args.max_new_tokens, args.batch_size, args.max_rows, args.temperature)
-        return
+        _respond_config(args)
+        return []
     config = _config(args)
     if importlib.util.find_spec("transformers") is None:
-        print("not checked without transformers: rows, names in --trainer-args")
-        return
+        return ["not checked without transformers: rows, names in --trainer-args"]
     if config.trainer_args:
         from transformers import TrainingArguments
 
@@ -134,11 +152,18 @@ def _check(args: argparse.Namespace) -> None:
     files = [args.rows] if isinstance(args.rows, str) else args.rows
     absent = [file for file in files if not Path(file).is_file()]
     if absent:
-        print(f"not checked, not there yet: {', '.join(absent)}")
-    elif config.weight:
+        return [f"not checked, missing: {', '.join(absent)}"]
+    if config.weight:
         from sayo_verl.focus.rows import check_boxes
 
         check_boxes(files)
+    return []
+
+
+def _run_job(args: argparse.Namespace) -> int:
+    from sayo_verl.focus.run import run_job
+
+    return run_job(args.job, args.settings, dry_run=args.dry_run, check=args.check)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -165,17 +190,12 @@ def _respond(args: argparse.Namespace) -> None:
         args.base,
         args.rows,
         args.out,
-        tries=args.tries,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        batch_size=args.batch_size,
-        max_rows=args.max_rows,
-        seed=args.seed,
+        _respond_config(args),
         rank=rank,
         world=world,
         device=device,
     )
-    if "left" in done:  # the process that finishes last says the rest
+    if "left" in done:  # the process that finishes last prints the rest
         print(f"process {rank} of {world} is done; {done['left']} blocks are with others", file=sys.stderr)
         return
     print(f"kept {done['kept']} of {done['rows']} rows", file=sys.stderr)
@@ -198,6 +218,8 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the flags of ``add_flags`` say; returns 0."""
-    (_check if args.check else args.stage)(args)
-    return 0
+    """Run the command that the flags of ``add_flags`` name; returns the exit code."""
+    if args.check and args.stage is not _run_job:
+        print("".join(f"{note}\n" for note in check(args)), end="")
+        return 0
+    return args.stage(args) or 0

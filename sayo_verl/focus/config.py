@@ -1,32 +1,38 @@
-"""Settings of the anchoring stage. No model library is imported, so a command line can be checked on any machine."""
+"""Settings of the anchoring stage. No model library is imported: a command line can be checked on any machine."""
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from sayo_verl.errors import Rule, raise_first
+from sayo_verl.errors import Rule, SayoError, raise_first
 
+BLOCK = 4  # batches of responses that one process samples as a unit
 DTYPES = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True)
 class FocusConfig:
-    """How the stage trains; every default is ours.
+    """Settings of the training; all defaults are ours.
 
     Attributes:
         weight: lambda, of the anchoring loss; 0 is plain supervised training.
         alpha: background share of the target.
-        layers: decoder layers of p, negative ones from the last; empty: floor(2 L / 3).
+        layers: decoder layers of p, from 0, negative ones from the last; empty: floor(2 L / 3).
         steps, batch_size, accumulation: optimiser steps, rows per device and forward, forwards per step.
         learning_rate, warmup_steps, weight_decay, clip: AdamW with linear rise, then constant; gradient norm limit.
-        lora_rank, lora_alpha: 0 trains all weights of the decoder; otherwise LoRA on its projections, and of the
-            embedding the row of ``<Focus>`` alone.
+        lora_rank, lora_alpha: rank 0 trains all weights of the decoder; otherwise LoRA on its projections, and the row
+            of ``<Focus>`` of the embedding.
         train_vision: also train the vision tower (not with LoRA).
-        dtype: of the weights while training and in the folder.
+        dtype: of the weights, in the training and in the folder.
         attention: ``attn_implementation``; empty: transformers' choice.
         checkpointing: gradient checkpointing, non-reentrant.
         max_tokens: longest row; 0: any.
         seed: of the order of the rows and of LoRA's weights.
+        trainer_args: any fields of transformers' ``TrainingArguments``.
+
+    Raises:
+        SayoError: F05.
     """
 
     weight: float = 1.0
@@ -78,16 +84,50 @@ class FocusConfig:
         )
 
 
-def check_numbers(tries: int, max_new_tokens: int, batch_size: int, max_rows: int | None, temperature: float) -> None:
-    """Refuse numbers with which nothing can be sampled.
+@dataclass(frozen=True)
+class RespondConfig:
+    """Settings of the sampling of responses to imitate; all defaults are ours.
+
+    Attributes:
+        tries: samples of a row, at most.
+        max_new_tokens: tokens of a sample.
+        batch_size: rows that are sampled together.
+        max_rows: sample the first rows only; None: all.
+        temperature: of the distribution, which is not truncated.
+        seed: of the samples.
 
     Raises:
         SayoError: F05.
     """
-    counts = {"tries": tries, "max-new-tokens": max_new_tokens, "batch-size": batch_size, "max-rows": max_rows}
-    rules = [_rule(n is not None and n < 1, name, n, "at least 1") for name, n in counts.items()]
-    raise_first([*rules, _rule(not 0 < temperature < math.inf, "temperature", temperature, "a positive number")])
+
+    tries: int = 4
+    max_new_tokens: int = 512
+    batch_size: int = 32
+    max_rows: int | None = None
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = {
+            "tries": self.tries,
+            "max-new-tokens": self.max_new_tokens,
+            "batch-size": self.batch_size,
+            "max-rows": self.max_rows,
+        }
+        rules = [_rule(n is not None and n < 1, name, n, "at least 1") for name, n in counts.items()]
+        heat = self.temperature
+        raise_first([*rules, _rule(not 0 < heat < math.inf, "temperature", heat, "a positive number")])
 
 
 def _rule(broken: bool, name: str, got: float | None, wanted: str) -> Rule:
     return Rule("F05", broken, "a number is out of range", where=f"--{name}", got=got, wanted=wanted, fix="correct it")
+
+
+def check_new_folder(folder: Path, fix: str) -> None:
+    """Refuse a folder that has files.
+
+    Raises:
+        SayoError: F16.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise SayoError("F16", "the folder has files", where=str(folder), fix=fix)

@@ -1,8 +1,8 @@
 """The anchoring loss: attention of the ``<Focus>`` row to the image against annotated boxes.
 
-Our reading of the anchoring stage of Faithful-MR1 (arXiv 2605.22072), whose formula is not public; a KL between a box
-mask and an anchor token's attention is also the form of GUI-AIMA (arXiv 2511.00810), a background share that of EASE
-(arXiv 2605.30912):
+Our reading of the anchoring stage of Faithful-MR1 (arXiv 2605.22072), whose formula is not public. A KL between a box
+mask and an anchor token's attention is also the form of GUI-AIMA (arXiv 2511.00810), the background share is that of
+EASE (arXiv 2605.30912):
 
     a_v = mean over layers Lf and heads of softmax attention(<Focus> -> v)          over all keys up to <Focus>
     p_v = a_v / sum over V of a                                                      V: the row's visual tokens
@@ -12,15 +12,16 @@ mask and an anchor token's attention is also the form of GUI-AIMA (arXiv 2511.00
 alpha in [0, 1) (ours 0.1), weight >= 0 (ours 1), Lf = {floor(2 L / 3)} of L decoder layers (ours; EASE's choice).
 Several boxes: c_v is the largest share that one of them covers (ours).
 
-A guard of ours joins L: what the policy must never write, ``<Focus>`` itself and the placeholders of images, is pressed
-below a probability of e^-20 at the response's tokens. It is 0 where that holds.
+A guard of ours is added to L. It lowers the probability of ``<Focus>`` and of the placeholders of images, which a
+policy must not write, to e^-20 at the response's tokens. It is 0 below that.
 
-Queries and keys are those of the model's own forward, taken where the probe takes them, here with their graph, so the
-loss reaches the projections, all layers below and the embedding of ``<Focus>``. Everything is computed from logarithms:
-where the image gets next to no attention, p is still exact. Only the one row of attention exists: [H, S] float32.
+Queries and keys are those of the model's own forward, taken where the probe takes them. They keep their graph here,
+so the loss reaches the projections, all layers below and the embedding of ``<Focus>``. All is computed from
+logarithms: p is exact even if the image gets almost no attention. Of the attention matrix one row is computed: [H, S]
+float32.
 
-Under gradient checkpointing the tap is gone when a layer is run again, so nothing may be *saved for backward* inside
-the layer: the reader keeps references and takes rows by plain integers, and every product comes after the forward.
+Gradient checkpointing runs a layer again, without the tap. So nothing may be *saved for backward* inside the layer: the
+reader keeps references and takes rows by plain integers, and all products are computed after the forward.
 
 Shape suffixes: B rows of the batch, R rows with boxes, S tokens, H query heads, G key heads, D head dimension, V visual
 tokens of one row.
@@ -46,10 +47,10 @@ FORBIDDEN_WEIGHT = 0.01
 
 @dataclass(frozen=True)
 class FocusBatch:
-    """What the loss must know of a batch, beside the model's inputs.
+    """What the loss needs of a batch, in addition to the model's inputs.
 
     Attributes:
-        at: position of ``<Focus>`` in each row, plain numbers.
+        at: position of ``<Focus>`` in each row, as integers.
         has_target: whether a row has boxes.
         visible: bool [B, S], the row's own tokens up to and including ``<Focus>``.
         image: bool [B, S], its visual tokens.
@@ -77,7 +78,7 @@ def target_distribution(
     Args:
         boxes: for each image its boxes ``[x0, y0, x1, y1]`` in [0, 1]; at least one in all.
         images: for each image the grids it became.
-        alpha: share that is spread evenly over all visual tokens, in [0, 1).
+        alpha: share that all visual tokens get in equal parts, in [0, 1).
         where: names the row in errors.
 
     Returns:
@@ -103,7 +104,7 @@ def target_distribution(
             where=where,
             got=boxes,
             wanted="at least one box",
-            fix="train the language-model loss alone on such a row",
+            fix="train such a row with the language-model loss alone",
         )
     shares = []
     for image_boxes, tiles in zip(boxes, images, strict=True):
@@ -162,11 +163,11 @@ def anchor_divergence(log_p: torch.Tensor, target: torch.Tensor, image: torch.Te
 
 
 def forbidden_excess(logits: torch.Tensor, labels: torch.Tensor, forbidden: Sequence[int]) -> torch.Tensor:
-    """How far, in nats, the probability of writing a forbidden token lies above ``FORBIDDEN_LOG_PROB``.
+    """By how much, in nats, the log-probability of writing a forbidden token exceeds ``FORBIDDEN_LOG_PROB``.
 
     Args:
         logits: [B, S, W] over W words, for the next token.
-        labels: long [B, S]; ``IGNORE`` where nothing is to be learnt.
+        labels: long [B, S]; ``IGNORE`` at tokens that are not trained.
         forbidden: ids of the tokens, taken together.
 
     Returns:
@@ -178,7 +179,7 @@ def forbidden_excess(logits: torch.Tensor, labels: torch.Tensor, forbidden: Sequ
 
 
 class _GradientTap(ForwardTap):
-    """``ForwardTap`` that hands over tensors with their graph."""
+    """``ForwardTap`` whose tensors keep their graph."""
 
     def _listening(self, original: Callable[..., tuple[torch.Tensor, torch.Tensor]]):
         def rotate(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,28 +212,28 @@ def forward_with_focus(
         The model's output, and float32 ``divergence`` [R] (KL), ``log_p`` [R, S] and ``log_image_mass`` [R].
 
     Raises:
-        SayoError: F07 when a layer's queries carry no gradient although gradients are on, F08 when the batch is not the
-            padded one that ``focus`` describes, P02, P04 and P11 for a model or layer that cannot be read.
+        SayoError: F07 when gradients are on and a layer's queries have none, F08 when the batch is not the padded one
+            that ``focus`` describes, P02, P04 and P11 for a model or layer that cannot be read.
     """
     chosen = [b for b, has in enumerate(focus.has_target) if has]
     S = focus.visible.shape[1]
     read: dict[int, tuple[torch.Tensor, torch.Tensor, float]] = {}
-    wants_graph = torch.is_grad_enabled()
+    grad_enabled = torch.is_grad_enabled()
 
     def keep(layer: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
         if key.shape[0] != len(focus.at) or key.shape[2] != S:
             raise SayoError(
                 "F08",
-                "the model's batch is not the one the loss was prepared for",
+                "the model's batch does not match the batch of the loss",
                 where=f"decoder layer {layer}",
                 got=f"keys {tuple(key.shape)}",
                 wanted=f"{len(focus.at)} rows of {S} tokens",
                 fix="pass padded rows, without packing or sequence parallelism",
             )
-        if wants_graph and not query.requires_grad:
+        if grad_enabled and not query.requires_grad:
             raise SayoError(
                 "F07",
-                "the attention of <Focus> carries no gradient",
+                "the attention of <Focus> has no gradient",
                 where=f"decoder layer {layer}",
                 got="a query without graph",
                 wanted="a query with graph",

@@ -38,7 +38,7 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Look:
-    """One row's figures: p over the visual tokens [V], and the grid (rows, columns) they lie on."""
+    """The attention in one row: p over the visual tokens [V], and their grid (rows, columns)."""
 
     p: torch.Tensor
     grid: tuple[int, int]
@@ -50,7 +50,7 @@ def measure(
 ) -> tuple[dict[str, float], list[Look | None]]:
     """Figures over rows, and where ``<Focus>`` looks in each (None for a row without boxes or of several images).
 
-    ``lm_loss`` is left out where rows have no ``response``: the text they stand for is nobody's.
+    ``lm_loss`` is left out if a row has no ``response``: its text is not a policy's.
 
     Returns:
         Means over rows with boxes of ``region_share`` (p in the boxes), ``region_density`` (mean p of their tokens over
@@ -131,9 +131,9 @@ def compare(
     Args:
         base, after: model folders.
         file: parquet of held-out rows.
-        config: for ``alpha``, ``layers`` and ``dtype``.
+        config: its ``alpha``, ``layers``, ``dtype`` and ``attention`` are used.
         max_rows: the first ones only.
-        picture: where to write heat maps of some rows; None: nowhere.
+        picture: file for heat maps of some rows; None: no picture.
         answers: also sample an answer per row (``sayo_verl.tiny.evaluate``: the tiny policy only).
         n_pictures: rows in the picture.
         max_new_tokens: of the answers.

@@ -1,12 +1,12 @@
 """Responses to imitate, from the policy's own right answers (rejection sampling; ours).
 
 The language-model loss of the anchoring stage needs a text after ``<Focus>``. A text that a policy would not have
-written changes how it reasons: imitating an empty thought unlearns thinking. Its own right answers, sampled before the
-token is there, keep what it does.
+written changes how it reasons: a policy that imitates an empty thought unlearns to think. Its own right answers,
+sampled before the token is added, do not change it.
 
-Rows are sampled in blocks, in any number of processes: block n is the work of process n modulo their number, and is
-written to ``<out>.parts`` when it is done. The process that finds all blocks there writes ``out``. Random numbers are
-seeded per block and try, and one process samples a block. So the number of processes changes no response;
+Rows are sampled in blocks, in any number of processes. Process n modulo their number samples block n and writes it to
+``<out>.parts`` when it is done. The process that finds all blocks there writes ``out``. Random numbers are
+seeded per block and try, and one process samples a block. So the number of processes changes no response.
 ``batch_size`` and another kind of device do.
 
 Shape suffixes: B prompts of a batch, P prompt tokens, T response tokens.
@@ -28,11 +28,10 @@ from rich.progress import Progress
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from sayo_verl.errors import SayoError
-from sayo_verl.focus.config import check_numbers
+from sayo_verl.focus.config import BLOCK, RespondConfig
 from sayo_verl.focus.rows import checked, columns_of, images_of, messages_of
 from sayo_verl.reward import compute_score
 
-BLOCK = 4  # batches; rows still open after a try share batches within their block
 Block = tuple[Path, int, int]  # file, first row, row after the last
 
 
@@ -40,32 +39,22 @@ def write_responses(
     base: Path | str,
     files: Sequence[Path | str],
     out: Path | str,
+    config: RespondConfig | None = None,
     *,
-    tries: int = 4,
-    max_new_tokens: int = 512,
-    temperature: float = 1.0,
-    batch_size: int = 32,
-    max_rows: int | None = None,
-    seed: int = 0,
     rank: int = 0,
     world: int = 1,
     device: str | None = None,
 ) -> dict[str, int]:
     """Write the rows of ``files`` with a column ``response``: the first well-formed right answer of ``tries`` samples.
 
-    Rows without one are left out, so what remains is easier than the source: the counts say by how much. After an
-    interruption the same call goes on where it stood.
+    Rows without one are left out, so the rest is easier than the source. The counts say how many rows are left. After
+    an interruption the same call samples the blocks that are missing.
 
     Args:
         base: model folder or hub name.
         files: parquet files; a column that some of them lack is null in their rows.
-        out: parquet file, in the order of the source; ``<out>.parts`` holds what is done.
-        tries: samples of a row, at most.
-        max_new_tokens: of a sample.
-        temperature: of the whole distribution.
-        batch_size: rows that are sampled together.
-        max_rows: the first ones only; None: all.
-        seed: of the samples.
+        out: parquet file, in the order of the source; ``<out>.parts`` holds the finished blocks.
+        config: settings of the sampling; None: the defaults.
         rank, world: number of this process and how many there are; each calls this function.
         device: of the model; None: the first GPU, else the CPU.
 
@@ -73,14 +62,14 @@ def write_responses(
         ``rows`` and ``kept``; ``rows`` and ``left``, the number of blocks that other processes have not finished yet.
 
     Raises:
-        SayoError: F05 for a number out of range, F10 for no row, F18 when no row is kept, F19 when ``out`` was begun
-            with other settings, F24 for files whose columns do not go together, the first fault of a row by the row
+        SayoError: F10 for no row, F18 when no row is kept, F19 when ``out`` was started
+            with other settings, F24 for files whose columns do not match, the first fault of a row by the row
             contract, and what ``columns_of`` raises.
     """
-    check_numbers(tries, max_new_tokens, batch_size, max_rows, temperature)
+    config = config or RespondConfig()
     out = Path(out)
     parts = out.with_name(f"{out.name}.parts")
-    blocks = _blocks(files, BLOCK * batch_size, max_rows)
+    blocks = _blocks(files, BLOCK * config.batch_size, config.max_rows)
     schema = _common_schema(files)
     rows = sum(stop - start for _, start, stop in blocks)
     _check_settings(
@@ -89,11 +78,11 @@ def write_responses(
             "base": str(base),
             "files": [[str(file), Path(file).stat().st_size] for file in files],
             "rows": rows,
-            "tries": tries,
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "batch_size": batch_size,
-            "seed": seed,
+            "tries": config.tries,
+            "max_new_tokens": config.max_new_tokens,
+            "temperature": config.temperature,
+            "batch_size": config.batch_size,
+            "seed": config.seed,
         },
     )
     todo = [n for n in range(rank, len(blocks), world) if not _part(parts, n).is_file()]
@@ -114,16 +103,7 @@ def write_responses(
                 ]
                 _write(
                     _part(parts, n),
-                    _answers(
-                        model,
-                        processor,
-                        own,
-                        seed=f"{seed}/{n}",
-                        tries=tries,
-                        batch_size=batch_size,
-                        max_new_tokens=max_new_tokens,
-                        temperature=temperature,
-                    ),
+                    _answers(model, processor, own, config, seed=f"{config.seed}/{n}"),
                 )
             progress.update(bar, completed=_done(parts, blocks))
     left = sum(not _part(parts, n).is_file() for n in range(len(blocks)))
@@ -133,10 +113,10 @@ def write_responses(
     if not kept:
         raise SayoError(
             "F18",
-            "the policy answered no row rightly and in the asked form",
+            "the policy gave no right answer in the required form",
             where=str(base),
             got=f"0 of {rows} rows",
-            fix="give the rows a column `response` of your own, or ask for "
+            fix="give the rows a column `response` of your own, or request "
             "<think> ... </think> <answer> ... </answer> in the prompts",
         )
     return {"rows": rows, "kept": kept}
@@ -172,11 +152,11 @@ def _common_schema(files: Sequence[Path | str]) -> pa.Schema:
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
             raise SayoError(
                 "F24",
-                "the columns of the files of rows do not go together",
+                "the columns of the files of rows do not match",
                 where=str(file),
                 got=" ".join(str(error).split())[:200],
                 wanted=f"types as in {files[0]}",
-                fix="write the files with one schema, or sample each for itself",
+                fix="write the files with one schema, or sample each file alone",
             ) from error
     return common
 
@@ -186,14 +166,14 @@ def _with_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def _without_penalties(given: GenerationConfig) -> GenerationConfig:
-    """A model's special tokens alone: ``generate`` fills what a call leaves open from the model's own configuration."""
+    """The model's special tokens alone: ``generate`` takes all other values from the model's own configuration."""
     return GenerationConfig(
         bos_token_id=given.bos_token_id, eos_token_id=given.eos_token_id, pad_token_id=given.pad_token_id
     )
 
 
 def _check_settings(parts: Path, settings: dict[str, Any]) -> None:
-    """What is in ``parts`` belongs to these settings; the first process writes them there.
+    """Check that ``parts`` was made with these settings; the first process writes them there.
 
     Raises:
         SayoError: F19.
@@ -207,7 +187,7 @@ def _check_settings(parts: Path, settings: dict[str, Any]) -> None:
     if changed:
         raise SayoError(
             "F19",
-            "these responses were begun with other settings",
+            "these responses were started with other settings",
             where=str(file),
             got={name: settings[name] for name in changed},
             wanted=changed,
@@ -220,12 +200,12 @@ def _part(parts: Path, n: int) -> Path:
 
 
 def _done(parts: Path, blocks: Sequence[Block]) -> int:
-    """Rows of the blocks that are there, of all processes."""
+    """Rows of the finished blocks of all processes."""
     return sum(stop - start for n, (_, start, stop) in enumerate(blocks) if _part(parts, n).is_file())
 
 
 def _write(file: Path, value: Any) -> None:
-    """JSON that is there as a whole or not at all."""
+    """Write JSON, as a whole or not at all."""
     scratch = file.with_name(f"{file.name}.{os.getpid()}")
     scratch.write_text(json.dumps(value, indent=1))
     scratch.replace(file)
@@ -245,22 +225,19 @@ def _answers(
     model: Any,
     processor: Any,
     rows: list[dict[str, Any]],
+    config: RespondConfig,
     *,
     seed: str,
-    tries: int,
-    batch_size: int,
-    max_new_tokens: int,
-    temperature: float,
 ) -> list[str | None]:
     """The first right answer of each row, or None."""
     responses: list[str | None] = [None] * len(rows)
     # by default a context would be made on every GPU, by each process
     own = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=own):
-        for attempt in range(tries):
+        for attempt in range(config.tries):
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{attempt}".encode()).digest()[:8]))
-            for chosen in _batches([i for i, response in enumerate(responses) if response is None], batch_size):
-                texts = _sample(model, processor, [rows[i] for i in chosen], max_new_tokens, temperature)
+            for chosen in _batches([i for i, response in enumerate(responses) if response is None], config.batch_size):
+                texts = _sample(model, processor, [rows[i] for i in chosen], config.max_new_tokens, config.temperature)
                 for i, text in zip(chosen, texts, strict=True):
                     score = compute_score(rows[i].get("data_source", ""), text, rows[i]["reward_model"]["ground_truth"])
                     if score["acc"] == score["format"] == 1:
@@ -274,7 +251,7 @@ def _batches(items: list[int], size: int) -> Iterator[list[int]]:
 
 
 def _merge(parts: Path, blocks: Sequence[Block], out: Path, schema: pa.Schema) -> int:
-    """Rows with a response, in the order of the source. Two processes that both come last write the same file."""
+    """Rows with a response, in the order of the source. Processes that finish at the same time write the same file."""
     scratch, writer, kept = out.with_name(f"{out.name}.{os.getpid()}"), None, 0
     for n, block in enumerate(blocks):
         responses = json.loads(_part(parts, n).read_text())

@@ -1,8 +1,8 @@
 """Parquet rows of the reinforcement stage as teacher-forced batches of the anchoring stage.
 
-A row has ``prompt`` (messages; ``<image>`` in a text stands for the next image), ``images``, ``extra_info.boxes`` and
-``reward_model.ground_truth`` as everywhere in this project. A column ``response`` gives the text to imitate, without
-the end token; where it is absent or null the target is ``<think> </think><answer> GROUND TRUTH</answer>``.
+A row has ``prompt`` (messages; ``<image>`` in a text is the place of the next image), ``images``, ``extra_info.boxes``
+and ``reward_model.ground_truth`` as in all rooms. A column ``response`` is the text to imitate, without the end token.
+If it is absent or null, the target is ``<think> </think><answer> GROUND TRUTH</answer>``.
 
 Shape suffixes: B rows, S tokens, V visual tokens of one row.
 """
@@ -42,7 +42,7 @@ def columns_of(file: Path | str) -> set[str]:
     if not Path(file).is_file():
         raise SayoError(
             "F20",
-            "there is no such file of rows",
+            "a file of rows is missing",
             where="--rows",
             got=str(file),
             fix="name parquet files, such as DATA/train-*.parquet of `sayo prepare`",
@@ -61,7 +61,7 @@ def columns_of(file: Path | str) -> set[str]:
 
 
 def check_boxes(files: Sequence[Path | str]) -> None:
-    """Refuse files in which no row has a box: ``<Focus>`` would learn nothing, a report would be empty.
+    """Refuse files in which no row has a box: ``<Focus>`` would learn nothing, and a report would be empty.
 
     Raises:
         SayoError: F22, and what ``columns_of`` raises.
@@ -72,11 +72,11 @@ def check_boxes(files: Sequence[Path | str]) -> None:
             return
     raise SayoError(
         "F22",
-        "no row has a box for <Focus> to look at",
+        "no row has a box, so <Focus> has no target",
         where="--rows",
         got=", ".join(str(file) for file in files),
         wanted="extra_info.boxes in some rows",
-        fix="give rows of `sayo prepare` (docs/data.md); `train --weight 0` imitates answers alone",
+        fix="name rows of `sayo prepare` (docs/data.md); `train --weight 0` imitates answers alone",
     )
 
 
@@ -104,7 +104,7 @@ class AnchorRows(Dataset):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A row that the row contract has let through, with ``_where``.
+        """A row that fulfils the row contract, with ``_where``.
 
         Raises:
             SayoError: the first fault of ``sayo_verl.data.contract``.
@@ -120,12 +120,12 @@ class AnchorRows(Dataset):
         )
 
     def without_response(self) -> int:
-        """How many rows have no text to imitate: they imitate an empty thought."""
+        """How many rows have no text to imitate; they imitate an empty thought."""
         return sum("response" not in t.column_names or not t["response"][0].as_py() for t in self._rows)
 
 
 def checked(row: dict[str, Any], where: str, *, rewarded: bool) -> dict[str, Any]:
-    """A row that keeps the row contract, with ``_where``.
+    """A row that fulfils the row contract, with ``_where``.
 
     Args:
         row: as pyarrow gives it.
@@ -152,7 +152,7 @@ def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The row's prompt with its images in their places, as a chat template takes it.
 
     Raises:
-        SayoError: D09 when placeholders and images disagree in number.
+        SayoError: D09 when the numbers of placeholders and images differ.
     """
     check_placeholders(row["prompt"], {IMAGE_TAG: len(row["images"] or [])}, row["_where"])
     out = []
@@ -191,7 +191,7 @@ class FocusCollator:
         padding_side: of the batch.
 
     Raises:
-        SayoError: F12 for a family whose rows this stage does not make, F03 for a processor without the token.
+        SayoError: F12 for a family that this stage does not support, F03 for a processor without the token.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class FocusCollator:
         if self.family.geometry != "grid":
             raise SayoError(
                 "F12",
-                "the anchoring stage does not know this family's images",
+                "the anchoring stage does not support the images of this family",
                 where="config.json",
                 got=config.model_type,
                 fix="use a Qwen2.5-VL or Qwen3-VL model",
@@ -215,7 +215,7 @@ class FocusCollator:
         """Model inputs, ``labels`` [B, S] (response and end token, ``IGNORE`` elsewhere) and ``focus``.
 
         Raises:
-            SayoError: D09 for images that do not fit the prompt, F13 when a row is not prompt, ``<Focus>``, response,
+            SayoError: D09 for images that do not match the prompt, F13 when a row is not prompt, ``<Focus>``, response,
                 F14 for a row that is too long, and what ``image_tiles`` and ``plan_row`` raise for bad grids and boxes.
         """
         end = self.processor.tokenizer.eos_token
@@ -261,9 +261,9 @@ class FocusCollator:
                     fix="remove it, make its images smaller or raise --max-tokens",
                 )
             batch["labels"][b, columns[-n:]] = ids_S[-n:]
-            own = [next(grids) for _ in row["images"] or []]
+            row_grids = [next(grids) for _ in row["images"] or []]
             tiles = image_tiles(
-                {"image_grid_thw": torch.stack(own)} if own else {}, self.family, self.config, where=where
+                {"image_grid_thw": torch.stack(row_grids)} if row_grids else {}, self.family, self.config, where=where
             )
             boxes = (row["extra_info"] or {}).get("boxes") or []
             plan = plan_row(

@@ -1,10 +1,10 @@
 """``<Focus>``: one token in the tokenizer, one row of the embedding, the end of every generation prompt.
 
-The chat template writes it right after the assistant's header, so it belongs to the prompt: a rollout begins after it,
-and neither verl nor vLLM needs to know about it.
+The chat template writes it right after the assistant's header, so it belongs to the prompt. A rollout begins after it,
+and verl and vLLM need no change.
 
-It is an added but not a *special* token. Decoding without special tokens would hide it: were a policy to write it, the
-response would look well-formed to a reward function. As plain text it breaks the format and costs the reward.
+It is an added but not a *special* token. Decoding removes special tokens: if a policy wrote one, a reward function
+would still see a valid format. As plain text, ``<Focus>`` in a response breaks the format and costs the reward.
 """
 
 from typing import Any
@@ -30,16 +30,16 @@ _PROBES: tuple[list[dict[str, Any]], ...] = (
 
 
 def focus_template(template: str) -> str:
-    """A chat template whose generation prompt ends in ``<Focus>``; one that does already is returned as it is.
+    """A chat template whose generation prompt ends in ``<Focus>``; such a template is returned unchanged.
 
-    A generation prompt is the last thing a template writes, so what is appended under the same condition follows it.
+    A template writes the generation prompt last. So text that is appended under the same condition follows it.
     """
     addition = "{%- if add_generation_prompt -%}{{- '" + FOCUS + "' -}}{%- endif -%}"
     return template if template.endswith(addition) else template.removesuffix("\n") + addition
 
 
 def set_template(processor: Any) -> None:
-    """Give ``processor`` and its tokenizer the template with ``<Focus>``, after comparing what the two write.
+    """Give ``processor`` and its tokenizer the template with ``<Focus>``, after a comparison of their outputs.
 
     Raises:
         SayoError: F01 for a generation prompt that does not end with the assistant's header, F02 when the templates
@@ -79,9 +79,10 @@ def set_template(processor: Any) -> None:
 def add_focus_token(model: nn.Module, processor: Any) -> int:
     """Put ``<Focus>`` into tokenizer, chat template and model, in place; a second call changes nothing.
 
-    A spare row of the embedding is taken where the model has more rows than the tokenizer has tokens (the Qwen families
-    do), otherwise the embedding grows by one row. The input row is the mean over ``INITIAL_WORDS``. Where the output
-    layer is not tied to the embedding, its row is a copy of the image placeholder's, which a policy does not write.
+    A spare row of the embedding is used if the model has more rows than the tokenizer has tokens, as the Qwen
+    families do. Otherwise the embedding grows by one row. The input row is the mean over ``INITIAL_WORDS``. If the
+    output layer is not tied to the embedding, its row is a copy of the image placeholder's, which a policy does not
+    write.
 
     Args:
         model: a Hugging Face model that is not wrapped yet, weights present.
@@ -92,7 +93,7 @@ def add_focus_token(model: nn.Module, processor: Any) -> int:
 
     Raises:
         SayoError: F01 and F02 for a chat template that cannot take it, F03 for a tokenizer that splits it, F04 for a
-            tokenizer that has the token beside a model that has no row for it.
+            tokenizer that has the token with a model that has no row for it.
     """
     tokenizer: Any = processor.tokenizer
     network: Any = model

@@ -1,12 +1,14 @@
-"""The anchoring stage: a transformers ``Trainer`` whose loss is L_LM + weight * L_anchor, and the folder it leaves.
+"""The anchoring stage: a transformers ``Trainer`` whose loss is L_LM + weight * L_anchor, and the folder it writes.
 
-Why not verl's own SFT trainer: docs/anchoring.md. Distribution (DDP, FSDP, DeepSpeed), precision, checkpointing and
-logging are the Trainer's; ``trainer_args`` passes any field of ``TrainingArguments`` through.
+Why not verl's own SFT trainer: docs/anchoring.md. The Trainer does distribution (DDP, FSDP, DeepSpeed), precision,
+checkpointing and logging; ``trainer_args`` sets any field of ``TrainingArguments``.
 
 Shape suffixes: B rows, R rows with boxes, S tokens.
 """
 
 import copy
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from sayo_verl.errors import SayoError
-from sayo_verl.focus.config import FocusConfig
+from sayo_verl.focus.config import FocusConfig, check_new_folder
 from sayo_verl.focus.loss import (
     FORBIDDEN_WEIGHT,
     FocusBatch,
@@ -33,27 +35,27 @@ LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
 def load_with_focus(folder: Path | str, config: FocusConfig) -> tuple[Any, Any, int]:
-    """Model, processor and id of ``<Focus>``: added where the folder does not have it."""
+    """Model, processor and id of ``<Focus>``, which is added if the folder does not have it."""
     how = {"attn_implementation": config.attention} if config.attention else {}
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, config.dtype), **how)
     processor = AutoProcessor.from_pretrained(folder)
     return model, processor, add_focus_token(model, processor)
 
 
-def focus_layers(model: nn.Module, asked: Sequence[int]) -> tuple[int, ...]:
-    """Layer numbers from 0, the default where none is asked.
+def focus_layers(model: nn.Module, named: Sequence[int]) -> tuple[int, ...]:
+    """Layer numbers from 0; the default layer if none is named.
 
     Raises:
         SayoError: P02, P03 and P11 for a model or layer that cannot be read.
     """
     attention, n_layers = text_attention_layers(model)
-    layers = resolve_layers(asked, n_layers, where="--layers") if asked else default_layers(model)
+    layers = resolve_layers(named, n_layers, where="--layers") if named else default_layers(model)
     check_full_attention(layers, attention, where="--layers")
     return layers
 
 
 def trainable(model: Any, focus: int, config: FocusConfig) -> Any:
-    """The model with what is to be trained: under LoRA a PEFT model, otherwise itself."""
+    """The model with its trained parameters marked: a PEFT model under LoRA, otherwise itself."""
     if config.lora_rank == 0:
         model.model.visual.requires_grad_(config.train_vision)
         return model
@@ -130,7 +132,7 @@ def anchor(base: Path | str, files: Sequence[Path | str], out: Path | str, confi
         base: folder or hub name of a Qwen2.5-VL or Qwen3-VL model.
         files: parquet files of rows.
         out: the folder; must not exist or be empty. Checkpoints, if any, go to ``<out>-checkpoints``.
-        config: how.
+        config: settings of the training.
 
     Returns:
         ``layers``, ``rows``, ``rows_without_boxes``, ``rows_without_response``, ``seconds``, ``history`` (the Trainer's
@@ -141,8 +143,10 @@ def anchor(base: Path | str, files: Sequence[Path | str], out: Path | str, confi
             driven by one process, F22 when no row has a box.
     """
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise SayoError("F16", "the folder has files", where=str(out), fix="name a new folder (--out)")
+    check_new_folder(out, "name a new folder (--out)")
+    unfinished = out.with_name(f"{out.name}.unfinished")  # so that ``out`` is there as a whole or not at all
+    if os.environ.get("RANK", "0") == "0":
+        shutil.rmtree(unfinished, ignore_errors=True)
     if config.weight:
         check_boxes(files)
     rows = AnchorRows(files)
@@ -197,10 +201,11 @@ def anchor(base: Path | str, files: Sequence[Path | str], out: Path | str, confi
         forbidden=(focus, written[0].image_token_id, written[0].video_token_id),
     )
     done = trainer.train()
-    export(trainer, processor, base, out, config)
+    export(trainer, processor, base, unfinished, config)
     if trainer.is_world_process_zero():
         for part in written:
-            part.save_pretrained(out)
+            part.save_pretrained(unfinished)
+        unfinished.rename(out)
     return {
         "layers": list(layers),
         **counts,
@@ -212,8 +217,8 @@ def anchor(base: Path | str, files: Sequence[Path | str], out: Path | str, confi
 def export(trainer: Trainer, processor: Any, base: Path | str, out: Path, config: FocusConfig) -> None:
     """Write weights, config, tokenizer, chat template and generation config.
 
-    LoRA is merged in a fresh copy of the base model, on the CPU and by the first process: what holds under every
-    wrapper. The adapter stays in ``<out>-checkpoints/adapter``.
+    The first process merges LoRA in a new copy of the base model, on the CPU. This works under every wrapper. The
+    adapter stays in the folder ``adapter`` of the checkpoints.
     """
     if config.lora_rank == 0:
         trainer.save_model(str(out))  # gathers shards; all processes take part

@@ -18,10 +18,10 @@ from sayo_verl.data.building.folder import split_files
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.launch.resume import TRACKER
 from sayo_verl.report.runs import next_metrics_file
+from sayo_verl.retired import refuse_retired
 
 SPLITS = ("train", "val")
 LOGGER_PATH = "VERL_FILE_LOGGER_PATH"
-BY_SCRIPT = "SAYO_RESUME_COMMAND"  # scripts/run.sh sets it
 CHOICE = re.compile(r"\+{0,2}(job|method|rl)=(.+)")
 # Names of papers and what their methods are called here
 PAPERS = {"sayo": "region", "vgpo": "dual", "atrl": "anchor", "at-rl": "anchor", "faithful-mr1": "faithful"}
@@ -87,16 +87,7 @@ def refuse_names(arguments: Sequence[str], environment: Mapping[str, str]) -> No
     Raises:
         SayoError: L30, L67.
     """
-    for name, replacement in RETIRED.items():
-        if environment.get(BY_SCRIPT) and environment.get(name):
-            at_end = f"{replacement}{environment[name]} after the script" if replacement.endswith("=") else replacement
-            raise SayoError(
-                "L67",
-                "the scripts no longer read this variable",
-                where=name,
-                got=environment[name],
-                fix=f"use {at_end}, and unset {name}",
-            )
+    refuse_retired(RETIRED, environment)
     words = [
         word
         for argument in arguments

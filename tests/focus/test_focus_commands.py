@@ -1,9 +1,8 @@
-"""Responses to imitate, the report, the commands and the scripts."""
+"""Responses to imitate, the report and the commands."""
 
 import json
 import shutil
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from sayo_verl.cli import main as sayo
 from sayo_verl.data.scenes import ROW_SCHEMA
 from sayo_verl.errors import SayoError
 from sayo_verl.focus import report, respond
+from sayo_verl.focus.config import RespondConfig
 from sayo_verl.focus.loss import (
     forward_with_focus,
 )
@@ -40,7 +40,7 @@ def test_respond_keeps_right_answers_only(folders, parquet, tmp_path, monkeypatc
 
     monkeypatch.setattr(respond, "_sample", sample)
     done = respond.write_responses(
-        folders["qwen3_vl"], [parquet], tmp_path / "r.parquet", tries=2, batch_size=64, max_rows=8
+        folders["qwen3_vl"], [parquet], tmp_path / "r.parquet", RespondConfig(tries=2, batch_size=64, max_rows=8)
     )
     assert calls == [8, 4]
     assert done == {"rows": 8, "kept": 6}
@@ -52,7 +52,7 @@ def test_respond_keeps_right_answers_only(folders, parquet, tmp_path, monkeypatc
 def test_respond_says_when_nothing_is_right(folders, parquet, tmp_path):
     with pytest.raises(SayoError, match="F18"):
         respond.write_responses(
-            folders["qwen3_vl"], [parquet], tmp_path / "r.parquet", tries=1, max_new_tokens=3, max_rows=2
+            folders["qwen3_vl"], [parquet], tmp_path / "r.parquet", RespondConfig(tries=1, max_new_tokens=3, max_rows=2)
         )
     empty = tmp_path / "empty.parquet"
     pq.write_table(pq.read_table(parquet).slice(0, 0), empty)
@@ -72,11 +72,10 @@ def test_respond_says_when_nothing_is_right(folders, parquet, tmp_path):
     ],
     ids=str,
 )
-def test_respond_refuses_numbers_out_of_range(parquet, tmp_path, wrong):
+def test_respond_refuses_numbers_out_of_range(wrong):
     (name,) = wrong
     with pytest.raises(SayoError, match=f"F05: .* at --{name.replace('_', '-')}"):
-        respond.write_responses("no model is loaded", [parquet], tmp_path / "r.parquet", **wrong)
-    assert not list(tmp_path.iterdir())
+        RespondConfig(**wrong)
 
 
 def test_respond_samples_without_the_penalties_of_the_models_generation_config(folders, parquet, tmp_path, monkeypatch):
@@ -100,7 +99,9 @@ def test_respond_samples_without_the_penalties_of_the_models_generation_config(f
 
     monkeypatch.setattr(respond, "_sample", spy)
     with pytest.raises(SayoError, match="F18"):
-        respond.write_responses(changed, [parquet], tmp_path / "r.parquet", tries=1, max_new_tokens=3, max_rows=2)
+        respond.write_responses(
+            changed, [parquet], tmp_path / "r.parquet", RespondConfig(tries=1, max_new_tokens=3, max_rows=2)
+        )
     (config,) = used
     assert config.eos_token_id == [3, 5]
     assert config.repetition_penalty in (None, 1.0)
@@ -113,7 +114,7 @@ def test_respond_brings_files_of_different_columns_together(folders, parquet, tm
     files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
     pq.write_table(table.append_column("n", pa.nulls(12)), files[0])
     pq.write_table(other.append_column("n", pa.array(range(12))), files[1])
-    done = respond.write_responses(folders["qwen3_vl"], files, tmp_path / "r.parquet", tries=4)
+    done = respond.write_responses(folders["qwen3_vl"], files, tmp_path / "r.parquet")
     kept = pq.read_table(tmp_path / "r.parquet")
     assert kept.num_rows == done["kept"]
     assert set(zip(kept["source"].to_pylist(), (n is None for n in kept["n"].to_pylist()), strict=True)) == {
@@ -158,15 +159,15 @@ def test_responses_do_not_depend_on_the_number_of_processes(folders, parquet, tm
     table = pq.read_table(parquet)
     pq.write_table(table.slice(0, 30), files[0])
     pq.write_table(table.slice(30), files[1])
-    settings_ = {"tries": 2, "batch_size": 2, "max_rows": 45, "seed": 3}
-    one = respond.write_responses(folders["qwen3_vl"], files, tmp_path / "one.parquet", **settings_)
+    config = RespondConfig(tries=2, batch_size=2, max_rows=45, seed=3)
+    one = respond.write_responses(folders["qwen3_vl"], files, tmp_path / "one.parquet", config)
     guesses.clear()
-    first = respond.write_responses(folders["qwen3_vl"], files, tmp_path / "two.parquet", rank=1, world=2, **settings_)
+    first = respond.write_responses(folders["qwen3_vl"], files, tmp_path / "two.parquet", config, rank=1, world=2)
     assert first == {"rows": 45, "left": 3}, (
         "blocks of 8 rows, none across files: 4 of the first file and 2 of the second"
     )
     assert not (tmp_path / "two.parquet").exists()
-    second = respond.write_responses(folders["qwen3_vl"], files, tmp_path / "two.parquet", rank=0, world=2, **settings_)
+    second = respond.write_responses(folders["qwen3_vl"], files, tmp_path / "two.parquet", config, rank=0, world=2)
     assert second == one
     assert 0 < one["kept"] < 45
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
@@ -178,8 +179,8 @@ def test_responses_do_not_depend_on_the_number_of_processes(folders, parquet, tm
 
 def test_an_interrupted_run_goes_on_where_it_stood(folders, parquet, tmp_path, guesses, monkeypatch):
     whole, cut = tmp_path / "whole.parquet", tmp_path / "cut.parquet"
-    settings_ = {"tries": 2, "batch_size": 4, "seed": 1}
-    done = respond.write_responses(folders["qwen3_vl"], [parquet], whole, **settings_)
+    config = RespondConfig(tries=2, batch_size=4, seed=1)
+    done = respond.write_responses(folders["qwen3_vl"], [parquet], whole, config)
     answers, n = respond._answers, 0
 
     def stops(*args: Any, **kwargs: Any) -> Any:
@@ -191,24 +192,24 @@ def test_an_interrupted_run_goes_on_where_it_stood(folders, parquet, tmp_path, g
 
     monkeypatch.setattr(respond, "_answers", stops)
     with pytest.raises(KeyboardInterrupt):
-        respond.write_responses(folders["qwen3_vl"], [parquet], cut, **settings_)
+        respond.write_responses(folders["qwen3_vl"], [parquet], cut, config)
     assert not cut.exists()
     monkeypatch.setattr(respond, "_answers", answers)
     guesses.clear()
-    assert respond.write_responses(folders["qwen3_vl"], [parquet], cut, **settings_) == done
+    assert respond.write_responses(folders["qwen3_vl"], [parquet], cut, config) == done
     assert {int(where.split()[1]) for where in guesses} == set(range(32, 48)), "the third block of 16"
     assert cut.read_bytes() == whole.read_bytes()
     monkeypatch.setattr(respond, "AutoModelForImageTextToText", None)  # nothing is left to sample: no model is loaded
-    assert respond.write_responses(folders["qwen3_vl"], [parquet], cut, **settings_) == done
+    assert respond.write_responses(folders["qwen3_vl"], [parquet], cut, config) == done
 
 
 @pytest.mark.parametrize("change", [{"tries": 3}, {"seed": 2}, {"max_rows": 40}, {"batch_size": 2}])
 def test_F19_responses_begun_with_other_settings(folders, parquet, tmp_path, guesses, change):
-    out, settings_ = tmp_path / "r.parquet", {"tries": 2, "batch_size": 4, "seed": 1}
-    respond.write_responses(folders["qwen3_vl"], [parquet], out, rank=0, world=2, **settings_)
+    out, config = tmp_path / "r.parquet", RespondConfig(tries=2, batch_size=4, seed=1)
+    respond.write_responses(folders["qwen3_vl"], [parquet], out, config, rank=0, world=2)
     with pytest.raises(SayoError, match=r"F19: .*settings.json.* got {.*}, wanted {.*} .*rm -r"):
-        respond.write_responses(folders["qwen3_vl"], [parquet], out, **(settings_ | change))
-    assert "kept" in respond.write_responses(folders["qwen3_vl"], [parquet], out, **settings_)
+        respond.write_responses(folders["qwen3_vl"], [parquet], out, replace(config, **change))
+    assert "kept" in respond.write_responses(folders["qwen3_vl"], [parquet], out, config)
 
 
 def test_report_measures_what_the_loss_is_about(folders, tmp_path):
@@ -305,7 +306,7 @@ def test_a_check_of_right_arguments_is_silent_and_starts_nothing(parquet, tmp_pa
     assert main(["respond", *common, str(parquet)]) == 0
     assert capsys.readouterr().out == ""
     assert main(["report", *common, "absent.parquet", "--after", "x"]) == 0
-    assert capsys.readouterr().out == "not checked, not there yet: absent.parquet\n"
+    assert capsys.readouterr().out == "not checked, missing: absent.parquet\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -314,115 +315,3 @@ def test_F22_rows_without_boxes(no_boxes, tmp_path):
         anchor("no/model", [no_boxes], tmp_path / "out", SHORT)
     with pytest.raises(SayoError, match="F22"):
         report.compare("no/model", "no/model", no_boxes, SHORT, picture=tmp_path / "a.png")
-
-
-def gpu_script(repo: Path, tmp_path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", "scripts/run_faithful_anchor_qwen2_5vl_7b.sh", *arguments],
-        cwd=repo,
-        text=True,
-        capture_output=True,
-        check=False,
-        env={"PATH": "/usr/bin:/bin", "OUT": str(tmp_path / "out"), **variables},
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "variables", "told"),
-    [
-        (["--wieght", "1"], {}, "unrecognized arguments: --wieght"),
-        ([], {"ALPHA": "2"}, "SAYO-F05"),
-        ([], {"NGPUS": "0"}, "SAYO-F23: a setting has to be a whole number, at least 1 | at NGPUS | got 0"),
-        ([], {"ROWS": "many"}, "at ROWS | got many"),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("dry", ["0", "1"])
-def test_the_gpu_script_refuses_wrong_arguments_of_a_later_step_before_the_first(
-    repo, tmp_path, arguments, variables, told, dry
-):
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho GPU 0\n")
-    (tmp_path / "torchrun").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
-    # As in an environment that has all packages; the check itself is real.
-    (tmp_path / "python3").write_text('#!/bin/sh\n[ "$1 $4" = "-c " ] || exec "$PYTHON" "$@"\n')
-    for name in ("nvidia-smi", "torchrun", "python3"):
-        (tmp_path / name).chmod(0o755)
-    done = gpu_script(
-        repo, tmp_path, *arguments, DRY_RUN=dry, PATH=f"{tmp_path}:/usr/bin:/bin", PYTHON=sys.executable, **variables
-    )
-    assert done.returncode == 2
-    assert told in done.stderr
-    assert not (tmp_path / "started").exists()
-    assert not (tmp_path / "out").exists()
-
-
-def gpu_plan(repo: Path, tmp_path: Path, **variables: str) -> str:
-    done = gpu_script(repo, tmp_path, DRY_RUN="1", **variables)
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "out").exists()
-    return done.stdout
-
-
-def test_the_gpu_script_prints_its_plan(repo, tmp_path):
-    plan = gpu_plan(repo, tmp_path)
-    for told in (
-        "Qwen/Qwen2.5-VL-7B-Instruct",
-        "--nproc_per_node=8",
-        "sayo_verl.focus train",
-        "NOT THERE YET",
-        "nothing was started",
-    ):
-        assert told in plan
-
-
-def test_the_gpu_script_samples_on_all_devices_within_a_limit(repo, tmp_path):
-    sample = next(line for line in gpu_plan(repo, tmp_path).splitlines() if " respond " in line)
-    assert "torchrun --standalone --nproc_per_node=8 -m sayo_verl.focus respond" in sample
-    assert sample.rstrip().endswith("--tries 4 --max-new-tokens 1024 --batch-size 32 --max-rows 8192")
-    sample = next(
-        line for line in gpu_plan(repo, tmp_path, ROWS="all", TRIES="2", NGPUS="4").splitlines() if " respond " in line
-    )
-    assert "--max-rows" not in sample
-    assert "--nproc_per_node=4" in sample
-    assert "--tries 2" in sample
-
-
-@pytest.mark.parametrize(
-    ("variables", "told"),
-    [
-        ({}, ["31 min for 8192 rows", "62 min if none", "per step   64 rows", "32000 rows seen: 3.9 passes"]),
-        ({"NGPUS": "1"}, ["4.1 h for 8192 rows", "per step   64 rows", "--accumulation 32"]),
-        ({"NGPUS_PER_NODE": "4"}, ["--nproc_per_node=4", "per step   64 rows"]),
-        ({"NGPUS_PER_NODE": "4", "NGPUS": "2"}, ["--nproc_per_node=2", "per step   64 rows"]),
-        ({"NGPUS": "6"}, ["per step   60 rows", "30000 rows seen"]),
-        ({"NGPUS": "64", "BATCH_SIZE": "4"}, ["per step   256 rows", "--accumulation 1"]),
-        ({"ACCUMULATION": "3"}, ["per step   48 rows"]),
-        ({"ROWS": "38870"}, ["2.4 h for 38870 rows", "4.9 h if none"]),
-        ({"ROWS": "all"}, ["for every 10000 rows", "32000 rows seen; time not estimated"]),
-    ],
-    ids=str,
-)
-def test_the_plan_of_the_gpu_script_estimates_sampling_and_keeps_64_rows_a_step(repo, tmp_path, variables, told):
-    plan = gpu_plan(repo, tmp_path, **variables)
-    assert [line for line in told if line not in plan] == [], plan
-
-
-def test_the_plan_of_the_gpu_script_ends_with_the_command_of_the_reinforcement_stage(repo, tmp_path):
-    then = next(line for line in gpu_plan(repo, tmp_path, DATA="data/a b").splitlines() if line.startswith("then "))
-    assert then.split(maxsplit=1)[1] == (
-        f"MODEL_PATH={tmp_path}/out/policy DATA=data/a\\ b bash scripts/run_faithful_qwen2_5vl_7b.sh"
-    )
-
-
-def test_the_gpu_script_takes_all_shards_of_a_prepared_folder(repo, tmp_path, parquet):
-    names = ["train-00000.parquet", "train-00001.parquet", "val-00000.parquet"]
-    for name in names:
-        (tmp_path / name).write_bytes(parquet.read_bytes())
-    plan = gpu_plan(repo, tmp_path, DATA=str(tmp_path))
-    assert "NOT THERE YET" not in plan
-    assert f"--rows {tmp_path}/{names[0]} {tmp_path}/{names[1]} --out" in plan
-    assert f"--rows {tmp_path}/{names[2]} --out" in plan
-    plan = gpu_plan(repo, tmp_path, DATA=str(tmp_path), RESPOND="0")
-    assert " respond " not in plan
-    train = next(line for line in plan.splitlines() if " train " in line)
-    assert f"--rows {tmp_path}/{names[0]} {tmp_path}/{names[1]} --out" in train

@@ -51,6 +51,25 @@ def test_training_lowers_the_loss_and_the_folder_is_the_model(folders, parquet, 
         anchor(folders["qwen3_vl"], [parquet], tmp_path / "out", SHORT)
 
 
+def test_an_interruption_while_the_folder_is_written_leaves_none(folders, parquet, tmp_path, monkeypatch):
+    config = replace(SHORT, steps=1, trainer_args={"disable_tqdm": True, "use_cpu": True})
+    export = trainer.export
+
+    def stops(t, processor, base, out, config):
+        export(t, processor, base, out, config)
+        (out / "stale").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "export", stops)
+    with pytest.raises(KeyboardInterrupt):
+        anchor(folders["qwen3_vl"], [parquet], tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(trainer, "export", export)
+    anchor(folders["qwen3_vl"], [parquet], tmp_path / "out", config)
+    assert not (tmp_path / "out" / "stale").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-checkpoints"]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_lora_trains_the_row_of_the_token_and_is_merged(folders, parquet, tmp_path, tied):
     from peft import PeftModel

@@ -16,8 +16,9 @@ from sayo_verl.data.building.build import BuildOptions, build
 from sayo_verl.data.rows import Example, ImageRef
 from sayo_verl.data.scenes import SceneConfig, prepare
 from sayo_verl.errors import SayoError
-from sayo_verl.launch.job import BY_SCRIPT, LOGGER_PATH, RETIRED, keys_of, refuse_names, write_out
+from sayo_verl.launch.job import LOGGER_PATH, RETIRED, keys_of, refuse_names, write_out
 from sayo_verl.launch.resources import check_devices
+from sayo_verl.retired import BY_SCRIPT
 
 REWARD = "reward.custom_reward_function.reward_kwargs"
 

@@ -206,6 +206,53 @@ def test_variables_mean_the_same_in_every_script(faked, tmp_path, script):
     assert "sayo.out" not in dry.stdout
 
 
+ANCHOR_JOBS = sorted(path.name for path in SCRIPTS.glob("run_*anchor*.sh"))
+
+
+@pytest.mark.parametrize("script", [*ANCHOR_JOBS, "anchor.sh"])
+def test_variables_mean_the_same_in_the_scripts_of_the_anchoring_stage(faked, tmp_path, script):
+    copy, env = faked
+    given = {"MODEL_PATH": "m [1]", "DATA": "d", "NGPUS_PER_NODE": "3"}
+    given |= {"JOB": "tiny"} if script == "anchor.sh" else {}
+    done = launch(copy, script, env, "train.steps=7", "train.layers=[1, 2]", **given)
+    assert done.returncode == 0, done.stderr
+    file = f"configs/focus/{'tiny' if 'tiny' in script or 'JOB' in given else 'qwen2_5vl_7b'}.yaml"
+    command, resume = done.stdout.splitlines()
+    assert command == (
+        f"-m sayo_verl.focus run {file} base=m [1] data=d gpus=3 out={tmp_path}/out train.steps=7 train.layers=[1, 2]"
+    )
+    assert f" RESUME={tmp_path}/out " in resume
+    assert " MODEL_PATH=m\\ \\[1\\] DATA=d NGPUS_PER_NODE=3 bash " in resume
+    dry = launch(copy, script, env, DRY_RUN="1", RESUME=f"{tmp_path}/old", OUT="", **given)
+    assert f"run --dry-run {file} base=" in dry.stdout
+    assert f" resume={tmp_path}/old\n" in dry.stdout
+
+
+def test_the_tiny_script_of_the_anchoring_stage_prepares_what_is_not_named(faked, tmp_path):
+    copy, env = faked
+    done = launch(copy, "run_faithful_anchor_tiny.sh", env)
+    assert f"configs/focus/tiny.yaml base=made data=made out={tmp_path}/out\n" in done.stdout
+    done = launch(copy, "run_faithful_anchor_tiny.sh", env, "train_files=a.parquet", "val_file=b.parquet")
+    assert " data=" not in done.stdout
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\n[ "$5" = configs/focus/tiny.yaml ] || exit 9\nexit 2\n')
+    (tmp_path / "bin" / "sayo").write_text(f"#!/bin/sh\ntouch {tmp_path}/prepared\n")
+    assert launch(copy, "run_faithful_anchor_tiny.sh", env, "train.stepz=1").returncode == 2
+    assert not (tmp_path / "prepared").exists(), "settings are checked before the policy takes its minutes"
+
+
+def test_the_plan_of_the_anchoring_stage_needs_no_gpu(repo, environment, tmp_path):
+    script = "run_faithful_anchor_qwen2_5vl_7b.sh"
+    done = launch(repo, script, environment, DRY_RUN="1", DATA="data/a b", NGPUS_PER_NODE="4")
+    assert done.returncode == 0, done.stderr
+    for told in ("--nproc_per_node=4", "--rows 'data/a b'/train-*.parquet", "NOT THERE YET", "nothing was started"):
+        assert told in done.stdout
+    assert not (tmp_path / "out").exists()
+    done = launch(repo, script, environment, DRY_RUN="1", LORA_RANK="0")
+    assert done.returncode == 2
+    assert "SAYO-L67: the scripts no longer read this variable | at LORA_RANK | got 0" in done.stderr
+    assert "fix: use train.lora_rank=0 after the script" in done.stderr
+
+
 def test_each_script_has_a_method_of_its_own(faked):
     copy, env = faked
     (Path(env["OUT"])).mkdir()
