@@ -38,7 +38,7 @@ def png() -> bytes:
 def good() -> dict[str, Any]:
     return {
         "data_source": "my/toy",
-        "prompt": [{"role": "user", "content": "<image>What colour?"}],
+        "prompt": [{"role": "user", "content": "<image>What colour? <answer> ... </answer>"}],
         "images": [{"bytes": png(), "path": None}],
         "reward_model": {"style": "rule", "ground_truth": "red"},
         "extra_info": {

@@ -37,7 +37,7 @@ _HELP = {
     "limit": "rows drawn at random from the whole source; 0: all",
     "share": "share of the source that is drawn at random, before --limit; 1: all",
     "seed": "of the draw and of the split",
-    "val_share": "share of the images whose rows are held out; 0: none",
+    "val_share": "share of the images whose rows are held out, at least one image; 0: none",
     "workers": "processes that read images; 0: one for each core",
     "shard_rows": "rows of a shard",
     "row_group_rows": "rows of a row group",
@@ -62,7 +62,8 @@ class BuildOptions:
             hash(seed, id) are drawn, whatever the order of the source.
         share: draw about this share of the examples: those with a hash(seed, id) below it. 1 takes all.
         seed: of the draw and of the split.
-        val_share: share of the *images* whose rows are held out, in [0, 1).
+        val_share: share of the *images* whose rows are held out, in [0, 1). Above 0 at least one image is held out, if
+            there are two or more.
         workers: processes that read images; 0: one for each core.
         shard_rows: rows of a shard.
         row_group_rows, row_group_bytes: a row group ends with so many rows, and before so many bytes of images.
