@@ -121,10 +121,21 @@ def check_estimator(config: DictConfig) -> Method | None:
             where="algorithm.adv_estimator",
             got=name,
             wanted=f"ours ({', '.join(ours)}) or verl's ({', '.join(k for k in known if k not in ours)})",
-            fix="correct the name",
+            fix=_how_to_register(config) or "correct the name",
         )
     attn = OmegaConf.to_container(config.algorithm.attn, resolve=True) if config.algorithm.get("attn") else {}
     return settings_from_config(name, attn).method  # type: ignore[arg-type]
+
+
+def _how_to_register(config: DictConfig) -> str:
+    """What to do if ``sayo.modules`` names files but none of them registered a method."""
+    modules = list(config.sayo.get("modules") or ())
+    if not modules or any(not cls.__module__.startswith("sayo_verl.") for cls in METHODS.values()):
+        return ""
+    return (
+        f"put @register_method above @dataclass(frozen=True) of the class: {', '.join(modules)} registered no method "
+        "(docs/add_a_method.md)"
+    )
 
 
 def check_settings(config: DictConfig, method: Method) -> None:
