@@ -291,7 +291,7 @@ def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
             where=flag,
             got=list(given),
             wanted="NAME=..., each once",
-            fix="see sayo prepare mix --help",
+            fix="see `sayo prepare mix --help-all`",
         )
     return dict(pairs)
 

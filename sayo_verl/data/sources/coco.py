@@ -326,13 +326,18 @@ class CocoSource:
             yield self._example(id, folder, picture, question, answer, boxes, kind, "questions")
 
 
+SHOWN = ("--ask", "--absent", "--questions")  # on the page of --help, beside the required flags
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare coco``."""
     parser.add_argument("--annotations", type=Path, required=True, help="instances_*.json or panoptic_*.json")
     parser.add_argument("--images", type=Path, required=True, help="folder or zip file of the photos")
-    parser.add_argument("--ask", nargs="+", choices=tp.ASKS, default=[], help="questions to make")
+    parser.add_argument(
+        "--ask", nargs="+", choices=tp.ASKS, default=[], metavar="KIND", help=f"questions to make: {', '.join(tp.ASKS)}"
+    )
     parser.add_argument("--absent", action="store_true", help="with presence: as many questions with the answer no")
-    parser.add_argument("--questions", type=Path, help="lines of JSON with questions to join instead; see the module")
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="JSON lines with questions to join instead")
     parser.add_argument("--categories", nargs="+", default=[], metavar="NAME", help="ask about these (default: things)")
     parser.add_argument("--name", default="coco", help="name of the data set in metrics (default: %(default)s)")
 

@@ -436,6 +436,9 @@ def _no_images(images: Path, got: str) -> SayoError:
 # ---------------------------------------------------------------------------------------------------------------- flags
 
 
+SHOWN = ("--boxes",)  # on the page of --help, beside the required flags
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare gqa``."""
     parser.add_argument(
@@ -460,7 +463,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="which objects a question is about: semantic as SAYO, grounding as GQA's evaluation "
         "(default: %(default)s)",
     )
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=(), help="only questions of these kinds")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=(),
+        metavar="KIND",
+        help=f"only questions of these kinds: {', '.join(KINDS)}",
+    )
     parser.add_argument(
         "--keep-without-boxes",
         action="store_true",

@@ -276,6 +276,9 @@ def parse_map(text: str) -> dict[str, str]:
     return {name.strip(): column.strip() for name, _, column in pairs}
 
 
+SHOWN = ("--map", "--images", "--split")  # on the page of --help, beside the required flags
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare hf``."""
     parser.add_argument("--dataset", required=True, help="parquet file, folder of them, or owner/name on the hub")

@@ -134,6 +134,9 @@ class JsonlSource:
         return tuple(None if s is None else fields.picture_size(s[0], s[1], where) for s in each)
 
 
+SHOWN = ("--images", "--name")  # on the page of --help, beside the required flags
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare jsonl``."""
     parser.add_argument("--file", type=Path, required=True, help="the .jsonl file (.gz and .zip are read too)")

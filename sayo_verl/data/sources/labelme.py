@@ -249,12 +249,17 @@ def _joined_thing(label: str, parts: list[tuple[tuple[float, ...] | None, str]])
     return tp.Thing(label, (min(x0), min(y0), max(x1), max(y1)))
 
 
+SHOWN = ("--images", "--ask", "--questions")  # on the page of --help, beside the required flags
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare labelme``."""
     parser.add_argument("--folder", type=Path, required=True, help="folder of labelme's JSON files")
     parser.add_argument("--images", type=Path, help="folder or zip file of the pictures (default: as imagePath says)")
-    parser.add_argument("--ask", nargs="+", choices=tp.ASKS, default=[], help="questions to make")
-    parser.add_argument("--questions", type=Path, help="lines of JSON with questions to join instead; see the module")
+    parser.add_argument(
+        "--ask", nargs="+", choices=tp.ASKS, default=[], metavar="KIND", help=f"questions to make: {', '.join(tp.ASKS)}"
+    )
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="JSON lines with questions to join instead")
     parser.add_argument("--allow-outside", action="store_true", help="follow an imagePath out of its folder")
     parser.add_argument("--name", default="labelme", help="name of the data set in metrics (default: %(default)s)")
 

@@ -320,6 +320,9 @@ def _mixture(where: str, got: Any, wanted: str) -> SayoError:
     )
 
 
+SHOWN = ("--images", "--first-box")  # on the page of --help, beside the required flags
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare refocus``."""
     parser.add_argument("--data", type=Path, required=True, help="folder of parquet files, one of them, or *_wbb.json")
