@@ -110,8 +110,7 @@ def show_built(made: Built, manifest: Mapping[str, Any], console: Console) -> No
     console.print(verl_flags(made.files), markup=False, highlight=False, soft_wrap=True)
     if not made.rows["val"]:
         console.print(
-            "no image was held out: for validation rows set a higher --val-share and --overwrite, or name "
-            "other rows in data.val_files",
+            "no image was held out: for validation rows set a higher --val-share and --overwrite",
             markup=False,
             highlight=False,
             soft_wrap=True,
