@@ -33,7 +33,7 @@ from sayo_verl.launch.resume import check_metrics, check_resume, describe_checkp
 from sayo_verl.launch.reward_check import check_reward, check_template, describe_focus
 from sayo_verl.launch.settings import settings_from_config
 from sayo_verl.launch.training_check import check_training
-from sayo_verl.methods import METHODS, Method, Mix
+from sayo_verl.methods import METHODS, Method, Mix, own_methods
 from sayo_verl.methods.faithful import FaithfulMethod
 from sayo_verl.probe.statistics import check_lse_path
 
@@ -130,7 +130,7 @@ def check_estimator(config: DictConfig) -> Method | None:
 def _how_to_register(config: DictConfig) -> str:
     """What to do if ``sayo.modules`` names files but none of them registered a method."""
     modules = list(config.sayo.get("modules") or ())
-    if not modules or any(not cls.__module__.startswith("sayo_verl.") for cls in METHODS.values()):
+    if not modules or own_methods():
         return ""
     return (
         f"put @register_method above @dataclass(frozen=True) of the class: {', '.join(modules)} registered no method "

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 from types import FrameType
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -26,7 +27,7 @@ from rich.text import Text
 
 from sayo_verl.errors import SayoError
 from sayo_verl.report import runs as r
-from sayo_verl.report.catalogue import headlines
+from sayo_verl.report.catalogue import headlines, sections_of
 from sayo_verl.report.log import PHASES, STARTING, Follower, clean_log_line, phase_rank, why_it_failed
 
 LOGGER_PATH = "VERL_FILE_LOGGER_PATH"
@@ -150,6 +151,7 @@ class _Progress:
         self._run_dir, self._old_cards = run_dir, set(run_dir.glob(r.RUN_GLOB))
         self.phase, self.step, self.metrics = STARTING, 0, dict[str, float]()
         self._shown = headlines([])
+        self._methods: dict[str, Any] = {}  # the user's own, from the card
         self._seen: set[str] = set()
         self.started = self.changed = self.step_started = time.monotonic()
         self._log = Follower(self.log, log_offset)
@@ -161,8 +163,7 @@ class _Progress:
     def update(self) -> list[tuple[str, str]]:
         """Read new lines and return (kind, line) events of kind phase, step or warning."""
         now = time.monotonic()
-        events = []
-        self._read_card()
+        events = self._read_card()
         log_size = self._log.offset
         for raw in self._log.new_lines():
             events += self._read_phase(clean_log_line(raw))
@@ -177,8 +178,9 @@ class _Progress:
             events.append(("warning", f"no log line and no step for {quiet}; the run may hang, see {self.log}"))
         return events
 
-    def _read_card(self) -> None:
-        """Take the number of steps and the metrics file from the card that the launcher writes before training."""
+    def _read_card(self) -> list[tuple[str, str]]:
+        """Take steps, metrics file and declared metrics from the card that the launcher writes before training."""
+        events: list[tuple[str, str]] = []
         for card in set(self._run_dir.glob(r.RUN_GLOB)) - self._old_cards:
             try:
                 launch = json.loads(card.read_text())
@@ -186,8 +188,14 @@ class _Progress:
                 continue  # half-written: the next look reads it
             self._old_cards.add(card)
             self.total = self.total or launch.get("total_steps")
+            try:
+                sections_of(launch.get("methods", {}))
+                self._methods = launch.get("methods", {})
+            except SayoError as error:
+                events.append(("warning", str(error)))  # the run continues
             if (metrics := launch.get("metrics")) and Path(metrics) != self._file.path:
                 self._file = Follower(Path(metrics))
+        return events
 
     def of_total(self, step: int) -> str:
         """``"3/30"``; a run that counts epochs says no total."""
@@ -213,7 +221,7 @@ class _Progress:
             return [("phase", f"validated at step {step}{checked}")]
         self._step_times.append((now, step))  # first, because the live display's thread reads it once step is set
         self._seen |= values.keys()
-        self._shown = headlines(self._seen)
+        self._shown = headlines(self._seen, self._methods)
         self.metrics, self.step_started, self.step = values, now, step
         return [("step", f"step {self.of_total(step)}  {self.numbers()}{checked}  {self.eta()}")]
 

@@ -47,7 +47,7 @@ def test_the_batch_that_is_offered_passes_and_can_be_divided_among_the_devices(
 
 def test_a_module_that_registers_no_method_is_told_how_to(monkeypatch):
     built_in = {name: cls for name, cls in METHODS.items() if cls.__module__.startswith("sayo_verl.")}
-    monkeypatch.setattr(preflight, "METHODS", built_in)
+    monkeypatch.setattr("sayo_verl.methods.METHODS", built_in)
     config = OmegaConf.create({"algorithm": {"adv_estimator": "attn_mine"}, "sayo": {"modules": ["mine.py"]}})
     with refusal("L01") as caught:
         preflight.check_estimator(config)

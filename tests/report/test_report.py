@@ -28,6 +28,7 @@ from sayo_verl.errors import SayoError
 from sayo_verl.hooks import trainer as mixin
 from sayo_verl.hooks.estimator import CURRENT, AdvantageContext, make_estimator
 from sayo_verl.methods import METHODS
+from sayo_verl.metrics import Metric, Panel, declaration
 from sayo_verl.report import catalogue as c
 from sayo_verl.report import runs as r
 from sayo_verl.report.curves import plot_run, plot_runs, running_mean
@@ -574,6 +575,30 @@ def test_an_estimator_is_named_with_its_paper(tmp_path, estimator, label):
 )
 def test_the_live_view_shows_a_methods_own_headlines(estimator, shown):
     assert [metric.live for metric in c.headlines(OF_METHOD[estimator])] == ["reward", "accuracy", *shown]
+
+
+def test_metrics_that_a_users_own_method_declares_are_shown_as_declared(tmp_path):
+    class Mine:
+        reference = ("mine", "arXiv 0000.00000")
+        metrics = (
+            Panel("Mine", "share", (Metric("mine/mean", "mean of mine", 0, 1, live="mine"),), limits=(0, 1)),
+            Metric("mine_share", "share of mine"),
+        )
+
+    declared = {"attn_mine": json.loads(json.dumps(declaration(Mine)))}
+    launch = {"estimator": "attn_mine", "methods": declared}
+    run = load_run(write_run(tmp_path, line(1, **OF_METHOD["attn_mine"]), launch=launch))
+    assert [panel.title for panel in c.panels_of([run])][-2:] == ["Mine", "a_third"]
+    assert {"mean of mine", "share of mine", "a_third"} <= {metric.label for metric in c.rows_of(run)}
+    assert [metric.live for metric in c.headlines(run.series, run.methods)][-2:] == ["mine", "a_third"]
+    assert c.estimator_of(run) == "attn_mine: mine, arXiv 0000.00000"
+
+
+def test_a_damaged_declaration_of_metrics_is_refused_by_the_report(tmp_path):
+    launch = {"methods": {"attn_mine": {"reference": ["a", "b"], "metrics": [{"label": "no name"}]}}}
+    run = load_run(write_run(tmp_path, line(1, **GRPO), launch=launch))
+    with pytest.raises(SayoError, match="R04"):
+        c.rows_of(run)
 
 
 def test_the_room_needs_neither_torch_nor_verl():
