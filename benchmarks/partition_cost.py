@@ -183,10 +183,10 @@ The caller works in parallel with the first workers. A run starts one worker per
 
 Credit is computed in a thread while verl runs the reference and value passes, if there are any. The partition then adds
 the time in `sayo/credit_wait_seconds`, which is zero if those passes take longer. A run without them (no KL, no critic)
-waits for the whole partition: caller + workers / processes seconds. This assumes that the caller's work does not overlap
-with that of the workers, and that workers scale linearly. The last columns divide this time by a share. They show the
-length of a step without those passes in which the partition takes that share. Figures for more than {max(PROCESSES)}
-processes are computed, not measured.
+waits for the whole partition: caller + workers / processes seconds. This assumes that the caller's work does not
+overlap with that of the workers, and that workers scale linearly. The last columns divide this time by a share. They
+show the length of a step without those passes in which the partition takes that share. Figures for more than
+{max(PROCESSES)} processes are computed, not measured.
 
 | tokens | processes | added, s | step of which that is 0.2 %, s | step of which that is 1.2 %, s |
 |---|---|---|---|---|
