@@ -336,7 +336,7 @@ def test_folders_that_are_none(tmp_path):
         with refusal("D56", "run code"):
             check_folder(tmp_path / f"rows.{suffix}")
     interrupted(tmp_path / "begun")
-    with refusal("D56", "not finished.*goes on"):
+    with refusal("D56", "not finished.*resumes"):
         check_folder(tmp_path / "begun")
     (folder / "train-00099.parquet").write_bytes(b"x")
     with refusal("D56", "train-00099.parquet"):

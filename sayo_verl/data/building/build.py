@@ -195,7 +195,7 @@ class _Build:
             where=f"{self.source.name} {found[0]}",
             got="; ".join(found),
             wanted="every image that a row names",
-            fix="correct the folder of images, or fetch what is missing, and call again: it goes on; or "
+            fix="correct the folder of images, or add the missing ones, and call the command again; it resumes. Or "
             "leave such rows out with --allow-missing-images",
         )
 
@@ -282,8 +282,8 @@ class _Build:
                 where=str(self.output.folder / LEFT_OUT),
                 got=f"{lost} of {examples}: {reasons}",
                 wanted=f"at most {self.options.max_drop:.2%}",
-                fix="look at what was left out; if that is as it should be, raise --max-drop and call "
-                "again: it goes on",
+                fix="look at the rows that were left out; if they are unusable indeed, raise --max-drop and call the "
+                "command again; it resumes",
             )
 
     def _split_number(self, example: Example) -> float:

@@ -8,12 +8,13 @@ shape_type, group_id}]}. Points are [x, y] in pixels, as floats. Of the shapes,
     others               (circle, line, point, ...) have no box: questions about their label are left out here
 
 Shapes of one label and one ``group_id`` are one object: their boxes are joined. ``box_source`` says which there are:
-"labelme_rectangle", "labelme_polygon", "labelme_mixed". Labels that begin with "__ignore__" are no objects.
+"labelme_rectangle", "labelme_polygon", "labelme_mixed". Labels that begin with "__ignore__" are skipped.
 
 The picture is the file ``imagePath``, relative to the JSON file (with --images: the file of that name there; Windows'
 backslashes are read as slashes); where there is no such file, the copy in ``imageData``. labelme turns a picture
 upright by its EXIF orientation before it shows it, so points lie on the *upright* picture, and imageWidth and
-imageHeight are its size. Where these do not tell (a photo turned by half), set --box-frame upright.
+imageHeight are its size. If the size does not show the orientation (a photo turned by 180 degrees), set --box-frame
+upright.
 
 labelme has no questions. ``ask`` makes counts and presence (``sayo_verl.data.sources.templates``); ``questions`` joins
 lines of JSON {file, question, answer, labels: [...], id?, kind?}, file being the JSON file's path within the folder.
