@@ -63,8 +63,10 @@ def _synthetic(parser: argparse.ArgumentParser) -> Run:
     parser.show_only("--out", "--question-kinds", "--n-train", "--n-val", "--seed", "--prompt")
 
     def run(args: argparse.Namespace) -> int:
-        made = prepare(args.out, config_from(args, SceneConfig))
-        print(f"scenes: {'reused' if made.reused else 'made'} {made.path}", file=sys.stderr)
+        config = config_from(args, SceneConfig)
+        made = prepare(args.out, config)
+        bare = "" if config.prompt != "question" else "; prompts for the tiny policy, others need --prompt instruction"
+        print(f"scenes: {'reused' if made.reused else 'made'} {made.path}{bare}", file=sys.stderr)
         print(made.path)
         return 0
 

@@ -186,9 +186,6 @@ def _print(console: Any, lines: Sequence[tuple[str, str]], findings: Sequence[Fi
     if not findings:
         console.print("no findings")
         return
-    table = Table(title="findings", title_justify="left")
-    for column in ("", "code", "what", "count", "first", "fix"):
-        table.add_column(column, overflow="fold", justify="right" if column == "count" else "left")
     for f in findings:
-        table.add_row(f.level, f.code, Text(f.what), str(f.count), Text("\n".join(f.rows[:3])), Text(f.fix))
-    console.print(table)
+        rows = "".join(f"\n    {row}" for row in f.rows[:3])
+        console.print(Text(f"\n{f.level} {f.code}, {f.count} times: {f.what}{rows}\n    fix: {f.fix}"), soft_wrap=True)
