@@ -110,9 +110,9 @@ def test_a_question_with_the_tag_of_an_image(audit):
         ("V01", [NAN, 0.0, 1.0, 1.0]),
         ("V01", [0.0, 1.0, 1.0]),
     ],
-    ids=["D18 pixels", "D17 sizes", "D20 NaN", "three numbers"],
+    ids=["pixels", "corners in the wrong order", "NaN", "three numbers"],
 )
-def test_boxes_that_are_none(audit, code, box):
+def test_malformed_boxes_are_findings(audit, code, box):
     assert "row 1, extra_info.boxes[0][1]: got" in only(audit(row(0), row(1, boxes=[[BOX, box]]))[0], code).rows[0]
 
 

@@ -104,7 +104,7 @@ def test_a_mix_has_the_panels_of_its_parts(tmp_path, monkeypatch):
     assert c.estimator_of(run) == "attn_mix: SAYO + VGPO + others"
 
 
-def test_figure_tells_nan_apart_by_run(tmp_path, monkeypatch):
+def test_figure_counts_nan_of_each_run(tmp_path, monkeypatch):
     good, bad = make_run(tmp_path / "a", ATTENTION), make_run(tmp_path / "b", {**ATTENTION, R_V: math.nan})
     found = texts_of(monkeypatch, lambda: plot_runs({"good": good, "bad": bad}, tmp_path / "x.png"))
     label = "(attn_region: SAYO, arXiv 2602.08241, 12 steps)"
@@ -160,7 +160,7 @@ def test_no_text_leaves_the_figure_or_covers_another(tmp_path, monkeypatch, esti
     assert (outside, covered) == ([], [])
 
 
-def test_a_range_is_shaded_between_its_ends_and_tells_of_nan(tmp_path, monkeypatch):
+def test_a_range_is_shaded_between_its_ends_and_nan_is_marked(tmp_path, monkeypatch):
     low, high = (metric.name for metric in OF["attn_anchor"].panels[1].band)
     lines = [line(n, **{low: None if n == 3 else 0.5, high: 1.5}) for n in range(1, 6)]
     run = load_run(write_run(tmp_path, *lines))

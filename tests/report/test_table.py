@@ -35,7 +35,7 @@ def test_windows_of_a_short_run_do_not_overlap(tmp_path):
     assert only[2] not in ("+0.000", "")
 
 
-def test_nan_in_a_window_spoils_it_and_nan_elsewhere_is_told(tmp_path):
+def test_nan_in_a_window_gives_nan_and_nan_elsewhere_is_noted(tmp_path):
     gaps = {c.REWARD.name: 2, "actor/entropy": 6}
     lines = [line(n, **{name: None if n == gap else 1.0 for name, gap in gaps.items()}) for n in range(1, 11)]
     table = cells(first_last_markdown(load_run(write_run(tmp_path, *lines)), k=3))

@@ -148,7 +148,7 @@ def test_watch_warns_of_an_early_end_and_of_a_broken_line(tmp_path):
     assert "warning: the run ended early at step 1/2" in shown
 
 
-def test_watch_beats_in_silence_and_warns_once_per_stall(tmp_path):
+def test_watch_prints_a_heartbeat_in_silence_and_warns_once_per_stall(tmp_path):
     _, shown = follow(tmp_path, "say('ray init kwargs: {}'); time.sleep(1.3)", pace=Pace(0.02, 0.15, 0.5))
     # Far fewer than the 65 looks; the margins are for a busy machine.
     assert 2 <= shown.count("still in: starting Ray") <= 12
