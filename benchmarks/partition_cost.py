@@ -167,7 +167,7 @@ responses, and the minimum of {results["rounds"]} rounds of the batch. {idle}
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-The first columns are of one response, "all" is the batch of {responses:,}. "Caller" is the process that computes
+The first columns are for one response, "all" is the batch of {responses:,}. "Caller" is the process that computes
 advantages; it mostly gathers and sends neighbours. "Workers" includes building graphs, METIS and unpickling.
 
 ## Wall seconds of the whole method
@@ -176,24 +176,24 @@ advantages; it mostly gathers and sends neighbours. "Workers" includes building 
 |---|---|---|---|
 {chr(10).join(pools)}
 
-Workers are running; the first call took {" and ".join(f"{s:.1f} s" for s in first)}, once per run.
+The workers were running already; the first call took {" and ".join(f"{s:.1f} s" for s in first)}, once per run.
 The caller works in parallel with the first workers. A run starts one worker per core, at most 64.
 
 ## Share of a step
 
-Credit is computed in a thread while verl runs the reference and value passes, if there are any. Then the partition adds
-the time in `sayo/credit_wait_seconds`, which is nothing as long as those passes take longer. A run without them (no KL,
-no critic) waits for all of it: caller + workers / processes seconds. This assumes that the caller's work does not
-overlap with the workers' and that workers scale linearly. The last columns divide this time by a share. They show how
-long a step without those passes must be for the partition to take that share. Figures for more than {max(PROCESSES)}
-processes are computed, not measured.
+Credit is computed in a thread while verl runs the reference and value passes, if there are any. The partition then adds
+the time in `sayo/credit_wait_seconds`, which is zero if those passes take longer. A run without them (no KL, no critic)
+waits for the whole partition: caller + workers / processes seconds. This assumes that the caller's work does not
+overlap with that of the workers, and that workers scale linearly. The last columns divide this time by a share. They
+show the length of a step without those passes in which the partition takes that share. Figures for more than
+{max(PROCESSES)} processes are computed, not measured.
 
 | tokens | processes | added, s | step of which that is 0.2 %, s | step of which that is 1.2 %, s |
 |---|---|---|---|---|
 {chr(10).join(steps)}
 
 1.2 % is the overhead that the paper reports for its whole method; 0.2 % is our target for the partition.
-These figures do not include the probe's part (profiles and neighbours, on the GPU).
+These figures do not include the work of the probe (profiles and neighbours, on the GPU).
 """
 
 

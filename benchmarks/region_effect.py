@@ -46,17 +46,17 @@ CAVEATS = """\
 ## How to read this
 
 - `region` and `wrong box` are `attn_region` with w_acc = 1; `accuracy` is verl's own `grpo` on accuracy and format.
-  The wrong box is that of a random other object, which the policy cannot predict.
-- One start and few seeds: the spread is between RL seeds, not starts. Other warm-ups give other sizes of effect.
-- "Named first" and "named" say what the response talks about before it answers; R_a says where the last layer looks
-  while it does. The reward can be met by choosing what to name. Nothing here shows that heads look elsewhere on the
-  same text.
+  The wrong box is the box of a random other object, which the policy cannot predict.
+- One start, few seeds: the spread is between RL seeds, not between starts. Other warm-ups give effects of other sizes.
+- "Named first" and "named" measure what the response mentions before it answers. R_a measures where the last layer
+  attends meanwhile. A policy can raise the reward by choosing what to name. Nothing here shows that heads attend
+  elsewhere on the same text.
 - R_a over a set of tokens grows with their number, as it is a logarithm of a ratio of means. Compare conditions of
   equal response length, and selected with all tokens by the R_a of single tokens only.
-- The high-entropy selection moves during training: once the policy is sure what to name first, the tokens that are
-  left among the 30 % of highest entropy are others. R_a over selected tokens can then fall while the behaviour that it
-  rewarded stays.
-- A visual token of this task is a ninth of the image and every box is one token; nothing here transfers by its size.
+- The selection of high-entropy tokens changes during training: once the policy is sure what to name first, other tokens
+  are among the 30 % of highest entropy. R_a over selected tokens can then fall although the rewarded behaviour stays.
+- In this task a visual token is a ninth of the image, and every box is one token. The sizes of these effects do not
+  transfer to other tasks.
 """
 
 

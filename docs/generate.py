@@ -1,4 +1,4 @@
-"""Write what is made from the code: docs/settings.md, docs/metrics.md and sayo_verl/report/methods.json.
+"""Write the files that are made from the code: docs/settings.md, docs/metrics.md and sayo_verl/report/methods.json.
 
 python docs/generate.py           write them
 python docs/generate.py --check   name those that are out of date, and write nothing
@@ -16,10 +16,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from sayo_verl.methods import METHODS
+from sayo_verl.methods import METHODS, own_methods
 from sayo_verl.methods import PREFIX as METHOD_PREFIX
 from sayo_verl.methods.group import SPREAD_FLOOR
-from sayo_verl.metrics import PREFIX, Metric, Panel
+from sayo_verl.metrics import Metric, Panel, declaration, named
 
 ROOT = Path(__file__).resolve().parent.parent
 MADE = "<!-- made by `python docs/generate.py`: edit the classes in sayo_verl/methods instead -->"
@@ -143,35 +143,9 @@ def bounds(metric: Metric) -> str:
     return f"{metric.low:g} to {metric.high:g}" if metric.high is not None else f"{metric.low:g} or more"
 
 
-def named(entries: Iterable[Panel | Metric]) -> list[Panel | Metric]:
-    """The same under the names of metrics.jsonl."""
-
-    def full(metric: Metric) -> Metric:
-        return dataclasses.replace(metric, name=PREFIX + metric.name)
-
-    def of_panel(panel: Panel) -> Panel:
-        band = (full(panel.band[0]), full(panel.band[1])) if panel.band else None
-        return dataclasses.replace(panel, metrics=tuple(map(full, panel.metrics)), band=band)
-
-    return [of_panel(entry) if isinstance(entry, Panel) else full(entry) for entry in entries]
-
-
 def methods_json() -> str:
-    """What the report needs of each class; defaults of ``Metric`` and ``Panel`` are left out."""
-    content = {
-        name: {"reference": cls.reference, "metrics": [compact(entry) for entry in named(cls.metrics)]}
-        for name, cls in shipped().items()
-    }
-    return json.dumps(content, indent=1) + "\n"
-
-
-def compact(entry: Any) -> Any:
-    if isinstance(entry, tuple):
-        return [compact(part) for part in entry]
-    if not dataclasses.is_dataclass(entry):
-        return entry
-    values = {field.name: (getattr(entry, field.name), field.default) for field in dataclasses.fields(entry)}
-    return {name: compact(value) for name, (value, default) in values.items() if value != default}
+    """Declarations of the methods of the package, for the report."""
+    return json.dumps({name: declaration(cls) for name, cls in shipped().items()}, indent=1) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -179,7 +153,7 @@ def compact(entry: Any) -> Any:
 
 def shipped() -> dict[str, Any]:
     """The methods of the package, without those that a test or a user registered."""
-    return {name: cls for name, cls in METHODS.items() if cls.__module__.startswith("sayo_verl.")}
+    return {name: cls for name, cls in METHODS.items() if name not in own_methods()}
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> list[str]:

@@ -1,81 +1,32 @@
-"""The ``sayo`` command. Every subcommand explains itself with ``--help``.
+"""The ``sayo`` command. ``--help`` of every subcommand fits a screen.
 
-A subcommand is a function that adds its flags to a parser and returns what runs it. Only the chosen one is called, so
-no other one's modules are imported: torch takes seconds.
+A subcommand is a function that adds its flags to a parser and returns the function that runs it. Only the function of
+the chosen subcommand is called, so that the modules of the others are not imported: torch takes seconds.
 """
 
 import argparse
-import dataclasses
 import importlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from sayo_verl import __version__
+from sayo_verl.command_line import AddFlags, Command, Run, add_commands, add_config_flags, config_from
 from sayo_verl.errors import SayoError
-
-Config = TypeVar("Config")
-Run = Callable[[argparse.Namespace], int]
-AddFlags = Callable[[argparse.ArgumentParser], Run | None]
-
-
-class Command(argparse.ArgumentParser):
-    """A parser that adds its flags when it begins to parse: argparse lets only the chosen subcommand's parser do so."""
-
-    def __init__(self, *args: Any, add_flags: AddFlags | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.formatter_class = argparse.RawDescriptionHelpFormatter
-        self.add_flags = add_flags
-
-    def parse_known_args(self, args=None, namespace=None):
-        if self.add_flags:
-            add_flags, self.add_flags = self.add_flags, None
-            self.set_defaults(function=add_flags(self))
-        return super().parse_known_args(args, namespace)
-
-
-def add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, tuple[str, AddFlags]]) -> None:
-    """Subcommands by name, each with one line of help and the function that adds its flags."""
-    choices = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Command)
-    for name, (summary, add_flags) in commands.items():
-        choices.add_parser(name, help=summary, add_flags=add_flags)
-
-
-def add_config_flags(parser: argparse.ArgumentParser, config: type, prefix: str = "") -> None:
-    """One flag for each field of a configuration dataclass, with its default."""
-    hints = get_type_hints(config)
-    group = parser.add_argument_group(f"{config.__name__} (see its docstring in {config.__module__})")
-    for field in dataclasses.fields(config):
-        hint = hints[field.name]
-        kwargs: dict[str, Any] = {"default": field.default, "help": "default: %(default)s"}
-        if get_origin(hint) is tuple:
-            kwargs.update(nargs="+", type=get_args(hint)[0])
-        elif get_args(hint):
-            kwargs.update(choices=get_args(hint), help=f"one of {', '.join(get_args(hint))}; default: %(default)s")
-        else:
-            kwargs.update(type=hint)
-        group.add_argument(
-            f"--{prefix}{field.name.replace('_', '-')}", dest=f"{config.__name__}.{field.name}", metavar="X", **kwargs
-        )
-
-
-def config_from(args: argparse.Namespace, config: Callable[..., Config]) -> Config:
-    """The dataclass from the flags that ``add_config_flags`` made."""
-    values = {k.partition(".")[2]: v for k, v in vars(args).items() if k.startswith(f"{config.__name__}.")}
-    return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def _doctor(parser: argparse.ArgumentParser) -> Run:
     parser.epilog = DOCTOR_EXAMPLE
-    parser.add_argument("--stack", choices=("cpu", "gpu"), help="which pins to check (default: those of torch's build)")
+    parser.add_argument(
+        "--stack", choices=("cpu", "gpu"), help="whose pinned versions to check (default: those of the installed torch)"
+    )
     parser.add_argument(
         "--job",
         nargs="+",
         default=[],
         metavar=("SCRIPT", "OVERRIDE"),
-        help="a launch script: its dry run and its memory, on this machine",
+        help="a script of a job: also its dry run and its memory on this machine",
     )
     return _run_doctor
 
@@ -87,7 +38,7 @@ def _run_doctor(args: argparse.Namespace) -> int:
     from sayo_verl.launch.doctor import examine
 
     job = f", a dry run of {' '.join(args.job)}" if args.job else ""
-    print(f"looking at versions, device, probe, a Ray worker{job}: about half a minute", file=sys.stderr, flush=True)
+    print(f"checking versions, device, probe, a Ray worker{job}: about half a minute", file=sys.stderr, flush=True)
     findings = examine(args.stack, args.job)
     # as wide as the terminal; in a file every finding keeps to one line
     console = Console() if sys.stdout.isatty() else Console(width=10_000)
@@ -108,10 +59,14 @@ def _synthetic(parser: argparse.ArgumentParser) -> Run:
 
     parser.add_argument("--out", type=Path, default=Path(".sayo"), help="parent folder (default: %(default)s)")
     add_config_flags(parser, SceneConfig)
+    assert isinstance(parser, Command)
+    parser.show_only("--out", "--question-kinds", "--n-train", "--n-val", "--seed", "--prompt")
 
     def run(args: argparse.Namespace) -> int:
-        made = prepare(args.out, config_from(args, SceneConfig))
-        print(f"scenes: {'reused' if made.reused else 'made'} {made.path}", file=sys.stderr)
+        config = config_from(args, SceneConfig)
+        made = prepare(args.out, config)
+        bare = "" if config.prompt != "question" else "; prompts for the tiny policy, others need --prompt instruction"
+        print(f"scenes: {'reused' if made.reused else 'made'} {made.path}{bare}", file=sys.stderr)
         print(made.path)
         return 0
 
@@ -127,6 +82,8 @@ def _policy(parser: argparse.ArgumentParser) -> Run:
     configs = {TinyPolicyConfig: "", WarmupConfig: "warmup-", SceneConfig: "scenes-"}
     for config, prefix in configs.items():
         add_config_flags(parser, config, prefix)
+    assert isinstance(parser, Command)
+    parser.show_only("--out", "--seed", "--scenes-question-kinds")
 
     def run(args: argparse.Namespace) -> int:
         made = prepare_policy(args.out, *(config_from(args, config) for config in configs))
@@ -138,7 +95,7 @@ def _policy(parser: argparse.ArgumentParser) -> Run:
 
 
 def _rows(source: str) -> AddFlags:
-    """The command that makes training rows from a source."""
+    """The subcommand that makes training rows from a source."""
 
     def add_flags(parser: argparse.ArgumentParser) -> Run:
         from sayo_verl.data.building import build, options
@@ -148,6 +105,8 @@ def _rows(source: str) -> AddFlags:
         module.add_flags(parser)
         parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
         options.add_flags(parser)
+        assert isinstance(parser, Command)
+        parser.show_only("--out", "--limit", "--val-share", "--prompt", "--overwrite", *module.SHOWN)
 
         def run(args: argparse.Namespace) -> int:
             print(build.build(module.from_args(args), args.out, options.options_from(args)).folder)
@@ -163,6 +122,8 @@ def _mix(parser: argparse.ArgumentParser) -> Run:
 
     parser.description = mix.__doc__
     mix.add_flags(parser)
+    assert isinstance(parser, Command)
+    parser.show_only("--val-rows", "--seed", "--overwrite")
 
     def run(args: argparse.Namespace) -> int:
         print(mix.from_args(args).folder)
@@ -177,9 +138,9 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
         parser,
         {
             **sources,
-            "mix": ("rows drawn from prepared folders by shares", _mix),
-            "synthetic": ("draw scenes with exact boxes as verl parquet; prints the folder", _synthetic),
-            "policy": ("build and warm up the tiny Qwen3-VL; prints the folder", _policy),
+            "mix": ("rows from prepared folders, drawn by shares", _mix),
+            "synthetic": ("drawn scenes with exact boxes; prints the folder", _synthetic),
+            "policy": ("a tiny warmed-up Qwen3-VL; prints the folder", _policy),
         },
     )
 
@@ -200,9 +161,10 @@ def _focus(parser: argparse.ArgumentParser) -> Run:
 
 
 def _watch(parser: argparse.ArgumentParser) -> Run:
-    parser.add_argument("run", type=Path, help="run folder, for train.log and metrics.jsonl")
-    parser.add_argument("--steps", type=int, help="training steps of the command (default: as its run.json says)")
-    parser.add_argument("command", nargs="+", help="the command, after --")
+    parser.epilog = WATCH_EXAMPLE
+    parser.add_argument("run", type=Path, help="folder of the run, for train.log and metrics.jsonl")
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps (default: those in its run.json)")
+    parser.add_argument("command", nargs="+", help="the training command, after --")
     return _run_watch
 
 
@@ -213,11 +175,21 @@ def _run_watch(args: argparse.Namespace) -> int:
 
 
 def _report(parser: argparse.ArgumentParser) -> Run:
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument(
-        "--window", type=int, default=5, help="steps that make 'first' and 'last' (default: %(default)s)"
+        "--window",
+        type=int,
+        default=5,
+        metavar="N",
+        help="steps in the means 'first' and 'last' (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture that compares several runs")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("curves.png"),
+        metavar="FILE",
+        help="figure that compares several runs (default: %(default)s)",
+    )
     return _run_report
 
 
@@ -243,13 +215,17 @@ def _run_report(args: argparse.Namespace) -> int:
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> Run:
-    parser.add_argument("model", type=Path)
-    parser.add_argument("scenes", type=Path, help="a parquet of `sayo prepare synthetic`")
-    parser.add_argument("--samples", type=int, default=1, help="responses per row (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-new-tokens", type=int, default=24)
-    parser.add_argument("--out", type=Path, help="also write the result to this file")
+    parser.add_argument("model", type=Path, help="folder of a tiny policy")
+    parser.add_argument("scenes", type=Path, help="a parquet file of `sayo prepare synthetic`")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="responses per row (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="X", help="0 is greedy (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=24, metavar="N", help="longest response (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the result to this file")
     return _run_evaluate
 
 
@@ -274,22 +250,27 @@ def _run_evaluate(args: argparse.Namespace) -> int:
 SOURCES = {
     "gqa": "GQA: scene graphs, questions, images",
     "refocus": "ReFocus-Chart: parquet or JSON",
-    "jsonl": "your own: one JSON object per line",
+    "jsonl": "your own data: one JSON object per line",
     "coco": "COCO detection or panoptic annotations",
     "labelme": "a folder of labelme files",
     "hf": "a data set of the Hugging Face hub, or a folder of one",
 }
-DOCTOR_EXAMPLE = """a job, with variables in front and overrides after the script as in its own call:
-  METHOD=grpo NGPUS_PER_NODE=4 sayo doctor --job scripts/run_sayo_qwen3vl_8b.sh sayo.gpu_memory_gib=48
+DOCTOR_EXAMPLE = """a job, with variables in front and overrides after the script, as when it runs:
+  METHOD=grpo NGPUS_PER_NODE=4 \\
+    sayo doctor --job scripts/run_sayo_qwen3vl_8b.sh sayo.gpu_memory_gib=48
+"""
+WATCH_EXAMPLE = """example:
+  sayo watch outputs/mine -- \\
+    env OUT=outputs/mine bash scripts/run_sayo_qwen3vl_8b.sh
 """
 COMMANDS: dict[str, tuple[str, AddFlags]] = {
-    "doctor": ("check versions, device and whether the plug-in loads in Ray workers", _doctor),
+    "doctor": ("check versions, device and the plug-in in a Ray worker", _doctor),
     "prepare": ("make data or the tiny policy", _prepare),
-    "inspect": ("check prepared data with the model's processor; a page of pictures", _inspect),
-    "focus": ("teach a model to look at annotated regions, before attn_faithful", _focus),
+    "inspect": ("check prepared data and draw it as the model sees it", _inspect),
+    "focus": ("train a <Focus> token on annotated regions, before attn_faithful", _focus),
     "watch": ("run a training command and show its progress", _watch),
-    "report": ("table of first and last steps and curves of runs", _report),
-    "evaluate": ("let a tiny policy answer held-out scenes; accuracy and attention", _evaluate),
+    "report": ("table of the first and last steps of runs, and their curves", _report),
+    "evaluate": ("accuracy and attention of a tiny policy on held-out scenes", _evaluate),
 }
 
 
@@ -300,11 +281,11 @@ def _all(parser: argparse.ArgumentParser) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    return Command(prog="sayo", description="Credit by visual attention for stock verl.", add_flags=_all)
+    return Command(prog="sayo", description="Credit assignment by visual attention for stock verl.", add_flags=_all)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the ``sayo`` command; 0 for success, 1 for a finding, 2 for a refusal, 130 for Ctrl-C."""
+    """Entry point of the ``sayo`` command; 0 for success, 1 for a finding, 2 for an error, 130 for Ctrl-C."""
     args = build_parser().parse_args(argv)
     try:
         return args.function(args)

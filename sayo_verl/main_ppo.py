@@ -32,7 +32,8 @@ from sayo_verl.launch.resume import how_to_resume
 from sayo_verl.launch.reward_check import configure as configure_reward
 from sayo_verl.launch.settings import load_methods
 from sayo_verl.launch.training_check import check_by_verl
-from sayo_verl.methods import METHODS, Mix
+from sayo_verl.methods import METHODS, Mix, own_methods
+from sayo_verl.metrics import declaration
 from sayo_verl.models import internvl
 from sayo_verl.report.runs import run_card
 
@@ -115,6 +116,8 @@ def write_run_card(config: DictConfig) -> None:
         "versions": {"sayo-verl": __version__, **{name: version(name) for name in names}},
         "metrics": metrics,
         "overrides": sys.argv[1:],
+        # for the report, which reads those of the built-in methods from its own file
+        "methods": {name: declaration(cls) for name, cls in own_methods().items()},
     }
     card_file.write_text(json.dumps(card, indent=1) + "\n")
 

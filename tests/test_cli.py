@@ -40,6 +40,22 @@ def test_help_fits_a_screen_and_names_every_command(monkeypatch, capsys):
     assert [name for name in COMMANDS if f"\n    {name} " not in shown] == []
 
 
+def test_help_of_every_subcommand_fits_a_screen_and_the_rest_is_in_help_all(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    prepared = [f"prepare {name}" for name in ("gqa", "refocus", "jsonl", "coco", "labelme", "hf", "mix", "synthetic")]
+    for command in ["doctor", "prepare", "inspect", "watch", "report", "evaluate", *prepared]:
+        with pytest.raises(SystemExit):
+            main([*command.split(), "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) <= 30, command
+        assert max(map(len, lines)) <= 80, command
+    with pytest.raises(SystemExit):
+        main(["prepare", "jsonl", "--help-all"])
+    page = capsys.readouterr().out
+    assert "--max-drop" in page
+    assert "Unknown keys are refused by name" in page  # the format, from the module
+
+
 def test_a_command_that_does_not_exist_is_refused_with_the_choices(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["prepare", "gqaa"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 # From bottom to top. A room imports rooms of lower floors only; so there is no circle, and none within a floor.
 FLOORS = """
-errors metrics
+errors metrics command_line
 retired
 vision models reward metis
 probe data

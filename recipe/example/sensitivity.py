@@ -17,6 +17,7 @@ import torch
 from sayo_verl.methods import Credit, Needs, Signals, register_method
 from sayo_verl.methods.base import blend, check_setting
 from sayo_verl.methods.faithful import causal_effect
+from sayo_verl.metrics import Metric
 from sayo_verl.probe.statistics import StatisticsRequest
 from sayo_verl.vision.intervention import Intervention
 
@@ -36,6 +37,11 @@ class SensitivityMethod:
     share: float = 0.4
     counterfactual: Intervention = field(default_factory=Intervention)
     name = "attn_sensitivity"
+    reference = ("VPPO's token filter", "arXiv 2510.09285")
+    metrics = (
+        Metric("sensitivity/mean", "sensitivity of tokens", low=0, high=10, live="sensitivity"),
+        Metric("sensitivity_kept_share", "share of tokens kept", low=0, high=1),
+    )
 
     def __post_init__(self) -> None:
         check_setting(

@@ -236,7 +236,7 @@ def _drawn_on(
     elif frame == "auto" or (len(matching) == 1 and matching[0] != frame):
         raise SayoError(
             "D45",
-            "nothing tells whether the boxes were drawn on the picture turned by its EXIF orientation or unturned"
+            "the data do not show whether boxes were drawn on the picture as turned by its EXIF orientation or unturned"
             if frame == "auto"
             else f"the boxes are said to be drawn on the {frame} picture but have the size of the {matching[0]} one",
             where=where,

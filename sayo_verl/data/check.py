@@ -5,7 +5,7 @@ same contract (``sayo_verl.data.contract``), and draws them.
 """
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Counted:
         decoded: images that were decoded.
         remote: images of web addresses, which are not read.
         narrow: rows that verl's length filter drops for the shape of an image.
-        silent: rows whose prompt does not name ``<answer>``, where ``sayo_verl.reward`` reads the answer.
+        silent: rows whose prompt does not name ``<answer>`` (``asks_for_answer``).
         spread: rows evenly spread over each file.
         largest, longest: the rows with the most pixels and with the longest questions.
     """
@@ -94,6 +94,11 @@ def open_rows(path: Path, demands: Demands) -> pq.ParquetFile:
     return file
 
 
+def asks_for_answer(values: Mapping[str, Any], demands: Demands) -> bool:
+    """Whether a prompt names the tag in which ``sayo_verl.reward`` reads the answer; True for another reward."""
+    return demands.judge is None or "<answer>" in str(values[demands.keys.prompt])
+
+
 def check_parquet(
     path: Path,
     demands: Demands,
@@ -131,7 +136,7 @@ def check_parquet(
             if not (narrow and fault.code == "D77"):
                 raise fault
         counted.narrow += narrow
-        counted.silent += demands.judge is not None and "<answer>" not in str(values[demands.keys.prompt])
+        counted.silent += not asks_for_answer(values, demands)
         if demands.attention:
             counted.with_boxes = (counted.with_boxes or 0) + any(looked.boxes)
         counted.with_images += bool(values.get(key))

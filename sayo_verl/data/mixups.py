@@ -15,6 +15,7 @@ AT_MOST = 20_000  # different boxes that are looked at for what no single box sh
 OVERHANG = 0.02  # share of a side: a box runs out of its picture when it ends further out, and fits when it does not
 OFTEN = 0.2  # share of boxes that may run out, ...
 A_FEW = 5  # ... and how many at least have to, and in how many rows at least the boxes have to fit another format
+ENOUGH = 20  # different boxes that can tell formats apart: in each, another format fits by chance in about one of three
 TINY = 0.1  # share of boxes that may lie within the first pixel, or the first thousandth
 CHANCE = math.log(1e-9)
 EDGE = 0.1  # boxes that fill a picture begin and end at most so far from its sides
@@ -124,6 +125,13 @@ class FormatWatch:
             SayoError: D43 for a likely mix-up.
         """
         self._judge()
+
+    def summary(self) -> str:
+        """How many boxes the format was checked on, and whether these are enough."""
+        checked = f"box format {self.box_format}: {self._n_sized} different boxes in {self._rows} rows fit it"
+        if self._n_sized >= ENOUGH:
+            return checked
+        return f"{checked}, too few to tell it from other formats: look at the boxes, `sayo inspect --page FILE`"
 
     def _look_at(self, box: Box, size: tuple[int, int] | None, where: str) -> bool:
         """Count one box; whether its size is known."""

@@ -237,6 +237,21 @@ def check_text(question: str, answer: str) -> None:
         raise Drop("reserved_text", reserved)
 
 
+def messages_of(question: str, n_images: int, *, prompt: str, instruction: str = INSTRUCTION) -> list[dict[str, str]]:
+    """The prompt of a row.
+
+    Args:
+        question: without image tags.
+        n_images: image tags above the question.
+        prompt: "instruction": the instruction stands below the question; "released": a system turn stands above it;
+            "question": neither.
+        instruction: "" for none.
+    """
+    below = f"\n{instruction}" if prompt == "instruction" and instruction else ""
+    system = [{"role": "system", "content": RELEASED_SYSTEM}] if prompt == "released" else []
+    return [*system, {"role": "user", "content": IMAGE_TAG * n_images + question + below}]
+
+
 def record(
     example: Example,
     *,
@@ -260,12 +275,9 @@ def record(
         instruction: stands below the question in the prompt; "" for none.
         prompt: of ``PROMPTS``; with "released" a system turn stands above the question, and no instruction below it.
     """
-    released = prompt == "released"
-    instruction = "" if released else instruction
-    content = IMAGE_TAG * len(example.images) + example.question + (f"\n{instruction}" if instruction else "")
     return {
         "data_source": example.data_source,
-        "prompt": [{"role": "system", "content": RELEASED_SYSTEM}] * released + [{"role": "user", "content": content}],
+        "prompt": messages_of(example.question, len(example.images), prompt=prompt, instruction=instruction),
         "images": [{"bytes": data, "path": None} for data, _, _ in stored],
         "ability": "vqa",
         "reward_model": {"style": "rule", "ground_truth": example.answer},

@@ -1,1 +1,1 @@
-"""``sayo inspect``: what prepared data is to the model, checked with its own processor and drawn on a page."""
+"""``sayo inspect``: prepared data as the model will see it, checked with its own processor and drawn on a page."""

@@ -1,8 +1,7 @@
-"""What can be seen in finished parquet without a model: the cheap half of `sayo inspect`, which goes over every row.
+"""The first pass of `sayo inspect`: the checks of every row that need no model.
 
-No picture is decoded here: of each image the header is read and the bytes are hashed. Nothing stops at the first
-mistake. What is wrong becomes a ``Finding``, counted, with the first rows named; only what cannot be read at all is a
-``SayoError``.
+No image is decoded here: its header is read and its bytes are hashed. A mistake becomes a ``Finding``, which is counted
+and names the first rows, and the pass continues. Only a file that cannot be read stops it, as a ``SayoError``.
 """
 
 from collections import Counter
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sayo_verl.data.check import check_joined, columns_of, open_rows
+from sayo_verl.data.check import asks_for_answer, check_joined, columns_of, open_rows
 from sayo_verl.data.contract import PREPARE, Demands, Looked, RowContract
 from sayo_verl.data.reading import image_digest, read_rows
 from sayo_verl.errors import SayoError
@@ -19,24 +18,24 @@ from sayo_verl.inspection.files import Data, check_manifest
 from sayo_verl.inspection.findings import Findings
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-WHOLE = 0.99  # share of the image from which a box counts as all of it
+WHOLE = 0.99  # a box with at least this share of the image counts as the whole image
 DEMANDS = Demands()
-MANY = 0.05  # share of rows from which what is neutral is worth a warning
+MANY = 0.05  # above this share of rows, boxes of the whole image are a warning
 
 
 @dataclass
 class Figures:
-    """What there is.
+    """Counts over all rows.
 
     Attributes:
         rows: split -> rows.
-        images, distinct_images: in all rows, and those of different bytes.
-        boxes_per_row: number of boxes -> rows; rows whose boxes are malformed are not among them.
+        images, distinct_images: images of all rows, and how many of them differ in their bytes.
+        boxes_per_row: number of boxes -> rows, without rows of malformed boxes.
         sources, kinds, box_sources: name -> rows.
-        formats: of images -> images.
+        formats: format of an image -> images.
         whole_image_rows: rows with a box that is the whole image.
-        train_rows_with_boxes: rows.
-        rows_of_wrong_boxes: rows of which it is not known whether they have a box.
+        train_rows_with_boxes: training rows with a box.
+        rows_of_wrong_boxes: rows of malformed boxes.
     """
 
     rows: Counter[str] = field(default_factory=Counter)
@@ -57,8 +56,8 @@ class Audit:
 
     Args:
         data: its files.
-        demands: what is asked of rows.
-        tick: called once a row.
+        demands: which checks apply.
+        tick: called once for each row.
     """
 
     def __init__(self, data: Data, demands: Demands = DEMANDS, tick: Callable[[], None] = lambda: None) -> None:
@@ -100,6 +99,15 @@ class Audit:
                 self.findings.refused(fault)
             self.figures.rows[split] += 1
             self.figures.sources[str(values["data_source"])] += 1
+            if not asks_for_answer(values, self.demands):
+                self.findings.add(
+                    "D90",
+                    "WARN",
+                    "a prompt does not ask for <answer>, where sayo_verl.reward reads the answer",
+                    where,
+                    "prepare the rows with an instruction (`sayo prepare synthetic --prompt instruction`), or train a "
+                    "model that answers in this form without being asked",
+                )
             if looked.mistyped:
                 self.figures.rows_of_wrong_boxes += 1
             else:
@@ -117,19 +125,20 @@ class Audit:
         else:
             self._boxes(looked.boxes)
         keys = [("bytes", key) for key in self._images(images, looked, where)]
-        told = info.get("image_keys")
-        names = [("name", (source, repr(name))) for name in told] if isinstance(told, list) else []
-        self._apart(names + keys, split, where)
-        asked = (looked.question if not isinstance(info.get("question"), str) else info["question"], *(names or keys))
-        if len(asked) > 1 and asked in questions:
+        image_keys = info.get("image_keys")
+        names = [("name", (source, repr(name))) for name in image_keys] if isinstance(image_keys, list) else []
+        self._compare_splits(names + keys, split, where)
+        text = info["question"] if isinstance(info.get("question"), str) else looked.question
+        question = (text, *(names or keys))
+        if len(question) > 1 and question in questions:
             self.findings.add(
                 "D65",
                 "WARN",
-                "the same question about the same images is there twice",
-                f"{where} and {questions[asked]}: {asked[0][:60]!r}",
+                "two rows have the same question and the same images",
+                f"{where} and {questions[question]}: {question[0][:60]!r}",
                 "remove one of them",
             )
-        questions.setdefault(asked, where)
+        questions.setdefault(question, where)
 
     def _boxes(self, boxes: list[list[list[float]]]) -> None:
         flat = [box for of_image in boxes for box in of_image]
@@ -142,7 +151,7 @@ class Audit:
         for i, (image, header) in enumerate(zip(images, looked.headers, strict=True)):
             try:
                 hashes.append(image_digest(image, where))
-            except SayoError:  # D06, D07, D73: among the faults of the row
+            except SayoError:  # D06, D07 and D73 are among the faults of the row
                 continue
             self.figures.images += 1
             self.figures.formats[header.format if header else "not read"] += 1
@@ -150,14 +159,14 @@ class Audit:
                 self.findings.add(
                     "D67",
                     "WARN",
-                    "an image is not JPEG, PNG or WEBP, or is animated: verl takes the first picture",
+                    "an image is not JPEG, PNG or WEBP, or is animated; verl takes the first picture",
                     f"{where}, images[{i}]: got {header.format}, {header.frames} frames",
                     PREPARE,
                 )
         self._seen.update(hashes)
         return hashes
 
-    def _apart(self, images: list[tuple[str, Any]], split: str, where: str) -> None:
+    def _compare_splits(self, images: list[tuple[str, Any]], split: str, where: str) -> None:
         if split == "val":
             for image in images:
                 self._held_out.setdefault(image, where)
@@ -175,7 +184,7 @@ class Audit:
 
     def _of_all_rows(self) -> None:
         figures, found = self.figures, self.findings
-        rows = sum(figures.boxes_per_row.values())  # those whose boxes are right
+        rows = sum(figures.boxes_per_row.values())  # without those of malformed boxes
         with_box = sum(n for boxes, n in figures.boxes_per_row.items() if boxes)
         if figures.rows["train"] and not figures.train_rows_with_boxes + figures.rows_of_wrong_boxes:
             found.add(
@@ -191,7 +200,7 @@ class Audit:
                 "INFO",
                 "rows without a box, neutral for methods that look at a region",
                 f"{(rows - with_box) / rows:.1%} of the rows",
-                "nothing, if so meant",
+                "nothing, if that is intended",
                 count=rows - with_box,
             )
         whole = figures.whole_image_rows

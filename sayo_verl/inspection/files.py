@@ -1,4 +1,4 @@
-"""The files of a data set: found, compared with their manifest and with each other."""
+"""The files of a data set: how they are found and compared with their manifest."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from sayo_verl.inspection.findings import Findings
 
 @dataclass(frozen=True)
 class Data:
-    """Files of one data set; ``folders`` are those that `sayo prepare` made."""
+    """Files of one data set; ``folders`` holds the folders that `sayo prepare` made."""
 
     train: tuple[Path, ...]
     val: tuple[Path, ...]
@@ -26,12 +26,13 @@ def find_data(data: Sequence[Path], val: Sequence[Path] = ()) -> Data:
     """The parquet files behind the arguments of the command.
 
     Args:
-        data: parquet files, or prepared folders: their ``train*.parquet`` and ``val*.parquet``. Files whose name
-            begins with "val" are validation data.
-        val: the same; all of it is validation data.
+        data: parquet files, or folders with ``train*.parquet`` and ``val*.parquet``. Files whose name begins with "val"
+            are validation data.
+        val: the same, but all files are validation data.
 
     Raises:
-        SayoError: D64 for what is not there, is no parquet, or is a file that can run code when it is loaded.
+        SayoError: D64 for a path that does not exist, a file that is not parquet, and one that can run code when it is
+            loaded.
     """
     train: list[Path] = []
     held_out: list[Path] = []
@@ -73,22 +74,21 @@ def _refuse_file(path: Path) -> None:
     if path.suffix != ".parquet":
         raise SayoError(
             "D64",
-            "this is no parquet file",
+            "this is not a parquet file",
             where=str(path),
             got=path.suffix or "no suffix",
-            wanted=".parquet; verl tells kinds of files by it",
+            wanted=".parquet; verl reads a file by its suffix",
             fix=PREPARE,
         )
 
 
 def check_manifest(folder: Path, findings: Findings) -> None:
-    """Compare a folder with its manifest; what differs is a finding, D64."""
+    """Compare a folder with its manifest; a difference is a finding, D64."""
     if not (folder / MANIFEST).is_file():
-        findings.add("D64", "FAIL", "a folder is not finished", str(folder), "prepare it again, which goes on")
+        findings.add("D64", "FAIL", "a folder is not finished", str(folder), "call `sayo prepare` again; it resumes")
         return
     try:
-        told = json.loads((folder / MANIFEST).read_text())
-        files = told["files"]
+        files = json.loads((folder / MANIFEST).read_text())["files"]
         facts = {name: {"size": fact} if isinstance(fact, int) else dict(fact) for name, fact in files.items()}
         sizes = {name: fact["size"] for name, fact in facts.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -101,7 +101,7 @@ def check_manifest(folder: Path, findings: Findings) -> None:
             findings.add(
                 "D64",
                 "FAIL",
-                "a file is not the one that its manifest names",
+                "a file differs from its entry in the manifest",
                 f"{file}: got {got}, wanted {size} bytes",
                 PREPARE,
             )
@@ -109,7 +109,7 @@ def check_manifest(folder: Path, findings: Findings) -> None:
             findings.add(
                 "D64",
                 "FAIL",
-                "a file is not the one that its manifest names",
+                "a file differs from its entry in the manifest",
                 f"{file}: got another sha256, wanted {facts[name]['sha256']}",
                 PREPARE,
             )

@@ -1,10 +1,10 @@
-"""What is wrong with data, by kind: counted, with the first rows named.
+"""Mistakes in data, by kind: counted, with the first rows named.
 
 Levels:
 
     FAIL  training on these rows crashes or trains the wrong thing
-    WARN  it works, and is probably not what was meant
-    INFO  good to know
+    WARN  training works, but the data is probably not what the user intended
+    INFO  worth knowing
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ class Finding:
     """One kind of mistake.
 
     Attributes:
-        code: as of a ``SayoError``.
-        level: of ``LEVELS``.
-        what: one sentence.
-        count: how often.
-        rows: the first few, with what was got and wanted.
-        fix: what to do.
+        code: as in ``SayoError``.
+        level: one of ``LEVELS``.
+        what: the mistake, in one sentence.
+        count: number of occurrences.
+        rows: the first few, each with the value found and the value wanted.
+        fix: instruction for the user.
     """
 
     code: str
@@ -39,18 +39,18 @@ class Finding:
 
 
 class Findings:
-    """Findings by kind, in the order of their level and then of their coming."""
+    """Findings by kind, in the order of their level and then of their first occurrence."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, str, str], tuple[int, list[str], str]] = {}
 
     def add(self, code: str, level: str, what: str, row: str, fix: str, *, count: int = 1) -> None:
-        """Count one; ``row`` names it, with what was got."""
+        """Count an occurrence; ``row`` names it, with the value found."""
         before, rows, _ = self._found.get((code, level, what), (0, [], fix))
         self._found[code, level, what] = (before + count, [*rows, row][:FIRST], fix)
 
     def attempt(self, check: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The value of a check, or None where it refuses, which is counted as a FAIL."""
+        """The value of a check, or None if it raises a ``SayoError``, which is counted as a FAIL."""
         try:
             return check(*args, **kwargs)
         except SayoError as error:
@@ -58,23 +58,23 @@ class Findings:
             return None
 
     def refused(self, error: SayoError, *, count: int = 1) -> None:
-        """Count a refusal."""
-        # what a library said differs from row to row
+        """Count an error."""
+        # the message of a library, in brackets, differs from row to row
         what, bracket, detail = error.what.partition(" (")
-        told = [f"got {error.got}"] if error.got is not None else []
-        told += [f"wanted {error.wanted}"] if error.wanted is not None else []
-        told += [detail.removesuffix(")")] if bracket else []
+        found = [f"got {error.got}"] if error.got is not None else []
+        found += [f"wanted {error.wanted}"] if error.wanted is not None else []
+        found += [detail.removesuffix(")")] if bracket else []
         self.add(
             error.code,
             "FAIL",
             what,
-            ": ".join([error.where, *([", ".join(told)] if told else [])]),
+            ": ".join([error.where, *([", ".join(found)] if found else [])]),
             error.fix,
             count=count,
         )
 
     def sorted(self) -> list[Finding]:
-        """All of them."""
+        """All findings."""
         found = [
             Finding(code, level, what, count, tuple(rows), fix)
             for (code, level, what), (count, rows, fix) in self._found.items()

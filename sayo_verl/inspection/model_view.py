@@ -1,4 +1,4 @@
-"""A row as the model is given it: the model's own processor, called the way verl calls it.
+"""A row as the model receives it: the model's own processor, called as verl calls it.
 
 torch, transformers and verl are imported when a model is loaded, not with this module.
 
@@ -15,18 +15,18 @@ from sayo_verl.errors import SayoError
 from sayo_verl.vision.grids import Tile
 from sayo_verl.vision.masks import box_masks
 
-# what the templates, image readers and processors of other packages raise on a row they cannot take
+# What templates, image readers and processors of other packages raise for a row that they cannot process
 _REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError, OSError)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A row as the model is given it.
+    """A row as the model receives it.
 
     Attributes:
-        tiles: per image, its grids of visual tokens.
+        tiles: per image, its grids of visual tokens; none without a model.
         masks: per image, bool [N, V]: the visual tokens of each box.
-        prompt_tokens: length of the prompt.
+        prompt_tokens: length of the prompt; 0 without a model.
     """
 
     tiles: list[tuple[Tile, ...]]
@@ -38,19 +38,31 @@ class Seen:
         return [int(n) for mask_NV in self.masks for n in mask_NV.sum(axis=1)]
 
 
+def boxes_of(row: Mapping[str, Any], n_images: int) -> list[Any]:
+    """The boxes of each image of a row; empty lists where it has none."""
+    return (row.get("extra_info") or {}).get("boxes") or [[] for _ in range(n_images)]
+
+
+def unseen(row: Mapping[str, Any]) -> Seen:
+    """A row without a model: no visual token, and no length of the prompt."""
+    n_images = len(row.get("images") or [])
+    masks = [np.zeros((len(boxes), 0), dtype=bool) for boxes in boxes_of(row, n_images)]
+    return Seen([()] * n_images, masks, 0)
+
+
 class Model:
     """The processor of a model and verl's way to call it.
 
     Args:
         path: folder or hub name.
         coverage: share of a visual token that a box must cover, ``algorithm.attn.region.coverage``.
-        where: the flag or key that named the model, for messages.
+        where: the flag or key that names the model, for messages.
         data: ``apply_chat_template_kwargs`` and ``mm_processor_kwargs`` of the run's ``data``.
         chat_template: ``actor_rollout_ref.model.custom_chat_template`` of the run.
 
     Raises:
-        SayoError: L17 for no model, L18 for a family that is not known, L23 for the processor of another family, D68
-            for a processor that cannot be loaded or does not belong to the weights.
+        SayoError: L17 without a model at this path, L18 for an unknown family, L23 for the processor of another family,
+            D68 for a processor that cannot be loaded or does not belong to the weights.
     """
 
     def __init__(
@@ -74,10 +86,11 @@ class Model:
         if model_type is None:
             raise SayoError(
                 "L17",
-                "there is no model at this path",
+                "there is no model in this folder, or the hub cannot be reached for a model of this name",
                 where=where,
                 got=path,
-                fix="correct it, or give a hub name such as Qwen/Qwen3-VL-8B-Instruct",
+                wanted="a local model folder, or a hub name such as Qwen/Qwen3-VL-8B-Instruct and access to the hub",
+                fix="correct it; `sayo inspect` also works without --model, but then does not check visual tokens",
             )
         self.where, self.coverage = f"{where} {path}", coverage
         self.family = family_of(model_type, where=self.where)
@@ -107,7 +120,7 @@ class Model:
         base = internvl_data.InternVLDataset if tiled else RLHFDataset
 
         class Rows(base):  # type: ignore[misc, valid-type]
-            """verl's data set, for what it does to one row: no file is read."""
+            """verl's data set, for its processing of one row: no file is read."""
 
             def _download(self, use_origin_parquet: bool = False) -> None:
                 pass
@@ -118,7 +131,7 @@ class Model:
         self._rows = Rows([], self.processor.tokenizer, OmegaConf.create(dict(data or {})), self.processor)
 
     def _check_sizes(self) -> None:
-        """Patches of another size, or merged otherwise, would be another grid."""
+        """Compare sizes of processor and weights: with other patches or another merge size the grid would differ."""
         own, vision = self.processor.image_processor, self.config.vision_config
         if self.family.geometry == "grid":
             got = {"patch_size": own.patch_size, "merge_size": own.merge_size}
@@ -144,18 +157,18 @@ class Model:
         return int(own.size["height"] / self.processor.image_seq_length**0.5)
 
     def see(self, row: Mapping[str, Any], where: str) -> Seen:
-        """What becomes of a row.
+        """The visual tokens and prompt length of a row.
 
         Raises:
-            SayoError: D68 when the processor refuses it, P05 when placeholders and grids differ, and what
-                ``sayo_verl.probe.plan`` raises.
+            SayoError: D68 when the processor refuses it, P05 when placeholders and grids differ, and errors of
+                ``sayo_verl.probe.plan``.
         """
         from sayo_verl.probe.plan import image_tiles, plan_row
 
         features = self._features(row, where)
         ids_S = features["input_ids"][0]
         tiles = image_tiles(features, self.family, self.config, where=where)
-        boxes = (row.get("extra_info") or {}).get("boxes") or [[] for _ in tiles]
+        boxes = boxes_of(row, len(tiles))
         plan = plan_row(
             ids_S,
             0,
@@ -180,13 +193,13 @@ class Model:
         return Seen(tiles, masks, len(ids_S))
 
     def prompt_tokens(self, row: Mapping[str, Any], where: str) -> int:
-        """Length of a row's prompt; D68 when the processor refuses it. Boxes are not looked at."""
+        """Length of a row's prompt; D68 when the processor refuses it. Boxes are ignored."""
         return len(self._features(row, where)["input_ids"][0])
 
     def _features(self, row: Mapping[str, Any], where: str) -> Any:
         from verl.utils.tokenizer import build_multimodal_processor_inputs
 
-        # verl writes into what it is given
+        # verl changes its arguments
         images = [dict(image) if isinstance(image, dict) else image for image in row.get("images") or []]
         example = {"prompt": [dict(message) for message in row["prompt"] or []], "images": images}
         try:
@@ -194,11 +207,13 @@ class Model:
             text = self.processor.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False, **self._rows.apply_chat_template_kwargs
             )
-            given, _, _ = self._rows._process_multi_modal_info(messages, self._rows.image_patch_size, self._rows.config)
-            if given is None:
+            opened, _, _ = self._rows._process_multi_modal_info(
+                messages, self._rows.image_patch_size, self._rows.config
+            )
+            if opened is None:
                 return self.processor.tokenizer(text=[text], add_special_tokens=False, return_tensors="pt")
             return build_multimodal_processor_inputs(
-                self.processor, text=[text], images=given, mm_processor_kwargs=self._rows.mm_processor_kwargs
+                self.processor, text=[text], images=opened, mm_processor_kwargs=self._rows.mm_processor_kwargs
             )
         except SayoError as error:
             raise SayoError(
@@ -210,10 +225,10 @@ class Model:
                 fix=error.fix,
             ) from error
         except _REFUSALS as error:
-            told = " ".join(str(error).split())[:200]
+            message = " ".join(str(error).split())[:200]
             raise SayoError(
                 "D68",
-                f"the model's processor refuses a row ({type(error).__name__}: {told})",
+                f"the model's processor refuses a row ({type(error).__name__}: {message})",
                 where=where,
                 fix="remove the row, or store its images in another size",
             ) from error

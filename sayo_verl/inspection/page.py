@@ -1,9 +1,9 @@
 """The page of `sayo inspect`: samples with their boxes and visual tokens drawn over them, in one HTML file.
 
 The file needs no network and no script: pictures are data URIs, drawings are SVG, the switches are CSS. Every text of
-the data is escaped. A picture is shown once for each level of resolution in which the model sees it: once for the Qwen
-families, as tiles and as the thumbnail for InternVL. Cells of covered visual tokens carry the token's number within
-its image as ``data-token``.
+the data is escaped. A picture is drawn once for each resolution at which the model sees it: once for the Qwen families,
+as tiles and as the thumbnail for InternVL. Without a model it is drawn once, with boxes only. The cell of a covered
+visual token carries the number of the token within its image as ``data-token``.
 """
 
 import base64
@@ -28,10 +28,10 @@ class Picture:
     """An image of a sample.
 
     Attributes:
-        image: as it is stored, RGB.
-        tiles: its grids of visual tokens, in token order.
+        image: as stored, RGB.
+        tiles: its grids of visual tokens, in token order; empty without a model.
         boxes: N boxes in [0, 1].
-        names: of the boxes; may be empty.
+        names: names of the boxes; may be empty.
         mask_NV: bool [N, V]: the visual tokens of each box.
     """
 
@@ -44,7 +44,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Sample:
-    """A row of the page: where it is, why it was chosen, what it says."""
+    """A row of the page, with the reason why it was chosen. ``prompt_tokens`` is None without a model."""
 
     where: str
     why: str
@@ -53,7 +53,7 @@ class Sample:
     source: str
     kind: str
     box_source: str
-    prompt_tokens: int
+    prompt_tokens: int | None
     pictures: tuple[Picture, ...]
 
 
@@ -85,15 +85,15 @@ def make_page(
     """The whole file.
 
     Args:
-        about: what was inspected.
+        about: title of the page.
         figures: (name, value).
-        findings: what is wrong.
-        samples: in the order in which they are shown.
+        findings: listed above the samples.
+        samples: in the order of the page.
     """
     rows = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in figures)
     switches = "".join(
-        f'<label><input type="checkbox" id="{name}" checked> {told}</label>'
-        for name, told in (("boxes", "boxes"), ("tokens", "visual tokens in boxes"), ("grid", "grid of visual tokens"))
+        f'<label><input type="checkbox" id="{name}" checked> {label}</label>'
+        for name, label in (("boxes", "boxes"), ("tokens", "visual tokens in boxes"), ("grid", "grid of visual tokens"))
     )
     shown = "".join(_sample(i, sample) for i, sample in enumerate(samples))
     return (
@@ -125,10 +125,8 @@ def _findings(findings: Sequence[Finding]) -> str:
 
 
 def _sample(number: int, sample: Sample) -> str:
-    facts = (
-        f"{sample.source}, {sample.kind}, boxes: {sample.box_source}, prompt of {sample.prompt_tokens} tokens, "
-        f"chosen: {sample.why}"
-    )
+    length = "" if sample.prompt_tokens is None else f"prompt of {sample.prompt_tokens} tokens, "
+    facts = f"{sample.source}, {sample.kind}, boxes: {sample.box_source}, {length}chosen: {sample.why}"
     pictures = "".join(_picture(f"s{number}i{i}", picture) for i, picture in enumerate(sample.pictures))
     return (
         f'<section class="sample" id="s{number}"><h2>{_text(sample.where)}</h2><div class="meta">{_text(facts)}</div>'
@@ -137,14 +135,14 @@ def _sample(number: int, sample: Sample) -> str:
 
 
 def _picture(name: str, picture: Picture) -> str:
-    level_V = token_levels(picture.tiles, where=name)
+    level_V = token_levels(picture.tiles, where=name) if picture.tiles else np.zeros(0, dtype=int)
     covered_V = np.logical_or.reduce(picture.mask_NV, axis=0)
-    V, n_levels = len(level_V), int(level_V.max()) + 1
+    V, n_levels = len(level_V), int(level_V.max(initial=0)) + 1
     figures = "".join(_level(name, picture, level, level_V, covered_V, n_levels) for level in range(n_levels))
     boxes = "".join(
         f'<tr><td><span class="swatch" style="background:{COLOURS[i % len(COLOURS)]}"></span>{i + 1}</td>'
         f"<td>{_text(picture.names[i] if i < len(picture.names) else '-')}</td>"
-        f'<td class="n">{int(picture.mask_NV[i].sum())}</td>'
+        f'<td class="n">{int(picture.mask_NV[i].sum()) if picture.tiles else "-"}</td>'
         f'<td class="n">{100 * (box[2] - box[0]) * (box[3] - box[1]):.2f} %</td>'
         f"<td>{', '.join(f'{v:.4f}' for v in box)}</td></tr>"
         for i, box in enumerate(picture.boxes)
@@ -155,12 +153,14 @@ def _picture(name: str, picture: Picture) -> str:
         if boxes
         else "<p>No box.</p>"
     )
-    size = f"{picture.image.width} x {picture.image.height} pixels, {V} visual tokens, {int(covered_V.sum())} in boxes"
+    size = f"{picture.image.width} x {picture.image.height} pixels"
+    if picture.tiles:
+        size += f", {V} visual tokens, {int(covered_V.sum())} in boxes"
     return f'<div class="meta">{size}</div><div class="pictures">{figures}<div>{table}</div></div>'
 
 
 def _level(name: str, picture: Picture, level: int, level_V: np.ndarray, covered_V: np.ndarray, n_levels: int) -> str:
-    """One drawing: the tiles of a level over the picture, in coordinates of the picture as it is shown."""
+    """One drawing: the tiles of a level over the picture, in pixels of the drawn picture."""
     shown = _reduced(picture.image)
     width, height = shown.size
     first, cells, grid, borders, rows, cols = 0, [], [], [], 0, 0
@@ -174,7 +174,8 @@ def _level(name: str, picture: Picture, level: int, level_V: np.ndarray, covered
         first += tile.tokens
     rows = sum(tile.rows for tile in tiles if tile.x0 == 0)
     cols = sum(tile.cols for tile in tiles if tile.y0 == 0)
-    what = "" if n_levels == 1 else (f", {len(tiles)} tiles" if len(tiles) > 1 else ", thumbnail")
+    level_name = "" if n_levels == 1 else (f", {len(tiles)} tiles" if len(tiles) > 1 else ", thumbnail")
+    caption = f"{rows} x {cols} visual tokens (down x across){level_name}" if tiles else "boxes only"
     zoom = max(1.0, MIN_SHOWN / width)
     background = f'<image href="{_data_uri(shown)}" width="{width}" height="{height}"/>'
     letter = max(width, 60) / 28
@@ -192,7 +193,7 @@ def _level(name: str, picture: Picture, level: int, level_V: np.ndarray, covered
         f'<path class="grid" fill="none" stroke="#fff" stroke-opacity=".75" stroke-width=".7" d="{"".join(grid)}"/>'
         f'<g fill="none" stroke="#00a0a0" stroke-width="2">{"".join(borders) if len(tiles) > 1 else ""}</g>'
         f'<g fill="none" stroke-width="2.2">{boxes}</g></svg>'
-        f"<figcaption>{rows} x {cols} visual tokens (down x across){what}</figcaption></figure>"
+        f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
@@ -234,7 +235,7 @@ def _reduced(image: Image.Image) -> Image.Image:
 
 
 def _data_uri(image: Image.Image) -> str:
-    """PNG for small pictures, where it is exact and short, JPEG for others."""
+    """PNG for small pictures, because it is lossless and short there; JPEG for others."""
     kind = "PNG" if image.width * image.height <= 128 * 128 else "JPEG"
     out = io.BytesIO()
     image.save(out, kind, **({} if kind == "PNG" else {"quality": 85}))

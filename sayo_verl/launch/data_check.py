@@ -72,8 +72,9 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
         plan.append(
             (
                 "instruction",
-                f"{silent} of {rows} prompts do not ask for <answer>, where the reward reads the "
-                "answer: right only if the model answers so anyway",
+                f"{silent} of {rows} prompts do not ask for <answer>, where the reward reads the answer. WARNING: a "
+                "model that was not trained to answer so, as the tiny policy was, gets no reward. Prepare rows with an "
+                "instruction for it; scenes: `sayo prepare synthetic --prompt instruction`",
             )
         )
     complete = {split: len(there[split]) == len(files[split]) for split in SPLITS}

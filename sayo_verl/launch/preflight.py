@@ -33,7 +33,7 @@ from sayo_verl.launch.resume import check_metrics, check_resume, describe_checkp
 from sayo_verl.launch.reward_check import check_reward, check_template, describe_focus
 from sayo_verl.launch.settings import settings_from_config
 from sayo_verl.launch.training_check import check_training
-from sayo_verl.methods import METHODS, Method, Mix
+from sayo_verl.methods import METHODS, Method, Mix, own_methods
 from sayo_verl.methods.faithful import FaithfulMethod
 from sayo_verl.probe.statistics import check_lse_path
 
@@ -121,10 +121,21 @@ def check_estimator(config: DictConfig) -> Method | None:
             where="algorithm.adv_estimator",
             got=name,
             wanted=f"ours ({', '.join(ours)}) or verl's ({', '.join(k for k in known if k not in ours)})",
-            fix="correct the name",
+            fix=_how_to_register(config) or "correct the name",
         )
     attn = OmegaConf.to_container(config.algorithm.attn, resolve=True) if config.algorithm.get("attn") else {}
     return settings_from_config(name, attn).method  # type: ignore[arg-type]
+
+
+def _how_to_register(config: DictConfig) -> str:
+    """What to do if ``sayo.modules`` names files but none of them registered a method."""
+    modules = list(config.sayo.get("modules") or ())
+    if not modules or own_methods():
+        return ""
+    return (
+        f"put @register_method above @dataclass(frozen=True) of the class: {', '.join(modules)} registered no method "
+        "(docs/add_a_method.md)"
+    )
 
 
 def check_settings(config: DictConfig, method: Method) -> None:

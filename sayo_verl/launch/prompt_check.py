@@ -33,9 +33,20 @@ def check_batch(config: DictConfig, rows: int) -> None:
             where="data.train_files",
             got=f"{rows} rows",
             wanted=f"at least {wanted}, data.{'gen' if fetched == wanted else 'train'}_batch_size",
-            fix="add rows, or make the batch smaller: data.train_batch_size=... "
-            "actor_rollout_ref.actor.ppo_mini_batch_size=...",
+            fix=f"add rows{_smaller_batch(config, rows, fetched)}",
         )
+
+
+def _smaller_batch(config: DictConfig, rows: int, fetched: int) -> str:
+    """The overrides of the largest batch that these rows fill, and that verl can divide among the devices."""
+    devices = int(config.trainer.nnodes) * int(config.trainer.n_gpus_per_node)
+    n = int(config.actor_rollout_ref.rollout.n)
+    batch = next((size for size in range(rows, 0, -1) if size * n % devices == 0), 0)
+    if not batch:
+        return ""
+    keys = ["data.train_batch_size", "actor_rollout_ref.actor.ppo_mini_batch_size"]
+    keys += ["data.gen_batch_size"] if fetched else []
+    return ", or end the command with " + " ".join(f"{key}={batch}" for key in keys)
 
 
 def check_prompts(config: DictConfig, demands: Demands, model_type: str | None, counted: Mapping[str, Counted]) -> str:

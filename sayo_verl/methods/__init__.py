@@ -43,6 +43,11 @@ def register_method(cls: type[Method]) -> type[Method]:
     return cls
 
 
+def own_methods() -> dict[str, type[Method]]:
+    """The registered methods that are not part of this package, but the user's own."""
+    return {name: cls for name, cls in METHODS.items() if not cls.__module__.startswith("sayo_verl.")}
+
+
 __all__ = [
     "METHODS",
     "AnchorMethod",
@@ -59,5 +64,6 @@ __all__ = [
     "advantages",
     "dual_grained_factors",
     "group_advantage",
+    "own_methods",
     "register_method",
 ]

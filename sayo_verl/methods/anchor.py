@@ -108,15 +108,16 @@ class AnchorMethod:
 
     Attributes:
         strength: weights are 1 + strength (weight - 1); 0 is GRPO. [ours]
-        layers: decoder layers to average over; each adds its attention profiles to the measurement. [ours]
+        layers: decoder layers to average over; each adds the memory and time of its attention profiles. [ours]
         neighbours: m, edges of each token in the graph. [A: similarity of patterns] [ours: the number]
         parts: K, clusters of a response; 0 is one for every 24 tokens, 2 to 8. [A: METIS] [ours: the number]
-        weight_min, weight_max: bounds of a cluster's weight around 1, before the mean is made one. [ours]
-        weighting: ``clusters``; or ``top``, ``rest``: the tokens of highest connectivity alone, the others alone, the
-            paper's control. [A]
+        weight_min: smallest weight of a cluster, before the weights of a response are divided by their mean. [ours]
+        weight_max: largest weight of a cluster, before the weights of a response are divided by their mean. [ours]
+        weighting: ``clusters`` weights tokens by cluster; ``top`` trains the tokens of highest connectivity alone;
+            ``rest`` trains the others alone, the paper's control. [A]
         anchor_share: share of tokens that ``top`` keeps. [A: about 15 %]
         seed: seed of METIS. [ours]
-        time_limit: seconds that METIS may take for a few responses. [ours]
+        time_limit: seconds that METIS may take for one batch of responses in a worker. [ours]
         processes: number of processes that cut responses; 0 is one per core of the trainer's machine, at most 64.
             [ours]
     """

@@ -64,7 +64,7 @@ SCORES = ("cosine", "image_mass")
 
 @dataclass(frozen=True)
 class DualConfig:
-    """How scores become factors; the defaults are the paper's, see the head of this file.
+    """How scores become factors. The defaults are those of the paper, see the docstring of this file.
 
     Attributes:
         beta: strength of the compensation against visual forgetting. [C] [N]
@@ -74,8 +74,8 @@ class DualConfig:
         schedule: how the compensation grows along the tail. [N: linear is the best]
         intra: weight tokens by psi. [C] [N]
         inter: weight trajectories by phi. [C] [N]
-        score_offset: ``cosine`` is (S + 1) / 2, ``minmax`` as released, ``none`` is for a score in [0, 1]. [N] [C:
-            minmax]
+        score_offset: how the score S is mapped to [0, 1]: ``cosine`` by (S + 1) / 2; ``minmax`` as the released code
+            does; ``none`` leaves it, for a score that is in [0, 1] already. [N] [C: minmax]
         position: ``one_based`` is t / T, ``zero_based`` is (t - 1) / (T - 1). [N] [C: zero_based]
         trajectory_score: ``sum`` of w, ``normalised_sum`` of u, or ``mean`` of w, which does not favour long
             answers. [N] [C: normalised_sum] [ours: mean]
@@ -220,9 +220,8 @@ class DualMethod(DualConfig):
 
     Attributes:
         strength: factors are 1 + strength (factor - 1); 0 is GRPO. [ours]
-        score: ``cosine`` of last hidden states, or ``image_mass``, attention on the image, which needs a
-            ``score_offset`` of ``none`` or ``minmax``. [C] [ours: image_mass]
-        layers: decoder layers of ``image_mass``; the cosine has the last hidden state only. [C]
+        score: ``cosine`` of last hidden states, or ``image_mass``, the attention on the image. [C] [ours: image_mass]
+        layers: decoder layers over which ``image_mass`` is averaged; ``cosine`` uses the last hidden state. [C]
     """
 
     strength: float = 1.0
@@ -276,12 +275,15 @@ class DualMethod(DualConfig):
             "score": (self.score in SCORES, " or ".join(SCORES)),
             **super().rules(),
             "strength": (0 <= self.strength <= 1, "a number in [0, 1]"),
-            "layers": (self.layers == (-1,), "[-1]: the cosine is that of the last hidden state")
+            "layers": (
+                self.layers == (-1,),
+                "[-1] if score is cosine, which uses the last hidden state; else distinct layer numbers",
+            )
             if cosine
             else distinct_layers(self.layers),
             "score_offset": (
                 self.score_offset in ("minmax", "cosine" if cosine else "none"),
-                "cosine or minmax, for a score in [-1, 1]" if cosine else "none or minmax, for a score in [0, 1]",
+                "cosine or minmax if score is cosine; none or minmax if score is image_mass",
             ),
         }
 

@@ -1,9 +1,11 @@
-"""What is shown of a run, in one list. Figures, tables and the live view read it; none keeps a list of its own.
+"""The list of what figures, tables and the live view show of a run. None of them keeps a list of its own.
 
-A method is one section. Its class declares it (``metrics``, ``reference``); ``methods.json`` holds what the classes
-declare, because they import torch and this room does not. ``python docs/generate.py`` writes that file, and a test
-compares. Common panels and rows are always there, so that a run without them says "not measured". Those of a method
-appear where it was measured. What a method of your own logs below ``sayo/`` is shown under its own name.
+A method is one section, which its class declares (``metrics``, ``reference``). The classes import torch, and this room
+must not. So ``methods.json`` holds the declarations of the built-in methods: ``python docs/generate.py`` writes it, and
+a test compares. The declarations of a user's own methods are in run.json.
+
+Common panels and rows are always shown, so that a run without them says "not measured". Those of a method are shown if
+the run measured them. A metric below ``sayo/`` that nobody declares is shown under its own name.
 """
 
 import json
@@ -13,20 +15,21 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from sayo_verl.errors import SayoError
 from sayo_verl.metrics import PREFIX, Metric, Panel, every_metric
 from sayo_verl.report.runs import UNKNOWN, Run
 
 MIX = "attn_mix"
-MOST_UNLISTED_LIVE = 2  # of a method that is not listed, in the live view
+MOST_UNLISTED_LIVE = 2  # metrics in the live view that nobody declares
 DECLARED = Path(__file__).with_name("methods.json")
 
 
 @dataclass(frozen=True)
 class Section:
-    """What belongs together: a method's numbers, or what every run has.
+    """The metrics of a method, or those of every run.
 
     Attributes:
-        entries: panels of the figure, whose metrics are rows of the table too, and metrics of the table only.
+        entries: panels of the figure, whose metrics are also rows of the table, and metrics of the table only.
         estimator: the method's ``algorithm.adv_estimator``.
         reference: the method's name and its paper.
     """
@@ -46,7 +49,7 @@ class Section:
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """Those that are shown."""
+        """The metrics that are shown."""
         return tuple(metric for metric in self.every if metric.shown)
 
     @property
@@ -67,8 +70,8 @@ def _section(estimator: str, declared: Mapping[str, Any]) -> Section:
     return Section(entries, estimator, tuple(declared["reference"]))
 
 
-# What verl logs here is the reward that advantages are made of: the task reward, less the KL penalty if that is in the
-# reward, and the terms that a method adds.
+# verl logs here the reward from which it computes advantages: the task reward, minus the KL penalty if that is part of
+# the reward, plus the terms of a method.
 REWARD = Metric("critic/rewards/mean", "reward", live="reward")
 ACCURACY = Metric("sayo/accuracy/mean", "accuracy", 0, 1, live="accuracy")
 ENTROPY = Metric("actor/entropy", "entropy", 0, unit="nats per token")
@@ -111,7 +114,7 @@ ANY_METHOD = Section(
             "waiting for the method's credit",
             0,
             unit="seconds",
-            note="The credit is computed while verl runs the reference pass; this is what is left to wait for.",
+            note="The credit is computed while verl runs the reference pass; this is the time that remains.",
         ),
         Metric("sayo/advantage_seconds", "advantages", 0, unit="seconds"),
         Metric("sayo/probe_seconds", "probe, mean over the workers", 0, unit="seconds", shown=False),
@@ -121,51 +124,80 @@ ANY_METHOD = Section(
 
 OF_METHODS = tuple(_section(name, entry) for name, entry in json.loads(DECLARED.read_text()).items())
 SECTIONS = (COMMON, *OF_METHODS, ANY_METHOD)
-_LISTED = frozenset(chain.from_iterable(section.names for section in SECTIONS))
+
+
+def sections_of(methods: Mapping[str, Any]) -> tuple[Section, ...]:
+    """All sections, with those of the user's own methods.
+
+    Args:
+        methods: name -> its declaration, from run.json.
+
+    Raises:
+        SayoError: R04 for a declaration that this version cannot read.
+    """
+    try:
+        guests = tuple(_section(name, entry) for name, entry in methods.items())
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        raise SayoError(
+            "R04",
+            "the launcher's record of a method's metrics is damaged",
+            where="methods in run.json",
+            got=error,
+            fix='delete the entry "methods"; the metrics are then shown under their own names',
+        ) from error
+    return (COMMON, *OF_METHODS, *guests, ANY_METHOD)
 
 
 def panels_of(runs: Sequence[Run]) -> list[Panel]:
-    """The common panels, then those of which any of the runs measured something."""
+    """The common panels, then those with a metric that any of the runs measured."""
     measured = {name for run in runs for name in run.series if run.training(name)}
+    sections = sections_of({name: entry for run in runs for name, entry in run.methods.items()})
     listed = [
         panel
-        for section in SECTIONS
+        for section in sections
         for panel in section.panels
         if section is COMMON or measured & {metric.name for metric in panel.every}
     ]
-    return listed + [Panel(metric.label, "as logged", (metric,)) for metric in _unlisted(measured)]
+    return listed + [Panel(metric.label, "as logged", (metric,)) for metric in _unlisted(measured, sections)]
 
 
 def rows_of(run: Run) -> list[Metric]:
     """The common rows, then those that the run measured; counts of neutral rows only if there were any."""
     measured = {name for name in run.series if run.training(name)}
-    listed = [m for s in SECTIONS for m in s.metrics if s is COMMON or m.name in measured]
+    sections = sections_of(run.methods)
+    listed = [m for s in sections for m in s.metrics if s is COMMON or m.name in measured]
     kept = [m for m in listed if not m.unless_zero or any(value != 0 for _, value in run.training(m.name))]
-    return kept + _unlisted(measured)
+    return kept + _unlisted(measured, sections)
 
 
-def headlines(seen: Iterable[str]) -> list[Metric]:
-    """What the live view shows of a run that has logged these names: the common numbers, then each method's own."""
-    seen = set(seen)
-    listed = [m for s in SECTIONS for m in s.metrics if m.live and (s is COMMON or m.name in seen)]
-    return listed + _unlisted(seen)[:MOST_UNLISTED_LIVE]
+def headlines(seen: Iterable[str], methods: Mapping[str, Any] | None = None) -> list[Metric]:
+    """The metrics of the live view, for a run that has logged these names: the common ones, then each method's own.
+
+    ``methods`` as in ``sections_of``.
+    """
+    seen, sections = set(seen), sections_of(methods or {})
+    listed = [m for s in sections for m in s.metrics if m.live and (s is COMMON or m.name in seen)]
+    return listed + _unlisted(seen, sections)[:MOST_UNLISTED_LIVE]
 
 
 def estimator_of(run: Run) -> str:
-    """``"attn_region: SAYO, arXiv 2602.08241"``; the bare name where no paper is known to this list."""
-    papers = {section.estimator: section.reference for section in OF_METHODS} | {"grpo": ("GRPO", "arXiv 2402.03300")}
+    """``"attn_region: SAYO, arXiv 2602.08241"``; the bare name if no section names a paper."""
+    sections = sections_of(run.methods)
+    papers = {section.estimator: section.reference for section in sections if section.reference[0]}
+    papers["grpo"] = ("GRPO", "arXiv 2402.03300")
     if run.estimator == UNKNOWN:
         return "estimator unknown"
     if run.estimator in papers:
         return f"{run.estimator}: {', '.join(papers[run.estimator])}"
-    parts = [section.reference[0] for section in OF_METHODS if section.names & run.series.keys()]
+    parts = [s.reference[0] or s.estimator for s in sections if s.estimator and s.names & run.series.keys()]
     if run.estimator == MIX and parts:
-        # run.json does not hold the composed config: the metrics tell what took part.
-        return f"{MIX}: {' + '.join(parts)}{' + others' if _unlisted(run.series) else ''}"
+        # run.json does not hold the composed config, so the parts are found by their metrics
+        return f"{MIX}: {' + '.join(parts)}{' + others' if _unlisted(run.series, sections) else ''}"
     return run.estimator
 
 
-def _unlisted(names: Iterable[str]) -> list[Metric]:
-    """Metrics below ``sayo/`` that no section knows: those of a user's own method."""
-    own = sorted(name for name in names if name.startswith(PREFIX) and name not in _LISTED)
+def _unlisted(names: Iterable[str], sections: Sequence[Section]) -> list[Metric]:
+    """Metrics below ``sayo/`` that no section lists: those that a user's own method does not declare."""
+    listed = frozenset(chain.from_iterable(section.names for section in sections))
+    own = sorted(name for name in names if name.startswith(PREFIX) and name not in listed)
     return [Metric(name, short := name.removeprefix(PREFIX), live=short) for name in own]

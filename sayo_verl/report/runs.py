@@ -38,6 +38,7 @@ class Run:
         total_steps: steps that the launcher requested; None if unknown.
         versions: package name -> version, from run.json.
         overrides: the launcher's Hydra overrides, from run.json.
+        methods: metrics that the user's own methods declare (``sayo_verl.metrics.declaration``), from run.json.
         steps: logged steps, ascending; 0 is verl's validation before training.
         series: metric name -> [(step, value)], ascending by step; NaN is kept.
         files: the metrics files read, one per attempt, in the order of the attempts.
@@ -51,6 +52,7 @@ class Run:
     total_steps: int | None
     versions: dict[str, str]
     overrides: list[str]
+    methods: dict[str, Any]
     steps: list[int]
     series: dict[str, Series]
     files: list[Path] = field(default_factory=list)
@@ -285,7 +287,12 @@ def _load_launch(file: Path) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(record, dict):
         raise _damaged(file, type(record).__name__)
     launch: dict[str, Any] = {name: str(record.get(name, UNKNOWN)) for name in ("run_id", "estimator", "started")}
-    for name, kind, absent in (("total_steps", int, None), ("versions", dict, {}), ("overrides", list, [])):
+    for name, kind, absent in (
+        ("total_steps", int, None),
+        ("versions", dict, {}),
+        ("overrides", list, []),
+        ("methods", dict, {}),
+    ):
         value = launch[name] = record.get(name, absent)
         if value is not absent and not isinstance(value, kind):
             raise _damaged(file, f"{name}: {value!r}")

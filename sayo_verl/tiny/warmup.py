@@ -244,7 +244,7 @@ def warm_up(
 
 def policy_hash(policy: TinyPolicyConfig, warmup: WarmupConfig, scenes: SceneConfig) -> str:
     """Ten hexadecimal digits, independent of settings of ``scenes`` that do not change the drawing."""
-    drawn = replace(scenes, n_train=1, n_val=1, seed=0, region="target")
+    drawn = replace(scenes, n_train=1, n_val=1, seed=0, region="target", prompt="question")
     return content_hash(policy.config_hash(), warmup, WARMUP_VERSION, drawn.content(), GENERATOR_VERSION)
 
 

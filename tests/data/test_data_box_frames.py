@@ -68,7 +68,7 @@ def test_the_auto_frame_is_that_of_the_annotated_size():
 )
 def test_the_auto_frame_does_not_guess(stored, annotated, rescale):
     for box_format in ("xyxy", "xyxy_unit"):
-        with refusal("D45", "nothing tells") as caught:
+        with refusal("D45", "do not show whether") as caught:
             place([(0, 0, 0.5, 0.5)], box_format, stored, annotated=annotated, rescale=rescale)
         assert "--box-frame" in caught.value.fix
     for frame in ("raw", "upright"):

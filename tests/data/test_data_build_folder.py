@@ -336,7 +336,7 @@ def test_folders_that_are_none(tmp_path):
         with refusal("D56", "run code"):
             check_folder(tmp_path / f"rows.{suffix}")
     interrupted(tmp_path / "begun")
-    with refusal("D56", "not finished.*goes on"):
+    with refusal("D56", "not finished.*resumes"):
         check_folder(tmp_path / "begun")
     (folder / "train-00099.parquet").write_bytes(b"x")
     with refusal("D56", "train-00099.parquet"):
@@ -368,3 +368,16 @@ def test_a_worker_that_dies_is_told(tmp_path):
             dataclasses.replace(SMALL, workers=2),
         )
     assert build(mixed(), tmp_path / "out", LENIENT).rows["train"] > 30
+
+
+@pytest.mark.parametrize("seed", [0, 1, 3])
+def test_one_image_is_held_out_where_the_share_of_few_images_is_less_than_one(tmp_path, capsys, seed):
+    six = Made([example(n, image=n) for n in range(6)])
+    made = build(six, tmp_path / "out", dataclasses.replace(SMALL, val_share=0.001, seed=seed))
+    assert made.rows == {"train": 5, "val": 1}
+    said = capsys.readouterr().err
+    assert "--val-share 0.001 of 6 images is less than one image: one is held out" in said
+    assert "box format xyxy: 6 different boxes in 6 rows fit it, too few to tell it from other formats" in said
+    assert build(six, tmp_path / "none", dataclasses.replace(SMALL, val_share=0)).rows == {"train": 6, "val": 0}
+    alone = build(Made([example(0)]), tmp_path / "alone", dataclasses.replace(SMALL, val_share=0.001, seed=seed))
+    assert alone.rows == {"train": 1, "val": 0}  # nothing would be left to train on

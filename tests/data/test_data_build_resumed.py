@@ -121,7 +121,7 @@ def test_a_build_that_is_stopped_leaves_no_process_and_goes_on(tmp_path, how):
     else:
         os.killpg(process.pid, how)  # as a terminal does at Ctrl-C
     _, told = process.communicate(timeout=20)
-    assert ("goes on" in told) == (how is signal.SIGINT)
+    assert ("the same command resumes" in told) == (how is signal.SIGINT)
     assert not psutil.wait_procs(children, timeout=10)[1]
     assert (tmp_path / "out" / "progress.json").exists()
     whole = build(mixed(), tmp_path / "whole", LENIENT)
@@ -138,7 +138,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     for workers in (1, 2):
         with pytest.raises(KeyboardInterrupt):
             build(source, tmp_path / str(workers), dataclasses.replace(LENIENT, workers=workers))
-        assert "goes on" in capsys.readouterr().err
+        assert "the same command resumes" in capsys.readouterr().err
     assert json.loads((tmp_path / "1" / "progress.json").read_text())["state"]["shards"]
     whole = build(mixed(), tmp_path / "whole", LENIENT)
     for workers in (1, 2):

@@ -38,7 +38,7 @@ def png() -> bytes:
 def good() -> dict[str, Any]:
     return {
         "data_source": "my/toy",
-        "prompt": [{"role": "user", "content": "<image>What colour?"}],
+        "prompt": [{"role": "user", "content": "<image>What colour? <answer> ... </answer>"}],
         "images": [{"bytes": png(), "path": None}],
         "reward_model": {"style": "rule", "ground_truth": "red"},
         "extra_info": {
@@ -337,6 +337,7 @@ def test_the_table_of_checks_names_every_code_and_no_other(repo):
         "launch/prompt_check.py",
         "inspection/audit.py",
         "inspection/command.py",
+        "inspection/sample.py",
         "vision/masks.py",
     )
     raised = {

@@ -192,3 +192,13 @@ def test_watching_takes_bounded_memory(monkeypatch):
     assert len(watch._seen) == 50
     with refusal("D43"):  # the format of each box is still looked at
         watch.add([[(9, 9, 3, 3)]], None, "here")
+
+
+def test_the_summary_says_how_many_boxes_the_format_was_checked_on():
+    for rows, enough in ((3, False), (40, True)):
+        boxes, sizes = publish("xyxy", rows, PHOTOS)
+        watch = FormatWatch("xyxy")
+        for box, size in zip([*boxes, boxes[0]], [*sizes, sizes[0]], strict=True):
+            watch.add([[box]], [size], "row")
+        assert watch.summary().startswith(f"box format xyxy: {rows} different boxes in {rows} rows fit it")
+        assert ("too few" in watch.summary()) != enough

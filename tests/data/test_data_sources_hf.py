@@ -244,12 +244,12 @@ def test_what_the_hub_says_no_to_is_told(hub, monkeypatch):
         raise ConnectionError("no route to host\nat all")
 
     monkeypatch.setattr(datasets, "load_dataset", away)
-    with refusal("D63", "cannot be had") as caught:
+    with refusal("D63", "cannot be loaded") as caught:
         list(HfSource("owner/name", "xyxy").examples())
     assert "ConnectionError: no route to host at all" in str(caught.value)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", away)
     hf._commit.cache_clear()
-    with refusal("D63", "cannot be had"):
+    with refusal("D63", "cannot be loaded"):
         HfSource("owner/name", "xyxy").facts()
     assert HfSource("owner/name", "xyxy", revision=COMMIT).facts()["commit"] == COMMIT  # is asked of nobody
 
@@ -267,7 +267,7 @@ def test_a_connection_lost_on_the_way_is_told_and_a_wrong_row_keeps_its_own_erro
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: Rows())
     found = HfSource("owner/name", "xyxy").examples()
     assert next(found).id == "train:0"
-    with refusal("D63", "cannot be had"):
+    with refusal("D63", "cannot be loaded"):
         next(found)
     with refusal("D63", "no name on the hub"):
         HfSource("a/b/c", "xyxy")
@@ -276,7 +276,7 @@ def test_a_connection_lost_on_the_way_is_told_and_a_wrong_row_keeps_its_own_erro
 def test_offline_is_told_by_the_real_client(monkeypatch):
     hf._commit.cache_clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with refusal("D63", "cannot be had") as caught:
+    with refusal("D63", "cannot be loaded") as caught:
         HfSource("owner/name", "xyxy").facts()
     assert "HF_HUB_OFFLINE" in str(caught.value)
     assert "Offline" in str(caught.value)

@@ -17,6 +17,7 @@ from support.scenes import A_COLOUR, A_SHAPE, pixels_of
 from sayo_verl.cli import main
 from sayo_verl.data.check import check_parquet
 from sayo_verl.data.contract import Demands
+from sayo_verl.data.rows import PROMPTS
 from sayo_verl.data.scenes import SceneConfig, image_digest, prepare, sample_scene, scene_row
 from sayo_verl.data.scenes import rows as scenes_module
 from sayo_verl.data.scenes.config import BAR_KINDS, KINDS, OBJECT_KINDS
@@ -245,6 +246,15 @@ def test_scenes_of_version_1_keep_their_pixels_and_their_rows():
     assert everything.hexdigest() == "9a461408d09e56ee9d1287b773b7d9d72169eeb05da3a04b63dacba2c5b259b3"
 
 
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_scenes_can_ask_for_the_rewarded_form_as_other_sources_do(prompt):
+    scene = sample_scene(random.Random(0), SceneConfig())
+    asked, bare = (scene_row(scene, SceneConfig(prompt=p), split="train", index=0) for p in (prompt, "question"))
+    assert "<answer>" in str(asked.pop("prompt"))
+    assert "<answer>" not in str(bare.pop("prompt"))
+    assert asked == bare
+
+
 def test_every_later_field_renames_the_folder_when_it_changes():
     every = SceneConfig(question_kinds=KINDS)
     changes = [
@@ -255,6 +265,7 @@ def test_every_later_field_renames_the_folder_when_it_changes():
         {"bar_levels": 7},
         {"clutter": 1},
         {"noise": 1},
+        {"prompt": "instruction"},
     ]
     assert {name for change in changes for name in change} == {f.name for f in fields(SceneConfig)} - set(VERSION_1)
     names = {every.config_hash(), *(replace(every, **change).config_hash() for change in changes)}

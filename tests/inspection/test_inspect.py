@@ -110,9 +110,9 @@ def test_a_question_with_the_tag_of_an_image(audit):
         ("V01", [NAN, 0.0, 1.0, 1.0]),
         ("V01", [0.0, 1.0, 1.0]),
     ],
-    ids=["D18 pixels", "D17 sizes", "D20 NaN", "three numbers"],
+    ids=["pixels", "corners in the wrong order", "NaN", "three numbers"],
 )
-def test_boxes_that_are_none(audit, code, box):
+def test_malformed_boxes_are_findings(audit, code, box):
     assert "row 1, extra_info.boxes[0][1]: got" in only(audit(row(0), row(1, boxes=[[BOX, box]]))[0], code).rows[0]
 
 
@@ -151,7 +151,15 @@ def test_an_answer_that_is_a_list(audit):
 
 
 def test_an_empty_question(audit):
-    only(audit(row(0, question=" "), row(1))[0], "D66", says="no question")
+    findings, _ = audit(row(0, question=" "), row(1))
+    only([finding for finding in findings if finding.level == "FAIL"], "D66", says="no question")
+
+
+def test_a_prompt_that_does_not_ask_for_the_answer_tag_is_a_warning_under_our_reward(audit, tmp_path):
+    bare = row(0) | {"prompt": [{"role": "user", "content": "<image>What colour?"}]}
+    assert "row 0" in only(audit(bare, row(1))[0], "D90", "WARN", "does not ask for <answer>").rows[0]
+    path = write(tmp_path / "bare.parquet", [bare])
+    assert Audit(find_data([path]), Demands(judge=None)).run()[0].sorted() == []
 
 
 def test_a_cut_parquet_is_refused(tmp_path):
@@ -249,14 +257,14 @@ def test_a_row_with_a_video(audit):
 
 def test_the_same_question_about_the_same_image(audit):
     twice = row(1, data=[encoded(seed=0)], question=row(0)["extra_info"]["question"], image_keys=["picture-0-0"])
-    only(audit(row(0), twice)[0], "D65", "WARN", "twice")
+    only(audit(row(0), twice)[0], "D65", "WARN", "the same question")
     assert audit(row(0), row(1, data=[encoded(seed=0)], image_keys=["picture-0-0"]))[0] == []
 
 
 def test_equal_names_of_two_data_sources_are_two_questions(audit):
     other = row(1, question=row(0)["extra_info"]["question"], image_keys=["picture-0-0"])
     assert audit(row(0), other | {"data_source": "my/charts"})[0] == []
-    only(audit(row(0), other)[0], "D65", "WARN", "twice")
+    only(audit(row(0), other)[0], "D65", "WARN", "the same question")
 
 
 def test_rows_without_boxes(audit):

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support.inspected import BOX, NAMES, row, write
+from support.inspected import BOX, NAMES, encoded, row, write
 from support.refusals import refusal
 
 from sayo_verl.inspection import command as inspection
+from sayo_verl.inspection import sample as second_pass
 from sayo_verl.inspection.files import find_data
 from sayo_verl.inspection.findings import Finding
 from sayo_verl.inspection.page import MAX_HEIGHT, MAX_WIDTH, Picture, Sample, make_page
@@ -157,17 +158,17 @@ def test_samples_are_the_worst_and_then_of_every_kind():
     rows = [(path, i, "my/photos", "ab"[i % 2], 5, 9) for i in range(40)]
     rows[7], rows[30] = (path, 7, "my/photos", "a", 1, 2), (path, 30, "my/photos", "a", 5, 60)
     rows[11] = (path, 11, "my/charts", "c", 0, 0)  # no box
-    chosen = inspection.choose_samples(rows, 8, 0)
-    assert chosen == inspection.choose_samples(rows, 8, 0)
+    chosen = second_pass.choose_samples(rows, 8, 0)
+    assert chosen == second_pass.choose_samples(rows, 8, 0)
     assert chosen[0] == (7, "visual tokens of its smallest box: 1")
     assert (30, "visual tokens of its largest box: 60") in chosen
     assert len(chosen) == len(dict(chosen)) == 8
     at_random = [i for i, why in chosen if why == "at random"]
     assert 11 in at_random
     assert {rows[i][3] for i in at_random} == {"a", "b", "c"}
-    assert len(inspection.choose_samples(rows, 100, 0)) == 40
-    assert inspection.choose_samples([], 8, 0) == []
-    assert inspection.choose_samples(rows, 8, 1) != chosen
+    assert len(second_pass.choose_samples(rows, 100, 0)) == 40
+    assert second_pass.choose_samples([], 8, 0) == []
+    assert second_pass.choose_samples(rows, 8, 1) != chosen
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -239,3 +240,28 @@ def test_strict_and_refusals(folders, tmp_path):
         command(good, *model, "--page", tmp_path)
     with refusal("L17"):
         command(good, "--model", tmp_path / "absent")
+
+
+def test_without_a_model_everything_that_needs_no_processor_is_checked_and_the_rest_is_named(tmp_path, capsys):
+    write(tmp_path / "data" / "train-00000.parquet", [row(0), row(1, answer="")])
+    page = tmp_path / "page.html"
+    assert command(tmp_path / "data", "--page", page, "--strict") == 1
+    out = capsys.readouterr().out
+    assert "D74" in out
+    assert re.search(r"not checked +visual tokens of boxes, prompt lengths", out)
+    assert "visual tokens per box" not in out
+    drawn = Drawings(page.read_text(encoding="utf-8"))
+    assert np.allclose(drawn.boxes["s0i0"][0], [BOX], atol=1e-3)
+    assert drawn.tokens == {"s0i0": {0: {}}}
+    assert "visual tokens (down" not in drawn.text
+    cut = write(tmp_path / "cut.parquet", [row(0, data=[encoded()[:-40]])])
+    assert command(cut, "--strict") == 1  # the header is whole, but the image cannot be decoded
+
+
+def test_a_model_that_cannot_be_reached_is_named_with_what_else_works(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data = write(tmp_path / "a.parquet", [row(0)])
+    with refusal("L17") as caught:
+        command(data, "--model", "nobody/has-this-model")
+    assert "local model folder" in caught.value.wanted
+    assert "without --model" in caught.value.fix

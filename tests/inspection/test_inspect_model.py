@@ -15,7 +15,7 @@ from support.family_models import TINY
 from support.inspected import BOX, NAMES, encoded, only, row, write
 from support.refusals import refusal
 
-from sayo_verl.inspection import command as inspection
+from sayo_verl.inspection import sample as inspection
 from sayo_verl.inspection.audit import Audit
 from sayo_verl.inspection.files import find_data
 from sayo_verl.inspection.findings import Findings

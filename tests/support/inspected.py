@@ -12,6 +12,7 @@ from support import pictures
 from sayo_verl.data.rows import ROW_SCHEMA
 from sayo_verl.inspection.findings import Finding
 
+FORM = "\n<think> ... </think> <answer> ... </answer>"
 BOX = [0.1, 0.2, 0.6, 0.7]
 
 
@@ -38,9 +39,12 @@ def row(
     data = [encoded(seed=number)] if data is None else data
     question = f"What colour is number {number}?" if question is None else question
     boxes = [[BOX] for _ in data] if boxes is ... else boxes
+    form = FORM if question.strip() else ""
     return {
         "data_source": source,
-        "prompt": [{"role": "user", "content": "<image>" * len(data) + question if text is None else text}],
+        "prompt": [
+            {"role": "user", "content": "<image>" * len(data) + question + form if text is None else text + form}
+        ],
         "images": [{"bytes": d, "path": None} for d in data],
         "ability": "vqa",
         "reward_model": {"style": "rule", "ground_truth": answer},

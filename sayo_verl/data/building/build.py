@@ -5,6 +5,7 @@ rows are written in the source's order, so that the folder is the same, byte for
 and however often the work was interrupted (``sayo_verl.data.building.output``).
 
 The split is by picture: a hash of the seed and of the row's first image key in alphabetical order says train or val.
+Where ``val_share`` of few images would hold out none, the image of the smallest hash is held out.
 A key in both splits, which only rows of several images can bring about, stops the work. A picture in both splits under
 two keys, found by its bytes, does not: of its rows those are left out that come later and are in the other split.
 
@@ -70,6 +71,7 @@ class _Build:
         self.watches: dict[str, FormatWatch] = {}
         self.asked, self.keys, self.pictures = Hashes(), Hashes(), Hashes()
         self._drawn = self._draw() if options.limit else None
+        self._held_below = self._hold_out_one() if options.val_share else 0.0
 
     def run(self) -> None:
         workers = self.options.workers or len(os.sched_getaffinity(0))
@@ -98,6 +100,8 @@ class _Build:
                 fix=f"see {LEFT_OUT} for what became of each",
             )
         self.output.finish()
+        for watch in self.watches.values():
+            self.meter.say(watch.summary())
 
     # ------------------------------------------------------------------------------------------- what is to be done
 
@@ -191,7 +195,7 @@ class _Build:
             where=f"{self.source.name} {found[0]}",
             got="; ".join(found),
             wanted="every image that a row names",
-            fix="correct the folder of images, or fetch what is missing, and call again: it goes on; or "
+            fix="correct the folder of images, or add the missing ones, and call the command again; it resumes. Or "
             "leave such rows out with --allow-missing-images",
         )
 
@@ -278,13 +282,33 @@ class _Build:
                 where=str(self.output.folder / LEFT_OUT),
                 got=f"{lost} of {examples}: {reasons}",
                 wanted=f"at most {self.options.max_drop:.2%}",
-                fix="look at what was left out; if that is as it should be, raise --max-drop and call "
-                "again: it goes on",
+                fix="look at the rows that were left out; if they are unusable indeed, raise --max-drop and call the "
+                "command again; it resumes",
             )
 
+    def _split_number(self, example: Example) -> float:
+        """In [0, 1), by the seed and the image alone."""
+        return hash64(f"split {self.options.seed}", min(image.key for image in example.images)) / 2**64
+
+    def _hold_out_one(self) -> float:
+        """Images with a smaller split number are held out: ``val_share``, or more if few images would give none.
+
+        The source is read until one image is below ``val_share``: about 1 / val_share examples.
+        """
+        share, numbers = self.options.val_share, set[float]()
+        for item in self._items():
+            if item.example is not None and item.left_out is None:
+                number = self._split_number(item.example)
+                if number < share:
+                    return share
+                numbers.add(number)
+        if len(numbers) < 2:  # none would be left to train on
+            return share
+        self.meter.say(f"--val-share {share:g} of {len(numbers)} images is less than one image: one is held out")
+        return sorted(numbers)[1]
+
     def _split(self, example: Example) -> str:
-        share = hash64(f"split {self.options.seed}", min(image.key for image in example.images)) / 2**64
-        return "val" if share < self.options.val_share else "train"
+        return "val" if self._split_number(example) < self._held_below else "train"
 
     def _check_keys(self, example: Example, split: str) -> None:
         for image in example.images:

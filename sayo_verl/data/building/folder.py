@@ -69,7 +69,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "the folder is not finished" if begun else "there is no prepared folder",
             where=str(folder),
             wanted=MANIFEST,
-            fix="call the command that began it again: it goes on"
+            fix="call the command that began it again; it resumes"
             if begun
             else "name a folder that `sayo prepare` made",
         )

@@ -1,4 +1,4 @@
-"""What a person sees of a build: how far it is, on stderr, and in the end what became of every record."""
+"""Progress of a build on stderr, and a summary of its rows at the end."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -79,7 +79,7 @@ def finished(output: Output, meter: Meter, work: Callable[[], None]) -> Built:
             with meter:
                 work()
     except KeyboardInterrupt:
-        meter.say(f"interrupted: {output.folder} holds the shards that were full; the same command goes on from there")
+        meter.say(f"interrupted: {output.folder} holds the finished shards; the same command resumes there")
         raise
     finally:
         output.close()

@@ -1,17 +1,17 @@
-"""Prepared folders to one: rows drawn by shares, train and held-out images apart across all of them.
+"""One folder from several prepared ones: rows drawn by shares, no train image among the held-out ones of any.
 
     sayo prepare mix --from gqa=data/gqa --from refocus=data/refocus --mix gqa=0.5,refocus=0.5 --rows 6000 \\
         --out data/mix
 
 ``--mix`` gives each part its share of the train rows: numbers that add up to 1, or "all" (every row it has) and "rest"
-(what is then missing). Counts are exact, by largest remainder; a part with too few rows stops the work. Rows are drawn
+(the missing rows). Counts are exact, by largest remainder; a part with too few rows stops the work. Rows are drawn
 without replacement: those with the smallest hash(seed, part, id). Validation rows are drawn by the same shares, as many
-as the scarcest part allows, or ``--val-rows``; parts that held nothing out are passed over there.
+as the scarcest part allows, or ``--val-rows``; parts without held-out rows are skipped.
 
 A train row of one part whose picture, by its bytes, was held out in another part is left out before the draw and
-counted. Ids and image keys get the part's name before them ("gqa/201307251"). The order in which parts follow one
-another is drawn as well; within a part rows keep their order, so that folders are read in order, one row group at a
-time (twice: to draw, and to write). verl shuffles train rows by default. Memory: 16 bytes for a row, 12 to 24 for a
+counted. Ids and image keys get the part's name as a prefix ("gqa/201307251"). The order of rows of different
+parts is drawn as well. Within a part rows keep their order, so that folders are read in order, one row group at a time
+(twice: to draw, and to write). verl shuffles train rows by default. Memory: 16 bytes for a row, 12 to 24 for a
 held-out image, a row group of each part.
 
 The training set of SAYO, as its released code makes it: a quarter of ReFocus-Chart's train rows at random (seed 42), of
@@ -291,7 +291,7 @@ def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
             where=flag,
             got=list(given),
             wanted="NAME=..., each once",
-            fix="see sayo prepare mix --help",
+            fix="see `sayo prepare mix --help-all`",
         )
     return dict(pairs)
 

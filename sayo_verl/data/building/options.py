@@ -1,4 +1,4 @@
-"""How rows are made: the options of every ``sayo prepare`` that builds from a source, and their flags.
+"""The options of every ``sayo prepare`` that builds rows from a source, and their flags.
 
 Error code: D57 an option is out of range.
 """
@@ -34,22 +34,22 @@ LOSSES = frozenset(
 # Options that decide how the work is done, not what is in the folder
 _FREE = ("workers", "max_drop", "allow_missing_images", "overwrite")
 _HELP = {
-    "limit": "rows drawn at random from the whole source; 0: all",
+    "limit": "random rows of the source; 0: all",
     "share": "share of the source that is drawn at random, before --limit; 1: all",
-    "seed": "of the draw and of the split",
-    "val_share": "share of the images whose rows are held out; 0: none",
+    "seed": "seed of the draw and of the split",
+    "val_share": "share of images to hold out, at least one; 0: none",
     "workers": "processes that read images; 0: one for each core",
     "shard_rows": "rows of a shard",
     "row_group_rows": "rows of a row group",
     "row_group_bytes": "bytes of images in a row group",
     "max_drop": "share of the examples that may be lost to broken images or unusable text",
-    "box_frame": "boxes lie on the file's pixels (raw) or on the picture as EXIF turns it (upright)",
+    "box_frame": "boxes were drawn on the file's pixels (raw) or on the picture turned by EXIF (upright)",
     "rescale": "boxes were drawn on resized copies: scale them by the annotated size",
     "keep_without_boxes": "keep rows without a box; methods that need one are neutral there",
-    "instruction": "stands below each question and says what form the answer shall have; '' for none",
-    "prompt": "an instruction below the question, or the system turn of SAYO's released code above it",
-    "allow_missing_images": "leave rows out whose images are missing, and count them, instead of stopping",
-    "overwrite": "start over in a folder that was made of something else",
+    "instruction": "text below each question that asks for a form of the answer; '' for none",
+    "prompt": "how the form of the answer is asked for: below the question, or in SAYO's released system turn",
+    "allow_missing_images": "leave out and count rows whose images are missing, instead of stopping",
+    "overwrite": "start over in a folder made of something else",
 }
 
 
@@ -62,7 +62,8 @@ class BuildOptions:
             hash(seed, id) are drawn, whatever the order of the source.
         share: draw about this share of the examples: those with a hash(seed, id) below it. 1 takes all.
         seed: of the draw and of the split.
-        val_share: share of the *images* whose rows are held out, in [0, 1).
+        val_share: share of the *images* whose rows are held out, in [0, 1). Above 0 at least one image is held out, if
+            there are two or more.
         workers: processes that read images; 0: one for each core.
         shard_rows: rows of a shard.
         row_group_rows, row_group_bytes: a row group ends with so many rows, and before so many bytes of images.
@@ -148,6 +149,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                 type=type(default),
                 default=default,
                 choices=choices,
+                metavar=None if choices else "N" if type(default) is int else "X" if type(default) is float else "TEXT",
                 help=f"{_HELP[option.name]} (default: %(default)s)",
             )
     for prefix, plural, rules in (("image", "images", ImageRules), ("box", "boxes", BoxRules)):

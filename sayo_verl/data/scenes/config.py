@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from sayo_verl.data.prepared import content_hash
+from sayo_verl.data.rows import PROMPTS
 from sayo_verl.data.scenes.drawing import COLOURS, DIGIT_HEIGHT, SHAPES, chart_frame
 from sayo_verl.errors import Rule, raise_first
 
@@ -42,6 +43,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "bar_levels": BAR_KINDS,
     "clutter": (),
     "noise": (),
+    "prompt": (),
 }
 _MIN_SLOT = 6  # pixels of a chart's width for one bar and the gap beside it
 
@@ -71,6 +73,8 @@ class SceneConfig:
         clutter: short grey strokes on the background, that no question asks for; one that finds no room is left out.
         noise: standard deviation of the pixel noise, in levels of 255. A picture is known by its drawing without
             clutter and noise when train and held-out are kept apart.
+        prompt: ``"question"`` is the bare question, which the tiny policy was warmed up to answer in the rewarded form.
+            Other models need ``"instruction"`` or ``"released"``, as in ``sayo_verl.data.rows.PROMPTS``.
     """
 
     image_size: int = 96
@@ -91,6 +95,7 @@ class SceneConfig:
     bar_levels: int = 6
     clutter: int = 0
     noise: int = 0
+    prompt: Literal["question", "instruction", "released"] = "question"
 
     def __post_init__(self) -> None:
         kinds = set(self.question_kinds)
@@ -103,6 +108,7 @@ class SceneConfig:
         rules += [
             self._rule(self.n_train < 1 or self.n_val < 1, "n_train, n_val", "at least 1"),
             self._rule(self.region not in ("target", "distractor"), "region", "'target' or 'distractor'"),
+            self._rule(self.prompt not in ("question", *PROMPTS), "prompt", f"'question' or one of {PROMPTS}"),
             self._rule(not 0 <= self.clutter <= 64, "clutter", "0 to 64"),
             self._rule(not 0 <= self.noise <= 64, "noise", "0 to 64"),
             self._rule(unreadable, "noise, question_kinds", "at most 32, or no number can be read"),

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from sayo_verl.data.prepared import Prepared, prepare_folder
-from sayo_verl.data.rows import BOXES, schema_of
+from sayo_verl.data.rows import BOXES, messages_of, schema_of
 from sayo_verl.data.scenes.charts import bars
 from sayo_verl.data.scenes.config import BAR_KINDS, GENERATOR_VERSION, QUESTIONS, SceneConfig, is_version_1
 from sayo_verl.data.scenes.drawing import add_clutter, add_noise
@@ -93,7 +93,7 @@ def scene_row(scene: Scene, config: SceneConfig, *, split: str, index: int) -> d
 
     return {
         "data_source": "sayo/scenes",
-        "prompt": [{"role": "user", "content": "<image>" + scene.question}],
+        "prompt": messages_of(scene.question, 1, prompt=config.prompt),
         "images": [{"bytes": png.getvalue(), "path": None}],
         "ability": "vqa",
         "reward_model": {"style": "rule", "ground_truth": scene.answer},

@@ -6,7 +6,7 @@
                annotations[{image_id, segments_info[{id, category_id, bbox, iscrowd}]}]
 
 ``bbox`` is [x, y, width, height] in pixels from the upper left corner, of a picture of the size that ``images`` states.
-Masks are read past. Annotations of COCO: CC BY 4.0; the photos: their Flickr licences, stated in the file.
+Masks are skipped. Annotations of COCO: CC BY 4.0; the photos: their Flickr licences, stated in the file.
 
 COCO has no questions. ``ask`` makes counts and presence (``sayo_verl.data.sources.templates``); ``questions`` joins
 lines of JSON:
@@ -17,8 +17,8 @@ lines of JSON:
     categories                boxes of every annotation of these names; one that is not in the image adds none
     id, kind                  optional
 
-A crowd (iscrowd 1) is one box around many: it is no region for one object. Its name is not asked about in its image,
-and in a join by category its box is left out; by its id it can be had. Stuff (isthing 0: sky, grass) has boxes that say
+A crowd (iscrowd 1) is one box around many objects, so it is no region of one object. Its name is not asked about in its
+image. A join by category leaves its box out; a join by its id uses it. Stuff (isthing 0: sky, grass) has boxes that say
 little, and is left out of ``ask``. A missing iscrowd is 0, as in most files made by other tools.
 
 The file is read three times (images, categories, annotations), a record at a time.
@@ -326,13 +326,18 @@ class CocoSource:
             yield self._example(id, folder, picture, question, answer, boxes, kind, "questions")
 
 
+SHOWN = ("--ask", "--absent", "--questions")  # on the page of --help, beside the required flags
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare coco``."""
     parser.add_argument("--annotations", type=Path, required=True, help="instances_*.json or panoptic_*.json")
     parser.add_argument("--images", type=Path, required=True, help="folder or zip file of the photos")
-    parser.add_argument("--ask", nargs="+", choices=tp.ASKS, default=[], help="questions to make")
+    parser.add_argument(
+        "--ask", nargs="+", choices=tp.ASKS, default=[], metavar="KIND", help=f"questions to make: {', '.join(tp.ASKS)}"
+    )
     parser.add_argument("--absent", action="store_true", help="with presence: as many questions with the answer no")
-    parser.add_argument("--questions", type=Path, help="lines of JSON with questions to join instead; see the module")
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="JSON lines with questions to join instead")
     parser.add_argument("--categories", nargs="+", default=[], metavar="NAME", help="ask about these (default: things)")
     parser.add_argument("--name", default="coco", help="name of the data set in metrics (default: %(default)s)")
 

@@ -266,8 +266,8 @@ def check_box_format(box_format: str, where: str = "--box-format") -> str:
 
 
 def box_format_help() -> str:
-    """What the formats are, for ``--help``."""
-    return "; ".join(f"{name}: {meaning}" for name, meaning in BOX_FORMATS.items()).replace("%", "%%")
+    """The formats by name, for ``--help``."""
+    return f"format of the numbers, explained in docs/data.md: {', '.join(BOX_FORMATS)}"
 
 
 def check_name(name: str) -> str:

@@ -8,16 +8,16 @@ names a member where a .zip holds several):
     train_all_questions/train_all_questions_{0..9}.json     semanticStr, annotations, isBalanced, ...
     images/<image id>.jpg, or images.zip
 
-x, y is the upper left corner; all in pixels of the picture. Some boxes run past its edge (object 1011688 of image
-2318337: 185 + 178 > 362); they are passed on as they are. The short ``answer`` is the answer; ``fullAnswer``, a
+x, y is the upper left corner, and all values are pixels of the picture. Some boxes end beyond its edge (object 1011688
+of image 2318337: 185 + 178 > 362); they are passed on unchanged. The short ``answer`` is the answer; ``fullAnswer``, a
 sentence, is not used.
 
 Which objects a question is about (``--boxes``):
 
     semantic    The object in the last parentheses of ``semanticStr``: "select: man (12)->relate: person,helping,s (34)
-                [0]->query: name [1]" is about 34. After SAYO, whose paper speaks of the final target object. The
-                pattern in its released preprocessing takes that object where there are one or two parentheses, but
-                an earlier one, as a rule the first, where there are three or more; ours takes the last one always.
+                [0]->query: name [1]" is about 34. SAYO's paper uses the final target object. The pattern in its
+                released preprocessing takes that object if there are one or two parentheses, but an earlier one,
+                mostly the first, if there are three or more. Ours always takes the last one.
                 "-", no such object in the image, is ``no_object`` (SAYO's pattern finds none either, but for such an
                 earlier one). Several ids in one pair of parentheses give several boxes (SAYO's: no row).
     grounding   The objects of ``annotations.question`` and ``annotations.fullAnswer``, in which GQA's own eval.py sums
@@ -27,10 +27,10 @@ Which objects a question is about (``--boxes``):
                 comment: a step that selects "scene" adds a box of the whole image, named "scene".
 
 Left out: ``no_scene_graph`` (images n*: GQA publishes none, nor any for testdev and test), ``no_object``,
-``unknown_object`` (one of the objects is not in the graph: a region with a hole would train the wrong thing, so no box
-is made of the others either), ``empty_answer``. With ``--keep-without-boxes``, ``no_object`` and ``unknown_object``
-become rows without boxes, which are neutral to the methods; they are counted as such by ``build``, no longer by these
-reasons. ``--kinds`` and ``--balanced-only`` choose questions; what they pass over is not counted.
+``unknown_object`` (one of the objects is not in the graph; the others then get no box either, because an incomplete
+region would train the wrong thing), ``empty_answer``. With ``--keep-without-boxes``, ``no_object`` and
+``unknown_object`` become rows without boxes, which are neutral to the methods; ``build`` counts them as such, no longer
+by these reasons. ``--kinds`` and ``--balanced-only`` choose questions; the others are not counted.
 
 Licence: the pages do not state one for GQA's annotations. The photos come from Visual Genome (COCO and Flickr, with
 their photographers' terms). Download them yourself, and do not publish rows with photos.
@@ -436,6 +436,9 @@ def _no_images(images: Path, got: str) -> SayoError:
 # ---------------------------------------------------------------------------------------------------------------- flags
 
 
+SHOWN = ("--boxes",)  # on the page of --help, beside the required flags
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare gqa``."""
     parser.add_argument(
@@ -460,7 +463,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="which objects a question is about: semantic as SAYO, grounding as GQA's evaluation "
         "(default: %(default)s)",
     )
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=(), help="only questions of these kinds")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=(),
+        metavar="KIND",
+        help=f"only questions of these kinds: {', '.join(KINDS)}",
+    )
     parser.add_argument(
         "--keep-without-boxes",
         action="store_true",

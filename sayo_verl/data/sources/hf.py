@@ -1,19 +1,19 @@
 """Any table of questions, answers, images and boxes: parquet files, or a data set of the Hugging Face hub.
 
-Which column is what is said with ``--map image=img,question=query,answer=label,boxes=objects.bbox``; "." goes into
-structs, and a field that is not named is the column of its own name. The fields:
+``--map image=img,question=query,answer=label,boxes=objects.bbox`` names the column of each field; "." enters structs. A
+field that is not named is the column of the same name. The fields:
 
     image      {bytes, path} as ``datasets`` stores it, bytes, or a file name with --images; a list of these: several
     question   text; image tags around it are removed where there is one for each image
-    answer     text or a number. A list of answers is none: choose one first, for it decides the reward
+    answer     text or a number. A list of answers is refused: choose one, because it decides the reward
     boxes      boxes of four numbers; one box alone; with several images: one list of boxes for each image
     id         optional; unique. Without it: name of the file (or of the split) and number of the row
     box_names, kind, width, height    optional; width and height of the picture that the boxes were drawn on
 
-``--box-format`` is always asked for: columns called bbox hold any of the formats.
+``--box-format`` is required, because columns called bbox may hold any of the formats.
 
 A local path is read with pyarrow alone. A data set of the hub is streamed, its images left as the bytes they are; it
-is pinned to a commit (``--revision``, else the newest at the start), which stands in the manifest. No code from the hub
+is pinned to a commit (``--revision``, else the newest at the start), which the manifest names. No code from the hub
 runs here: ``datasets`` 4 and later refuses a data set that needs its own script, and older ones are not used.
 Licence: that of the data set's card.
 """
@@ -216,7 +216,7 @@ def _unreachable(dataset: str, error: Exception) -> SayoError:
     said = " ".join(f"{type(error).__name__}: {error}".split())
     return inputs.unreadable(
         dataset,
-        "the data set cannot be had from the hub",
+        "the data set cannot be loaded from the hub",
         "check the name, the network, HF_HUB_OFFLINE and, for a "
         "gated data set, `hf auth login`; or download its parquet files and give their folder",
         got=said[:300],
@@ -274,6 +274,9 @@ def parse_map(text: str) -> dict[str, str]:
             got=text,
         )
     return {name.strip(): column.strip() for name, _, column in pairs}
+
+
+SHOWN = ("--map", "--images", "--split")  # on the page of --help, beside the required flags
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

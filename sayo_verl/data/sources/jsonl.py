@@ -1,4 +1,4 @@
-"""Examples as lines of JSON: the format for your own data, and for anything a few lines of Python can convert.
+"""Lines of JSON: the format for your own data, and for all data that a few lines of Python can convert.
 
 One object a line (plain, .gz, or in a .zip), UTF-8:
 
@@ -8,8 +8,8 @@ One object a line (plain, .gz, or in a .zip), UTF-8:
     boxes      list of boxes of four numbers; with images: one such list for each image. [] for no boxes
     id         optional; text or a whole number, unique. Without it: name of the file and number of the line
     box_names  optional; nested as boxes
-    box_format optional; must be what --box-format says, which is always asked for: nothing in the numbers tells
-               [x0, y0, x1, y1] from [x, y, width, height]
+    box_format optional; must equal --box-format, which is required because numbers do not show whether they are
+               [x0, y0, x1, y1] or [x, y, width, height]
     size       optional; [width, height] of the picture that the boxes were drawn on, checked against the file;
                with images: one for each image, or null
     kind       optional; of question
@@ -132,6 +132,9 @@ class JsonlSource:
                 got=fields.shown(value),
             )
         return tuple(None if s is None else fields.picture_size(s[0], s[1], where) for s in each)
+
+
+SHOWN = ("--images", "--name")  # on the page of --help, beside the required flags
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

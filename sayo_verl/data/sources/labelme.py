@@ -8,12 +8,13 @@ shape_type, group_id}]}. Points are [x, y] in pixels, as floats. Of the shapes,
     others               (circle, line, point, ...) have no box: questions about their label are left out here
 
 Shapes of one label and one ``group_id`` are one object: their boxes are joined. ``box_source`` says which there are:
-"labelme_rectangle", "labelme_polygon", "labelme_mixed". Labels that begin with "__ignore__" are no objects.
+"labelme_rectangle", "labelme_polygon", "labelme_mixed". Labels that begin with "__ignore__" are skipped.
 
 The picture is the file ``imagePath``, relative to the JSON file (with --images: the file of that name there; Windows'
 backslashes are read as slashes); where there is no such file, the copy in ``imageData``. labelme turns a picture
 upright by its EXIF orientation before it shows it, so points lie on the *upright* picture, and imageWidth and
-imageHeight are its size. Where these do not tell (a photo turned by half), set --box-frame upright.
+imageHeight are its size. If the size does not show the orientation (a photo turned by 180 degrees), set --box-frame
+upright.
 
 labelme has no questions. ``ask`` makes counts and presence (``sayo_verl.data.sources.templates``); ``questions`` joins
 lines of JSON {file, question, answer, labels: [...], id?, kind?}, file being the JSON file's path within the folder.
@@ -249,12 +250,17 @@ def _joined_thing(label: str, parts: list[tuple[tuple[float, ...] | None, str]])
     return tp.Thing(label, (min(x0), min(y0), max(x1), max(y1)))
 
 
+SHOWN = ("--images", "--ask", "--questions")  # on the page of --help, beside the required flags
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare labelme``."""
     parser.add_argument("--folder", type=Path, required=True, help="folder of labelme's JSON files")
     parser.add_argument("--images", type=Path, help="folder or zip file of the pictures (default: as imagePath says)")
-    parser.add_argument("--ask", nargs="+", choices=tp.ASKS, default=[], help="questions to make")
-    parser.add_argument("--questions", type=Path, help="lines of JSON with questions to join instead; see the module")
+    parser.add_argument(
+        "--ask", nargs="+", choices=tp.ASKS, default=[], metavar="KIND", help=f"questions to make: {', '.join(tp.ASKS)}"
+    )
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="JSON lines with questions to join instead")
     parser.add_argument("--allow-outside", action="store_true", help="follow an imagePath out of its folder")
     parser.add_argument("--name", default="labelme", help="name of the data set in metrics (default: %(default)s)")
 

@@ -1,7 +1,7 @@
 """ReFocus-Chart: questions about bar charts, with the areas an annotator's edit focused on.
 
 Data: ``ReFocus/ReFocus_Data`` on Hugging Face (arXiv 2501.05452); its card and its code state Apache-2.0. The charts
-are ChartQA's, whose mirrors state GPL-3.0: download it yourself, and do not pass on rows made of it without looking.
+are ChartQA's, whose mirrors state GPL-3.0: download it yourself, and check both licences before you pass rows on.
 
 Two forms are read:
 
@@ -12,8 +12,8 @@ Two forms are read:
     JSON      chartQA_{h,v}_bar_wbb.json, the test files: {id: {query, answer, figure_path, type, x_values, y_values,
               x_bboxes, y_bboxes, figure_bbox}}, x1, y1, x2, y2 as *fractions* of width and height, without focus areas.
 
-Which of the two a file is, is decided by its column types and held against every value: whole numbers are pixels,
-others fractions in [0, 1] (up to a tenth beyond is clipped, for plots that reach over the border). A mixture stops the
+The column types decide which form a file has, and every value is checked: whole numbers are pixels, others are
+fractions in [0, 1]. A value up to a tenth outside is clipped, for plots that cross the border. A mixture stops the
 work, and so do fractions that were cut to whole numbers.
 
 Which boxes. ``focus_areas_bbox`` (box_source "refocus_focus"). Where it is empty: those of the x and y labels that the
@@ -21,9 +21,9 @@ question names, as whole words in any case, longest label first ("refocus_labels
 often too large to say anything); else none ("none"). ``fall_back`` shortens that chain. SAYO's released code takes rows
 with focus areas alone, and of those the first area alone: fall_back="none", first_box=True.
 
-Trap: the script that made label boxes sorts them by position, and leaves the labels in the annotation's order. Where
-the two orders differ, a label has another one's box; nothing in the file tells. Look at the pictures before training
-on "refocus_labels".
+Pitfall: the script that made label boxes sorts them by position, but leaves the labels in the annotation's order. If
+the two orders differ, a label has the box of another one, and nothing in the file shows it. Look at the pictures before
+training on "refocus_labels".
 """
 
 import argparse
@@ -318,6 +318,9 @@ def _mixture(where: str, got: Any, wanted: str) -> SayoError:
         wanted=wanted,
         fix="prepare a file of one kind, or write it as lines of JSON with --box-format",
     )
+
+
+SHOWN = ("--images", "--first-box")  # on the page of --help, beside the required flags
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,106 @@
+"""Parsers of the ``sayo`` command: subcommands that add their flags late, short help, flags of dataclasses.
+
+The ``--help`` of a subcommand fits a screen; ``--help-all`` shows the rest, if there is more.
+"""
+
+import argparse
+import dataclasses
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+Config = TypeVar("Config")
+Run = Callable[[argparse.Namespace], int]
+AddFlags = Callable[[argparse.ArgumentParser], Run | None]
+
+
+class Command(argparse.ArgumentParser):
+    """A parser that adds its flags when it begins to parse: argparse lets only the chosen subcommand's parser do so.
+
+    Attributes:
+        shown: names of the optional flags on the page of ``--help``; None for all.
+    """
+
+    def __init__(self, *args: Any, add_flags: AddFlags | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        self.add_flags = add_flags
+        self.shown: frozenset[str] | None = None
+
+    def show_only(self, *flags: str) -> None:
+        """Leave other optional flags, and all but the first paragraph of the description, to ``--help-all``."""
+        self.shown = frozenset({"-h", "--help-all", *flags})
+        self.add_argument("--help-all", action=_HelpAll, nargs=0, help="the whole page, with every option")
+
+    def format_help(self) -> str:
+        if self.shown is None:
+            return super().format_help()
+        hidden = [a for a in self._actions if not (a.required or self.shown & set(a.option_strings))]
+        before = [action.help for action in hidden], [group.description for group in self._action_groups]
+        described, self.description = self.description, _first_paragraph(self.description or "")
+        required = [f"{a.option_strings[0]} {a.metavar or a.dest.upper()}" for a in self._actions if a.required]
+        self.usage = textwrap.fill(" ".join([self.prog, *required, "[OPTION ...]"]), 72, subsequent_indent=" " * 11)
+        for action in hidden:
+            action.help = argparse.SUPPRESS
+        for group in self._action_groups:
+            group.description = None
+        try:
+            return super().format_help()
+        finally:
+            self.description, self.usage = described, None
+            for action, text in zip(hidden, before[0], strict=True):
+                action.help = text
+            for group, text in zip(self._action_groups, before[1], strict=True):
+                group.description = text
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self.add_flags:
+            add_flags, self.add_flags = self.add_flags, None
+            self.set_defaults(function=add_flags(self))
+        return super().parse_known_args(args, namespace)
+
+
+class _HelpAll(argparse.Action):
+    """``--help-all``."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        assert isinstance(parser, Command)
+        parser.shown = None
+        parser.print_help()
+        parser.exit()
+
+
+def _first_paragraph(text: str) -> str:
+    return textwrap.fill(" ".join(text.strip().split("\n\n")[0].split()), 78)
+
+
+def add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, tuple[str, AddFlags]]) -> None:
+    """Subcommands by name, each with one line of help and the function that adds its flags."""
+    choices = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Command)
+    for name, (summary, add_flags) in commands.items():
+        description = f"{summary[0].upper()}{summary[1:]}."
+        choices.add_parser(name, help=summary, description=description, add_flags=add_flags)
+
+
+def add_config_flags(parser: argparse.ArgumentParser, config: type, prefix: str = "") -> None:
+    """One flag for each field of a configuration dataclass, with its default."""
+    hints = get_type_hints(config)
+    group = parser.add_argument_group(f"{config.__name__} (see its docstring in {config.__module__})")
+    for field in dataclasses.fields(config):
+        hint = hints[field.name]
+        kwargs: dict[str, Any] = {"default": field.default, "help": "default: %(default)s"}
+        if get_origin(hint) is tuple:
+            kwargs.update(nargs="+", type=get_args(hint)[0])
+        elif get_args(hint):
+            kwargs.update(choices=get_args(hint), help=f"one of {', '.join(get_args(hint))}; default: %(default)s")
+        else:
+            kwargs.update(type=hint)
+        group.add_argument(
+            f"--{prefix}{field.name.replace('_', '-')}", dest=f"{config.__name__}.{field.name}", metavar="X", **kwargs
+        )
+
+
+def config_from(args: argparse.Namespace, config: Callable[..., Config]) -> Config:
+    """The dataclass from the flags that ``add_config_flags`` made."""
+    values = {k.partition(".")[2]: v for k, v in vars(args).items() if k.startswith(f"{config.__name__}.")}
+    return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
