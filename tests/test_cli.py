@@ -43,7 +43,8 @@ def test_help_fits_a_screen_and_names_every_command(monkeypatch, capsys):
 def test_help_of_every_subcommand_fits_a_screen_and_the_rest_is_in_help_all(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     prepared = [f"prepare {name}" for name in ("gqa", "refocus", "jsonl", "coco", "labelme", "hf", "mix", "synthetic")]
-    for command in ["doctor", "prepare", "inspect", "watch", "report", "evaluate", *prepared]:
+    stages = [f"focus {name}" for name in ("", "run", "train", "respond", "report")]
+    for command in ["doctor", "prepare", "inspect", "watch", "report", "evaluate", *prepared, *stages]:
         with pytest.raises(SystemExit):
             main([*command.split(), "--help"])
         lines = capsys.readouterr().out.splitlines()

@@ -1,7 +1,8 @@
-"""``sayo focus``: ``respond`` samples texts to imitate, ``train`` writes a model folder, ``report`` compares.
+"""The <Focus> stage: respond samples texts to imitate, train writes a model
+folder, report compares. run starts these three with the values of a file.
 
-``run`` starts these three steps with the values of a file. On N devices: ``torchrun --nproc_per_node=N -m
-sayo_verl.focus train ...``, and the same for ``respond``.
+On N devices: torchrun --nproc_per_node=N -m sayo_verl.focus train ...,
+and the same for respond.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sayo_verl.command_line import Command
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.focus.config import FocusConfig, RespondConfig
 
@@ -43,7 +45,7 @@ _FLAGS: dict[str, tuple[Any, str]] = {
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """``run``, ``train``, ``respond`` and ``report`` with their flags. No model library is loaded."""
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Command)
 
     job = commands.add_parser("run", help="respond, train and report with the values of a file (configs/focus)")
     job.add_argument("job", type=Path, help="yaml file")
@@ -56,6 +58,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--rows", nargs="+", required=True, help="parquet files")
     train.add_argument("--out", type=Path, required=True, help="new folder")
     train.set_defaults(stage=_train)
+    train.show_only("--weight", "--layers", "--steps", "--batch-size", "--learning-rate", "--lora-rank", "--dtype")
 
     respond = commands.add_parser("respond", help="write rows with the policy's own right answers to imitate")
     respond.add_argument("--base", required=True)
