@@ -17,6 +17,7 @@ from pathlib import Path
 import hydra
 import ray
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 from verl.utils.device import auto_set_device
@@ -24,11 +25,12 @@ from verl.utils.device import auto_set_device
 from sayo_verl import __version__
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks.contract import RUN_TOKEN
-from sayo_verl.launch.job import check_names, keys_of, write_out
+from sayo_verl.launch.job import composition_error, keys_of, write_out
 from sayo_verl.launch.model_check import load_config
+from sayo_verl.launch.names import check_names
 from sayo_verl.launch.preflight import preflight, show
 from sayo_verl.launch.resources import check_devices
-from sayo_verl.launch.resume import how_to_resume
+from sayo_verl.launch.resume import how_to_resume, metrics_file
 from sayo_verl.launch.reward_check import configure as configure_reward
 from sayo_verl.launch.settings import load_methods
 from sayo_verl.launch.training_check import check_by_verl
@@ -99,24 +101,29 @@ def select_method(config: DictConfig) -> bool:
 
 
 def write_run_card(config: DictConfig) -> None:
-    """run.json beside metrics.jsonl, run-2.json beside metrics-2.jsonl: what ran, with which versions."""
-    metrics = os.environ.get("VERL_FILE_LOGGER_PATH")
-    if not metrics:
+    """What runs, with which versions: run.json and config.yaml beside metrics.jsonl, run-2.json beside metrics-2.jsonl.
+
+    Nothing is written before the checks have passed, and nothing if no metrics are.
+    """
+    named = os.environ.get("VERL_FILE_LOGGER_PATH")
+    metrics = Path(named) if named else metrics_file(config)
+    if metrics is None:
         return
-    folder = Path(metrics).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    card_file = run_card(Path(metrics))
+    metrics.parent.mkdir(parents=True, exist_ok=True)
+    card_file = run_card(metrics)
     names = ("verl", "torch", "transformers", "vllm", "ray", "tensordict", "TransferQueue")
     card = {
-        "run_id": folder.name,
+        "run_id": metrics.parent.name,
         "estimator": config.algorithm.adv_estimator,
         "total_steps": config.trainer.total_training_steps,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {"sayo-verl": __version__, **{name: version(name) for name in names}},
-        "metrics": metrics,
+        "metrics": str(metrics),
         "overrides": sys.argv[1:],
     }
     card_file.write_text(json.dumps(card, indent=1) + "\n")
+    whole = card_file.with_name(card_file.stem.replace("run", "config", 1) + ".yaml")
+    whole.write_text(OmegaConf.to_yaml(config, resolve=True))
 
 
 def say_how_to_resume(config: DictConfig) -> None:
@@ -130,10 +137,11 @@ def main(config: DictConfig) -> None:
     """Check, plan, run."""
     try:
         check_devices(config, dry_run=config.sayo.dry_run)
-        write_out(config, keys_of(HydraConfig.get().overrides.task))
+        given = keys_of(HydraConfig.get().overrides.task)
+        write_out(config, given)
         config.sayo.modules = load_methods(config.sayo.modules)
         internvl.configure(config, load_config(str(config.actor_rollout_ref.model.path), dry_run=True))
-        plan = preflight(config, dry_run=config.sayo.dry_run)
+        plan = preflight(config, given=given, dry_run=config.sayo.dry_run)
         check_by_verl(config, dry_run=config.sayo.dry_run)
     except SayoError as error:
         sys.exit(str(error))
@@ -144,13 +152,22 @@ def main(config: DictConfig) -> None:
         return
     configure_reward(config)
     auto_set_device(config)
+    write_run_card(config)
     prepare_workers(config)
     ours = select_method(config)
-    write_run_card(config)
     atexit.register(say_how_to_resume, config)  # after the traceback of a run that failed
     run_ppo(config, task_runner_class=SayoTaskRunner if ours else TaskRunnerV1)
 
 
-if __name__ == "__main__":
+def launch() -> None:
+    """``main``, with one line for a command line that cannot be composed."""
     check_names()
-    main()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints its errors itself, over several lines
+    try:
+        main()
+    except (ConfigCompositionException, MissingConfigException, OverrideParseException) as error:
+        sys.exit(str(composition_error(error)))
+
+
+if __name__ == "__main__":
+    launch()

@@ -63,3 +63,15 @@ place_run() {
   SAYO_RESUME_COMMAND="RESUME=$(printf '%q' "$OUT") ${given}bash$(printf ' %q' "$ROOT/scripts/${0##*/}" "$@")"
   export METHOD NAME OUT SAYO_RESUME_COMMAND
 }
+
+# Refuses, before minutes are spent on an environment: unknown names of a job or a method, variables that no script reads,
+# folders that do not exist. Any Python from 3.10 on does. Call it after place_run, with the same arguments.
+check_names() {
+  local python dry=()
+  ! dry_run || dry=(sayo.dry_run=True)
+  for python in python3 python3.11; do
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || continue
+    "$python" -m sayo_verl.launch.names --config-dir configs +job="$JOB" +method="$METHOD" "${dry[@]}" "$@"
+    return
+  done
+}

@@ -24,6 +24,7 @@ help_or_go_on "$@"
 [[ -n "${JOB:-}" ]] || refuse L30 "no job is named" JOB "call a script run_<paper>_<model>.sh, or set JOB=NAME: $(cd configs/job && echo *.yaml)"
 dry_run && DRY=1 || DRY=0
 place_run "$@"
+check_names "$@"
 
 if ! python3 -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("sayo_verl") and u.find_spec("verl")))'; then
   STACK=() # of this machine
@@ -42,8 +43,6 @@ GIVEN=(trainer.experiment_name="$NAME")
 if [[ -n "${RESUME:-}" ]]; then GIVEN+=(sayo.resume="$(quoted "$OUT")"); else GIVEN+=(sayo.out="$(quoted "$OUT")"); fi
 if ((DRY)); then
   export VERL_PLATFORM=${VERL_PLATFORM:-cpu} VERL_LOGGING_LEVEL=${VERL_LOGGING_LEVEL:-WARNING}
-  GIVEN+=(sayo.dry_run=True hydra.run.dir=. hydra.output_subdir=null hydra/job_logging=none)
-else
-  GIVEN+=(hydra.run.dir="$(quoted "$OUT/hydra/$(date +%Y%m%d-%H%M%S)")")
+  GIVEN+=(sayo.dry_run=True hydra/job_logging=none)
 fi
 exec python3 -m sayo_verl.main_ppo --config-dir configs +job="$JOB" +method="$METHOD" "${GIVEN[@]}" "$@"

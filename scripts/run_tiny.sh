@@ -22,6 +22,7 @@ help_or_go_on "$@"
 export JOB=tiny
 [[ -n "${OWN_METHOD:-}" ]] || METHOD=${METHOD:-region} # run_sayo_tiny.sh and run_grpo_tiny.sh have theirs
 place_run "$@"
+check_names "$@"
 unset VERL_FILE_LOGGER_PATH # sayo watch and sayo report look in $OUT
 if dry_run; then VERL_PLATFORM=cpu exec bash scripts/run.sh "$@"; fi
 
@@ -36,7 +37,6 @@ export RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 export RAY_enable_worker_prestart=0 RAY_prestart_worker_first_driver=0
 export TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1
 
-python -m sayo_verl.launch.job --config-dir configs +method="$METHOD" "$@" # before the policy takes its minutes
 [[ -n "${DATA:-}" || " $*" == *"data.train_files="* ]] || DATA=$(sayo prepare synthetic --out .sayo)
 [[ -n "${MODEL_PATH:-}" ]] || MODEL_PATH=$(sayo prepare policy --out .sayo)
 export DATA MODEL_PATH

@@ -9,8 +9,9 @@ import importlib.util
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -28,10 +29,10 @@ from sayo_verl.launch.model_check import (
     model_folder,
     sequence_parallel,
 )
-from sayo_verl.launch.resources import check_batch_sizes, check_paths, check_ray_cpus, shared_paths
+from sayo_verl.launch.resources import check_batch_sizes, check_paths, check_ray_cpus, describe_machines, shared_paths
 from sayo_verl.launch.resume import check_metrics, check_resume, describe_checkpoints, metrics_file
 from sayo_verl.launch.reward_check import check_reward, check_template, describe_focus
-from sayo_verl.launch.settings import settings_from_config
+from sayo_verl.launch.settings import check_used, settings_from_config
 from sayo_verl.launch.training_check import check_training
 from sayo_verl.methods import METHODS, Method, Mix
 from sayo_verl.methods.faithful import FaithfulMethod
@@ -40,11 +41,12 @@ from sayo_verl.probe.statistics import check_lse_path
 Plan = list[tuple[str, str]]
 
 
-def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
+def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool = False) -> Plan:
     """Check a composed configuration and the files it names.
 
     Args:
         config: the full configuration of ``sayo_trainer``.
+        given: keys of the command line.
         dry_run: report absent files instead of refusing them.
 
     Returns:
@@ -53,7 +55,7 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
     Raises:
         SayoError: for the first mistake found.
     """
-    method = check_estimator(config)
+    method = check_estimator(config, given)
     check_training(config, method)
     if method is not None:
         check_settings(config, method)
@@ -88,11 +90,11 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
         ),
         (
             "update",
-            f"{actor.strategy}, lr {actor.optim.lr}, mini-batch {actor.ppo_mini_batch_size} prompts, KL loss "
-            f"{actor.kl_loss_coef if actor.use_kl_loss else 'off'}, LoRA rank "
+            f"{actor.strategy}, lr {actor.optim.lr}, mini-batch {actor.ppo_mini_batch_size} prompts, LoRA rank "
             f"{config.actor_rollout_ref.model.lora_rank or 'off'}",
         ),
-        ("machines", f"{config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {config.trainer.device}; {cpus}"),
+        ("objective", _objective(config)),
+        ("machines", f"{describe_machines(config)}; {cpus}"),
         *([("every node must see", ", ".join(path for _, path in shared_paths(config)))] if several else []),
         *memory,
         ("length", _length(config, of_data)),
@@ -103,11 +105,16 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
     return plan
 
 
-def check_estimator(config: DictConfig) -> Method | None:
+def check_estimator(config: DictConfig, given: Collection[str] = ()) -> Method | None:
     """The run's method, or None for an estimator of verl's own.
 
+    Args:
+        config: the composed configuration.
+        given: keys of the command line.
+
     Raises:
-        SayoError: L01 for a name nobody registered, with the nearest one.
+        SayoError: L01 for a name nobody registered, with the nearest one; what ``settings_from_config`` and
+            ``check_used`` raise.
     """
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
@@ -123,8 +130,10 @@ def check_estimator(config: DictConfig) -> Method | None:
             wanted=f"ours ({', '.join(ours)}) or verl's ({', '.join(k for k in known if k not in ours)})",
             fix="correct the name",
         )
-    attn = OmegaConf.to_container(config.algorithm.attn, resolve=True) if config.algorithm.get("attn") else {}
-    return settings_from_config(name, attn).method  # type: ignore[arg-type]
+    attn: Any = OmegaConf.to_container(config.algorithm.attn, resolve=True) if config.algorithm.get("attn") else {}
+    method = settings_from_config(name, attn).method
+    check_used(name, attn, given)
+    return method
 
 
 def check_settings(config: DictConfig, method: Method) -> None:
@@ -276,6 +285,22 @@ def show(plan: Plan, write: Callable[[str], None] = print) -> None:
         lines = textwrap.wrap(value, columns - indent, break_long_words=False, break_on_hyphens=False) or [""]
         for n, line in enumerate(lines):
             write(f"  {'' if n else name}".ljust(indent) + line)
+
+
+def _objective(config: DictConfig) -> str:
+    """What the actor minimises, and which groups of rollouts it gets: where GRPO and DAPO differ."""
+    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    loss = OmegaConf.select(actor, "policy_loss.loss_mode")
+    parts = [
+        f"{loss} loss, {actor.loss_agg_mode}",
+        f"clip {actor.clip_ratio_low} to {actor.clip_ratio_high}" + f", dual clip {actor.clip_ratio_c}",
+        f"KL loss {actor.kl_loss_coef} ({actor.kl_loss_type})" if actor.use_kl_loss else "no KL loss",
+        *(["KL in the reward"] if algorithm.use_kl_in_reward else []),
+        f"entropy {actor.entropy_coeff}",
+        f"advantages {'over' if algorithm.norm_adv_by_std_in_grpo else 'not over'} the spread of their group",
+        f"groups filtered by {algorithm.filter_groups.metric}" if algorithm.filter_groups.enable else "all groups kept",
+    ]
+    return ", ".join(parts)
 
 
 def _length(config: DictConfig, of_data: Plan) -> str:

@@ -65,14 +65,24 @@ def check_batch_sizes(config: DictConfig) -> None:
             )
 
 
-def cluster(config: DictConfig) -> bool:
-    """Whether the run joins a Ray cluster that is already up."""
-    return bool(os.environ.get("RAY_ADDRESS") or OmegaConf.select(config, "ray_kwargs.ray_init.address"))
+def cluster(config: DictConfig) -> str | None:
+    """The address of the Ray cluster that the run joins; None if it starts one on this machine."""
+    return os.environ.get("RAY_ADDRESS") or OmegaConf.select(config, "ray_kwargs.ray_init.address") or None
+
+
+def describe_machines(config: DictConfig) -> str:
+    """Nodes and devices, and the cluster that a run on several nodes joins, for the plan."""
+    trainer = config.trainer
+    if address := cluster(config):
+        joined = f" of the Ray cluster at {address}"
+    else:
+        joined = ", NEEDS RAY_ADDRESS of a Ray cluster that is up" if int(trainer.nnodes) > 1 else ""
+    return f"{trainer.nnodes} x {trainer.n_gpus_per_node} {trainer.device}{joined}"
 
 
 def elsewhere(config: DictConfig, *, dry_run: bool) -> bool:
     """Whether this machine tells nothing of the run's: a dry run, several nodes, or a cluster that is already up."""
-    return dry_run or int(config.trainer.nnodes) > 1 or cluster(config)
+    return dry_run or int(config.trainer.nnodes) > 1 or cluster(config) is not None
 
 
 def check_devices(config: DictConfig, *, dry_run: bool) -> None:

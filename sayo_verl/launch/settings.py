@@ -13,7 +13,7 @@ import importlib.util
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,44 @@ def settings_from_config(adv_estimator: str, attn: Mapping[str, Any]) -> AttnSet
                 )
         return AttnSettings(Mix(tuple(methods[PREFIX + node] for node in mix)), floor)
     return AttnSettings(methods.get(adv_estimator), floor)
+
+
+def check_used(adv_estimator: str, attn: Mapping[str, Any], given: Collection[str] = ()) -> None:
+    """Refuse settings of methods that the run does not use.
+
+    Args:
+        adv_estimator: value of ``algorithm.adv_estimator``.
+        attn: ``algorithm.attn``, as ``settings_from_config`` accepts it. It holds the defaults of every method, so a
+            value counts as set if it differs from its default or if ``given`` names it.
+        given: keys of the command line.
+
+    Raises:
+        SayoError: L71.
+    """
+    prefix = "algorithm.attn."
+    used = {PREFIX + node for node in attn.get("mix") or ()} if adv_estimator == Mix.name else {adv_estimator}
+    for name, cls in METHODS.items():
+        if name in used:
+            continue
+        node = name.removeprefix(PREFIX)
+        values, default = vars(_build(cls, attn.get(node, {}), prefix + node)), vars(_build(cls, {}, ""))
+        keys = [key for key in sorted(given) if key.startswith(f"{prefix}{node}.")]
+        keys += [f"{prefix}{node}.{key}" for key in values if values[key] != default[key]]
+        if keys:
+            raise _unused(keys[0], adv_estimator, f"{name}, or {Mix.name} with {node} in algorithm.attn.mix")
+    if adv_estimator not in (*METHODS, Mix.name) and f"{prefix}spread_floor" in given:
+        raise _unused(f"{prefix}spread_floor", adv_estimator, f"one of {', '.join((*METHODS, Mix.name))}")
+
+
+def _unused(where: str, adv_estimator: str, users: str) -> SayoError:
+    return SayoError(
+        "L71",
+        "this setting has no effect under the estimator that runs",
+        where=where,
+        got=f"algorithm.adv_estimator={adv_estimator}",
+        wanted=users,
+        fix="leave the setting out, or choose the estimator that uses it (METHOD=NAME in front of a script)",
+    )
 
 
 def _build(cls: Any, values: Any, where: str) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from omegaconf import open_dict
-from test_settings_preflight import base, make, refused, write_model  # noqa: F401 (fixtures)
+from support.launch_config import refused, write_model
 from transformers import Qwen3VLConfig
 from verl.utils.model import update_model_config
 
@@ -24,7 +24,7 @@ NAME = "Qwen/Qwen3-VL-8B-Instruct"
 
 
 @pytest.fixture
-def config_of(make):  # noqa: F811
+def config_of(make):
     """``config_of(**{key: value})``: a configuration that passes, with some keys changed."""
     return make
 
@@ -115,7 +115,7 @@ def test_what_is_refused_of_a_folder_is_refused_of_a_hub_name(of_hub, hub, code,
     refused(of_hub(**values), code, dry_run=True)
 
 
-def test_L53_a_hub_out_of_reach_stops_a_run_and_stands_in_the_plan_of_a_dry_run(of_hub, hub):
+def test_a_hub_out_of_reach_stops_a_run_and_stands_in_the_plan_of_a_dry_run(of_hub, hub):
     error = refused(of_hub(), "L53")
     assert "OfflineModeIsEnabled" in error.got
     assert f"hf download {NAME}" in error.fix
@@ -135,7 +135,7 @@ def test_the_hub_is_tried_once_and_a_model_in_the_cache_does_without(of_hub, hub
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
-def test_L17_a_name_that_the_hub_does_not_know(of_hub, hub_says, dry_run):
+def test_a_name_that_the_hub_does_not_know(of_hub, hub_says, dry_run):
     response = httpx.Response(404, request=httpx.Request("GET", "https://hub.example"))
     hub_says(huggingface_hub.errors.RepositoryNotFoundError("404", response=response))
     assert "hub has no such model" in refused(of_hub(), "L17", dry_run=dry_run).what
@@ -172,7 +172,7 @@ def test_a_model_on_hdfs_is_not_checked(config_of, dry_run):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_type": "qwen3_vl", "text_config": 4}'])
-def test_L17_a_configuration_that_cannot_be_read(config_of, tmp_path, text):
+def test_a_configuration_that_cannot_be_read(config_of, tmp_path, text):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text(text)
     refused(config_of(**{"actor_rollout_ref.model.path": str(tmp_path / "broken")}), "L17", dry_run=True)
@@ -229,7 +229,7 @@ def on_gpu(config_of, tmp_path):
 
 @pytest.mark.parametrize("estimator", ["attn_region", "grpo"])
 @pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_vl_moe", "internvl", "qwen2_vl"])
-def test_L26_verls_default_attention_without_flash_attn(on_gpu, model_type, estimator):
+def test_verls_default_attention_without_flash_attn(on_gpu, model_type, estimator):
     if (model_type, estimator) == ("qwen2_vl", "attn_region"):
         refused(on_gpu(model_type), "L18")
         return
@@ -246,14 +246,14 @@ def test_L26_verls_default_attention_without_flash_attn(on_gpu, model_type, esti
 
 @pytest.mark.parametrize("estimator", ["attn_region", "grpo"])
 @pytest.mark.parametrize("attention", [None, "sdpa"])
-def test_L26_packed_rows_of_qwen2_5_vl_run_on_flash_attn_only(on_gpu, attention, estimator):
+def test_packed_rows_of_qwen2_5_vl_run_on_flash_attn_only(on_gpu, attention, estimator):
     error = refused(on_gpu("qwen2_5_vl", attention, estimator), "L26")
     assert "packed rows of qwen2_5_vl, whatever attn_implementation says" in error.what
     padded = dict(preflight(on_gpu("qwen2_5_vl", "sdpa", estimator, **{PACKED: False})))
     assert padded["attention"] == f"sdpa; {SLOW_LOG_PROBS}"
 
 
-def test_L26_a_flash_attn_that_does_not_import(on_gpu, installed):
+def test_a_flash_attn_that_does_not_import(on_gpu, installed):
     installed(text="raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c10')")
     assert "flash-attn 2.8.3 does not import (ImportError: flash_attn_2_cuda" in refused(on_gpu(), "L26").got
 
@@ -288,7 +288,7 @@ def test_transformers_takes_the_kernel_of_the_hub_where_the_package_kernels_is(o
     assert dict(preflight(on_gpu(attention="kernels-community/flash-attn2")))["attention"].startswith("kernels-comm")
 
 
-def test_L26_flash_attention_3_is_another_package(on_gpu, installed):
+def test_flash_attention_3_is_another_package(on_gpu, installed):
     assert "flash-attn-3 is not installed" in refused(on_gpu(attention="flash_attention_3"), "L26").got
     installed("flash-attn-3", "flash_attn_interface")
     assert dict(preflight(on_gpu(attention="flash_attention_3")))["attention"] == (
@@ -298,15 +298,15 @@ def test_L26_flash_attention_3_is_another_package(on_gpu, installed):
 
 
 @pytest.mark.parametrize("name", ["flash_attn_2", "paged|sdpa", "kernels-community/flash-attn2", "flex_attention"])
-def test_L54_an_attention_that_transformers_does_not_run(on_gpu, name):
+def test_an_attention_that_transformers_does_not_run(on_gpu, name):
     assert refused(on_gpu(attention=name), "L54", dry_run=True).got == name
 
 
-def test_L54_a_kernel_of_the_hub_without_the_package_kernels(on_gpu):
+def test_a_kernel_of_the_hub_without_the_package_kernels(on_gpu):
     assert refused(on_gpu(attention="kernels-community/flash-attn2"), "L54").fix.startswith("pip install 'kernels")
 
 
-def test_L54_an_attention_for_each_part_fails_in_verl(on_gpu):
+def test_an_attention_for_each_part_fails_in_verl(on_gpu):
     parts = {"text_config": "sdpa", "vision_config": "eager"}
     error = refused(on_gpu(attention=parts), "L54", dry_run=True)
     assert "verl fails on an attention for each part" in error.what
@@ -315,7 +315,7 @@ def test_L54_an_attention_for_each_part_fails_in_verl(on_gpu):
         update_model_config(Qwen3VLConfig(), {"attn_implementation": parts})
 
 
-def test_L54_packed_qwen2_5_vl_with_eager(on_gpu, installed):
+def test_packed_qwen2_5_vl_with_eager(on_gpu, installed):
     installed()
     assert "one of padding" in refused(on_gpu("qwen2_5_vl", "eager"), "L54").what
     preflight(on_gpu("qwen2_5_vl", "eager", **{PACKED: False}))
