@@ -31,8 +31,8 @@ from sayo_verl.launch.names import check_names
 from sayo_verl.launch.preflight import preflight, show
 from sayo_verl.launch.resources import check_devices
 from sayo_verl.launch.resume import how_to_resume, metrics_file
-from sayo_verl.launch.reward_check import configure as configure_reward
 from sayo_verl.launch.settings import load_methods
+from sayo_verl.launch.template_check import configure as configure_reward
 from sayo_verl.launch.training_check import check_by_verl
 from sayo_verl.methods import METHODS, Mix
 from sayo_verl.models import internvl

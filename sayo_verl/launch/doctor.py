@@ -171,7 +171,7 @@ def check_build() -> Finding:
 
 def check_flash_attn() -> Finding:
     """flash-attn, which verl's default attention and its fast log-probs need."""
-    from sayo_verl.launch.model_check import (
+    from sayo_verl.launch.attention_check import (
         ATTENTION,
         DENSE_MASK,
         INSTALL_FLASH_ATTN,
@@ -195,7 +195,7 @@ def check_nvcc() -> list[Finding]:
     """What flash-attn is built with, of the CUDA that torch has; nothing where flash-attn is there."""
     import torch
 
-    from sayo_verl.launch.model_check import flash_attn_problem
+    from sayo_verl.launch.attention_check import flash_attn_problem
 
     if flash_attn_problem() is None:
         return []

@@ -9,10 +9,11 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import CONFIG_MAPPING
 
 from sayo_verl.errors import Rule, SayoError, raise_first
+from sayo_verl.launch.attention_check import flash_attn_problem
 from sayo_verl.launch.machine import run_cards
 from sayo_verl.launch.memory import GIB, Job, Shapes, estimate, kv_bytes, kv_cache, shapes_of
 from sayo_verl.launch.memory_fix import ACTOR, TIGHT, UTILIZATION, held, ways
-from sayo_verl.launch.model_check import flash_attn_problem, load_config, sequence_parallel
+from sayo_verl.launch.model_check import load_config, sequence_parallel
 from sayo_verl.launch.resources import elsewhere
 from sayo_verl.methods import Method
 from sayo_verl.models.families import FAMILIES

@@ -16,24 +16,16 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.errors import Rule, SayoError, did_you_mean, raise_first
+from sayo_verl.launch.attention_check import ATTENTION, attention_of, check_attention
 from sayo_verl.launch.data_check import check_data
 from sayo_verl.launch.memory_check import check_memory
-from sayo_verl.launch.model_check import (
-    ATTENTION,
-    HDFS,
-    attention_of,
-    check_attention,
-    check_model,
-    is_hub_name,
-    load_config,
-    model_folder,
-    sequence_parallel,
-)
+from sayo_verl.launch.model_check import HDFS, check_model, is_hub_name, load_config, model_folder, sequence_parallel
 from sayo_verl.launch.resources import check_batch_sizes, check_paths, check_ray_cpus, describe_machines, shared_paths
 from sayo_verl.launch.resume import check_metrics, check_resume, describe_checkpoints, metrics_file
-from sayo_verl.launch.reward_check import check_reward, check_template, describe_focus
+from sayo_verl.launch.reward_check import check_reward
 from sayo_verl.launch.settings import check_used, settings_from_config
-from sayo_verl.launch.training_check import check_training
+from sayo_verl.launch.template_check import check_template, describe_focus
+from sayo_verl.launch.training_check import check_training, describe_objective
 from sayo_verl.methods import METHODS, Method, Mix
 from sayo_verl.methods.faithful import FaithfulMethod
 from sayo_verl.probe.statistics import check_lse_path
@@ -93,7 +85,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
             f"{actor.strategy}, lr {actor.optim.lr}, mini-batch {actor.ppo_mini_batch_size} prompts, LoRA rank "
             f"{config.actor_rollout_ref.model.lora_rank or 'off'}",
         ),
-        ("objective", _objective(config)),
+        ("objective", describe_objective(config)),
         ("machines", f"{describe_machines(config)}; {cpus}"),
         *([("every node must see", ", ".join(path for _, path in shared_paths(config)))] if several else []),
         *memory,
@@ -285,22 +277,6 @@ def show(plan: Plan, write: Callable[[str], None] = print) -> None:
         lines = textwrap.wrap(value, columns - indent, break_long_words=False, break_on_hyphens=False) or [""]
         for n, line in enumerate(lines):
             write(f"  {'' if n else name}".ljust(indent) + line)
-
-
-def _objective(config: DictConfig) -> str:
-    """What the actor minimises, and which groups of rollouts it gets: where GRPO and DAPO differ."""
-    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
-    loss = OmegaConf.select(actor, "policy_loss.loss_mode")
-    parts = [
-        f"{loss} loss, {actor.loss_agg_mode}",
-        f"clip {actor.clip_ratio_low} to {actor.clip_ratio_high}" + f", dual clip {actor.clip_ratio_c}",
-        f"KL loss {actor.kl_loss_coef} ({actor.kl_loss_type})" if actor.use_kl_loss else "no KL loss",
-        *(["KL in the reward"] if algorithm.use_kl_in_reward else []),
-        f"entropy {actor.entropy_coeff}",
-        f"advantages {'over' if algorithm.norm_adv_by_std_in_grpo else 'not over'} the spread of their group",
-        f"groups filtered by {algorithm.filter_groups.metric}" if algorithm.filter_groups.enable else "all groups kept",
-    ]
-    return ", ".join(parts)
 
 
 def _length(config: DictConfig, of_data: Plan) -> str:

@@ -131,6 +131,21 @@ def check_training(config: DictConfig, method: Method | None) -> None:
         )
 
 
+def describe_objective(config: DictConfig) -> str:
+    """What the actor minimises and which groups of rollouts it gets, for the plan: GRPO and DAPO differ here."""
+    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    parts = [
+        f"{OmegaConf.select(config, LOSS_MODE)} loss, {actor.loss_agg_mode}",
+        f"clip {actor.clip_ratio_low} to {actor.clip_ratio_high}, dual clip {actor.clip_ratio_c}",
+        f"KL loss {actor.kl_loss_coef} ({actor.kl_loss_type})" if actor.use_kl_loss else "no KL loss",
+        *(["KL in the reward"] if algorithm.use_kl_in_reward else []),
+        f"entropy {actor.entropy_coeff}",
+        f"advantages {'over' if algorithm.norm_adv_by_std_in_grpo else 'not over'} the spread of their group",
+        f"groups filtered by {algorithm.filter_groups.metric}" if algorithm.filter_groups.enable else "all groups kept",
+    ]
+    return ", ".join(parts)
+
+
 def _check_sampling(config: DictConfig) -> None:
     """Refuse dynamic sampling that verl leaves out, or stops at, without a word at launch.
 

@@ -13,7 +13,7 @@ from triton.runtime import build
 from sayo_verl.cli import build_parser, main
 from sayo_verl.errors import SayoError
 from sayo_verl.launch import doctor, machine
-from sayo_verl.launch.model_check import INSTALL_FLASH_ATTN
+from sayo_verl.launch.attention_check import INSTALL_FLASH_ATTN
 from sayo_verl.launch.preflight import preflight, show
 from sayo_verl.probe import selfcheck
 
@@ -178,12 +178,12 @@ def test_flash_attn_is_wanted_in_verls_version(monkeypatch):
     assert (found.found, found.wanted) == ("flash-attn is not installed", "==2.8.3")
     assert INSTALL_FLASH_ATTN in found.fix
     assert "attn_implementation=sdpa" in found.fix
-    monkeypatch.setattr("sayo_verl.launch.model_check.flash_attn_problem", lambda: None)
+    monkeypatch.setattr("sayo_verl.launch.attention_check.flash_attn_problem", lambda: None)
     for there, right in (("2.8.3", True), ("2.8.3+cu13torch2.11", True), ("2.7.4", False)):
         monkeypatch.setattr(doctor, "version", lambda name, there=there: there)
         assert doctor.check_flash_attn().right == right
     monkeypatch.setattr(
-        "sayo_verl.launch.model_check.flash_attn_problem", lambda: "flash-attn 2.8.3 does not import (why)"
+        "sayo_verl.launch.attention_check.flash_attn_problem", lambda: "flash-attn 2.8.3 does not import (why)"
     )
     found = doctor.check_flash_attn()
     assert not found.right
@@ -315,7 +315,7 @@ def test_nvcc_must_be_of_torchs_cuda_and_is_looked_for_only_where_flash_attn_is_
         (found,) = doctor.check_nvcc()
         assert (found.right, found.found) == (right, f"{nvcc}, CUDA {release}")
         assert found.wanted.startswith("nvcc of CUDA 13")
-    monkeypatch.setattr("sayo_verl.launch.model_check.flash_attn_problem", lambda: None)
+    monkeypatch.setattr("sayo_verl.launch.attention_check.flash_attn_problem", lambda: None)
     assert doctor.check_nvcc() == []
 
 
