@@ -1,8 +1,8 @@
 """The launcher: ``python -m sayo_verl.main_ppo`` takes what ``python -m verl.trainer.main_ppo`` takes.
 
-It checks the run before anything is loaded (``sayo_verl.launch.preflight``). It makes Ray's workers load the plug-in in
-the way that raises when it fails, and selects verl's trainer with the attention mixin in front. For an estimator of
-verl's own, such as ``grpo``, it selects nothing: verl's task runner, trainer and engine run as they are.
+It checks the run before anything is loaded (``sayo_verl.launch.preflight``). Ray's workers load the plug-in through a
+variable, so that a failure is an error. verl's trainer is selected with the attention mixin in front. For an estimator
+of verl's own, such as ``grpo``, it selects nothing: verl's task runner, trainer and engine run as they are.
 """
 
 import atexit
@@ -56,7 +56,7 @@ FORWARDED = (
 
 @ray.remote
 class SayoTaskRunner(TaskRunnerV1.__ray_actor_class__):
-    """verl's task runner in a process that knows the trainer with the attention mixin."""
+    """verl's task runner in a process that has the trainer with the attention mixin registered."""
 
     def run(self, config: DictConfig) -> None:
         from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
@@ -92,7 +92,7 @@ def prepare_workers(config: DictConfig) -> None:
 
 
 def select_method(config: DictConfig) -> bool:
-    """Point verl at the attention trainer and engine if the estimator is one of ours; say whether it is."""
+    """Select the attention trainer and engine if the estimator is one of ours; return whether it is."""
     ours = config.algorithm.adv_estimator in (*METHODS, Mix.name)
     if ours:
         config.trainer.v1.trainer_mode = "sayo_sync"
@@ -127,7 +127,7 @@ def write_run_card(config: DictConfig) -> None:
 
 
 def say_how_to_resume(config: DictConfig) -> None:
-    """Print, as the last line, how to go on with the last checkpoint; nothing if there is none."""
+    """Print, as the last line, how to resume the last checkpoint; nothing if there is none."""
     if line := how_to_resume(config):
         print(line, flush=True)
 

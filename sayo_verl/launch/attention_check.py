@@ -23,10 +23,10 @@ FLASH = {
 # verl's own pin; built against the torch that is installed, hence without isolation and not from a wheel for CUDA 12
 INSTALL_FLASH_ATTN = "FLASH_ATTENTION_FORCE_BUILD=TRUE pip install --no-build-isolation flash-attn==2.8.3"
 INSTALL_KERNELS = f"pip install '{deps['kernels']}'"
-# What a run pays without flash-attn. Arithmetic for 16k packed tokens of an 8B model, not measured.
+# The cost of a run without flash-attn: arithmetic for 16k packed tokens of an 8B model, not measured.
 DENSE_MASK = "packed rows under a dense mask: about 3 times the time of a log-prob pass"
 SLOW_LOG_PROBS = "verl takes log-probs token by token without flash-attn: 0.3 to 1 s more a micro-batch"
-# Families that we do not read attention of, whose packed rows verl hands to flash-attn (verl/models/transformers).
+# Families whose attention we do not read, and whose packed rows verl hands to flash-attn (verl/models/transformers).
 OTHERS_THAT_CALL_FLASH_ATTN = ("qwen2_vl", "glm4v", "kimi_vl")
 
 
@@ -37,7 +37,7 @@ def attention_of(config: DictConfig) -> str:
 
 
 def flash_attn_problem(implementation: str = "flash_attention_2") -> str | None:
-    """Why the package of a flash attention cannot be used on this machine; None where it can."""
+    """Why the package of a flash attention cannot be used on this machine; None if it can."""
     distribution, module = FLASH[implementation]
     try:
         found = version(distribution)
@@ -45,7 +45,7 @@ def flash_attn_problem(implementation: str = "flash_attention_2") -> str | None:
         return f"{distribution} is not installed"
     try:
         importlib.import_module(module)
-        if implementation == "flash_attention_2":  # verl falls back without a word where this one does not import
+        if implementation == "flash_attention_2":  # verl falls back silently if this one does not import
             importlib.import_module("flash_attn.ops.triton.cross_entropy")
     except (ImportError, OSError, RuntimeError) as error:
         return f"{distribution} {found} does not import ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
@@ -57,14 +57,14 @@ def check_attention(config: DictConfig, model: PretrainedConfig | None, *, dry_r
 
     Args:
         config: the composed configuration.
-        model: the model's configuration; None where the model is not at hand.
-        dry_run: on a machine without a GPU, say what a run will need instead of refusing what this machine lacks.
+        model: the model's configuration; None if the model is not on this machine.
+        dry_run: on a machine without a GPU, report what a run will need instead of refusing what is missing here.
 
     Returns:
         A line for the plan: the implementation, and what it needs or costs.
 
     Raises:
-        SayoError: L26 for a flash attention whose package is absent or does not import, L54 for an implementation that
+        SayoError: L26 for a flash attention whose package is missing or does not import, L54 for an implementation that
             transformers does not have or cannot get, or that does not run this family, and for a dictionary.
     """
     name, chosen = attention_of(config), config.actor_rollout_ref.model
@@ -99,7 +99,7 @@ def check_attention(config: DictConfig, model: PretrainedConfig | None, *, dry_r
         elif model is not None:
             fix += f", or ++{ATTENTION}=sdpa ({DENSE_MASK if packed else 'slower'}{slow})"
         what = (
-            f"verl calls flash-attn for packed rows of {model_type}, whatever attn_implementation says"
+            f"verl calls flash-attn for packed rows of {model_type}, whatever attn_implementation is"
             if direct
             else f"{name} comes from a package"
         )
@@ -118,7 +118,7 @@ def check_attention(config: DictConfig, model: PretrainedConfig | None, *, dry_r
 
 
 def _check_implementation(config: DictConfig, name: str, model: PretrainedConfig | None) -> None:
-    """L54, where verl or transformers stops when it makes the model, and for transformers' kernels for generation."""
+    """L54 for an attention with which verl or transformers cannot make the model, or that is for generation only."""
     if OmegaConf.is_dict(OmegaConf.select(config, ATTENTION)):
         # transformers takes it, but verl then writes override_config into the configuration (update_model_config)
         raise SayoError(

@@ -21,10 +21,10 @@ from sayo_verl.report.runs import next_metrics_file
 
 SPLITS = ("train", "val")
 LOGGER_PATH = "VERL_FILE_LOGGER_PATH"
-# verl's own defaults of settings that a job or a user may name
+# verl's own defaults of settings that a job or a user may set
 VERL_FILES = {"train": "~/data/rlhf/gsm8k/train.parquet", "val": "~/data/rlhf/gsm8k/test.parquet"}
 VERL_CHECKPOINTS = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
-# What files of configs/job compute: a sum, and a value that depends on another one.
+# Resolvers for files of configs/job: a sum, and a value that depends on another one.
 OmegaConf.register_new_resolver("sayo.sum", lambda *numbers: sum(numbers), replace=True)
 OmegaConf.register_new_resolver(
     "sayo.choose", lambda got, match, then, otherwise: then if got == match else otherwise, replace=True
@@ -91,10 +91,11 @@ def write_out(config: DictConfig, given: Collection[str]) -> None:
     Args:
         config: the composed configuration; it is changed, and so is ``VERL_FILE_LOGGER_PATH`` of this process if it is
             not set.
-        given: keys of the command line. They win over what a job's file says.
+        given: keys of the command line. They win over a job's file.
 
     Raises:
-        SayoError: L44 nothing to resume, L68 two sources of training rows, D56 not a folder of ``sayo prepare``.
+        SayoError: L44 if there is nothing to resume, L68 for two sources of training rows, D56 for a folder that
+            ``sayo prepare`` did not make.
     """
     _place_output(config, given)
     _place_data(config, given)
@@ -107,7 +108,7 @@ def write_out(config: DictConfig, given: Collection[str]) -> None:
 
 
 def _absolute(path: str) -> str:
-    """Workers run in other folders."""
+    """An absolute path: workers run in other folders."""
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
@@ -123,8 +124,8 @@ def _place_data(config: DictConfig, given: Collection[str]) -> None:
             where="data.train_files",
             got=f"{config.data.train_files} and sayo.data={config.sayo.data}",
             wanted="one of them",
-            fix="leave out DATA=... (sayo.data) or data.train_files; data.val_files may stand beside both. In a job's "
-            "own file set sayo.data to null",
+            fix="leave out DATA=... (sayo.data) or data.train_files; data.val_files may be given with either. In a "
+            "job's own file set sayo.data to null",
         )
     if both and not named["val"]:
         raise SayoError(
@@ -161,7 +162,7 @@ def _place_output(config: DictConfig, given: Collection[str]) -> None:
     trainer: Any = OmegaConf.to_container(config.trainer, resolve=False)
     own = trainer["default_local_dir"] != VERL_CHECKPOINTS or "trainer.default_local_dir" in given
     checkpoints = Path(_absolute(str(config.trainer.default_local_dir))) if own else folder / "checkpoints"
-    # verl would begin a new run. What is there is judged by ``check_resume``.
+    # Without a checkpoint verl would begin a new run. ``check_resume`` checks those that exist.
     searched = resumed and config.trainer.resume_mode != "resume_path"
     if searched and not (checkpoints / TRACKER).exists() and not any(checkpoints.glob("global_step_*")):
         raise nothing_to_resume(checkpoints)

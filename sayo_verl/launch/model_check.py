@@ -22,26 +22,26 @@ SMALL_FILES = ["*.json", "*.jinja", "*.txt"]
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether transformers takes a model path for a name on the hub: it is "owner/name", and no such folder is here."""
+    """Whether transformers looks a model path up on the hub: it reads "owner/name", and no such folder exists here."""
     return not path.startswith(("/", ".", "~")) and path.count("/") == 1 and not Path(path).exists()
 
 
 def model_folder(path: str, *, dry_run: bool) -> Path | None:
     """The folder that holds a model's configuration and, where it has them, its processor and tokenizer.
 
-    For a hub name it is the snapshot in the hub's cache, of which small files are downloaded if they are absent. A name
-    whose owner is a folder here may also be the path of a model that is not made yet: a dry run does not refuse it.
+    For a hub name it is the snapshot in the hub's cache, whose small files are downloaded if they are missing. If a
+    folder of the owner's name exists here, the name may also be the path of a future model: a dry run does not refuse
+    it.
 
     Args:
         path: as in ``actor_rollout_ref.model.path``.
-        dry_run: return None where the model is not on this machine, instead of an error.
+        dry_run: return None if the model is not on this machine, instead of an error.
 
     Returns:
         The folder; None also for a path on HDFS, which verl copies when the run starts.
 
     Raises:
-        SayoError: L17 for a path without a model, and for a name that the hub refuses; L53 for a hub that cannot be
-            reached.
+        SayoError: L17 for a path without a model and for a name that the hub refuses; L53 if the hub cannot be reached.
     """
     if path.startswith(HDFS):
         return None
@@ -90,7 +90,7 @@ def model_folder(path: str, *, dry_run: bool) -> Path | None:
 
 @functools.cache
 def _hub_folder(name: str) -> Path | Exception:
-    """The snapshot of a hub model, or why it cannot be had. The hub is tried once per process."""
+    """The snapshot of a hub model, or the error. The hub is asked once per process."""
     try:
         return Path(snapshot_download(name, allow_patterns=SMALL_FILES))
     except HFValidationError as error:
@@ -105,7 +105,7 @@ def load_config(path: str, *, dry_run: bool) -> PretrainedConfig | None:
 
     Args:
         path: as in ``actor_rollout_ref.model.path``.
-        dry_run: return None where the model is not on this machine and cannot be had from the hub.
+        dry_run: return None if the model is neither on this machine nor reachable on the hub.
 
     Returns:
         The configuration. One of a model type that transformers does not know has the keys of config.json as
@@ -143,7 +143,7 @@ def load_config(path: str, *, dry_run: bool) -> PretrainedConfig | None:
 
 def sequence_parallel(config: DictConfig) -> int:
     """Devices that share a sequence."""
-    # Only the FSDP engine's configuration has both keys, and L08 is to speak before a key error does.
+    # Only the FSDP engine's configuration has both keys; for another engine L08 must come before a key error.
     actor = config.actor_rollout_ref.actor
     return max(
         int(OmegaConf.select(actor, key, default=1))
@@ -152,20 +152,20 @@ def sequence_parallel(config: DictConfig) -> int:
 
 
 def check_model(config: DictConfig, method: Method, folder: Path, model: PretrainedConfig) -> str:
-    """Refuse a model whose attention cannot be read, or cannot under these settings.
+    """Refuse a model whose attention cannot be read under these settings.
 
     Args:
         config: the composed configuration.
         method: the run's method.
         folder: of the model, in Hugging Face format.
-        model: its configuration.
+        model: the configuration of transformers.
 
     Returns:
         One line for the plan.
 
     Raises:
         SayoError: L18 for an unknown family, L23 for another family's processor, L09, L25 and L27 for modes that
-            verl cannot run it in, P03 and P11 for layers that are not there or not of full attention.
+            verl cannot run it in, P03 for layers that do not exist, P11 for layers without full attention.
     """
     from sayo_verl.probe.taps import resolve_layers
 
@@ -177,7 +177,7 @@ def check_model(config: DictConfig, method: Method, folder: Path, model: Pretrai
     where = f"algorithm.attn.{method.name.removeprefix('attn_')}.layers"
     n_layers = text.num_hidden_layers
     attention = [s.layers for s in request.statistics if s.spec.source != "hidden"]
-    # a statistic at a time: -1 and the last number may both be there, asked by different methods
+    # one statistic at a time: methods may name the last layer by -1 and by its number
     layers = list(dict.fromkeys(n for asked in attention for n in resolve_layers(asked, n_layers, where=where)))
     kinds = dict.fromkeys(layers, "full_attention") | {n: kind for n, kind in enumerate(_kinds(text)) if n in layers}
     if set(kinds.values()) - {"full_attention"}:
@@ -226,7 +226,7 @@ def _check_modes(config: DictConfig, family: Family, method: Method) -> None:
 
 
 def _check_processor(folder: Path, family: Family) -> None:
-    """The grid of visual tokens is the processor's: another family's would map boxes to wrong tokens."""
+    """The processor makes the grid of visual tokens: that of another family would map boxes to wrong tokens."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         file = folder / name
         found = json.loads(file.read_text()).get("processor_class", family.processor) if file.is_file() else None

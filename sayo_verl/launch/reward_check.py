@@ -15,13 +15,13 @@ from sayo_verl.reward import check_settings, compute_score
 from sayo_verl.reward.formula import require_math_verify
 
 FUNCTION = "reward.custom_reward_function"
-# Keywords by which every reward manager of verl calls the function, and those beside a reward model.
+# Keywords with which every reward manager of verl calls the function, and those added with a reward model.
 PASSED = ("data_source", "solution_str", "ground_truth", "extra_info")
 PASSED_BESIDE_MODEL = ("reward_router_address", "reward_model_tokenizer")
 
 
 def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) -> str:
-    """Refuse a reward that fails later, is not what was set, or does not know which answers are right.
+    """Refuse a reward that fails later, ignores its settings, or does not depend on the answer.
 
     Args:
         config: the composed configuration.
@@ -33,9 +33,9 @@ def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) ->
 
     Raises:
         SayoError: L11 and L34 for keys that nothing reads, L19 for a file that is missing or cannot be loaded, L31 for
-            a reward that no answer changes, L32 without math-verify, L34 for a setting that the function does not take,
-            L35 for a function that is missing or does not take what verl passes, L36 for a manager or reward model
-            that does not work with it.
+            a reward that does not depend on the answer, L32 without math-verify, L34 for a setting that the function
+            does not take, L35 for a function that is missing or does not take what verl passes, L36 for a manager or
+            reward model that does not work with it.
     """
     _check_overrides(kwargs_of(config))
     check_keys(config)
@@ -47,7 +47,7 @@ def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) ->
     if file is not None and not file.is_file():
         raise SayoError(
             "L19",
-            "there is no reward function file",
+            "the file of the reward function does not exist",
             where=f"{FUNCTION}.path",
             got=path,
             fix="use pkg://sayo_verl.reward or correct the path",
@@ -80,7 +80,7 @@ def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) ->
 
 
 def _check_tokenizer(path: str | None, dry_run: bool) -> str:
-    """Refuse a path of a tokenizer that is not there; other names are looked for on the hub."""
+    """Refuse a path without a tokenizer; other names are looked up on the hub."""
     local = path is not None and (
         path.startswith(("/", ".", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
     )
@@ -90,7 +90,7 @@ def _check_tokenizer(path: str | None, dry_run: bool) -> str:
         return f"{path} - NOT THERE YET, needed before the run"
     raise SayoError(
         "L34",
-        "there is no tokenizer at this path",
+        "no tokenizer at this path",
         where=f"{KWARGS}.length_tokenizer",
         got=path,
         wanted="a model folder or hub name",
@@ -155,7 +155,7 @@ def kwargs_of(config: DictConfig) -> dict[str, Any]:
 
 
 def _check_overrides(kwargs: Mapping[str, Any]) -> None:
-    """verl lets ``reward_kwargs`` replace what it passes itself: every response would have the same truth."""
+    """verl lets ``reward_kwargs`` replace its own arguments: every response would have the same truth."""
     for key in kwargs:
         if key in PASSED + PASSED_BESIDE_MODEL:
             raise SayoError(
@@ -188,7 +188,7 @@ def _check_manager(config: DictConfig) -> None:
             "this manager turns every error of the reward function into reward 0",
             where=where,
             got=manager.name,
-            fix="set it to naive; there is no service whose rate to limit",
+            fix="set it to naive; no service is called whose rate needs a limit",
         )
     if model.enable and is_ours(config):
         raise SayoError(
@@ -216,7 +216,7 @@ def _function(module: Any, path: str, name: str) -> Callable[..., Any]:
         functions = [n for n in own if inspect.isfunction(vars(module)[n]) and not n.startswith("_")]
         raise SayoError(
             "L35",
-            f"there is no such reward function{did_you_mean(name, functions)}",
+            f"unknown reward function{did_you_mean(name, functions)}",
             where=f"{FUNCTION}.name",
             got=name,
             wanted=f"a function of {path}: {', '.join(functions)}",
@@ -226,7 +226,7 @@ def _function(module: Any, path: str, name: str) -> Callable[..., Any]:
 
 
 def _check_kind(config: DictConfig, function: Callable[..., Any]) -> None:
-    """Refuse what verl would not call as meant: it awaits a function defined with ``async def``, and nothing else."""
+    """Refuse what verl would not call correctly: it awaits only a function defined with ``async def``."""
     asynchronous = inspect.iscoroutinefunction(function)
     hidden = [
         f
@@ -265,7 +265,7 @@ def _check_kind(config: DictConfig, function: Callable[..., Any]) -> None:
 
 
 def _check_arguments(config: DictConfig, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    """What verl passes and what the configuration sets, against the function's parameters."""
+    """Compare what verl passes and what the configuration sets with the function's parameters."""
     passed = PASSED + (PASSED_BESIDE_MODEL if config.reward.reward_model.enable else ())
     parameters = inspect.signature(function).parameters.values()
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -297,7 +297,7 @@ def _check_arguments(config: DictConfig, function: Callable[..., Any], kwargs: M
     if unset:
         raise SayoError(
             "L35",
-            "the reward function needs settings that are not there",
+            "the reward function needs settings that are missing",
             where=KWARGS,
             got=", ".join(kwargs) or "none",
             wanted=", ".join(unset),
@@ -306,7 +306,7 @@ def _check_arguments(config: DictConfig, function: Callable[..., Any], kwargs: M
 
 
 def _check_correctness(settings: Mapping[str, Any], method: Method | None) -> str:
-    """Refuse a reward that no answer changes; what to say about one whose method does not ask for the answer."""
+    """Refuse a reward that does not depend on the answer, unless the method gives one; then return a remark."""
     parts = method.methods if isinstance(method, Mix) else (method,)
     giving = [part for part in parts if part is not None and "reward" in part.gives]
     if settings["accuracy_weight"] > 0:
@@ -315,7 +315,7 @@ def _check_correctness(settings: Mapping[str, Any], method: Method | None) -> st
         alone = "trains on format alone" if settings["format_weight"] > 0 else "is 0 for every response"
         raise SayoError(
             "L31",
-            f"nothing says which answer is right: the reward {alone}",
+            f"the reward does not depend on the answer: it {alone}",
             where=f"{KWARGS}.accuracy_weight",
             got=settings["accuracy_weight"],
             wanted="more than 0",
@@ -325,4 +325,4 @@ def _check_correctness(settings: Mapping[str, Any], method: Method | None) -> st
         return ""
     what = "attention and format only" if settings["format_weight"] > 0 else "attention only"
     paper = ", the paper's setting" if any(part.name == "attn_region" for part in giving) else ""
-    return f"{what}: nothing says which answer is right{paper}"
+    return f"{what}: the reward does not depend on the answer{paper}"

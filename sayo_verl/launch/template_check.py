@@ -17,18 +17,18 @@ from sayo_verl.reward import TAGS
 
 
 def check_template(config: DictConfig) -> str:
-    """Whether the generation prompt has opened the think block, for our reward function.
+    """Check, for our reward function, whether the generation prompt opens the think block.
 
     The prompt is rendered as verl does it: by the processor, else the tokenizer, with ``custom_chat_template`` and
-    ``data.apply_chat_template_kwargs``. An empty block that the template adds and closes is the template's own:
-    responses are graded without it.
+    ``data.apply_chat_template_kwargs``. An empty block that the template adds and closes does not
+    count: responses are graded without it.
 
     Returns:
         One line for the plan.
 
     Raises:
-        SayoError: L33 for a ``think_opened`` that contradicts the template, and for a tokenizer that takes a tag for a
-            special token: verl drops those from the text of a response. L33 also for a template that has opened the
+        SayoError: L33 for a ``think_opened`` that contradicts the template, and for a tag that is a special token of
+            the tokenizer: verl drops those from the text of a response. L33 also for a template that has opened the
             answer block: no response then holds ``<answer>``.
     """
     if not is_ours(config):
@@ -41,7 +41,7 @@ def check_template(config: DictConfig) -> str:
     if dropped:
         raise SayoError(
             "L33",
-            "the tokenizer takes a tag for a special token, and verl drops those from responses",
+            "a tag is a special token of the tokenizer, and verl drops those from responses",
             where="actor_rollout_ref.model.path",
             got=", ".join(dropped),
             wanted="the tag as plain text",
@@ -94,7 +94,7 @@ def describe_focus(config: DictConfig) -> str:
 
 
 def configure(config: DictConfig) -> None:
-    """Set ``think_opened`` of our reward function where the chat template has opened the think block."""
+    """Set ``think_opened`` of our reward function if the chat template opens the think block."""
     found = _prompt(config) if is_ours(config) and own_settings(config)["format"] != "released" else ""
     if not isinstance(found, str) and found.opened:
         with open_dict(config):
@@ -103,7 +103,7 @@ def configure(config: DictConfig) -> None:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What stands between the user's message and the response, and the tags that decoding drops."""
+    """The text between the user's message and the response, and the tags that decoding drops."""
 
     text: str
     dropped: tuple[str, ...]
@@ -125,7 +125,7 @@ def _prompt(config: DictConfig) -> _Prompt | str:
 
 @functools.lru_cache(maxsize=1)
 def _render(path: str, template: str | None, kwargs: str, trust_remote_code: bool) -> _Prompt | str:
-    """The generation prompt, or why it cannot be had here."""
+    """The generation prompt, or why it cannot be rendered here."""
     if model_folder(path, dry_run=True) is None:
         return "the model is not on this machine"
     from jinja2 import TemplateError
@@ -137,7 +137,7 @@ def _render(path: str, template: str | None, kwargs: str, trust_remote_code: boo
     try:
         tokenizer = hf_tokenizer(path, trust_remote_code=trust_remote_code)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # verl warns again in the run where there is no processor
+            warnings.simplefilter("ignore")  # verl repeats this warning in a run without a processor
             renderer = verl_model.hf_processor(path, trust_remote_code=trust_remote_code)
         if renderer is None:
             renderer, content = tokenizer, "?"

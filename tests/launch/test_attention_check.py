@@ -87,7 +87,7 @@ def test_verls_default_attention_without_flash_attn(on_gpu, model_type, estimato
 @pytest.mark.parametrize("attention", [None, "sdpa"])
 def test_packed_rows_of_qwen2_5_vl_run_on_flash_attn_only(on_gpu, attention, estimator):
     error = refused(on_gpu("qwen2_5_vl", attention, estimator), "L26")
-    assert "packed rows of qwen2_5_vl, whatever attn_implementation says" in error.what
+    assert "packed rows of qwen2_5_vl, whatever attn_implementation is" in error.what
     padded = dict(preflight(on_gpu("qwen2_5_vl", "sdpa", estimator, **{PACKED: False})))
     assert padded["attention"] == f"sdpa; {SLOW_LOG_PROBS}"
 
@@ -105,24 +105,24 @@ def test_flash_attn_that_is_there_is_named_in_the_plan(on_gpu, installed):
 
 
 def test_a_dry_run_without_a_gpu_says_what_the_run_will_need(on_gpu, monkeypatch):
-    told = dict(preflight(on_gpu(), dry_run=True))["attention"]
-    assert told.startswith("flash_attention_2, needs flash-attn on the machine of the run (flash-attn is not installed")
-    assert told.endswith(f"(flash-attn is not installed here): {INSTALL_FLASH_ATTN}"), "the price is in the refusal"
+    line = dict(preflight(on_gpu(), dry_run=True))["attention"]
+    assert line.startswith("flash_attention_2, needs flash-attn on the machine of the run (flash-attn is not installed")
+    assert line.endswith(f"(flash-attn is not installed here): {INSTALL_FLASH_ATTN}"), "the price is in the refusal"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     refused(on_gpu(), "L26", dry_run=True)
 
 
 def test_the_plan_of_an_absent_model_names_flash_attn_but_not_sdpa(on_gpu):
     config = on_gpu(**{"actor_rollout_ref.model.path": "/not/there"})
-    told = dict(preflight(config, dry_run=True))["attention"]
-    assert "needs flash-attn" in told
-    assert "sdpa" not in told, "whether sdpa can run depends on the family"
+    line = dict(preflight(config, dry_run=True))["attention"]
+    assert "needs flash-attn" in line
+    assert "sdpa" not in line, "whether sdpa can run depends on the family"
 
 
 def test_transformers_takes_the_kernel_of_the_hub_where_the_package_kernels_is(on_gpu, monkeypatch):
     monkeypatch.setattr(sayo_verl.launch.attention_check, "is_kernels_available", lambda: True)
-    told = dict(preflight(on_gpu()))["attention"]
-    assert told.endswith(f"transformers takes its kernel from the hub; {SLOW_LOG_PROBS}")
+    line = dict(preflight(on_gpu()))["attention"]
+    assert line.endswith(f"transformers takes its kernel from the hub; {SLOW_LOG_PROBS}")
     refused(on_gpu("qwen2_5_vl"), "L26")  # verl's own calls do not
     assert dict(preflight(on_gpu(attention="kernels-community/flash-attn2")))["attention"].startswith("kernels-comm")
 

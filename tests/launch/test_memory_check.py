@@ -303,11 +303,11 @@ def test_the_probe_of_a_method_is_counted(make):
 
 
 def test_what_is_not_estimated_is_said(make, tmp_path):
-    assert plan(make("Qwen/not-at-hand")) == "memory per GPU: not estimated: the model's configuration is not at hand"
+    assert plan(make("Qwen/not-at-hand")) == "memory per GPU: not estimated: the model is not on this machine"
     text = tmp_path / "text"
     text.mkdir()
     (text / "config.json").write_text('{"model_type": "qwen3"}')
-    assert "not estimated: the shapes of qwen3 are not known" in plan(make(str(text)), None)
+    assert "not estimated: the shapes of qwen3 are unknown" in plan(make(str(text)), None)
     fp8 = make()
     for key, value in {"kv_cache_dtype": "fp8", "enable_log_requests": True}.items():
         OmegaConf.update(fp8, f"actor_rollout_ref.rollout.engine_kwargs.vllm.{key}", value, force_add=True)
@@ -326,7 +326,7 @@ def test_what_is_not_estimated_is_said(make, tmp_path):
 def test_image_text_models_of_other_families_are_not_estimated(make, tmp_path, kind):
     (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
     config = make(str(tmp_path), **{"data.max_prompt_length": 100, "actor_rollout_ref.rollout.max_model_len": None})
-    assert plan(config) == f"memory per GPU: not estimated: the shapes of {kind} are not known"
+    assert plan(config) == f"memory per GPU: not estimated: the shapes of {kind} are unknown"
 
 
 def test_other_layers_than_full_attention_are_not_estimated(make, models, tmp_path):

@@ -48,7 +48,7 @@ def test_the_plan_wraps_to_a_terminal_under_its_names(monkeypatch):
 
 def test_the_plan_says_why_the_number_of_steps_is_unknown(make):
     absent = make(**{"data.train_files": "/not/there.parquet", "trainer.total_training_steps": None})
-    assert dict(preflight(absent, dry_run=True))["length"].endswith("steps unknown: the data is not there yet")
+    assert dict(preflight(absent, dry_run=True))["length"].endswith("steps unknown: the data does not exist yet")
     there = make(**{"trainer.total_training_steps": None})
     assert "steps unknown: verl counts them" in dict(preflight(there, dry_run=True))["length"]
     assert dict(preflight(make(**{"trainer.total_training_steps": 7}), dry_run=True))["length"].startswith("7 steps, ")
@@ -72,7 +72,7 @@ def test_under_grpo_verls_own_settings_are_verls_business(make, values):
     preflight(make(**values, **{"algorithm.adv_estimator": "grpo"}))
 
 
-def test_the_first_mistake_is_told_settings_before_files(make):
+def test_settings_are_checked_before_files(make):
     absent = {"data.train_files": "absent.parquet", "actor_rollout_ref.model.path": "/absent"}
     refused(make(**absent, **{"trainer.use_v1": False, "actor_rollout_ref.rollout.n": 1}), "L04")
     refused(make(**absent, **{"actor_rollout_ref.rollout.n": 1}), "L12")
@@ -88,9 +88,9 @@ def test_a_dry_run_lists_absent_files_instead_of_refusing(make):
         }
     )
     plan = dict(preflight(config, dry_run=True))
-    told = " ".join([plan["model"], plan["train data"], plan["val data"]])
+    line = " ".join([plan["model"], plan["train data"], plan["val data"]])
     for name in ("/absent/model", "one.parquet", "two.parquet", "three.parquet"):
-        assert re.search(rf"{name} - NOT THERE YET", told), name
+        assert re.search(rf"{name} - NOT THERE YET", line), name
     refused(config, "L17")
 
 

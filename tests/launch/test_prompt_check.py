@@ -60,7 +60,7 @@ SMALL, LARGE = (64, 64), (640, 640)  # 4 and 64 visual tokens of the tiny policy
 
 
 @pytest.mark.parametrize("estimator", ["attn_region", "grpo"])
-def test_prompts_that_fit_are_told_in_the_plan(through, estimator):
+def test_the_plan_gives_the_lengths_of_prompts_that_fit(through, estimator):
     plan = dict(preflight(through(*[SMALL] * 20, **{"algorithm.adv_estimator": estimator})))
     assert re.match(r"train: [4-8] rows tried, up to \d+ tokens of \d+; val: ", plan["prompts"])
 
@@ -88,9 +88,9 @@ def test_verls_length_filter_leaves_no_row_or_less_than_a_batch(through):
 
 def test_a_narrow_image_is_refused_or_left_to_verls_filter(through):
     assert "row 1" in refused(through(SMALL, (402, 2), SMALL), "D77").where
-    told = dict(preflight(through(SMALL, (402, 2), SMALL, **{"data.filter_overlong_prompts": True})))
-    assert "1 rows too narrow" in told["train data"]
-    assert "drops 1 of" in told["prompts"]
+    line = dict(preflight(through(SMALL, (402, 2), SMALL, **{"data.filter_overlong_prompts": True})))
+    assert "1 rows too narrow" in line["train data"]
+    assert "drops 1 of" in line["prompts"]
     refused(through(SMALL, (402, 2), (402, 2), **{"data.filter_overlong_prompts": True}), "D75")
 
 
@@ -127,10 +127,10 @@ def test_a_model_without_its_processor(make):
     ],
     ids=str,
 )
-def test_what_was_not_checked_is_told(through, values, says):
-    told = dict(preflight(through(SMALL, SMALL, **values), dry_run=True))["prompts"]
-    assert told.startswith("not checked")
-    assert says in told
+def test_the_plan_says_what_was_not_checked(through, values, says):
+    line = dict(preflight(through(SMALL, SMALL, **values), dry_run=True))["prompts"]
+    assert line.startswith("not checked")
+    assert says in line
 
 
 def test_a_model_of_another_family_is_not_asked_for_prompts(through, tmp_path):

@@ -22,7 +22,7 @@ LOG_PROB_MICRO = "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu"
         ("actor.ppo_micro_batch_size_per_gpu", "actor.use_dynamic_bsz"),
     ],
 )
-def test_micro_batches_that_do_not_divide_the_batch(make, key, dynamic):
+def test_micro_batches_that_do_not_divide_the_batch_are_refused(make, key, dynamic):
     key, dynamic = f"actor_rollout_ref.{key}", f"actor_rollout_ref.{dynamic}"
     rows = {"data.train_batch_size": 8, "actor_rollout_ref.actor.ppo_mini_batch_size": 8}  # x 4 responses
     error = refused(make(**rows, **{key: 5}), "L22")
@@ -32,7 +32,7 @@ def test_micro_batches_that_do_not_divide_the_batch(make, key, dynamic):
     preflight(make(**rows, **{key: 8}))
 
 
-def test_counts_mini_batches_in_the_update(make):
+def test_the_update_counts_the_rows_of_a_mini_batch(make):
     rows = {"data.train_batch_size": 8, "actor_rollout_ref.actor.ppo_mini_batch_size": 2}  # 32 rows, 8 a mini-batch
     micro = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
     assert "8 rows (actor.ppo_mini_batch_size x rollout.n)" in str(refused(make(**rows, **{micro: 16}), "L22"))
@@ -41,7 +41,7 @@ def test_counts_mini_batches_in_the_update(make):
     preflight(make(**{**rows, "data.train_batch_size": 3}, **{LOG_PROB_MICRO: 16, micro: 4}))
 
 
-def test_too_few_cpus_for_ray(make, monkeypatch):
+def test_too_few_cpus_for_ray_are_refused(make, monkeypatch):
     wanted = 1 + CPUS_PER_DEVICE + CPUS_FIXED  # one storage unit, one device
     error = refused(make(**{"ray_kwargs.ray_init.num_cpus": wanted - 1}), "L14")
     assert error.where == "ray_kwargs.ray_init.num_cpus"
@@ -55,7 +55,7 @@ def test_too_few_cpus_for_ray(make, monkeypatch):
     preflight(make(**{"ray_kwargs.ray_init.num_cpus": wanted - 1}))
 
 
-def test_counts_the_machine_when_ray_is_not_told(make, monkeypatch):
+def test_without_a_number_of_cpus_those_of_the_machine_count(make, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 5)
     assert refused(make(**{"ray_kwargs.ray_init.num_cpus": None}), "L14").got == 5
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
@@ -94,7 +94,7 @@ def changed(config: DictConfig, key: str, value: Any) -> DictConfig:
     return config
 
 
-def test_no_gpu(base, without_gpu):
+def test_a_gpu_run_on_a_machine_without_a_gpu_is_refused(base, without_gpu):
     base = changed(base, "trainer.device", "cuda")
     with pytest.raises(SayoError, match=r"L21: no GPU .*DRY_RUN=1.*bash scripts/run_sayo_tiny\.sh"):
         check_devices(base, dry_run=False)
@@ -111,7 +111,7 @@ def test_a_card_is_found_by_its_command(base, without_gpu):
     check_devices(base, dry_run=False)
 
 
-def test_several_nodes_without_a_cluster(base, without_gpu):
+def test_several_nodes_without_a_cluster_are_refused(base, without_gpu):
     two = changed(base, "trainer.nnodes", 2)
     with pytest.raises(SayoError, match=r"L55: .* got 2 \| fix: .*RAY_ADDRESS=auto NNODES=2 bash"):
         check_devices(two, dry_run=False)
@@ -132,7 +132,7 @@ def test_several_nodes_without_a_cluster(base, without_gpu):
         "data.custom_cls.path",
     ],
 )
-def test_relative_paths_on_several_nodes(make, tmp_path, monkeypatch, key):
+def test_relative_paths_on_several_nodes_are_refused(make, tmp_path, monkeypatch, key):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "b").mkdir(parents=True)
     good = {
@@ -152,7 +152,7 @@ def test_relative_paths_on_several_nodes(make, tmp_path, monkeypatch, key):
     check_paths(make(**{**good, key: wrong, "trainer.nnodes": 1}))
 
 
-def test_a_relative_folder_of_checkpoints_is_no_matter_where_none_is_saved_or_resumed(make, tmp_path, monkeypatch):
+def test_a_relative_checkpoint_folder_is_allowed_if_none_is_saved_or_resumed(make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     values = {
         "trainer.nnodes": 2,

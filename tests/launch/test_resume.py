@@ -152,7 +152,7 @@ def test_a_used_checkpoint_folder_names_the_last_by_number(make, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "path", "told"),
+    ("mode", "path", "message"),
     [
         ("resume", None, "did you mean 'resume_path'?"),
         ("Auto", None, "did you mean 'auto'?"),
@@ -165,9 +165,9 @@ def test_a_used_checkpoint_folder_names_the_last_by_number(make, tmp_path):
         ("disable", "checkpoints/global_step_2", "verl ignores the path under resume_mode=disable"),
     ],
 )
-def test_a_wrong_mode_or_path(make, tmp_path, mode, path, told):
+def test_a_wrong_mode_or_path(make, tmp_path, mode, path, message):
     save(tmp_path / "checkpoints", 2, tracker=2)
-    assert told in str(refused(make(**{"trainer.resume_mode": mode, "trainer.resume_from_path": path}), "L43"))
+    assert message in str(refused(make(**{"trainer.resume_mode": mode, "trainer.resume_from_path": path}), "L43"))
 
 
 @pytest.mark.parametrize("tracker", [None, "", "ten", "7", "-2", "2.0", "global_step_2"])
@@ -176,7 +176,7 @@ def test_a_tracker_that_names_no_checkpoint(make, tmp_path, tracker):
     (folder / "global_step_12").mkdir()  # a save that was interrupted
     error = refused(make(), "L44")
     assert error.where == str(Path("checkpoints") / TRACKER)
-    assert error.wanted == "the step of a whole checkpoint (2, 10)"
+    assert error.wanted == "the step of a complete checkpoint (2, 10)"
     (folder / TRACKER).write_text("10")
     assert check_resume(make()).startswith("global_step_10")
 
@@ -184,7 +184,7 @@ def test_a_tracker_that_names_no_checkpoint(make, tmp_path, tracker):
 def test_a_tracker_alone_or_of_other_bytes(make, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / TRACKER).write_text("5")
-    assert "none is there" in str(refused(make(), "L44"))
+    assert "none exists" in str(refused(make(), "L44"))
     (tmp_path / "checkpoints" / TRACKER).write_bytes(b"\xff\xfe5")
     refused(make(), "L44")
 
@@ -219,8 +219,8 @@ def test_a_checkpoint_that_is_not_whole(make, tmp_path, lost):
     folder = save(tmp_path / "checkpoints", 2, 10, tracker=10, world=2)
     (folder / "global_step_10" / lost).unlink()
     error = refused(make(**{"trainer.n_gpus_per_node": 2}), "L46")
-    assert error.got == f"absent or empty: {lost}"
-    assert "(whole: 2)" in error.fix
+    assert error.got == f"missing or empty: {lost}"
+    assert "(complete: 2)" in error.fix
     (folder / "global_step_10" / lost).touch()  # a save that was interrupted
     assert str(refused(make(**{"trainer.n_gpus_per_node": 2}), "L46")) == str(error)
 
@@ -229,7 +229,7 @@ def test_saved_weights_alone(make, tmp_path):
     (tmp_path / "checkpoints/global_step_5/actor/huggingface").mkdir(parents=True)
     (tmp_path / "checkpoints" / TRACKER).write_text("5")
     error = refused(make(**{f"{CONTENTS}.save_contents": ["hf_model"]}), "L46")
-    assert error.got == "absent or empty: data.pt and 3 more"
+    assert error.got == "missing or empty: data.pt and 3 more"
     assert "actor_rollout_ref.model.path" in error.fix
 
 
@@ -310,7 +310,8 @@ def test_the_last_line_says_how_to_resume_what_can_be_resumed(make, tmp_path, mo
     monkeypatch.setenv("SAYO_RESUME_COMMAND", "RESUME=/out bash scripts/run_tiny.sh")
     (folder / TRACKER).write_text("12")
     assert how_to_resume(make()) == (
-        "to resume after step 12 (all 12 steps are done: ask for more): RESUME=/out bash scripts/run_tiny.sh"
+        "to resume after step 12 (all 12 steps are done: raise trainer.total_training_steps): "
+        "RESUME=/out bash scripts/run_tiny.sh"
     )
 
 

@@ -75,10 +75,10 @@ def test_the_plan_of_attn_faithful_says_whether_the_model_is_anchored(template):
     plain = (Path(config.actor_rollout_ref.model.path) / "chat_template.jinja").read_text().replace("<Focus>", "")
     OmegaConf.update(config, "actor_rollout_ref.model.custom_chat_template", plain)
     assert dict(preflight(config))["anchoring"].startswith("prompts do not end in <Focus>: reinforcement alone")
-    for name, mix, told in (("attn_mix", ["region", "faithful"], True), ("attn_region", [], False)):
+    for name, mix, shown in (("attn_mix", ["region", "faithful"], True), ("attn_region", [], False)):
         OmegaConf.update(config, "algorithm.adv_estimator", name)
         OmegaConf.update(config, "algorithm.attn.mix", mix)
-        assert ("anchoring" in dict(preflight(config))) == told
+        assert ("anchoring" in dict(preflight(config))) == shown
 
 
 def test_a_setting_that_contradicts_the_template(template):
@@ -124,9 +124,9 @@ def test_a_model_that_is_not_here_is_said_to_be_unchecked(make):
     settings = with_kwargs(config, think_opened=True)
     configure(settings)
     assert OmegaConf.select(settings, f"{KWARGS}.think_opened") is True
-    told = dict(preflight(make()))["template"]  # a folder without a tokenizer
-    assert "no prompt can be rendered" in told
-    assert told[-2] in ".!?" or told.endswith("[...])"), "no sentence is cut without a mark"
+    line = dict(preflight(make()))["template"]  # a folder without a tokenizer
+    assert "no prompt can be rendered" in line
+    assert line[-2] in ".!?" or line.endswith("[...])"), "no sentence is cut without a mark"
 
 
 def test_another_reward_function_has_no_think_block(template):
