@@ -201,7 +201,7 @@ def test_a_tracker_that_is_a_folder(make, tmp_path):
 def test_the_command_that_mends_the_tracker_can_be_pasted(make, tmp_path):
     folder = save(tmp_path / "my run's checkpoints", 2)
     config = make(**{FOLDER: str(folder)})
-    command = re.search(r"\((echo -n .*)\); where", refused(config, "L44").fix)[1].replace("<n>", "2")
+    command = re.search(r"\((echo -n .*)\); if", refused(config, "L44").fix)[1].replace("<n>", "2")
     subprocess.run(["bash", "-c", command], check=True)
     assert check_resume(config).startswith("global_step_2 of 12")
 
