@@ -41,12 +41,12 @@ def test_training_rows_without_an_image_are_refused_for_a_method_that_acts(make,
 
 
 @pytest.mark.parametrize("split", ["train_files", "val_files"])
-def test_an_absent_parquet(make, split):
+def test_a_missing_parquet_file_is_refused(make, split):
     error = refused(make(**{f"data.{split}": "absent.parquet"}), "D01")
     assert (error.where, error.got) == (f"data.{split}", "absent.parquet")
 
 
-def test_validation_on_what_is_trained(make, tmp_path):
+def test_validation_on_training_images_is_refused(make, tmp_path):
     same = str(tmp_path / "train.parquet")
     error = refused(make(**{"data.val_files": same}), "D65")
     assert "sayo.held_out=false" in error.fix
@@ -85,14 +85,14 @@ def test_the_columns_are_those_of_the_configuration(make):
 
 @pytest.mark.parametrize("split", ["train_files", "val_files"])
 @pytest.mark.parametrize("files", [None, [], "", [None]], ids=str)
-def test_no_data_file_is_named(make, split, files):
+def test_a_split_without_a_file_is_refused(make, split, files):
     for estimator in ("attn_region", "grpo"):
         error = refused(make(**{f"data.{split}": files, "algorithm.adv_estimator": estimator}), "L40")
         assert error.where == f"data.{split}"
         refused(make(**{f"data.{split}": files, "algorithm.adv_estimator": estimator}), "L40", dry_run=True)
 
 
-def test_a_kind_of_file_that_verl_does_not_read(make, tmp_path):
+def test_a_kind_of_file_that_verl_does_not_read_is_refused(make, tmp_path):
     error = refused(make(**{"data.train_files": str(tmp_path / "rows.csv")}), "L41")
     assert (error.where, error.got) == ("data.train_files", str(tmp_path / "rows.csv"))
     for other in ("rows.jsonl", "hdfs://there/rows.parquet"):
@@ -108,7 +108,7 @@ def test_a_data_set_class_of_ones_own_reads_the_files_in_its_own_way(make):
     refused(make(**values), "D01")  # a method of ours needs the row contract
 
 
-def test_fewer_rows_than_a_batch(make, tmp_path):
+def test_fewer_rows_than_a_batch_are_refused(make, tmp_path):
     for estimator in ("attn_region", "grpo"):
         few = {"data.train_batch_size": ROWS + 1, "algorithm.adv_estimator": estimator}
         assert f"{ROWS} rows" in str(refused(make(**few), "D75"))
@@ -116,7 +116,7 @@ def test_fewer_rows_than_a_batch(make, tmp_path):
     assert "8 rows" in str(refused(make(**{"data.train_max_samples": 8}), "D75"))
 
 
-def test_training_files_that_verl_cannot_join(make, tmp_path):
+def test_training_files_that_verl_cannot_join_are_refused(make, tmp_path):
     good, other = tmp_path / "train.parquet", tmp_path / "other.parquet"
     rows = [{**row, "extra_info": "{}"} for row in pq.read_table(write_rows(other, boxes=None)).to_pylist()]
     pq.write_table(pa.Table.from_pylist(rows), other)

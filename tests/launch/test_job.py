@@ -99,7 +99,7 @@ def test_a_folder_of_drawn_scenes_is_taken_as_well(written, scenes):
 
 
 @pytest.mark.parametrize("kind", ["shards", "scenes"])
-def test_a_folder_with_a_file_cut_short(written, kind, request, tmp_path):
+def test_a_folder_with_a_truncated_file_is_refused(written, kind, request, tmp_path):
     folder = tmp_path / "copy"
     folder.mkdir()
     for file in request.getfixturevalue(kind).iterdir():
@@ -111,7 +111,7 @@ def test_a_folder_with_a_file_cut_short(written, kind, request, tmp_path):
         written(**{"sayo.data": "copy"})
 
 
-def test_a_folder_that_is_not_prepared_but_in_a_dry_run(written, tmp_path):
+def test_a_folder_that_is_not_prepared_is_refused_and_in_a_dry_run_it_may_be_missing(written, tmp_path):
     with pytest.raises(SayoError, match="D56: there is no prepared folder"):
         written(**{"sayo.data": "absent"})
     config = written(dry_run=True, **{"sayo.data": "absent"})
@@ -133,7 +133,7 @@ def test_files_of_the_command_line_win_over_the_folder_of_the_job(base, written,
     assert config.data.val_files == os.path.abspath("b.parquet")
 
 
-def test_training_rows_named_twice(written, scenes):
+def test_training_rows_named_twice_are_refused(written, scenes):
     with pytest.raises(SayoError, match=r"L68: .* got a.parquet and sayo.data=.* fix: leave out DATA="):
         written(**{"sayo.data": str(scenes), "data.train_files": "a.parquet"})
 
@@ -143,7 +143,7 @@ def test_an_empty_folder_beside_files_is_no_second_source(written):
     assert config.data.train_files == os.path.abspath("a.parquet")
 
 
-def test_a_jobs_own_file_that_names_files_beside_an_inherited_folder(base, written, scenes):
+def test_a_jobs_own_file_beside_an_inherited_folder_is_refused(base, written, scenes):
     config = copy.deepcopy(base)
     config.sayo.data, config.data.train_files = str(scenes), "a.parquet"
     with pytest.raises(SayoError, match=r"L68: .* set sayo.data to null"):
@@ -165,7 +165,7 @@ def test_a_job_that_never_resumes_still_resumes_when_asked_to(base, written, tmp
     assert config.trainer.resume_mode == "auto"
 
 
-def test_training_files_alone_beside_the_folder_of_the_job(base, written, scenes):
+def test_training_files_alone_beside_the_folder_of_the_job_are_refused(base, written, scenes):
     config = copy.deepcopy(base)
     config.sayo.data, config.data.train_files = str(scenes), "a.parquet"
     with pytest.raises(SayoError, match=r"L68: training and validation rows .* fix: set data.val_files too"):
@@ -220,7 +220,7 @@ def test_a_resumed_run_has_a_metrics_file_of_its_own(written, tmp_path):
     assert os.environ[LOGGER_PATH] == f"{tmp_path}/run/metrics-4.jsonl"
 
 
-def test_nothing_to_resume(written, tmp_path):
+def test_a_resume_without_a_checkpoint_is_refused(written, tmp_path):
     with pytest.raises(SayoError, match=f"L44: there is no checkpoint to resume .* at {tmp_path}/run/checkpoints"):
         written(**{"sayo.resume": "run"})
 
@@ -285,6 +285,6 @@ def test_what_hydra_cannot_compose_is_one_line(repo, override, says):
 
 
 @pytest.mark.parametrize("pair", [("sayo.out=a", "sayo.out=b"), ("sayo.resume=a", "sayo.out=b")])
-def test_the_folder_of_a_run_named_twice(pair):
+def test_the_folder_of_a_run_named_twice_is_refused(pair):
     with pytest.raises(SayoError, match=r"L68: the folder of the run is named twice .* got a and b"):
         keys_of(pair)

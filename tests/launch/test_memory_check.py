@@ -119,7 +119,7 @@ def test_a_plan_close_to_the_card_is_marked(make):
     assert line.endswith("TIGHT, 95% of the card")
 
 
-def test_unset_length_of_8b(make):
+def test_a_kv_cache_too_small_for_the_models_positions_is_refused(make):
     config = make(**{"actor_rollout_ref.rollout.max_model_len": None})
     refused(config, "L58", "262144, the positions of the model", "36.0 GiB of 29.7", "set it to 6610")
     config = make("Qwen2.5-VL-7B", **{"actor_rollout_ref.rollout.max_model_len": None})
@@ -128,7 +128,7 @@ def test_unset_length_of_8b(make):
     refused(config, "L58", "GiB of 0.0", "gpu_memory_utilization=0.8")
 
 
-def test_lengths_that_do_not_go_together(make):
+def test_lengths_that_contradict_each_other_are_refused(make):
     refused(make(**{"actor_rollout_ref.rollout.max_model_len": 6609}), "L58", "got 6609;", "set it to 6610")
     refused(make("Qwen2.5-VL-7B", **{"actor_rollout_ref.rollout.max_model_len": 128001}), "L58", "<= 128000")
     refused(
@@ -141,7 +141,7 @@ def test_lengths_that_do_not_go_together(make):
     assert plan(make(**{"trainer.device": "cpu"})) == ""
 
 
-def test_a_full_8b_on_one_card(make):
+def test_a_full_8b_on_one_card_is_refused(make):
     one = {"trainer.n_gpus_per_node": 1, "actor_rollout_ref.model.lora_rank": 0}
     refused(
         make(**one),
@@ -161,7 +161,7 @@ def test_a_full_8b_on_one_card(make):
     assert "rollout" in plan(make(**one, **{"sayo.gpu_memory_gib": 260}))
 
 
-def test_names_the_setting_of_the_largest_term(make):
+def test_a_refusal_names_the_setting_of_the_largest_term(make):
     refused(
         make(**{"actor_rollout_ref.rollout.gpu_memory_utilization": 0.95}),
         "L60",
@@ -197,7 +197,7 @@ def test_names_the_setting_of_the_largest_term(make):
 FOUR = {"trainer.n_gpus_per_node": 1, "actor_rollout_ref.rollout.temperature": 1.0}
 
 
-def test_names_no_utilization_where_none_fits_and_the_changes_it_names_do(make):
+def test_the_changes_that_a_refusal_names_make_the_job_fit(make):
     config = make("Qwen3-VL-4B", **FOUR, **{"sayo.gpu_memory_gib": 24})
     refused(
         config,
@@ -227,7 +227,7 @@ def test_names_no_utilization_where_none_fits_and_the_changes_it_names_do(make):
 
 
 @pytest.mark.parametrize("card", [17, 20, 24, 28, 32, 36, 40, 44, 48])
-def test_a_utilization_it_names_leaves_a_tenth_of_the_card(make, card):
+def test_a_utilization_that_a_refusal_names_leaves_a_tenth_of_the_card(make, card):
     config = make("Qwen3-VL-4B", **FOUR, **{"sayo.gpu_memory_gib": card})
     OmegaConf.update(config, "actor_rollout_ref.rollout.gpu_memory_utilization", 0.9)
     with pytest.raises(SayoError) as caught:
@@ -393,14 +393,14 @@ def test_weights_are_spread_over_no_more_devices_than_there_are(make):
         (f"{MODEL}.lora_rank", None),
     ],
 )
-def test_numbers_that_verl_or_vllm_cannot_use(make, key, value):
+def test_numbers_that_verl_or_vllm_cannot_use_are_refused(make, key, value):
     refused(make(**{key: value}), "L62", f"at {key}", f"got {'null' if value is None else value}")
 
 
 @pytest.mark.parametrize(
     ("targets", "excluded"), [(["q_projj"], None), ("all-linear", ".*"), ("all-linear", "*visual*")]
 )
-def test_an_adapter_that_peft_does_not_build(make, targets, excluded):
+def test_an_adapter_that_peft_does_not_build_is_refused(make, targets, excluded):
     refused(make(**{f"{MODEL}.target_modules": targets, f"{MODEL}.exclude_modules": excluded}), "L63", str(targets))
 
 
@@ -483,5 +483,5 @@ def test_what_others_hold_of_a_card_is_warned_of(make, nvidia_smi):
 
 
 @pytest.mark.parametrize("wrong", [0, "much", True, float("inf"), float("nan")])
-def test_memory_that_is_no_number(make, wrong):
+def test_a_memory_that_is_not_a_positive_number_is_refused(make, wrong):
     refused(make(**{"sayo.gpu_memory_gib": wrong}), "L61", f"got {wrong}")

@@ -130,7 +130,7 @@ def test_a_value_of_the_wrong_type_is_refused(make, key, value):
 
 
 @pytest.mark.parametrize("value", [0.5, None, "on", [1]])
-def test_a_node_that_is_no_group_of_settings_is_refused(value):
+def test_a_node_that_is_not_a_group_of_settings_is_refused(value):
     with pytest.raises(SayoError, match="SAYO-L03") as caught:
         method_from_config("attn_region", {"region": value})
     assert caught.value.where == "algorithm.attn.region"
@@ -149,7 +149,7 @@ def test_no_settings_are_the_defaults_and_whole_numbers_are_numbers():
     assert method_from_config("grpo", {"region": {"weight": 0.5}}) is None
 
 
-def test_a_package_the_method_needs(make, monkeypatch):
+def test_a_method_whose_package_is_missing_is_refused(make, monkeypatch):
     needs = RegionMethod().needs()
     packages = (("no_such_package", "pip install 'sayo-verl[anchor]'"),)
     monkeypatch.setattr(RegionMethod, "needs", lambda self: dataclasses.replace(needs, packages=packages))
@@ -159,7 +159,7 @@ def test_a_package_the_method_needs(make, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "says"), [("absent.py", "absent.py"), ("broken.py", "invalid syntax"), ("no.such.module", "No module")]
 )
-def test_a_module_of_ones_own_that_cannot_be_loaded(tmp_path, file, says):
+def test_a_users_module_that_cannot_be_loaded_is_refused(tmp_path, file, says):
     (tmp_path / "broken.py").write_text("def :")
     with pytest.raises(SayoError, match=r"^SAYO-L29: ") as caught:
         load_methods([str(tmp_path / file) if file.endswith(".py") else file])

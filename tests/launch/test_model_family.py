@@ -24,25 +24,25 @@ def test_another_model_family_passes_under_grpo(make, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["/absent/model", "./absent", "../absent", "~/absent_model_folder", "absent", "a/b/c"])
-def test_no_model_at_the_path(make, path):
+def test_a_path_without_a_model_is_refused(make, path):
     error = refused(make(**{"actor_rollout_ref.model.path": path}), "L17")
     assert (error.where, error.got) == ("actor_rollout_ref.model.path", path)
 
 
-def test_a_folder_that_is_no_model(make, tmp_path):
+def test_a_folder_without_a_configuration_is_refused(make, tmp_path):
     (tmp_path / "empty").mkdir()
     error = refused(make(**{"actor_rollout_ref.model.path": str(tmp_path / "empty")}), "L17")
     assert "config.json" in str(error)
 
 
-def test_an_unknown_model_family(make, tmp_path):
+def test_an_unknown_model_family_is_refused(make, tmp_path):
     other = write_model(tmp_path / "other", model_type="llava", text_config={"num_hidden_layers": 4})
     error = refused(make(**{"actor_rollout_ref.model.path": str(other)}), "L18")
     assert (error.where, error.got) == ("actor_rollout_ref.model.path", "llava")
     assert "qwen3_vl" in str(error)
 
 
-def test_a_family_that_verl_does_not_split_over_devices(make, tmp_path):
+def test_a_family_that_verl_does_not_split_over_devices_is_refused_with_ulysses(make, tmp_path):
     model = write_model(
         tmp_path / "internvl", model_type="internvl", text_config={"model_type": "qwen3", "num_hidden_layers": 4}
     )
@@ -55,7 +55,7 @@ def test_a_family_that_verl_does_not_split_over_devices(make, tmp_path):
     preflight(make(**split, **flash), dry_run=True)  # verl splits Qwen3-VL
 
 
-def test_a_processor_of_another_family(make):
+def test_a_processor_of_another_family_is_refused(make):
     config = make()
     folder = Path(config.actor_rollout_ref.model.path)
     for name in ("processor_config.json", "preprocessor_config.json"):
@@ -66,7 +66,7 @@ def test_a_processor_of_another_family(make):
         preflight(config)
 
 
-def test_fused_kernels_that_do_not_run(make, tmp_path):
+def test_fused_kernels_are_refused_if_verl_cannot_run_them(make, tmp_path):
     values = {**qwen2_5(tmp_path / "qwen2_5"), "actor_rollout_ref.model.use_remove_padding": False}
     fused = {"actor_rollout_ref.model.use_fused_kernels": True}
     error = refused(make(**values, **fused, **{"actor_rollout_ref.actor.strategy": "fsdp2"}), "L25")
@@ -75,7 +75,7 @@ def test_fused_kernels_that_do_not_run(make, tmp_path):
     preflight(make(**fused, **{"actor_rollout_ref.actor.strategy": "fsdp2"}))  # Qwen3-VL
 
 
-def test_a_sliding_window_layer(make, tmp_path):
+def test_a_sliding_window_layer_is_refused(make, tmp_path):
     text = {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}
     model = write_model(tmp_path / "sliding", model_type="qwen2_5_vl", text_config=text)
     values = {
@@ -97,13 +97,13 @@ def test_the_released_qwen2_5_vl_configuration_has_no_text_config(make, tmp_path
 
 
 @pytest.mark.parametrize("layers", [[4], [-5], [-1, 3]], ids=str)
-def test_a_layer_the_model_does_not_have(make, layers):
+def test_a_layer_that_the_model_does_not_have_is_refused(make, layers):
     error = refused(make(**{"algorithm.attn.region.layers": layers}), "P03")
     assert error.where == "algorithm.attn.region.layers"
     assert "4 decoder layers" in str(error)
 
 
-def test_statistics_that_compare_whole_sequences(make, monkeypatch):
+def test_statistics_that_compare_whole_sequences_are_refused_with_ulysses(make, monkeypatch):
     needs = RegionMethod().needs()
     statistics = StatisticsRequest((*needs.statistics.statistics, Statistic("neighbour_index", size=4)))
     monkeypatch.setattr(RegionMethod, "needs", lambda self: dataclasses.replace(needs, statistics=statistics))

@@ -27,7 +27,7 @@ def test_an_unknown_job_method_or_rl_suggests_the_right_one(repo, argument):
 
 
 @pytest.mark.parametrize("name", UNREAD)
-def test_a_variable_that_no_script_reads(name):
+def test_a_variable_that_no_script_reads_is_refused(name):
     with pytest.raises(SayoError, match=f"L67: .* at {name} .* got 7 .* fix: use "):
         refuse_names([], {name: "7", BY_SCRIPT: "RESUME=..."})
     refuse_names([], {name: "7"})

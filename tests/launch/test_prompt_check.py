@@ -77,7 +77,7 @@ def test_the_largest_image_is_tried_wherever_it_is(through, estimator):
     assert "verl's filter drops 0 of 4 evenly spread rows" in plan["prompts"]
 
 
-def test_verls_length_filter_leaves_no_row_or_less_than_a_batch(through):
+def test_a_length_filter_that_leaves_less_than_a_batch_is_refused(through):
     drops = {"data.max_prompt_length": 60, "data.filter_overlong_prompts": True}
     error = refused(through(LARGE, LARGE, LARGE, **drops), "D68")
     assert "3 of 3 rows" in str(error.got)
@@ -114,7 +114,7 @@ def test_the_chat_template_of_the_run_is_used(through):
     refused(config, "D68")
 
 
-def test_a_model_without_its_processor(make):
+def test_a_model_without_its_processor_is_refused(make):
     assert "cannot be loaded" in str(refused(make(**{"sayo.preflight_prompts": 8}), "D68"))
 
 

@@ -63,7 +63,7 @@ def test_without_a_number_of_cpus_those_of_the_machine_count(make, monkeypatch):
 
 
 @pytest.mark.parametrize(("key", "number"), [("nnodes", "two"), ("nnodes", 0), ("n_gpus_per_node", True)])
-def test_not_a_number_of_nodes_or_devices(base, key, number):
+def test_an_invalid_number_of_nodes_or_devices_is_refused(base, key, number):
     config = copy.deepcopy(base)
     OmegaConf.update(config, f"trainer.{key}", number)
     with pytest.raises(SayoError, match=f"L69: not a number .* at trainer.{key}"):

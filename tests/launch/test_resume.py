@@ -70,7 +70,7 @@ def refused(config: DictConfig, code: str) -> SayoError:
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 
-def test_a_used_metrics_file(make, tmp_path, monkeypatch):
+def test_a_used_metrics_file_is_refused(make, tmp_path, monkeypatch):
     metrics = tmp_path / "metrics.jsonl"
     monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(metrics))
     check_metrics(make())
@@ -84,7 +84,7 @@ def test_a_used_metrics_file(make, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("logger", ["file", ["console", "file"]])
-def test_the_file_that_verl_chooses_itself(make, tmp_path, monkeypatch, logger):
+def test_a_used_metrics_file_at_verls_default_path_is_refused(make, tmp_path, monkeypatch, logger):
     from verl.utils.tracking import FileLogger
 
     config = make(**{"trainer.logger": logger, "trainer.experiment_name": "mine"})
@@ -165,13 +165,13 @@ def test_a_used_checkpoint_folder_names_the_last_by_number(make, tmp_path):
         ("disable", "checkpoints/global_step_2", "verl ignores the path under resume_mode=disable"),
     ],
 )
-def test_a_wrong_mode_or_path(make, tmp_path, mode, path, message):
+def test_an_invalid_mode_or_path_is_refused(make, tmp_path, mode, path, message):
     save(tmp_path / "checkpoints", 2, tracker=2)
     assert message in str(refused(make(**{"trainer.resume_mode": mode, "trainer.resume_from_path": path}), "L43"))
 
 
 @pytest.mark.parametrize("tracker", [None, "", "ten", "7", "-2", "2.0", "global_step_2"])
-def test_a_tracker_that_names_no_checkpoint(make, tmp_path, tracker):
+def test_a_tracker_that_names_no_checkpoint_is_refused(make, tmp_path, tracker):
     folder = save(tmp_path / "checkpoints", 10, 2, tracker=tracker)
     (folder / "global_step_12").mkdir()  # a save that was interrupted
     error = refused(make(), "L44")
@@ -181,7 +181,7 @@ def test_a_tracker_that_names_no_checkpoint(make, tmp_path, tracker):
     assert check_resume(make()).startswith("global_step_10")
 
 
-def test_a_tracker_alone_or_of_other_bytes(make, tmp_path):
+def test_a_tracker_without_checkpoints_or_with_other_bytes_is_refused(make, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / TRACKER).write_text("5")
     assert "none exists" in str(refused(make(), "L44"))
@@ -189,7 +189,7 @@ def test_a_tracker_alone_or_of_other_bytes(make, tmp_path):
     refused(make(), "L44")
 
 
-def test_a_tracker_that_is_a_folder(make, tmp_path):
+def test_a_tracker_that_is_a_folder_is_refused(make, tmp_path):
     folder = save(tmp_path / "checkpoints", 2)
     (folder / TRACKER).mkdir()
     error = refused(make(), "L44")
@@ -198,7 +198,7 @@ def test_a_tracker_that_is_a_folder(make, tmp_path):
     assert how_to_resume(make()) is None
 
 
-def test_the_command_that_mends_the_tracker_can_be_pasted(make, tmp_path):
+def test_the_command_that_repairs_the_tracker_can_be_pasted(make, tmp_path):
     folder = save(tmp_path / "my run's checkpoints", 2)
     config = make(**{FOLDER: str(folder)})
     command = re.search(r"\((echo -n .*)\); if", refused(config, "L44").fix)[1].replace("<n>", "2")
@@ -207,7 +207,7 @@ def test_the_command_that_mends_the_tracker_can_be_pasted(make, tmp_path):
 
 
 @pytest.mark.parametrize(("saved", "now"), [(1, 2), (4, 2)])
-def test_another_number_of_devices(make, tmp_path, saved, now):
+def test_a_checkpoint_of_another_number_of_devices_is_refused(make, tmp_path, saved, now):
     save(tmp_path / "checkpoints", 2, tracker=2, world=saved)
     error = refused(make(**{"trainer.n_gpus_per_node": now}), "L45")
     assert f"files of {saved} devices" in error.got
@@ -215,7 +215,7 @@ def test_another_number_of_devices(make, tmp_path, saved, now):
 
 
 @pytest.mark.parametrize("lost", [*(f"actor/{state}_world_size_2_rank_1.pt" for state in STATES), "data.pt"])
-def test_a_checkpoint_that_is_not_whole(make, tmp_path, lost):
+def test_an_incomplete_checkpoint_is_refused(make, tmp_path, lost):
     folder = save(tmp_path / "checkpoints", 2, 10, tracker=10, world=2)
     (folder / "global_step_10" / lost).unlink()
     error = refused(make(**{"trainer.n_gpus_per_node": 2}), "L46")
@@ -225,7 +225,7 @@ def test_a_checkpoint_that_is_not_whole(make, tmp_path, lost):
     assert str(refused(make(**{"trainer.n_gpus_per_node": 2}), "L46")) == str(error)
 
 
-def test_saved_weights_alone(make, tmp_path):
+def test_a_checkpoint_of_weights_alone_is_refused(make, tmp_path):
     (tmp_path / "checkpoints/global_step_5/actor/huggingface").mkdir(parents=True)
     (tmp_path / "checkpoints" / TRACKER).write_text("5")
     error = refused(make(**{f"{CONTENTS}.save_contents": ["hf_model"]}), "L46")
@@ -233,7 +233,7 @@ def test_saved_weights_alone(make, tmp_path):
     assert "actor_rollout_ref.model.path" in error.fix
 
 
-def test_the_critic_where_there_is_one(make, tmp_path):
+def test_a_checkpoint_without_its_critic_is_refused(make, tmp_path):
     critic = {"critic.enable": True, "algorithm.adv_estimator": "gae"}
     folder = save(tmp_path / "checkpoints", 2, tracker=2)
     assert "critic/" in refused(make(**critic), "L46").got
@@ -244,7 +244,7 @@ def test_the_critic_where_there_is_one(make, tmp_path):
 
 @pytest.mark.parametrize("lost", ["model", "optimizer", "extra"])
 @pytest.mark.parametrize("key", ["load_contents", "save_contents"])  # verl's load_contents follow save_contents
-def test_contents_that_would_start_anew(make, tmp_path, key, lost):
+def test_contents_that_would_start_anew_are_refused(make, tmp_path, key, lost):
     config = make(**{f"{CONTENTS}.{key}": [name for name in ("model", "optimizer", "extra") if name != lost]})
     check_resume(config)  # a new run loads nothing
     save(tmp_path / "checkpoints", 2, tracker=2)
@@ -255,7 +255,7 @@ def test_contents_that_would_start_anew(make, tmp_path, key, lost):
     check_resume(make(**{f"{CONTENTS}.load_contents": None}))
 
 
-def test_no_step_left(make, tmp_path):
+def test_a_resume_without_a_step_left_is_refused(make, tmp_path):
     save(tmp_path / "checkpoints", 2, 12, tracker=12)
     error = refused(make(), "L48")
     assert error.wanted == "more than 12"

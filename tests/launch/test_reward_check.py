@@ -36,12 +36,12 @@ GRPO = {"algorithm.adv_estimator": "grpo"}
         ("sandbox_fusion.url", "http://here", "reward.sandbox_fusion.url"),
     ],
 )
-def test_a_key_that_verl_ignores(make, key, value, today):
+def test_a_key_that_verl_ignores_is_refused(make, key, value, today):
     error = refused(make(**{key: value, **GRPO}), "L11")
     assert (error.where, error.got, error.fix) == (key, value, f"use {today}")
 
 
-def test_no_reward_function_file(make, tmp_path):
+def test_a_missing_reward_file_is_refused(make, tmp_path):
     error = refused(make(**{PATH: "absent.py"}), "L19")
     assert (error.where, error.got) == (PATH, "absent.py")
     (tmp_path / "mine.py").write_text("def compute_score(**kwargs): ...\n")
@@ -51,14 +51,14 @@ def test_no_reward_function_file(make, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["import absent_package", "def compute_score(:", "1 / 0"])
-def test_a_reward_function_that_does_not_load(make, tmp_path, text):
+def test_a_reward_file_that_does_not_load_is_refused(make, tmp_path, text):
     (tmp_path / "mine.py").write_text(text)
     assert "mine.py" in refused(make(**{PATH: "mine.py"}), "L19").got
     assert "NOT CHECKED" in dict(preflight(make(**{PATH: "mine.py"}), dry_run=True))["reward"]
     refused(make(**{PATH: "pkg://sayo_verl.rewards"}), "L19")
 
 
-def test_a_function_that_is_not_there_suggests_the_right_one(make, tmp_path):
+def test_an_unknown_reward_function_suggests_the_right_one(make, tmp_path):
     error = refused(make(**{NAME: "compute_scores"}), "L35")
     assert error.where == NAME
     assert "did you mean 'compute_score'?" in str(error)
@@ -106,7 +106,7 @@ ASYNC = "import asyncio, functools\nasync def inner(**kwargs): return 1.0\n"
         ("def compute_score(**kwargs): return asyncio.run(inner(**kwargs))", None),
     ],
 )
-def test_what_verl_does_not_call_as_meant(make, tmp_path, text, named):
+def test_a_reward_that_verl_would_not_call_or_await_is_refused(make, tmp_path, text, named):
     (tmp_path / "mine.py").write_text(ASYNC + text)
     config = make(**{PATH: "mine.py"})
     if named is None:
@@ -115,7 +115,7 @@ def test_what_verl_does_not_call_as_meant(make, tmp_path, text, named):
         assert named in str(refused(config, "L35"))
 
 
-def test_an_async_function_with_remote(make, tmp_path):
+def test_an_async_reward_is_refused_with_the_manager_remote(make, tmp_path):
     (tmp_path / "mine.py").write_text(ASYNC)
     values = {PATH: "mine.py", NAME: "inner"}
     assert refused(make(**values, **{MANAGER: "remote", "ray_kwargs.ray_init.num_cpus": 100}), "L36").where == MANAGER
@@ -151,14 +151,14 @@ def test_a_value_out_of_range(make, key, value):
 
 
 @pytest.mark.parametrize("path", ["/absent/model", "~/model", "model/absent", "models/of/mine"])
-def test_a_tokenizer_that_is_not_there(make, path):
+def test_a_path_without_a_tokenizer_is_refused(make, path):
     config = with_kwargs(make(), length_tokenizer=path)
     assert refused(config, "L34").got == path
     assert f"{path} - NOT THERE YET" in dict(preflight(config, dry_run=True))["reward"]
     preflight(with_kwargs(make(), length_tokenizer="nobody/nothing"))
 
 
-def test_settings_that_are_no_group(make):
+def test_settings_that_are_not_a_group_are_refused(make):
     refused(add(make(), KWARGS, [1]), "L34")
     preflight(add(make(), KWARGS, None))
 
@@ -183,7 +183,7 @@ def test_a_setting_does_not_replace_what_verl_passes(make, tmp_path, key):
         ("sayo.preflight_image", "preflight_images"),
     ],
 )
-def test_a_key_that_nothing_reads(make, key, near):
+def test_a_key_that_nothing_reads_is_refused(make, key, near):
     error = refused(add(make(), key, 3), "L34")
     assert key.startswith(error.where)
     assert (f"did you mean {near!r}?" in str(error)) == (near is not None)
@@ -199,7 +199,7 @@ def test_keys_of_a_manager_are_taken_with_that_manager(make, base):
     refused(add(make(), "reward.timeout", 3), "L34")
 
 
-def test_math_without_its_package(make, monkeypatch):
+def test_the_judge_math_without_its_package_is_refused(make, monkeypatch):
     config = with_kwargs(make(), judge="math")
     preflight(config)
     find_spec = importlib.util.find_spec
@@ -238,7 +238,9 @@ def estimator(name, **values):
         (estimator("attn_faithful"), 1.0, ""),
     ],
 )
-def test_a_reward_that_no_answer_changes(make, values, format_weight, remark):
+def test_a_reward_that_does_not_depend_on_the_answer_is_refused_unless_the_method_gives_one(
+    make, values, format_weight, remark
+):
     weights = {"format_weight": format_weight, "accuracy_weight": 0.0}
     if remark is None:
         error = refused(with_kwargs(make(**values), **weights), "L31")
@@ -279,17 +281,17 @@ def test_every_method_has_a_case_above(repo):
     assert shipped == {"attn_region", "attn_dual", "attn_anchor", "attn_faithful"}
 
 
-def test_a_reward_of_format_alone_in_sayos_job(repo):
+def test_a_reward_of_format_alone_is_refused_in_sayos_job(repo):
     config = composed(repo, "+job=sayo_qwen3vl_8b", "+method=grpo", f"{KWARGS}.accuracy_weight=0")
     refused(config, "L31", dry_run=True)
 
 
-def test_a_manager_that_is_not_there(make):
+def test_an_unknown_manager_suggests_the_right_one(make):
     assert "did you mean 'naive'?" in str(refused(make(**{MANAGER: "naiv"}), "L36"))
     refused(make(**{MANAGER: "prime", **GRPO}), "L36")
 
 
-def test_a_reward_model_beside_the_function(make, tmp_path):
+def test_a_reward_model_beside_our_function_is_refused(make, tmp_path):
     model = {"reward.reward_model.enable": True}
     assert refused(make(**model), "L36").where == "reward.reward_model.enable"
     (tmp_path / "mine.py").write_text("def compute_score(**kwargs): ...\n")

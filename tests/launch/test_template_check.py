@@ -81,7 +81,7 @@ def test_the_plan_of_attn_faithful_says_whether_the_model_is_anchored(template):
         assert ("anchoring" in dict(preflight(config))) == shown
 
 
-def test_a_setting_that_contradicts_the_template(template):
+def test_a_think_opened_that_contradicts_the_template_is_refused(template):
     for generation, wrong in ((OPENED, False), ("", True), (CLOSED, True)):
         error = refused(template(generation, think_opened=wrong), "L33")
         assert (error.where, error.got) == (f"{KWARGS}.think_opened", wrong)
@@ -96,7 +96,7 @@ def test_the_released_format_reads_no_think_block(template):
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"format": "released"}])
-def test_an_answer_block_that_the_template_opens(template, kwargs):
+def test_a_template_that_opens_the_answer_block_is_refused(template, kwargs):
     assert "<answer>" in refused(template("<think>\n\n</think>\n<answer>", **kwargs), "L33").got
     preflight(template("<answer>x</answer>", **kwargs))
 
@@ -108,7 +108,7 @@ def test_a_template_that_divides_by_zero_is_not_checked(template):
     assert "not checked: no prompt can be rendered here (ZeroDivisionError" in dict(preflight(config))["template"]
 
 
-def test_a_tag_that_decoding_drops(template):
+def test_a_tag_that_decoding_drops_is_refused(template):
     config = template("")
     folder = config.actor_rollout_ref.model.path
     tokenizer = AutoTokenizer.from_pretrained(folder)

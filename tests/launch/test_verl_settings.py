@@ -79,7 +79,7 @@ def test_settings_that_are_fine_pass(make, values):
     check_settings(config, check_estimator(config))
 
 
-def test_an_unknown_path_of_the_probe(make):
+def test_an_unknown_path_of_the_probe_is_refused(make):
     error = refused(make(**{"sayo.probe_path": "quick"}), "P14")
     assert (error.where, error.got) == ("sayo.probe_path", "quick")
 
