@@ -1,8 +1,8 @@
 """The launcher: ``python -m sayo_verl.main_ppo`` takes what ``python -m verl.trainer.main_ppo`` takes.
 
-It checks the run before anything is loaded (``sayo_verl.launch.preflight``). It makes Ray's workers load the plug-in in
-the way that raises when it fails, and selects verl's trainer with the attention mixin in front. For an estimator of
-verl's own, such as ``grpo``, it selects nothing: verl's task runner, trainer and engine run as they are.
+It checks the run before anything is loaded (``sayo_verl.launch.preflight``). Ray's workers load the plug-in through a
+variable, so that a failure is an error. verl's trainer is selected with the attention mixin in front. For an estimator
+of verl's own, such as ``grpo``, it selects nothing: verl's task runner, trainer and engine run as they are.
 """
 
 import atexit
@@ -17,6 +17,7 @@ from pathlib import Path
 import hydra
 import ray
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 from verl.utils.device import auto_set_device
@@ -24,13 +25,14 @@ from verl.utils.device import auto_set_device
 from sayo_verl import __version__
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks.contract import RUN_TOKEN
-from sayo_verl.launch.job import check_names, keys_of, write_out
+from sayo_verl.launch.job import composition_error, keys_of, write_out
 from sayo_verl.launch.model_check import load_config
+from sayo_verl.launch.names import check_names
 from sayo_verl.launch.preflight import preflight, show
 from sayo_verl.launch.resources import check_devices
-from sayo_verl.launch.resume import how_to_resume
-from sayo_verl.launch.reward_check import configure as configure_reward
+from sayo_verl.launch.resume import how_to_resume, metrics_file
 from sayo_verl.launch.settings import load_methods
+from sayo_verl.launch.template_check import configure as configure_reward
 from sayo_verl.launch.training_check import check_by_verl
 from sayo_verl.methods import METHODS, Mix, own_methods
 from sayo_verl.metrics import declaration
@@ -55,7 +57,7 @@ FORWARDED = (
 
 @ray.remote
 class SayoTaskRunner(TaskRunnerV1.__ray_actor_class__):
-    """verl's task runner in a process that knows the trainer with the attention mixin."""
+    """verl's task runner in a process that has the trainer with the attention mixin registered."""
 
     def run(self, config: DictConfig) -> None:
         from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
@@ -91,7 +93,7 @@ def prepare_workers(config: DictConfig) -> None:
 
 
 def select_method(config: DictConfig) -> bool:
-    """Point verl at the attention trainer and engine if the estimator is one of ours; say whether it is."""
+    """Select the attention trainer and engine if the estimator is one of ours; return whether it is."""
     ours = config.algorithm.adv_estimator in (*METHODS, Mix.name)
     if ours:
         config.trainer.v1.trainer_mode = "sayo_sync"
@@ -100,30 +102,35 @@ def select_method(config: DictConfig) -> bool:
 
 
 def write_run_card(config: DictConfig) -> None:
-    """run.json beside metrics.jsonl, run-2.json beside metrics-2.jsonl: what ran, with which versions."""
-    metrics = os.environ.get("VERL_FILE_LOGGER_PATH")
-    if not metrics:
+    """What runs, with which versions: run.json and config.yaml beside metrics.jsonl, run-2.json beside metrics-2.jsonl.
+
+    Nothing is written before the checks have passed, and nothing if no metrics are.
+    """
+    named = os.environ.get("VERL_FILE_LOGGER_PATH")
+    metrics = Path(named) if named else metrics_file(config)
+    if metrics is None:
         return
-    folder = Path(metrics).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    card_file = run_card(Path(metrics))
+    metrics.parent.mkdir(parents=True, exist_ok=True)
+    card_file = run_card(metrics)
     names = ("verl", "torch", "transformers", "vllm", "ray", "tensordict", "TransferQueue")
     card = {
-        "run_id": folder.name,
+        "run_id": metrics.parent.name,
         "estimator": config.algorithm.adv_estimator,
         "total_steps": config.trainer.total_training_steps,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {"sayo-verl": __version__, **{name: version(name) for name in names}},
-        "metrics": metrics,
+        "metrics": str(metrics),
         "overrides": sys.argv[1:],
         # for the report, which reads those of the built-in methods from its own file
         "methods": {name: declaration(cls) for name, cls in own_methods().items()},
     }
     card_file.write_text(json.dumps(card, indent=1) + "\n")
+    whole = card_file.with_name(card_file.stem.replace("run", "config", 1) + ".yaml")
+    whole.write_text(OmegaConf.to_yaml(config, resolve=True))
 
 
 def say_how_to_resume(config: DictConfig) -> None:
-    """Print, as the last line, how to go on with the last checkpoint; nothing if there is none."""
+    """Print, as the last line, how to resume the last checkpoint; nothing if there is none."""
     if line := how_to_resume(config):
         print(line, flush=True)
 
@@ -133,10 +140,11 @@ def main(config: DictConfig) -> None:
     """Check, plan, run."""
     try:
         check_devices(config, dry_run=config.sayo.dry_run)
-        write_out(config, keys_of(HydraConfig.get().overrides.task))
+        given = keys_of(HydraConfig.get().overrides.task)
+        write_out(config, given)
         config.sayo.modules = load_methods(config.sayo.modules)
         internvl.configure(config, load_config(str(config.actor_rollout_ref.model.path), dry_run=True))
-        plan = preflight(config, dry_run=config.sayo.dry_run)
+        plan = preflight(config, given=given, dry_run=config.sayo.dry_run)
         check_by_verl(config, dry_run=config.sayo.dry_run)
     except SayoError as error:
         sys.exit(str(error))
@@ -147,13 +155,22 @@ def main(config: DictConfig) -> None:
         return
     configure_reward(config)
     auto_set_device(config)
+    write_run_card(config)
     prepare_workers(config)
     ours = select_method(config)
-    write_run_card(config)
     atexit.register(say_how_to_resume, config)  # after the traceback of a run that failed
     run_ppo(config, task_runner_class=SayoTaskRunner if ours else TaskRunnerV1)
 
 
-if __name__ == "__main__":
+def launch() -> None:
+    """``main``, with one line for a command line that cannot be composed."""
     check_names()
-    main()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints its errors itself, over several lines
+    try:
+        main()
+    except (ConfigCompositionException, MissingConfigException, OverrideParseException) as error:
+        sys.exit(str(composition_error(error)))
+
+
+if __name__ == "__main__":
+    launch()

@@ -1,12 +1,12 @@
 """What verl loads in every process (entry point group ``verl.plugins``, and ``VERL_USE_EXTERNAL_MODULES``).
 
-Light on purpose: it runs on every ``import verl``, in vLLM's processes too. It registers the estimators and puts the
-guards of ``sayo_verl.hooks.contract`` and the adapters of other model families in place. With ``VERL_PLATFORM=cpu`` it
+Light on purpose: it runs on every ``import verl``, in vLLM's processes too. It registers the estimators, the
+guards of ``sayo_verl.hooks.contract`` and the adapters of other model families. With ``VERL_PLATFORM=cpu`` it
 adds the CPU platform. ``sayo_verl.hooks.engine`` registers engines in workers, ``sayo_verl.hooks.modes`` trainers in
 the task runner.
 
-verl logs an entry point that raises at DEBUG and goes on, so the launcher also names this module in
-``VERL_USE_EXTERNAL_MODULES``, where an error is an error.
+verl logs an entry point that raises at DEBUG level and continues. So the launcher also names this module in
+``VERL_USE_EXTERNAL_MODULES``, where a failure stops the process.
 """
 
 import os
@@ -24,7 +24,7 @@ if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
     platform.activate()
     wrapt.register_post_import_hook(polling.read_poll_interval, "verl.trainer.ppo.v1.replay_buffer")
 compat.guard_equal_length_mrope()
-# After their import, which takes seconds that most processes need not spend.
+# After the import of verl's module, which takes seconds that most processes do not need.
 wrapt.register_post_import_hook(compat.guard_weight_socket, compat.WEIGHT_TRANSFER)
 internvl.activate()
 qwen2_5_vl.activate()

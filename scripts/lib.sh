@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What scripts share: help, refusals, the command that resumes a run, the environment. Sourced after `cd "$ROOT"`.
+# What scripts share: help, errors, the folder of a run, early checks, the environment. Sourced after `cd "$ROOT"`.
 set -euo pipefail
 
-# Prints the header comments of the script and of the one it sources, and ends, where -h or --help is an argument. Call
-# it first.
+# With the argument -h or --help: prints the header comments of the script and of the one that it sources, and exits.
+# Call it first.
 help_or_go_on() {
   local argument i
   for argument; do
@@ -19,7 +19,7 @@ help_or_go_on() {
   done
 }
 
-# The line of an error that the launcher would print, for what only a script can know. Arguments: code, what, where, fix.
+# Prints an error in the launcher's format, for what only a script knows, and exits. Arguments: code, what, where, fix.
 refuse() {
   echo "SAYO-$1: $2 | at $3 | fix: $4" >&2
   exit 2
@@ -34,14 +34,14 @@ dry_run() {
   esac
 }
 
-# A value for Hydra: in quotes if it has characters that mean something to Hydra.
+# A value for Hydra, in quotes if it has special characters.
 quoted() {
   if [[ "$1" =~ ^[A-Za-z0-9_./:~%@+\ -]*$ ]]; then printf '%s' "$1"; else printf '"%s"' "${1//\"/\\\"}"; fi
 }
 
-# Sets what a run is called and where it lies: METHOD, NAME, OUT (absolute), and SAYO_RESUME_COMMAND, which the launcher
-# prints last: the script with RESUME, its arguments and the variables that were set from outside. Nothing is left to do
-# where the calling script has done it. Arguments: those of the script. Needs JOB; OWN_METHOD is what a script is named for.
+# Sets the method, name and folder of a run: METHOD, NAME, OUT (absolute). Sets SAYO_RESUME_COMMAND, which the launcher
+# prints last: the script with RESUME, its arguments and the variables that the user set. Does nothing if the calling
+# script has called it. Arguments: those of the script. Needs JOB; OWN_METHOD is the method in the name of the script.
 place_run() {
   [[ -z "${SAYO_RESUME_COMMAND:-}" ]] || return 0
   local name given=''
@@ -72,4 +72,16 @@ ready_python() {
   ! dry_run || stack=(cpu)
   bash scripts/setup_env.sh "${stack[@]}"
   export PATH="$(bash scripts/setup_env.sh --where "${stack[@]}")/bin:$PATH"
+}
+
+# Refuses, before minutes are spent on an environment: unknown names of a job or a method, variables that no script
+# reads, folders that do not exist. Needs any Python from 3.10 on. Call it after place_run, with the same arguments.
+check_names() {
+  local python dry=()
+  ! dry_run || dry=(sayo.dry_run=True)
+  for python in python3 python3.11; do
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || continue
+    "$python" -m sayo_verl.launch.names --config-dir configs +job="$JOB" +method="$METHOD" "${dry[@]}" "$@"
+    return
+  done
 }

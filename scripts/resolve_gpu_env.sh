@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Resolves the GPU environment without installing it: can pip still make what configs/constraints-gpu.txt describes?
+# Resolves the GPU environment without installing it: does pip still find the versions of configs/constraints-gpu.txt?
 #
 #   bash scripts/resolve_gpu_env.sh            resolve '.[gpu,dev,anchor,math]' under the constraints, compare
-#   bash scripts/resolve_gpu_env.sh --renew    resolve it without them, and write what comes out into the file
+#   bash scripts/resolve_gpu_env.sh --renew    resolve it without them, and write the result into the file
 #
 # Needs python3.11 with pip on Linux x86_64, no GPU, and the package index that pip is configured with. pip reads the
-# metadata of each package, or the part of the wheel that holds it (fast-deps); what it downloads whole is counted.
+# metadata of each package, or the part of the wheel that holds it (fast-deps). Whole downloads are counted.
 set -euo pipefail
 unset PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off
@@ -35,7 +35,7 @@ TMP="$(mktemp -d)"
 trap 'rm -rf "$TMP"' EXIT
 # The pinned pip: older ones download wheels whole, even for a dry run.
 python3.11 -m pip install --quiet --target "$TMP/pip" "$(grep '^pip==' "$CONSTRAINTS")" >"$TMP/log" 2>&1 ||
-  { tail -n 20 "$TMP/log" >&2 && die "pip could not be had" "look at the lines above (network?)"; }
+  { tail -n 20 "$TMP/log" >&2 && die "pip could not be installed" "look at the lines above (network?)"; }
 if [[ "$RENEW" == yes ]]; then : >"$TMP/constraints"; else cp "$CONSTRAINTS" "$TMP/constraints"; fi
 PYTHONPATH="$TMP/pip" python3.11 -m pip install --dry-run --ignore-installed --no-cache-dir --use-feature=fast-deps \
   --report "$TMP/report.json" --constraint "$TMP/constraints" '.[gpu,dev,anchor,math]' >"$TMP/log" 2>&1 ||
@@ -72,9 +72,9 @@ if renew:
     sys.exit()
 wrong = [f"{line} (constrained to {kept.get(name, 'nothing')})"
          for name, line in found.items() if kept.get(name, "").lower() != line.lower()]  # fmt: skip
-wrong += [f"nothing ({kept[name]} stands there)" for name in sorted(set(kept) - set(found) - beside)]
+wrong += [f"nothing (the file has {kept[name]})" for name in sorted(set(kept) - set(found) - beside)]
 if wrong:
     sys.exit(f"SAYO-X98: the constraints are not the resolved set | at {file} | got {'; '.join(wrong)} | "
              "fix: bash scripts/resolve_gpu_env.sh --renew")  # fmt: skip
-print(f"every one equals its line in {file}; beside them stand {', '.join(kept[name] for name in sorted(beside))}")
+print(f"every one equals its line in {file}; not compared: {', '.join(kept[name] for name in sorted(beside))}")
 PY

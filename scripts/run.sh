@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Starts a job of configs/job with a method of configs/method. Variables mean the same in every script that calls this
-# one, and a hydra override at the end wins over all of them:
+# Starts a job of configs/job with a method of configs/method. Variables have the same meaning in every script that
+# calls this one. A Hydra override at the end wins over all of them:
 #
 #   METHOD=NAME         region, dual, dual_released, anchor, faithful, region_dual, grpo, dapo, or your own file of configs/method
 #   MODEL_PATH=MODEL    a folder or a name of the hub        actor_rollout_ref.model.path
 #   DATA=FOLDER         a folder of `sayo prepare`           sayo.data, or data.train_files and data.val_files
 #   OUT=FOLDER          of a new run                         sayo.out; outputs/<name>/<time> if it is not set
-#   RESUME=FOLDER       of a run to go on with               sayo.resume
+#   RESUME=FOLDER       of a run to resume                   sayo.resume
 #   NNODES=N            with RAY_ADDRESS=... of the cluster  trainer.nnodes
 #   NGPUS_PER_NODE=N                                         trainer.n_gpus_per_node
 #   DRY_RUN=1           compose, check, print the plan; needs no GPU and writes no file
@@ -15,7 +15,7 @@
 #
 #   JOB=qwen2_5vl_7b METHOD=anchor bash scripts/run.sh       JOB is needed here; run_<paper>_<model>.sh sets it
 #
-# An active Python that has sayo-verl is used as it is (a verl container, say). Otherwise one is made.
+# An active Python that has sayo-verl is used unchanged (in a verl container, say). Otherwise an environment is built.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"
@@ -24,6 +24,7 @@ help_or_go_on "$@"
 [[ -n "${JOB:-}" ]] || refuse L30 "no job is named" JOB "call a script run_<paper>_<model>.sh, or set JOB=NAME: $(cd configs/job && echo *.yaml)"
 dry_run && DRY=1 || DRY=0
 place_run "$@"
+check_names "$@"
 
 ready_python sayo_verl verl
 export VERL_USE_EXTERNAL_MODULES=sayo_verl.plugin
@@ -36,8 +37,6 @@ GIVEN=(trainer.experiment_name="$NAME")
 if [[ -n "${RESUME:-}" ]]; then GIVEN+=(sayo.resume="$(quoted "$OUT")"); else GIVEN+=(sayo.out="$(quoted "$OUT")"); fi
 if ((DRY)); then
   export VERL_PLATFORM=${VERL_PLATFORM:-cpu} VERL_LOGGING_LEVEL=${VERL_LOGGING_LEVEL:-WARNING}
-  GIVEN+=(sayo.dry_run=True hydra.run.dir=. hydra.output_subdir=null hydra/job_logging=none)
-else
-  GIVEN+=(hydra.run.dir="$(quoted "$OUT/hydra/$(date +%Y%m%d-%H%M%S)")")
+  GIVEN+=(sayo.dry_run=True hydra/job_logging=none)
 fi
 exec python3 -m sayo_verl.main_ppo --config-dir configs +job="$JOB" +method="$METHOD" "${GIVEN[@]}" "$@"

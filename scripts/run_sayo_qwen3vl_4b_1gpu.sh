@@ -7,10 +7,10 @@
 #
 #   DATA=data/sayo bash scripts/run_sayo_qwen3vl_4b_1gpu.sh
 #   DRY_RUN=1 bash scripts/run_sayo_qwen3vl_4b_1gpu.sh                     compose, check, print the plan; no GPU
-#   RESUME=outputs/sayo_qwen3vl_4b_1gpu/<time> bash scripts/run_sayo_qwen3vl_4b_1gpu.sh        go on with a run
+#   RESUME=outputs/sayo_qwen3vl_4b_1gpu/<time> bash scripts/run_sayo_qwen3vl_4b_1gpu.sh        resume a run
 #   METHOD=grpo bash scripts/run_sayo_qwen3vl_4b_1gpu.sh                   the paired baseline
 #
-# GiB by arithmetic, of 79.0 (the plan prints them anew; sayo_verl/launch/memory.py says what is counted):
+# GiB by arithmetic, of 79.0 (the plan prints them too; sayo_verl/launch/memory.py lists the terms):
 #   log-probs 27.7       weights 16.7 (float32), logits 4.6, vLLM asleep 2.0, CUDA 1.5, one layer 1.3, gathered layers 1.3
 #   update 29.3          weights 16.7, logits or one layer 4.6, kept activations 2.8, vLLM asleep 2.0, ...
 #   optimizer step 20.6  weights 16.7, vLLM asleep 2.0, CUDA 1.5, Adam 0.2, ...

@@ -8,7 +8,7 @@
 #   DRY_RUN=1 bash scripts/run_sayo_qwen3vl_8b.sh                          compose, check, print the plan; no GPU
 #   RAY_ADDRESS=auto NNODES=2 bash scripts/run_sayo_qwen3vl_8b.sh          on a node of a Ray cluster that is up
 #   METHOD=dual bash scripts/run_sayo_qwen3vl_8b.sh                        VGPO in this job
-#   bash scripts/run_sayo_qwen3vl_8b.sh algorithm.adv_estimator=rloo       any hydra override goes at the end
+#   bash scripts/run_sayo_qwen3vl_8b.sh algorithm.adv_estimator=rloo       any Hydra override goes at the end
 #
 # The paired baseline is scripts/run_grpo_qwen3vl_8b.sh. scripts/run_sayo_qwen3vl_4b_1gpu.sh is the job for one card.
 set -euo pipefail

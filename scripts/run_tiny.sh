@@ -2,8 +2,8 @@
 # Any method, SAYO if none is named | tiny Qwen3-VL on drawn scenes | vLLM rollouts | FSDP2 | CPU
 #
 # From nothing to a table and curves on a machine without a GPU: makes the environment, the scenes and a warmed-up tiny
-# policy, trains on real verl + Ray + TransferQueue + FSDP2 + vLLM, and says where the results lie. What is there and
-# right is reused, and said so. Its values: configs/job/tiny.yaml. Variables: scripts/run.sh --help.
+# policy, trains on real verl + Ray + TransferQueue + FSDP2 + vLLM, and prints where the results are. What exists and is
+# valid is reused, with a message. Its values: configs/job/tiny.yaml. Variables: scripts/run.sh --help.
 #
 #   METHOD=dual bash scripts/run_tiny.sh                       VGPO, on DAPO
 #   METHOD=anchor bash scripts/run_tiny.sh                     our reading of AT-RL
@@ -12,7 +12,7 @@
 #   METHOD=grpo bash scripts/run_tiny.sh                       the baseline; METHOD=dapo that of VGPO
 #   bash scripts/run_tiny.sh trainer.total_training_steps=60 algorithm.attn.region.entropy_fraction=1.0
 #   RESUME=outputs/region_tiny/<time> bash scripts/run_tiny.sh trainer.total_training_steps=60
-#                                                              go on with a run that had trainer.save_freq=10, say
+#                                                              resume a run that had trainer.save_freq=10, say
 #   DATA=$(sayo prepare synthetic --region distractor) bash scripts/run_tiny.sh      the wrong-box control
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -22,6 +22,7 @@ help_or_go_on "$@"
 export JOB=tiny
 [[ -n "${OWN_METHOD:-}" ]] || METHOD=${METHOD:-region} # run_sayo_tiny.sh and run_grpo_tiny.sh have theirs
 place_run "$@"
+check_names "$@"
 unset VERL_FILE_LOGGER_PATH # sayo watch and sayo report look in $OUT
 if dry_run; then VERL_PLATFORM=cpu exec bash scripts/run.sh "$@"; fi
 
@@ -36,12 +37,11 @@ export RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 export RAY_enable_worker_prestart=0 RAY_prestart_worker_first_driver=0
 export TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1
 
-python -m sayo_verl.launch.job --config-dir configs +method="$METHOD" "$@" # before the policy takes its minutes
 [[ -n "${DATA:-}" || " $*" == *"data.train_files="* ]] || DATA=$(sayo prepare synthetic --out .sayo)
 [[ -n "${MODEL_PATH:-}" ]] || MODEL_PATH=$(sayo prepare policy --out .sayo)
 export DATA MODEL_PATH
 
-# The launcher's last word, after the report as well.
+# The launcher's last line, repeated after the report.
 trap 'grep "^to resume after step" "$OUT/train.log" | tail -n 1 || true' EXIT
 sayo watch "$OUT" -- bash scripts/run.sh "$@"
 sayo report "$OUT"

@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Makes the environment that sayo-verl runs in, or finds it ready.
+# Builds the environment that sayo-verl runs in, or reuses it.
 #
 #   bash scripts/setup_env.sh [cpu|gpu]      default: gpu where `nvidia-smi -L` lists a GPU, else cpu
 #   bash scripts/setup_env.sh --where cpu    print the folder and do nothing
 #
 # Needs python3.11 with pip. Everything goes into .venv (cpu) or .venv-gpu, so that the tiny task and the tests can run
 # beside a GPU environment; nothing outside the repository is changed. An environment that fits is reused; one of another
-# state of pyproject.toml is brought up to date; one that was never finished is built anew. One that another checkout made
-# is refused and left as it is.
+# state of pyproject.toml is updated; an unfinished one is built anew. One that another checkout made is refused and not
+# changed.
 #
 # The gpu stack builds flash-attn after torch, which needs nvcc of CUDA 13 and takes minutes on 64 cores, an hour or more on
 # few. Without nvcc the script stops before it downloads anything.
 #
 #   SAYO_VENV             another folder (a relative path counts from the root of the repository)
-#   SAYO_TORCH_INDEX_URL  where torch's CPU build is taken from if the configured package index lacks it
-#   SAYO_FLASH_ATTN       0: go on without flash-attn, at the price that a run's plan names; or a wheel of it to install
+#   SAYO_TORCH_INDEX_URL  index of torch's CPU build, used if the configured package index lacks it
+#   SAYO_FLASH_ATTN       0: without flash-attn (the plan of a run names the cost); or a wheel of it to install
 #   CUDA_HOME             the CUDA toolkit, if nvcc is neither on PATH nor in /usr/local/cuda
 #   MAX_JOBS              compilers at once for flash-attn (default: by cores and by 9 GB of memory each)
 #   FLASH_ATTN_CUDA_ARCHS for which cards: 80 A100, 90 H100 and H200, 100 B200, 120 RTX 50; default 80;90;100;120
 set -euo pipefail
 
-# Packages and settings from outside would end up in what pip believes to be installed.
+# pip would take packages on these paths for installed ones.
 unset PYTHONPATH PYTHONHOME
 export PYTHONNOUSERSITE=1 PIP_USER=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off
 
@@ -69,7 +69,7 @@ find_python() { # prints the command of a Python 3.11
       return
     fi
   done
-  die X90 "no Python 3.11 on PATH (asked: python3.11, python3, python)" \
+  die X90 "no Python 3.11 on PATH (tried: python3.11, python3, python)" \
     "install Python 3.11 with venv and pip, or put its folder on PATH"
 }
 
@@ -92,12 +92,12 @@ if missing:
 own = find_spec("sayo_verl")
 if own is None or own.origin is None or not Path(own.origin).is_relative_to(sys.argv[1]):
     sys.exit(f"sayo_verl of this checkout is not installed (found: {own and own.origin})")
-shown += ["flash-attn"] if find_spec("flash_attn") else []  # built last, where it is not left out
+shown += ["flash-attn"] if find_spec("flash_attn") else []  # built last, unless it is left out
 print(", ".join([f"python {sys.version.split()[0]}"] + [f"{name} {version(name)}" for name in shown]))
 PY
 }
 
-# What another checkout made, or may have made, is left as it is: somebody may be using it.
+# An environment that another checkout made, or may have made, is not changed: it may be in use.
 check_owner() {
   [[ -f "$OWNED" ]] || return 0
   local root made
@@ -107,9 +107,9 @@ check_owner() {
   if [[ -n "$root" || "${made:-$VENV}" != "$VENV" ]]; then
     die X94 "$NAME was made for another checkout (${root:-$made}), which may be using it" "$(another_folder)"
   fi
-  # Marks without a root are of earlier versions of this script: the stamp has to tell, or the installed sayo_verl.
+  # Earlier versions of this script wrote no root: the stamp decides, or the installed sayo_verl.
   [[ -n "$made" ]] && { [[ "${VENV%/*}" == "$ROOT" ]] || stack >/dev/null 2>&1; } ||
-    die X95 "it cannot be told which checkout $NAME was made for" "$(another_folder)"
+    die X95 "it is unknown which checkout $NAME was made for" "$(another_folder)"
 }
 
 another_folder() {
@@ -127,12 +127,12 @@ write_stamp() {
   mv "$STAMP.new" "$STAMP"
 }
 
-# Leaves the reason in WHY and, in KEEP, whether the environment can be brought up to date as it stands.
+# If it is not ready, sets WHY to the reason, and KEEP to yes if the environment can be updated in place.
 is_ready() {
   KEEP=no
   check_owner
   if [[ ! -e "$VENV" ]]; then
-    WHY="none there yet"
+    WHY="not built yet"
   elif [[ ! -f "$STAMP" ]]; then
     WHY="the last setup did not finish"
   elif [[ "$(sed -n 's/^layout //p' "$STAMP")" != "$MODE $VENV" ]]; then
@@ -157,17 +157,17 @@ make_empty() {
     die X91 "$VENV exists and was not made by this script" "move it away, or name another folder in SAYO_VENV"
   fi
   mkdir -p "$VENV"
-  # The content, not the folder: SAYO_VENV may be a link to a larger disk. The mark goes with the rest and comes back
-  # at once, before anything that takes time.
+  # The content, not the folder: SAYO_VENV may be a link to a larger disk. The mark is deleted too and written again
+  # at once, before any slow step.
   find "$VENV/" -mindepth 1 -delete
   printf 'root %s\n' "$ROOT" >"$OWNED"
   folder="$(cd "$VENV" && pwd -P)" # venv refuses a link
   if "$python" -c 'import ensurepip' 2>/dev/null; then
     "$python" -m venv "$folder" >>"$LOG" 2>&1 || step_failed "no virtual environment" "See above."
-  else # Debian and its kin split ensurepip off, but their pip can install into another environment
+  else # Debian and its derivatives package ensurepip apart, but their pip can install into another environment
     "$python" -m venv --without-pip "$folder" >>"$LOG" 2>&1 || step_failed "no virtual environment" "See above."
     "$python" -m pip --python "$PY" install "pip==$(pinned pip)" >>"$LOG" 2>&1 ||
-      step_failed "pip did not get into $NAME" "Install the package python3.11-venv of your system."
+      step_failed "pip could not be installed into $NAME" "Install the package python3.11-venv of your system."
   fi
 }
 
@@ -183,7 +183,7 @@ install_cpu() {
       step_failed "torch could not be installed" "Look at the first ERROR line above (network? disk space?)."
     printf '            the package index has no %s: taking it from %s\n' "$torch" "$TORCH_INDEX"
     pip_install --no-deps --extra-index-url "$TORCH_INDEX" "${base[@]}" ||
-      step_failed "neither the package index nor $TORCH_INDEX served $torch" \
+      step_failed "neither the package index nor $TORCH_INDEX has $torch" \
         "Check the network, or set SAYO_TORCH_INDEX_URL to an index that has it."
   fi
   stage 3 "verl, vLLM, transformers and the rest (about a minute plus 1.3 GB of download)"
@@ -212,9 +212,9 @@ check_nvcc() {
   CUDA_HOME="$(find_nvcc)"
   [[ -z "$CUDA_HOME" ]] || found="$("$CUDA_HOME/bin/nvcc" --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')"
   if [[ "${found%%.*}" != "$CUDA_MAJOR" ]]; then
-    die X96 "flash-attn cannot be built here, for want of nvcc of CUDA $CUDA_MAJOR (found: ${found:-none})" \
+    die X96 "flash-attn cannot be built here without nvcc of CUDA $CUDA_MAJOR (found: ${found:-none})" \
       "install the CUDA $CUDA_MAJOR toolkit and set CUDA_HOME (the build takes minutes on 64 cores, 9 GB of memory for each of \
-MAX_JOBS), or give a wheel in SAYO_FLASH_ATTN, or go on with SAYO_FLASH_ATTN=0: then Qwen2.5-VL does not train packed, and \
+MAX_JOBS), or give a wheel in SAYO_FLASH_ATTN, or set SAYO_FLASH_ATTN=0: then Qwen2.5-VL does not train packed, and \
 Qwen3-VL and InternVL do with sdpa, where a log-prob pass takes about 3 times as long (by arithmetic)"
   fi
   export CUDA_HOME
@@ -235,7 +235,7 @@ has_flash_attn() { # what verl imports of it
 
 install_flash_attn() {
   if [[ "${SAYO_FLASH_ATTN:-1}" == 0 ]]; then
-    stage "$STAGES" "without flash-attn (SAYO_FLASH_ATTN=0): a run's plan names the price"
+    stage "$STAGES" "without flash-attn (SAYO_FLASH_ATTN=0): the plan of a run names the cost"
     return
   fi
   local wanted="${SAYO_FLASH_ATTN:-1}"
@@ -245,7 +245,7 @@ install_flash_attn() {
   has_flash_attn ||
     FLASH_ATTENTION_FORCE_BUILD=TRUE pip_install --no-build-isolation --constraint "$CONSTRAINTS" "$wanted" ||
     step_failed "flash-attn could not be built" "Out of memory? Try MAX_JOBS=4, and FLASH_ATTN_CUDA_ARCHS=90 for H100."
-  has_flash_attn || step_failed "flash-attn is there but does not import" \
+  has_flash_attn || step_failed "flash-attn is installed but does not import" \
     "It was built for another torch: $PY -m pip uninstall -y flash-attn."
 }
 
@@ -254,7 +254,7 @@ for argument; do
   case "$MODE/$argument" in
     */--where) WHERE=yes ;;
     /cpu | /gpu) MODE="$argument" ;;
-    *) die X93 "unknown argument '$argument'" "say cpu or gpu, once, and --where to print the folder alone" ;;
+    *) die X93 "unknown argument '$argument'" "give cpu or gpu, once, and --where to print the folder only" ;;
   esac
 done
 if [[ -z "$MODE" ]]; then
@@ -275,12 +275,12 @@ if is_ready; then
   exit 0
 fi
 
-# One setup at a time. Whoever had to wait finds the work done.
+# One setup at a time. A setup that had to wait finds the environment ready.
 mkdir -p "$(dirname "$VENV")"
 if command -v flock >/dev/null; then
   exec 9>"$VENV.lock"
   if ! flock --nonblock 9; then
-    printf 'environment: another setup is at work on %s, waiting for it\n' "$NAME"
+    printf 'environment: another setup is building %s, waiting for it\n' "$NAME"
     flock 9
   fi
   if is_ready; then
@@ -288,7 +288,7 @@ if command -v flock >/dev/null; then
     exit 0
   fi
 else
-  printf 'environment: no flock on this machine, so nothing keeps two setups apart\n'
+  printf 'environment: no flock on this machine, so two setups are not kept apart\n'
 fi
 
 if [[ "$MODE" == gpu ]]; then
@@ -299,7 +299,7 @@ fi
 if [[ "$KEEP" == yes ]]; then
   stage 1 "bringing $NAME up to date ($WHY)"
   printf 'root %s\n' "$ROOT" >"$OWNED"
-  rm -f "$STAMP" # an interrupted update must not pass for a finished one
+  rm -f "$STAMP" # an interrupted update must not count as finished
   : >"$LOG"
 else
   PYTHON="$(find_python)"
@@ -308,14 +308,14 @@ else
 fi
 "install_$MODE"
 stage "$IMPORTS" "trying all imports"
-"$PY" -I - >>"$LOG" 2>&1 <<'PY' || step_failed "the packages are there but do not import" "The error above names the one; $NAME is built anew next time."
+"$PY" -I - >>"$LOG" 2>&1 <<'PY' || step_failed "the packages are installed but do not import" "The error above names the package; $NAME is built anew next time."
 import ray, tensordict, torch, torchvision, transfer_queue, transformers, verl, vllm
 from transformers import Qwen2VLImageProcessor, Qwen3VLForConditionalGeneration
 
 import sayo_verl
 PY
 write_stamp
-if [[ "$MODE" == gpu ]]; then # an environment without it is finished, and brought up to date by the next try
+if [[ "$MODE" == gpu ]]; then # an environment without it is finished, and the next try updates it
   install_flash_attn
   write_stamp
 fi

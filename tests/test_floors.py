@@ -7,7 +7,7 @@ from pathlib import Path
 # From bottom to top. A room imports rooms of lower floors only; so there is no circle, and none within a floor.
 FLOORS = """
 errors metrics command_line
-retired
+script_variables
 vision models reward metis
 probe data
 methods inspection

@@ -1,10 +1,12 @@
-"""The task runner of the launcher."""
+"""The launcher: its task runner, its command line, and what it writes about a run."""
+
+import json
 
 import pytest
 from omegaconf import OmegaConf
 
 from sayo_verl.errors import SetupError
-from sayo_verl.main_ppo import SayoTaskRunner
+from sayo_verl.main_ppo import SayoTaskRunner, launch, write_run_card
 
 
 def test_a_task_runner_that_does_not_know_the_estimator_is_refused():
@@ -12,3 +14,44 @@ def test_a_task_runner_that_does_not_know_the_estimator_is_refused():
     runner = object.__new__(SayoTaskRunner.__ray_metadata__.modified_class)
     with pytest.raises(SetupError, match="SAYO-X02: the plug-in was not loaded in the task runner"):
         runner.run(config)
+
+
+def test_a_misspelt_setting_ends_the_launcher_with_one_line(monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # else the launcher sets it for the tests that follow
+    monkeypatch.setattr("sys.argv", ["main_ppo", "trainer.nnodse=2"])
+    with pytest.raises(SystemExit) as caught:
+        launch()
+    assert str(caught.value.code).startswith(
+        "SAYO-L70: unknown setting (did you mean 'nnodes'?) | at trainer.nnodse | "
+    )
+
+
+@pytest.mark.parametrize(
+    ("named", "files"),
+    [
+        ("run/metrics.jsonl", ["run/config.yaml", "run/run.json"]),
+        ("run/metrics-2.jsonl", ["run/config-2.yaml", "run/run-2.json"]),
+        (None, ["project/config-name.yaml", "project/run-name.json"]),
+    ],
+)
+def test_the_configuration_of_a_run_lies_beside_its_metrics(tmp_path, monkeypatch, named, files):
+    trainer = {"total_training_steps": 3, "logger": ["file"], "project_name": "project", "experiment_name": "name"}
+    config = OmegaConf.create(
+        {"algorithm": {"adv_estimator": "grpo"}, "trainer": trainer, "steps": "${trainer.total_training_steps}"}
+    )
+    monkeypatch.chdir(tmp_path)
+    for name in ("VERL_FILE_LOGGER_PATH", "VERL_FILE_LOGGER_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    if named:
+        monkeypatch.setenv("VERL_FILE_LOGGER_PATH", named)
+    write_run_card(config)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")) == files
+    assert OmegaConf.load(tmp_path / files[0]).steps == 3, "resolved"
+    assert json.loads((tmp_path / files[1]).read_text())["total_steps"] == 3
+
+
+def test_a_run_without_a_metrics_file_leaves_no_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VERL_FILE_LOGGER_PATH", raising=False)
+    write_run_card(OmegaConf.create({"trainer": {"logger": ["console"]}}))
+    assert list(tmp_path.iterdir()) == []

@@ -62,7 +62,7 @@ NAMED_ELSEWHERE = {
         "cli.py": "the help of that stage's command",
         "focus/__init__.py": "the first stage of this method",
         "launch/preflight.py": "the plan says whether that stage was run",
-        "launch/reward_check.py": "the plan says whether that stage was run",
+        "launch/template_check.py": "the plan says whether that stage was run",
     },
 }
 

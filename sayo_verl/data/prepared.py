@@ -15,6 +15,8 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sayo_verl.errors import SayoError
+
 MANIFEST = "manifest.json"
 
 
@@ -29,6 +31,17 @@ def content_hash(*parts: Any) -> str:
     """Ten hexadecimal digits that depend on the values of ``parts`` alone (dataclasses, numbers, strings, tuples)."""
     plain = [asdict(part) if is_dataclass(part) and not isinstance(part, type) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def no_prepared_folder(folder: Path) -> SayoError:
+    """D56: there is no such folder, or it has no manifest."""
+    return SayoError(
+        "D56",
+        "there is no prepared folder",
+        where=str(folder),
+        wanted=MANIFEST,
+        fix="name a folder that `sayo prepare` made",
+    )
 
 
 def is_complete(folder: Path) -> bool:

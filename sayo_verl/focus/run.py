@@ -26,7 +26,7 @@ from sayo_verl.focus import command
 from sayo_verl.focus.config import BLOCK, FocusConfig, RespondConfig, check_new_folder
 from sayo_verl.focus.job import FocusJob, leaves, place_rows, read_job, read_yaml
 from sayo_verl.focus.variables import refuse_variables
-from sayo_verl.retired import BY_SCRIPT
+from sayo_verl.script_variables import BY_SCRIPT
 
 MS_PER_TOKEN = 28  # of a 7B model and a batch of any size: docs/anchoring.md
 RECORD = "job.yaml"  # in the folder of a job: its values

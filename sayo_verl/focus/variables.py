@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 from sayo_verl.errors import Rule, raise_first
-from sayo_verl.retired import BY_SCRIPT, refuse_retired
+from sayo_verl.script_variables import BY_SCRIPT, refuse_unread
 
 # Variables that the scripts of this stage read in earlier versions, and their replacements
-RETIRED = {
+UNREAD = {
     "NGPUS": "NGPUS_PER_NODE=N in front of the script",
     "TRAIN_FILE": "train_files=",
     "VAL_FILE": "val_file=",
@@ -36,9 +36,9 @@ def refuse_variables(environment: Mapping[str, str]) -> None:
     """In a script's run, refuse variables of the scripts that this stage cannot follow.
 
     Raises:
-        SayoError: L67 for a variable of an earlier version, F28 for another method or several machines.
+        SayoError: L67 for a variable that the scripts do not read, F28 for another method or several machines.
     """
-    refuse_retired(RETIRED, environment)
+    refuse_unread(UNREAD, environment)
     if not environment.get(BY_SCRIPT):
         return
     method, nodes = environment.get("METHOD", ""), environment.get("NNODES", "")

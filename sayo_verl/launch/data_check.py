@@ -1,7 +1,7 @@
 """Checks of the data of a run before any model is loaded: files, rows, images, and a sample through the processor.
 
-The launcher calls ``check_data``. What is asked of rows follows from the configuration (``demands_of``); the checks of
-single rows stand in ``sayo_verl.data.contract`` and are the same that `sayo inspect` makes. docs/data.md has the table.
+The launcher calls ``check_data``. The configuration decides what rows must hold (``demands_of``). The checks of single
+rows are in ``sayo_verl.data.contract``; `sayo inspect` makes the same ones. docs/data.md has the table.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ OUR_DATASET = "pkg://sayo_verl.models.internvl_data"
 
 
 def demands_of(config: DictConfig, method: Method | None) -> Demands:
-    """What a run asks of its rows."""
+    """What the rows of a run must hold."""
     reward, data = config.reward, config.data
     return Demands(
         attention=method is not None,
@@ -43,15 +43,15 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
     Args:
         config: the composed configuration.
         method: the run's method; None for an estimator of verl's own.
-        model_type: of the model's config.json; None: the model is not at hand.
-        dry_run: report absent files instead of refusing them.
+        model_type: of the model's config.json; None if the model is not on this machine.
+        dry_run: report missing files instead of refusing them.
 
     Returns:
         Lines of the plan.
 
     Raises:
-        SayoError: L40 no file is named, L41 a kind of file that verl does not read, D01 an absent file, D75 fewer rows
-            than a batch, and what the checks of ``sayo_verl.data.check`` and ``check_prompts`` raise.
+        SayoError: L40 if no file is named, L41 for a kind of file that verl does not read, D01 for a missing file, D75
+            for fewer rows than a batch, and what ``sayo_verl.data.check`` and ``check_prompts`` raise.
     """
     foreign = config.data.custom_cls.path
     files = {split: files_of(config, split) for split in SPLITS}
@@ -59,14 +59,14 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
         return [("data", f"not checked: {foreign} reads the files in its own way")]
     demands, plan, there, counted = demands_of(config, method), [], {}, {}
     for split in SPLITS:
-        there[split], told = _present(files[split], f"data.{split}_files", dry_run)
+        there[split], lines = _present(files[split], f"data.{split}_files", dry_run)
         check_joined(there[split])
         counted[split] = Counted()
         for path in there[split]:
             found = _with_progress(config, path, demands, len(there[split]))
             counted[split].add(found, keep_of(config))
-            told.append(f"{path}: {found}")
-        plan.append((f"{split} data", "; ".join(told)))
+            lines.append(f"{path}: {found}")
+        plan.append((f"{split} data", "; ".join(lines)))
     silent, rows = (sum(getattr(of_split, name) for of_split in counted.values()) for name in ("silent", "rows"))
     if silent:
         plan.append(
@@ -85,7 +85,7 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
     held = "not compared with training (sayo.held_out=false)"
     if config.sayo.held_out:
         held = (
-            "not checked: a file is not there yet, or is no local parquet"
+            "not checked: a file does not exist yet, or is not a local parquet file"
             if not all(complete.values())
             else check_leakage(
                 there["train"],
@@ -98,10 +98,10 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
 
 
 def files_of(config: DictConfig, split: str) -> list[str]:
-    """The files of a split as they are named.
+    """The files of a split, as the configuration names them.
 
     Raises:
-        SayoError: L40 for none; verl opens both splits, also where it never validates.
+        SayoError: L40 if there is none; verl opens both splits, also if it never validates.
     """
     files = config.data.get(f"{split}_files")
     files = [files] if isinstance(files, str) else list(files or [])
@@ -118,8 +118,8 @@ def files_of(config: DictConfig, split: str) -> list[str]:
 
 
 def _present(files: Sequence[str], where: str, dry_run: bool) -> tuple[list[Path], list[str]]:
-    """The files that can be checked, and a line for each other one."""
-    there, told = [], []
+    """The files that can be checked, and a line of the plan for each other file."""
+    there, lines = [], []
     for file in files:
         path = Path(file).expanduser()
         if not file.endswith((".parquet", ".json", ".jsonl")):
@@ -132,11 +132,11 @@ def _present(files: Sequence[str], where: str, dry_run: bool) -> tuple[list[Path
                 fix="convert it, or correct the name",
             )
         if "://" in file or not file.endswith(".parquet"):
-            told.append(f"{file} - not checked: only local parquet files are")
+            lines.append(f"{file} - not checked: only local parquet files are")
         elif path.is_file():
             there.append(path)
         elif dry_run:
-            told.append(f"{file} - NOT THERE YET, needed before the run")
+            lines.append(f"{file} - NOT THERE YET, needed before the run")
         else:
             raise SayoError(
                 "D01",
@@ -145,7 +145,7 @@ def _present(files: Sequence[str], where: str, dry_run: bool) -> tuple[list[Path
                 got=file,
                 fix="correct the path; `sayo prepare synthetic` draws the tiny task",
             )
-    return there, told
+    return there, lines
 
 
 def keep_of(config: DictConfig) -> int:

@@ -1,6 +1,6 @@
 """``sayo doctor``: is this installation what a run needs? Versions, device, and the plug-in where it must load.
 
-Nothing is repaired here; every line that is not right says what to do.
+Nothing is repaired here; every line about a problem says how to fix it.
 """
 
 import os
@@ -26,10 +26,10 @@ class Finding:
 
     Attributes:
         name: what was looked at.
-        found: what is there.
+        found: what this machine has.
         wanted: what a run needs, or an empty string.
-        right: whether they agree.
-        fix: what to do when they do not.
+        right: whether the two agree.
+        fix: what to do if they do not.
     """
 
     name: str
@@ -39,19 +39,19 @@ class Finding:
     fix: str = ""
 
 
-# What a run stands on, in the order of the stack; the extras pin more.
+# The packages that a run needs most, from torch upwards; the extras pin more.
 SHOWN = ("torch", "torchvision", "transformers", "vllm", "ray", "tensordict", "TransferQueue", "verl")
 
 
-# Of a clone; an installed wheel has none.
+# In a clone; an installed wheel has no such file.
 CONSTRAINTS = Path(__file__).resolve().parent.parent.parent / "configs" / "constraints-gpu.txt"
 
 
 def pinned(stack: str) -> dict[str, Requirement]:
     """Requirements of a stack by canonical name.
 
-    Ours, for the GPU stack also those of verl's own extra, and in a clone the versions of its constraints. Of several
-    for one package an exact version counts.
+    They are those of sayo-verl. The GPU stack adds those of verl's own extra and, in a clone, the versions of the
+    constraints. If a package has several, an exact version wins.
     """
     lines: list[tuple[str, tuple[str, ...]]] = [(line, (stack,)) for line in requires("sayo-verl") or []]
     if stack == "gpu":
@@ -95,13 +95,13 @@ def check_versions(stack: str) -> list[Finding]:
 
 
 def check_device(stack: str) -> list[Finding]:
-    """The accelerators with their memory, or why torch sees none; on CPU, the CPU platform."""
+    """The accelerators with their memory, or why torch sees none; without one, the CPUs."""
     import torch
 
     try:
         listed = cards()
     except OSError as error:
-        fix = "mend the driver (on a container: its NVIDIA runtime), or take nvidia-smi off PATH"
+        fix = "repair the driver (in a container: its NVIDIA runtime), or remove nvidia-smi from PATH"
         return [Finding("device", str(error), "nvidia-smi that answers", stack == "cpu", fix)]
     if torch.cuda.is_available():
         found = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
@@ -134,7 +134,7 @@ def _unseen(listed: list[Card], stack: str) -> Finding:
         return Finding("device", f"{found}: {wrong[0]}", wrong[1], False, wrong[2])
     try:
         torch.cuda.init()
-        said = "without a reason"
+        said = "no reason given"
     except (RuntimeError, AssertionError) as error:
         said = " ".join(str(error).split())[:160]
     said += f" (driver {listed[0].driver}, CUDA {cuda}, CUDA_VISIBLE_DEVICES {os.environ.get('CUDA_VISIBLE_DEVICES')})"
@@ -149,12 +149,12 @@ def _unseen(listed: list[Card], stack: str) -> Finding:
 
 def _memory(listed: list[Card]) -> list[Finding]:
     """A line for the memory of the cards that have their own."""
-    told = "; ".join(
+    lines = "; ".join(
         f"{n}: {card.total / 1024:.1f} GiB, {card.used / 1024:.1f} in use"
         for n, card in enumerate(listed)
         if card.total is not None and card.used is not None
     )
-    return [Finding("GPU memory", told, "", True)] if told else []
+    return [Finding("GPU memory", lines, "", True)] if lines else []
 
 
 def check_build() -> Finding:
@@ -162,7 +162,7 @@ def check_build() -> Finding:
     absent = missing_to_compile()
     return Finding(
         "C compiler",
-        f"missing: {', '.join(absent)}" if absent else "there, with Python.h",
+        f"missing: {', '.join(absent)}" if absent else "found, with Python.h",
         "a C compiler and Python.h, for Triton and torch.compile",
         not absent,
         "install gcc and python3.11-dev (of conda: gcc_linux-64), or name a compiler in CC",
@@ -171,7 +171,7 @@ def check_build() -> Finding:
 
 def check_flash_attn() -> Finding:
     """flash-attn, which verl's default attention and its fast log-probs need."""
-    from sayo_verl.launch.model_check import (
+    from sayo_verl.launch.attention_check import (
         ATTENTION,
         DENSE_MASK,
         INSTALL_FLASH_ATTN,
@@ -192,10 +192,10 @@ def check_flash_attn() -> Finding:
 
 
 def check_nvcc() -> list[Finding]:
-    """What flash-attn is built with, of the CUDA that torch has; nothing where flash-attn is there."""
+    """The compiler of torch's CUDA version, which builds flash-attn; empty if flash-attn is installed."""
     import torch
 
-    from sayo_verl.launch.model_check import flash_attn_problem
+    from sayo_verl.launch.attention_check import flash_attn_problem
 
     if flash_attn_problem() is None:
         return []
@@ -209,7 +209,7 @@ def check_nvcc() -> list[Finding]:
 
 
 def check_shared_memory() -> Finding:
-    """/dev/shm, where Ray's object store lies."""
+    """/dev/shm, which holds Ray's object store."""
     free, wanted = shared_memory()
     return Finding(
         "/dev/shm",
@@ -221,7 +221,7 @@ def check_shared_memory() -> Finding:
 
 
 def check_job(script: str, *overrides: str) -> list[Finding]:
-    """A launch script's dry run: what it refuses, its memory per GPU and its number of cards, against this machine.
+    """A launch script's dry run: what it refuses, and whether this machine has the cards that it needs.
 
     Args:
         script: its path.
@@ -246,7 +246,7 @@ def check_job(script: str, *overrides: str) -> list[Finding]:
                 needs,
                 "",
                 n_cards >= wanted,
-                f"run it where there are {wanted}, or put NGPUS_PER_NODE in front of sayo",
+                f"run it on a node with {wanted}, or set NGPUS_PER_NODE in front of sayo",
             )
         )
     return found
@@ -270,8 +270,8 @@ def check_probe() -> Finding:
         name, difference = check_path("auto", heads=32, key_heads=8, head_dim=128, device=device)
     except SayoError as error:
         return Finding("probe", str(error), "a path that agrees with the reference", False, error.fix)
-    told = f"{name} path, differs from the reference by {difference:.0e}" if difference else f"{name} path"
-    return Finding("probe", f"{told}, on {device.type}", "", True)
+    path = f"{name} path, differs from the reference by {difference:.0e}" if difference else f"{name} path"
+    return Finding("probe", f"{path}, on {device.type}", "", True)
 
 
 def plugin_state() -> dict[str, str]:

@@ -1,124 +1,35 @@
-"""A job's short settings, written out before the checks: names of files, ``sayo.data``, ``sayo.out``, ``sayo.resume``.
+"""From a command line to the configuration that is checked: its keys, its errors, and a job's short settings.
 
-``refuse_names`` looks at the command line before Hydra does. ``write_out`` changes the composed configuration.
+The short settings are ``sayo.data``, ``sayo.out`` and ``sayo.resume``; ``write_out`` replaces them by verl's own.
 """
 
-import itertools
 import os
-import re
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from sayo_verl.data.building.folder import split_files
 from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.launch.names import nothing_to_resume
 from sayo_verl.launch.resume import TRACKER
 from sayo_verl.report.runs import next_metrics_file
-from sayo_verl.retired import refuse_retired
 
 SPLITS = ("train", "val")
 LOGGER_PATH = "VERL_FILE_LOGGER_PATH"
-CHOICE = re.compile(r"\+{0,2}(job|method|rl)=(.+)")
-# Names of papers and what their methods are called here
-PAPERS = {"sayo": "region", "vgpo": "dual", "atrl": "anchor", "at-rl": "anchor", "faithful-mr1": "faithful"}
-# verl's own defaults of settings that a job or a user may name
+# verl's own defaults of settings that a job or a user may set
 VERL_FILES = {"train": "~/data/rlhf/gsm8k/train.parquet", "val": "~/data/rlhf/gsm8k/test.parquet"}
 VERL_CHECKPOINTS = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
-_ACTOR, _ROLLOUT, _MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))
-_REWARD = "reward.custom_reward_function"
-# What files of configs/job compute: a sum, and a value that depends on another one.
+# Resolvers for files of configs/job: a sum, and a value that depends on another one.
 OmegaConf.register_new_resolver("sayo.sum", lambda *numbers: sum(numbers), replace=True)
 OmegaConf.register_new_resolver(
     "sayo.choose", lambda got, match, then, otherwise: then if got == match else otherwise, replace=True
 )
-COMPUTED = ("actor_rollout_ref.rollout.max_model_len", f"{_REWARD}.reward_kwargs.accuracy_weight")
-# Variables of the scripts of earlier versions, and what replaced them. NAME is not among them: WSL sets it everywhere.
-RETIRED = {
-    "ADV_ESTIMATOR": "METHOD=NAME in front of the script, or algorithm.adv_estimator=",
-    "RL": "+rl=",
-    "TRAIN_FILE": "data.train_files=",
-    "VAL_FILE": "data.val_files=",
-    "POLICY": "MODEL_PATH=FOLDER in front of the script",
-    "REGION": "DATA=FOLDER in front of the script, made by `sayo prepare synthetic --region distractor`",
-    "CACHE": "DATA= and MODEL_PATH= in front of the script, made by `sayo prepare synthetic` and `sayo prepare policy`",
-    "REGION_WEIGHT": "algorithm.attn.region.weight=",
-    "ENTROPY_FRACTION": "algorithm.attn.region.entropy_fraction=",
-    "FORMAT_WEIGHT": f"{_REWARD}.reward_kwargs.format_weight=",
-    "ACCURACY_WEIGHT": f"{_REWARD}.reward_kwargs.accuracy_weight=",
-    "REWARD_PATH": f"{_REWARD}.path=",
-    "REWARD_NAME": f"{_REWARD}.name=",
-    "GROUP_SIZE": f"{_ROLLOUT}.n=",
-    "TEMPERATURE": f"{_ROLLOUT}.temperature=",
-    "TOP_P": f"{_ROLLOUT}.top_p=",
-    "ROLLOUT_TP": f"{_ROLLOUT}.tensor_model_parallel_size=",
-    "ROLLOUT_GPU_MEM_UTIL": f"{_ROLLOUT}.gpu_memory_utilization=",
-    "TRAIN_BATCH_SIZE": "data.train_batch_size=",
-    "MINI_BATCH_SIZE": f"{_ACTOR}.ppo_mini_batch_size=",
-    "MAX_PROMPT_LENGTH": "data.max_prompt_length=",
-    "MAX_RESPONSE_LENGTH": "data.max_response_length=",
-    "SEED": "data.seed=",
-    "LR": f"{_ACTOR}.optim.lr=",
-    "WEIGHT_DECAY": f"{_ACTOR}.optim.weight_decay=",
-    "GRAD_CLIP": f"{_ACTOR}.grad_clip=",
-    "KL_COEF": f"{_ACTOR}.kl_loss_coef=",
-    "PPO_MAX_TOKEN_LEN_PER_GPU": f"{_ACTOR}.ppo_max_token_len_per_gpu=",
-    "LORA_RANK": f"{_MODEL}.lora_rank=",
-    "LORA_ALPHA": f"{_MODEL}.lora_alpha=",
-    "LORA_EXCLUDE": f"{_MODEL}.exclude_modules=",
-    "EPOCHS": "trainer.total_epochs=",
-    "STEPS": "trainer.total_training_steps=",
-    "SAVE_FREQ": "trainer.save_freq=",
-    "TEST_FREQ": "trainer.test_freq=",
-    "LOGGER": "trainer.logger=",
-}
-
-
-def refuse_names(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Refuse a job or a method that has no file, and in a script's run a variable that scripts no longer read.
-
-    Args:
-        arguments: of the command line. Files are looked up in its ``--config-dir``; without one Hydra does it.
-        environment: variables of the process.
-
-    Raises:
-        SayoError: L30, L67.
-    """
-    refuse_retired(RETIRED, environment)
-    words = [
-        word
-        for argument in arguments
-        for word in (argument.split("=", 1) if "--config-dir=" in argument else [argument])
-    ]
-    folder = dict(itertools.pairwise(words)).get("--config-dir")
-    for argument in arguments:
-        choice = CHOICE.fullmatch(argument)
-        if folder is None or choice is None:
-            continue
-        kind, name = choice.groups()
-        known = sorted(path.stem for path in (Path(folder) / kind).glob("*.yaml"))
-        if name not in known:
-            paper = PAPERS.get(name.lower())
-            hint = f" (did you mean {paper!r}?)" if paper in known else did_you_mean(name.removesuffix(".yaml"), known)
-            raise SayoError(
-                "L30",
-                f"there is no {kind} of this name{hint}",
-                where=kind.upper(),
-                got=name,
-                wanted=f"a file of {folder}/{kind}: {' '.join(known)}",
-                fix="correct the name",
-            )
-
-
-def check_names() -> None:
-    """``refuse_names`` of this process; ``python -m sayo_verl.launch.job`` does no more."""
-    try:
-        refuse_names(sys.argv[1:], os.environ)
-    except SayoError as error:
-        sys.exit(str(error))
+COMPUTED = ("actor_rollout_ref.rollout.max_model_len", "reward.custom_reward_function.reward_kwargs.accuracy_weight")
 
 
 def keys_of(overrides: Sequence[str]) -> set[str]:
@@ -147,6 +58,28 @@ def keys_of(overrides: Sequence[str]) -> set[str]:
     return found
 
 
+def composition_error(error: HydraException) -> SayoError:
+    """L70: Hydra cannot compose an override or a file. The names beside an unknown key are in the cause."""
+    cause = error.__cause__
+    if not isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        return SayoError(
+            "L70",
+            f"Hydra cannot compose the configuration: {' '.join(str(error).split())}",
+            where="the command line",
+            fix="correct the override or the file that the message names",
+        )
+    beside = [str(key) for key in cause.parent_node or () if key != "hydra"]
+    hint = did_you_mean(str(cause.key), beside)
+    return SayoError(
+        "L70",
+        f"unknown setting{hint}",
+        where=str(cause.full_key),
+        got=cause.key,
+        wanted=None if hint or not beside else ", ".join(beside),
+        fix="correct the name; a + in front of the override adds a setting that does not exist yet",
+    )
+
+
 def _leaves(value: Mapping[Any, Any]) -> Iterator[str]:
     for key, part in value.items():
         yield from (f"{key}.{leaf}" for leaf in _leaves(part)) if isinstance(part, Mapping) else [str(key)]
@@ -158,10 +91,11 @@ def write_out(config: DictConfig, given: Collection[str]) -> None:
     Args:
         config: the composed configuration; it is changed, and so is ``VERL_FILE_LOGGER_PATH`` of this process if it is
             not set.
-        given: keys of the command line. They win over what a job's file says.
+        given: keys of the command line. They win over a job's file.
 
     Raises:
-        SayoError: L44 nothing to resume, L68 two sources of training rows, D56 not a folder of ``sayo prepare``.
+        SayoError: L44 if there is nothing to resume, L68 for two sources of training rows, D56 for a folder that
+            ``sayo prepare`` did not make.
     """
     _place_output(config, given)
     _place_data(config, given)
@@ -174,7 +108,7 @@ def write_out(config: DictConfig, given: Collection[str]) -> None:
 
 
 def _absolute(path: str) -> str:
-    """Workers run in other folders."""
+    """An absolute path: workers run in other folders."""
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
@@ -190,8 +124,8 @@ def _place_data(config: DictConfig, given: Collection[str]) -> None:
             where="data.train_files",
             got=f"{config.data.train_files} and sayo.data={config.sayo.data}",
             wanted="one of them",
-            fix="leave out DATA=... (sayo.data) or data.train_files; data.val_files may stand beside both. In a job's "
-            "own file set sayo.data to null",
+            fix="leave out DATA=... (sayo.data) or data.train_files; data.val_files may be given with either. In a "
+            "job's own file set sayo.data to null",
         )
     if both and not named["val"]:
         raise SayoError(
@@ -228,22 +162,12 @@ def _place_output(config: DictConfig, given: Collection[str]) -> None:
     trainer: Any = OmegaConf.to_container(config.trainer, resolve=False)
     own = trainer["default_local_dir"] != VERL_CHECKPOINTS or "trainer.default_local_dir" in given
     checkpoints = Path(_absolute(str(config.trainer.default_local_dir))) if own else folder / "checkpoints"
-    # verl would begin a new run. What is there is judged by ``check_resume``.
+    # Without a checkpoint verl would begin a new run. ``check_resume`` checks those that exist.
     searched = resumed and config.trainer.resume_mode != "resume_path"
     if searched and not (checkpoints / TRACKER).exists() and not any(checkpoints.glob("global_step_*")):
-        raise SayoError(
-            "L44",
-            "there is no checkpoint to resume",
-            where=str(checkpoints),
-            fix="name the folder of a run that saved some (trainer.save_freq=...), or leave RESUME (sayo.resume) out "
-            "to begin a new run",
-        )
+        raise nothing_to_resume(checkpoints)
     config.trainer.default_local_dir = str(checkpoints)
     if "trainer.resume_mode" not in given and config.trainer.resume_mode in ("auto", "disable"):
         config.trainer.resume_mode = "auto" if resumed else "disable"
     metrics = next_metrics_file(folder) if resumed else folder / "metrics.jsonl"
     os.environ.setdefault(LOGGER_PATH, str(metrics))
-
-
-if __name__ == "__main__":
-    check_names()

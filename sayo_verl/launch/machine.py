@@ -1,4 +1,4 @@
-"""What a machine offers to a run on GPUs, found without touching a card: cards, driver, compiler, shared memory."""
+"""What a machine offers to a run on GPUs, found without using a card: cards, driver, compiler, shared memory."""
 
 import os
 import shutil
@@ -28,10 +28,10 @@ class Card:
 
 
 def cards() -> list[Card]:
-    """The GPUs of this machine; none where there is no nvidia-smi.
+    """The GPUs of this machine; empty without nvidia-smi.
 
     Raises:
-        OSError: nvidia-smi is there and fails, with what it says.
+        OSError: nvidia-smi fails; the message has its output.
     """
     if shutil.which("nvidia-smi") is None:
         return []
@@ -52,7 +52,7 @@ def _mib(shown: str) -> int | None:
 
 
 def visible(listed: list[Card]) -> list[Card]:
-    """Those that CUDA_VISIBLE_DEVICES leaves, up to its first entry that names no card (a MIG part, say), as in CUDA.
+    """The cards that CUDA_VISIBLE_DEVICES selects, up to its first entry that is no card (a MIG part, say), as in CUDA.
 
     Indices are nvidia-smi's; CUDA's are the same for cards of one kind, or with CUDA_DEVICE_ORDER=PCI_BUS_ID.
     """
@@ -73,10 +73,10 @@ def visible(listed: list[Card]) -> list[Card]:
 
 
 def run_cards(n: int) -> list[Card]:
-    """The cards of this machine that a run on ``n`` of them uses, the largest of the visible; none without nvidia-smi.
+    """The ``n`` visible cards with the most memory, which a run uses; empty without nvidia-smi.
 
     Raises:
-        OSError: what ``cards`` raises, no card is visible, or their memory is not known.
+        OSError: as ``cards``; also if no card is visible, or the memory of one is unknown.
     """
     listed = cards()
     seen = visible(listed)
@@ -88,7 +88,7 @@ def run_cards(n: int) -> list[Card]:
 
 
 def why_no_card(driver: str, cuda: str) -> tuple[str, str, str] | None:
-    """What is wrong, what is wanted and what to do where this driver does not run torch's CUDA; None where it does."""
+    """(problem, requirement, fix) if this driver does not run torch's CUDA version; None if it does."""
     oldest = OLDEST_DRIVER.get(int(cuda.partition(".")[0]))
     if oldest is None or int(driver.partition(".")[0]) >= oldest:
         return None
@@ -100,7 +100,7 @@ def why_no_card(driver: str, cuda: str) -> tuple[str, str, str] | None:
 
 
 def missing_to_compile() -> list[str]:
-    """Of the C compiler and the Python headers that Triton and torch.compile build with, what is not there."""
+    """What is missing of the C compiler and the Python headers that Triton and torch.compile build with."""
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does, for Debian
     header = Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
     compiler = os.environ.get("CC") or "gcc"
@@ -109,14 +109,14 @@ def missing_to_compile() -> list[str]:
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler where torch's build tools, and scripts/setup_env.sh, look for it."""
+    """The CUDA compiler, looked for in the places of torch's build tools and scripts/setup_env.sh."""
     home = os.environ.get("CUDA_HOME")
     places = [*([f"{home}/bin/nvcc"] if home else []), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
     return next((place for place in places if place and os.access(place, os.X_OK)), None)
 
 
 def shared_memory() -> tuple[float, float]:
-    """Bytes free in /dev/shm, and the bytes that Ray's object store wants there."""
+    """(free bytes of /dev/shm, bytes that Ray's object store needs in it)."""
     room = os.statvfs("/dev/shm")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return float(room.f_bavail * room.f_frsize), min(RAY_STORE * memory, RAY_STORE_LEAST)

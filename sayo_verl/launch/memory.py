@@ -2,14 +2,14 @@
 
 verl's synchronous trainer and vLLM share every card in turn (``trainer/ppo/v1/trainer_sync.py``; ``engine_workers.py:
 update_weights``). vLLM is put to sleep after sampling and woken after the update, first its weights, then its KV cache.
-So five sums have to fit:
+So five sums must fit:
 
 - ``log-probs``: weights, one layer gathered, the logits of a micro-batch, the probe. Adam's states stay on the card.
 - ``update``: weights, gradients, Adam's states, kept activations, and the larger of logits and one layer at work.
 - ``optimizer step``: weights, gradients, Adam's states and one more copy of what is trained (foreach AdamW).
 - ``weight sync``: weights, Adam's states, vLLM's weights and a bucket of ``update_weights_bucket_megabytes``.
 - ``rollout``: weights, Adam's states, and ``gpu_memory_utilization`` x card for vLLM, which does not start if that is
-  not free. Its KV cache is what its weights and its largest forward leave of it.
+  not free. Its KV cache is the rest after its weights and its largest forward.
 
 Known: parameter counts (the model is built on the meta device); verl 0.9.1's float32 weights (``engine/fsdp.yaml:
 model_dtype``), those below a LoRA as well; bfloat16 products and gathered layers; a reference model that FSDP keeps on
@@ -33,7 +33,7 @@ VLLM_ASLEEP = 2.0  # GiB that a sleeping vLLM keeps: context, CUDA graphs, NCCL;
 
 @dataclass(frozen=True)
 class Shapes:
-    """What of a model decides memory. Counts of parameters, numbers of features."""
+    """What decides memory in a model: counts of parameters, numbers of features."""
 
     parameters: int  # without adapters
     trained: int
@@ -59,7 +59,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Job:
-    """What of a configuration decides memory. Bytes, tokens, GiB."""
+    """What decides memory in a configuration: bytes, tokens, GiB."""
 
     shards: int  # devices that share the weights
     tensor_parallel: int

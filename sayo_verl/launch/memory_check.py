@@ -1,4 +1,4 @@
-"""Whether the model's lengths and the job's memory fit, before anything is loaded; the arithmetic is in ``memory``."""
+"""Do the lengths fit the model, and the job its cards? The arithmetic is in ``memory``."""
 
 import math
 from collections.abc import Callable
@@ -9,16 +9,17 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import CONFIG_MAPPING
 
 from sayo_verl.errors import Rule, SayoError, raise_first
+from sayo_verl.launch.attention_check import flash_attn_problem
 from sayo_verl.launch.machine import run_cards
 from sayo_verl.launch.memory import GIB, Job, Shapes, estimate, kv_bytes, kv_cache, shapes_of
 from sayo_verl.launch.memory_fix import ACTOR, TIGHT, UTILIZATION, held, ways
-from sayo_verl.launch.model_check import flash_attn_problem, load_config, sequence_parallel
+from sayo_verl.launch.model_check import load_config, sequence_parallel
 from sayo_verl.launch.resources import elsewhere
 from sayo_verl.methods import Method
 from sayo_verl.models.families import FAMILIES
 
 CARD = 79.0  # GiB that a card of 80 GB shows (A100: 79.2, H100: 79.1 to 79.6)
-# What changes a term of the arithmetic, for the reader of a refusal
+# Term of the arithmetic -> the settings that change it, for error messages
 CHANGED_BY = {
     "weights": "model_dtype, number of GPUs",
     **dict.fromkeys(("Adam", "a copy", "gradients"), "LoRA, number of GPUs"),
@@ -32,7 +33,7 @@ CHANGED_BY = {
     ),
 }
 NAME = "memory per GPU"
-# arguments of vLLM that verl passes on, under which its memory is another
+# Arguments that verl passes on to vLLM, and that change its memory
 CHANGES_MEMORY = {
     "kv_cache_dtype",
     "kv_cache_memory_bytes",
@@ -45,18 +46,21 @@ CHANGES_MEMORY = {
 
 
 def check_memory(config: DictConfig, method: Method | None, *, dry_run: bool) -> list[tuple[str, str]]:
-    """Lines of the plan, and a refusal of what cannot fit.
+    """Refuse a job that does not fit its cards.
 
     Args:
         config: the full configuration.
         method: the run's method, for the probe.
-        dry_run: this may be another machine: the model may be absent, and flash-attn, whose cross entropy keeps no
-            float32 logits, counts as installed.
+        dry_run: this may be another machine. The model may be missing, and flash-attn counts as installed; its cross
+            entropy keeps no float32 logits.
+
+    Returns:
+        Lines of the plan.
 
     Raises:
-        SayoError: L58 for lengths that do not go together and for a KV cache that does not hold one sequence, L60 for a
-            phase that needs more than the card, L61 for a wrong ``sayo.gpu_memory_gib``, L62 for a number that verl or
-            vLLM cannot use, L63 for an adapter that cannot be built.
+        SayoError: L58 for lengths that contradict each other and for a KV cache that does not hold one sequence, L60
+            for a phase that needs more than the card, L61 for a wrong ``sayo.gpu_memory_gib``, L62 for a number that
+            verl or vLLM cannot use, L63 for an adapter that cannot be built.
     """
     hf_config = load_config(str(config.actor_rollout_ref.model.path), dry_run=dry_run)
     check_length(config, hf_config)
@@ -100,11 +104,11 @@ def check_memory(config: DictConfig, method: Method | None, *, dry_run: bool) ->
 
 
 def card_gib(config: DictConfig, *, away: bool) -> tuple[float, str]:
-    """GiB of the smallest card of the run, and where the number is from: the setting, nvidia-smi, or a card of 80 GB.
+    """(GiB of the smallest card of the run, its source: the setting, nvidia-smi, or a card of 80 GB).
 
     Args:
         config: the full configuration.
-        away: the run is on other machines, so nvidia-smi of this one is not read.
+        away: the run uses other machines, so nvidia-smi of this one is not read.
 
     Raises:
         SayoError: L61.
@@ -114,7 +118,7 @@ def card_gib(config: DictConfig, *, away: bool) -> tuple[float, str]:
         if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < math.inf:
             raise SayoError(
                 "L61",
-                "memory of a GPU is no positive number",
+                "memory of a GPU is not a positive number",
                 where="sayo.gpu_memory_gib",
                 got=given,
                 wanted="GiB, such as 79; null: nvidia-smi is read",
@@ -131,11 +135,11 @@ def card_gib(config: DictConfig, *, away: bool) -> tuple[float, str]:
 
 
 def _held(config: DictConfig, needed: float) -> list[tuple[str, str]]:
-    """A warning where other processes hold so much of the fullest card now that ``needed`` GiB do not fit beside it."""
+    """A warning if other processes use so much of a card now that ``needed`` GiB do not fit."""
     devices = int(config.trainer.n_gpus_per_node)
     free, card = min((((card.total or 0) - (card.used or 0)) / 1024, card.index) for card in run_cards(devices))
     warning = (
-        f"WARNING: {free:.1f} GiB of card {card} are free now, and the run needs {needed:.1f}: end what holds the rest"
+        f"WARNING: {free:.1f} GiB of card {card} are free now, and the run needs {needed:.1f}: end other processes"
     )
     return [(NAME, warning)] if needed > free else []
 
@@ -145,7 +149,7 @@ def check_length(config: DictConfig, hf_config: Any) -> None:
 
     Args:
         config: the full configuration.
-        hf_config: transformers' configuration of the model; None where it is not at hand.
+        hf_config: transformers' configuration of the model; None if the model is not on this machine.
 
     Raises:
         SayoError: L58.
@@ -158,7 +162,7 @@ def check_length(config: DictConfig, hf_config: Any) -> None:
     if positions < max(needed, int(length or 0)) or int(length or needed) < needed:
         raise SayoError(
             "L58",
-            "prompt and response, vLLM's max_model_len and the model's positions do not go together",
+            "prompt and response, vLLM's max_model_len and the model's positions contradict each other",
             where="actor_rollout_ref.rollout.max_model_len",
             got=f"{length}; data.max_prompt_length + data.max_response_length = {needed}",
             wanted=f"prompt + response <= max_model_len <= {positions}",
@@ -171,14 +175,14 @@ def check_length(config: DictConfig, hf_config: Any) -> None:
 def _not_estimated(config: DictConfig, hf_config: Any) -> str | None:
     """Why the arithmetic does not apply, or None."""
     if hf_config is None:
-        return "the model's configuration is not at hand"
+        return "the model is not on this machine"
     if hf_config.model_type not in FAMILIES:
-        return f"the shapes of {hf_config.model_type} are not known"
+        return f"the shapes of {hf_config.model_type} are unknown"
     layers = set(getattr(hf_config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
     if layers:
         return f"the text model has layers of {', '.join(sorted(layers))}"
     if config.critic.enable or (config.critic.enable is None and config.algorithm.adv_estimator == "gae"):
-        return "there is a critic"  # as verl's need_critic says, which warns of every other estimator
+        return "there is a critic"  # the rule of verl's need_critic, which warns for every other estimator
     actor, rollout, model = (config.actor_rollout_ref[name] for name in ("actor", "rollout", "model"))
     fsdp, optim = actor.get("fsdp_config") or {}, actor.get("optim") or {}
     reward = config.reward.reward_model
@@ -219,7 +223,7 @@ def _not_estimated(config: DictConfig, hf_config: Any) -> str | None:
 
 
 def _check_numbers(config: DictConfig) -> None:
-    """Refuse numbers without which verl or vLLM ends in a traceback once the models load.
+    """Refuse numbers with which verl or vLLM fails once the models load.
 
     Raises:
         SayoError: L62.
@@ -230,7 +234,7 @@ def _check_numbers(config: DictConfig) -> None:
         value = OmegaConf.select(config, where)
         broken = isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high
         got = "null" if value is None else value
-        return Rule("L62", broken, "this number cannot be used", where=where, got=got, wanted=wanted, fix="correct it")
+        return Rule("L62", broken, "invalid number", where=where, got=got, wanted=wanted, fix="correct it")
 
     raise_first(
         [
@@ -247,7 +251,7 @@ def _job(config: DictConfig, method: Method | None, s: Shapes, *, card: float, f
     length = int(config.data.max_prompt_length) + int(config.data.max_response_length)
 
     def tokens(dynamic: bool, budget: int | None, micro: int | None, rows: int) -> int:
-        """Of the largest micro-batch, on one device, within the rows there are. verl refuses an unset size later."""
+        """Tokens of the largest micro-batch on one device, at most all rows. verl refuses an unset size later."""
         rows = math.ceil(rows * n * sp / devices)
         return min(int(budget or 0) if dynamic else int(micro or 1) * length // sp, rows * length // sp)
 
@@ -341,7 +345,7 @@ def _plain(value: Any) -> Any:
 
 
 def _listed(terms: dict[str, float]) -> str:
-    """Terms from the largest on; without those of nothing, but with the probe, however small."""
+    """Terms in descending order, without those that round to 0; the probe is always shown."""
     shown = [(name, size) for name, size in terms.items() if size >= 0.05 or (name == "probe" and size > 0)]
     return ", ".join(f"{name} {size:.1f}" for name, size in sorted(shown, key=lambda term: -term[1]))
 

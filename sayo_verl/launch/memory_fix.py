@@ -1,4 +1,4 @@
-"""Which changes make a job fit that does not, tried by the arithmetic of ``memory``: a fix that is named works."""
+"""Changes that make a job fit its cards. Each is tried with the arithmetic of ``memory`` before it is named."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from sayo_verl.launch.memory import GIB, Job, Shapes, estimate, kv_bytes, kv_cache
 
-TIGHT = 0.9  # of the card, from which the plan warns; beyond the card the job is refused
+TIGHT = 0.9  # share of the card above which the plan warns; above 1 the job is refused
 ACTOR, UTILIZATION = "actor_rollout_ref.actor", "actor_rollout_ref.rollout.gpu_memory_utilization"
 
 
@@ -17,9 +17,9 @@ def held(s: Shapes, j: Job) -> float:
 
 
 def utilization(s: Shapes, j: Job) -> float | None:
-    """A ``gpu_memory_utilization`` with which the job fits: its own, or what leaves a tenth of the card while sampling.
+    """A ``gpu_memory_utilization`` with which the job fits: its own, or one that leaves a tenth of the card free.
 
-    None where with neither every phase fits and the KV cache holds one sequence.
+    None if neither lets every phase fit and the KV cache hold one sequence.
     """
     rollout = sum(estimate(s, j)["rollout"].values())
     for share in (j.utilization, math.floor(100 * (TIGHT - rollout / j.card + j.utilization)) / 100):
@@ -31,7 +31,7 @@ def utilization(s: Shapes, j: Job) -> float | None:
 
 
 def ways(s: Shapes, j: Job, shapes: Callable[[int], Shapes]) -> str:
-    """The changes, as few at once as possible, with which this arithmetic lets the job pass.
+    """The smallest combinations of changes that make the job fit by this arithmetic.
 
     Args:
         s: shapes of the model.

@@ -1,7 +1,7 @@
 """What is checked before any model is loaded: settings first, then files. Each mistake ends with one line.
 
-``preflight`` returns the plan of the run, a list of (what, value) to print; ``dry_run`` turns files that are not there
-yet into entries of that plan instead of refusals, so that a job can be looked at on any machine.
+``preflight`` returns the plan of the run, a list of (name, value) to print. With ``dry_run`` a missing file is an entry
+of that plan instead of an error, so that a job can be looked at on any machine.
 """
 
 import dataclasses
@@ -9,30 +9,23 @@ import importlib.util
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.errors import Rule, SayoError, did_you_mean, raise_first
+from sayo_verl.launch.attention_check import ATTENTION, attention_of, check_attention
 from sayo_verl.launch.data_check import check_data
 from sayo_verl.launch.memory_check import check_memory
-from sayo_verl.launch.model_check import (
-    ATTENTION,
-    HDFS,
-    attention_of,
-    check_attention,
-    check_model,
-    is_hub_name,
-    load_config,
-    model_folder,
-    sequence_parallel,
-)
-from sayo_verl.launch.resources import check_batch_sizes, check_paths, check_ray_cpus, shared_paths
+from sayo_verl.launch.model_check import HDFS, check_model, is_hub_name, load_config, model_folder, sequence_parallel
+from sayo_verl.launch.resources import check_batch_sizes, check_paths, check_ray_cpus, describe_machines, shared_paths
 from sayo_verl.launch.resume import check_metrics, check_resume, describe_checkpoints, metrics_file
-from sayo_verl.launch.reward_check import check_reward, check_template, describe_focus
-from sayo_verl.launch.settings import settings_from_config
-from sayo_verl.launch.training_check import check_training
+from sayo_verl.launch.reward_check import check_reward
+from sayo_verl.launch.settings import check_used, settings_from_config
+from sayo_verl.launch.template_check import check_template, describe_focus
+from sayo_verl.launch.training_check import check_training, describe_objective
 from sayo_verl.methods import METHODS, Method, Mix, own_methods
 from sayo_verl.methods.faithful import FaithfulMethod
 from sayo_verl.probe.statistics import check_lse_path
@@ -40,20 +33,21 @@ from sayo_verl.probe.statistics import check_lse_path
 Plan = list[tuple[str, str]]
 
 
-def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
+def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool = False) -> Plan:
     """Check a composed configuration and the files it names.
 
     Args:
         config: the full configuration of ``sayo_trainer``.
-        dry_run: report absent files instead of refusing them.
+        given: keys of the command line.
+        dry_run: report missing files instead of refusing them.
 
     Returns:
-        The plan, in the order in which a reader wants it.
+        The plan, from the method to the output.
 
     Raises:
         SayoError: for the first mistake found.
     """
-    method = check_estimator(config)
+    method = check_estimator(config, given)
     check_training(config, method)
     if method is not None:
         check_settings(config, method)
@@ -88,11 +82,11 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
         ),
         (
             "update",
-            f"{actor.strategy}, lr {actor.optim.lr}, mini-batch {actor.ppo_mini_batch_size} prompts, KL loss "
-            f"{actor.kl_loss_coef if actor.use_kl_loss else 'off'}, LoRA rank "
+            f"{actor.strategy}, lr {actor.optim.lr}, mini-batch {actor.ppo_mini_batch_size} prompts, LoRA rank "
             f"{config.actor_rollout_ref.model.lora_rank or 'off'}",
         ),
-        ("machines", f"{config.trainer.nnodes} x {config.trainer.n_gpus_per_node} {config.trainer.device}; {cpus}"),
+        ("objective", describe_objective(config)),
+        ("machines", f"{describe_machines(config)}; {cpus}"),
         *([("every node must see", ", ".join(path for _, path in shared_paths(config)))] if several else []),
         *memory,
         ("length", _length(config, of_data)),
@@ -103,11 +97,16 @@ def preflight(config: DictConfig, *, dry_run: bool = False) -> Plan:
     return plan
 
 
-def check_estimator(config: DictConfig) -> Method | None:
+def check_estimator(config: DictConfig, given: Collection[str] = ()) -> Method | None:
     """The run's method, or None for an estimator of verl's own.
 
+    Args:
+        config: the composed configuration.
+        given: keys of the command line.
+
     Raises:
-        SayoError: L01 for a name nobody registered, with the nearest one.
+        SayoError: L01 for an unknown name, with the nearest known one; what ``settings_from_config`` and
+            ``check_used`` raise.
     """
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
@@ -123,8 +122,10 @@ def check_estimator(config: DictConfig) -> Method | None:
             wanted=f"ours ({', '.join(ours)}) or verl's ({', '.join(k for k in known if k not in ours)})",
             fix=_how_to_register(config) or "correct the name",
         )
-    attn = OmegaConf.to_container(config.algorithm.attn, resolve=True) if config.algorithm.get("attn") else {}
-    return settings_from_config(name, attn).method  # type: ignore[arg-type]
+    attn: Any = OmegaConf.to_container(config.algorithm.attn, resolve=True) if config.algorithm.get("attn") else {}
+    method = settings_from_config(name, attn).method
+    check_used(name, attn, given)
+    return method
 
 
 def _how_to_register(config: DictConfig) -> str:
@@ -147,7 +148,7 @@ def check_settings(config: DictConfig, method: Method) -> None:
         Rule(
             "L05",
             config.trainer.v1.trainer_mode not in ("sync", "sayo_sync"),
-            "only the synchronous trainer is known",
+            "only the synchronous trainer is supported",
             where="trainer.v1.trainer_mode",
             got=config.trainer.v1.trainer_mode,
             fix="set trainer.v1.trainer_mode=sync",
@@ -188,7 +189,7 @@ def check_settings(config: DictConfig, method: Method) -> None:
             "L24",
             sequence_parallel(config) > 1 and "flash_attention" not in attention,
             "verl exchanges heads for tokens in FlashAttention only; with another kernel each device attends to its "
-            "own part, and no error says so",
+            "own part, without an error",
             where=ATTENTION,
             got=attention,
             fix="set it to flash_attention_2, or actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1",
@@ -196,7 +197,7 @@ def check_settings(config: DictConfig, method: Method) -> None:
         Rule(
             "L10",
             bool(config.algorithm.filter_groups.enable) and "reward" in method.gives,
-            "group filtering acts before attention is known and would drop groups that differ only in the method's "
+            "group filtering comes before the attention pass and would drop groups that differ only in the method's "
             "reward",
             where="algorithm.filter_groups.enable",
             got=True,
@@ -260,7 +261,7 @@ def _describe(method: Method) -> str:
 
 
 def _check_model(config: DictConfig, method: Method | None, dry_run: bool) -> tuple[Plan, str | None]:
-    """Lines for the plan, and ``model_type`` of a model that is at hand."""
+    """Lines of the plan, and ``model_type`` if the model is on this machine."""
     path = str(config.actor_rollout_ref.model.path)
     model, folder = load_config(path, dry_run=dry_run), model_folder(path, dry_run=dry_run)
     if model is None or folder is None:
@@ -269,18 +270,18 @@ def _check_model(config: DictConfig, method: Method | None, dry_run: bool) -> tu
         elif not is_hub_name(path):
             found = "NOT THERE YET, needed before the run"
         elif Path(path).parent.is_dir():
-            found = "NOT THERE YET as a folder, and not to be had from the hub; its family and layers were not checked"
+            found = "NOT THERE YET as a folder, and not found on the hub; its family and layers were not checked"
         else:
             found = "the hub cannot be reached from here, so its family and layers were not checked"
-        told = f"{path} - {found}"
+        line = f"{path} - {found}"
     else:
-        told = f"{path} ({check_model(config, method, folder, model) if method else model.model_type})"
+        line = f"{path} ({check_model(config, method, folder, model) if method else model.model_type})"
     attention = check_attention(config, model, dry_run=dry_run)
-    return [("model", told), ("attention", attention)], getattr(model, "model_type", None)
+    return [("model", line), ("attention", attention)], getattr(model, "model_type", None)
 
 
 def show(plan: Plan, write: Callable[[str], None] = print) -> None:
-    """Print the plan as aligned lines, wrapped to a terminal; in a log, which is searched, an entry keeps to a line."""
+    """Print the plan as aligned lines. A terminal gets wrapped lines; a log, which is searched, one line per entry."""
     indent = 4 + max(len(name) for name, _ in plan)
     columns = max(shutil.get_terminal_size().columns, indent + 40) if sys.stdout.isatty() else sys.maxsize
     for name, value in plan:
@@ -290,10 +291,10 @@ def show(plan: Plan, write: Callable[[str], None] = print) -> None:
 
 
 def _length(config: DictConfig, of_data: Plan) -> str:
-    """Steps, where they are set, and epochs."""
+    """Steps, if they are set, and epochs."""
     steps, epochs = config.trainer.total_training_steps, f"{config.trainer.total_epochs} epochs"
     if steps is not None:
         return f"{steps} steps, {epochs}"
     absent = any(name == "train data" and "NOT THERE YET" in value for name, value in of_data)
-    why = "the data is not there yet" if absent else "verl counts them when it has filtered the prompts"
+    why = "the data does not exist yet" if absent else "verl counts them when it has filtered the prompts"
     return f"{epochs}; steps unknown: {why}"

@@ -54,15 +54,15 @@ def check_prompts(config: DictConfig, demands: Demands, model_type: str | None, 
 
     Args:
         config: the composed configuration; ``sayo.preflight_prompts`` rows of each split are taken.
-        demands: of the run.
-        model_type: of the model's config.json; None: the model is not at hand.
-        counted: split -> its rows; the rows to take are those that it has kept.
+        demands: what the rows must hold.
+        model_type: of the model's config.json; None if the model is not on this machine.
+        counted: split -> its rows; the rows that it kept are sent.
 
     Returns:
         A line for the plan.
 
     Raises:
-        SayoError: D68 for a processor that is absent or refuses a row, and for prompts over the limit; D75 when verl's
+        SayoError: D68 for a processor that is missing or refuses a row, and for prompts over the limit; D75 when verl's
             length filter leaves fewer rows than a batch; what ``Model`` raises.
     """
     if int(config.sayo.preflight_prompts) <= 0 or not demands.headers:
@@ -77,7 +77,7 @@ def check_prompts(config: DictConfig, demands: Demands, model_type: str | None, 
     if model_type not in FAMILIES:
         return f"not checked: the processor of {model_type} is not one of {', '.join(FAMILIES)}"
     if not any(of_split.spread for of_split in counted.values()):
-        return "not checked: no file is there"
+        return "not checked: no file exists yet"
     options = {
         key: OmegaConf.to_container(config.data[key], resolve=True)
         for key in ("apply_chat_template_kwargs", "mm_processor_kwargs")
@@ -89,8 +89,10 @@ def check_prompts(config: DictConfig, demands: Demands, model_type: str | None, 
         data=options,
         chat_template=chosen.get("custom_chat_template"),
     )
-    told = [_check_split(config, demands, model, name, of_split) for name, of_split in counted.items() if of_split.rows]
-    return "; ".join(told)
+    lines = [
+        _check_split(config, demands, model, name, of_split) for name, of_split in counted.items() if of_split.rows
+    ]
+    return "; ".join(lines)
 
 
 def _check_split(config: DictConfig, demands: Demands, model: Model, split: str, counted: Counted) -> str:
@@ -134,13 +136,13 @@ def _check_split(config: DictConfig, demands: Demands, model: Model, split: str,
         )
     if split == "train" and len(sample) == counted.rows:
         check_batch(config, counted.rows - len(dropped))
-    told = f"{split}: {len(sample)} rows tried, up to {max(lengths.values(), default=0)} tokens of {limit}"
-    told += f", verl's filter drops {of_spread} of {len(spread)} evenly spread rows" if dropped else ""
-    return told + (f", {len(texts)} text prompts are cut on the left" if texts else "")
+    line = f"{split}: {len(sample)} rows tried, up to {max(lengths.values(), default=0)} tokens of {limit}"
+    line += f", verl's filter drops {of_spread} of {len(spread)} evenly spread rows" if dropped else ""
+    return line + (f", {len(texts)} text prompts are cut on the left" if texts else "")
 
 
 def _tokens(kept: Kept, demands: Demands, model: Model, where: str) -> tuple[int | None, bool]:
-    """Length of a row's prompt, None if it has an image of a web address; and whether it has images."""
+    """(length of a row's prompt in tokens or None if it has an image from the web, whether it has images)."""
     values, keys = kept[3], demands.keys
     row = values | {"prompt": values[keys.prompt], "images": values.get(keys.images)}
     images = row["images"] or []

@@ -1,4 +1,4 @@
-"""Checks of machines before a run: do batches divide, has Ray the CPUs that verl holds, do all nodes find the files."""
+"""Checks of batches, nodes and devices before a run: sizes that divide, CPUs for Ray, paths that every node sees."""
 
 import math
 import os
@@ -11,14 +11,16 @@ from omegaconf import DictConfig, OmegaConf
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.model_check import is_hub_name
 
-# Ray CPUs that verl's processes hold: a placement bundle of 3 a device (ResourcePoolManager, max_colocate_count),
+# Ray CPUs that verl's processes take: a placement bundle of 3 a device (ResourcePoolManager, max_colocate_count),
 # one for TransferQueue's controller, one for the task runner.
 CPUS_PER_DEVICE, CPUS_FIXED = 3, 2
 
 
 def check_batch_sizes(config: DictConfig) -> None:
-    """Without dynamic batching verl asserts, after the first rollout, that micro-batches divide what they are cut from:
-    mini-batches in the update, and in the log-prob pass the batch padded to whole mini-batches.
+    """Refuse micro-batches that do not divide the rows that they are cut from.
+
+    Without dynamic batching verl asserts this after the first rollout. The rows are a mini-batch in the update, and the
+    batch padded to whole mini-batches in the log-prob pass.
 
     Raises:
         SayoError: L22.
@@ -65,14 +67,24 @@ def check_batch_sizes(config: DictConfig) -> None:
             )
 
 
-def cluster(config: DictConfig) -> bool:
-    """Whether the run joins a Ray cluster that is already up."""
-    return bool(os.environ.get("RAY_ADDRESS") or OmegaConf.select(config, "ray_kwargs.ray_init.address"))
+def cluster(config: DictConfig) -> str | None:
+    """The address of the Ray cluster that the run joins; None if it starts one on this machine."""
+    return os.environ.get("RAY_ADDRESS") or OmegaConf.select(config, "ray_kwargs.ray_init.address") or None
+
+
+def describe_machines(config: DictConfig) -> str:
+    """Nodes and devices, and the cluster that a run on several nodes joins, for the plan."""
+    trainer = config.trainer
+    if address := cluster(config):
+        joined = f" of the Ray cluster at {address}"
+    else:
+        joined = ", NEEDS RAY_ADDRESS of a Ray cluster that is up" if int(trainer.nnodes) > 1 else ""
+    return f"{trainer.nnodes} x {trainer.n_gpus_per_node} {trainer.device}{joined}"
 
 
 def elsewhere(config: DictConfig, *, dry_run: bool) -> bool:
-    """Whether this machine tells nothing of the run's: a dry run, several nodes, or a cluster that is already up."""
-    return dry_run or int(config.trainer.nnodes) > 1 or cluster(config)
+    """Whether the run may use other machines: a dry run, several nodes, or a cluster that is already up."""
+    return dry_run or int(config.trainer.nnodes) > 1 or cluster(config) is not None
 
 
 def check_devices(config: DictConfig, *, dry_run: bool) -> None:
@@ -95,7 +107,7 @@ def check_devices(config: DictConfig, *, dry_run: bool) -> None:
     nodes = config.trainer.nnodes
     if dry_run or cluster(config):
         return
-    if nodes > 1:  # Ray would start a cluster on this machine and wait for GPUs that it does not have
+    if nodes > 1:  # Ray would start a cluster on this machine and wait for GPUs of other nodes
         raise SayoError(
             "L55",
             "several nodes need a Ray cluster that is up, and no address of one is given",
@@ -116,10 +128,10 @@ def check_devices(config: DictConfig, *, dry_run: bool) -> None:
 
 
 def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:
-    """TransferQueue waits for ever, without a word, when Ray cannot give its storage units a CPU each.
+    """Refuse too few CPUs for Ray: TransferQueue waits forever for a CPU for each of its storage units.
 
     Returns:
-        What Ray must offer. It is compared with what this machine has, unless the run is ``elsewhere``.
+        The CPUs that Ray needs, for the plan. They are compared with this machine unless the run is ``elsewhere``.
 
     Raises:
         SayoError: L14.
@@ -149,8 +161,8 @@ def shared_paths(config: DictConfig) -> list[tuple[str, str]]:
     """(setting, path) of everything that every node must see; models of the hub are not among them.
 
     verl reads data in its task runner (``trainer_base.py: _init_dataloader``), models, checkpoints and the files of a
-    reward function and of a data set class in its workers, on whatever node Ray puts them. A folder of checkpoints is
-    no matter to a run that neither saves nor finds one to resume.
+    reward function and of a data set class in its workers, on whatever node Ray puts them. The folder of
+    checkpoints counts if the run saves some or may resume one.
     """
     model = str(config.actor_rollout_ref.model.path)
     trainer = config.trainer

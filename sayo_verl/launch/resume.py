@@ -1,7 +1,7 @@
 """What a run would overwrite, what it would resume, and how to resume it later. Checked before anything is loaded.
 
 verl 0.9.1 says "Resuming" and trains the first weights in several cases: the tracker is missing or names a folder that
-is not there, ``load_contents`` lacks the model, ``resume_from_path`` is given without its mode. Each is refused here.
+does not exist, ``load_contents`` lacks the model, ``resume_from_path`` is given without its mode. Each is refused here.
 """
 
 import os
@@ -59,14 +59,15 @@ def check_resume(config: DictConfig) -> str:
         What is resumed, for the plan: ``"no: a new run"`` or ``"global_step_2 of 4, from <folder>"``.
 
     Raises:
-        SayoError: L16 for a checkpoint folder of another run, L43 for a wrong ``resume_mode`` or ``resume_from_path``,
-            L44 for a tracker that names no checkpoint, L45 for another number of devices, L46 for a checkpoint with
-            absent or empty files, L47 for ``load_contents`` that lack a state, L48 if no step is left to train.
+        SayoError: L16 for a checkpoint folder of another run, L43 for an invalid ``resume_mode`` or
+            ``resume_from_path``, L44 for a tracker that names no checkpoint, L45 for another number of devices, L46 for
+            a checkpoint with missing or empty files, L47 for ``load_contents`` that lack a state, L48 if no step is
+            left to train.
     """
     folder = Path(str(config.trainer.default_local_dir))
     start = _start(config, folder)
     steps = _checkpoints(folder)
-    # Another run's: this one starts anew, or from a checkpoint that lies elsewhere.
+    # The checkpoints are another run's: this one starts anew or from another folder.
     if steps and (start is None or start.parent.resolve() != folder.resolve()):
         raise SayoError(
             "L16",
@@ -104,7 +105,7 @@ def describe_checkpoints(config: DictConfig) -> str:
 
 
 def how_to_resume(config: DictConfig) -> str | None:
-    """The line with the command that goes on with this run's last checkpoint; None if no checkpoint can be resumed."""
+    """A line with the command that resumes this run's last checkpoint; None if no checkpoint can be resumed."""
     folder = Path(str(config.trainer.default_local_dir))
     try:
         start = _tracked(folder, config)
@@ -112,7 +113,7 @@ def how_to_resume(config: DictConfig) -> str | None:
             return None
         _check_files(config, start)
     except SayoError:
-        return None  # said in full when it is resumed; here it would hide why the run ended
+        return None  # reported on resuming; here it would hide why the run ended
     metrics = metrics_file(config)
     command = os.environ.get("SAYO_RESUME_COMMAND") or " ".join(
         [
@@ -123,7 +124,11 @@ def how_to_resume(config: DictConfig) -> str | None:
         ]
     )
     total = config.trainer.total_training_steps
-    done = f" (all {total} steps are done: ask for more)" if total is not None and _step(start) >= int(total) else ""
+    done = (
+        f" (all {total} steps are done: raise trainer.total_training_steps)"
+        if total is not None and _step(start) >= int(total)
+        else ""
+    )
     return f"to resume after step {_step(start)}{done}: {command}"
 
 
@@ -149,11 +154,11 @@ def _start(config: DictConfig, folder: Path) -> Path | None:
                 fix="set trainer.resume_mode=resume_path, or leave the path out",
             )
         return _tracked(folder, config) if mode == "auto" else None
-    # The folder's name carries the step: verl reads it from the end of this text.
+    # verl reads the step from the end of this path.
     if not isinstance(path, str) or not re.search(r"global_step_\d+$", path) or not Path(path).is_dir():
         raise SayoError(
             "L43",
-            "this is no checkpoint to resume",
+            "not a checkpoint to resume",
             where="trainer.resume_from_path",
             got=path,
             wanted="an existing folder .../global_step_<n>, no slash at its end",
@@ -177,28 +182,31 @@ def _tracked(folder: Path, config: DictConfig) -> Path | None:
         raise _no_start(config, tracker, "the tracker cannot be read", error.strerror) from error
     if not start.is_dir():
         raise _no_start(
-            config, tracker, "the tracker names a checkpoint that is not there: verl would begin a new run", start.name
+            config,
+            tracker,
+            "the tracker names a checkpoint that does not exist: verl would begin a new run",
+            start.name,
         )
     return start
 
 
 def _no_start(config: DictConfig, tracker: Path, what: str, got: str | None) -> SayoError:
     """L44: the tracker of checkpoints does not name one to resume."""
-    mend = f"write such a number into it (echo -n <n> > {shlex.quote(str(tracker))})"
+    fix = f"write such a number into it (echo -n <n> > {shlex.quote(str(tracker))})"
     if tracker.is_dir():
-        mend = f"move that folder away, then {mend}"
+        fix = f"move that folder away, then {fix}"
     return SayoError(
         "L44",
         what,
         where=str(tracker),
         got=got,
-        wanted=f"the step of a whole checkpoint ({_whole(config, tracker)})",
-        fix=f"{mend}; where there is none, begin a new run in a new output folder (OUT=...)",
+        wanted=f"the step of a complete checkpoint ({_whole(config, tracker)})",
+        fix=f"{fix}; if there is none, begin a new run in a new output folder (OUT=...)",
     )
 
 
 def _whole(config: DictConfig, tracker: Path) -> str:
-    return ", ".join(str(_step(f)) for f in _checkpoints(tracker.parent) if not _missing(config, f)) or "none is there"
+    return ", ".join(str(_step(f)) for f in _checkpoints(tracker.parent) if not _missing(config, f)) or "none exists"
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -216,7 +224,7 @@ def _parts(config: DictConfig) -> dict[str, str]:
 
     parts = {"actor": "actor_rollout_ref.actor.checkpoint"}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # verl says again, when it starts, that there is no critic
+        warnings.simplefilter("ignore")  # verl repeats, when it starts, that there is no critic
         return parts | ({"critic": "critic.checkpoint"} if need_critic(config) else {})
 
 
@@ -225,9 +233,9 @@ def _devices(config: DictConfig) -> int:
 
 
 def _missing(config: DictConfig, start: Path) -> list[str]:
-    """Files that verl would load from a checkpoint and that are absent or empty (an interrupted save).
+    """Files that verl would load from a checkpoint and that are missing or empty (an interrupted save).
 
-    The names of other strategies than FSDP are not known here.
+    The files of other strategies than FSDP are not checked.
     """
     wanted = ["data.pt"]
     if config.actor_rollout_ref.actor.strategy in ("fsdp", "fsdp2"):
@@ -258,11 +266,11 @@ def _check_files(config: DictConfig, start: Path) -> None:
     others = " and ".join([missing[0], *([f"{len(missing) - 1} more"] if missing[1:] else [])])
     raise SayoError(
         "L46",
-        "the checkpoint is not whole: what is missing would start anew",
+        "the checkpoint is incomplete: the missing parts would start anew",
         where=str(start),
-        got=f"absent or empty: {others}",
-        fix=f"resume a whole one with trainer.resume_mode=resume_path trainer.resume_from_path={start.parent}"
-        f"/global_step_<n> (whole: {_whole(config, start)}), or begin a new run in a new output folder; one from "
+        got=f"missing or empty: {others}",
+        fix=f"resume a complete one with trainer.resume_mode=resume_path trainer.resume_from_path={start.parent}"
+        f"/global_step_<n> (complete: {_whole(config, start)}), or begin a new run in a new output folder; one from "
         "saved Hugging Face weights has actor_rollout_ref.model.path=<checkpoint>/actor/huggingface",
     )
 
@@ -271,7 +279,7 @@ def _check_contents(config: DictConfig, key: str) -> None:
     if lacking := _lacking(config, f"{key}.load_contents"):
         raise SayoError(
             "L47",
-            f"resuming would not load {', '.join(lacking)}: verl would start that anew without a word",
+            f"resuming would not load {', '.join(lacking)}: verl would start that anew silently",
             where=f"{key}.load_contents",
             got=_contents(config, f"{key}.load_contents"),
             wanted=f"at least {list(STATE)}",

@@ -1,8 +1,7 @@
-"""Settings of the methods, from their classes into ``algorithm.attn`` and from there back, checked before a run.
+"""Settings of the methods: from their classes into ``algorithm.attn``, and from the configuration into a method.
 
-Every method is a frozen dataclass whose fields are its settings and whose defaults are the vetted ones. Hydra composes
-``algorithm.attn`` from these classes, so a default stands in its class alone. Below this module nothing reads
-``algorithm.attn``.
+Every method is a frozen dataclass whose fields are its settings and whose defaults are vetted. Hydra composes
+``algorithm.attn`` from these classes, so each default is in its class alone. No lower module reads ``algorithm.attn``.
 """
 
 import dataclasses
@@ -13,7 +12,7 @@ import importlib.util
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from sayo_verl.methods.group import SPREAD_FLOOR
 
 @dataclass(frozen=True)
 class AttnSettings:
-    """What ``algorithm.attn`` says.
+    """The settings in ``algorithm.attn``.
 
     Attributes:
         method: the run's method; None for an estimator of verl's own.
@@ -51,16 +50,16 @@ def register_defaults() -> None:
 
 
 def load_methods(modules: Sequence[str]) -> list[str]:
-    """Import the modules or .py files that register methods of the user's own.
+    """Import the modules or .py files that register a user's own methods.
 
     Args:
         modules: ``sayo.modules``.
 
     Returns:
-        The same, files as absolute paths, so that another process on this file system finds them.
+        The same list with absolute paths of files, for other processes on this file system.
 
     Raises:
-        SayoError: L29 for one that is not there or fails to import.
+        SayoError: L29 for one that is missing or cannot be imported.
     """
     if isinstance(modules, str):
         raise SayoError(
@@ -83,7 +82,7 @@ def load_methods(modules: Sequence[str]) -> list[str]:
         except (ImportError, OSError, SyntaxError) as error:
             raise SayoError(
                 "L29",
-                "a module with a method of your own cannot be loaded",
+                "a module with a user's method cannot be loaded",
                 where="sayo.modules",
                 got=f"{name}: {error}",
                 wanted="an importable module or the path of a .py file",
@@ -118,12 +117,12 @@ def settings_from_config(adv_estimator: str, attn: Mapping[str, Any]) -> AttnSet
 
     Args:
         adv_estimator: value of ``algorithm.adv_estimator``.
-        attn: ``algorithm.attn`` as plain containers: node name -> settings, ``mix``, ``spread_floor``. What is absent
+        attn: ``algorithm.attn`` as plain containers: node name -> settings, ``mix``, ``spread_floor``. A missing key
             has its default.
 
     Raises:
         SayoError: L02 for an unknown node or key, L03 for a value of the wrong type, A05 for one out of range, A12 for
-            a mix that makes no sense or has no effect. The settings of every method are checked, whichever runs.
+            an invalid mix or one without effect. The settings of every method are checked, whichever runs.
     """
     nodes = [name.removeprefix(PREFIX) for name in METHODS]
     for node in attn:
@@ -143,7 +142,7 @@ def settings_from_config(adv_estimator: str, attn: Mapping[str, Any]) -> AttnSet
     if floor is not None and (isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor < 1):
         raise SayoError(
             "L03",
-            "not a spread",
+            "invalid spread floor",
             where="algorithm.attn.spread_floor",
             got=repr(floor),
             wanted="null or a number in [0, 1)",
@@ -181,8 +180,46 @@ def settings_from_config(adv_estimator: str, attn: Mapping[str, Any]) -> AttnSet
     return AttnSettings(methods.get(adv_estimator), floor)
 
 
+def check_used(adv_estimator: str, attn: Mapping[str, Any], given: Collection[str] = ()) -> None:
+    """Refuse settings of methods that the run does not use.
+
+    Args:
+        adv_estimator: value of ``algorithm.adv_estimator``.
+        attn: ``algorithm.attn``, as ``settings_from_config`` accepts it. It holds the defaults of every method, so a
+            value counts as set if it differs from its default or if ``given`` names it.
+        given: keys of the command line.
+
+    Raises:
+        SayoError: L71.
+    """
+    prefix = "algorithm.attn."
+    used = {PREFIX + node for node in attn.get("mix") or ()} if adv_estimator == Mix.name else {adv_estimator}
+    for name, cls in METHODS.items():
+        if name in used:
+            continue
+        node = name.removeprefix(PREFIX)
+        values, default = vars(_build(cls, attn.get(node, {}), prefix + node)), vars(_build(cls, {}, ""))
+        keys = [key for key in sorted(given) if key.startswith(f"{prefix}{node}.")]
+        keys += [f"{prefix}{node}.{key}" for key in values if values[key] != default[key]]
+        if keys:
+            raise _unused(keys[0], adv_estimator, f"{name}, or {Mix.name} with {node} in algorithm.attn.mix")
+    if adv_estimator not in (*METHODS, Mix.name) and f"{prefix}spread_floor" in given:
+        raise _unused(f"{prefix}spread_floor", adv_estimator, f"one of {', '.join((*METHODS, Mix.name))}")
+
+
+def _unused(where: str, adv_estimator: str, users: str) -> SayoError:
+    return SayoError(
+        "L71",
+        "this setting has no effect under the estimator that runs",
+        where=where,
+        got=f"algorithm.adv_estimator={adv_estimator}",
+        wanted=users,
+        fix="leave the setting out, or choose the estimator that uses it (METHOD=NAME in front of a script)",
+    )
+
+
 def _build(cls: Any, values: Any, where: str) -> Any:
-    """A settings dataclass from a mapping of exactly its fields, nested ones too."""
+    """A settings dataclass from a mapping of its fields, also of nested ones."""
     if not isinstance(values, Mapping):
         raise SayoError(
             "L03",
@@ -207,7 +244,7 @@ def _build(cls: Any, values: Any, where: str) -> Any:
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """A value of the type the field declares; YAML has no tuples and writes 1 for 1.0, anything else is refused."""
+    """A value of the declared type. YAML has no tuples and writes 1 for 1.0; other types are refused."""
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -235,4 +272,4 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     )
 
 
-register_defaults()  # at import: Hydra composes before any function of this module could be called
+register_defaults()  # at import: Hydra composes before any function of this module is called

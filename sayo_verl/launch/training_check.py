@@ -1,7 +1,7 @@
 """Checks of verl's own training settings: the trainer, the policy loss and the critic, for every estimator.
 
-verl reads these settings when it first trains, after models are loaded and rollouts are made. Which of its losses keep
-a method's token weights is shown by ``tests/launch/test_training_check.py``, loss by loss.
+verl reads these settings when it first trains, after models are loaded and rollouts are made.
+``tests/launch/test_training_check.py`` shows, loss by loss, which of its losses keep a method's token weights.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ DRO_BETA = "actor_rollout_ref.actor.policy_loss.dro_beta"
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 # Losses that average the advantages of a response over its tokens, so that weights of mean one cancel.
 AVERAGE_OVER_TOKENS = ("geo_mean",)
-# The loss of bypass mode, in which there is no log-prob pass to measure attention in.
+# The loss of bypass mode, which has no log-prob pass to measure attention in.
 NEEDS_BYPASS = ("bypass_mode",)
 REPORTED = ("score", "acc", "format")  # by sayo_verl.reward, for every response
 
@@ -31,10 +31,10 @@ def check_by_verl(config: DictConfig, *, dry_run: bool = False) -> None:
 
     Args:
         config: the composed configuration.
-        dry_run: keep what verl and vLLM print meanwhile out of the plan.
+        dry_run: hide what verl and vLLM print meanwhile.
 
     Raises:
-        SayoError: L50 with what verl says.
+        SayoError: L50 with verl's message.
     """
     from hydra.errors import InstantiationException
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
@@ -59,15 +59,15 @@ def check_by_verl(config: DictConfig, *, dry_run: bool = False) -> None:
 
 
 def check_training(config: DictConfig, method: Method | None) -> None:
-    """Refuse settings with which verl would stop after the first rollout, or undo what a method does.
+    """Refuse settings with which verl would stop after the first rollout or cancel a method's weights.
 
     Args:
         config: the composed configuration.
         method: the run's method; None for an estimator of verl's own.
 
     Raises:
-        SayoError: L04 for the old trainer, L37 for a loss that does not exist, L38 for a loss without the setting that
-            it needs, L39 for a loss that cancels the method's token weights or takes no log-prob pass, L49 for ``gae``
+        SayoError: L04 for the old trainer, L37 for an unknown loss, L38 for a loss without the setting that it needs,
+            L39 for a loss that cancels the method's token weights or takes no log-prob pass, L49 for ``gae``
             without a critic, L52 for dynamic sampling that verl would not do.
     """
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
@@ -85,7 +85,7 @@ def check_training(config: DictConfig, method: Method | None) -> None:
         if name not in known:
             raise SayoError(
                 "L37",
-                f"verl has no such loss setting{did_you_mean(name, known)}",
+                f"unknown loss setting{did_you_mean(name, known)}",
                 where=key,
                 got=name,
                 wanted=", ".join(known),
@@ -131,8 +131,23 @@ def check_training(config: DictConfig, method: Method | None) -> None:
         )
 
 
+def describe_objective(config: DictConfig) -> str:
+    """What the actor minimises and which groups of rollouts it gets, for the plan: GRPO and DAPO differ here."""
+    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    parts = [
+        f"{OmegaConf.select(config, LOSS_MODE)} loss, {actor.loss_agg_mode}",
+        f"clip {actor.clip_ratio_low} to {actor.clip_ratio_high}, dual clip {actor.clip_ratio_c}",
+        f"KL loss {actor.kl_loss_coef} ({actor.kl_loss_type})" if actor.use_kl_loss else "no KL loss",
+        *(["KL in the reward"] if algorithm.use_kl_in_reward else []),
+        f"entropy {actor.entropy_coeff}",
+        f"advantages {'over' if algorithm.norm_adv_by_std_in_grpo else 'not over'} the spread of their group",
+        f"groups filtered by {algorithm.filter_groups.metric}" if algorithm.filter_groups.enable else "all groups kept",
+    ]
+    return ", ".join(parts)
+
+
 def _check_sampling(config: DictConfig) -> None:
-    """Refuse dynamic sampling that verl leaves out, or stops at, without a word at launch.
+    """Refuse dynamic sampling that verl silently leaves out, or at which it stops later.
 
     verl gives a custom sampler neither the metric of group filtering nor the refill of failed groups.
     """

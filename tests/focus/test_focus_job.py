@@ -20,8 +20,8 @@ from sayo_verl.errors import SayoError
 from sayo_verl.focus import command, run
 from sayo_verl.focus.config import FocusConfig, RespondConfig
 from sayo_verl.focus.job import FocusJob, ReportStep, accumulation, read_job
-from sayo_verl.focus.variables import RETIRED, refuse_variables
-from sayo_verl.retired import BY_SCRIPT
+from sayo_verl.focus.variables import UNREAD, refuse_variables
+from sayo_verl.script_variables import BY_SCRIPT
 
 JOB = "configs/focus/qwen2_5vl_7b.yaml"
 BASE = "--base Qwen/Qwen2.5-VL-7B-Instruct"
@@ -31,7 +31,7 @@ ALL = "torchrun --standalone --nproc_per_node=8 -m sayo_verl.focus"
 @pytest.fixture(autouse=True)
 def place(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repo)
-    for name in (*RETIRED, BY_SCRIPT, "METHOD", "NNODES"):
+    for name in (*UNREAD, BY_SCRIPT, "METHOD", "NNODES"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -312,7 +312,7 @@ def test_a_step_gets_the_settings_of_the_job(values, sampled):
 
 
 # ---------------------------------------------------------------------------------------------------------- variables
-@pytest.mark.parametrize("name", RETIRED)
+@pytest.mark.parametrize("name", UNREAD)
 def test_L67_a_variable_of_an_earlier_version_of_these_scripts(name):
     with pytest.raises(SayoError, match=f"L67: .* at {name} .* got 7 .* fix: use "):
         refuse_variables({name: "7", BY_SCRIPT: "RESUME=..."})

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.launch_config import composed
 from triton.runtime import build
 
 from sayo_verl.cli import build_parser, main
 from sayo_verl.errors import SayoError
 from sayo_verl.launch import doctor, machine
-from sayo_verl.launch.model_check import INSTALL_FLASH_ATTN
+from sayo_verl.launch.attention_check import INSTALL_FLASH_ATTN
+from sayo_verl.launch.preflight import preflight, show
 from sayo_verl.probe import selfcheck
 
 
@@ -150,7 +152,7 @@ def unbuildable(cause):
 
 
 @pytest.mark.usefixtures("nvidia_smi")
-def test_P29_what_triton_raises_without_a_compiler_is_one_line(monkeypatch):
+def test_what_triton_raises_without_a_compiler_is_one_line(monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(RuntimeError) as tritons:
         build._find_compiler.__wrapped__("c")
@@ -176,12 +178,12 @@ def test_flash_attn_is_wanted_in_verls_version(monkeypatch):
     assert (found.found, found.wanted) == ("flash-attn is not installed", "==2.8.3")
     assert INSTALL_FLASH_ATTN in found.fix
     assert "attn_implementation=sdpa" in found.fix
-    monkeypatch.setattr("sayo_verl.launch.model_check.flash_attn_problem", lambda: None)
+    monkeypatch.setattr("sayo_verl.launch.attention_check.flash_attn_problem", lambda: None)
     for there, right in (("2.8.3", True), ("2.8.3+cu13torch2.11", True), ("2.7.4", False)):
         monkeypatch.setattr(doctor, "version", lambda name, there=there: there)
         assert doctor.check_flash_attn().right == right
     monkeypatch.setattr(
-        "sayo_verl.launch.model_check.flash_attn_problem", lambda: "flash-attn 2.8.3 does not import (why)"
+        "sayo_verl.launch.attention_check.flash_attn_problem", lambda: "flash-attn 2.8.3 does not import (why)"
     )
     found = doctor.check_flash_attn()
     assert not found.right
@@ -312,14 +314,15 @@ def test_nvcc_must_be_of_torchs_cuda_and_is_looked_for_only_where_flash_attn_is_
         (found,) = doctor.check_nvcc()
         assert (found.right, found.found) == (right, f"{nvcc}, CUDA {release}")
         assert found.wanted.startswith("nvcc of CUDA 13")
-    monkeypatch.setattr("sayo_verl.launch.model_check.flash_attn_problem", lambda: None)
+    monkeypatch.setattr("sayo_verl.launch.attention_check.flash_attn_problem", lambda: None)
     assert doctor.check_nvcc() == []
 
 
-def test_the_shipped_job_is_looked_at(repo, monkeypatch):
+def test_the_plan_of_a_shipped_job_is_read(repo, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}:/usr/bin:/bin")
-    monkeypatch.delenv("VERL_PLATFORM", raising=False)
-    findings = doctor.check_job(str(repo / "scripts" / "run_sayo_qwen3vl_8b.sh"))
+    lines: list[str] = []
+    show(preflight(composed(repo, "+job=sayo_qwen3vl_8b", "+method=region"), dry_run=True), lines.append)
+    findings = doctor.check_job(job(tmp_path, "\n".join(lines)))
     assert [finding.name for finding in findings[:2]] == ["job", "job, memory per GPU"]
     assert findings[-1].found == "needs 8 GPUs on each node, found 0"
 

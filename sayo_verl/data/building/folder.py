@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from sayo_verl.data.building.shards import PROGRESS, SPLITS, START_OVER, check_shard, file_sha256, read_rows
 from sayo_verl.data.contract import check_prepared_source
-from sayo_verl.data.prepared import MANIFEST, is_complete
+from sayo_verl.data.prepared import MANIFEST, is_complete, no_prepared_folder
 from sayo_verl.data.rows import RUNS_CODE
 from sayo_verl.errors import SayoError
 
@@ -63,15 +63,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             fix="convert it to parquet or JSON lines with the program that wrote it",
         )
     if not (folder / MANIFEST).is_file():
-        begun = (folder / PROGRESS).is_file()
+        if not (folder / PROGRESS).is_file():
+            raise no_prepared_folder(folder)
         raise SayoError(
             "D56",
-            "the folder is not finished" if begun else "there is no prepared folder",
+            "the folder is not finished",
             where=str(folder),
             wanted=MANIFEST,
-            fix="call the command that began it again; it resumes"
-            if begun
-            else "name a folder that `sayo prepare` made",
+            fix="call the command that began it again; it resumes",
         )
     told = read_json(folder / MANIFEST)
     if told.get("kind") != KIND or told.get("format") != FORMAT:

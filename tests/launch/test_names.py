@@ -1,0 +1,74 @@
+"""What is refused before an environment is built."""
+
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+from support.launch_config import composed
+
+from sayo_verl.data.building.folder import split_files
+from sayo_verl.errors import SayoError
+from sayo_verl.launch.names import BY_SCRIPT, UNREAD, refuse_names
+
+
+@pytest.mark.parametrize(
+    "argument", ["+method=daul", "method=daul", "++method=daul", "+method=dual.yaml", "+method=vgpo"]
+)
+def test_an_unknown_job_method_or_rl_suggests_the_right_one(repo, argument):
+    with pytest.raises(SayoError, match=r"L30: there is no method .*did you mean 'dual'.* wanted .* dual .*region"):
+        refuse_names(["--config-dir", str(repo / "configs"), argument], {})
+    with pytest.raises(SayoError, match=r"L30: there is no job .*did you mean 'tiny'"):
+        refuse_names(["--config-dir", str(repo / "configs"), "+job=tniy"], {})
+    with pytest.raises(SayoError, match=r"L30: there is no rl .*did you mean 'dapo'"):
+        refuse_names([f"--config-dir={repo / 'configs'}", "+rl=dapoo"], {})
+    refuse_names(["--config-dir", str(repo / "configs"), "+job=tiny", "+method=dual"], {})
+    refuse_names([argument], {})
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_variable_that_no_script_reads_is_refused(name):
+    with pytest.raises(SayoError, match=f"L67: .* at {name} .* got 7 .* fix: use "):
+        refuse_names([], {name: "7", BY_SCRIPT: "RESUME=..."})
+    refuse_names([], {name: "7"})
+    refuse_names([], {name: "", BY_SCRIPT: "RESUME=..."})
+
+
+def test_what_replaces_a_variable_is_a_key_of_the_jobs(repo):
+    base = composed(repo, "+job=sayo_qwen3vl_8b", "+method=region")
+    for name, replacement in UNREAD.items():
+        if replacement.endswith("=") and not replacement.startswith(("+", "METHOD")):
+            assert OmegaConf.select(base, replacement[:-1], default="absent") != "absent", name
+    with pytest.raises(SayoError, match=r"use actor_rollout_ref\.actor\.optim\.lr=1e-6 after the script, and unset LR"):
+        refuse_names([], {"LR": "1e-6", BY_SCRIPT: "RESUME=..."})
+
+
+def script(**variables):
+    """The environment of a launch script."""
+    return {BY_SCRIPT: "RESUME=...", **{name: str(value) for name, value in variables.items()}}
+
+
+def test_a_folder_that_does_not_exist_is_refused_as_the_launcher_does(tmp_path):
+    absent = tmp_path / "absent"
+    with pytest.raises(SayoError, match="D56") as early:
+        refuse_names([], script(DATA=absent))
+    with pytest.raises(SayoError) as late:
+        split_files(absent)
+    assert str(early.value) == str(late.value)
+    refuse_names(["sayo.dry_run=True"], script(DATA=absent))  # the plan says NOT THERE YET
+    with pytest.raises(SayoError, match=f"L44: there is no checkpoint to resume .* at {absent}/checkpoints"):
+        refuse_names(["sayo.dry_run=True"], script(RESUME="absent", OUT=absent))
+    refuse_names([], script(RESUME=tmp_path, OUT=tmp_path, DATA=tmp_path))
+    refuse_names([], script(OUT=absent))  # a new run
+    refuse_names([], {"DATA": str(absent), "RESUME": "absent"})  # not of a script
+
+
+def test_names_are_checked_by_a_python_without_packages(repo):
+    command = [sys.executable, "-S", "-m", "sayo_verl.launch.names", "--config-dir", "configs", "+method=daul"]
+    done = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("SAYO-L30: there is no method of this name (did you mean 'dual'?)")
+
+
+def test_variables_that_systems_set_are_not_refused():
+    refuse_names([], script(NAME="host", MODEL_NAME="m", DATA_DIR="/d", OUTPUT_DIR="/o", GPUS="8"))
