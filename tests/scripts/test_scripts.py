@@ -179,7 +179,7 @@ def faked(repo, environment, tmp_path):
         "copy/scripts/setup_env.sh": f"[[ $1 != --where ]] || echo {tmp_path}",
         "bin/sayo": sayo,
         "bin/python": "",
-        "bin/python3": f'[[ "${{2:-}}" != sayo_verl.main_ppo ]] || {{ echo "$@"; {told}; }}',
+        "bin/python3": f'[[ $1 != -m || $2 == sayo_verl.launch.names ]] || {{ echo "$@"; {told}; }}',
         "bin/nvidia-smi": "echo GPU 0",
     }
     for name, code in fakes.items():
@@ -251,7 +251,7 @@ def test_the_plan_of_the_anchoring_stage_needs_no_gpu(repo, environment, tmp_pat
     assert not (tmp_path / "out").exists()
     done = launch(repo, script, environment, DRY_RUN="1", LORA_RANK="0")
     assert done.returncode == 2
-    assert "SAYO-L67: the scripts no longer read this variable | at LORA_RANK | got 0" in done.stderr
+    assert "SAYO-L67: the scripts do not read this variable | at LORA_RANK | got 0" in done.stderr
     assert "fix: use train.lora_rank=0 after the script" in done.stderr
 
 

@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from subprocess import CompletedProcess
 from unittest import mock
@@ -60,11 +61,13 @@ def run_module(module, arguments, variables, folder):
     with (
         mock.patch.dict(os.environ, variables, clear=True),
         mock.patch.object(sys, "argv", [module, *arguments]),
+        warnings.catch_warnings(),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
         try:
             os.chdir(folder)
+            warnings.simplefilter("ignore", RuntimeWarning)  # the module may have been imported before
             runpy.run_module(module, run_name="__main__")
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
