@@ -126,7 +126,7 @@ def write_run_card(config: DictConfig) -> None:
     }
     card_file.write_text(json.dumps(card, indent=1) + "\n")
     whole = card_file.with_name(card_file.stem.replace("run", "config", 1) + ".yaml")
-    whole.write_text(OmegaConf.to_yaml(config, resolve=True))
+    whole.write_text(OmegaConf.to_yaml(config))  # not resolved: ${oc.env:...} may stand for a secret
 
 
 def say_how_to_resume(config: DictConfig) -> None:

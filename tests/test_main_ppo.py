@@ -37,8 +37,14 @@ def test_a_misspelt_setting_ends_the_launcher_with_one_line(monkeypatch):
 def test_the_configuration_of_a_run_lies_beside_its_metrics(tmp_path, monkeypatch, named, files):
     trainer = {"total_training_steps": 3, "logger": ["file"], "project_name": "project", "experiment_name": "name"}
     config = OmegaConf.create(
-        {"algorithm": {"adv_estimator": "grpo"}, "trainer": trainer, "steps": "${trainer.total_training_steps}"}
+        {
+            "algorithm": {"adv_estimator": "grpo"},
+            "trainer": trainer,
+            "steps": "${trainer.total_training_steps}",
+            "key": "${oc.env:API_KEY}",
+        }
     )
+    monkeypatch.setenv("API_KEY", "a secret")
     monkeypatch.chdir(tmp_path)
     for name in ("VERL_FILE_LOGGER_PATH", "VERL_FILE_LOGGER_ROOT"):
         monkeypatch.delenv(name, raising=False)
@@ -46,7 +52,8 @@ def test_the_configuration_of_a_run_lies_beside_its_metrics(tmp_path, monkeypatc
         monkeypatch.setenv("VERL_FILE_LOGGER_PATH", named)
     write_run_card(config)
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")) == files
-    assert OmegaConf.load(tmp_path / files[0]).steps == 3, "resolved"
+    assert OmegaConf.load(tmp_path / files[0]).steps == 3
+    assert "a secret" not in (tmp_path / files[0]).read_text()
     assert json.loads((tmp_path / files[1]).read_text())["total_steps"] == 3
 
 
