@@ -145,3 +145,12 @@ def test_probe_md_reads_a_plain_hugging_face_model(random_policy):
     told = mass[~mass.isnan()]
     assert told.shape == (3,)
     assert float(names["values"].sum()) == pytest.approx(float(told.sum()), abs=1e-5)
+
+
+@pytest.mark.parametrize(("recipe", "method"), [("sayo", "region"), ("vgpo", "dual")])
+def test_the_formulas_of_a_recipe_are_those_of_its_method(recipe, method):
+    page = (ROOT / "recipe" / recipe / "README.md").read_text().partition("## The method")[2].partition("## ")[0]
+    formulas = re.search(r"(?:^    .*\n)+", page, re.M)
+    assert formulas is not None
+    assert len(formulas[0].splitlines()) >= 6
+    assert formulas[0] in (ROOT / "sayo_verl" / "methods" / f"{method}.py").read_text()
