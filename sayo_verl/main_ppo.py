@@ -151,7 +151,9 @@ def main(config: DictConfig) -> None:
     print(f"sayo-verl {__version__}: the plan")
     show(plan)
     if config.sayo.dry_run:
-        print("dry run: the configuration composes and passes the checks; nothing was started")
+        absent = list(dict.fromkeys(name for name, value in plan if "NOT THERE YET" in value))
+        missing = f"; still missing: {', '.join(absent)}" if absent else ""
+        print(f"dry run: the configuration composes and passes the checks{missing}; nothing was started")
         return
     configure_reward(config)
     auto_set_device(config)

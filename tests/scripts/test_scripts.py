@@ -74,7 +74,7 @@ def test_dry_run_composes_checks_and_prints_the_papers_values(repo, environment,
         "{'format_weight': 1.0, 'accuracy_weight': 0.0}",
         "data/sayo/train-*.parquet - NOT THERE YET",
         "1 x 8 cuda",
-        "nothing was started",
+        "passes the checks; still missing: train data, val data; nothing was started",
     ):
         assert told in done.stdout
     assert not (tmp_path / "out").exists(), "a dry run leaves nothing behind"
