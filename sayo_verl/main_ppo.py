@@ -16,16 +16,18 @@ from pathlib import Path
 
 import hydra
 import ray
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 from verl.utils.device import auto_set_device
 
 from sayo_verl import __version__
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks.contract import RUN_TOKEN
-from sayo_verl.launch.job import composition_error, keys_of, write_out
+from sayo_verl.launch.job import check_types, composition_error, keys_of, write_out
 from sayo_verl.launch.model_check import load_config
 from sayo_verl.launch.names import check_names
 from sayo_verl.launch.preflight import preflight, show
@@ -102,7 +104,7 @@ def select_method(config: DictConfig) -> bool:
 
 
 def write_run_card(config: DictConfig) -> None:
-    """What runs, with which versions: run.json and config.yaml beside metrics.jsonl, run-2.json beside metrics-2.jsonl.
+    """What runs, with which versions: run.json and run.yaml beside metrics.jsonl, run-2.json beside metrics-2.jsonl.
 
     Nothing is written before the checks have passed, and nothing if no metrics are.
     """
@@ -125,8 +127,8 @@ def write_run_card(config: DictConfig) -> None:
         "methods": {name: declaration(cls) for name, cls in own_methods().items()},
     }
     card_file.write_text(json.dumps(card, indent=1) + "\n")
-    whole = card_file.with_name(card_file.stem.replace("run", "config", 1) + ".yaml")
-    whole.write_text(OmegaConf.to_yaml(config))  # not resolved: ${oc.env:...} may stand for a secret
+    # Not resolved: ${oc.env:...} may stand for a secret
+    card_file.with_suffix(".yaml").write_text(OmegaConf.to_yaml(config))
 
 
 def say_how_to_resume(config: DictConfig) -> None:
@@ -139,6 +141,7 @@ def say_how_to_resume(config: DictConfig) -> None:
 def main(config: DictConfig) -> None:
     """Check, plan, run."""
     try:
+        check_types(config, compose(HydraConfig.get().job.config_name))
         check_devices(config, dry_run=config.sayo.dry_run)
         given = keys_of(HydraConfig.get().overrides.task)
         write_out(config, given)
@@ -148,6 +151,8 @@ def main(config: DictConfig) -> None:
         check_by_verl(config, dry_run=config.sayo.dry_run)
     except SayoError as error:
         sys.exit(str(error))
+    except OmegaConfBaseException as error:  # an interpolation leads nowhere
+        sys.exit(str(composition_error(error)))
     print(f"sayo-verl {__version__}: the plan")
     show(plan)
     if config.sayo.dry_run:

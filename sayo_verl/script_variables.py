@@ -8,8 +8,8 @@ BY_SCRIPT = "SAYO_RESUME_COMMAND"  # set by scripts/lib.sh
 # Names from other projects -> what the scripts read
 ELSEWHERE = {
     "MODEL": "MODEL_PATH=MODEL in front of the script",
-    **dict.fromkeys(("N_GPUS", "NUM_GPUS", "N_GPUS_PER_NODE"), "NGPUS_PER_NODE=N in front of the script"),
-    **dict.fromkeys(("N_NODES", "NUM_NODES"), "NNODES=N in front of the script"),
+    **dict.fromkeys(("N_GPUS", "N_GPUS_PER_NODE"), "NGPUS_PER_NODE=N in front of the script"),
+    "N_NODES": "NNODES=N in front of the script",
 }
 
 

@@ -36,7 +36,8 @@ dry_run() {
 
 # A value for Hydra, in quotes if it has special characters.
 quoted() {
-  if [[ "$1" =~ ^[A-Za-z0-9_./:~%@+\ -]*$ ]]; then printf '%s' "$1"; else printf '"%s"' "${1//\"/\\\"}"; fi
+  local escaped=${1//\\/\\\\}
+  if [[ "$1" =~ ^[A-Za-z0-9_./:%@+\ -]*$ ]]; then printf '%s' "$1"; else printf '"%s"' "${escaped//\"/\\\"}"; fi
 }
 
 # Sets the method, name and folder of a run: METHOD, NAME, OUT (absolute). Sets SAYO_RESUME_COMMAND, which the launcher
@@ -48,7 +49,7 @@ place_run() {
   for name in METHOD MODEL_PATH DATA NNODES NGPUS_PER_NODE RAY_ADDRESS; do
     [[ -z "${!name:-}" ]] || given+="$name=$(printf '%q' "${!name}") "
   done
-  [[ "${0##*/}" != run.sh ]] || given="JOB=$JOB $given"
+  case "${0##*/}" in run.sh | anchor.sh) given="JOB=$JOB $given" ;; esac
   if [[ -n "${OWN_METHOD:-}" && "${METHOD:-$OWN_METHOD}" == "$OWN_METHOD" ]]; then
     METHOD=$OWN_METHOD NAME=${0##*/} NAME=${NAME#run_} NAME=${NAME%.sh}
   elif [[ -n "${METHOD:-}" ]]; then
@@ -59,6 +60,7 @@ place_run() {
   [[ -z "${RESUME:-}" || -z "${OUT:-}" ]] ||
     refuse L68 "the folder of the run is named twice" "OUT=$OUT and RESUME=$RESUME" "leave OUT out: a resumed run stays in its folder"
   OUT=${RESUME:-${OUT:-outputs/$NAME/$(date +%Y%m%d-%H%M%S)}}
+  [[ "$OUT" != "~/"* ]] || OUT=$HOME/${OUT:2} # of a file of variables, where no shell expands it
   [[ "$OUT" == /* ]] || OUT=$ROOT/$OUT
   SAYO_RESUME_COMMAND="RESUME=$(printf '%q' "$OUT") ${given}bash$(printf ' %q' "$ROOT/scripts/${0##*/}" "$@")"
   export METHOD NAME OUT SAYO_RESUME_COMMAND

@@ -27,11 +27,26 @@ def test_a_misspelt_setting_ends_the_launcher_with_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("override", "code"),
+    [
+        ("data.train_batch_size=${nothing}", "L70: Hydra cannot compose the configuration: .*nothing"),
+        ("data.train_batch_size=many", "L73: a value of the wrong type | at data.train_batch_size | got 'many', "),
+    ],
+)
+def test_a_value_that_cannot_be_used_ends_the_launcher_with_one_line(monkeypatch, override, code):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr("sys.argv", ["main_ppo", "trainer.device=cpu", "sayo.dry_run=True", override])
+    with pytest.raises(SystemExit, match=f"^SAYO-{code}") as caught:
+        launch()
+    assert "\n" not in str(caught.value.code)
+
+
+@pytest.mark.parametrize(
     ("named", "files"),
     [
-        ("run/metrics.jsonl", ["run/config.yaml", "run/run.json"]),
-        ("run/metrics-2.jsonl", ["run/config-2.yaml", "run/run-2.json"]),
-        (None, ["project/config-name.yaml", "project/run-name.json"]),
+        ("run/metrics.jsonl", ["run/run.json", "run/run.yaml"]),
+        ("run/metrics-2.jsonl", ["run/run-2.json", "run/run-2.yaml"]),
+        (None, ["project/run-name.json", "project/run-name.yaml"]),
     ],
 )
 def test_the_configuration_of_a_run_lies_beside_its_metrics(tmp_path, monkeypatch, named, files):
@@ -52,9 +67,9 @@ def test_the_configuration_of_a_run_lies_beside_its_metrics(tmp_path, monkeypatc
         monkeypatch.setenv("VERL_FILE_LOGGER_PATH", named)
     write_run_card(config)
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")) == files
-    assert OmegaConf.load(tmp_path / files[0]).steps == 3
-    assert "a secret" not in (tmp_path / files[0]).read_text()
-    assert json.loads((tmp_path / files[1]).read_text())["total_steps"] == 3
+    assert OmegaConf.load(tmp_path / files[1]).steps == 3
+    assert "a secret" not in (tmp_path / files[1]).read_text()
+    assert json.loads((tmp_path / files[0]).read_text())["total_steps"] == 3
 
 
 def test_a_run_without_a_metrics_file_leaves_no_files(tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
@@ -58,8 +57,41 @@ def keys_of(overrides: Sequence[str]) -> set[str]:
     return found
 
 
-def composition_error(error: HydraException) -> SayoError:
-    """L70: Hydra cannot compose an override or a file. The names beside an unknown key are in the cause."""
+def check_types(config: DictConfig, defaults: DictConfig) -> None:
+    """Refuse text where the default is a number, or true or false. verl would fail late, or take "no" as true.
+
+    Args:
+        config: the composed configuration.
+        defaults: the same without overrides.
+
+    Raises:
+        SayoError: L73.
+    """
+    plain: Any = [OmegaConf.to_container(part, resolve=False) for part in (config, defaults)]
+    values, expected = (dict(_values(part)) for part in plain)
+    for key, default in expected.items():
+        value = values.get(key)
+        if isinstance(default, bool | int | float) and isinstance(value, str) and not value.startswith("${"):
+            raise SayoError(
+                "L73",
+                "a value of the wrong type",
+                where=key,
+                got=repr(value),
+                wanted="true or false" if isinstance(default, bool) else f"a number, such as {default}",
+                fix="correct it",
+            )
+
+
+def _values(part: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in part.items():
+        if isinstance(value, Mapping):
+            yield from _values(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def composition_error(error: Exception) -> SayoError:
+    """L70: an override, a file or an interpolation cannot be composed. The cause has the keys beside an unknown one."""
     cause = error.__cause__
     if not isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return SayoError(

@@ -15,20 +15,19 @@ from sayo_verl.data.prepared import no_prepared_folder
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.script_variables import BY_SCRIPT, refuse_unread
 
-CHOICE = re.compile(r"\+{0,2}(job|method|rl)=(.+)")
+CHOICE = re.compile(r"\+{0,2}(job|method|rl)=([\w.-]+)")  # Hydra judges lists and quoted names
 # Names of papers -> the method in this repository
 PAPERS = {"sayo": "region", "vgpo": "dual", "atrl": "anchor", "at-rl": "anchor", "faithful-mr1": "faithful"}
 _ACTOR, _ROLLOUT, _MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))
 _REWARD = "reward.custom_reward_function"
 # Variables that no script reads -> what to use instead. Names that systems set are not among them: NAME (WSL),
-# MODEL_NAME and MODEL_ID (model servers), DATA_DIR, OUTPUT_DIR, GPUS.
+# MODEL_NAME and MODEL_ID (model servers), REGION (clouds), DATA_DIR, OUTPUT_DIR, GPUS, NUM_GPUS, NUM_NODES.
 UNREAD = {
     "ADV_ESTIMATOR": "METHOD=NAME in front of the script, or algorithm.adv_estimator=",
     "RL": "+rl=",
     "TRAIN_FILE": "data.train_files=",
     "VAL_FILE": "data.val_files=",
     "POLICY": "MODEL_PATH=FOLDER in front of the script",
-    "REGION": "DATA=FOLDER in front of the script, made by `sayo prepare synthetic --region distractor`",
     "CACHE": "DATA= and MODEL_PATH= in front of the script, made by `sayo prepare synthetic` and `sayo prepare policy`",
     "REGION_WEIGHT": "algorithm.attn.region.weight=",
     "ENTROPY_FRACTION": "algorithm.attn.region.entropy_fraction=",
@@ -72,10 +71,19 @@ def refuse_names(arguments: Sequence[str], environment: Mapping[str, str]) -> No
         environment: variables of the process. OUT is the absolute folder of the run, which RESUME named.
 
     Raises:
-        SayoError: L30, L67; L44 and D56 for folders.
+        SayoError: L30, L67, L74; L44 and D56 for folders.
     """
+    if {"-m", "--multirun"} & set(arguments):
+        raise SayoError(
+            "L74",
+            "sweeps are not supported",
+            where="--multirun",
+            wanted="one run per process, with a folder of its own",
+            fix="call the launcher once for each setting, from a shell loop",
+        )
     if environment.get(BY_SCRIPT):
-        _check_variables(environment, dry_run="sayo.dry_run=True" in arguments)
+        dry_run = any(argument.lower().lstrip("+") == "sayo.dry_run=true" for argument in arguments)
+        _check_variables(environment, dry_run=dry_run)
     words = [
         word
         for argument in arguments
@@ -84,8 +92,16 @@ def refuse_names(arguments: Sequence[str], environment: Mapping[str, str]) -> No
     folder = dict(itertools.pairwise(words)).get("--config-dir")
     for argument in arguments:
         choice = CHOICE.fullmatch(argument)
-        if folder is None or choice is None:
+        if folder is None or choice is None or any("hydra.searchpath" in other for other in arguments):
             continue
+        if not Path(folder).is_dir():
+            raise SayoError(
+                "L30",
+                "the folder of configurations does not exist",
+                where="--config-dir",
+                got=folder,
+                fix="name the folder configs of the clone; a relative path starts at the current folder",
+            )
         kind, name = choice.groups()
         known = sorted(path.stem for path in (Path(folder) / kind).glob("*.yaml"))
         if name not in known:

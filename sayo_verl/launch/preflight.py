@@ -23,7 +23,7 @@ from sayo_verl.launch.model_check import HDFS, check_model, is_hub_name, load_co
 from sayo_verl.launch.resources import check_batch_sizes, check_paths, check_ray_cpus, describe_machines, shared_paths
 from sayo_verl.launch.resume import check_metrics, check_resume, describe_checkpoints, metrics_file
 from sayo_verl.launch.reward_check import check_reward
-from sayo_verl.launch.settings import check_used, settings_from_config
+from sayo_verl.launch.settings import settings_from_config, unused_settings
 from sayo_verl.launch.template_check import check_template, describe_focus
 from sayo_verl.launch.training_check import check_training, describe_objective
 from sayo_verl.methods import METHODS, Method, Mix, own_methods
@@ -61,9 +61,12 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
     reward = check_reward(config, method, dry_run=dry_run)
     of_model, model_type = _check_model(config, method, dry_run)
     memory = check_memory(config, method, dry_run=dry_run)
+    attn: Any = OmegaConf.to_container(config.algorithm.attn, resolve=True) if config.algorithm.get("attn") else {}
+    unused = unused_settings(str(config.algorithm.adv_estimator), attn)
     plan: Plan = [
         ("estimator", f"{config.algorithm.adv_estimator}" + ("" if method else " (verl's own code, untouched)")),
         ("method", _describe(method) if method else "-"),
+        *([("not used", ", ".join(unused))] if unused else []),
         *of_model,
         *(of_data := check_data(config, method, model_type, dry_run=dry_run)),
     ]
@@ -106,7 +109,7 @@ def check_estimator(config: DictConfig, given: Collection[str] = ()) -> Method |
 
     Raises:
         SayoError: L01 for an unknown name, with the nearest known one; what ``settings_from_config`` and
-            ``check_used`` raise.
+            ``unused_settings`` raise.
     """
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
@@ -124,7 +127,7 @@ def check_estimator(config: DictConfig, given: Collection[str] = ()) -> Method |
         )
     attn: Any = OmegaConf.to_container(config.algorithm.attn, resolve=True) if config.algorithm.get("attn") else {}
     method = settings_from_config(name, attn).method
-    check_used(name, attn, given)
+    unused_settings(name, attn, given)
     return method
 
 

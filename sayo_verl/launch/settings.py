@@ -180,31 +180,36 @@ def settings_from_config(adv_estimator: str, attn: Mapping[str, Any]) -> AttnSet
     return AttnSettings(methods.get(adv_estimator), floor)
 
 
-def check_used(adv_estimator: str, attn: Mapping[str, Any], given: Collection[str] = ()) -> None:
-    """Refuse settings of methods that the run does not use.
+def unused_settings(adv_estimator: str, attn: Mapping[str, Any], given: Collection[str] = ()) -> list[str]:
+    """Settings of methods that do not run. Files may set them: one file of a job serves several methods.
 
     Args:
         adv_estimator: value of ``algorithm.adv_estimator``.
         attn: ``algorithm.attn``, as ``settings_from_config`` accepts it. It holds the defaults of every method, so a
-            value counts as set if it differs from its default or if ``given`` names it.
+            setting counts if its value differs from its default.
         given: keys of the command line.
 
+    Returns:
+        ``node.key=value`` of those that a file sets.
+
     Raises:
-        SayoError: L71.
+        SayoError: L71 for one that the command line sets.
     """
     prefix = "algorithm.attn."
     used = {PREFIX + node for node in attn.get("mix") or ()} if adv_estimator == Mix.name else {adv_estimator}
+    of_files = []
     for name, cls in METHODS.items():
         if name in used:
             continue
         node = name.removeprefix(PREFIX)
+        for key in sorted(given):
+            if key.startswith(f"{prefix}{node}."):
+                raise _unused(key, adv_estimator, f"{name}, or {Mix.name} with {node} in algorithm.attn.mix")
         values, default = vars(_build(cls, attn.get(node, {}), prefix + node)), vars(_build(cls, {}, ""))
-        keys = [key for key in sorted(given) if key.startswith(f"{prefix}{node}.")]
-        keys += [f"{prefix}{node}.{key}" for key in values if values[key] != default[key]]
-        if keys:
-            raise _unused(keys[0], adv_estimator, f"{name}, or {Mix.name} with {node} in algorithm.attn.mix")
+        of_files += [f"{node}.{key}={value}" for key, value in values.items() if repr(value) != repr(default[key])]
     if adv_estimator not in (*METHODS, Mix.name) and f"{prefix}spread_floor" in given:
         raise _unused(f"{prefix}spread_floor", adv_estimator, f"one of {', '.join((*METHODS, Mix.name))}")
+    return of_files
 
 
 def _unused(where: str, adv_estimator: str, users: str) -> SayoError:

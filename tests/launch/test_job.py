@@ -18,9 +18,12 @@ from sayo_verl.data.building.build import BuildOptions, build
 from sayo_verl.data.rows import Example, ImageRef
 from sayo_verl.data.scenes import SceneConfig, prepare
 from sayo_verl.errors import SayoError
-from sayo_verl.launch.job import LOGGER_PATH, composition_error, keys_of, write_out
+from sayo_verl.launch.job import LOGGER_PATH, check_types, composition_error, keys_of, write_out
 
 REWARD = "reward.custom_reward_function.reward_kwargs"
+
+
+JOBS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "job").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -288,3 +291,24 @@ def test_what_hydra_cannot_compose_is_one_line(repo, override, says):
 def test_the_folder_of_a_run_named_twice_is_refused(pair):
     with pytest.raises(SayoError, match=r"L68: the folder of the run is named twice .* got a and b"):
         keys_of(pair)
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("data.max_response_length=long", "a number, such as 512"),
+        ("actor_rollout_ref.actor.optim.lr=abc", "a number, such as 1e-06"),
+        ("trainer.balance_batch=no", "true or false"),
+        ("sayo.dry_run=no", "true or false"),
+    ],
+)
+def test_text_in_place_of_a_number_or_a_switch_is_refused(repo, override, wanted):
+    key, _, value = override.partition("=")
+    with pytest.raises(SayoError, match=f"L73: a value of the wrong type | at {key} | got '{value}', wanted {wanted}"):
+        check_types(composed(repo, override), composed(repo))
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_values_of_every_job_have_the_types_of_verls_defaults(repo, job):
+    for method in ("region", "dual", "grpo"):
+        check_types(composed(repo, f"+job={job}", f"+method={method}"), composed(repo))

@@ -16,7 +16,7 @@ import sayo_verl.launch.settings
 import sayo_verl.models.families
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.preflight import check_estimator, preflight
-from sayo_verl.launch.settings import check_used, load_methods, method_from_config, settings_from_config
+from sayo_verl.launch.settings import load_methods, method_from_config, settings_from_config, unused_settings
 from sayo_verl.methods import METHODS, DualConfig, Mix, RegionMethod, register_method
 from sayo_verl.methods.group import SPREAD_FLOOR
 
@@ -222,11 +222,10 @@ def test_a_mix_of_one_is_that_method():
 
 
 UNUSED = [
-    ("attn_dual", {"region": {"weight": 0.5}}, (), "region.weight"),
-    ("grpo", {"region": {"weight": 0.5}}, (), "region.weight"),
+    ("grpo", {}, ("algorithm.attn.region.weight",), "region.weight"),
     ("attn_dual", {}, ("algorithm.attn.region.weight",), "region.weight"),
     ("rloo", {}, ("algorithm.attn.spread_floor",), "spread_floor"),
-    ("attn_mix", {"mix": ["region", "dual"], "anchor": {"neighbours": 3}}, (), "anchor.neighbours"),
+    ("attn_mix", {"mix": ["region", "dual"]}, ("algorithm.attn.anchor.neighbours",), "anchor.neighbours"),
 ]
 
 
@@ -235,14 +234,23 @@ def test_a_setting_of_a_method_that_does_not_run_is_refused(estimator, attn, giv
     with pytest.raises(
         SayoError, match=rf"^SAYO-L71: .* at algorithm.attn.{key} .* got .*={estimator}, wanted .*attn_"
     ):
-        check_used(estimator, attn, given)
+        unused_settings(estimator, attn, given)
 
 
 def test_settings_of_the_methods_that_run_are_used():
-    check_used("attn_region", {"region": {"weight": 0.5}}, ("algorithm.attn.region.weight", "algorithm.attn.mix"))
-    check_used("attn_mix", {"mix": ["region", "dual"], "dual": {"beta": 0.1}}, ("algorithm.attn.region.weight",))
-    check_used("attn_dual", {"region": {"weight": 1}}, ("algorithm.attn.spread_floor", "data.seed"))  # its default
-    check_used("grpo", {})
+    given = ("algorithm.attn.region.weight", "algorithm.attn.mix")
+    assert unused_settings("attn_region", {"region": {"weight": 0.5}}, given) == []
+    mixed = {"mix": ["region", "dual"], "dual": {"beta": 0.1}}
+    assert unused_settings("attn_mix", mixed, ("algorithm.attn.region.weight",)) == []
+    default = {"region": {"weight": 1}}
+    assert unused_settings("attn_dual", default, ("algorithm.attn.spread_floor", "data.seed")) == []
+    assert unused_settings("grpo", {}) == []
+
+
+def test_a_file_of_settings_may_serve_other_methods_and_the_plan_lists_what_is_not_used(make):
+    assert unused_settings("grpo", {"region": {"layers": [1], "weight": 1.0}}) == ["region.layers=(1,)"]
+    plan = dict(preflight(make(**{"algorithm.adv_estimator": "grpo", "algorithm.attn.region.weight": 0.5})))
+    assert plan["not used"] == "region.weight=0.5"
 
 
 def test_the_launcher_passes_on_the_keys_of_the_command_line(make):

@@ -43,6 +43,23 @@ def test_what_replaces_a_variable_is_a_key_of_the_jobs(repo):
         refuse_names([], {"LR": "1e-6", BY_SCRIPT: "RESUME=..."})
 
 
+def test_a_folder_of_configurations_that_does_not_exist_is_not_taken_for_a_wrong_name():
+    with pytest.raises(SayoError, match=r"L30: the folder of configurations does not exist .* got /nothere"):
+        refuse_names(["--config-dir", "/nothere", "+job=tiny"], {})
+
+
+@pytest.mark.parametrize("argument", ["+method='region'", "+rl=[dapo]", "+method=region,grpo"])
+def test_hydra_judges_what_is_no_plain_name(repo, argument):
+    refuse_names(["--config-dir", str(repo / "configs"), argument], {})
+    refuse_names(["--config-dir", str(repo / "configs"), "+rl=mine", "hydra.searchpath=[file:///my]"], {})
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_sweeps_are_refused(flag):
+    with pytest.raises(SayoError, match="L74: sweeps are not supported"):
+        refuse_names([flag, "data.seed=1,2"], {})
+
+
 def script(**variables):
     """The environment of a launch script."""
     return {BY_SCRIPT: "RESUME=...", **{name: str(value) for name, value in variables.items()}}
@@ -56,6 +73,7 @@ def test_a_folder_that_does_not_exist_is_refused_as_the_launcher_does(tmp_path):
         split_files(absent)
     assert str(early.value) == str(late.value)
     refuse_names(["sayo.dry_run=True"], script(DATA=absent))  # the plan says NOT THERE YET
+    refuse_names(["+sayo.dry_run=true"], script(DATA=absent))
     with pytest.raises(SayoError, match=f"L44: there is no checkpoint to resume .* at {absent}/checkpoints"):
         refuse_names(["sayo.dry_run=True"], script(RESUME="absent", OUT=absent))
     refuse_names([], script(RESUME=tmp_path, OUT=tmp_path, DATA=tmp_path))
@@ -71,4 +89,4 @@ def test_names_are_checked_by_a_python_without_packages(repo):
 
 
 def test_variables_that_systems_set_are_not_refused():
-    refuse_names([], script(NAME="host", MODEL_NAME="m", DATA_DIR="/d", OUTPUT_DIR="/o", GPUS="8"))
+    refuse_names([], script(NAME="host", MODEL_NAME="m", DATA_DIR="/d", OUTPUT_DIR="/o", GPUS="8", REGION="eu"))

@@ -255,6 +255,14 @@ def test_the_plan_of_the_anchoring_stage_needs_no_gpu(repo, environment, tmp_pat
     assert "fix: use train.lora_rank=0 after the script" in done.stderr
 
 
+@pytest.mark.parametrize("data", ["~/a b", "/tmp/it's", '/tmp/a"b\\', "/tmp/[1],{2}", "/tmp/\u00e9"])
+def test_a_path_in_a_variable_reaches_the_launcher_as_it_is(repo, environment, data):
+    done = plan(repo, "run_sayo_qwen3vl_8b.sh", environment, DATA=data, OUT="~/new run")
+    assert done.returncode == 0, done.stderr
+    assert f"{os.path.expanduser(data)}/train-*.parquet - NOT THERE YET" in done.stdout
+    assert f"{os.path.expanduser('~')}/new run/checkpoints" in done.stdout
+
+
 def test_each_script_has_a_method_of_its_own(faked):
     copy, env = faked
     (Path(env["OUT"])).mkdir()
@@ -287,6 +295,7 @@ SETTINGS = [
     ("run_tiny.sh", {"METHOD": "grpo", "MODEL_PATH": "a b"}),
     ("run_vgpo_qwen2_5vl_7b.sh", {"METHOD": "dual_released", "NGPUS_PER_NODE": "4"}),
     ("run.sh", {"JOB": "qwen2_5vl_7b", "METHOD": "anchor"}),
+    ("anchor.sh", {"JOB": "tiny", "DATA": "d"}),
 ]
 
 
@@ -311,10 +320,34 @@ def test_the_printed_command_resumes_the_same_job_from_any_folder(faked, tmp_pat
     again = subprocess.run(["bash", "-c", command], env=clean, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     before, after = (
-        next(line for line in done.stdout.splitlines() if "main_ppo" in line).split() for done in (first, again)
+        next(line for line in done.stdout.splitlines() if "-m sayo_verl" in line).split() for done in (first, again)
     )
     changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
-    assert changed == [(f"sayo.out={tmp_path}/out", f"sayo.resume={tmp_path}/out")]
+    key = "" if script == "anchor.sh" else "sayo."
+    assert changed == [(f"{key}out={tmp_path}/out", f"{key}resume={tmp_path}/out")]
+
+
+@pytest.mark.parametrize("script", ["run_sayo_qwen3vl_8b.sh", "run_tiny.sh"])
+@pytest.mark.parametrize(
+    ("variables", "code"),
+    [
+        ({"METHOD": "daul"}, "L30: there is no method of this name (did you mean 'dual'?)"),
+        ({"STEPS": "3"}, "L67: the scripts do not read this variable | at STEPS"),
+        ({"RESUME": "/nothere", "OUT": ""}, "L44: there is no checkpoint to resume | at /nothere/checkpoints"),
+        ({"DATA": "/nothere"}, "D56: there is no prepared folder | at /nothere"),
+    ],
+)
+def test_a_mistake_in_a_variable_is_refused_before_an_environment_is_built(repo, faked, script, variables, code):
+    copy, env = faked
+    shutil.copytree(repo / "sayo_verl", copy / "sayo_verl", ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "scripts" / "setup_env.sh").write_text("echo BUILT >&2\n")
+    python = Path(env["PATH"].partition(":")[0]) / "python3"  # has neither verl nor sayo-verl installed
+    python.write_text(f'#!/bin/sh\ncase "$2" in *find_spec*) exit 1 ;; esac\nexec {sys.executable} "$@"\n')
+    done = launch(copy, script, env, **variables)
+    assert f"SAYO-{code}" in done.stderr
+    assert done.returncode == 1
+    assert "BUILT" not in done.stderr
+    assert "BUILT" in launch(copy, script, env).stderr
 
 
 @pytest.mark.parametrize("status", ["0", "3"])
