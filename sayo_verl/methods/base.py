@@ -103,12 +103,12 @@ def check_setting(node: str, settings: Any, rules: Mapping[str, tuple[bool, str]
     """
     for key, (right, wanted) in rules.items():
         if not right:
-            where = f"algorithm.attn.{node}.{key}"
+            where, value = f"algorithm.attn.{node}.{key}", getattr(settings, key)
             raise SayoError(
                 "A05",
-                f"{key} is out of range",
+                f"{key} is not one of the choices" if isinstance(value, str) else f"{key} is out of range",
                 where=where,
-                got=getattr(settings, key),
+                got=value,
                 wanted=wanted,
                 fix=f"set {where} to {wanted}",
             )
