@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import textwrap
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config")
 Run = Callable[[argparse.Namespace], int]
@@ -38,8 +38,7 @@ class Command(argparse.ArgumentParser):
         hidden = [a for a in self._actions if not (a.required or self.shown & set(a.option_strings))]
         before = [action.help for action in hidden], [group.description for group in self._action_groups]
         described, self.description = self.description, _first_paragraph(self.description or "")
-        required = [f"{a.option_strings[0]} {a.metavar or a.dest.upper()}" for a in self._actions if a.required]
-        self.usage = textwrap.fill(" ".join([self.prog, *required, "[OPTION ...]"]), 72, subsequent_indent=" " * 11)
+        self.usage = self._short_usage()
         for action in hidden:
             action.help = argparse.SUPPRESS
         for group in self._action_groups:
@@ -52,6 +51,27 @@ class Command(argparse.ArgumentParser):
                 action.help = text
             for group, text in zip(self._action_groups, before[1], strict=True):
                 group.description = text
+
+    def format_usage(self) -> str:
+        """The short usage of a command that leaves options to ``--help-all``; argparse prints it with an error."""
+        return super().format_usage() if self.shown is None else f"usage: {self._short_usage()}\n"
+
+    def _short_usage(self) -> str:
+        required = [f"{a.option_strings[0]} {a.metavar or a.dest.upper()}" for a in self._actions if a.required]
+        return textwrap.fill(" ".join([self.prog, *required, "[OPTION ...]"]), 72, subsequent_indent=" " * 11)
+
+    def error(self, message: str) -> NoReturn:
+        """End with the usage and the message, and the help of each option that is missing.
+
+        Raises:
+            SystemExit: 2.
+        """
+        what, _, names = message.partition(": ")
+        if what == "the following arguments are required":
+            for action in self._actions:
+                if action.option_strings and "/".join(action.option_strings) in names.split(", "):
+                    message += f"\n  {action.option_strings[0]}: {action.help}"
+        super().error(message)
 
     def parse_known_args(self, args=None, namespace=None):
         if self.add_flags:

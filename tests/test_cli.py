@@ -64,6 +64,17 @@ def test_a_command_that_does_not_exist_is_refused_with_the_choices(capsys):
     assert "'gqa'" in capsys.readouterr().err
 
 
+def test_a_missing_option_is_explained_below_a_short_usage(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["prepare", "jsonl", "--file", "x", "--out", "y"])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) <= 5
+    assert lines[0].startswith("usage: sayo prepare jsonl --file FILE --box-format FORMAT --out OUT")
+    assert lines[-2] == "sayo prepare jsonl: error: the following arguments are required: --box-format"
+    assert "xyxy, xywh, xyxy_unit" in lines[-1]
+
+
 @pytest.mark.parametrize("door", [["-m", "sayo_verl.focus"], ["-m", "sayo_verl.cli", "focus"]], ids=["module", "sayo"])
 def test_sayo_focus_and_the_module_for_torchrun_are_one_command_line(door):
     done = subprocess.run([sys.executable, *door, *FOCUS, "--check"], capture_output=True, text=True, check=False)

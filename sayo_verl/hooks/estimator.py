@@ -6,9 +6,7 @@ estimators, so this module imports little.
 """
 
 import dataclasses
-import math
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ import torch
 
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import METHODS, Credit, Method, Mix, Signals, advantages
+from sayo_verl.methods.base import finite_metrics
 from sayo_verl.methods.group import group_rows
 
 
@@ -129,25 +128,6 @@ def make_estimator(name: str):
 
     estimator.__name__ = estimator.__qualname__ = name
     return estimator
-
-
-def finite_metrics(metrics: Mapping[str, float], name: str) -> dict[str, float]:
-    """Check a method's metrics and return them unchanged.
-
-    Raises:
-        SayoError: A03 for a metric that is not finite.
-    """
-    for key, value in metrics.items():
-        if not math.isfinite(value):
-            raise SayoError(
-                "A03",
-                f"the metric {key} is not finite",
-                where=name,
-                got=value,
-                wanted="a finite number",
-                fix="leave a metric out when it has no values to average",
-            )
-    return dict(metrics)
 
 
 def register_estimators() -> None:

@@ -24,6 +24,7 @@ from sayo_verl.hooks.estimator import CURRENT, AdvantageContext, timed_credit
 from sayo_verl.launch.settings import settings_from_config
 from sayo_verl.methods import Credit, Signals
 from sayo_verl.probe.statistics import INTERVENTION_KEY, REQUEST_KEY
+from sayo_verl.probe.taps import describe_layers
 
 
 class PendingCredit(NamedTuple):
@@ -109,8 +110,7 @@ class AttentionTrainerMixin:
         first = reports[0]
         probed = "no probed layer"
         if first["layers"]:
-            numbers = ", ".join(map(str, first["layers"]))
-            probed = f"probing layer {numbers} of {first['n_layers']} by the {first['path']} path"
+            probed = f"probing {describe_layers(first['layers'], first['n_layers'])}, by the {first['path']} path"
         if first["path_difference"]:
             probed += f" (differs from the reference by {first['path_difference']:.0e})"
         print(

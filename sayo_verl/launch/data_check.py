@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.progress import Progress
 
 from sayo_verl.data.check import Counted, check_boxes_of_run, check_joined, check_leakage, check_parquet, open_rows
 from sayo_verl.data.contract import Demands, Keys
 from sayo_verl.errors import SayoError
-from sayo_verl.launch.prompt_check import check_batch, check_prompts
+from sayo_verl.launch.prompt_check import check_batch, check_prompts, progress_bar
 from sayo_verl.launch.reward_check import is_ours, own_settings
 from sayo_verl.methods import Method
 
@@ -155,7 +153,7 @@ def keep_of(config: DictConfig) -> int:
 
 def _with_progress(config: DictConfig, path: Path, demands: Demands, n_files: int) -> Counted:
     n_rows = open_rows(path, demands).metadata.num_rows
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with progress_bar() as progress:
         task = progress.add_task(f"checking {path.name}", total=n_rows)
         return check_parquet(
             path,

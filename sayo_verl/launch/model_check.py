@@ -167,7 +167,7 @@ def check_model(config: DictConfig, method: Method, folder: Path, model: Pretrai
         SayoError: L18 for an unknown family, L23 for another family's processor, L09, L25 and L27 for modes that
             verl cannot run it in, P03 for layers that do not exist, P11 for layers without full attention.
     """
-    from sayo_verl.probe.taps import resolve_layers
+    from sayo_verl.probe.taps import describe_layers, resolve_layers
 
     family = family_of(model.model_type, where=WHERE)
     _check_modes(config, family, method)
@@ -189,7 +189,7 @@ def check_model(config: DictConfig, method: Method, folder: Path, model: Pretrai
             wanted="layers of type full_attention",
             fix="name such layers",
         )
-    probed = f"layer {', '.join(map(str, layers))} of {n_layers}" if layers else "the last hidden state"
+    probed = describe_layers(layers, n_layers) if layers else "the last hidden state"
     return f"{family.model_type}, probing {probed}"
 
 

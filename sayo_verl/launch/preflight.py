@@ -5,7 +5,6 @@ of that plan instead of an error, so that a job can be looked at on any machine.
 """
 
 import dataclasses
-import importlib.util
 import shutil
 import sys
 import textwrap
@@ -19,6 +18,7 @@ from sayo_verl.errors import Rule, SayoError, did_you_mean, raise_first
 from sayo_verl.launch.attention_check import ATTENTION, attention_of, check_attention
 from sayo_verl.launch.data_check import check_data
 from sayo_verl.launch.memory_check import check_memory
+from sayo_verl.launch.method_check import check_method
 from sayo_verl.launch.model_check import HDFS, check_model, is_hub_name, load_config, model_folder, sequence_parallel
 from sayo_verl.launch.resources import check_batch_sizes, check_paths, check_ray_cpus, describe_machines, shared_paths
 from sayo_verl.launch.resume import check_metrics, check_resume, describe_checkpoints, metrics_file
@@ -48,10 +48,11 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
         SayoError: for the first mistake found.
     """
     method = check_estimator(config, given)
+    if method is not None:
+        check_method(method)
     check_training(config, method)
     if method is not None:
         check_settings(config, method)
-        check_packages(method)
         dataclasses.replace(method.needs().statistics, path=str(config.sayo.probe_path))  # P14
     check_batch_sizes(config)
     cpus = check_ray_cpus(config, dry_run=dry_run)
@@ -238,23 +239,6 @@ def check_settings(config: DictConfig, method: Method) -> None:
         ranks=sequence_parallel(config),
         flash="flash_attention" in attention,
     )
-
-
-def check_packages(method: Method) -> None:
-    """Refuse a run whose method needs a package that is not installed.
-
-    Raises:
-        SayoError: L28 with the line that installs it.
-    """
-    for module, line in method.needs().packages:
-        if importlib.util.find_spec(module) is None:
-            raise SayoError(
-                "L28",
-                f"{method.name} needs {module}, which is not installed",
-                where="algorithm.adv_estimator",
-                got=f"no module {module}",
-                fix=line,
-            )
 
 
 def _describe(method: Method) -> str:

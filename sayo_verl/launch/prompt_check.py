@@ -95,13 +95,19 @@ def check_prompts(config: DictConfig, demands: Demands, model_type: str | None, 
     return "; ".join(lines)
 
 
+def progress_bar() -> Progress:
+    """A bar that vanishes when it is done. In a log, where rich would leave an empty line instead, there is none."""
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_interactive)
+
+
 def _check_split(config: DictConfig, demands: Demands, model: Model, split: str, counted: Counted) -> str:
     spread = {kept[1:3]: kept for kept in counted.spread}
     sample = spread | {kept[1:3]: kept for kept in (*counted.largest, *counted.longest)}
     limit = int(OmegaConf.select(config, "actor_rollout_ref.rollout.prompt_length") or config.data.max_prompt_length)
     lengths: dict[str, int] = {}
     texts, dropped = [], set()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with progress_bar() as progress:
         task = progress.add_task(f"{split} rows through the processor", total=len(sample))
         for key, kept in sample.items():
             progress.advance(task)

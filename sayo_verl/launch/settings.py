@@ -21,6 +21,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.launch.method_check import own_code
 from sayo_verl.methods import METHODS, PREFIX, RESERVED, Method, Mix
 from sayo_verl.methods.group import SPREAD_FLOOR
 
@@ -121,8 +122,9 @@ def settings_from_config(adv_estimator: str, attn: Mapping[str, Any]) -> AttnSet
             has its default.
 
     Raises:
-        SayoError: L02 for an unknown node or key, L03 for a value of the wrong type, A05 for one out of range, A12 for
-            an invalid mix or one without effect. The settings of every method are checked, whichever runs.
+        SayoError: L02 for an unknown node or key, L03 for a value of the wrong type, A05 for a value that a setting
+            cannot have, A12 for an invalid mix or one without effect, L72 for an exception in a user's own method. The
+            settings of every method are checked, whichever runs.
     """
     nodes = [name.removeprefix(PREFIX) for name in METHODS]
     for node in attn:
@@ -176,7 +178,9 @@ def settings_from_config(adv_estimator: str, attn: Mapping[str, Any]) -> AttnSet
                     wanted=", ".join(nodes),
                     fix="name the methods without attn_",
                 )
-        return AttnSettings(Mix(tuple(methods[PREFIX + node] for node in mix)), floor)
+        parts = tuple(methods[PREFIX + node] for node in mix)
+        with own_code([type(part) for part in parts], "in needs() or gives"):
+            return AttnSettings(Mix(parts), floor)
     return AttnSettings(methods.get(adv_estimator), floor)
 
 
@@ -245,7 +249,8 @@ def _build(cls: Any, values: Any, where: str) -> Any:
                 wanted=", ".join(known),
                 fix="remove it or correct its name",
             )
-    return cls(**{key: _coerce(value, known[key], f"{where}.{key}") for key, value in values.items()})
+    with own_code([cls], "when it gets its settings"):
+        return cls(**{key: _coerce(value, known[key], f"{where}.{key}") for key, value in values.items()})
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:

@@ -7,6 +7,7 @@ credit of any method, so methods compose by listing them (``sayo_verl.methods.mi
 Shape suffixes: B rows (one response each), T response tokens (padded on the right).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -90,7 +91,7 @@ class Method(Protocol):
 
 
 def check_setting(node: str, settings: Any, rules: Mapping[str, tuple[bool, str]]) -> None:
-    """Refuse settings out of range; for a method's ``__post_init__``.
+    """Refuse values that a setting cannot have; for a method's ``__post_init__``.
 
     Args:
         node: below ``algorithm.attn``.
@@ -102,12 +103,12 @@ def check_setting(node: str, settings: Any, rules: Mapping[str, tuple[bool, str]
     """
     for key, (right, wanted) in rules.items():
         if not right:
-            where = f"algorithm.attn.{node}.{key}"
+            where, value = f"algorithm.attn.{node}.{key}", getattr(settings, key)
             raise SayoError(
                 "A05",
-                f"{key} is out of range",
+                f"{key} is not one of the choices" if isinstance(value, str) else f"{key} is out of range",
                 where=where,
-                got=getattr(settings, key),
+                got=value,
                 wanted=wanted,
                 fix=f"set {where} to {wanted}",
             )
@@ -116,6 +117,25 @@ def check_setting(node: str, settings: Any, rules: Mapping[str, tuple[bool, str]
 def distinct_layers(layers: tuple[int, ...]) -> tuple[bool, str]:
     """The rule for a setting that names decoder layers."""
     return len(layers) > 0 and len(set(layers)) == len(layers), "distinct layer numbers"
+
+
+def finite_metrics(metrics: Mapping[str, float], name: str) -> dict[str, float]:
+    """Check a method's metrics and return them unchanged.
+
+    Raises:
+        SayoError: A03 for a metric that is not finite.
+    """
+    for key, value in metrics.items():
+        if not math.isfinite(value):
+            raise SayoError(
+                "A03",
+                f"the metric {key} is not finite",
+                where=name,
+                got=value,
+                wanted="a finite number",
+                fix="leave a metric out when it has no values to average",
+            )
+    return dict(metrics)
 
 
 def masked_mean(per_token: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:

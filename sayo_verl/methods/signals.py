@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sayo_verl.errors import SayoError
-from sayo_verl.probe.statistics import Statistic, StatisticsRequest, union
+from sayo_verl.probe.statistics import CATALOGUE, Statistic, StatisticsRequest, union
 from sayo_verl.vision.intervention import Intervention
 
 RENAMED = {"the": "required", "carrying": "eligible_rows"}  # methods of ``Signals``: earlier name -> name
@@ -97,8 +97,10 @@ class Signals:
         """A statistic's values.
 
         Raises:
-            SayoError: A10 when it was not measured.
+            SayoError: A10 when it was not measured, or for a name instead of a ``Statistic``.
         """
+        if not isinstance(statistic, Statistic):
+            raise _no_signal(f"signals[{statistic!r}]")
         if statistic not in self.statistics:
             raise SayoError(
                 "A10",
@@ -113,9 +115,12 @@ class Signals:
         """``counterfactual_log_probs`` or ``correct``, which are measured only if ``needs()`` names them.
 
         Raises:
-            SayoError: A10 if it was not measured.
+            SayoError: A10 if it was not measured, or for another name.
         """
-        value = {"counterfactual_log_probs": self.counterfactual_log_probs, "correct": self.correct}[name]
+        optional = {"counterfactual_log_probs": self.counterfactual_log_probs, "correct": self.correct}
+        if name not in optional:
+            raise _no_signal(f"signals.required({name!r})")
+        value = optional[name]
         if value is None:
             raise SayoError(
                 "A10",
@@ -128,10 +133,10 @@ class Signals:
     if not TYPE_CHECKING:  # a type checker still finds a misspelt name
 
         def __getattr__(self, name: str) -> Any:
-            """Say the new name of a renamed method.
+            """Say the new name of a renamed method, and how a statistic is read.
 
             Raises:
-                SayoError: A19.
+                SayoError: A19, A10.
             """
             if name in RENAMED:
                 raise SayoError(
@@ -141,6 +146,8 @@ class Signals:
                     wanted=f"signals.{RENAMED[name]}",
                     fix="rename it in your method's file",
                 )
+            if name in CATALOGUE:
+                raise _no_signal(f"signals.{name}")
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def neutral_reasons(self, *, boxes: bool = True) -> dict[str, torch.Tensor]:
@@ -200,6 +207,17 @@ class Signals:
             _check_range("correct", self.correct[~self.is_padding], 0.0, 1.0)
         for statistic, values in self.statistics.items():
             _check_range(statistic.key, values[on_image], statistic.spec.low, statistic.spec.high)
+
+
+def _no_signal(where: str) -> SayoError:
+    return SayoError(
+        "A10",
+        "there is no such signal",
+        where=where,
+        wanted='signals[Statistic(...)] for a statistic, signals.required("counterfactual_log_probs" or "correct"), '
+        "or signals.entropy and the other attributes",
+        fix='read a statistic with the object that needs() names, such as signals[Statistic("image_mass")]',
+    )
 
 
 def _check_range(name: str, values: torch.Tensor, low: float, high: float) -> None:

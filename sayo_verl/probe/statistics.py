@@ -207,6 +207,9 @@ class StatisticsRequest:
         coverage: share of a visual token's cell that a box must cover, see ``sayo_verl.vision.masks``.
         path: ``"fast"`` (Triton), ``"reference"`` (plain torch) or ``"auto"`` (fast on a GPU, reference elsewhere).
             ``"fast_lse"`` is the fast path with FlashAttention's log-sum-exp instead of its own.
+
+    Raises:
+        SayoError: P12 for an entry that is not a ``Statistic``, P14 for an unknown path.
     """
 
     statistics: tuple[Statistic, ...]
@@ -214,6 +217,16 @@ class StatisticsRequest:
     path: str = "auto"
 
     def __post_init__(self) -> None:
+        listed = isinstance(self.statistics, tuple | list)
+        if not listed or not all(isinstance(statistic, Statistic) for statistic in self.statistics):
+            raise SayoError(
+                "P12",
+                "a request is a tuple of Statistic",
+                where="StatisticsRequest",
+                got=repr(self.statistics),
+                wanted='such as StatisticsRequest((Statistic("image_mass", layers=(-1,)),))',
+                fix="write Statistic(...) around each name, with its layers, and a comma after the last",
+            )
         if self.path not in PATHS:
             raise SayoError(
                 "P14",

@@ -110,6 +110,13 @@ def resolve_layers(layers: Sequence[int], n_layers: int, *, where: str) -> tuple
     return resolved
 
 
+def describe_layers(layers: Sequence[int], n_layers: int) -> str:
+    """Name layers, numbered from 0, for a reader who may count from 1."""
+    if list(layers) == [n_layers - 1]:
+        return f"layer index {layers[0]}, the last of {n_layers}"
+    return f"layer index {', '.join(map(str, layers))} of {n_layers} layers, counted from 0"
+
+
 def check_full_attention(layers: Sequence[int], attention: Mapping[int, nn.Module], *, where: str) -> None:
     """Refuse layers in which a token does not attend to all tokens before it.
 

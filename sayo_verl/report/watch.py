@@ -159,11 +159,13 @@ class _Display:
     def conclude(self, code: int, *, stopped: bool, log_offset: int) -> None:
         """Print the result: done, stopped, or the cause of the failure and the path of the log."""
         progress = self._progress
-        reached = f"step {progress.of_total(progress.step)}" if progress.step else f"before step 1 ({progress.phase})"
+        at_step = f"step {progress.of_total(progress.step)}"
+        reached = at_step if progress.step else f"before step 1 ({progress.phase})"
         if code == 0 and progress.step >= (progress.total or 1):
             self._say(f"done: {reached}", "green")
         elif code == 0:
-            self.warn(f"the run ended early at {reached}, with exit code 0; log: {progress.log}")
+            ended = f"early, at {at_step}" if progress.step else reached
+            self.warn(f"the run ended {ended}, with exit code 0; log: {progress.log}")
         elif stopped:
             self._say(f"stopped: {reached}, exit code {code}; log: {progress.log}", "yellow")
         else:

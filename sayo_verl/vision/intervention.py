@@ -57,13 +57,14 @@ class Intervention:
             Rule(
                 "A05",
                 not valid,
-                f"{key} is out of range",
+                f"{key} is not one of the choices" if isinstance(value, str) else f"{key} is out of range",
                 where=f"the counterfactual image's {key}",
-                got=getattr(self, key),
+                got=value,
                 wanted=wanted,
                 fix=f"set it to {wanted}",
             )
             for key, (valid, wanted) in self.rules().items()
+            for value in (getattr(self, key),)
         )
 
     def rules(self) -> dict[str, tuple[bool, str]]:

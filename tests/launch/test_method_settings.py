@@ -73,7 +73,7 @@ def test_a_method_of_ones_own_is_composed_and_overridden_without_a_plus(repo):
 def test_settings_reach_the_method(make):
     config = make(**{"algorithm.attn.region": {"weight": 2, "layers": [-1, 0], "coverage": 1, "entropy_fraction": 1}})
     assert check_estimator(config) == RegionMethod(weight=2.0, layers=(-1, 0), coverage=1.0, entropy_fraction=1.0)
-    assert "probing layer 3, 0 of 4" in dict(preflight(config))["model"]
+    assert "probing layer index 3, 0 of 4 layers, counted from 0" in dict(preflight(config))["model"]
 
 
 @pytest.mark.parametrize("name", ["attn_regoin", "atn_region", "attention_region", "attn-region"])

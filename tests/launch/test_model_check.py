@@ -72,7 +72,7 @@ def test_a_path_is_not_taken_for_a_name_of_the_hub(path):
 
 def test_the_family_and_layers_of_a_hub_name_are_checked(of_hub, hub):
     folder = hub(model_type="qwen3_vl", text_config={"num_hidden_layers": 4})
-    assert "qwen3_vl, probing layer 3 of 4" in dict(preflight(of_hub()))["model"]
+    assert "qwen3_vl, probing layer index 3, the last of 4" in dict(preflight(of_hub()))["model"]
     refused(of_hub(**{"algorithm.attn.region.layers": [4]}), "P03")
     (folder / "preprocessor_config.json").write_text(json.dumps({"processor_class": "LlavaProcessor"}))
     refused(of_hub(), "L23")
@@ -138,7 +138,7 @@ def test_a_name_that_the_hub_does_not_know(of_hub, hub_says, dry_run):
 def test_a_folder_of_the_owners_name_does_not_hide_the_hub(of_hub, hub, tmp_path):
     hub(model_type="qwen3_vl", text_config={"num_hidden_layers": 4})
     (tmp_path / "Qwen").mkdir()  # as `hf download Qwen/another --local-dir Qwen/another` leaves it
-    assert "probing layer 3 of 4" in dict(preflight(of_hub()))["model"]
+    assert "probing layer index 3, the last of 4" in dict(preflight(of_hub()))["model"]
     write_model(tmp_path / NAME, model_type="qwen3_vl", text_config={"num_hidden_layers": 5})
     assert "of 5" in dict(preflight(of_hub()))["model"]
 

@@ -48,7 +48,7 @@ def test_a_family_that_verl_does_not_split_over_devices_is_refused_with_ulysses(
     )
     flash = {"actor_rollout_ref.model.override_config.attn_implementation": "flash_attention_2"}
     values = {"actor_rollout_ref.model.path": str(model), **flash}
-    assert "internvl, probing layer 3 of 4" in dict(preflight(make(**values), dry_run=True))["model"]
+    assert "internvl, probing layer index 3, the last of 4" in dict(preflight(make(**values), dry_run=True))["model"]
     error = refused(make(**values, **{"actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2}), "L09")
     assert error.got == "2, internvl"
     split = {"actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2}
@@ -86,14 +86,14 @@ def test_a_sliding_window_layer_is_refused(make, tmp_path):
     error = refused(make(**values), "P11")
     assert "3: 'sliding_attention'" in str(error)
     values["algorithm.attn.region.layers"] = [0, 1]
-    assert "probing layer 0, 1 of 4" in dict(preflight(make(**values)))["model"]
+    assert "probing layer index 0, 1 of 4 layers" in dict(preflight(make(**values)))["model"]
 
 
 def test_the_released_qwen2_5_vl_configuration_has_no_text_config(make, tmp_path):
     model = write_model(tmp_path / "flat", model_type="qwen2_5_vl", num_hidden_layers=28, use_sliding_window=False)
     values = {"actor_rollout_ref.model.path": str(model), "actor_rollout_ref.model.use_remove_padding": False}
     plan = dict(preflight(make(**values)))
-    assert "probing layer 27 of 28" in plan["model"]
+    assert "probing layer index 27, the last of 28" in plan["model"]
 
 
 @pytest.mark.parametrize("layers", [[4], [-5], [-1, 3]], ids=str)

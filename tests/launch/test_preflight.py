@@ -16,7 +16,7 @@ def test_the_default_configuration_of_a_run_passes(make):
     settings = vars(RegionMethod())
     assert list(settings)[:3] == ["weight", "entropy_fraction", "layers"]
     assert plan["method"].startswith("attn_region: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
-    assert "qwen3_vl, probing layer 3 of 4" in plan["model"]
+    assert "qwen3_vl, probing layer index 3, the last of 4" in plan["model"]
     assert "train.parquet: 16 rows, 16 with boxes, 16 images decoded" in plan["train data"]
     assert "val.parquet: 16 rows, 16 with boxes" in plan["val data"]
     assert plan["reward"].startswith("pkg://sayo_verl.reward")

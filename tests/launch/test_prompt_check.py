@@ -60,9 +60,10 @@ SMALL, LARGE = (64, 64), (640, 640)  # 4 and 64 visual tokens of the tiny policy
 
 
 @pytest.mark.parametrize("estimator", ["attn_region", "grpo"])
-def test_the_plan_gives_the_lengths_of_prompts_that_fit(through, estimator):
+def test_the_plan_gives_the_lengths_of_prompts_that_fit(through, estimator, capfd):
     plan = dict(preflight(through(*[SMALL] * 20, **{"algorithm.adv_estimator": estimator})))
     assert re.match(r"train: [4-8] rows tried, up to \d+ tokens of \d+; val: ", plan["prompts"])
+    assert "" not in capfd.readouterr().err.splitlines(), "an error would follow empty lines"
 
 
 @pytest.mark.parametrize("estimator", ["attn_region", "grpo"])

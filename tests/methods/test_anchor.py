@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.invented_signals import invent, take
+from support.taken_rows import take
 
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import AnchorMethod
 from sayo_verl.methods.anchor import cluster_weights, connectivity, edges
+from sayo_verl.methods.random_signals import random_signals
 from sayo_verl.metis import MAX_TOKENS, adjacency
 from sayo_verl.probe.neighbours import top_neighbours
 from sayo_verl.probe.statistics import Statistic
@@ -127,7 +128,7 @@ def planted(n_image=10, n_text=30, V=16):
         "neighbour_index": index.float(),
         "neighbour_similarity": similarity,
     }
-    signals = invent(method.needs(), 0, 1, T)
+    signals = random_signals(method.needs(), 0, 1, T)
     return (
         method,
         looks,
@@ -176,7 +177,7 @@ def test_tokens_taken_out_of_the_mask_leave_the_graph():
 
 def test_short_responses_are_not_cut():
     method = AnchorMethod()
-    signals = invent(method.needs(), 3, 6, 3)  # three tokens at most, two parts: fewer than twice as many
+    signals = random_signals(method.needs(), 3, 6, 3)  # three tokens at most, two parts: fewer than twice as many
     credit = method.credit(signals)
     assert (credit.token_weight == 1).all()
     assert credit.metrics["anchor_uncut_rows"] > 0
@@ -267,7 +268,7 @@ def test_tokens_of_equal_connectivity_have_weight_one():
 @pytest.mark.parametrize("strength", [0.0, 0.25])
 def test_strength_draws_the_weights_towards_one(weighting, strength):
     method = AnchorMethod(weighting=weighting)
-    signals = invent(method.needs(), 5, 8, 60)
+    signals = random_signals(method.needs(), 5, 8, 60)
     full = method.credit(signals)
     part = dataclasses.replace(method, strength=strength).credit(signals)
     assert (full.token_weight != 1).any()
@@ -281,7 +282,7 @@ def test_strength_draws_the_weights_towards_one(weighting, strength):
 @pytest.mark.parametrize("weighting", ["clusters", "top", "rest"])
 def test_rows_may_come_in_any_order_and_neutral_ones_have_weight_one(weighting):
     method = AnchorMethod(weighting=weighting)
-    signals = invent(method.needs(), 11, 12, 60)
+    signals = random_signals(method.needs(), 11, 12, 60)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     shuffled = take(signals, order.tolist())
     weight = method.credit(signals).token_weight
@@ -301,7 +302,7 @@ def test_top_and_rest_share_the_response_between_them():
     assert top.needs() == rest.needs()
     assert top.needs().packages == ()
     assert {s.name for s in top.needs().statistics.statistics} == {"image_mass", "sink_mass"}
-    signals = invent(top.needs(), 8, 10, 40)
+    signals = random_signals(top.needs(), 8, 10, 40)
     a, b = top.credit(signals), rest.credit(signals)
     tokens = signals.response_mask.bool() & signals.eligible_rows(boxes=False)[:, None]
     assert ((a.token_weight + b.token_weight)[tokens] == 1).all()

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.invented_signals import invent
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks.estimator import CURRENT, AdvantageContext, make_estimator
 from sayo_verl.methods import Credit, Mix, Needs, RegionMethod, RewardTerm, Signals, advantages
 from sayo_verl.methods.base import CreditKind, blend, masked_mean
+from sayo_verl.methods.random_signals import random_signals
 from sayo_verl.methods.signals import join_needs
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 from sayo_verl.vision.intervention import Intervention
@@ -305,7 +305,7 @@ def test_rows_in_another_order_are_refused():
 
 
 def test_A19_a_renamed_method_of_the_signals_says_its_new_name():
-    signals = invent(RegionMethod().needs(), 3, 4, 5)
+    signals = random_signals(RegionMethod().needs(), 3, 4, 5)
     with pytest.raises(SayoError, match=r"^SAYO-A19: .*wanted signals\.eligible_rows"):
         signals.carrying()
     with pytest.raises(SayoError, match=r"^SAYO-A19: .*wanted signals\.required"):

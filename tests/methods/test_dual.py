@@ -15,12 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.invented_signals import invent
 
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import DualConfig, DualMethod, advantages, dual_grained_factors
 from sayo_verl.methods.dual import EPS, TOKEN_CLAMP, TRAJECTORY_CLAMP, compensated, compensation_gate, focus_score
 from sayo_verl.methods.group import group_rows
+from sayo_verl.methods.random_signals import random_signals
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
 CASES = json.loads((Path(__file__).parent / "golden" / "vgpo_released.json").read_text())
@@ -313,7 +313,7 @@ def test_what_it_gives_and_needs():
 
 def test_strength_is_between_grpo_and_the_method():
     method, half = DualMethod(), DualMethod(strength=0.5)
-    signals = invent(method.needs(), 5, 8, 7)
+    signals = random_signals(method.needs(), 5, 8, 7)
     full, some = method.credit(signals), half.credit(signals)
     assert torch.allclose(some.token_weight, (1 + full.token_weight) / 2)
     assert torch.allclose(some.trajectory_weight, (1 + full.trajectory_weight) / 2)
@@ -321,7 +321,7 @@ def test_strength_is_between_grpo_and_the_method():
 
 def test_the_advantage_is_the_product():
     method = DualMethod()
-    signals = invent(method.needs(), 6, 8, 7)
+    signals = random_signals(method.needs(), 6, 8, 7)
     reward = torch.rand(8, generator=torch.Generator().manual_seed(0))
     credit = method.credit(signals)
     out, _ = advantages(reward, signals.response_mask, signals.uid, credit)
@@ -333,7 +333,7 @@ def test_the_advantage_is_the_product():
 def test_metrics_by_hand():
     method = DualMethod(kappa=1.0)
     (statistic,) = method.needs().statistics.statistics
-    signals = invent(method.needs(), 7, 2, 4)
+    signals = random_signals(method.needs(), 7, 2, 4)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     score = torch.tensor([[-1.0, 0.0, 0.0, 1.0], [0.0, 1.0, NAN, NAN]])
     signals = dataclasses.replace(

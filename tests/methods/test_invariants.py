@@ -15,16 +15,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.invented_signals import invent, take
+from support.taken_rows import take
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
 from sayo_verl.hooks.estimator import CURRENT, AdvantageContext, make_estimator
 from sayo_verl.launch.settings import load_methods
 from sayo_verl.methods import METHODS, AnchorMethod, DualMethod, Mix, RegionMethod, advantages
 from sayo_verl.methods.group import group_rows
+from sayo_verl.methods.random_signals import random_signals
 from sayo_verl.metrics import every_metric
 
-load_methods([str(Path(__file__).parent.parent.parent / "recipe" / "example" / "sensitivity.py")])
+EXAMPLES = Path(__file__).parent.parent.parent / "recipe" / "example"
+load_methods([str(EXAMPLES / name) for name in ("sensitivity.py", "glance.py")])
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=25)
 EVERY = {**{name: cls() for name, cls in METHODS.items()}, "attn_mix": Mix((RegionMethod(), DualMethod()))}
@@ -43,7 +45,7 @@ every_way = pytest.mark.parametrize("method", EVERY_WAY.values(), ids=EVERY_WAY)
 
 def made(method, batch):
     seed, B, T, groups, ties = batch
-    signals = invent(method.needs(), seed, B, T, groups=groups, ties=ties)
+    signals = random_signals(method.needs(), seed, B, T, groups=groups, ties=ties)
     reward = torch.randint(0, 9, (B,), generator=torch.Generator().manual_seed(seed + 1)) / 8
     return signals, reward
 
@@ -187,7 +189,7 @@ def test_float32_is_close_to_float64(method, batch):
 @pytest.mark.parametrize("name", EVERY)
 def test_the_estimator_returns_two_tensors_and_logs(name):
     method = EVERY[name]
-    signals = invent(method.needs(), 3, 8, 6)
+    signals = random_signals(method.needs(), 3, 8, 6)
     context = AdvantageContext(method, signals, True, 1e-6)
     token = CURRENT.set(context)
     rewards = torch.rand(8, 6, generator=torch.Generator().manual_seed(0))
@@ -205,7 +207,7 @@ def test_the_estimator_returns_two_tensors_and_logs(name):
 @pytest.mark.parametrize("name", EVERY)
 def test_a_method_says_what_it_gives(name):
     method = EVERY[name]
-    credit = method.credit(invent(method.needs(), 3, 8, 6))
+    credit = method.credit(random_signals(method.needs(), 3, 8, 6))
     given_ = {"reward"} if any(term.weight for term in credit.terms) else set()
     given_ |= {"token"} if credit.token_weight is not None else set()
     given_ |= {"trajectory"} if credit.trajectory_weight is not None else set()

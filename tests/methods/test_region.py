@@ -399,7 +399,8 @@ def test_the_request_follows_the_settings():
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_its_key(key, value):
-    with refusal("A05", key) as caught:
+    wrong = "is not one of the choices" if isinstance(value, str) else "is out of range"
+    with refusal("A05", f"{key} {wrong}") as caught:
         RegionMethod(**{key: value})
     assert caught.value.where == f"algorithm.attn.region.{key}"
     assert key in caught.value.fix

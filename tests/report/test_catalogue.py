@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.invented_signals import invent
 from support.report_runs import GRPO, OF_METHOD, line, make_run, write_run
 
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks import trainer as mixin
 from sayo_verl.hooks.estimator import CURRENT, AdvantageContext, make_estimator
 from sayo_verl.methods import METHODS
+from sayo_verl.methods.random_signals import random_signals
 from sayo_verl.metrics import Metric, Panel, declaration
 from sayo_verl.report import catalogue as c
 from sayo_verl.report.runs import load_run
@@ -27,7 +27,7 @@ def logged_names() -> set[str]:
     made += [METHODS["attn_region"](per_token=True), anchor(parts=2), anchor(weighting="top")]
     found = set()
     for method in made:
-        signals = invent(method.needs(), 3, 12, 9)
+        signals = random_signals(method.needs(), 3, 12, 9)
         context = AdvantageContext(method, signals, norm_by_std=True, spread_floor=None)
         token = CURRENT.set(context)
         try:

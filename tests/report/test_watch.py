@@ -145,7 +145,9 @@ def test_watch_warns_of_an_early_end_and_of_a_broken_line(tmp_path):
     )
     assert code == 0
     assert "warning: SAYO-R01" in shown
-    assert "warning: the run ended early at step 1/2" in shown
+    assert "warning: the run ended early, at step 1/2" in shown
+    _, shown = follow(tmp_path / "at once", "")
+    assert "warning: the run ended before step 1 (starting), with exit code 0" in shown
 
 
 def test_watch_prints_a_heartbeat_in_silence_and_warns_once_per_stall(tmp_path):

@@ -430,7 +430,8 @@ def test_tiles_of_two_sizes_are_refused():
     ],
 )
 def test_a_setting_out_of_range_is_refused(key, value):
-    with refusal("A05", key):
+    wrong = "is not one of the choices" if isinstance(value, str) else "is out of range"
+    with refusal("A05", f"{key} {wrong}"):
         Intervention(**{key: value})
 
 

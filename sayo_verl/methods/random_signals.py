@@ -1,18 +1,25 @@
-"""Signals with random content that keep every promise of the probe, for any method: what it needs and nothing else.
+"""Random signals with the shapes and ranges of the probe, for any method: what it needs and nothing else.
+
+The launcher tries a user's own method on them before models are loaded, and the tests use them.
 
 Shape suffixes: B rows, T response tokens, k values per token.
 """
 
+import math
+
 import torch
 
-from sayo_verl.methods import Needs, Signals
+from sayo_verl.errors import SayoError
+from sayo_verl.methods.signals import Needs, Signals
 from sayo_verl.probe.statistics import Statistic
 
-NAN = float("nan")
+HEADS = 2  # of a statistic per head
 
 
-def invent(needs: Needs, seed: int, B: int, T: int, *, groups: int = 2, ties: bool = False) -> Signals:
-    """Rows of every kind: of 0 to T tokens, with and without image and box, padding; NaN wherever nobody may read.
+def random_signals(
+    needs: Needs, seed: int, B: int, T: int, *, groups: int = 2, ties: bool = False, unread: float = math.nan
+) -> Signals:
+    """Rows of every kind: of 0 to T tokens, with and without image and box, and padding rows.
 
     Args:
         needs: of the method.
@@ -21,6 +28,10 @@ def invent(needs: Needs, seed: int, B: int, T: int, *, groups: int = 2, ties: bo
         T: tokens of the longest possible response.
         groups: prompts; rows belong to them at random.
         ties: few different values, so that many are equal.
+        unread: value of the tokens that a method must not read; NaN shows that it does. verl pads with 0.
+
+    Raises:
+        SayoError: A20 for a statistic that has no value per token.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -38,28 +49,37 @@ def invent(needs: Needs, seed: int, B: int, T: int, *, groups: int = 2, ties: bo
     image_mass = uniform(B, T) * 0.8
 
     def values(statistic: Statistic) -> torch.Tensor:
-        if statistic.name == "image_mass":
-            out = image_mass.clone()
-        elif statistic.name == "region_mass":
-            out = image_mass * uniform(B, T)
-        elif statistic.name == "sink_mass":
-            out = (1 - image_mass) * uniform(B, T)
-        elif statistic.name == "image_cosine":
-            out = uniform(B, T) * 2 - 1
-        elif statistic.name == "neighbour_index":
+        wide = (HEADS,) if statistic.per_head else (statistic.size,) if statistic.size else ()
+        if statistic.name == "patch_sums":
+            raise SayoError(
+                "A20",
+                "a method cannot read this statistic: it has a value per visual token, not per response token",
+                where="the method's needs()",
+                got=statistic.name,
+                fix="name top_patch_index and top_patch_mass instead",
+            )
+        if statistic.name == "neighbour_index":
             out = _neighbours(mask, statistic.size, g)
-        elif statistic.name == "neighbour_similarity":
-            out = uniform(B, T, statistic.size)
+        elif statistic.name == "top_patch_index":
+            most = torch.arange(statistic.size).expand(B, T, -1)
+            out = torch.where(most < image_tokens[:, None, None], most, -1).float()
+        elif statistic.name == "image_mass" and not wide:
+            out = image_mass.clone()
+        elif statistic.name == "region_mass" and not wide:
+            out = image_mass * uniform(B, T)
+        elif statistic.name == "sink_mass" and not wide:
+            out = (1 - image_mass) * uniform(B, T)
         else:
-            raise AssertionError(f"teach this file to invent {statistic.name}")
-        out[off] = NAN
+            low, high = max(statistic.spec.low, -3.0), min(statistic.spec.high, 3.0)
+            out = low + (high - low) * uniform(B, T, *wide)
+        out[off] = unread
         return out
 
     outside = ~mask.bool()
     entropy, log_probs = uniform(B, T) * 3, -uniform(B, T) * 5
     counterfactual = log_probs - uniform(B, T) * 2 + 1
     for tensor in (entropy, log_probs, counterfactual):
-        tensor[outside] = NAN
+        tensor[outside] = unread
     counterfactual.clamp_(max=0.0)
     return Signals(
         response_mask=mask,
@@ -85,17 +105,3 @@ def _neighbours(mask: torch.Tensor, k: int, g: torch.Generator) -> torch.Tensor:
             others = [i for i in torch.randperm(n, generator=g).tolist() if i != t][:k]
             out[b, t, : len(others)] = torch.tensor(others, dtype=torch.float32)
     return out
-
-
-def take(signals: Signals, rows: list[int]) -> Signals:
-    """The same signals of some rows, in that order."""
-    per_row = {
-        name: None if value is None else value[rows]
-        for name, value in vars(signals).items()
-        if name not in ("statistics", "uid")
-    }
-    return Signals(
-        **per_row,
-        statistics={statistic: value[rows] for statistic, value in signals.statistics.items()},
-        uid=tuple(signals.uid[row] for row in rows),
-    )

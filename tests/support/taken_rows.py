@@ -1,0 +1,17 @@
+"""Signals of some rows of a batch."""
+
+from sayo_verl.methods import Signals
+
+
+def take(signals: Signals, rows: list[int]) -> Signals:
+    """The same signals of some rows, in that order."""
+    per_row = {
+        name: None if value is None else value[rows]
+        for name, value in vars(signals).items()
+        if name not in ("statistics", "uid")
+    }
+    return Signals(
+        **per_row,
+        statistics={statistic: value[rows] for statistic, value in signals.statistics.items()},
+        uid=tuple(signals.uid[row] for row in rows),
+    )
