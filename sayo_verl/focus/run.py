@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,14 @@ from sayo_verl.data.building.folder import verl_flags
 from sayo_verl.errors import SayoError
 from sayo_verl.focus import command
 from sayo_verl.focus.config import BLOCK, FocusConfig, RespondConfig, check_new_folder
+from sayo_verl.focus.files import columns_of, count_rows, missing_files
 from sayo_verl.focus.job import FocusJob, leaves, place_rows, read_job, read_yaml
 from sayo_verl.focus.variables import refuse_variables
+from sayo_verl.models.location import check_config_file, model_folder, why_absent
 from sayo_verl.script_variables import BY_SCRIPT
 
 MS_PER_TOKEN = 28  # of a 7B model and a batch of any size: docs/anchoring.md
+INPUTS = {"train_files": "train rows", "val_file": "held-out rows", "base": "model"}  # key -> name in a message
 RECORD = "job.yaml"  # in the folder of a job: its values
 # Programs as the plan names them -> programs of this Python, whatever PATH is
 _PROGRAMS = {"python3": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
@@ -100,19 +103,44 @@ def _flags(values: Any, defaults: Any) -> list[str]:
     return flags
 
 
-def check_steps(steps: Steps) -> list[str]:
-    """Check the arguments of all steps.
-
-    Returns:
-        What was not checked.
+def check_steps(steps: Steps) -> None:
+    """Check the arguments of all steps, and the files of rows that exist.
 
     Raises:
         SayoError: what ``command.check`` raises.
     """
     parser = argparse.ArgumentParser(prog="sayo focus")
     command.add_flags(parser)
-    read = [steps.respond, steps.train_check, steps.report]
-    return sorted({note for step in read if step for note in command.check(parser.parse_args(step))})
+    for step in (steps.respond, steps.train_check, steps.report):
+        if step:
+            command.check(parser.parse_args(step))
+
+
+def check_inputs(job: FocusJob, *, dry_run: bool) -> list[str]:
+    """Check that the model and the files of rows exist, and the columns of the files.
+
+    Args:
+        job: with the files of ``place_rows``.
+        dry_run: something missing is no error.
+
+    Returns:
+        Keys of the job whose files or folder are missing.
+
+    Raises:
+        SayoError: what ``columns_of``, ``model_folder`` and ``check_config_file`` raise.
+    """
+    missing = []
+    for key, files in (("train_files", job.train_files), ("val_file", [str(job.val_file)])):
+        absent = missing_files(files) if dry_run else []
+        missing += [key] if absent else []
+        for file in files:
+            if file not in absent:
+                columns_of(file)
+    model = model_folder(job.base, where="base", dry_run=dry_run)
+    if model is None:
+        return [*missing, "base"]
+    check_config_file(model, job.base, where="base")
+    return missing
 
 
 def commands(job: FocusJob, steps: Steps) -> list[list[str]]:
@@ -133,14 +161,19 @@ def next_command(job: FocusJob, folder: Path) -> str:
     return f"{words} {verl_flags(files)}".rstrip()
 
 
-def plan(job: FocusJob, steps: Steps, folder: Path, notes: Sequence[str]) -> list[str]:
-    """The lines that describe a job before it starts."""
+def plan(job: FocusJob, steps: Steps, folder: Path, missing: Collection[str]) -> list[str]:
+    """The lines that describe a job before it starts; ``missing`` is of ``check_inputs``."""
 
     def found(file: str) -> str:
-        return file if Path(file).exists() else f"{file} - NOT THERE YET"
+        n = count_rows([file])
+        return f"{file} - NOT THERE YET, needed before the run" if n is None else f"{file}: {n} rows"
 
     per_step = (job.gpus or 1) * job.train.batch_size * job.train.accumulation
-    seen, rank, rows = per_step * job.train.steps, job.train.lora_rank, job.respond.max_rows
+    seen, rank = per_step * job.train.steps, job.train.lora_rank
+    limits = (count_rows(job.train_files), job.respond.max_rows if job.sample else None)
+    rows = min((n for n in limits if n is not None), default=None)
+    absent = missing_files([*job.train_files, str(job.val_file)])
+    unread = f"; rows not checked, missing: {', '.join(absent)}" if absent else ""
     sampling = []
     if job.sample and job.gpus:
         half, none = (
@@ -150,16 +183,17 @@ def plan(job: FocusJob, steps: Steps, folder: Path, notes: Sequence[str]) -> lis
             f"sampling   {half} for {rows or 'every 10000'} rows if each try answers half of them rightly, {none} if "
             "none; by arithmetic for a 7B model, not measured"
         ]
-    passes = f": {seen / rows:.1f} passes if all {rows} sampled rows are kept, more if fewer are" if rows else ""
+    passes = f": {seen / rows:.1f} passes" if rows else ""
+    passes += f" if all {rows} sampled rows are kept, more if fewer are" if rows and job.sample else ""
     return [
-        f"model      {job.base}",
+        f"model      {job.base}{f' - {why_absent(job.base)}' if 'base' in missing else ''}",
         *(f"rows       {found(file)}" for file in job.train_files),
         f"held out   {found(str(job.val_file))}",
-        f"arguments  {'; '.join(notes) or 'checked'}",
+        f"arguments  checked{unread}",
         f"weights    {f'LoRA rank {rank} and the row of <Focus>' if rank else 'all of the decoder'}",
         *sampling,
         f"per step   {per_step} rows, {job.train.steps} steps, lr {job.train.learning_rate:g}",
-        f"training   {seen} rows seen{passes if job.sample else ''}; time not estimated",
+        f"training   {seen} rows seen{passes}; time not estimated",
         *(f"{n}.         {_shown(line)}" for n, line in enumerate(commands(job, steps), 1)),
         f"then       {next_command(job, folder)}",
     ]
@@ -206,8 +240,13 @@ def folder_of(job: FocusJob, name: str) -> Path:
     return Path(job.resume or job.out or time.strftime(f"outputs/focus_{name}/%Y%m%d-%H%M%S")).expanduser()
 
 
-def trained_already(job: FocusJob, folder: Path) -> bool:
+def trained_already(job: FocusJob, folder: Path, missing: Collection[str] = ()) -> bool:
     """Whether the folder of a resumed job has a trained policy. A new job gets a folder without files.
+
+    Args:
+        job: with the files of ``place_rows``.
+        folder: of the job.
+        missing: of ``check_inputs``. These keys are not compared: a dry run may not know their final values.
 
     Raises:
         SayoError: F16 for a new job in a folder with files, F29 for nothing to resume, F31 for a policy that was
@@ -230,7 +269,7 @@ def trained_already(job: FocusJob, folder: Path) -> bool:
     changed = [
         key
         for key in sorted(before.keys() | now.keys())
-        if not key.startswith(("report.", "val_file")) and before.get(key) != now.get(key)
+        if not key.startswith(("report.", "val_file", *missing)) and before.get(key) != now.get(key)
     ]
     if changed:
         raise SayoError(
@@ -262,7 +301,7 @@ def run_job(file: Path, settings: Sequence[str], *, dry_run: bool, check: bool) 
         0, or the exit code of the step that failed.
 
     Raises:
-        SayoError: codes of the functions above, before the first step; F20 for a missing file of rows.
+        SayoError: codes of the functions above, before the first step.
     """
     refuse_variables(os.environ)
     job, given = read_job(file, settings)
@@ -271,25 +310,23 @@ def run_job(file: Path, settings: Sequence[str], *, dry_run: bool, check: bool) 
         check_gpus(job)
     place_rows(job, given, dry_run=dry_run or check)
     steps = steps_of(job, folder)
-    trained = False if dry_run or check else trained_already(job, folder)
-    notes = check_steps(steps)
+    check_steps(steps)
+    missing = check_inputs(job, dry_run=dry_run or check)
+    trained = trained_already(job, folder, missing)
     if check:
         return 0
-    print("\n".join(plan(job, steps, folder, notes)), flush=True)
+    print("\n".join(plan(job, steps, folder, missing)), flush=True)
+    if trained:
+        print("the policy is trained: the report alone is left", flush=True)
     if dry_run:
-        print("nothing was started")
+        lack = f"; still missing: {', '.join(INPUTS[key] for key in missing)}" if missing else ""
+        print(f"dry run: the settings of all steps pass the checks; nothing was started{lack}")
         return 0
-    from sayo_verl.focus.rows import columns_of  # imports torch
-
-    for source in (*job.train_files, str(job.val_file)):
-        columns_of(source)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(_record(job)), folder / RECORD)
     kept = [setting for setting in settings if not setting.startswith(("out=", "resume="))]
     again = os.environ.get(BY_SCRIPT) or shlex.join(["sayo", "focus", "run", str(file), *kept, f"resume={folder}"])
     print(f"to resume  {again}", flush=True)
-    if trained:
-        print("the policy is trained: the report alone is left", flush=True)
     for line in commands(job, steps)[-1 if trained else 0 :]:
         done = subprocess.run([*_PROGRAMS[line[0]], *line[1:]], check=False)
         if done.returncode:
