@@ -305,6 +305,7 @@ def run_job(file: Path, settings: Sequence[str], *, dry_run: bool, check: bool) 
     """
     refuse_variables(os.environ)
     job, given = read_job(file, settings)
+    job.base = os.path.expanduser(job.base)  # transformers does not
     folder = folder_of(job, file.stem)
     if not dry_run and not check:
         check_gpus(job)

@@ -289,7 +289,7 @@ def test_the_plan_counts_the_rows_that_exist(job, scenes):
     assert "32000 rows seen: 8000.0 passes; time" in plan(job, f"data={scenes}", "sample=false")["training"]
 
 
-def test_the_plan_says_of_a_model_whether_it_is_there(job, scenes, tmp_path):
+def test_the_plan_says_of_a_model_whether_it_is_there(job, scenes, tmp_path, monkeypatch):
     lines = plan(job, f"data={scenes}", f"base={tmp_path}/absent")
     assert lines["model"] == f"{tmp_path}/absent - NOT THERE YET, needed before the run"
     assert lines["last"].endswith("; nothing was started; still missing: model")
@@ -299,7 +299,8 @@ def test_the_plan_says_of_a_model_whether_it_is_there(job, scenes, tmp_path):
     code, _, err = job(f"data={scenes}", f"base={tmp_path}", "--dry-run")
     assert (code, err.split(" | ")[:2]) == (2, ["SAYO-L17: the model folder has no config.json", "at base"])
     (tmp_path / "config.json").write_text("{}")
-    lines = plan(job, f"data={scenes}", f"base={tmp_path}")
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    lines = plan(job, f"data={scenes}", f"base=~/{tmp_path.name}")
     assert lines["model"] == str(tmp_path)
     assert lines["last"].endswith("; nothing was started")
 
