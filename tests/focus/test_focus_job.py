@@ -20,6 +20,7 @@ from sayo_verl.errors import SayoError
 from sayo_verl.focus import command, run
 from sayo_verl.focus.config import FocusConfig, RespondConfig
 from sayo_verl.focus.job import FocusJob, ReportStep, accumulation, read_job
+from sayo_verl.focus.plan import sampling_minutes, steps_of
 from sayo_verl.focus.variables import UNREAD, refuse_variables
 from sayo_verl.script_variables import BY_SCRIPT
 
@@ -220,7 +221,7 @@ def test_accumulation_is_as_near_to_the_rows_as_it_can_be(rows, gpus, batch_size
 )
 def test_minutes_of_sampling(rows, gpus, tries, right, minutes):
     respond = RespondConfig(tries=tries, max_new_tokens=1024)
-    assert run.sampling_minutes(rows, gpus, respond, right=right) == minutes
+    assert sampling_minutes(rows, gpus, respond, right=right) == minutes
 
 
 # --------------------------------------------------------------------------------------------------------------- plan
@@ -337,7 +338,7 @@ def test_a_step_gets_the_settings_of_the_job(values, sampled):
     settings = FocusConfig(**values)
     report = ReportStep(settings.alpha, settings.layers, settings.dtype, settings.attention, sampled.get("max_rows"))
     job = FocusJob("m", "d", ["t"], "v", respond=RespondConfig(**sampled), train=settings, report=report)
-    steps = run.steps_of(job, Path("o"))
+    steps = steps_of(job, Path("o"))
     got = command._config(parsed(steps.train))
     unused = {} if settings.lora_rank else {"lora_alpha": settings.lora_alpha}
     assert dataclasses.replace(got, **unused) == settings
