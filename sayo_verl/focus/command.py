@@ -7,7 +7,6 @@ and the same for respond.
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 from sayo_verl.command_line import Command
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.focus.config import FocusConfig, RespondConfig
+from sayo_verl.focus.files import check_boxes, missing_files
 
 # flag -> (type, meaning); the defaults are those of FocusConfig
 _FLAGS: dict[str, tuple[Any, str]] = {
@@ -117,7 +117,7 @@ def check(args: argparse.Namespace) -> list[str]:
         args: of ``train``, ``respond`` or ``report``.
 
     Returns:
-        What was not checked.
+        Files of rows that do not exist. Then the other files of the step are not checked either.
 
     Raises:
         SayoError: F05 for a setting out of range, F21 for a name in ``--trainer-args`` that transformers does not know,
@@ -127,8 +127,6 @@ def check(args: argparse.Namespace) -> list[str]:
         _respond_config(args)
         return []
     config = _config(args)
-    if importlib.util.find_spec("transformers") is None:
-        return ["not checked without transformers: rows, names in --trainer-args"]
     if config.trainer_args:
         from transformers import TrainingArguments
 
@@ -153,14 +151,10 @@ def check(args: argparse.Namespace) -> list[str]:
                     fix="correct the name",
                 )
     files = [args.rows] if isinstance(args.rows, str) else args.rows
-    absent = [file for file in files if not Path(file).is_file()]
-    if absent:
-        return [f"not checked, missing: {', '.join(absent)}"]
-    if config.weight:
-        from sayo_verl.focus.rows import check_boxes
-
+    missing = missing_files(files)
+    if config.weight and not missing:
         check_boxes(files)
-    return []
+    return missing
 
 
 def _run_job(args: argparse.Namespace) -> int:
@@ -223,6 +217,7 @@ def _report(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command that the flags of ``add_flags`` name; returns the exit code."""
     if args.check and args.stage is not _run_job:
-        print("".join(f"{note}\n" for note in check(args)), end="")
+        if missing := check(args):
+            print(f"not checked, missing: {', '.join(missing)}")
         return 0
     return args.stage(args) or 0

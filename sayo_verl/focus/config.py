@@ -65,6 +65,7 @@ class FocusConfig:
                     "steps, batch_size, accumulation",
                     "at least 1",
                 ),
+                self._rule(not 0 <= self.warmup_steps < self.steps, "warmup_steps, steps", "0 <= warmup_steps < steps"),
                 self._rule(not 0 < self.learning_rate < float("inf"), "learning_rate", "a finite number > 0"),
                 self._rule(self.lora_rank < 0, "lora_rank", "at least 0"),
                 self._rule(self.lora_rank > 0 and self.train_vision, "lora_rank, train_vision", "one or the other"),

@@ -5,6 +5,7 @@ underscores. ``FocusJob`` lists the other keys. ``sayo_verl.focus.run`` runs a j
 """
 
 import dataclasses
+import difflib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +18,12 @@ from omegaconf import II, MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sayo_verl.data.building.folder import split_files
-from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.errors import SayoError
 from sayo_verl.focus.config import FocusConfig, RespondConfig
 
 # A yaml file may compute a value from others.
 OmegaConf.register_new_resolver("sayo.product", lambda *factors: math.prod(factors), replace=True)
+OmegaConf.register_new_resolver("sayo.quotient", lambda whole, parts: whole // parts, replace=True)
 OmegaConf.register_new_resolver(
     "sayo.accumulation", lambda rows, gpus, batch_size: accumulation(rows, gpus or 1, batch_size), replace=True
 )
@@ -77,6 +79,7 @@ def _types() -> dict[str, Any]:
 
 
 KEYS = _types()  # key -> type
+SHORT_NAMES = {"lr": "learning_rate"}  # of other programs -> the last part of a key
 ALL_WEIGHTS = "all_weights"  # a file's values of ``train`` that hold with lora_rank=0
 
 
@@ -177,13 +180,23 @@ def _check_key(key: str) -> str:
     if known not in KEYS:
         raise SayoError(
             "F26",
-            f"unknown key{did_you_mean(key, KEYS)}",
+            f"unknown key{_suggestion(key)}",
             where=key,
             wanted=f"a key of sayo_verl/focus/job.py: {', '.join(name for name in KEYS if '.' not in name)}, or a flag "
             "of respond, train or report",
             fix="correct the name",
         )
     return known
+
+
+def _suggestion(key: str) -> str:
+    """Known keys whose last part is that of ``key``, or close to it."""
+    last = key.rpartition(".")[2]
+    last_parts = {name: name.rpartition(".")[2] for name in KEYS}
+    near = difflib.get_close_matches(SHORT_NAMES.get(last, last), last_parts.values(), n=1)
+    names = [name for name, part in last_parts.items() if part in near]
+    names = difflib.get_close_matches(key, names, n=len(KEYS), cutoff=0)  # the most similar one first
+    return f" (did you mean {' or '.join(map(repr, names))}?)" if names else ""
 
 
 def _set(config: DictConfig, key: str, value: Any) -> None:
@@ -254,6 +267,7 @@ def place_rows(job: FocusJob, given: set[str], *, dry_run: bool) -> None:
                 "no rows to train on" if key == "train_files" else "no held-out rows for the report",
                 where=key,
                 got=f"data={job.data}",
+                wanted="rows with boxes" if key == "train_files" else None,
                 fix=f"name a folder of `sayo prepare` (DATA=FOLDER, data=) or parquet files ({key}=)",
             )
     job.train_files = [os.path.expanduser(file) for file in job.train_files]

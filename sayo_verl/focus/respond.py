@@ -29,7 +29,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from sayo_verl.errors import SayoError
 from sayo_verl.focus.config import BLOCK, RespondConfig
-from sayo_verl.focus.rows import checked, columns_of, images_of, messages_of
+from sayo_verl.focus.files import columns_of
+from sayo_verl.focus.rows import checked, images_of, messages_of
 from sayo_verl.reward import compute_score
 
 Block = tuple[Path, int, int]  # file, first row, row after the last

@@ -21,6 +21,7 @@ from sayo_verl.data.contract import Demands, RowContract, check_placeholders
 from sayo_verl.data.reading import decoded
 from sayo_verl.data.rows import IMAGE_TAG
 from sayo_verl.errors import SayoError
+from sayo_verl.focus.files import NEEDED, columns_of, has_boxes
 from sayo_verl.focus.loss import IGNORE, FocusBatch, target_distribution
 from sayo_verl.focus.token import focus_token_id
 from sayo_verl.models.families import FAMILIES, family_of
@@ -30,54 +31,7 @@ REGION_COVERAGE = 0.5  # of a cell, for figures; the loss takes shares as they a
 FOCUS_KEY = "focus"  # of a batch: its FocusBatch
 
 
-NEEDED, KNOWN = {"prompt", "reward_model"}, {"images", "videos", "audios", "extra_info", "response", "data_source"}
-
-
-def columns_of(file: Path | str) -> set[str]:
-    """Names of a parquet file's columns.
-
-    Raises:
-        SayoError: F20 for a missing file, F10 for a file without the columns of a row.
-    """
-    if not Path(file).is_file():
-        raise SayoError(
-            "F20",
-            "a file of rows is missing",
-            where="--rows",
-            got=str(file),
-            fix="name parquet files, such as DATA/train-*.parquet of `sayo prepare`",
-        )
-    have = set(pq.read_schema(file).names)
-    if not have >= NEEDED:
-        raise SayoError(
-            "F10",
-            "the file does not have the columns of a row",
-            where=str(file),
-            got=sorted(have),
-            wanted=f"the columns {sorted(NEEDED)}",
-            fix="see the row contract in docs/data.md",
-        )
-    return have
-
-
-def check_boxes(files: Sequence[Path | str]) -> None:
-    """Refuse files in which no row has a box: ``<Focus>`` would learn nothing, and a report would be empty.
-
-    Raises:
-        SayoError: F22, and what ``columns_of`` raises.
-    """
-    for file in files:
-        rows = pq.read_table(file, columns=["extra_info"]).to_pylist() if "extra_info" in columns_of(file) else []
-        if any(has_boxes(row) for row in rows):
-            return
-    raise SayoError(
-        "F22",
-        "no row has a box, so <Focus> has no target",
-        where="--rows",
-        got=", ".join(str(file) for file in files),
-        wanted="extra_info.boxes in some rows",
-        fix="name rows of `sayo prepare` (docs/data.md); `train --weight 0` imitates answers alone",
-    )
+KNOWN = {"images", "videos", "audios", "extra_info", "response", "data_source"}
 
 
 class AnchorRows(Dataset):
@@ -139,13 +93,6 @@ def checked(row: dict[str, Any], where: str, *, rewarded: bool) -> dict[str, Any
     if looked.faults:
         raise looked.faults[0]
     return {"images": None, "extra_info": None, **row, "_where": where}
-
-
-def has_boxes(row: dict[str, Any]) -> bool:
-    """Whether any image of the row has a box."""
-    info = row["extra_info"]
-    boxes = info.get("boxes") if isinstance(info, dict) else None
-    return isinstance(boxes, list) and any(boxes)
 
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 
 from sayo_verl.errors import SayoError
 from sayo_verl.focus.config import FocusConfig, check_new_folder
+from sayo_verl.focus.files import check_boxes
 from sayo_verl.focus.loss import (
     FORBIDDEN_WEIGHT,
     FocusBatch,
@@ -26,7 +27,7 @@ from sayo_verl.focus.loss import (
     forbidden_excess,
     forward_with_focus,
 )
-from sayo_verl.focus.rows import FOCUS_KEY, AnchorRows, FocusCollator, check_boxes
+from sayo_verl.focus.rows import FOCUS_KEY, AnchorRows, FocusCollator
 from sayo_verl.focus.token import add_focus_token
 from sayo_verl.probe.taps import check_full_attention, resolve_layers, text_attention_layers
 

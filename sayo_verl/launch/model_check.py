@@ -1,103 +1,25 @@
 """Checks of the model before a run: its family, layers and processor, and the modes verl cannot run that family in."""
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
 
-import httpx
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig, OmegaConf
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from sayo_verl.errors import Rule, SayoError, raise_first
 from sayo_verl.methods import Method
+from sayo_verl.models import location
 from sayo_verl.models.families import Family, family_of
 
 WHERE = "actor_rollout_ref.model.path"
 HDFS = "hdfs://"  # the only remote paths that verl copies (verl/utils/fs.py)
-# Configuration, processor and tokenizer: some 20 MB of a hub model, none of its weights.
-SMALL_FILES = ["*.json", "*.jinja", "*.txt"]
-
-
-def is_hub_name(path: str) -> bool:
-    """Whether transformers looks a model path up on the hub: it reads "owner/name", and no such folder exists here."""
-    return not path.startswith(("/", ".", "~")) and path.count("/") == 1 and not Path(path).exists()
 
 
 def model_folder(path: str, *, dry_run: bool) -> Path | None:
-    """The folder that holds a model's configuration and, where it has them, its processor and tokenizer.
-
-    For a hub name it is the snapshot in the hub's cache, whose small files are downloaded if they are missing. If a
-    folder of the owner's name exists here, the name may also be the path of a future model: a dry run does not refuse
-    it.
-
-    Args:
-        path: as in ``actor_rollout_ref.model.path``.
-        dry_run: return None if the model is not on this machine, instead of an error.
-
-    Returns:
-        The folder; None also for a path on HDFS, which verl copies when the run starts.
-
-    Raises:
-        SayoError: L17 for a path without a model and for a name that the hub refuses; L53 if the hub cannot be reached.
-    """
-    if path.startswith(HDFS):
-        return None
-    if not is_hub_name(path):
-        folder = Path(path).expanduser()
-        if folder.exists():
-            return folder
-        if dry_run:
-            return None
-        raise SayoError(
-            "L17",
-            "there is no model at this path",
-            where=WHERE,
-            got=path,
-            fix="correct it, or give a hub name such as Qwen/Qwen3-VL-8B-Instruct",
-        )
-    owner = Path(path).parent
-    maybe_path = owner.is_dir()
-    found = _hub_folder(path)
-    if isinstance(found, Path):
-        return found
-    if dry_run and maybe_path:
-        return None
-    neither = f", and the folder {owner} here has none of this name" if maybe_path else ""
-    if isinstance(found, RepositoryNotFoundError | HFValidationError):
-        what = f"the hub has no such model, or does not show it to you{neither}"
-        raise SayoError(
-            "L17",
-            what,
-            where=WHERE,
-            got=path,
-            fix=f"correct the {'path or the ' if neither else ''}name; for a gated or private model: hf auth login",
-        ) from found
-    if dry_run:
-        return None
-    cause = found.__cause__ or found
-    raise SayoError(
-        "L53",
-        f"the hub cannot be reached, and the model is not in its cache{neither}",
-        where=WHERE,
-        got=f"{path}, {type(cause).__name__}: {' '.join(str(cause).split())[:120]}",
-        fix="check the network, HF_ENDPOINT and HF_HUB_OFFLINE; without a network, give the folder of a "
-        f"download (hf download {path})",
-    )
-
-
-@functools.cache
-def _hub_folder(name: str) -> Path | Exception:
-    """The snapshot of a hub model, or the error. The hub is asked once per process."""
-    try:
-        return Path(snapshot_download(name, allow_patterns=SMALL_FILES))
-    except HFValidationError as error:
-        return error
-    except (OSError, httpx.HTTPError) as error:
-        cached = try_to_load_from_cache(name, "config.json")  # of a snapshot that lacks some of the files
-        return Path(cached).parent if isinstance(cached, str) else error
+    """``sayo_verl.models.location.model_folder``; None also for a path on HDFS, which verl copies at the start."""
+    return None if path.startswith(HDFS) else location.model_folder(path, where=WHERE, dry_run=dry_run)
 
 
 def load_config(path: str, *, dry_run: bool) -> PretrainedConfig | None:
@@ -117,14 +39,7 @@ def load_config(path: str, *, dry_run: bool) -> PretrainedConfig | None:
     folder = model_folder(path, dry_run=dry_run)
     if folder is None:
         return None
-    if not (folder / "config.json").is_file():
-        raise SayoError(
-            "L17",
-            "the model folder has no config.json",
-            where=WHERE,
-            got=path,
-            fix="point to a folder in Hugging Face format",
-        )
+    location.check_config_file(folder, path, where=WHERE)
     try:
         values = json.loads((folder / "config.json").read_text())
         if values["model_type"] in CONFIG_MAPPING:

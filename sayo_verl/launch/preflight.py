@@ -9,7 +9,6 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,7 +18,7 @@ from sayo_verl.launch.attention_check import ATTENTION, attention_of, check_atte
 from sayo_verl.launch.data_check import check_data
 from sayo_verl.launch.memory_check import check_memory
 from sayo_verl.launch.method_check import check_method
-from sayo_verl.launch.model_check import HDFS, check_model, is_hub_name, load_config, model_folder, sequence_parallel
+from sayo_verl.launch.model_check import HDFS, check_model, load_config, model_folder, sequence_parallel
 from sayo_verl.launch.resources import check_batch_sizes, check_paths, check_ray_cpus, describe_machines, shared_paths
 from sayo_verl.launch.resume import check_metrics, check_resume, describe_checkpoints, metrics_file
 from sayo_verl.launch.reward_check import check_reward
@@ -28,6 +27,7 @@ from sayo_verl.launch.template_check import check_template, describe_focus
 from sayo_verl.launch.training_check import check_training, describe_objective
 from sayo_verl.methods import METHODS, Method, Mix, own_methods
 from sayo_verl.methods.faithful import FaithfulMethod
+from sayo_verl.models.location import is_hub_name, why_absent
 from sayo_verl.probe.statistics import check_lse_path
 
 Plan = list[tuple[str, str]]
@@ -254,12 +254,9 @@ def _check_model(config: DictConfig, method: Method | None, dry_run: bool) -> tu
     if model is None or folder is None:
         if path.startswith(HDFS):
             found = "not checked: verl copies it from HDFS when the run starts"
-        elif not is_hub_name(path):
-            found = "NOT THERE YET, needed before the run"
-        elif Path(path).parent.is_dir():
-            found = "NOT THERE YET as a folder, and not found on the hub; its family and layers were not checked"
         else:
-            found = "the hub cannot be reached from here, so its family and layers were not checked"
+            unchecked = ", so its family and layers were not checked" if is_hub_name(path) else ""
+            found = f"{why_absent(path)}{unchecked}"
         line = f"{path} - {found}"
     else:
         line = f"{path} ({check_model(config, method, folder, model) if method else model.model_type})"

@@ -14,8 +14,9 @@ from sayo_verl.data.contract import Demands
 from sayo_verl.data.reading import image_source
 from sayo_verl.errors import SayoError
 from sayo_verl.inspection.model_view import Model, too_long
-from sayo_verl.launch.model_check import is_hub_name, model_folder
+from sayo_verl.launch.model_check import model_folder
 from sayo_verl.models.families import FAMILIES
+from sayo_verl.models.location import is_hub_name
 
 
 def check_batch(config: DictConfig, rows: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.errors import SayoError
-from sayo_verl.launch.model_check import is_hub_name
+from sayo_verl.models.location import is_hub_name
 
 # Ray CPUs that verl's processes take: a placement bundle of 3 a device (ResourcePoolManager, max_colocate_count),
 # one for TransferQueue's controller, one for the task runner.

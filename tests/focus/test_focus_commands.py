@@ -247,6 +247,8 @@ def test_the_commands_work_together(folders, parquet, tmp_path, capsys):
                 str(out),
                 "--steps",
                 "2",
+                "--warmup-steps",
+                "1",
                 "--batch-size",
                 "4",
                 "--layers",

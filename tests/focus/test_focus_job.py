@@ -20,6 +20,7 @@ from sayo_verl.errors import SayoError
 from sayo_verl.focus import command, run
 from sayo_verl.focus.config import FocusConfig, RespondConfig
 from sayo_verl.focus.job import FocusJob, ReportStep, accumulation, read_job
+from sayo_verl.focus.plan import sampling_minutes, steps_of
 from sayo_verl.focus.variables import UNREAD, refuse_variables
 from sayo_verl.script_variables import BY_SCRIPT
 
@@ -53,11 +54,12 @@ def job(tmp_path, capsys):
 
 
 def plan(job, *settings: str, file: str = JOB) -> dict[str, str]:
-    code, out, err = job(f"out={os.devnull}/o", *settings, "--dry-run", file=file)
+    rows = ["data=d"] if file == JOB and not any(s.startswith(("data=", "train_files=")) for s in settings) else []
+    code, out, err = job(f"out={os.devnull}/o", *rows, *settings, "--dry-run", file=file)
     assert (code, err) == (0, ""), err
-    assert out.splitlines()[-1] == "nothing was started"
-    lines = [line.split(maxsplit=1) for line in out.splitlines()[:-1]]
-    return dict(lines)
+    *lines, last = out.splitlines()
+    assert re.match("dry run: .*; nothing was started", last)
+    return dict(line.split(maxsplit=1) for line in lines) | {"last": last}
 
 
 # ------------------------------------------------------------------------------------------------------------- values
@@ -80,6 +82,8 @@ def test_values_of_the_7b_job_follow_the_rank_and_the_command_line():
     assert read.trainer_args["logging_steps"] == 5
     assert read.trainer_args["fsdp"] == "full_shard auto_wrap", "an argument of the user's is added to the file's"
     assert read_job(Path(JOB), ["train.lora_rank=0", "train.learning_rate=3e-5"])[0].train.learning_rate == 3e-5
+    for steps, warmup in ((500, 50), (10, 1), (1, 0)):
+        assert read_job(Path(JOB), [f"train.steps={steps}"])[0].train.warmup_steps == warmup
     report = read_job(Path(JOB), ["train.alpha=0.2", "train.layers=[14,18]"])[0].report
     assert (report.alpha, list(report.layers), report.dtype) == (0.2, [14, 18], "bfloat16")
 
@@ -104,13 +108,17 @@ def test_a_path_is_taken_as_it_is_typed(path):
         ("train.alpha=2", "F05: .* got alpha=2.0"),
         ("respond.tries=0", "F05: .* at --tries"),
         ("gpus=0", r"F23: a setting has to be a whole number, at least 1 \| at gpus \| got 0"),
+        ("lr=1e-5", r"F26: unknown key \(did you mean 'train.learning_rate'\?\) \| at lr "),
+        ("steps=10", r"F26: unknown key \(did you mean 'train.steps'\?\)"),
+        ("max_rows=1", r"F26: unknown key \(did you mean 'report.max_rows' or 'respond.max_rows'\?\)"),
+        ("train.warmup_steps=500", r"F05: .* got warmup_steps=500, steps=500, wanted 0 <= warmup_steps < steps"),
         ("train.steps=${nothing}", "F32: .* at configs/focus"),
         ("resume=r", r"F29: the folder of the job is named twice .* got out=.*/o and resume=r"),
     ],
 )
 @pytest.mark.parametrize("flag", ["--dry-run", "--check"])
 def test_a_wrong_setting_of_any_step_is_refused_before_the_first(job, tmp_path, setting, told, flag):
-    code, out, err = job(setting, f"out={tmp_path}/o", flag)
+    code, out, err = job("data=d", setting, f"out={tmp_path}/o", flag)
     assert (code, out) == (2, "")
     assert re.match(f"SAYO-{told}", err), err
     assert not list(tmp_path.iterdir())
@@ -160,7 +168,11 @@ def test_files_of_the_command_line_win_over_the_data_of_the_job(job):
 
 def test_a_missing_folder_is_shown_by_a_pattern_that_a_shell_expands(job):
     lines = plan(job, "data=data/a b")
-    assert lines["held"] == "out   data/a b/val-*.parquet - NOT THERE YET"
+    assert lines["held"] == "out   data/a b/val-*.parquet - NOT THERE YET, needed before the run"
+    assert lines["arguments"] == (
+        "checked; rows not checked, missing: data/a b/train-*.parquet, data/a b/val-*.parquet"
+    )
+    assert lines["last"].endswith("nothing was started; still missing: train rows, held-out rows, model")
     assert "--rows 'data/a b'/train-*.parquet --out" in lines["1."]
     assert lines["then"].startswith("DATA='data/a b' MODEL_PATH=")
 
@@ -170,8 +182,9 @@ def test_a_missing_folder_is_shown_by_a_pattern_that_a_shell_expands(job):
     [
         (["data=d", "train_files=a"], JOB, "the training rows are named twice"),
         (["train_files=a"], "configs/focus/tiny.yaml", "would come from two places"),
+        ([], JOB, "no rows to train on .*wanted rows with boxes .*DATA=FOLDER"),
         (["train_files=[]"], JOB, "no rows to train on"),
-        (["val_file=null"], JOB, "no held-out rows"),
+        (["train_files=a"], JOB, "no held-out rows"),
     ],
 )
 def test_F30_rows_named_twice_or_not_at_all(job, settings, file, told):
@@ -208,7 +221,7 @@ def test_accumulation_is_as_near_to_the_rows_as_it_can_be(rows, gpus, batch_size
 )
 def test_minutes_of_sampling(rows, gpus, tries, right, minutes):
     respond = RespondConfig(tries=tries, max_new_tokens=1024)
-    assert run.sampling_minutes(rows, gpus, respond, right=right) == minutes
+    assert sampling_minutes(rows, gpus, respond, right=right) == minutes
 
 
 # --------------------------------------------------------------------------------------------------------------- plan
@@ -220,14 +233,13 @@ TRAINED = (
 
 def test_the_commands_of_the_7b_job(job):
     out = f"{os.devnull}/o"
-    lines = plan(job)
+    lines = plan(job, "train_files=t.parquet", "val_file=v.parquet")
     assert lines["1."] == (
-        f"{ALL} respond {BASE} --rows data/virl39k/train.parquet --out {out}/rows.parquet --max-new-tokens 1024 "
-        "--max-rows 8192"
+        f"{ALL} respond {BASE} --rows t.parquet --out {out}/rows.parquet --max-new-tokens 1024 --max-rows 8192"
     )
     assert lines["2."] == f"{ALL} train {BASE} --rows {out}/rows.parquet --out {out}/policy {TRAINED}"
     assert lines["3."] == (
-        f"python3 -m sayo_verl.focus report {BASE} --after {out}/policy --rows data/mmk12/val.parquet --out {out} "
+        f"python3 -m sayo_verl.focus report {BASE} --after {out}/policy --rows v.parquet --out {out} "
         "--dtype bfloat16 --attention sdpa --max-rows 256"
     )
     train = shlex.split(plan(job, "train.lora_rank=0")["2."])
@@ -240,7 +252,7 @@ def test_the_commands_of_the_7b_job(job):
         "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2_5_VLDecoderLayer"]},
     }
     assert "--max-rows" not in plan(job, "respond.max_rows=null")["1."]
-    lines = plan(job, "sample=false", "train_files=[a,b]", "train.layers=[14,18]")
+    lines = plan(job, "sample=false", "train_files=[a,b]", "val_file=v", "train.layers=[14,18]")
     assert "3." not in lines
     assert f"train {BASE} --rows a b --out {out}/policy --layers 14 18 " in lines["1."]
     assert "--layers 14 18" in lines["2."]
@@ -268,6 +280,32 @@ def test_the_plan_estimates_sampling_and_keeps_64_rows_a_step(job, settings, tol
     assert ("sampling" in lines) == (settings not in (["sample=false"], ["gpus=null"]))
 
 
+def test_the_plan_counts_the_rows_that_exist(job, scenes):
+    lines = plan(job, f"data={scenes}", "train.steps=10")
+    assert lines["rows"] == f"{scenes}/train.parquet: 4 rows"
+    assert lines["held"] == f"out   {scenes}/val.parquet: 2 rows"
+    assert lines["sampling"].startswith("4 min for 4 rows")
+    assert "640 rows seen: 160.0 passes if all 4 sampled rows are kept" in lines["training"]
+    assert "for 3 rows" in plan(job, f"data={scenes}", "respond.max_rows=3")["sampling"]
+    assert "32000 rows seen: 8000.0 passes; time" in plan(job, f"data={scenes}", "sample=false")["training"]
+
+
+def test_the_plan_says_of_a_model_whether_it_is_there(job, scenes, tmp_path, monkeypatch):
+    lines = plan(job, f"data={scenes}", f"base={tmp_path}/absent")
+    assert lines["model"] == f"{tmp_path}/absent - NOT THERE YET, needed before the run"
+    assert lines["last"].endswith("; nothing was started; still missing: model")
+    assert plan(job, f"data={scenes}", "base=owner/absent")["model"] == (
+        "owner/absent - the hub cannot be reached from here"
+    )
+    code, _, err = job(f"data={scenes}", f"base={tmp_path}", "--dry-run")
+    assert (code, err.split(" | ")[:2]) == (2, ["SAYO-L17: the model folder has no config.json", "at base"])
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    lines = plan(job, f"data={scenes}", f"base=~/{tmp_path.name}")
+    assert lines["model"] == str(tmp_path)
+    assert lines["last"].endswith("; nothing was started")
+
+
 def parsed(arguments: list[str]) -> Any:
     parser = argparse.ArgumentParser()
     command.add_flags(parser)
@@ -281,8 +319,8 @@ def parsed(arguments: list[str]) -> Any:
             "weight": st.sampled_from([0.0, 0.5, 1e-7]),
             "alpha": st.sampled_from([0.0, 0.25]),
             "layers": st.sampled_from([(0,), (-1,), (0, -2)]),
-            "steps": st.integers(1, 9),
-            "warmup_steps": st.integers(0, 3),
+            "steps": st.integers(11, 19),
+            "warmup_steps": st.integers(0, 10),
             "clip": st.sampled_from([0.0, 2.0]),
             "lora_rank": st.integers(0, 4),
             "lora_alpha": st.integers(1, 9),
@@ -300,7 +338,7 @@ def test_a_step_gets_the_settings_of_the_job(values, sampled):
     settings = FocusConfig(**values)
     report = ReportStep(settings.alpha, settings.layers, settings.dtype, settings.attention, sampled.get("max_rows"))
     job = FocusJob("m", "d", ["t"], "v", respond=RespondConfig(**sampled), train=settings, report=report)
-    steps = run.steps_of(job, Path("o"))
+    steps = steps_of(job, Path("o"))
     got = command._config(parsed(steps.train))
     unused = {} if settings.lora_rank else {"lora_alpha": settings.lora_alpha}
     assert dataclasses.replace(got, **unused) == settings
@@ -345,7 +383,9 @@ def started(monkeypatch):
 
 
 def tiny(scenes: Path, *settings: str) -> list[str]:
-    return [f"data={scenes}", *settings]
+    """Settings of a job whose model is a folder that a step could not load, and no step is started."""
+    (scenes / "config.json").write_text("{}")
+    return [f"data={scenes}", f"base={scenes}", *settings]
 
 
 def test_a_job_runs_its_steps_and_names_the_next_command(job, started, scenes, tmp_path):
@@ -384,15 +424,28 @@ def test_a_step_that_fails_ends_the_job_and_the_printed_command_resumes_it(job, 
     assert re.match(r"SAYO-F31: .* got {'train.steps': 8}, wanted {'train.steps': 7}", err)
 
 
-def test_F29_nothing_to_resume(job, started, scenes, tmp_path):
-    code, _, err = job(*tiny(scenes, f"resume={tmp_path}"), file="configs/focus/tiny.yaml")
+def test_a_dry_run_of_a_trained_job_says_that_the_report_is_left(job, started, scenes, tmp_path):
+    assert job(*tiny(scenes, f"out={tmp_path}/o"), file="configs/focus/tiny.yaml")[0] == 0
+    resumed = (f"resume={tmp_path}/o", "--dry-run")
+    for inputs in (tiny(scenes), []):  # a dry run of the tiny script does not know the model and the rows yet
+        code, out, err = job(*inputs, *resumed, file="configs/focus/tiny.yaml")
+        assert (code, err) == (0, "")
+        assert "\nthe policy is trained: the report alone is left\n" in out
+    assert "SAYO-F31" in job(*tiny(scenes, "train.steps=20"), *resumed, file="configs/focus/tiny.yaml")[2]
+    code, _, err = job(*tiny(scenes, f"out={tmp_path}/o", "--dry-run"), file="configs/focus/tiny.yaml")
+    assert (code, err.split(":")[0]) == (2, "SAYO-F16")
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]], ids=str)
+def test_F29_nothing_to_resume(job, started, scenes, tmp_path, flags):
+    code, _, err = job(*tiny(scenes, f"resume={tmp_path}"), *flags, file="configs/focus/tiny.yaml")
     assert code == 2
     assert re.match(f"SAYO-F29: there is no job to resume .* at {tmp_path}/job.yaml", err)
     assert not started.lines
 
 
 def test_a_job_on_gpus_starts_torchrun_of_this_python_where_there_are_gpus(job, started, scenes, tmp_path, monkeypatch):
-    settings = [f"data={scenes}", f"out={tmp_path}/o", "gpus=2"]
+    settings = tiny(scenes, f"out={tmp_path}/o", "gpus=2")
     monkeypatch.setattr(run.shutil, "which", lambda _: None)
     code, out, err = job(*settings)
     assert (code, out) == (2, "")
@@ -414,3 +467,21 @@ def test_a_missing_file_of_rows_is_refused_before_the_first_step(job, started, t
     assert re.match("SAYO-F20: .* got a.parquet", err)
     assert not started.lines
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [("./absent", "L17: there is no model at this path"), ("owner/absent", "L53: the hub cannot be reached")],
+)
+def test_a_missing_model_is_refused_before_the_first_step(job, started, scenes, tmp_path, base, told):
+    code, _, err = job(f"data={scenes}", f"base={base}", f"out={tmp_path}/o", file="configs/focus/tiny.yaml")
+    assert code == 2
+    assert re.match(rf"SAYO-{told}.* \| at base \| got {base}", err)
+    assert not started.lines
+    assert not (tmp_path / "o").exists()
+
+
+def test_D02_a_file_that_is_not_parquet(job, tmp_path):
+    file = tmp_path / "rows.parquet"
+    file.write_text("rows")
+    assert job(f"train_files={file}", "val_file=v", "--dry-run")[2].startswith("SAYO-D02")

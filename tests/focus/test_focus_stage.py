@@ -52,7 +52,7 @@ def test_training_lowers_the_loss_and_the_folder_is_the_model(folders, parquet, 
 
 
 def test_an_interruption_while_the_folder_is_written_leaves_none(folders, parquet, tmp_path, monkeypatch):
-    config = replace(SHORT, steps=1, trainer_args={"disable_tqdm": True, "use_cpu": True})
+    config = replace(SHORT, steps=1, warmup_steps=0, trainer_args={"disable_tqdm": True, "use_cpu": True})
     export = trainer.export
 
     def stops(t, processor, base, out, config):

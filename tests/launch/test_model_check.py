@@ -8,9 +8,10 @@ import pytest
 from huggingface_hub import constants
 from support.launch_config import refused, write_model
 
-import sayo_verl.launch.model_check
-from sayo_verl.launch.model_check import is_hub_name, load_config
+import sayo_verl.models.location
+from sayo_verl.launch.model_check import load_config
 from sayo_verl.launch.preflight import preflight
+from sayo_verl.models.location import is_hub_name
 
 ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
 PACKED = "actor_rollout_ref.model.use_remove_padding"
@@ -29,7 +30,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    sayo_verl.launch.model_check._hub_folder.cache_clear()
+    sayo_verl.models.location._hub_folder.cache_clear()
 
     def download(**config):
         stored = tmp_path / "hub" / f"models--{NAME.replace('/', '--')}"
@@ -39,7 +40,7 @@ def hub(tmp_path, monkeypatch):
         return write_model(stored / "snapshots" / ("0" * 40), **config)
 
     yield download
-    sayo_verl.launch.model_check._hub_folder.cache_clear()
+    sayo_verl.models.location._hub_folder.cache_clear()
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def hub_says(hub, monkeypatch):
             calls.append(args)
             raise error
 
-        monkeypatch.setattr(sayo_verl.launch.model_check, "snapshot_download", download)
+        monkeypatch.setattr(sayo_verl.models.location, "snapshot_download", download)
         return calls
 
     return answer
@@ -124,7 +125,7 @@ def test_the_hub_is_tried_once_and_a_model_in_the_cache_does_without(of_hub, hub
     assert "ProxyError: no route" in refused(of_hub(), "L53").got
     assert len(calls) == 1
     hub(model_type="qwen3_vl", text_config={"num_hidden_layers": 4})
-    sayo_verl.launch.model_check._hub_folder.cache_clear()
+    sayo_verl.models.location._hub_folder.cache_clear()
     preflight(of_hub())
 
 
@@ -149,7 +150,7 @@ def test_a_path_that_may_be_a_hub_name_is_refused_as_both_and_planned_by_a_dry_r
     hub_says(httpx.ConnectError("no route"))
     assert neither in refused(of_hub(), "L53").what
     assert "NOT THERE YET as a folder" in dict(preflight(of_hub(), dry_run=True))["model"]
-    sayo_verl.launch.model_check._hub_folder.cache_clear()
+    sayo_verl.models.location._hub_folder.cache_clear()
     response = httpx.Response(404, request=httpx.Request("GET", "https://hub.example"))
     hub_says(huggingface_hub.errors.RepositoryNotFoundError("404", response=response))
     error = refused(of_hub(), "L17")
