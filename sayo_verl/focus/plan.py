@@ -36,6 +36,11 @@ def _duration(minutes: int) -> str:
     return f"{minutes} min" if minutes < 120 else f"{math.floor(minutes / 6 + 0.5) / 10} h"
 
 
+def rows_per_step(job: FocusJob) -> int:
+    """Rows of one optimizer step on all GPUs."""
+    return (job.gpus or 1) * job.train.batch_size * job.train.accumulation
+
+
 @dataclass(frozen=True)
 class Steps:
     """Arguments of ``sayo focus`` for each step.
@@ -97,7 +102,7 @@ def next_command(job: FocusJob, folder: Path) -> str:
     words = f"MODEL_PATH={shlex.quote(str((folder / 'policy').absolute()))} {job.next_command}"
     files = {"train": [Path(file) for file in job.train_files], "val": [Path(str(job.val_file))]}
     if job.data is not None:
-        words = f"DATA={shlex.quote(job.data)} {words}"
+        words = f"DATA={shlex.quote(str(Path(job.data).expanduser().absolute()))} {words}"
         files = {split: [f for f in of if f.parent != Path(job.data).expanduser()] for split, of in files.items()}
     return f"{words} {verl_flags(files)}".rstrip()
 
@@ -109,7 +114,7 @@ def plan(job: FocusJob, steps: Steps, folder: Path, missing: Collection[str]) ->
         n = count_rows([file])
         return f"{file} - NOT THERE YET, needed before the run" if n is None else f"{file}: {n} rows"
 
-    per_step = (job.gpus or 1) * job.train.batch_size * job.train.accumulation
+    per_step = rows_per_step(job)
     seen, rank = per_step * job.train.steps, job.train.lora_rank
     limits = (count_rows(job.train_files), job.respond.max_rows if job.sample else None)
     rows = min((n for n in limits if n is not None), default=None)

@@ -21,7 +21,7 @@ from sayo_verl.focus import command
 from sayo_verl.focus.config import check_new_folder
 from sayo_verl.focus.files import columns_of, missing_files
 from sayo_verl.focus.job import FocusJob, leaves, place_rows, read_job, read_yaml
-from sayo_verl.focus.plan import Steps, commands, next_command, plan, steps_of
+from sayo_verl.focus.plan import Steps, commands, next_command, plan, rows_per_step, steps_of
 from sayo_verl.focus.variables import refuse_variables
 from sayo_verl.models.location import check_config_file, model_folder
 from sayo_verl.script_variables import BY_SCRIPT
@@ -151,10 +151,13 @@ def trained_already(job: FocusJob, folder: Path, missing: Collection[str] = ()) 
 
 
 def _record(job: FocusJob) -> dict[str, Any]:
-    """Key -> value of what decides the policy and the report."""
+    """Key -> value of what decides the policy and the report, on any number of GPUs."""
     values: Any = OmegaConf.to_container(OmegaConf.structured(job), resolve=True)
-    places = ("out", "resume", "gpus", "data", "next_command")
-    return {key: value for key, value in leaves(values) if key not in places}
+    left_out = ("out", "resume", "gpus", "data", "next_command", "train.accumulation")
+    return {key: value for key, value in leaves(values) if key not in left_out} | {
+        "train_files": [str(Path(file).absolute()) for file in job.train_files],
+        "rows_per_step": rows_per_step(job),
+    }
 
 
 def run_job(file: Path, settings: Sequence[str], *, dry_run: bool, check: bool) -> int:

@@ -174,7 +174,7 @@ def test_a_missing_folder_is_shown_by_a_pattern_that_a_shell_expands(job):
     )
     assert lines["last"].endswith("nothing was started; still missing: train rows, held-out rows, model")
     assert "--rows 'data/a b'/train-*.parquet --out" in lines["1."]
-    assert lines["then"].startswith("DATA='data/a b' MODEL_PATH=")
+    assert lines["then"].startswith(f"DATA='{Path.cwd()}/data/a b' MODEL_PATH=")
 
 
 @pytest.mark.parametrize(
@@ -436,8 +436,16 @@ def test_a_dry_run_of_a_trained_job_says_that_the_report_is_left(job, started, s
     assert (code, err.split(":")[0]) == (2, "SAYO-F16")
 
 
+def test_a_trained_job_is_the_same_on_any_number_of_gpus_that_gives_its_rows_per_step(job, started, scenes, tmp_path):
+    file = "configs/focus/tiny.yaml"
+    assert job(*tiny(scenes, f"out={tmp_path}/o", "train.accumulation=2"), file=file)[0] == 0
+    resumed = tiny(os.path.relpath(scenes), f"resume={tmp_path}/o", "gpus=2", "--dry-run")
+    assert "the report alone is left" in job(*resumed, "train.accumulation=1", file=file)[1]
+    assert "got {'rows_per_step': 128}" in job(*resumed, "train.accumulation=2", file=file)[2]
+
+
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]], ids=str)
-def test_F29_nothing_to_resume(job, started, scenes, tmp_path, flags):
+def test_nothing_to_resume_is_refused(job, started, scenes, tmp_path, flags):
     code, _, err = job(*tiny(scenes, f"resume={tmp_path}"), *flags, file="configs/focus/tiny.yaml")
     assert code == 2
     assert re.match(f"SAYO-F29: there is no job to resume .* at {tmp_path}/job.yaml", err)
