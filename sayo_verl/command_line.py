@@ -19,6 +19,7 @@ class Command(argparse.ArgumentParser):
 
     Attributes:
         shown: names of the optional flags on the page of ``--help``; None for all.
+        intermixed: whether flags may stand between positional arguments.
     """
 
     def __init__(self, *args: Any, add_flags: AddFlags | None = None, **kwargs: Any) -> None:
@@ -26,6 +27,7 @@ class Command(argparse.ArgumentParser):
         self.formatter_class = argparse.RawDescriptionHelpFormatter
         self.add_flags = add_flags
         self.shown: frozenset[str] | None = None
+        self.intermixed = False
 
     def show_only(self, *flags: str) -> None:
         """Leave other optional flags, and all but the first paragraph of the description, to ``--help-all``."""
@@ -77,6 +79,12 @@ class Command(argparse.ArgumentParser):
         if self.add_flags:
             add_flags, self.add_flags = self.add_flags, None
             self.set_defaults(function=add_flags(self))
+        if self.intermixed:
+            self.intermixed = False  # argparse calls this function again meanwhile
+            try:
+                return self.parse_known_intermixed_args(args, namespace)
+            finally:
+                self.intermixed = True
         return super().parse_known_args(args, namespace)
 
 

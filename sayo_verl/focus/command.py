@@ -52,6 +52,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     job.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="such as train.steps=300 train.layers=[14,18]")
     job.add_argument("--dry-run", action="store_true", help="check and print the plan; write no file")
     job.set_defaults(stage=_run_job)
+    job.intermixed = True
 
     train = commands.add_parser("train", help="add <Focus>, train it, write a model folder; prints the folder")
     train.add_argument("--base", required=True, help="model folder or hub name")

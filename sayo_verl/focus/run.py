@@ -155,7 +155,7 @@ def _record(job: FocusJob) -> dict[str, Any]:
     values: Any = OmegaConf.to_container(OmegaConf.structured(job), resolve=True)
     left_out = ("out", "resume", "gpus", "data", "next_command", "train.accumulation")
     return {key: value for key, value in leaves(values) if key not in left_out} | {
-        "train_files": [str(Path(file).absolute()) for file in job.train_files],
+        "train_files": [os.path.abspath(file) for file in job.train_files],
         "rows_per_step": rows_per_step(job),
     }
 
