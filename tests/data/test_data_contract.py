@@ -199,7 +199,7 @@ def test_the_good_row_is_good(tmp_path):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_D72_a_column_of_another_type(column, value, says, attention):
+def test_a_column_of_another_type_is_refused(column, value, says, attention):
     looked = RowContract(Demands(attention=attention)).look(good() | {column: value}, "f row 0")
     (fault,) = looked.faults
     assert looked.mistyped
@@ -257,7 +257,7 @@ TRUTHS = [
 
 
 @pytest.mark.parametrize("truth", TRUTHS, ids=str)
-def test_D74_launch_inspection_and_prepare_ask_the_reward_which_truths_can_be_graded(tmp_path, truth):
+def test_launch_inspection_and_prepare_ask_the_reward_which_truths_can_be_graded(tmp_path, truth):
     row, right = good(), why_not_gradable(truth) is None
     row["reward_model"]["ground_truth"] = truth
     pq.write_table(
@@ -288,7 +288,7 @@ def test_D74_launch_inspection_and_prepare_ask_the_reward_which_truths_can_be_gr
         assert right or reason in REASONS
 
 
-def test_D77_an_image_that_qwens_resize_refuses():
+def test_an_image_that_qwens_resize_refuses_is_a_fault():
     for width, wrong in ((400, False), (402, True)):
         out = io.BytesIO()
         Image.new("RGB", (width, 2)).save(out, "PNG")
@@ -391,7 +391,7 @@ def test_launch_refuses_what_the_table_says_for_ours_and_for_verls_own(repo, tmp
     ],
     ids=str,
 )
-def test_D64_files_join_where_verls_reader_joins_them(tmp_path, files, wrong):
+def test_files_join_where_verls_reader_joins_them(tmp_path, files, wrong):
     import datasets
 
     paths = []

@@ -124,7 +124,7 @@ def test_respond_brings_files_of_different_columns_together(folders, parquet, tm
     assert AnchorRows([tmp_path / "r.parquet"]).without_response() == 0
 
 
-def test_F24_files_whose_columns_do_not_go_together(parquet, tmp_path):
+def test_files_with_different_columns_are_refused(parquet, tmp_path):
     table = pq.read_table(parquet).slice(0, 2)
     pq.write_table(table.append_column("n", pa.array([1, 2])), tmp_path / "a.parquet")
     pq.write_table(table.append_column("n", pa.array(["x", "y"])), tmp_path / "b.parquet")
@@ -204,7 +204,7 @@ def test_an_interrupted_run_goes_on_where_it_stood(folders, parquet, tmp_path, g
 
 
 @pytest.mark.parametrize("change", [{"tries": 3}, {"seed": 2}, {"max_rows": 40}, {"batch_size": 2}])
-def test_F19_responses_begun_with_other_settings(folders, parquet, tmp_path, guesses, change):
+def test_responses_begun_with_other_settings_are_refused(folders, parquet, tmp_path, guesses, change):
     out, config = tmp_path / "r.parquet", RespondConfig(tries=2, batch_size=4, seed=1)
     respond.write_responses(folders["qwen3_vl"], [parquet], out, config, rank=0, world=2)
     with pytest.raises(SayoError, match=r"F19: .*settings.json.* got {.*}, wanted {.*} .*rm -r"):
@@ -312,7 +312,7 @@ def test_a_check_of_right_arguments_is_silent_and_starts_nothing(parquet, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_F22_rows_without_boxes(no_boxes, tmp_path):
+def test_files_without_any_box_are_refused(no_boxes, tmp_path):
     with pytest.raises(SayoError, match="F22"):
         anchor("no/model", [no_boxes], tmp_path / "out", SHORT)
     with pytest.raises(SayoError, match="F22"):

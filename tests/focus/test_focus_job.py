@@ -187,13 +187,13 @@ def test_a_missing_folder_is_shown_by_a_pattern_that_a_shell_expands(job):
         (["train_files=a"], JOB, "no held-out rows"),
     ],
 )
-def test_F30_rows_named_twice_or_not_at_all(job, settings, file, told):
+def test_rows_named_twice_or_not_at_all_are_refused(job, settings, file, told):
     code, _, err = job(*settings, "--dry-run", file=file)
     assert code == 2
     assert re.match(f"SAYO-F30: .*{told}", err)
 
 
-def test_F30_a_file_of_a_job_that_names_rows_twice(job, tmp_path):
+def test_a_file_of_a_job_that_names_rows_twice_is_refused(job, tmp_path):
     (tmp_path / "job.yaml").write_text(yaml.safe_dump({"base": "m", "data": "d", "train_files": "t"}))
     assert "SAYO-F30: the training rows are named twice" in job("--dry-run", file=str(tmp_path / "job.yaml"))[2]
     (tmp_path / "job.yaml").write_text(yaml.safe_dump({"base": "m", "data": "d", "val_file": "v"}))
@@ -351,14 +351,14 @@ def test_a_step_gets_the_settings_of_the_job(values, sampled):
 
 # ---------------------------------------------------------------------------------------------------------- variables
 @pytest.mark.parametrize("name", UNREAD)
-def test_L67_a_variable_of_an_earlier_version_of_these_scripts(name):
+def test_a_variable_of_an_earlier_version_is_refused(name):
     with pytest.raises(SayoError, match=f"L67: .* at {name} .* got 7 .* fix: use "):
         refuse_variables({name: "7", BY_SCRIPT: "RESUME=..."})
     refuse_variables({name: "7"})
 
 
 @pytest.mark.parametrize("wrong", [{"METHOD": "dual"}, {"NNODES": "2"}], ids=str)
-def test_F28_a_method_or_machines_that_the_stage_does_not_have(wrong):
+def test_another_method_or_several_machines_are_refused(wrong):
     with pytest.raises(SayoError, match=f"F28: .* at {next(iter(wrong))} "):
         refuse_variables({BY_SCRIPT: "RESUME=...", **wrong})
     refuse_variables({BY_SCRIPT: "RESUME=...", "METHOD": "faithful", "NNODES": "1"})
@@ -492,7 +492,7 @@ def test_a_missing_model_is_refused_before_the_first_step(job, started, scenes, 
     assert not (tmp_path / "o").exists()
 
 
-def test_D02_a_file_that_is_not_parquet(job, tmp_path):
+def test_a_file_that_is_not_parquet_is_refused(job, tmp_path):
     file = tmp_path / "rows.parquet"
     file.write_text("rows")
     assert job(f"train_files={file}", "val_file=v", "--dry-run")[2].startswith("SAYO-D02")

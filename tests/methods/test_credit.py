@@ -304,7 +304,7 @@ def test_rows_in_another_order_are_refused():
         CURRENT.reset(token)
 
 
-def test_A19_a_renamed_method_of_the_signals_says_its_new_name():
+def test_a_renamed_method_of_the_signals_says_its_new_name():
     signals = random_signals(RegionMethod().needs(), 3, 4, 5)
     with pytest.raises(SayoError, match=r"^SAYO-A19: .*wanted signals\.eligible_rows"):
         signals.carrying()

@@ -331,7 +331,7 @@ def test_a_truth_of_punctuation_equals_nothing(truth):
 
 
 @pytest.mark.parametrize("truth", [None, ["red"], True, "<answer>red</answer>", float("inf"), "#### 3"], ids=str)
-def test_D70_a_truth_that_cannot_be_graded_is_never_graded(truth):
+def test_a_truth_that_cannot_be_graded_is_never_graded(truth):
     for response in (GOOD, "", "<answer>None</answer>", f"<answer>{truth}</answer>"):
         with pytest.raises(SayoError, match=r"^SAYO-D70: .* \| at reward_model.ground_truth \| got .*fix: "):
             compute_score("", response, truth)

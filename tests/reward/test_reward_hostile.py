@@ -330,7 +330,7 @@ def test_a_boxed_truth_can_be_graded_by_math_alone():
     assert why_not_gradable(r"\boxed{3}", judge="math") is None
 
 
-def test_D71_a_worker_that_does_not_start_is_no_wrong_answer(monkeypatch):
+def test_a_worker_that_does_not_start_is_no_wrong_answer(monkeypatch):
     formula._stop()
     monkeypatch.setattr(formula, "_start_worker", math.sqrt)  # raises without an argument, as an import may
     with pytest.raises(SayoError, match=r"^SAYO-D71: .*fix: "):

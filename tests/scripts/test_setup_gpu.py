@@ -46,7 +46,7 @@ def test_the_gpu_stack_is_built_under_its_constraints_and_flash_attn_after_torch
 
 
 @pytest.mark.parametrize("release", ["12.4", None])
-def test_X96_without_nvcc_nothing_is_downloaded(copy: Copy, release: str | None) -> None:
+def test_without_nvcc_nothing_is_downloaded(copy: Copy, release: str | None) -> None:
     copy.command("nvcc", NVCC.format("13.0"))  # CUDA_HOME goes before PATH, as in torch
     home = copy.root / "toolkit"
     (home / "bin").mkdir(parents=True)
@@ -168,7 +168,7 @@ def test_the_resolution_is_counted_and_compared_with_the_constraints(
     ],
     ids=str,
 )
-def test_X98_another_set_than_the_constraints(
+def test_another_set_than_the_constraints_is_reported(
     resolution: Callable[..., tuple[int, str]], packages: dict[str, str | None], told: str
 ) -> None:
     status, output = resolution(**packages)
@@ -188,7 +188,7 @@ def test_renew_writes_what_was_resolved(copy: Copy, resolution: Callable[..., tu
     assert "\nflash-attn==2.8.3\n" in text
 
 
-def test_X97_an_unknown_argument_does_not_start_the_resolution(resolution: Callable[..., tuple[int, str]]) -> None:
+def test_an_unknown_argument_does_not_start_the_resolution(resolution: Callable[..., tuple[int, str]]) -> None:
     status, output = resolution("--renw")
     assert status == 1
     assert output == (
@@ -197,7 +197,7 @@ def test_X97_an_unknown_argument_does_not_start_the_resolution(resolution: Calla
 
 
 @pytest.mark.parametrize("arguments", [["cpu", "--force"], ["--wher", "gpu"], ["cpu", "gpu"]], ids=str)
-def test_X93_an_unknown_argument_does_not_start_the_set_up(copy: Copy, arguments: list[str]) -> None:
+def test_an_unknown_argument_does_not_start_the_set_up(copy: Copy, arguments: list[str]) -> None:
     status, output = copy.run(*arguments)
     assert status == 1
     assert re.fullmatch(r"SAYO-X93: unknown argument '\S+' \| at .* \| fix: .*\n", output)
@@ -205,7 +205,7 @@ def test_X93_an_unknown_argument_does_not_start_the_set_up(copy: Copy, arguments
     assert not copy.venv.exists()
 
 
-def test_X97_no_set_of_packages(resolution: Callable[..., tuple[int, str]]) -> None:
+def test_a_resolution_that_fails_is_reported(resolution: Callable[..., tuple[int, str]]) -> None:
     status, output = resolution(fails="1")
     assert status == 1
     assert "ResolutionImpossible" in output

@@ -194,7 +194,7 @@ def contents(folder: Path) -> set[tuple[str, int]]:
 
 @pytest.mark.parametrize("unfinished", [False, True])
 @pytest.mark.parametrize("linked", [True, False])
-def test_X94_leaves_the_environment_of_another_checkout_alone(copy: Copy, linked: bool, unfinished: bool) -> None:
+def test_the_environment_of_another_checkout_is_left_alone(copy: Copy, linked: bool, unfinished: bool) -> None:
     venv = neighbour(copy)
     if unfinished:  # its set-up is under way
         (venv / ".sayo-stamp").unlink()
@@ -212,7 +212,7 @@ def test_X94_leaves_the_environment_of_another_checkout_alone(copy: Copy, linked
     assert contents(venv) == before
 
 
-def test_X94_refuses_what_was_moved_with_its_checkout(copy: Copy) -> None:
+def test_an_environment_moved_with_its_checkout_is_refused(copy: Copy) -> None:
     copy.built("cpu")
     copy.root = copy.root.rename(copy.root.with_name("renamed"))
     copy.venv = copy.root / ".venv"
