@@ -14,9 +14,12 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import sayo_verl.launch.settings  # noqa: F401 (Hydra composes algorithm.attn from it)
 
+settings.register_profile("sayo-verl", deadline=None)  # no test asserts a time
+settings.load_profile("sayo-verl")
 REPO = Path(__file__).resolve().parent.parent
 
 

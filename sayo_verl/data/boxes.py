@@ -141,7 +141,7 @@ def place_boxes(
 
     Raises:
         SayoError: D42 for a box that is not four finite numbers, D43 for one that cannot be in its format, D44 for an
-            annotated size that is not the image's, D45 where the frame cannot be told, D46 for an unknown format or
+            annotated size that is not the image's, D45 if the frame is unknown, D46 for an unknown format or
             frame and for names that do not fit the boxes.
     """
     form = form_of(box_format, where)

@@ -50,10 +50,10 @@ class Counted:
     longest: list[Kept] = field(default_factory=list)
 
     def __str__(self) -> str:
-        told = f"{self.rows} rows" + (f", {self.with_boxes} with boxes" if self.with_boxes is not None else "")
-        told += f", {self.decoded} images decoded"
-        told += f", {self.remote} images of web addresses not read" if self.remote else ""
-        return told + (f", {self.narrow} rows too narrow for Qwen's resize" if self.narrow else "")
+        text = f"{self.rows} rows" + (f", {self.with_boxes} with boxes" if self.with_boxes is not None else "")
+        text += f", {self.decoded} images decoded"
+        text += f", {self.remote} images of web addresses not read" if self.remote else ""
+        return text + (f", {self.narrow} rows too narrow for Qwen's resize" if self.narrow else "")
 
     def add(self, other: "Counted", keep: int) -> None:
         """Count another file as well; ``keep`` as in ``check_parquet``."""

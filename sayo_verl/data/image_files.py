@@ -57,7 +57,7 @@ def read_image(ref: ImageRef) -> bytes:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise Drop("image_missing", path) from error
     except OSError as error:
-        raise Drop("image_unreadable", told(error)) from error
+        raise Drop("image_unreadable", one_line(error)) from error
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -147,7 +147,7 @@ def _read_member(path: str, member: str) -> bytes:
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise SayoError(
             "D41",
-            f"a zip file cannot be opened ({told(error)})",
+            f"a zip file cannot be opened ({one_line(error)})",
             where=_shown(path),
             fix="check the path, and download the file again if it was cut short",
         ) from error
@@ -170,7 +170,7 @@ def _read_member(path: str, member: str) -> bytes:
             fix="pack the archive again with deflate",
         ) from error
     except (OSError, EOFError, ValueError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise Drop("image_unreadable", told(error)) from error
+        raise Drop("image_unreadable", one_line(error)) from error
 
 
 @lru_cache(maxsize=4)
@@ -179,7 +179,7 @@ def _archive(path: str, process: int, mtime_ns: int, size: int) -> zipfile.ZipFi
     return zipfile.ZipFile(path)
 
 
-def told(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An error in one line that is the same in every run."""
     if isinstance(error, UnidentifiedImageError):  # its text holds an address in memory, which differs in every run
         return "the header is damaged"

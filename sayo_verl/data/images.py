@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFile
 
-from sayo_verl.data.image_files import told
+from sayo_verl.data.image_files import one_line
 from sayo_verl.data.rows import Drop
 from sayo_verl.errors import SayoError
 
@@ -130,12 +130,12 @@ def store_image(data: bytes, *, where: str, options: ImageRules = _DEFAULTS) -> 
     Raises:
         Drop: ``image_empty``, ``image_format``, ``image_unreadable``, ``image_too_large``, ``image_too_small``,
             ``image_too_long``.
-        SayoError: D46 when Pillow was told in this process to fill up truncated images.
+        SayoError: D46 when Pillow fills up truncated images in this process.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise SayoError(
             "D46",
-            "Pillow is told to fill up truncated images with grey",
+            "Pillow fills up truncated images with grey in this process",
             where=where,
             got="PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set",
             fix="remove what sets it",
@@ -150,7 +150,7 @@ def store_image(data: bytes, *, where: str, options: ImageRules = _DEFAULTS) -> 
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise Drop("image_too_large", str(error)) from error
         except DAMAGE as error:
-            raise Drop("image_unreadable", told(error)) from error
+            raise Drop("image_unreadable", one_line(error)) from error
         with picture:
             _check_header(picture, data, options)
             try:
@@ -158,7 +158,7 @@ def store_image(data: bytes, *, where: str, options: ImageRules = _DEFAULTS) -> 
             except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
                 raise Drop("image_too_large", str(error)) from error
             except DAMAGE as error:
-                raise Drop("image_unreadable", told(error)) from error
+                raise Drop("image_unreadable", one_line(error)) from error
             orientation = _orientation(picture)
             width, height = picture.size
             pixels, changed = _plain(picture)
@@ -184,13 +184,13 @@ def _format(data: bytes) -> str:
 
 def _check_header(picture: ImageFile.ImageFile, data: bytes, rules: ImageRules) -> None:
     short, long = sorted(picture.size)
-    told = f"{picture.width} x {picture.height}"
+    size = f"{picture.width} x {picture.height}"
     if short * long > rules.max_pixels:
-        raise Drop("image_too_large", told)
+        raise Drop("image_too_large", size)
     if short < rules.min_side:
-        raise Drop("image_too_small", told)
+        raise Drop("image_too_small", size)
     if long > rules.max_ratio * short:
-        raise Drop("image_too_long", told)
+        raise Drop("image_too_long", size)
     frames = getattr(picture, "n_frames", 1)  # Pillow defines it where a format can have several
     if frames > 1 and picture.format != "MPO":
         raise Drop("image_format", f"{picture.format} of {frames} frames")

@@ -60,7 +60,7 @@ class FormatWatch:
 
     1. One in ten lies within the first pixel, or the first thousandth, of its picture: they are shares in [0, 1].
     2. One in five runs out of its picture by more than 2 % of a side (at least ``A_FEW`` do): whatever they are, they
-       are not what was named. Formats in which they fit are told.
+       are not what was named. The message names formats in which they fit.
     3. All fit another format suspiciously well: none runs out of the picture in it, they begin at its upper and left
        and end at its lower and right sides, and the part of the picture that this leaves them in the format that was
        named is so small that boxes would keep to it with a chance below 1e-9. (Thousandths in photos of 4000 x 3000,

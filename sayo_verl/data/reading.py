@@ -89,11 +89,11 @@ def read_rows(
 def image_features(file: pq.ParquetFile) -> list[str]:
     """Columns that `datasets` marks as lists of images. It opens them itself, so that verl gets pictures."""
     try:
-        told = dict(json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"])
+        declared = dict(json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"])
     except (KeyError, TypeError, ValueError):
         return []
     return [
-        name for name, kind in told.items() if kind != {"_type": "Image"} and '"_type": "Image"' in json.dumps(kind)
+        name for name, kind in declared.items() if kind != {"_type": "Image"} and '"_type": "Image"' in json.dumps(kind)
     ]
 
 

@@ -38,7 +38,7 @@ LABELS = {
 
 
 @dataclass(frozen=True)
-class Look:
+class AttentionMap:
     """The attention in one row: p over the visual tokens [V], and their grid (rows, columns)."""
 
     p: torch.Tensor
@@ -48,7 +48,7 @@ class Look:
 @torch.no_grad()
 def measure(
     model: Any, processor: Any, rows: Sequence[dict[str, Any]], config: FocusConfig, *, batch_size: int = 32
-) -> tuple[dict[str, float], list[Look | None]]:
+) -> tuple[dict[str, float], list[AttentionMap | None]]:
     """Figures over rows, and where ``<Focus>`` looks in each (None for a row without boxes or of several images).
 
     ``lm_loss`` is left out if a row has no ``response``: its text is not a policy's.
@@ -64,7 +64,7 @@ def measure(
     model.eval()
     per_row: dict[str, list[torch.Tensor]] = {}
     per_token: dict[str, list[torch.Tensor]] = {}
-    looks: list[Look | None] = []
+    maps: list[AttentionMap | None] = []
     for start in range(0, len(rows), batch_size):
         chosen = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
         batch = collate(chosen)
@@ -100,10 +100,10 @@ def measure(
         for b, count in enumerate(n_images):
             own = [next(grids) for _ in range(count)]
             if count != 1 or b not in boxed:
-                looks.append(None)
+                maps.append(None)
                 continue
             r = boxed.index(b)
-            looks.append(Look(p_RS[r, image_RS[r]].cpu(), (own[0][1] // merge, own[0][2] // merge)))
+            maps.append(AttentionMap(p_RS[r, image_RS[r]].cpu(), (own[0][1] // merge, own[0][2] // merge)))
     result = {name: float(torch.cat(values).mean()) for name, values in per_row.items()}
     result |= {
         name: float(torch.cat(values).max() if name.endswith("probability") else torch.cat(values).mean())
@@ -112,7 +112,7 @@ def measure(
     if not all(row.get("response") for row in rows):
         del result["lm_loss"]
     boxed_rows = int(torch.cat(per_row["anchor_loss"]).numel())
-    return result | {"rows": len(rows), "rows_with_boxes": boxed_rows}, looks
+    return result | {"rows": len(rows), "rows_with_boxes": boxed_rows}, maps
 
 
 def compare(
@@ -150,13 +150,13 @@ def compare(
     rows = AnchorRows([file], max_rows=max_rows)
     held = [rows[i] for i in range(len(rows))]
     result: dict[str, dict[str, float]] = {"base": {}}
-    looks = {}
+    maps = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, folder in (("before", base), ("after", after)):
             model, processor, _ = load_with_focus(folder, config)
             if torch.cuda.is_available():
                 model.to("cuda")
-            result[name], looks[name] = measure(model, processor, held, config)
+            result[name], maps[name] = measure(model, processor, held, config)
             if answers and name == "before":
                 model.save_pretrained(scratch)
                 processor.save_pretrained(scratch)
@@ -167,7 +167,7 @@ def compare(
                 figures = evaluate(folder, file, max_rows=max_rows, max_new_tokens=max_new_tokens)
                 result[name] |= {"accuracy": figures["accuracy"]["mean"], "format": figures["format"]["mean"]}
     if picture is not None:
-        draw(held, looks["before"], looks["after"], picture, n=n_pictures)
+        draw(held, maps["before"], maps["after"], picture, n=n_pictures)
     return result
 
 
@@ -194,7 +194,12 @@ def _number(value: float) -> str:
 
 
 def draw(
-    rows: Sequence[dict[str, Any]], before: Sequence[Look | None], after: Sequence[Look | None], file: Path, *, n: int
+    rows: Sequence[dict[str, Any]],
+    before: Sequence[AttentionMap | None],
+    after: Sequence[AttentionMap | None],
+    file: Path,
+    *,
+    n: int,
 ) -> Path:
     """PNG: per row the image with its boxes, and p of ``<Focus>`` over it before and after, on one colour scale."""
     chosen = [i for i, look in enumerate(after) if look is not None and before[i] is not None][:n]
@@ -204,13 +209,13 @@ def draw(
     for line, i in enumerate(chosen):
         image = images_of(rows[i])[0]
         width, height = image.size
-        looks = [before[i], after[i]]
-        top = max(float(look.p.max()) for look in looks if look is not None)
+        maps = [before[i], after[i]]
+        top = max(float(look.p.max()) for look in maps if look is not None)
         for column, title in enumerate(("image and box", "before", "after anchoring")):
             ax = axes[line][column]
             grey = image.convert("L").convert("RGB") if column else image
             ax.imshow(grey, extent=(0, width, height, 0))
-            look = looks[column - 1] if column else None
+            look = maps[column - 1] if column else None
             if look is not None:
                 heat = ax.imshow(
                     look.p.view(look.grid),

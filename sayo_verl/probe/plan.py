@@ -23,7 +23,7 @@ from sayo_verl.vision.masks import box_masks, check_boxes, not_an_image
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """Token ids by which turns are told apart.
+    """Token ids that mark the roles of turns.
 
     Attributes:
         start, end: open and close a turn; the token after ``start`` is the role.

@@ -54,8 +54,8 @@ def build(source: Source, out: Path, options: BuildOptions) -> Built:
         KeyboardInterrupt: at Ctrl-C. The folder can be gone on with.
     """
     layout = Layout(options.shard_rows, options.row_group_rows, options.row_group_bytes)
-    told = {"name": source.name, "facts": source.facts()}
-    output = Output(out, told, options.deciding(), layout, overwrite=options.overwrite)
+    described = {"name": source.name, "facts": source.facts()}
+    output = Output(out, described, options.deciding(), layout, overwrite=options.overwrite)
     meter = Meter(f"sayo prepare {source.name}", options.limit or None)
     return finished(output, meter, lambda: _Build(source, output, options, meter).run())
 
@@ -125,7 +125,7 @@ class _Build:
         return hash64(f"draw {self.options.seed}", example.id) / 2**64
 
     def _draw(self) -> set[int]:
-        """The ``limit`` examples with the most luck."""
+        """The ``limit`` examples with the smallest hash."""
         share = self.options.share
         ranked = (
             (self._luck(thing), ordinal)

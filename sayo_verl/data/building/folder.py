@@ -72,17 +72,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             wanted=MANIFEST,
             fix="call the command that began it again; it resumes",
         )
-    told = read_json(folder / MANIFEST)
-    if told.get("kind") != KIND or told.get("format") != FORMAT:
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("kind") != KIND or manifest.get("format") != FORMAT:
         raise SayoError(
             "D56",
             "the folder is of another kind",
             where=str(folder / MANIFEST),
-            got=f"{told.get('kind')!r}, format {told.get('format')!r}",
+            got=f"{manifest.get('kind')!r}, format {manifest.get('format')!r}",
             wanted=f"{KIND!r}, format {FORMAT}",
             fix="name a folder that `sayo prepare` made with this version",
         )
-    return told
+    return manifest
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -92,10 +92,10 @@ def read_json(path: Path) -> dict[str, Any]:
         SayoError: D56.
     """
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(told, dict):
-            raise ValueError(f"{type(told).__name__} instead of an object")
-        return told
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError(f"{type(manifest).__name__} instead of an object")
+        return manifest
     except (OSError, ValueError, RecursionError) as error:
         raise SayoError(
             "D56",
@@ -120,8 +120,8 @@ def check_folder(folder: Path, *, hashes: bool = False) -> dict[str, Any]:
     Raises:
         SayoError: D56; D52 for a data source that `sayo prepare` does not write.
     """
-    told = read_manifest(folder)
-    files = told["files"]
+    manifest = read_manifest(folder)
+    files = manifest["files"]
     strange = [name for name in files if not SHARD.fullmatch(name) and name != LEFT_OUT]
     strange += [path.name for path in folder.glob("*.parquet") if path.name not in files]
     if strange:
@@ -158,7 +158,7 @@ def check_folder(folder: Path, *, hashes: bool = False) -> dict[str, Any]:
             check_shard(path, facts["rows"]).close()
             for source in {row["data_source"] for row in read_rows(folder, [name], ["data_source"])}:
                 check_prepared_source(source, str(path))
-    return told
+    return manifest
 
 
 def built(folder: Path, manifest: Mapping[str, Any], *, reused: bool) -> Built:

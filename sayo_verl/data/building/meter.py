@@ -33,12 +33,12 @@ class Meter:
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("{task.fields[told]}"),
+                TextColumn("{task.fields[counts]}"),
                 TimeElapsedColumn(),
                 console=self.console,
                 transient=True,
             )
-            self._task = self._bar.add_task(what, total=total, told="")
+            self._task = self._bar.add_task(what, total=total, counts="")
 
     def __enter__(self) -> "Meter":
         if self._bar is not None:
@@ -56,11 +56,11 @@ class Meter:
             return
         self._last = now
         of = f" of {self.total:,}" if self.total else ""
-        told = f"{examples:,}{of} examples, {rows:,} rows, {left_out:,} left out"
+        counts = f"{examples:,}{of} examples, {rows:,} rows, {left_out:,} left out"
         if self._bar is not None:
-            self._bar.update(self._task, completed=examples, told=told)
+            self._bar.update(self._task, completed=examples, counts=counts)
         else:
-            self.say(f"{self.what}: {told}, {now - self._begun:.0f} s")
+            self.say(f"{self.what}: {counts}, {now - self._begun:.0f} s")
 
     def say(self, text: str) -> None:
         """A line."""

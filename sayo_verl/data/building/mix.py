@@ -101,8 +101,8 @@ class _Mix:
     ) -> None:
         self.parts, self.output, self.meter = parts, output, meter
         self.files = {
-            (part, split): [name for name in sorted(told["files"]) if name.startswith(f"{split}-")]
-            for part, told in manifests.items()
+            (part, split): [name for name in sorted(manifest["files"]) if name.startswith(f"{split}-")]
+            for part, manifest in manifests.items()
             for split in SPLITS
         }
         self.left_out: list[tuple[str, str]] = []  # id, what it shares

@@ -33,9 +33,9 @@ from sayo_verl.data.building.shards import (
     check_shard,
     differences,
     file_sha256,
+    path_in_errors,
     read_rows,
     replace_file,
-    telling,
 )
 from sayo_verl.data.prepared import MANIFEST
 from sayo_verl.data.rows import REASONS, ROW_SCHEMA
@@ -82,7 +82,7 @@ class Output:
         self._log: IO[bytes] | None = None
         self._due = False
         self.manifest: dict[str, Any] | None = None
-        with telling(folder):
+        with path_in_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         begun = self._begun(overwrite)
         if begun == MANIFEST:
@@ -96,7 +96,7 @@ class Output:
         else:
             self._remove(lambda name: True)
         self._remove(lambda name: name.endswith(".tmp") or (SHARD.fullmatch(name) and name not in self.shards))
-        with telling(folder / LEFT_OUT):
+        with path_in_errors(folder / LEFT_OUT):
             self._log = open(folder / LEFT_OUT, "ab")  # noqa: SIM115  (closed in close)
             self._log.truncate(self.left_out_bytes)
         ends = {split: sum(name.startswith(f"{split}-") for name in self.shards) for split in SPLITS}
@@ -108,12 +108,12 @@ class Output:
         names = sorted(path.name for path in self.folder.iterdir())
         begun = next((name for name in (MANIFEST, PROGRESS) if name in names), "")
         foreign = [name for name in names if not _OURS.fullmatch(name)]
-        told = read_json(self.folder / begun) if begun and not overwrite else {}
+        recorded = read_json(self.folder / begun) if begun and not overwrite else {}
         left_out = self.folder / LEFT_OUT  # empty where the work was interrupted before it began
-        nobodys = [
+        unknown = [
             n for n in names if not n.endswith(".tmp") and n != LOCK and (n != LEFT_OUT or left_out.stat().st_size)
         ]
-        if foreign or (nobodys and not begun):
+        if foreign or (unknown and not begun):
             raise SayoError(
                 "D53",
                 "the folder holds other files",
@@ -122,8 +122,8 @@ class Output:
                 wanted="an empty folder, or one that the same command made",
                 fix="choose another --out, or move them away",
             )
-        lines = differences({name: told.get(name) for name in self._facts}, self._facts) if told else []
-        if lines and begun == PROGRESS and told.get("kind") == KIND and not told["state"]["shards"]:
+        lines = differences({name: recorded.get(name) for name in self._facts}, self._facts) if recorded else []
+        if lines and begun == PROGRESS and recorded.get("kind") == KIND and not recorded["state"]["shards"]:
             return ""  # nothing is lost by starting over
         if lines:
             state = "was made" if begun == MANIFEST else "was begun"
@@ -135,10 +135,10 @@ class Output:
                 wanted="the same source and options",
                 fix=START_OVER,
             )
-        return begun if told else ""
+        return begun if recorded else ""
 
     def _take_lock(self) -> None:
-        with telling(self.folder / LOCK):
+        with path_in_errors(self.folder / LOCK):
             self._lock = open(self.folder / LOCK, "w")  # noqa: SIM115  (held until close)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,7 +195,7 @@ class Output:
         assert self._log is not None
         self.counts["left_out"][reason] += 1
         line = json.dumps({"id": id, "reason": reason, "detail": detail, **more}) + "\n"
-        with telling(self.folder / LEFT_OUT):
+        with path_in_errors(self.folder / LEFT_OUT):
             self._log.write(line.encode())
 
     def used(self, ordinal: int) -> None:
@@ -207,7 +207,7 @@ class Output:
     def _checkpoint(self) -> None:
         self._due = False
         assert self._log is not None
-        with telling(self.folder / LEFT_OUT):
+        with path_in_errors(self.folder / LEFT_OUT):
             self._log.flush()
             os.fsync(self._log.fileno())
             self.left_out_bytes = self._log.tell()
@@ -294,10 +294,10 @@ class Earlier:
     def left_out(self, id: str) -> dict[str, Any]:
         """The next line of what was left out, which must have this id."""
         line = next(self._lines, None)
-        told = json.loads(line) if line is not None else {}
-        if told.get("id") != id:
-            raise self._differs(f"record {id!r} of the source", f"{told.get('id', 'no record')!r} in {LEFT_OUT}")
-        return told
+        entry = json.loads(line) if line is not None else {}
+        if entry.get("id") != id:
+            raise self._differs(f"record {id!r} of the source", f"{entry.get('id', 'no record')!r} in {LEFT_OUT}")
+        return entry
 
     def check_end(self) -> None:
         """The source has yielded as much as it had when the work was interrupted."""

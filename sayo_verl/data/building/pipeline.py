@@ -88,7 +88,7 @@ def drawn_on(example: Example, stored: Sequence[Size], frame: str) -> list[Size 
     None where neither tells: in the raw frame, an image that is stored upright may have had its sides swapped.
     """
     annotated = example.sizes or [None] * len(stored)
-    return [told or (None if frame == "raw" else size) for told, size in zip(annotated, stored, strict=True)]
+    return [own or (None if frame == "raw" else size) for own, size in zip(annotated, stored, strict=True)]
 
 
 def make(example: Example, rules: Rules) -> Made:

@@ -95,7 +95,7 @@ def differences(there: Any, now: Any, name: str = "") -> list[str]:
 def replace_file(path: Path, text: str) -> None:
     """Write a small file as a whole or not at all."""
     fresh = path.with_name(path.name + ".tmp")
-    with telling(fresh):
+    with path_in_errors(fresh):
         with open(fresh, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -105,7 +105,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 @contextmanager
-def telling(path: Path) -> Iterator[None]:
+def path_in_errors(path: Path) -> Iterator[None]:
     """D56 for what the disk says no to."""
     try:
         yield
@@ -175,7 +175,7 @@ class ShardWriter:
     def _flush(self) -> None:
         table = pa.Table.from_pylist(self._buffer, schema=ROW_SCHEMA)
         path = self.folder / f"{self.name}.tmp"
-        with telling(path):
+        with path_in_errors(path):
             if self._writer is None:
                 self._file = open(path, "wb")  # noqa: SIM115  (closed in close and abandon)
                 # images are compressed already; statistics of binary columns would put images into the footer
@@ -199,7 +199,7 @@ class ShardWriter:
         assert self._writer is not None
         assert self._file is not None
         fresh, final, rows = self.folder / f"{self.name}.tmp", self.folder / self.name, len(self.open_rows)
-        with telling(fresh):
+        with path_in_errors(fresh):
             self._writer.close()
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -207,7 +207,7 @@ class ShardWriter:
         self._writer = self._file = None
         check_shard(fresh, rows).close()
         facts = {"rows": rows, "sha256": file_sha256(fresh), "size": fresh.stat().st_size}
-        with telling(final):
+        with path_in_errors(final):
             os.replace(fresh, final)
             _sync_folder(self.folder)
         self.shards, self.open_rows = self.shards + 1, []

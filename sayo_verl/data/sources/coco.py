@@ -298,8 +298,8 @@ class CocoSource:
             else:
                 picture = by_file.get(fields.field_of(record, "file_name", str, where))
             if picture is None:
-                told = record.get("image_id", record.get("file_name"))
-                yield LeftOut(id, "image_missing", f"{told} is not in {self.annotations.name}")
+                named = record.get("image_id", record.get("file_name"))
+                yield LeftOut(id, "image_missing", f"{named} is not in {self.annotations.name}")
                 continue
             here = marks.of(picture.id)
             if "annotation_ids" in record:

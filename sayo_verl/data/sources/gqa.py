@@ -409,10 +409,10 @@ def _images(images: Path) -> Callable[[str], ImageRef]:
                 if info.filename.endswith(".jpg") and not info.filename.startswith("__MACOSX/"):
                     prefixes.add(info.filename[: info.filename.rfind("/") + 1])
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        told = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise SayoError(
             "D48",
-            f"the zip file cannot be read ({told})",
+            f"the zip file cannot be read ({message})",
             where=str(images),
             fix="give a folder or a whole zip file; download it again",
         ) from error

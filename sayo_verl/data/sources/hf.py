@@ -146,8 +146,8 @@ class HfSource:
             i += 1
 
     def _example(self, id: str, row: dict[str, Any], folder: inputs.ImageFolder | None, where: str) -> Example:
-        told = row["image"]
-        each = told if isinstance(told, list) else [told]
+        value = row["image"]
+        each = value if isinstance(value, list) else [value]
         if not each:
             raise Drop("image_missing", "an empty list")
         images = tuple(inputs.stored_image(image, f"{where}, image", folder) for image in each)

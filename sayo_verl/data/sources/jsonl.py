@@ -97,13 +97,13 @@ class JsonlSource:
         if not isinstance(names, list) or not names:
             raise fields.refuse("images are not a list of file names", where, "write at least one name", got=names)
         images = tuple(folder.ref(name, where) for name in names)
-        told = record.get("box_format", self.box_format)
-        if told != self.box_format:
+        own_format = record.get("box_format", self.box_format)
+        if own_format != self.box_format:
             raise SayoError(
                 "D61",
                 "a line and the command name different box formats",
                 where=where,
-                got=told,
+                got=own_format,
                 wanted=self.box_format,
                 fix="correct --box-format or the line",
             )

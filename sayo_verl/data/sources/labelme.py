@@ -138,8 +138,8 @@ class LabelmeSource:
             unknown = [label for label in labels if label not in {thing.name for thing in here}]
             boxless = [thing for thing in here if thing.box is None]
             if unknown or boxless:
-                told = f"{file} has no {unknown[0]!r}" if unknown else f"{boxless[0].name!r}: {boxless[0].why}"
-                yield LeftOut(id, "unknown_object" if unknown else "no_region", told)
+                detail = f"{file} has no {unknown[0]!r}" if unknown else f"{boxless[0].name!r}: {boxless[0].why}"
+                yield LeftOut(id, "unknown_object" if unknown else "no_region", detail)
                 continue
             boxes = [(thing.name, thing.box) for thing in here if thing.box is not None]
             answer, kind = fields.text(record["answer"]), fields.text(record.get("kind"))
@@ -208,8 +208,8 @@ class LabelmeSource:
         return Picture(file, image, size, things, kinds)
 
     def _image(self, record: dict[str, Any], path: Path, folder: inputs.ImageFolder | None, where: str) -> ImageRef:
-        told = fields.field_of(record, "imagePath", str, where)
-        name = PureWindowsPath(told).as_posix() if "\\" in told else told
+        image_path = fields.field_of(record, "imagePath", str, where)
+        name = PureWindowsPath(image_path).as_posix() if "\\" in image_path else image_path
         if folder is not None:
             image = folder.ref(PurePosixPath(name).name, where)
         else:

@@ -252,8 +252,8 @@ def _in_pixels(path: Path) -> bool:
         return True
     if all(pa.types.is_floating(leaf) for found in leaves.values() for leaf in found):
         return False
-    told = {column: sorted(map(str, found)) for column, found in leaves.items()}
-    raise _mixture(str(path), told, "all columns of whole numbers (pixels), or all of fractions")
+    columns = {column: sorted(map(str, found)) for column, found in leaves.items()}
+    raise _mixture(str(path), columns, "all columns of whole numbers (pixels), or all of fractions")
 
 
 def _leaves(kind: pa.DataType) -> Iterator[pa.DataType]:
