@@ -20,12 +20,6 @@ NAME = "Qwen/Qwen3-VL-8B-Instruct"
 
 
 @pytest.fixture
-def config_of(make):
-    """``config_of(**{key: value})``: a configuration that passes, with some keys changed."""
-    return make
-
-
-@pytest.fixture
 def installed(tmp_path, monkeypatch):
     """``installed(distribution, module, text)``: a package with one module, as pip would leave it."""
     monkeypatch.syspath_prepend(tmp_path / "site")
@@ -46,7 +40,7 @@ def installed(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def on_gpu(config_of, tmp_path):
+def on_gpu(make, tmp_path):
     """``on_gpu(model_type, attention, estimator=...)``: a configuration as on a GPU, verl's own attention if None."""
 
     def compose(model_type="qwen3_vl", attention=None, estimator="attn_region", **values):
@@ -57,7 +51,7 @@ def on_gpu(config_of, tmp_path):
             "trainer.device": "cuda",
             "sayo.gpu_memory_gib": 10_000,
         }  # default sizes of a family; not the matter here
-        config = config_of(**{**ours, **cuda, ATTENTION: attention, **values})
+        config = make(**{**ours, **cuda, ATTENTION: attention, **values})
         if attention is None:
             with open_dict(config):
                 del config.actor_rollout_ref.model.override_config["attn_implementation"]
@@ -170,8 +164,8 @@ def test_another_engine_of_verl_needs_no_flash_attn_from_us(on_gpu):
     assert "megatron brings its own" in dict(preflight(config))["attention"]
 
 
-def test_a_job_on_cpu_has_no_price(config_of):
-    assert dict(preflight(config_of()))["attention"] == "sdpa"
+def test_a_job_on_cpu_has_no_price(make):
+    assert dict(preflight(make()))["attention"] == "sdpa"
 
 
 def test_the_pin_of_flash_attn_is_verls():

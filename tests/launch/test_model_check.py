@@ -19,12 +19,6 @@ NAME = "Qwen/Qwen3-VL-8B-Instruct"
 
 
 @pytest.fixture
-def config_of(make):
-    """``config_of(**{key: value})``: a configuration that passes, with some keys changed."""
-    return make
-
-
-@pytest.fixture
 def hub(tmp_path, monkeypatch):
     """``hub(**config)`` puts a model into the hub's cache, as a download leaves it; the hub itself is out of reach."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -61,8 +55,8 @@ def hub_says(hub, monkeypatch):
 
 
 @pytest.fixture
-def of_hub(config_of):
-    return lambda **values: config_of(**{"actor_rollout_ref.model.path": NAME, **values})
+def of_hub(make):
+    return lambda **values: make(**{"actor_rollout_ref.model.path": NAME, **values})
 
 
 @pytest.mark.parametrize("path", [".sayo/policy", "./a", "../a/b", "~/a", "/a", "a", "a/b/c"])
@@ -160,17 +154,17 @@ def test_a_path_that_may_be_a_hub_name_is_refused_as_both_and_planned_by_a_dry_r
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
-def test_a_model_on_hdfs_is_not_checked(config_of, dry_run):
-    plan = dict(preflight(config_of(**{"actor_rollout_ref.model.path": "hdfs://store/qwen"}), dry_run=dry_run))
+def test_a_model_on_hdfs_is_not_checked(make, dry_run):
+    plan = dict(preflight(make(**{"actor_rollout_ref.model.path": "hdfs://store/qwen"}), dry_run=dry_run))
     assert plan["model"] == "hdfs://store/qwen - not checked: verl copies it from HDFS when the run starts"
-    refused(config_of(**{"actor_rollout_ref.model.path": "s3://store/qwen"}), "L17")  # verl does not copy it
+    refused(make(**{"actor_rollout_ref.model.path": "s3://store/qwen"}), "L17")  # verl does not copy it
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_type": "qwen3_vl", "text_config": 4}'])
-def test_a_configuration_that_cannot_be_read(config_of, tmp_path, text):
+def test_a_configuration_that_cannot_be_read(make, tmp_path, text):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text(text)
-    refused(config_of(**{"actor_rollout_ref.model.path": str(tmp_path / "broken")}), "L17", dry_run=True)
+    refused(make(**{"actor_rollout_ref.model.path": str(tmp_path / "broken")}), "L17", dry_run=True)
 
 
 def test_a_configuration_that_transformers_does_not_know_is_given_as_it_is(tmp_path):
