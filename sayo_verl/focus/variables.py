@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from sayo_verl.errors import Rule, raise_first
 from sayo_verl.script_variables import BY_SCRIPT, refuse_unread
 
-# Variables that the scripts of this stage read in earlier versions, and their replacements
+# Variables that the scripts of this stage read in earlier versions, and their replacements. REGION is not among them:
+# clouds set it.
 UNREAD = {
     "NGPUS": "NGPUS_PER_NODE=N in front of the script",
     "TRAIN_FILE": "train_files=",
     "VAL_FILE": "val_file=",
     "POLICY": "MODEL_PATH=FOLDER in front of the script",
-    "REGION": "DATA=FOLDER in front of the script, made by `sayo prepare synthetic --region distractor`",
     "CACHE": "DATA= and MODEL_PATH= in front of the script, made by `sayo prepare synthetic` and `sayo prepare policy`",
     "RESPOND": "sample=true or sample=false after the script",
     "ROWS": "respond.max_rows=N, or respond.max_rows=null for all rows, after the script",

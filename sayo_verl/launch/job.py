@@ -44,7 +44,7 @@ def keys_of(overrides: Sequence[str]) -> set[str]:
         if key in ("sayo.out", "sayo.resume"):
             folders.append(text)
         value = OverridesParser.create().parse_override(override).value() if text.startswith("{") else None
-        found |= {f"{key}.{leaf}" for leaf in _leaves(value)} if isinstance(value, dict) else {key}
+        found |= {leaf for leaf, _ in _leaves(value, f"{key}.")} if isinstance(value, dict) else {key}
     if len(folders) > 1:
         raise SayoError(
             "L68",
@@ -68,7 +68,7 @@ def check_types(config: DictConfig, defaults: DictConfig) -> None:
         SayoError: L73.
     """
     plain: Any = [OmegaConf.to_container(part, resolve=False) for part in (config, defaults)]
-    values, expected = (dict(_values(part)) for part in plain)
+    values, expected = (dict(_leaves(part)) for part in plain)
     for key, default in expected.items():
         value = values.get(key)
         if isinstance(default, bool | int | float) and isinstance(value, str) and not value.startswith("${"):
@@ -82,10 +82,11 @@ def check_types(config: DictConfig, defaults: DictConfig) -> None:
             )
 
 
-def _values(part: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(part: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested values."""
     for key, value in part.items():
         if isinstance(value, Mapping):
-            yield from _values(value, f"{prefix}{key}.")
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -110,11 +111,6 @@ def composition_error(error: Exception) -> SayoError:
         wanted=None if hint or not beside else ", ".join(beside),
         fix="correct the name; a + in front of the override adds a setting that does not exist yet",
     )
-
-
-def _leaves(value: Mapping[Any, Any]) -> Iterator[str]:
-    for key, part in value.items():
-        yield from (f"{key}.{leaf}" for leaf in _leaves(part)) if isinstance(part, Mapping) else [str(key)]
 
 
 def write_out(config: DictConfig, given: Collection[str]) -> None:

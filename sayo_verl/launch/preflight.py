@@ -47,7 +47,8 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
     Raises:
         SayoError: for the first mistake found.
     """
-    method = check_estimator(config, given)
+    method = check_estimator(config)
+    unused = unused_settings(str(config.algorithm.adv_estimator), _attn(config), given)
     if method is not None:
         check_method(method)
     check_training(config, method)
@@ -62,8 +63,6 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
     reward = check_reward(config, method, dry_run=dry_run)
     of_model, model_type = _check_model(config, method, dry_run)
     memory = check_memory(config, method, dry_run=dry_run)
-    attn: Any = OmegaConf.to_container(config.algorithm.attn, resolve=True) if config.algorithm.get("attn") else {}
-    unused = unused_settings(str(config.algorithm.adv_estimator), attn)
     plan: Plan = [
         ("estimator", f"{config.algorithm.adv_estimator}" + ("" if method else " (verl's own code, untouched)")),
         ("method", _describe(method) if method else "-"),
@@ -101,16 +100,16 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
     return plan
 
 
-def check_estimator(config: DictConfig, given: Collection[str] = ()) -> Method | None:
+def _attn(config: DictConfig) -> Any:
+    """``algorithm.attn`` as plain containers; empty if the configuration has none."""
+    return OmegaConf.to_container(config.algorithm.attn, resolve=True) if config.algorithm.get("attn") else {}
+
+
+def check_estimator(config: DictConfig) -> Method | None:
     """The run's method, or None for an estimator of verl's own.
 
-    Args:
-        config: the composed configuration.
-        given: keys of the command line.
-
     Raises:
-        SayoError: L01 for an unknown name, with the nearest known one; what ``settings_from_config`` and
-            ``unused_settings`` raise.
+        SayoError: L01 for an unknown name, with the nearest known one; what ``settings_from_config`` raises.
     """
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
@@ -126,10 +125,7 @@ def check_estimator(config: DictConfig, given: Collection[str] = ()) -> Method |
             wanted=f"ours ({', '.join(ours)}) or verl's ({', '.join(k for k in known if k not in ours)})",
             fix=_how_to_register(config) or "correct the name",
         )
-    attn: Any = OmegaConf.to_container(config.algorithm.attn, resolve=True) if config.algorithm.get("attn") else {}
-    method = settings_from_config(name, attn).method
-    unused_settings(name, attn, given)
-    return method
+    return settings_from_config(name, _attn(config)).method
 
 
 def _how_to_register(config: DictConfig) -> str:
