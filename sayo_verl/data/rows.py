@@ -168,6 +168,11 @@ class Example:
         data_source: see the module.
         sizes: per image, the (width, height) that the boxes were drawn on, as the source says; None: it does not say.
         kind: of question; "" when not known.
+        split: "train" or "val" where the source says it; "": the picture decides.
+        prompt: messages that are used as they are, with one image tag for each image; empty: made of the question.
+        extra: further fields of ``extra_info``; boxes in it are shares of the picture. ``Source.extra_features`` has
+            their types.
+        columns: further columns; ``Source.column_features`` has their types.
     """
 
     id: str
@@ -181,6 +186,10 @@ class Example:
     data_source: str
     sizes: tuple[tuple[int, int] | None, ...] = field(default=())
     kind: str = ""
+    split: str = ""
+    prompt: tuple[Mapping[str, str], ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.images)
