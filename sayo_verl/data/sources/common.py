@@ -11,7 +11,7 @@ import numbers
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from posixpath import normpath
 from typing import Annotated, Any, TypeVar
@@ -31,6 +31,13 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|data:")
 @functools.cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
+
+
+class PlainSource:
+    """A source whose rows have no further fields and columns."""
+
+    extra_features: Mapping[str, Any] = {}
+    column_features: Mapping[str, Any] = {}
 
 
 def _as_text(value: Any) -> str:
@@ -137,12 +144,12 @@ def names_of_boxes(value: Any, boxes: Sequence[Sequence[Any]], where: str) -> tu
     return names
 
 
-def format_of(box_format: str | None, where: str) -> str:
-    """The format of a box that was found; D46 where the command names none."""
-    if box_format is None:
+def format_of(box_format: str | None, boxes: Any, where: str) -> str:
+    """The format that the command names; D46 where it names none and a row has boxes."""
+    if box_format is None and any(boxes):
         fix = "add --box-format; docs/data.md explains the formats, and the publisher of the data names its own"
-        raise SayoError("D46", "there are boxes, and their format is not named", where=where, fix=fix)
-    return box_format
+        raise SayoError("D46", "the format of the boxes is not named", where=where, fix=fix)
+    return box_format or "xyxy"
 
 
 def check_input(path: Path) -> Path:
