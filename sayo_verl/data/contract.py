@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sayo_verl.data.images import MAX_RATIO
-from sayo_verl.data.reading import MAX_PIXELS, Header, read_image
+from sayo_verl.data.images import MAX_PIXELS, MAX_RATIO
+from sayo_verl.data.reading import Header, read_image
 from sayo_verl.data.rows import IMAGE_TAG, reserved_text
 from sayo_verl.errors import SayoError
 from sayo_verl.reward import why_not_gradable

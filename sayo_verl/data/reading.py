@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 from PIL import Image
 
-from sayo_verl.data.images import DAMAGE, ORIENTATION, ImageRules
+from sayo_verl.data.images import DAMAGE, ORIENTATION
 from sayo_verl.errors import SayoError
 
-MAX_PIXELS = ImageRules().max_pixels  # refused by the header, before decoding: an image bomb or a mistake
 _IMAGE_ERRORS = (*DAMAGE, Image.DecompressionBombError)
 # What Arrow raises on a damaged page, and on values that Python has no type for.
 _ARROW_ERRORS = (OSError, ValueError, TypeError, LookupError, OverflowError, NotImplementedError)
