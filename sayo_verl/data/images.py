@@ -36,6 +36,7 @@ from sayo_verl.data.rows import Drop
 from sayo_verl.errors import SayoError
 
 JPEG_QUALITY = 95
+MAX_PIXELS = 50_000_000  # of an image, by its header: more is an image bomb or a mistake
 MAX_RATIO = 200.0  # of the sides: Qwen's resize refuses more
 MAX_SCANS = 300  # of a progressive JPEG, which has about 10: each one costs a pass over the whole picture
 ORIENTATION = 0x0112  # the EXIF tag
@@ -79,7 +80,7 @@ class ImageRules:
             refuses more than 200.
     """
 
-    max_pixels: int = 50_000_000
+    max_pixels: int = MAX_PIXELS
     min_side: int = 28
     max_ratio: float = MAX_RATIO
 
