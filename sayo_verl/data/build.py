@@ -123,8 +123,10 @@ def build(source: Source, out: Path, options: BuildOptions) -> Built:
         tables = folder / "tables"
         examples = _examples(source, tables)
         chosen, held_out = _draw(examples, options)
+        features = features_of(source, link=options.link)
         make = partial(
             make_row,
+            columns=tuple(features),
             held_out=held_out,
             options=options,
             files=(folder / "images", out.absolute() / "images"),
@@ -134,7 +136,7 @@ def build(source: Source, out: Path, options: BuildOptions) -> Built:
             make,
             with_indices=True,
             remove_columns=examples.column_names,
-            features=features_of(source, link=options.link),
+            features=features,
             num_proc=_processes(len(chosen)),
             writer_batch_size=GROUP_ROWS,
             desc="reading images",

@@ -74,16 +74,18 @@ def make_row(
     row: dict[str, Any],
     number: int,
     *,
+    columns: Sequence[str],
     held_out: Sequence[bool],
     options: "BuildOptions",
     files: tuple[Path, Path],
     builder: int,
 ) -> dict[str, Any]:
-    """A row and ``FACTS``; of a row that is left out only the latter.
+    """A row and ``FACTS``; null in the columns of a row that is left out.
 
     Args:
         row: of the table of examples.
         number: of the row.
+        columns: of the result.
         held_out: whether each row is held out.
         options: how.
         files: with ``options.link``, the folder to write pictures into, and its name when the build is finished.
@@ -95,7 +97,7 @@ def make_row(
     if os.getpid() != builder:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     example, split = from_table(row["example"]), SPLITS[int(held_out[number])]
-    facts: dict[str, Any] = dict.fromkeys(FACTS)
+    facts: dict[str, Any] = dict.fromkeys(columns)
     facts |= {"_id": example.id, "_split": split, "_reason": "", "_detail": "", "_format": example.box_format}
     facts |= {"_drawn": [], "_boxes": 0, "_changed": [], "_pictures": []}
     names = [f"{example.data_source} {example.id}, image {ref.key!r}" for ref in example.images]
