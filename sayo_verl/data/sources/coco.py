@@ -23,7 +23,7 @@ from pydantic import BaseModel
 
 from sayo_verl.data.boxes import four_numbers
 from sayo_verl.data.json_files import json_items
-from sayo_verl.data.rows import Example, LeftOut
+from sayo_verl.data.rows import Example, LeftOut, Source
 from sayo_verl.data.sources import common, questions
 from sayo_verl.data.sources.questions import Picture, Questions, Thing
 from sayo_verl.errors import SayoError
@@ -57,7 +57,7 @@ class Mark(BaseModel):
 
 
 @dataclass(frozen=True)
-class CocoSource(common.PlainSource):
+class CocoSource(Source):
     """COCO; attributes as the flags of ``add_flags``."""
 
     annotations: Path
@@ -65,7 +65,7 @@ class CocoSource(common.PlainSource):
     questions: Questions
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         return self.questions.name
 
     def facts(self) -> dict[str, Any]:

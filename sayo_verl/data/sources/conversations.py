@@ -30,7 +30,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from sayo_verl.data.json_files import json_records
-from sayo_verl.data.rows import Example, LeftOut
+from sayo_verl.data.rows import Example, LeftOut, Source
 from sayo_verl.data.sources import common
 from sayo_verl.errors import Rule, raise_first
 
@@ -64,7 +64,7 @@ class Record(BaseModel):
 
 
 @dataclass(frozen=True)
-class ConversationsSource(common.PlainSource):
+class ConversationsSource(Source):
     """Conversations; attributes as the flags of ``add_flags``. Rows of ``val_file`` are the validation split."""
 
     file: Path

@@ -25,7 +25,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from sayo_verl.data.json_files import json_lines
-from sayo_verl.data.rows import Example
+from sayo_verl.data.rows import Example, Source
 from sayo_verl.data.sources import common
 from sayo_verl.data.sources.common import Side, Text, parse
 from sayo_verl.errors import Rule, raise_first
@@ -50,7 +50,7 @@ class Line(BaseModel):
 
 
 @dataclass(frozen=True)
-class JsonlSource(common.PlainSource):
+class JsonlSource(Source):
     """Lines of JSON; attributes as the flags of ``add_flags``. Rows of ``val_file`` are the validation split."""
 
     file: Path

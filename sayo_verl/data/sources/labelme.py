@@ -30,7 +30,7 @@ from pydantic import BaseModel
 
 from sayo_verl.data.boxes import four_numbers
 from sayo_verl.data.json_files import json_items
-from sayo_verl.data.rows import Example, ImageRef, LeftOut
+from sayo_verl.data.rows import Example, ImageRef, LeftOut, Source
 from sayo_verl.data.sources import common, questions
 from sayo_verl.data.sources.questions import Picture, Questions, Thing
 from sayo_verl.errors import SayoError
@@ -60,7 +60,7 @@ class File(BaseModel):
 
 
 @dataclass(frozen=True)
-class LabelmeSource(common.PlainSource):
+class LabelmeSource(Source):
     """labelme; attributes as the flags of ``add_flags``."""
 
     folder: Path
@@ -68,7 +68,7 @@ class LabelmeSource(common.PlainSource):
     images: Path | None = None
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         return self.questions.name
 
     def facts(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from sayo_verl.data.rows import Example, ImageRef, LeftOut
+from sayo_verl.data.rows import Example, ImageRef, LeftOut, Source
 from sayo_verl.data.sources import common, questions
 from sayo_verl.data.sources.questions import Picture, Questions, Thing
 from sayo_verl.errors import Rule, SayoError, raise_first
@@ -32,7 +32,7 @@ _IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
-class YoloSource(common.PlainSource):
+class YoloSource(Source):
     """YOLO; attributes as the flags of ``add_flags``."""
 
     folder: Path
@@ -40,7 +40,7 @@ class YoloSource(common.PlainSource):
     names: Sequence[str] = ()
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         return self.questions.name
 
     def facts(self) -> dict[str, Any]:
