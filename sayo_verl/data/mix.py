@@ -147,7 +147,7 @@ def train_counts(shares: Mapping[str, str], rows: int, there: Mapping[str, int])
     left = rows - sum(counts.values())
     numbers = {part: 1.0 if share == REST else float(share) for part, share in shares.items() if share != ALL}
     exact = {part: left * number / sum(numbers.values()) for part, number in numbers.items()}
-    counts |= {part: int(value) for part, value in exact.items()}
+    counts |= {part: int(max(value, 0)) for part, value in exact.items()}
     for part in sorted(exact, key=lambda part: counts[part] - exact[part])[: rows - sum(counts.values())]:
         counts[part] += 1  # those with the largest remainder
     scarce = [f"{part} has {there[part]} rows, {n} wanted" for part, n in counts.items() if n > there[part]]
