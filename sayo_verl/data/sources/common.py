@@ -12,6 +12,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from posixpath import normpath
 from typing import Annotated, Any, TypeVar
@@ -32,9 +33,9 @@ _adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
 def _as_text(value: Any) -> str:
     if isinstance(value, str):
         return value.strip()
-    if value is None or (isinstance(value, numbers.Real) and not math.isfinite(value)):
+    if value is None or (isinstance(value, numbers.Real | Decimal) and not math.isfinite(value)):
         return ""
-    if isinstance(value, numbers.Real):
+    if isinstance(value, numbers.Real | Decimal):
         number = float(value)
         return str(value).lower() if isinstance(value, bool) or not number.is_integer() else str(int(number))
     raise ValueError("a list or an object is no text; choose one entry and write it as text")
@@ -133,7 +134,7 @@ def format_of(box_format: str | None, boxes: Any, where: str) -> str:
     if box_format is None and any(boxes):
         fix = "add --box-format; docs/data.md explains the formats, and the publisher of the data names its own"
         raise SayoError("D46", "the format of the boxes is not named", where=where, fix=fix)
-    return box_format or "xyxy"
+    return box_format or ""
 
 
 def check_input(path: Path) -> Path:
