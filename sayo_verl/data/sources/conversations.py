@@ -4,7 +4,7 @@
 
 The human turn is the question, the gpt turn behind it the answer. A record with several questions is refused until
 --turn names the first or the last; what was said before the last is not in its prompt. ``boxes`` (or ``bbox``) are read
-as by ``sayo prepare jsonl``, in --box-format (LLaVA: xyxy_unit_square); boxes within the text stay text. Ids of LLaVA's files repeat, so the
+as by ``sayo prepare jsonl``, in --box-format; boxes within the text stay text. Ids of LLaVA's files repeat, so the
 number of the record is added. A record without an image is left out. Other keys are not read.
 
 Visual-CoT (viscot_363k.json) has one form, and it is read in this form alone:
