@@ -9,7 +9,6 @@ import numpy as np
 from sayo_verl.data.scenes.config import SceneConfig
 from sayo_verl.data.scenes.drawing import blank, draw
 
-
 # kind -> roles of the needed objects, where they differ
 ROLES = {"relation": ("answer", "reference"), "higher": ("answer", "other")}
 
@@ -73,12 +72,12 @@ class Scene:
 
 
 class Canvas:
-    """A scene while it is drawn: ``image``, ``objects`` and the cells of the grid that are ``taken``."""
+    """A scene while it is drawn."""
 
     def __init__(self, rng: random.Random, config: SceneConfig) -> None:
         self.rng, self.config, self.image = rng, config, blank(config.image_size)
         self.objects: list[SceneObject] = []
-        self.taken: set[int] = set()
+        self.free = set(range(config.grid**2))  # cells
 
     def put(
         self,
@@ -89,33 +88,27 @@ class Canvas:
         value: str = "",
         aligned: tuple[int, SceneObject] | None = None,
     ) -> SceneObject:
-        """Draw one object somewhere in ``cell``.
+        """Draw one object somewhere in ``cell``, with a random radius at 0.
 
-        Args:
-            radius: 0: random, within the configuration's.
-            aligned: (axis, other): along this axis (0: x, 1: y), on which the cells of both are one band, the centre
-                of the smaller of the two lies within the extent of the larger.
+        ``aligned``: (axis, other): along this axis (0: x, 1: y), on which the cells of both are one band, the centre of
+        the smaller of the two lies within the extent of the larger.
         """
-        config, rng = self.config, self.rng
-        radius = radius or rng.randint(config.min_radius, config.max_radius)
-        side = config.image_size // config.grid
+        radius = radius or self.rng.randint(self.config.min_radius, self.config.max_radius)
+        side, grid = self.config.image_size // self.config.grid, self.config.grid
         slack = side // 2 - radius - 1
-        place = (cell % config.grid, cell // config.grid)
-        centre = [at * side + side // 2 + rng.randint(-slack, slack) for at in place]
+        centre = [at * side + side // 2 + self.rng.randint(-slack, slack) for at in (cell % grid, cell // grid)]
         if aligned is not None:
             axis, other = aligned
             low, high = other.box[axis], other.box[axis + 2] - 1
             middle, reach = (low + high) // 2, max(radius, (high - low) // 2)
             centre[axis] = min(max(centre[axis], middle - reach), middle + reach)
-        box = draw(self.image, shape, colour, centre[0], centre[1], radius)
-        self.taken.add(cell)
-        self.objects.append(SceneObject(shape, colour, box, value))
+        self.free.discard(cell)
+        self.objects.append(SceneObject(shape, colour, draw(self.image, shape, colour, *centre, radius), value))
         return self.objects[-1]
 
     def fill(self, up_to: int, shapes: Sequence[str], colours: Sequence[str]) -> None:
         """Draw random objects into free cells until there are ``up_to``."""
-        free = [cell for cell in range(self.config.grid**2) if cell not in self.taken]
-        for cell in self.rng.sample(free, up_to - len(self.objects)):
+        for cell in self.rng.sample(sorted(self.free), up_to - len(self.objects)):
             self.put(cell, self.rng.choice(shapes), self.rng.choice(colours))
 
     def others(self, needed: Sequence[int]) -> tuple[int, ...]:

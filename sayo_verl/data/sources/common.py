@@ -11,7 +11,7 @@ import numbers
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from posixpath import normpath
 from typing import Annotated, Any, TypeVar
@@ -31,13 +31,6 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|data:")
 @functools.cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
-
-
-class PlainSource:
-    """A source whose rows have no further fields and columns."""
-
-    extra_features: Mapping[str, Any] = {}
-    column_features: Mapping[str, Any] = {}
 
 
 def _as_text(value: Any) -> str:

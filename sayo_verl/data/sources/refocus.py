@@ -30,12 +30,11 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, FiniteFloa
 
 from sayo_verl.data.json_files import json_items
 from sayo_verl.data.reading import open_parquet, read_rows
-from sayo_verl.data.rows import Drop, Example, LeftOut
+from sayo_verl.data.rows import Drop, Example, LeftOut, Source
 from sayo_verl.data.sources import common
 from sayo_verl.data.sources.common import Text
 from sayo_verl.errors import SayoError
 
-NAMED_BOXES = False
 FALL_BACKS = ("figure", "labels", "none")
 _CORNERS = ("x1", "y1", "x2", "y2")
 
@@ -67,7 +66,7 @@ class _Record(BaseModel):
 
 
 @dataclass(frozen=True)
-class RefocusSource(common.PlainSource):
+class RefocusSource(Source):
     """ReFocus-Chart; the attributes are flags."""
 
     data: Path

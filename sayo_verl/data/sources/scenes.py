@@ -13,10 +13,9 @@ from PIL import Image
 
 from sayo_verl.data.build import BuildOptions, build
 from sayo_verl.data.folder import Prepared, check_folder, content_hash
-from sayo_verl.data.rows import Example, ImageRef
+from sayo_verl.data.rows import Example, ImageRef, Source
 from sayo_verl.data.scenes import Scene, SceneConfig, sample_scene
 from sayo_verl.data.scenes.config import BAR_KINDS
-from sayo_verl.data.sources.common import PlainSource
 from sayo_verl.errors import SayoError
 
 _MAX_REDRAWS = 100
@@ -24,7 +23,7 @@ _BOXES = List(List(List(Value("float64"))))
 
 
 @dataclass(frozen=True)
-class SceneSource(PlainSource):
+class SceneSource(Source):
     """The scenes of a configuration. A row depends on the seed, its split and its index alone."""
 
     config: SceneConfig
