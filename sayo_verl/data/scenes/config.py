@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sayo_verl.data.scenes.drawing import COLOURS, DIGIT_HEIGHT, SHAPES, chart_frame
-from sayo_verl.errors import Rule, raise_first
+from sayo_verl.errors import SayoError
 
 # kind -> text; {key} is the word that names the target. The tiny policy's words come from here.
 QUESTIONS = {"colour": "What colour is the {key}?", "shape": "What shape is the {key} object?"}
@@ -62,12 +62,11 @@ class SceneConfig:
     noise: int = 0
 
     def __post_init__(self) -> None:
-        what, where = "no scene can be drawn", "SceneConfig"
-        found = ((n, f, w, ", ".join(f"{m}={getattr(self, m)!r}" for m in n.split(", "))) for n, f, w in self._rules())
-        raise_first(
-            Rule("D20", not fits, what, where=where, got=got, wanted=wanted, fix=f"change {names}")
-            for names, fits, wanted, got in found
-        )
+        for names, fits, wanted in self._rules():
+            if not fits:
+                got = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split(", "))
+                what, where, fix = "no scene can be drawn", "SceneConfig", f"change {names}"
+                raise SayoError("D20", what, where=where, got=got, wanted=wanted, fix=fix)
 
     def _rules(self) -> _Rules:
         kinds = set(self.question_kinds)
