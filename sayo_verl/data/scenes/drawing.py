@@ -79,8 +79,8 @@ def add_noise(image: np.ndarray, rng: random.Random, deviation: int) -> np.ndarr
     return np.clip(np.rint(image + sums * (deviation / spread)), 0, 255).astype(np.uint8)
 
 
-# Pixels of a bar chart: first column and number of columns for bars, row of level 0 (the first below the bars), rows from
-# level to level, side of a pixel of a digit. Level k is the row ``base - k * step``.
+# Pixels of a bar chart: first column and number of columns for bars, row of level 0 (the first below the bars), rows
+# from level to level, side of a pixel of a digit. Level k is the row ``base - k * step``.
 Frame = NamedTuple("Frame", [("left", int), ("width", int), ("base", int), ("step", int), ("scale", int)])  # noqa: UP014
 
 
