@@ -1,6 +1,7 @@
 """One folder from several prepared ones: training rows drawn by shares, validation rows of all.
 
-    sayo prepare mix --from gqa=data/gqa --from refocus=data/refocus --mix gqa=0.5,refocus=0.5 --rows 6000 --out data/mix
+    sayo prepare mix --from gqa=data/gqa --from refocus=data/refocus --mix gqa=0.5,refocus=0.5 --rows 6000 \\
+        --out data/mix
 
 ``--mix`` gives each part its share of the training rows: numbers that add up to 1, or "all" (every row it has) and
 "rest" (the rows that are missing then). Rows are drawn at random without replacement, and shuffled. A training row is
