@@ -84,19 +84,14 @@ def picture_size(width: Any, height: Any, where: str) -> tuple[int, int]:
 
 
 def untagged(question: str, n_images: int, where: str) -> str:
-    """The question without the image tags around it; the builder writes them anew.
+    """The question without the image tags around it, which the builder writes anew; D09 for another number of tags.
 
-    Raises:
-        SayoError: D09 where there are tags, but not one for each image.
-        Drop: ``reserved_text`` where a tag stands within the text: its meaning depends on its place.
+    A tag within the text stays: its meaning depends on its place, and the builder leaves the row out.
     """
     if IMAGE_TAG not in question:
         return question
     check_placeholders([{"role": "user", "content": question}], {IMAGE_TAG: n_images}, where)
-    words = re.sub(rf"^(\s*{IMAGE_TAG})+|({IMAGE_TAG}\s*)+$", "", question).strip()
-    if IMAGE_TAG in words:
-        raise Drop("reserved_text", f"{IMAGE_TAG} within the text")
-    return words
+    return re.sub(rf"^(\s*{IMAGE_TAG})+|({IMAGE_TAG}\s*)+$", "", question).strip()
 
 
 class Ids:
