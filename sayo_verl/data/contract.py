@@ -103,7 +103,7 @@ class RowContract:
             tag: len(row.get(key) or [])
             for tag, key in ((IMAGE_TAG, keys.images), ("<video>", keys.videos), ("<audio>", keys.audios))
         }
-        looked.question = _text_of_user(row[keys.prompt])
+        looked.question = "".join(text_of(message) for message in row[keys.prompt] if message["role"] == "user")
         for tag, n in media.items():
             looked.question = looked.question.replace(tag, "") if n or tag == IMAGE_TAG else looked.question
         looked.attempt(check_placeholders, row[keys.prompt], media, where)
@@ -182,9 +182,10 @@ def _wrong_parts(prompt: list[Any]) -> Iterator[tuple[Any, str]]:
 # ---------------------------------------------------------------------------------------------------- text and answers
 
 
-def _text_of_user(prompt: Sequence[Mapping[str, Any]]) -> str:
-    parts = [m["content"] for m in prompt if m["role"] == "user"]
-    return "".join(p if isinstance(p, str) else "".join(part["text"] for part in p) for p in parts)
+def text_of(message: Mapping[str, Any]) -> str:
+    """The content of a message, which may be in parts, as one text."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def check_placeholders(prompt: Sequence[Mapping[str, Any]], media: Mapping[str, int], where: str) -> None:
