@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from support.pictures import encoded
 
-from sayo_verl.data.check import check_joined, check_leakage, check_parquet
+from sayo_verl.data.check import check_joined, check_parquet
 from sayo_verl.data.contract import Demands, RowContract
 from sayo_verl.data.rows import REASONS, Drop, check_text
 from sayo_verl.errors import SayoError
 from sayo_verl.inspection.audit import Audit
 from sayo_verl.inspection.files import find_data
+from sayo_verl.launch.split_check import check_leakage
 from sayo_verl.reward import why_not_gradable
 
 PROPERTY = settings(
