@@ -1,110 +1,53 @@
-"""Images as the rows hold them: checked, upright, in the bytes of the file wherever nothing has to change.
+"""Images: their encoded bytes, and the form in which rows store them.
 
-What a file shows is decided here once, so that boxes and pixels cannot part later:
+``image_bytes`` reads a file or a member of a zip file. ``store_image`` decides what a picture shows:
 
-- The header is judged before anything is decoded: JPEG, PNG or WEBP by its signature, not by its name; pixels, sides.
-- Then the whole picture is decoded. A file that was cut short is left out, never filled up with grey.
-- An EXIF orientation (as Pillow reads it, so an XMP one too where there is no EXIF one) is baked into the pixels and
-  the metadata dropped: Pillow, and verl with it, ignores it, while the tools that people draw boxes with follow it.
-- Modes: RGB and grey stay. All others become RGB with the pixels that verl would make of them (``to_rgb`` of
-  qwen-vl-utils: RGBA over white), with two exceptions that verl gets wrong: 16-bit grey is scaled, not clipped, and a
-  palette or grey with alpha is put over white as well. RGBA without a transparent pixel is RGB to verl and stays. So
-  does a colour key in an RGB or grey PNG, which verl ignores.
-- An EXIF block that cannot be read is dropped: nobody turns such a picture, but some readers fail on it.
-- A JPEG of several pictures (MPO: stereo pairs, previews, gain maps) is its first picture, which is the one that every
-  reader shows. Animated PNG and WEBP are left out: no frame of theirs is *the* picture.
+- The format is JPEG, PNG or WEBP by the first bytes, not by the name. Animated files are left out.
+- The header is checked before decoding. A file that was cut short is left out, not filled up with grey.
+- An EXIF orientation is baked into the pixels. Pillow and verl ignore it; most annotation tools follow it.
+- RGB, grey and RGBA without a transparent pixel stay. Others become RGB as verl makes it (alpha over white), but 16-bit
+  grey is scaled, not clipped, and a palette or grey with alpha is put over white as well, which verl gets wrong.
+- A JPEG that holds several pictures (MPO: stereo pairs, previews, gain maps) becomes its first picture.
 
-Pictures that change are encoded again: JPEG as JPEG of quality 95 without chroma subsampling, others as PNG; equal
-input gives equal bytes with one version of Pillow. Bytes that stay keep their metadata, also an EXIF block that has
-nothing to turn (it may tell where and when a photo was taken).
-
-Pillow's global settings are left alone. One thread at a time: Python's warning filters are changed during a call.
+The bytes of the file are kept where nothing changes. Changed pictures are encoded again without metadata.
 """
 
 import io
+import os
+import re
 import struct
 import warnings
+import zipfile
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import IO
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
-from sayo_verl.data.image_files import one_line
-from sayo_verl.data.rows import Drop
+from sayo_verl.data.rows import Drop, ImageRef
 from sayo_verl.errors import SayoError
 
-JPEG_QUALITY = 95
-MAX_RATIO = 200.0  # of the sides: Qwen's resize refuses more
-MAX_SCANS = 300  # of a progressive JPEG, which has about 10: each one costs a pass over the whole picture
+MAX_PIXELS = 50_000_000
+MIN_SIDE = 28  # pixels: a visual token of Qwen2.5-VL; one of Qwen3-VL has 32
+MAX_RATIO = 200.0  # of the longer side to the shorter one: Qwen's resize refuses more
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")  # of JPEG, PNG, WEBP
 ORIENTATION = 0x0112  # the EXIF tag
-
-# EXIF orientation -> what makes the picture upright
-TURNS: Mapping[int, Image.Transpose] = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# What Pillow's readers raise on damaged files. Only calls of Pillow stand under it, so no fault of ours hides in it.
-DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    MemoryError,
-    struct.error,
-    zlib.error,
+DAMAGE = (  # what Pillow's readers raise on damaged files
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, AttributeError),
+    *(EOFError, MemoryError, struct.error, zlib.error),
 )
-
-
-@dataclass(frozen=True)
-class ImageRules:
-    """Which images become part of a row. Sides and pixels are those of the file's header.
-
-    Attributes:
-        max_pixels: more are left out, before decoding. Pillow's own limit (89 million by default) holds as well.
-        min_side: an image with a shorter side is left out. 28 is the side of a visual token of Qwen2.5-VL; it is 32
-            for Qwen3-VL.
-        max_ratio: an image is left out whose longer side is more than this many times the shorter one. Qwen's resize
-            refuses more than 200.
-    """
-
-    max_pixels: int = 50_000_000
-    min_side: int = 28
-    max_ratio: float = MAX_RATIO
-
-    def __post_init__(self) -> None:
-        if not (self.max_pixels >= 1 and self.min_side >= 1 and self.max_ratio >= 1):
-            raise SayoError(
-                "D46",
-                "a rule for images is out of range",
-                where="ImageRules",
-                got=self,
-                wanted="each at least 1",
-                fix="leave the rule out to use its default",
-            )
+# A scheme before a slash, also within a path: Path("data") / "http://x" is data/http:/x. C:/ has one letter only.
+_URL = re.compile(r"(?:^|/)(?:[A-Za-z][A-Za-z0-9+.-]+:/|data:)")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """An image as a row holds it.
+    """An image as a row stores it: upright JPEG, PNG or WEBP, and its size in pixels.
 
-    Attributes:
-        data: encoded JPEG, PNG or WEBP, upright.
-        width, height: of that picture, in pixels.
-        raw_width, raw_height: of the file's pixels before its EXIF orientation.
-        orientation: the file's EXIF orientation, 1 to 8; 1 where it has none or no valid one.
-        changed: what was done, such as ``("upright", "from CMYK")``; empty: ``data`` is the file as it was.
+    ``raw_width`` and ``raw_height`` are those of the file's pixels before its EXIF ``orientation`` (1 to 8; 1 if it has
+    no valid one). ``changed`` says what was done, such as ``("upright", "from CMYK")``; empty: the file as it was.
     """
 
     data: bytes
@@ -116,124 +59,122 @@ class Stored:
     changed: tuple[str, ...]
 
 
-_DEFAULTS = ImageRules()
-
-
-def store_image(data: bytes, *, where: str, options: ImageRules = _DEFAULTS) -> Stored:
-    """Check one encoded image and make it what a row holds.
-
-    Args:
-        data: the file's bytes.
-        where: names the image in errors.
-        options: which images are left out.
+def image_bytes(ref: ImageRef) -> bytes:
+    """The encoded bytes of an image.
 
     Raises:
-        Drop: ``image_empty``, ``image_format``, ``image_unreadable``, ``image_too_large``, ``image_too_small``,
-            ``image_too_long``.
-        SayoError: D46 when Pillow fills up truncated images in this process.
+        Drop: ``image_missing``, ``image_unreadable``.
+        SayoError: D40 for a web address or a name that no file can have, D41 for a damaged or encrypted zip file.
     """
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise SayoError(
-            "D46",
-            "Pillow fills up truncated images with grey in this process",
-            where=where,
-            got="PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set",
-            fix="remove what sets it",
-        )
-    if not data:
-        raise Drop("image_empty")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on damaged metadata
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            picture = Image.open(io.BytesIO(data), formats=(_format(data),))
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise Drop("image_too_large", str(error)) from error
-        except DAMAGE as error:
-            raise Drop("image_unreadable", one_line(error)) from error
-        with picture:
-            _check_header(picture, data, options)
-            try:
-                picture.load()
-            except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-                raise Drop("image_too_large", str(error)) from error
-            except DAMAGE as error:
-                raise Drop("image_unreadable", one_line(error)) from error
-            orientation = _orientation(picture)
-            width, height = picture.size
-            pixels, changed = _plain(picture)
-            if orientation is None:
-                changed = (*changed, "without its damaged EXIF")
-            elif orientation != 1:
-                pixels, changed = pixels.transpose(TURNS[orientation]), ("upright", *changed)
-            if changed:
-                data = _encoded(pixels, as_jpeg=picture.format in ("JPEG", "MPO"))
-            return Stored(data, *pixels.size, width, height, orientation or 1, changed)
-
-
-def _format(data: bytes) -> str:
-    """Pillow's name of the format that the first bytes tell."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WEBP"
-    raise Drop("image_format", f"begins with {data[:12]!r}")
-
-
-def _check_header(picture: ImageFile.ImageFile, data: bytes, rules: ImageRules) -> None:
-    short, long = sorted(picture.size)
-    size = f"{picture.width} x {picture.height}"
-    if short * long > rules.max_pixels:
-        raise Drop("image_too_large", size)
-    if short < rules.min_side:
-        raise Drop("image_too_small", size)
-    if long > rules.max_ratio * short:
-        raise Drop("image_too_long", size)
-    frames = getattr(picture, "n_frames", 1)  # Pillow defines it where a format can have several
-    if frames > 1 and picture.format != "MPO":
-        raise Drop("image_format", f"{picture.format} of {frames} frames")
-    if "progressive" in picture.info and data.count(b"\xff\xda") > MAX_SCANS:
-        raise Drop("image_unreadable", f"a JPEG of {data.count(bytes((0xFF, 0xDA)))} scans")
-
-
-def _orientation(picture: ImageFile.ImageFile) -> int | None:
-    """1 to 8; 1 where there is none or no valid one; None where the EXIF block cannot be read: nobody turns it."""
+    if ref.data is not None:
+        return ref.data
+    path, name = os.fspath(ref.path or ""), ref.member or os.fspath(ref.path or "")
     try:
-        found = picture.getexif().get(ORIENTATION, 1)
-    except DAMAGE:
-        return None
-    return found if isinstance(found, int) and found in TURNS else 1
+        with open(path, "rb") if ref.member is None else _open_member(path, ref.member) as file:
+            return file.read()
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, ValueError) or _URL.search(name):
+            where, got = f"image {ascii(ref.key)[:160]}", ascii(name)[:160]
+            fix = "download the images and name their files, or members of a zip file"
+            raise SayoError("D40", "an image is not the name of a local file", where=where, got=got, fix=fix) from error
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | KeyError)
+        raise Drop("image_missing" if missing else "image_unreadable", f"{name}: {_one_line(error)}") from error
 
 
-def _plain(picture: ImageFile.ImageFile) -> tuple[Image.Image, tuple[str, ...]]:
-    """The loaded picture as RGB or grey of 8 bits, and what was done; (the picture itself, ()) when nothing was."""
-    changed: tuple[str, ...] = (f"first of {picture.n_frames} pictures",) if picture.format == "MPO" else ()  # type: ignore[attr-defined]
+def _open_member(path: str, member: str) -> IO[bytes]:
+    parts = member.replace("\\", "/").split("/")
+    try:
+        if ".." in parts or not parts[0]:
+            raise zipfile.BadZipFile("the name of a member leads out of its folder")
+        return _archive(path, os.getpid()).open(member)
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:  # RuntimeError: it is encrypted
+        what, got = f"a zip file cannot be read ({_one_line(error)})", f"member {ascii(member)[:160]}"
+        fix = "check the path and the names of images, and download the archive again if it was cut short"
+        raise SayoError("D41", what, where=ascii(path)[:160], got=got, fix=fix) from error
+
+
+@lru_cache(maxsize=4)
+def _archive(path: str, process: int) -> zipfile.ZipFile:
+    """An open archive, one per process: archives of a fork would share one position in the file."""
+    return zipfile.ZipFile(path)
+
+
+def store_image(data: bytes, *, where: str) -> Stored:
+    """Check one encoded image and bring it into the form that rows store; ``where`` names it in drops.
+
+    Raises:
+        Drop: ``image_`` with empty, format, unreadable, too_large, too_small or too_long.
+    """
+    if not data.startswith(_SIGNATURES):
+        raise Drop("image_format" if data else "image_empty", f"{where}: begins with {data[:12]!r}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, on odd metadata
+        try:
+            picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+            _check_header(picture, where)
+            picture.load()
+        except DAMAGE as error:
+            raise Drop("image_unreadable", f"{where}: {_one_line(error)}") from error
+        except Image.DecompressionBombError as error:
+            raise Drop("image_too_large", f"{where}: {error}") from error
+        try:
+            found = picture.getexif().get(ORIENTATION, 1)
+        except DAMAGE:  # no reader turns such a picture
+            found = 1
+        pixels, changed = _plain(picture)
+    if picture.format == "MPO":
+        changed = ("first of several pictures", *changed)
+    orientation = found if found in range(1, 9) else 1
+    if orientation > 1:
+        pixels, changed = _upright(pixels, orientation), ("upright", *changed)
+    if changed:
+        data = _encoded(pixels, "PNG" if picture.format in ("PNG", "WEBP") else "JPEG")
+    return Stored(data, *pixels.size, *picture.size, orientation, changed)
+
+
+def _check_header(picture: ImageFile.ImageFile, where: str) -> None:
+    short, long = sorted(picture.size)
+    frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # Pillow defines it for some formats
+    size = "too_large" if short * long > MAX_PIXELS else "too_small" if short < MIN_SIDE else ""
+    reason = size or ("too_long" if long > MAX_RATIO * short else "format" if frames > 1 else "")
+    if reason:
+        raise Drop(f"image_{reason}", f"{where}: {picture.format}, {picture.width} x {picture.height}, {frames} frames")
+
+
+def _upright(pixels: Image.Image, orientation: int) -> Image.Image:
+    """As ``ImageOps.exif_transpose``, which writes the EXIF block again and can fail on that."""
+    pixels = pixels.transpose(Image.Transpose.TRANSPOSE) if orientation >= 5 else pixels
+    pixels = ImageOps.mirror(pixels) if orientation in (2, 3, 6, 7) else pixels
+    return ImageOps.flip(pixels) if orientation in (3, 4, 7, 8) else pixels
+
+
+def _plain(picture: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    """The loaded picture as RGB or grey of 8 bits, or RGBA without transparency, and what was done."""
     mode = picture.mode
     if mode in ("RGB", "L"):
-        return picture, changed
-    if mode.startswith("I"):  # 16-bit grey, in Pillow's modes I;16, I;16B or, before Pillow 10, I
+        return picture, ()
+    if mode.startswith("I"):  # 16-bit grey
         grey = np.asarray(picture).astype(np.int64)
-        return Image.fromarray(((np.clip(grey, 0, 65535) + 128) // 257).astype(np.uint8)), (*changed, f"from {mode}")
-    if mode in ("RGBA", "LA", "PA") or (mode == "P" and picture.has_transparency_data):
-        full = picture.convert("RGBA")
-        alpha = full.getchannel("A")
-        opaque = alpha.getextrema() == (255, 255)
-        if opaque and mode == "RGBA" and not changed:
-            return picture, ()
-        white = Image.new("RGB", full.size, (255, 255, 255))
-        white.paste(full, mask=alpha)
-        return white, (*changed, f"from {mode}" if opaque else f"from {mode} over white")
-    return picture.convert("RGB"), (*changed, f"from {mode}")
+        return Image.fromarray(((np.clip(grey, 0, 65535) + 128) // 257).astype(np.uint8)), (f"from {mode}",)
+    if not picture.has_transparency_data:
+        return picture.convert("RGB"), (f"from {mode}",)
+    full = picture.convert("RGBA")
+    alpha = full.getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        return (picture, ()) if mode == "RGBA" else (full, (f"from {mode}",))
+    white = Image.new("RGB", full.size, (255, 255, 255))
+    white.paste(full, mask=alpha)
+    return white, (f"from {mode} over white",)
 
 
-def _encoded(pixels: Image.Image, *, as_jpeg: bool) -> bytes:
-    plain = pixels.copy() if pixels.mode in ("RGB", "L") else pixels.convert("RGB")  # the latter: RGBA without alpha
-    plain.info = {}  # Pillow writes comments, profiles and colour keys that it finds here
+def _encoded(pixels: Image.Image, kind: str) -> bytes:
+    plain = pixels.convert("RGB") if pixels.mode == "RGBA" else pixels.copy()
+    plain.info = {}  # Pillow would write the comments, profiles and colour keys in it
     out = io.BytesIO()
-    if as_jpeg:
-        plain.save(out, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
-    else:
-        plain.save(out, format="PNG")
+    plain.save(out, kind, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
     return out.getvalue()
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()).split(" <_io")[0]  # without an address in memory
+    return f"{type(error).__name__}: {text}"[:200]

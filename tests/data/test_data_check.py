@@ -17,7 +17,7 @@ from support.refusals import refusal
 
 from sayo_verl.data.check import check_boxes_of_run, check_parquet
 from sayo_verl.data.contract import Demands
-from sayo_verl.data.reading import MAX_PIXELS
+from sayo_verl.data.images import MAX_PIXELS
 
 NAN = float("nan")
 

@@ -29,7 +29,7 @@ from sayo_verl.data.building.options import LOSSES, BuildOptions, add_flags, opt
 from sayo_verl.data.building.output import Earlier, Output
 from sayo_verl.data.building.pipeline import Item, Made, Rules, Size, drawn_on, in_order
 from sayo_verl.data.building.shards import SPLITS, START_OVER, Hashes, Layout, bytes64, hash64
-from sayo_verl.data.contract import check_prepared_source
+from sayo_verl.data.contract import check_data_source
 from sayo_verl.data.mixups import FormatWatch
 from sayo_verl.data.rows import Drop, Example, LeftOut, Source, check_text, record
 from sayo_verl.errors import SayoError
@@ -140,7 +140,7 @@ class _Build:
                 yield Item(ordinal, None, thing)
             elif ordinal in self._drawn if self._drawn is not None else self._luck(thing) < self.options.share:
                 where = f"{self.source.name} {thing.id}"
-                check_prepared_source(thing.data_source, where)
+                check_data_source(thing.data_source, where)
                 if not thing.images:
                     raise SayoError("D52", "an example has no image", where=where, fix="leave it out")
                 try:

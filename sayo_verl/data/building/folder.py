@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sayo_verl.data.building.shards import PROGRESS, SPLITS, START_OVER, check_shard, file_sha256, read_rows
-from sayo_verl.data.contract import check_prepared_source
+from sayo_verl.data.contract import check_data_source
 from sayo_verl.data.prepared import MANIFEST, is_complete, no_prepared_folder
 from sayo_verl.data.rows import RUNS_CODE
 from sayo_verl.errors import SayoError
@@ -157,7 +157,7 @@ def check_folder(folder: Path, *, hashes: bool = False) -> dict[str, Any]:
         if name != LEFT_OUT:
             check_shard(path, facts["rows"]).close()
             for source in {row["data_source"] for row in read_rows(folder, [name], ["data_source"])}:
-                check_prepared_source(source, str(path))
+                check_data_source(source, str(path))
     return manifest
 
 

@@ -1,0 +1,129 @@
+"""A drawn scene and its objects. A box is ``(x0, y0, x1, y1)`` in pixels, with x1 and y1 exclusive."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sayo_verl.data.scenes.config import SceneConfig
+from sayo_verl.data.scenes.drawing import blank, draw
+
+
+# kind -> roles of the needed objects, where they differ
+ROLES = {"relation": ("answer", "reference"), "higher": ("answer", "other")}
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One drawn object. ``value`` is "large" or "small" (kind ``"size"``), the height of a bar ("4") or ""."""
+
+    shape: str
+    colour: str
+    box: tuple[int, ...]
+    value: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and one question about it.
+
+    Attributes:
+        image: uint8 [image_size, image_size, 3], RGB.
+        drawing: the same without clutter and noise.
+        objects: what is in it.
+        needed: indices of the objects that the question needs; the first is the target, whose word answers.
+        distractors: indices of random other objects, as many as are needed or as there are.
+        kind: of ``config.KINDS``.
+        question, answer: its text and the word or number that answers it.
+        key, asks: the words by which a response names an object and says something of it: fields of ``SceneObject``.
+    """
+
+    image: np.ndarray
+    drawing: np.ndarray
+    objects: tuple[SceneObject, ...]
+    needed: tuple[int, ...]
+    distractors: tuple[int, ...]
+    kind: str
+    question: str
+    answer: str
+    key: str
+    asks: str
+
+    @property
+    def target(self) -> int:
+        return self.needed[0]
+
+    def key_word(self, index: int) -> str:
+        """The word by which this question names object ``index``: its shape or its colour."""
+        return str(getattr(self.objects[index], self.key))
+
+    def attribute(self, index: int) -> str:
+        """The word that this question asks for, of object ``index``."""
+        return str(getattr(self.objects[index], self.asks))
+
+    def box_names(self, indices: Sequence[int]) -> tuple[str, ...]:
+        """A name for each of these objects; the needed ones with their role, where they have one."""
+        role = {i: f"{role}: " for i, role in zip(self.needed, ROLES.get(self.kind, ()), strict=False)}
+        return tuple(role.get(i, "") + self.objects[i].name for i in indices)
+
+
+class Canvas:
+    """A scene while it is drawn: ``image``, ``objects`` and the cells of the grid that are ``taken``."""
+
+    def __init__(self, rng: random.Random, config: SceneConfig) -> None:
+        self.rng, self.config, self.image = rng, config, blank(config.image_size)
+        self.objects: list[SceneObject] = []
+        self.taken: set[int] = set()
+
+    def put(
+        self,
+        cell: int,
+        shape: str,
+        colour: str,
+        radius: int = 0,
+        value: str = "",
+        aligned: tuple[int, SceneObject] | None = None,
+    ) -> SceneObject:
+        """Draw one object somewhere in ``cell``.
+
+        Args:
+            radius: 0: random, within the configuration's.
+            aligned: (axis, other): along this axis (0: x, 1: y), on which the cells of both are one band, the centre
+                of the smaller of the two lies within the extent of the larger.
+        """
+        config, rng = self.config, self.rng
+        radius = radius or rng.randint(config.min_radius, config.max_radius)
+        side = config.image_size // config.grid
+        slack = side // 2 - radius - 1
+        place = (cell % config.grid, cell // config.grid)
+        centre = [at * side + side // 2 + rng.randint(-slack, slack) for at in place]
+        if aligned is not None:
+            axis, other = aligned
+            low, high = other.box[axis], other.box[axis + 2] - 1
+            middle, reach = (low + high) // 2, max(radius, (high - low) // 2)
+            centre[axis] = min(max(centre[axis], middle - reach), middle + reach)
+        box = draw(self.image, shape, colour, centre[0], centre[1], radius)
+        self.taken.add(cell)
+        self.objects.append(SceneObject(shape, colour, box, value))
+        return self.objects[-1]
+
+    def fill(self, up_to: int, shapes: Sequence[str], colours: Sequence[str]) -> None:
+        """Draw random objects into free cells until there are ``up_to``."""
+        free = [cell for cell in range(self.config.grid**2) if cell not in self.taken]
+        for cell in self.rng.sample(free, up_to - len(self.objects)):
+            self.put(cell, self.rng.choice(shapes), self.rng.choice(colours))
+
+    def others(self, needed: Sequence[int]) -> tuple[int, ...]:
+        """Random objects that are not needed, as many as are needed or as there are."""
+        others = [i for i in range(len(self.objects)) if i not in needed]
+        return tuple(self.rng.sample(others, min(len(needed), len(others))))
+
+    def scene(self, needed: tuple[int, ...], *words: str, distractors: tuple[int, ...] | None = None) -> Scene:
+        """The finished scene; ``words`` are kind, question, answer, key, asks."""
+        others = self.others(needed) if distractors is None else distractors
+        return Scene(self.image, self.image, tuple(self.objects), needed, others, *words)
