@@ -5,7 +5,7 @@
 
 The images are a few hundred JPEGs of 500 x 375 pixels and about 60 kB, drawn from a seed. Their gradients, blobs and
 filtered noise compress about as well as a photo. Rows use them in turn, and none is encoded again. Each case runs in a
-separate process that may use one or two cores. Time is that of ``build``, without imports and with the start of workers.
+separate process that may use one or two cores. Time is that of ``build``, without imports, with the start of workers.
 CPU time is that of the main process and its workers, which other work on the machine disturbs less. Memory is the
 largest sum of anonymous memory of the main process and its workers, sampled 20 times a second. Tables that are mapped
 from disk are not in it, because the system takes their memory back when it needs it.
@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import psutil
@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sayo_verl.data.build import BuildOptions, build
-from sayo_verl.data.rows import Example, ImageRef
+from sayo_verl.data.rows import Example, ImageRef, Source
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = (500, 375)
@@ -64,7 +64,7 @@ def photo(seed: int, size: tuple[int, int]) -> bytes:
 
 
 @dataclasses.dataclass
-class Photos:
+class Photos(Source):
     """Rows over a folder of images."""
 
     folder: Path
@@ -72,8 +72,6 @@ class Photos:
     rows: int
     size: tuple[int, int]
     name: str = "photos"
-    extra_features: ClassVar[dict[str, Any]] = {}
-    column_features: ClassVar[dict[str, Any]] = {}
 
     def facts(self) -> dict[str, Any]:
         return {"images": self.images, "rows": self.rows}

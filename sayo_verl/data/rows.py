@@ -6,10 +6,12 @@ or a ``Drop`` raised while the row is made. What shows that the whole source is 
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
@@ -109,7 +111,7 @@ def schema_of(*, link: bool) -> pa.Schema:
 
 
 class Drop(Exception):
-    """Raised where a row turns out to be unusable
+    """Raised if a row is unusable.
 
     Attributes:
         reason: key of ``REASONS``.
@@ -215,25 +217,27 @@ class Example:
             )
 
 
-class Source(Protocol):
+class Source(ABC):
     """A collection of examples.
 
     Attributes:
         name: stands in messages and in the manifest.
+        named_boxes: the user names the format of its boxes (``--box-format``).
         extra_features, column_features: types (of ``datasets``) of ``Example.extra`` and ``Example.columns``.
     """
 
     name: str
-    extra_features: Mapping[str, Any]
-    column_features: Mapping[str, Any]
+    named_boxes: ClassVar[bool] = False
+    extra_features: Mapping[str, Any] = MappingProxyType({})
+    column_features: Mapping[str, Any] = MappingProxyType({})
 
+    @abstractmethod
     def facts(self) -> dict[str, Any]:
         """Options, and files by name and size, for the manifest."""
-        ...
 
+    @abstractmethod
     def examples(self) -> Iterator[Example | LeftOut]:
         """The examples in one order, every time the same, without reading images."""
-        ...
 
 
 def reserved_text(text: str) -> str | None:

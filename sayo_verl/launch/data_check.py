@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from sayo_verl.data.check import Counted, check_joined, check_parquet, open_rows
 from sayo_verl.data.contract import Demands, Keys
 from sayo_verl.errors import SayoError
-from sayo_verl.launch.prompt_check import check_batch, check_prompts, progress_bar
+from sayo_verl.launch.prompt_check import check_batch, check_prompts
 from sayo_verl.launch.reward_check import is_ours, own_settings
 from sayo_verl.launch.split_check import check_boxes_of_run, check_leakage
 from sayo_verl.methods import Method

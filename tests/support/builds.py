@@ -15,7 +15,7 @@ from PIL import Image
 from support.pictures import encoded
 
 from sayo_verl.data.build import BuildOptions
-from sayo_verl.data.rows import Example, ImageRef, LeftOut
+from sayo_verl.data.rows import Example, ImageRef, LeftOut, Source
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
 FIFTH = BuildOptions(val_share=0.2, max_drop=0.1)
@@ -51,7 +51,7 @@ def example(n: int, image: int | bytes | None = None, **values: Any) -> Example:
 
 
 @dataclasses.dataclass
-class Made:
+class Made(Source):
     """A source of the examples that it is given."""
 
     things: list[Example | LeftOut]
