@@ -43,7 +43,9 @@ class Kind(NamedTuple):
     fix: str
 
 
-TAG = Kind("D90", "WARN", "a prompt does not ask for <answer>, which sayo_verl.reward reads", "add an instruction to it")
+TAG = Kind(
+    "D90", "WARN", "a prompt does not ask for <answer>, which sayo_verl.reward reads", "add an instruction to it"
+)
 ALL = Kind("D04", "WARN", "no training row has a box, so no region is rewarded", "add boxes, or train without regions")
 NONE = Kind("D69", "INFO", "a row has no box: neutral for methods that look at a region", "nothing, if intended")
 WIDE = Kind("D69", "INFO", "a box is the whole image, so every answer gets the same region reward", "leave it out")
@@ -51,7 +53,9 @@ THIN = Kind("D69", "INFO", "a box is a small part of a visual token; its main to
 SPLIT = Kind("D65", "FAIL", "training and validation share an image", "split by image, as `sayo prepare` does")
 TWICE = Kind("D65", "WARN", "two rows have the same question and the same images", "remove one of them")
 ALIAS = Kind("D97", "WARN", "does a split by name leak? a picture has several names", "give it one name")
-DOUBT = Kind("D97", "WARN", "do the boxes show what the questions are about?", "look at the page of --page; then correct them")
+DOUBT = Kind(
+    "D97", "WARN", "do the boxes show what the questions are about?", "look at the page of --page; then correct them"
+)
 OTHER = Kind("D67", "WARN", "an image is not JPEG, PNG or WEBP, or is animated; verl takes the first picture", PREPARE)
 SHORT = Kind("D67", "WARN", "a side of an image is shorter than a visual token, and is stretched", "leave it out")
 
