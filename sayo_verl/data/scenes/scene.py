@@ -9,7 +9,6 @@ import numpy as np
 from sayo_verl.data.scenes.config import SceneConfig
 from sayo_verl.data.scenes.drawing import blank, draw
 
-
 # kind -> roles of the needed objects, where they differ
 ROLES = {"relation": ("answer", "reference"), "higher": ("answer", "other")}
 

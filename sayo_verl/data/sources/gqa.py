@@ -44,7 +44,7 @@ from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
 from sayo_verl.data.json_files import json_items
-from sayo_verl.data.rows import Example, LeftOut
+from sayo_verl.data.rows import Example, LeftOut, Source
 from sayo_verl.data.sources import common
 from sayo_verl.data.sources.common import Side
 from sayo_verl.errors import SayoError
@@ -95,7 +95,7 @@ def _split(texts: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class GqaSource:
+class GqaSource(Source):
     """GQA as a source of examples; a folder among ``questions`` stands for the *_questions*.json in it."""
 
     scene_graphs: tuple[Path, ...]
