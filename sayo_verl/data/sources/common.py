@@ -32,9 +32,9 @@ _adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
 def _as_text(value: Any) -> str:
     if isinstance(value, str):
         return value.strip()
-    if value is None or (isinstance(value, numbers.Real) and not math.isfinite(value)):
+    if value is None or (isinstance(value, numbers.Real | Decimal) and not math.isfinite(value)):
         return ""
-    if isinstance(value, numbers.Real):
+    if isinstance(value, numbers.Real | Decimal):
         number = float(value)
         return str(value).lower() if isinstance(value, bool) or not number.is_integer() else str(int(number))
     raise ValueError("a list or an object is no text; choose one entry and write it as text")

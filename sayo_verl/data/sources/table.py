@@ -30,10 +30,11 @@ from typing import Any
 from pydantic import Json
 
 from sayo_verl.data.json_files import json_records
-from sayo_verl.data.rows import RUNS_CODE, Drop, Example, LeftOut
+from sayo_verl.data.rows import RUNS_CODE, Drop, Example, LeftOut, Source
 from sayo_verl.data.sources import common
 from sayo_verl.errors import SayoError, did_you_mean
 
+NAMED_BOXES = True  # the command adds --box-format and what belongs to it
 # Required field -> other names that published tables give it.
 REQUIRED = {
     "image": ("images", "img", "picture", "image_path", "file_name"),
@@ -45,7 +46,7 @@ SUFFIXES = (".parquet", ".csv", ".json", ".jsonl")
 
 
 @dataclass(frozen=True)
-class TableSource:
+class TableSource(Source):
     """A table; the attributes are the flags of ``add_flags``, ``columns`` is --map."""
 
     data: str
@@ -57,7 +58,6 @@ class TableSource:
     config: str | None = None
     revision: str | None = None
     name: str = "table"
-    named_boxes = True
 
     @property
     def _splits(self) -> dict[str, str]:

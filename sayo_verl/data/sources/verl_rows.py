@@ -25,10 +25,11 @@ from sayo_verl.data.check import check_joined, open_rows
 from sayo_verl.data.contract import Demands, RowContract, text_of
 from sayo_verl.data.json_files import json_lines
 from sayo_verl.data.reading import read_rows
-from sayo_verl.data.rows import EXTRA_INFO, Drop, Example, ImageRef, LeftOut
+from sayo_verl.data.rows import EXTRA_INFO, Drop, Example, ImageRef, LeftOut, Source
 from sayo_verl.data.sources import common
 from sayo_verl.errors import Rule, raise_first
 
+NAMED_BOXES = True  # the command adds --box-format and what belongs to it
 WHAT_VERL_NEEDS = Demands(attention=False, judge=None, headers=False)
 OWN = ("prompt", "images", "data_source", "extra_info")  # columns that the builder writes
 
@@ -44,7 +45,7 @@ class Side(BaseModel):
 
 
 @dataclass(frozen=True)
-class VerlSource:
+class VerlSource(Source):
     """verl's rows; the attributes are the flags of ``add_flags``."""
 
     file: Path
@@ -56,7 +57,6 @@ class VerlSource:
     name: str = field(default="verl", init=False)
     column_features: dict[str, Any] = field(default_factory=dict, init=False)
     extra_features: dict[str, Any] = field(default_factory=dict, init=False)
-    named_boxes = True
 
     def __post_init__(self) -> None:
         from datasets import Features
