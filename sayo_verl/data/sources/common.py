@@ -12,6 +12,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from posixpath import normpath
 from typing import Annotated, Any, TypeVar

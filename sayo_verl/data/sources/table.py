@@ -108,7 +108,7 @@ class TableSource(Source):
             answer=boxed[1].strip() if boxed else texts["answer"],
             boxes=boxes,
             box_names=common.names_of_boxes(_listed(row.get("box_names"), where), boxes, f"{where}, box_names"),
-            box_format=common.format_of(self.box_format, where) if any(boxes) else "",
+            box_format=common.format_of(self.box_format, boxes, where),
             box_source=self.name,
             data_source=common.data_source(self.name),
             sizes=(common.picture_size(width, height, where) if known else None,) * len(images),
@@ -146,7 +146,7 @@ class TableSource(Source):
         path, files = Path(self.data), [Path(self.data)]
         if path.is_dir():
             files = [
-                f for f in sorted(path.rglob("*.*")) if re.match(rf"{split}[-.]", f.name) or f.parent.name == split
+                f for f in sorted(path.rglob("*.*")) if re.match(rf"{re.escape(split)}[-.]", f.name) or f.parent.name == split
             ]
         files = [common.check_input(file) for file in files if file.suffix in (*SUFFIXES, *RUNS_CODE)]
         if not files or (self.val_split and not path.is_dir()):

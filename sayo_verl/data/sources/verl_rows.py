@@ -78,7 +78,7 @@ class VerlSource(Source):
         return {"files": common.file_facts(files), "id": self.id, "box_format": self.box_format}
 
     def examples(self) -> Iterator[Example | LeftOut]:
-        """The rows; D05, D09, D40, D42, D46, D58-D62, D72 for an invalid row, D95, D96 for boxes that fit no one row."""
+        """The rows; D05, D09, D40, D42, D46, D58-D62, D72 for an invalid row, D95, D96 for boxes of no or two rows."""
         sides, ids, used = self._sides(), common.Ids(), set[str]()
         folder, contract = common.ImageFolder(self.images), RowContract(WHAT_VERL_NEEDS)
         for path, split in self._files.items():
@@ -117,7 +117,8 @@ class VerlSource(Source):
 
     def _key(self, row: Mapping[str, Any], where: str) -> str:
         """What the side file calls a row; D58."""
-        info, value = row["extra_info"], row
+        info = row["extra_info"]
+        value: Any = row
         for name in (self.id or f"extra_info.{'id' if info.get('id') is not None else 'index'}").split("."):
             value = value.get(name) if isinstance(value, dict) else None
         what, fix = "a row has no id by which boxes can be joined", "name the column of the ids with --id"
@@ -146,7 +147,7 @@ class VerlSource(Source):
             answer=truth if isinstance(truth, str) else str(truth),
             boxes=boxes,
             box_names=names,
-            box_format=common.format_of(self.box_format, where) if side and any(boxes) else "xyxy_unit",
+            box_format=common.format_of(self.box_format, boxes, where) if side else "xyxy_unit",
             box_source="side file" if side else str(info.get("box_source") or ""),
             data_source=row["data_source"],
             sizes=common.parse(tuple[tuple[common.Side, common.Side] | None, ...], sizes, f"{where}, size"),
