@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from sayo_verl.errors import Rule, SayoError, raise_first
+from sayo_verl.errors import SayoError
 from sayo_verl.vision.grids import Tile
 from sayo_verl.vision.masks import box_masks
 
 # What templates, image readers and processors of other packages raise for a row that they cannot process
 _REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError, OSError)
-COPY_PROCESSOR = "copy the processor files of the original model into the folder"
+COPY = "copy the processor files of the original model into the folder"
 
 
 @dataclass(frozen=True)
@@ -25,26 +25,26 @@ class Seen:
     """A row as the model receives it.
 
     Attributes:
+        where: names the row.
+        row: its values.
         tiles: per image, its grids of visual tokens; none without a model.
         boxes: per image, its N boxes.
         masks: per image, bool [N, V]: the visual tokens of each box.
         prompt_tokens: length of the prompt; 0 without a model.
     """
 
+    where: str
+    row: Mapping[str, Any]
     tiles: list[tuple[Tile, ...]]
-    boxes: list[list[list[float]]]
+    boxes: list[Any]
     masks: list[np.ndarray]
     prompt_tokens: int
 
-    @property
-    def tokens_per_box(self) -> list[int]:
-        return [int(n) for mask_NV in self.masks for n in mask_NV.sum(axis=1)]
 
-
-def unseen(row: Mapping[str, Any]) -> Seen:
+def unseen(row: Mapping[str, Any], where: str) -> Seen:
     """A row without a model: no visual token, and no length of the prompt."""
     boxes = _boxes_of(row, len(row.get("images") or []))
-    return Seen([()] * len(boxes), boxes, [np.zeros((len(of_image), 0), dtype=bool) for of_image in boxes], 0)
+    return Seen(where, row, [()] * len(boxes), boxes, [np.zeros((len(b), 0), dtype=bool) for b in boxes], 0)
 
 
 def _boxes_of(row: Mapping[str, Any], n_images: int) -> list[Any]:
@@ -80,7 +80,7 @@ class Model:
         from verl.utils.dataset.rl_dataset import RLHFDataset
 
         from sayo_verl.models import internvl_data, internvl_model
-        from sayo_verl.models.families import family_of
+        from sayo_verl.models.families import check_processor, family_of
         from sayo_verl.models.internvl import model_type_of
 
         model_type = model_type_of(path)
@@ -93,20 +93,25 @@ class Model:
                 wanted="a local model folder, or a hub name such as Qwen/Qwen3-VL-8B-Instruct and access to the hub",
                 fix="correct it; `sayo inspect` also works without --model, but then does not check visual tokens",
             )
-        self.where, self.coverage = f"{where} {path}", coverage
-        self.family = family_of(model_type, where=self.where)
+        where, self.coverage = f"{where} {path}", coverage
+        self.family = family_of(model_type, where=where)
         tiled = self.family.geometry == "tiles"
         try:
             self.config = AutoConfig.from_pretrained(path)
             self.processor = (internvl_model.load_processor if tiled else AutoProcessor.from_pretrained)(path)
         except (OSError, ValueError, KeyError) as error:
-            raise SayoError(
-                "D68",
-                f"the model's processor cannot be loaded ({' '.join(str(error).split())[:200]})",
-                where=self.where,
-                fix=COPY_PROCESSOR,
-            ) from error
-        self._check_processor(tiled)
+            unreadable = f"the model's processor cannot be loaded ({' '.join(str(error).split())[:200]})"
+            raise SayoError("D68", unreadable, where=where, fix=COPY) from error
+        check_processor(type(self.processor).__name__, self.family, where)
+        if tiled:
+            got, wanted = (f"{own.image_seq_length} tokens a tile" for own in (self.processor, self.config))
+        else:  # with other patches or another merge size the grid would differ
+            own, vision = self.processor.image_processor, self.config.vision_config
+            got = f"patches of {own.patch_size}, merged {own.merge_size} x {own.merge_size}"
+            wanted = f"patches of {vision.patch_size}, merged {vision.spatial_merge_size} x {vision.spatial_merge_size}"
+        if got != wanted:
+            other = "the processor does not make the visual tokens of these weights"
+            raise SayoError("D68", other, where=where, got=got, wanted=wanted, fix=COPY)
         self.processor.chat_template = chat_template or self.processor.chat_template
         base = internvl_data.InternVLDataset if tiled else RLHFDataset
 
@@ -120,45 +125,6 @@ class Model:
                 pass
 
         self._rows = Rows([], self.processor.tokenizer, OmegaConf.create(dict(data or {})), self.processor)
-
-    def _check_processor(self, tiled: bool) -> None:
-        """With the processor of another family, other patches or another merge size the grid would differ."""
-        found, images, vision = type(self.processor).__name__, self.processor.image_processor, self.config.vision_config
-        if tiled:
-            got = {"image_seq_length": getattr(self.processor, "image_seq_length", None)}
-            wanted = {"image_seq_length": self.config.image_seq_length}
-        else:
-            got = {name: getattr(images, name, None) for name in ("patch_size", "merge_size")}
-            wanted = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
-        raise_first(
-            [
-                Rule(
-                    "L23",
-                    found != self.family.processor,
-                    "the model folder holds the processor of another family",
-                    where=self.where,
-                    got=f"{found} for a {self.family.model_type} model",
-                    wanted=self.family.processor,
-                    fix=COPY_PROCESSOR,
-                ),
-                Rule(
-                    "D68",
-                    got != wanted,
-                    "the processor does not make the visual tokens of these weights",
-                    where=self.where,
-                    got=got,
-                    wanted=wanted,
-                    fix=COPY_PROCESSOR,
-                ),
-            ]
-        )
-
-    def cell(self) -> int:
-        """Pixels per side of a visual token, of the picture that the processor makes."""
-        own = self.processor.image_processor
-        if self.family.geometry == "grid":
-            return int(own.patch_size * own.merge_size)
-        return int(own.size["height"] / self.processor.image_seq_length**0.5)
 
     def see(self, row: Mapping[str, Any], where: str) -> Seen:
         """The visual tokens and prompt length of a row.
@@ -175,7 +141,7 @@ class Model:
         boxes = _boxes_of(row, len(tiles))
         plan_row(ids_S, 0, image_token_id=token, images=tiles, boxes=boxes, coverage=self.coverage, where=where)
         masks = [box_masks(b, t, self.coverage, where=where) for b, t in zip(boxes, tiles, strict=True)]
-        return Seen(tiles, boxes, masks, len(ids_S))
+        return Seen(where, row, tiles, boxes, masks, len(ids_S))
 
     def prompt_tokens(self, row: Mapping[str, Any], where: str) -> int:
         """Length of a row's prompt; D68 when the processor refuses it. Boxes are ignored."""
@@ -187,43 +153,32 @@ class Model:
         # verl changes its arguments
         images = [dict(image) if isinstance(image, dict) else image for image in row.get("images") or []]
         example = {"prompt": [dict(message) for message in row["prompt"] or []], "images": images}
-        rows, processor = self._rows, self.processor
+        rows, processor, options = self._rows, self.processor, self._rows.apply_chat_template_kwargs
         try:
             messages = rows._build_messages(example, key="prompt")
-            text = processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **rows.apply_chat_template_kwargs
-            )
+            text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
             opened, _, _ = rows._process_multi_modal_info(messages, rows.image_patch_size, rows.config)
             if opened is None:
                 return processor.tokenizer(text=[text], add_special_tokens=False, return_tensors="pt")
-            return build_multimodal_processor_inputs(
-                processor, text=[text], images=opened, mm_processor_kwargs=rows.mm_processor_kwargs
-            )
-        except _REFUSALS as error:  # with SayoError of InternVL's data set
-            message = " ".join(str(error).split())[:300]
-            raise SayoError(
-                "D68",
-                f"the model's processor refuses a row ({type(error).__name__}: {message})",
-                where=where,
-                fix="remove the row, or store its images in another size",
-            ) from error
+            options = rows.mm_processor_kwargs
+            return build_multimodal_processor_inputs(processor, text=[text], images=opened, mm_processor_kwargs=options)
+        except _REFUSALS as error:  # also a SayoError of InternVL's data set
+            what = f"the model's processor refuses a row ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            fix = "remove the row, or store its images in another size"
+            raise SayoError("D68", what, where=where, fix=fix) from error
 
 
 def too_long(lengths: Mapping[str, int], limit: int) -> SayoError | None:
-    """D68 for prompts of more than ``limit`` tokens, or None.
+    """D68 for prompts of more than ``limit`` tokens (``data.max_prompt_length``), or None.
 
     Args:
         lengths: where the row is -> tokens of its prompt.
         limit: ``data.max_prompt_length``.
     """
-    over = [where for where, n in lengths.items() if n > limit]
+    over, longest = [where for where, n in lengths.items() if n > limit], max(lengths.values(), default=0)
     if not over:
         return None
-    longest = max(lengths.values())
-    return SayoError(
-        "D68",
-        f"prompts are too long: max prompt {longest} > {limit}",
-        where=over[0],
-        got=f"{len(over)} of {len(lengths)} rows, first {lengths[over[0]]} tokens",
-        fix=f"set data.max_prompt_length to {longest} or more, or prepare smaller images",
-    )
+    what = f"prompts are too long: max prompt {longest} > {limit}"
+    got = f"{len(over)} of {len(lengths)} rows, first {lengths[over[0]]} tokens"
+    fix = f"set data.max_prompt_length to {longest} or more, or prepare smaller images"
+    return SayoError("D68", what, where=over[0], got=got, fix=fix)

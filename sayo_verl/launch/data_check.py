@@ -9,6 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from sayo_verl.command_line import progress_bar
 from sayo_verl.data.check import Counted, check_joined, check_parquet, open_rows
 from sayo_verl.data.contract import Demands, Keys
 from sayo_verl.errors import SayoError

@@ -356,7 +356,7 @@ def test_launch_inspection_and_prepare_agree_on_which_truths_can_be_graded(here,
     assert [verdict(judge, bad) for judge in (*FILES, by_launcher_for_verl)] == [code] * 4
     check_parquet(Path("rows.parquet"), Demands(judge=None))  # another reward function may grade it
     if isinstance(truth, str):
-        with nullcontext() if code == "-" else pytest.raises(Drop, match="empty_answer|ungradable_answer"):
+        with nullcontext() if code == "-" else pytest.raises(Drop, match=r"empty_answer|ungradable_answer"):
             check_text("What?", truth)
 
 
