@@ -39,12 +39,13 @@ from sayo_verl.data.building.build import BuildOptions, add_flags, build, option
 from sayo_verl.data.building.folder import verl_flags
 from sayo_verl.data.building.options import LOSSES
 from sayo_verl.data.building.shards import Hashes, hash64
-from sayo_verl.data.check import check_leakage, check_parquet
+from sayo_verl.data.check import check_parquet
 from sayo_verl.data.contract import Demands
 from sayo_verl.data.images import ImageRules
 from sayo_verl.data.rows import INSTRUCTION, REASONS, RELEASED_SYSTEM, Example, ImageRef, LeftOut
 from sayo_verl.inspection.audit import Audit
 from sayo_verl.inspection.files import find_data
+from sayo_verl.launch.split_check import check_leakage
 
 # ------------------------------------------------------------------------------------------------------ what is built
 

@@ -23,11 +23,11 @@ from sayo_verl.data.building.folder import check_folder
 from sayo_verl.data.building.mix import mix_folders
 from sayo_verl.data.building.shards import Layout, read_rows
 from sayo_verl.data.building.shares import check_shares, largest_remainder, train_counts, val_counts
-from sayo_verl.data.check import check_leakage
 from sayo_verl.data.rows import Example, ImageRef
 from sayo_verl.errors import SayoError
 from sayo_verl.inspection.audit import Audit
 from sayo_verl.inspection.files import find_data
+from sayo_verl.launch.split_check import check_leakage
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
 SMALL = Layout(shard_rows=7, row_group_rows=3)
