@@ -146,7 +146,9 @@ class TableSource(Source):
         path, files = Path(self.data), [Path(self.data)]
         if path.is_dir():
             files = [
-                f for f in sorted(path.rglob("*.*")) if re.match(rf"{re.escape(split)}[-.]", f.name) or f.parent.name == split
+                f
+                for f in sorted(path.rglob("*.*"))
+                if re.match(rf"{re.escape(split)}[-.]", f.name) or f.parent.name == split
             ]
         files = [common.check_input(file) for file in files if file.suffix in (*SUFFIXES, *RUNS_CODE)]
         if not files or (self.val_split and not path.is_dir()):
