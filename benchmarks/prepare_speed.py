@@ -5,9 +5,10 @@
 
 The images are a few hundred JPEGs of 500 x 375 pixels and about 60 kB, drawn from a seed. Their gradients, blobs and
 filtered noise compress about as well as a photo. Rows use them in turn, and none is encoded again. Each case runs in a
-separate process. Time is that of ``build``, without imports and with the start of workers. CPU time is that of the main
-process and its workers, which other work on the machine disturbs less. Memory is the largest sum of resident memory of
-the main process and its workers, sampled 20 times a second. Shared memory counts in each.
+separate process that may use one or two cores. Time is that of ``build``, without imports, with the start of workers.
+CPU time is that of the main process and its workers, which other work on the machine disturbs less. Memory is the
+largest sum of anonymous memory of the main process and its workers, sampled 20 times a second. Tables that are mapped
+from disk are not in it, because the system takes their memory back when it needs it.
 
 Numbers go to ``benchmarks/results/prepare.json``.
 """
@@ -34,8 +35,8 @@ from PIL import Image, ImageFilter
 from rich.console import Console
 from rich.table import Table
 
-from sayo_verl.data.building.build import BuildOptions, build
-from sayo_verl.data.rows import Example, ImageRef
+from sayo_verl.data.build import BuildOptions, build
+from sayo_verl.data.rows import Example, ImageRef, Source
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = (500, 375)
@@ -63,7 +64,7 @@ def photo(seed: int, size: tuple[int, int]) -> bytes:
 
 
 @dataclasses.dataclass
-class Photos:
+class Photos(Source):
     """Rows over a folder of images."""
 
     folder: Path
@@ -96,8 +97,10 @@ class Photos:
 
 def work(folder: Path, images: int, rows: int, size: tuple[int, int], workers: int, out: Path) -> None:
     """Run one case in this process and print its figures."""
-    options = BuildOptions(workers=workers, val_share=0.02)
-    importlib.import_module("pandas")  # Arrow imports it at its first table
+    os.sched_setaffinity(0, set(list(os.sched_getaffinity(0))[:workers]))
+    options = BuildOptions(val_share=0.02)
+    for name in ("pandas", "datasets"):
+        importlib.import_module(name)
     before, start = cpu_seconds(), time.perf_counter()
     made = build(Photos(folder, images, rows, size), out, options)
     seconds, cpu = time.perf_counter() - start, cpu_seconds() - before
@@ -125,7 +128,7 @@ def measure(folder: Path, images: int, rows: int, size: tuple[int, int], workers
         )
         peak, watched = 0, psutil.Process(process.pid)
         while process.poll() is None:
-            peak = max(peak, resident(watched))
+            peak = max(peak, anonymous(watched))
             time.sleep(0.05)
         output, errors = process.communicate()
         if process.returncode:
@@ -134,21 +137,23 @@ def measure(folder: Path, images: int, rows: int, size: tuple[int, int], workers
     figures = json.loads(output)
     return {
         "rows": rows,
-        "workers": workers,
+        "cores": workers,
         **figures,
-        "rows_per_s_and_worker": rows / figures["seconds"] / workers,
+        "rows_per_s_and_core": rows / figures["seconds"] / workers,
         "rows_per_cpu_s": rows / figures["cpu_seconds"],
-        "peak_rss_mb": peak / 2**20,
+        "peak_anonymous_mb": peak / 2**20,
         "parquet_mb": size_on_disk / 2**20,
     }
 
 
-def resident(process: psutil.Process) -> int:
+def anonymous(process: psutil.Process) -> int:
+    """Bytes of anonymous memory of a process and its children."""
     total = 0
     try:
         for each in (process, *process.children(recursive=True)):
-            total += each.memory_info().rss
-    except psutil.NoSuchProcess:  # one ended during the loop; the next sample follows soon
+            status = Path(f"/proc/{each.pid}/status").read_text()
+            total += 1024 * int(status.partition("RssAnon:")[2].split()[0])
+    except (psutil.NoSuchProcess, OSError, IndexError):  # one ended during the loop; the next sample follows soon
         return 0
     return total
 
@@ -157,14 +162,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="self-check; writes below outputs/benchmarks")
     parser.add_argument("--raw", type=Path, help="the file of numbers (default: benchmarks/results/prepare.json)")
-    parser.add_argument("--scratch", type=Path, help="folder for images and rows, 1 GB (default: the system's)")
+    parser.add_argument("--scratch", type=Path, help="folder for images and rows, 5 GB (default: the system's)")
     parser.add_argument("--case", nargs=7, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         folder, images, rows, width, height, workers, out = args.case
         work(Path(folder), int(images), int(rows), (int(width), int(height)), int(workers), Path(out))
         return
-    images, size, sizes = (4, (80, 60), (16, 48)) if args.quick else (300, SIZE, (500, 2000, 8000))
+    images, size, sizes = (4, (80, 60), (16, 48)) if args.quick else (300, SIZE, (500, 2000, 8000, 32000))
     raw = args.raw or (ROOT / ("outputs/benchmarks" if args.quick else "benchmarks/results") / "prepare.json")
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         folder = Path(scratch)
@@ -195,17 +200,17 @@ def show(results: dict[str, Any], raw: Path) -> None:
         f"{results['mean_bytes'] / 1000:.0f} kB",
         title_justify="left",
     )
-    columns = ("workers", "rows", "s", "rows/s per worker", "rows per CPU s", "peak MB", "parquet MB")
+    columns = ("cores", "rows", "s", "rows/s per core", "rows per CPU s", "peak MB", "parquet MB")
     for column in columns:
         table.add_column(column, justify="right")
     for case in results["cases"]:
         table.add_row(
-            f"{case['workers']}",
+            f"{case['cores']}",
             f"{case['rows']:,}",
             f"{case['seconds']:.1f}",
-            f"{case['rows_per_s_and_worker']:.0f}",
+            f"{case['rows_per_s_and_core']:.0f}",
             f"{case['rows_per_cpu_s']:.0f}",
-            f"{case['peak_rss_mb']:.0f}",
+            f"{case['peak_anonymous_mb']:.0f}",
             f"{case['parquet_mb']:.0f}",
         )
     console = Console()

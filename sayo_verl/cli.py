@@ -5,15 +5,15 @@ the chosen subcommand is called, so that the modules of the others are not impor
 """
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from sayo_verl import __version__
-from sayo_verl.command_line import AddFlags, Command, Run, add_commands, add_config_flags, config_from
+from sayo_verl.command_line import AddFlags, Command, Run, add_commands
 from sayo_verl.errors import SayoError
+from sayo_verl.prepare import add_prepare
 
 
 def _doctor(parser: argparse.ArgumentParser) -> Run:
@@ -52,97 +52,6 @@ def _run_doctor(args: argparse.Namespace) -> int:
     for finding in wrong:
         console.print(f"{finding.name}: {finding.fix}", markup=False, soft_wrap=True)
     return 1 if wrong else 0
-
-
-def _synthetic(parser: argparse.ArgumentParser) -> Run:
-    from sayo_verl.data.scenes import SceneConfig, prepare
-
-    parser.add_argument("--out", type=Path, default=Path(".sayo"), help="parent folder (default: %(default)s)")
-    add_config_flags(parser, SceneConfig)
-    assert isinstance(parser, Command)
-    parser.show_only("--out", "--question-kinds", "--n-train", "--n-val", "--seed", "--prompt")
-
-    def run(args: argparse.Namespace) -> int:
-        config = config_from(args, SceneConfig)
-        made = prepare(args.out, config)
-        bare = "" if config.prompt != "question" else "; prompts for the tiny policy, others need --prompt instruction"
-        print(f"scenes: {'reused' if made.reused else 'made'} {made.path}{bare}", file=sys.stderr)
-        print(made.path)
-        return 0
-
-    return run
-
-
-def _policy(parser: argparse.ArgumentParser) -> Run:
-    from sayo_verl.data.scenes import SceneConfig
-    from sayo_verl.tiny.policy import TinyPolicyConfig
-    from sayo_verl.tiny.warmup import WarmupConfig, prepare_policy
-
-    parser.add_argument("--out", type=Path, default=Path(".sayo"), help="parent folder (default: %(default)s)")
-    configs = {TinyPolicyConfig: "", WarmupConfig: "warmup-", SceneConfig: "scenes-"}
-    for config, prefix in configs.items():
-        add_config_flags(parser, config, prefix)
-    assert isinstance(parser, Command)
-    parser.show_only("--out", "--seed", "--scenes-question-kinds")
-
-    def run(args: argparse.Namespace) -> int:
-        made = prepare_policy(args.out, *(config_from(args, config) for config in configs))
-        print(f"policy: {'reused' if made.reused else 'made'} {made.path}", file=sys.stderr)
-        print(made.path)
-        return 0
-
-    return run
-
-
-def _rows(source: str) -> AddFlags:
-    """The subcommand that makes training rows from a source."""
-
-    def add_flags(parser: argparse.ArgumentParser) -> Run:
-        from sayo_verl.data.building import build, options
-
-        module = importlib.import_module(f"sayo_verl.data.sources.{source}")
-        parser.description = module.__doc__
-        module.add_flags(parser)
-        parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
-        options.add_flags(parser)
-        assert isinstance(parser, Command)
-        parser.show_only("--out", "--limit", "--val-share", "--prompt", "--overwrite", *module.SHOWN)
-
-        def run(args: argparse.Namespace) -> int:
-            print(build.build(module.from_args(args), args.out, options.options_from(args)).folder)
-            return 0
-
-        return run
-
-    return add_flags
-
-
-def _mix(parser: argparse.ArgumentParser) -> Run:
-    from sayo_verl.data.building import mix
-
-    parser.description = mix.__doc__
-    mix.add_flags(parser)
-    assert isinstance(parser, Command)
-    parser.show_only("--val-rows", "--seed", "--overwrite")
-
-    def run(args: argparse.Namespace) -> int:
-        print(mix.from_args(args).folder)
-        return 0
-
-    return run
-
-
-def _prepare(parser: argparse.ArgumentParser) -> None:
-    sources = {name: (f"rows from {summary}", _rows(name)) for name, summary in SOURCES.items()}
-    add_commands(
-        parser,
-        {
-            **sources,
-            "mix": ("rows from prepared folders, drawn by shares", _mix),
-            "synthetic": ("drawn scenes with exact boxes; prints the folder", _synthetic),
-            "policy": ("a tiny warmed-up Qwen3-VL; prints the folder", _policy),
-        },
-    )
 
 
 def _inspect(parser: argparse.ArgumentParser) -> Run:
@@ -216,7 +125,7 @@ def _run_report(args: argparse.Namespace) -> int:
 
 def _evaluate(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("model", type=Path, help="folder of a tiny policy")
-    parser.add_argument("scenes", type=Path, help="a parquet file of `sayo prepare synthetic`")
+    parser.add_argument("scenes", type=Path, help="a folder of `sayo prepare synthetic`, or one of its parquet files")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="responses per row (default: %(default)s)")
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="X", help="0 is greedy (default: %(default)s)"
@@ -247,14 +156,6 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-SOURCES = {
-    "gqa": "GQA: scene graphs, questions, images",
-    "refocus": "ReFocus-Chart: parquet or JSON",
-    "jsonl": "your own data: one JSON object per line",
-    "coco": "COCO detection or panoptic annotations",
-    "labelme": "a folder of labelme files",
-    "hf": "a data set of the Hugging Face hub, or a folder of one",
-}
 DOCTOR_EXAMPLE = """a job, with variables in front and overrides after the script, as when it runs:
   METHOD=grpo NGPUS_PER_NODE=4 \\
     sayo doctor --job scripts/run_sayo_qwen3vl_8b.sh sayo.gpu_memory_gib=48
@@ -265,7 +166,7 @@ WATCH_EXAMPLE = """example:
 """
 COMMANDS: dict[str, tuple[str, AddFlags]] = {
     "doctor": ("check versions, device and the plug-in in a Ray worker", _doctor),
-    "prepare": ("make data or the tiny policy", _prepare),
+    "prepare": ("make data or the tiny policy", add_prepare),
     "inspect": ("check prepared data and draw it as the model sees it", _inspect),
     "focus": ("train a <Focus> token on annotated regions, before attn_faithful", _focus),
     "watch": ("run a training command and show its progress", _watch),

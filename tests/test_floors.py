@@ -15,7 +15,8 @@ report tiny
 focus
 launch
 hooks
-main_ppo plugin cli anchoring
+main_ppo plugin prepare anchoring
+cli
 """
 STACK = {"verl", "ray", "vllm", "transfer_queue"}
 STACK_ROOMS = {

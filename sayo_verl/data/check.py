@@ -1,11 +1,10 @@
 """Checks of parquet files before a run, for the launcher: every row by the row contract, a sample of images decoded.
 
-``sayo_verl.launch.data_check`` decides what a run demands of its files. `sayo inspect` looks at the same rows by the
-same contract (``sayo_verl.data.contract``), and draws them.
+``sayo_verl.launch.data_check`` decides what a run demands of its files. `sayo inspect` uses the same contract.
 """
 
 import heapq
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sayo_verl.data.contract import Demands, RowContract
-from sayo_verl.data.reading import image_digest, leaves, open_parquet, read_image, read_rows, rows_at
-from sayo_verl.errors import SayoError
-
-__all__ = ["Counted", "check_boxes_of_run", "check_joined", "check_leakage", "check_parquet", "open_rows"]
+from sayo_verl.data.reading import leaves, open_parquet, read_image, read_rows
+from sayo_verl.errors import Rule, SayoError, raise_first
 
 Kept = tuple[int, str, int, dict[str, Any]]  # size, path, number of the row, its values
 
@@ -60,43 +57,31 @@ class Counted:
         for name, value in vars(other).items():
             mine = getattr(self, name)
             setattr(self, name, value if mine is None else mine if value is None else mine + value)
-        self.largest, self.longest = heapq.nlargest(keep // 4, self.largest), heapq.nlargest(keep // 4, self.longest)
+        self.largest, self.longest = (heapq.nlargest(keep // 4, kept) for kept in (self.largest, self.longest))
 
 
 def open_rows(path: Path, demands: Demands) -> pq.ParquetFile:
-    """A file that has rows and the columns that verl reads.
-
-    Raises:
-        SayoError: D02 unreadable, D03 a column is missing or there is no row, D64 a type that verl's reader has not.
-    """
+    """A file that has rows and the columns that verl reads; D02 if it cannot be read, D03 otherwise."""
     file = open_parquet(path)
     names = file.schema_arrow.names
-    missing = [column for column in demands.columns() if column not in names]
-    twice = [name for name in names if names.count(name) > 1]
-    wrong = (
-        f"has no column {missing[0]!r}"
-        if missing
-        else f"has two columns {twice[0]!r}"
-        if twice
-        else ""
-        if file.metadata.num_rows
-        else "has no rows"
-    )
-    if wrong:
-        raise SayoError(
-            "D03",
-            f"the parquet {wrong}",
-            where=str(path),
-            got=sorted(names),
-            wanted=f"rows with the columns {', '.join(demands.columns())}",
-            fix="follow the row contract in docs/data.md; data.prompt_key names the prompts",
-        )
+    wrong = [f"has no column {column!r}" for column in demands.columns() if column not in names]
+    wrong += [f"has two columns {name!r}" for name in names if names.count(name) > 1]
+    wrong += [] if file.metadata.num_rows else ["has no rows"]
+    wanted = f"rows with the columns {', '.join(demands.columns())}"
+    fix = "follow the row contract in docs/data.md; data.prompt_key names the prompts"
+    what = f"the parquet {(wrong or ['can be read'])[0]}"
+    raise_first([Rule("D03", bool(wrong), what, str(path), fix, sorted(names), wanted)])
     return file
 
 
 def asks_for_answer(values: Mapping[str, Any], demands: Demands) -> bool:
     """Whether a prompt names the tag in which ``sayo_verl.reward`` reads the answer; True for another reward."""
     return demands.judge is None or "<answer>" in str(values[demands.keys.prompt])
+
+
+def evenly(n_rows: int, n: int) -> set[int]:
+    """``n`` row numbers, or all, evenly spread."""
+    return {i * n_rows // n for i in range(n)} if n < n_rows else set(range(n_rows))
 
 
 def check_parquet(
@@ -113,7 +98,7 @@ def check_parquet(
 
     Args:
         path: an existing file.
-        demands: what is asked of its rows.
+        demands: which checks apply.
         max_images: decode the images of at most so many rows, evenly spread over the file; none if not positive.
         keep: remember a quarter of so many rows as the largest, and a quarter as the longest.
         spread: remember so many rows, evenly spread.
@@ -121,30 +106,28 @@ def check_parquet(
         tick: called once a row.
 
     Raises:
-        SayoError: of ``open_rows``, and the first fault of the first faulty row.
+        SayoError: of ``open_rows``, and the first fault of the first invalid row.
     """
     file = open_rows(path, demands)
-    n_rows = file.metadata.num_rows
-    sampled = set(range(0, n_rows, max(1, -(-n_rows // max_images)))) if max_images > 0 else set()
-    spread_over = {i * n_rows // spread for i in range(spread)} if spread < n_rows else set(range(n_rows))
-    contract, counted, key = RowContract(demands), Counted(rows=n_rows), demands.keys.images
+    n_rows, key = file.metadata.num_rows, demands.keys.images
+    sampled, spread_over = evenly(n_rows, max_images), evenly(n_rows, spread)
+    contract, counted = RowContract(demands), Counted(rows=n_rows)
     for row, values in enumerate(read_rows(file, path, columns_of(file, demands))):
-        where = f"{path} row {row}"
-        looked = contract.look(values, where)
-        narrow = drops_narrow and any(fault.code == "D77" for fault in looked.faults)
+        looked = contract.look(values, f"{path} row {row}")
+        narrow = [fault for fault in looked.faults if drops_narrow and fault.code == "D77"]
         for fault in looked.faults:
-            if not (narrow and fault.code == "D77"):
+            if fault not in narrow:
                 raise fault
-        counted.narrow += narrow
+        images = values.get(key) or []
+        counted.narrow += bool(narrow)
         counted.silent += not asks_for_answer(values, demands)
         if demands.attention:
             counted.with_boxes = (counted.with_boxes or 0) + any(looked.boxes)
-        counted.with_images += bool(values.get(key))
+        counted.with_images += bool(images)
         counted.remote += looked.headers.count(None)
-        if row in sampled:
-            for i, image in enumerate(values.get(key) or []):
-                counted.decoded += read_image(image, f"{where}, images[{i}]") is not None
-        if row in spread_over and spread:
+        for i, image in enumerate(images if row in sampled else []):
+            counted.decoded += read_image(image, f"{path} row {row}, images[{i}]") is not None
+        if row in spread_over:
             counted.spread.append((0, str(path), row, values))
         pixels = sum(header.width * header.height for header in looked.headers if header)
         for kept, size in ((counted.largest, pixels), (counted.longest, len(looked.question))):
@@ -165,24 +148,21 @@ def columns_of(file: pq.ParquetFile, demands: Demands) -> list[str]:
 
 
 def check_joined(paths: Sequence[Path]) -> None:
-    """Refuse files that verl's data set cannot join: it concatenates them as `datasets` does.
+    """Refuse files that verl's data set cannot join: it concatenates them as `datasets` does. D02, D64.
 
     A column or a field of a struct may be missing in some files. What is in several must have one type.
-
-    Raises:
-        SayoError: D02 for a file that cannot be read, D64.
     """
     from datasets import Dataset, Features, concatenate_datasets
 
-    joined: Dataset | None = None
+    joined: list[Dataset] = []
     for path in paths:
         schema = open_parquet(path).schema_arrow
         try:
             features = Features.from_arrow_schema(schema)
-            one = Dataset.from_dict(
-                {name: [None] for name in features}, features=features
-            )  # empty ones are passed over
-            joined = one if joined is None else concatenate_datasets([joined, one])
+            one = Dataset.from_dict({name: [None] for name in features}, features=features)  # empty ones are not joined
+            joined = [concatenate_datasets([*joined, one])]
+            if any({"bytes", "image"} <= _fields(feature) for feature in joined[0].features.values()):
+                raise ValueError("some images are bytes and others paths; verl reads null bytes of the others")
         except (ValueError, TypeError, KeyError, NotImplementedError, pa.ArrowException) as error:
             wrong = _differing(open_parquet(paths[0]).schema_arrow, schema) or [" ".join(str(error).split())[:200]]
             raise SayoError(
@@ -195,95 +175,19 @@ def check_joined(paths: Sequence[Path]) -> None:
             ) from error
 
 
+def _fields(feature: Any) -> set[str]:
+    """Names of the fields of a list of structs."""
+    inner = getattr(feature, "feature", None)
+    return set(inner) if isinstance(inner, dict) else set()
+
+
 def _differing(one: pa.Schema | pa.StructType, other: pa.Schema | pa.StructType, prefix: str = "") -> list[str]:
     """Columns and fields of structs that are in both with different types; names of list items do not count."""
     found = []
-    for theirs in other:
-        if theirs.name not in [ours.name for ours in one]:
-            continue
-        ours = one.field(theirs.name)
+    for ours in one:
+        theirs = other.field(ours.name) if ours.name in [field.name for field in other] else ours
         if pa.types.is_struct(ours.type) and pa.types.is_struct(theirs.type):
             found += _differing(ours.type, theirs.type, f"{prefix}{ours.name}.")
-        elif not ours.type.equals(theirs.type) and pa.types.is_null(ours.type) + pa.types.is_null(theirs.type) == 0:
+        elif not ours.type.equals(theirs.type) and not any(map(pa.types.is_null, (ours.type, theirs.type))):
             found.append(f"{prefix}{ours.name}: {theirs.type}, there {ours.type}")
     return found
-
-
-def check_boxes_of_run(counted: Counted, where: str, *, boxes: bool = True) -> None:
-    """Refuse training files of which no row has what a method looks at; D04. Validation rows need none.
-
-    Args:
-        counted: the training rows.
-        where: names them.
-        boxes: the method looks at boxes; otherwise at images.
-    """
-    if not counted.with_images:
-        raise SayoError(
-            "D04",
-            "no training row has an image, so every row would train as with grpo",
-            where=where,
-            got=f"{counted.rows} rows in all training files together",
-            wanted="images in some rows",
-            fix="correct data.image_key, add images, or set algorithm.adv_estimator=grpo",
-        )
-    if boxes and not counted.with_boxes:
-        raise SayoError(
-            "D04",
-            "no training row has a target box, so there is no region to reward",
-            where=where,
-            got=f"{counted.rows} rows in all training files together",
-            wanted="extra_info.boxes[image][box] = [x0, y0, x1, y1] in [0, 1]",
-            fix="add boxes, or set algorithm.adv_estimator=grpo",
-        )
-
-
-def check_leakage(train: Sequence[Path], val: Sequence[Path], *, image_key: str, max_images: int) -> str:
-    """Look for images of the validation files among the training files, and say what was compared.
-
-    Names (``extra_info.image_keys``, within a data source) are compared in all rows, encoded bytes in at most
-    ``max_images`` rows of each side, evenly spread. Of a few shared images the sample may see none; `sayo inspect`
-    compares all.
-
-    Raises:
-        SayoError: D65 for an image of both, D02 for a file that cannot be read.
-    """
-    keys: list[dict[Any, str]] = [{}, {}]
-    hashes: list[dict[Any, str]] = [{}, {}]
-    for side, paths in enumerate((train, val)):
-        for path in paths:
-            file = open_parquet(path)
-            n_rows = file.metadata.num_rows
-            whole = file.schema_arrow.names
-            if image_key not in whole:
-                continue  # rows without images
-            if any(name.startswith("extra_info.image_keys.") for name in leaves(file)):
-                wanted = [name for name in ("data_source", "extra_info.image_keys") if name in whole or "." in name]
-                for row, values in enumerate(read_rows(file, path, wanted)):
-                    for key in (values["extra_info"] or {}).get("image_keys") or []:
-                        keys[side].setdefault((repr(values.get("data_source")), repr(key)), f"{path} row {row}")
-            share = max(1, max_images // len(paths))
-            sampled = set(range(0, n_rows, max(1, -(-n_rows // share)))) if max_images > 0 else set()
-            for row, images in _chosen(file, path, image_key, sampled):
-                for image in images:
-                    hashes[side].setdefault(image_digest(image, f"{path} row {row}"), f"{path} row {row}")
-    for what, (of_train, of_val) in (("name", keys), ("bytes", hashes)):
-        shared = of_train.keys() & of_val.keys()
-        if shared:
-            first = min(shared, key=lambda key: of_train[key])
-            raise SayoError(
-                "D65",
-                f"training and validation share images, by {what}",
-                where=f"{of_train[first]} and {of_val[first]}",
-                got=f"{len(shared)} shared of {len(of_val)} compared",
-                wanted="no image in both",
-                fix="split by image, as `sayo prepare` does; or set sayo.held_out=false",
-            )
-    return (
-        f"{len(keys[1])} names and {len(hashes[1])} images of validation are not among {len(keys[0])} and "
-        f"{len(hashes[0])} of training"
-    )
-
-
-def _chosen(file: pq.ParquetFile, path: Path, image_key: str, chosen: set[int]) -> Iterator[tuple[int, list[Any]]]:
-    for row, values in rows_at(file, path, [image_key], chosen):
-        yield row, values[image_key] or []

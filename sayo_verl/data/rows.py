@@ -1,15 +1,17 @@
-"""Rows as they are written: their schema, and what becomes one. docs/data.md describes the columns.
+"""Rows: what a source yields, and what is written. docs/data.md describes the columns.
 
-An ``Example`` is a row before its images are read: what a ``Source`` yields. ``sayo_verl.data.building`` turns examples
-into rows. What cannot become a row is left out with a reason of ``REASONS`` and counted (``LeftOut``, or ``Drop``
-raised on the way); what shows that the whole source is not what it was said to be stops the work (``SayoError``).
+A source yields ``Example``, a row before its images are read, and ``LeftOut``. ``sayo_verl.data.build`` turns examples
+into rows. A row that cannot be used is left out and counted, with a reason of ``REASONS``: a ``LeftOut`` of the source,
+or a ``Drop`` raised while the row is made. What shows that the whole source is invalid raises a ``SayoError``.
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import pyarrow as pa
 
@@ -33,8 +35,9 @@ RELEASED_SYSTEM = (
     "3. When reasoning, focus on the areas of aim object in the image.\n"
     "4. You MUST HAVE thinking process before the final answer.\n"
 )
-# What stands in a prompt beside the question: an instruction below it, or the released system turn above it.
-PROMPTS = ("instruction", "released")
+# What a prompt holds beside the question: an instruction below it, the released system turn above it, or nothing.
+PROMPTS = ("instruction", "released", "question")
+QUESTION_FIELD = "{question}"  # of a template
 # Text that chat templates and processors take for something else than text.
 RESERVED = re.compile(r"<image>|<video>|<audio>|<\|[a-z0-9_]{1,40}\|>|<IMG_CONTEXT>|</?img>", re.IGNORECASE)
 
@@ -45,12 +48,12 @@ REASONS: Mapping[str, str] = {
     "no_scene_graph": "there is no scene graph of its image",
     "unknown_object": "an object that the question refers to is not in the scene graph",
     "no_region": "what the question is about has no box of its own: a crowd, or a shape without extent",
-    "no_box": "no box is left, and rows without boxes are not kept",
+    "no_box": "the row has no box, and --keep-without-boxes is not set",
     "empty_question": "there is no question",
     "empty_answer": "there is no answer",
     "ungradable_answer": "sayo_verl.reward cannot grade the answer",
     "reserved_text": "the question holds text that stands for an image or a control token",
-    "image_in_other_split": "the same picture, by its bytes, is in the other split",
+    "image_in_other_split": "the same picture, by its bytes, is in the validation split",
     "duplicate": "the same question about the same image was there before",
     "image_missing": "there is no such image",
     "image_empty": "the image has no bytes",
@@ -59,50 +62,56 @@ REASONS: Mapping[str, str] = {
     "image_too_large": "the image has too many pixels",
     "image_too_small": "a side of the image is shorter than a visual token",
     "image_too_long": "one side of the image is too many times the other",
-    # boxes
-    "box_without_area": "the box has no width or no height",
-    "box_outside": "more than half of the box lies outside the image",
-    "box_twice": "nearly the same box was there before",
-    "box_too_large": "the box covers so much of the image that attending to it says little",
-    "box_too_small": "the box is much smaller than a visual token",
+    # boxes: one of them makes the region of the row incomplete
+    "box_without_area": "a box has no width or no height",
+    "box_outside": "more than half of a box is outside the image",
+    "box_too_large": "a box covers most of the image, so that attention to it says little",
+    "box_too_small": "a box is much smaller than a visual token",
+}
+# Reasons that count towards --max-drop: unusable images and text, not what a source leaves out by its rules.
+LOSSES = frozenset(name for name in REASONS if name.startswith(("image_", "empty_", "ungradable", "reserved"))) - {
+    "image_in_other_split"
 }
 
 BOXES = pa.list_(pa.list_(pa.list_(pa.float64())))
+TEXTS = pa.list_(pa.string())
+MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+EXTRA_INFO = {
+    "index": pa.int64(),
+    "split": pa.string(),
+    "id": pa.string(),
+    "question": pa.string(),
+    "answer": pa.string(),
+    "kind": pa.string(),
+    "boxes": BOXES,
+    "box_names": pa.list_(TEXTS),
+    "box_source": pa.string(),
+    "image_keys": TEXTS,
+    "image_size_wh": pa.list_(pa.list_(pa.int64())),
+}
 
 
-def schema_of(extra_info: Mapping[str, pa.DataType]) -> pa.Schema:
-    """What verl reads, and ``extra_info`` with these fields."""
+def schema_of(*, link: bool) -> pa.Schema:
+    """The columns of every row; a source may add columns and fields of ``extra_info``.
+
+    Args:
+        link: images are paths, ``{image}``, and not bytes, ``{bytes, path}``.
+    """
+    image = {"image": pa.string()} if link else {"bytes": pa.binary(), "path": pa.string()}
     return pa.schema(
         {
             "data_source": pa.string(),
-            "prompt": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
-            "images": pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()})),
+            "prompt": MESSAGES,
+            "images": pa.list_(pa.struct(image)),
             "ability": pa.string(),
             "reward_model": pa.struct({"style": pa.string(), "ground_truth": pa.string()}),
-            "extra_info": pa.struct(dict(extra_info)),
+            "extra_info": pa.struct(EXTRA_INFO),
         }
     )
 
 
-ROW_SCHEMA = schema_of(
-    {
-        "index": pa.int64(),
-        "split": pa.string(),
-        "id": pa.string(),
-        "question": pa.string(),
-        "answer": pa.string(),
-        "kind": pa.string(),
-        "boxes": BOXES,
-        "box_names": pa.list_(pa.list_(pa.string())),
-        "box_source": pa.string(),
-        "image_keys": pa.list_(pa.string()),
-        "image_size_wh": pa.list_(pa.list_(pa.int64())),
-    }
-)
-
-
 class Drop(Exception):
-    """Raised where a row turns out to be unusable; the one who builds rows counts it.
+    """Raised if a row is unusable.
 
     Attributes:
         reason: key of ``REASONS``.
@@ -165,14 +174,14 @@ class Example:
         box_names: nested as ``boxes``.
         box_format: key of ``sayo_verl.data.boxes.BOX_FORMATS``.
         box_source: what the boxes are.
-        data_source: see the module.
+        data_source: name of the data in verl's metrics.
         sizes: per image, the (width, height) that the boxes were drawn on, as the source says; None: it does not say.
         kind: of question; "" when not known.
         split: "train" or "val" where the source says it; "": the picture decides.
         prompt: messages that are used as they are, with one image tag for each image; empty: made of the question.
-        extra: further fields of ``extra_info``; boxes in it are shares of the picture. ``Source.extra_features`` has
-            their types.
-        columns: further columns; ``Source.column_features`` has their types.
+        neutral: the row has no region by its nature ("Is there a dog?" - "no"), and is kept without one.
+        extra: further fields of ``extra_info``.
+        columns: further columns, or others than this module's ``ability`` and ``reward_model``.
     """
 
     id: str
@@ -188,6 +197,7 @@ class Example:
     kind: str = ""
     split: str = ""
     prompt: tuple[Mapping[str, str], ...] = ()
+    neutral: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, Any] = field(default_factory=dict)
 
@@ -207,23 +217,29 @@ class Example:
             )
 
 
-class Source(Protocol):
+class Source(ABC):
     """A collection of examples.
 
-    ``examples`` yields them in one order, every time the same, without reading images and without holding them all.
-    ``facts`` names everything that decides what it yields (options; files by name and size); it stands in the manifest,
-    and a build that was interrupted goes on only where the facts are equal.
+    Attributes:
+        name: stands in messages and in the manifest.
+        extra_features, column_features: types (of ``datasets``) of ``Example.extra`` and ``Example.columns``.
     """
 
     name: str
+    extra_features: Mapping[str, Any] = MappingProxyType({})
+    column_features: Mapping[str, Any] = MappingProxyType({})
 
-    def facts(self) -> dict[str, Any]: ...
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Options, and files by name and size, for the manifest."""
 
-    def examples(self) -> Iterator[Example | LeftOut]: ...
+    @abstractmethod
+    def examples(self) -> Iterator[Example | LeftOut]:
+        """The examples in one order, every time the same, without reading images."""
 
 
 def reserved_text(text: str) -> str | None:
-    """Text that chat templates and processors take for something else, or None."""
+    """Text that chat templates and processors take for an image or a control token, or None."""
     found = RESERVED.search(text)
     return found.group() if found else None
 
@@ -246,51 +262,55 @@ def check_text(question: str, answer: str) -> None:
         raise Drop("reserved_text", reserved)
 
 
-def messages_of(question: str, n_images: int, *, prompt: str, instruction: str = INSTRUCTION) -> list[dict[str, str]]:
+def messages_of(question: str, n_images: int, prompt: str) -> list[dict[str, str]]:
     """The prompt of a row.
 
     Args:
         question: without image tags.
         n_images: image tags above the question.
-        prompt: "instruction": the instruction stands below the question; "released": a system turn stands above it;
-            "question": neither.
-        instruction: "" for none.
+        prompt: "instruction": ``INSTRUCTION`` stands below the question; "released": a system turn stands above it;
+            "question": neither; any other text: a template with ``{question}``.
     """
-    below = f"\n{instruction}" if prompt == "instruction" and instruction else ""
+    text = {"instruction": f"{question}\n{INSTRUCTION}", "released": question, "question": question}.get(prompt)
+    if text is None:
+        text = prompt.replace(QUESTION_FIELD, question)
     system = [{"role": "system", "content": RELEASED_SYSTEM}] if prompt == "released" else []
-    return [*system, {"role": "user", "content": IMAGE_TAG * n_images + question + below}]
+    return [*system, {"role": "user", "content": IMAGE_TAG * n_images + text}]
 
 
 def record(
     example: Example,
     *,
-    stored: Sequence[tuple[bytes, int, int]],
+    images: Sequence[Mapping[str, Any]],
+    sizes: Sequence[tuple[int, int]],
     boxes: Sequence[Sequence[Sequence[float]]],
     box_names: Sequence[Sequence[str]],
     split: str,
     index: int,
-    instruction: str = INSTRUCTION,
     prompt: str = PROMPTS[0],
 ) -> dict[str, Any]:
-    """One row of ``ROW_SCHEMA``.
+    """One row.
 
     Args:
         example: what it is made of.
-        stored: per image, its encoded bytes, width and height.
+        images: entries of the column, ``{bytes, path}`` or ``{image}``.
+        sizes: (width, height) of each stored image.
         boxes: per image, in [0, 1] of the stored image.
         box_names: nested as ``boxes``.
         split: "train" or "val".
-        index: place in the split.
-        instruction: stands below the question in the prompt; "" for none.
-        prompt: of ``PROMPTS``; with "released" a system turn stands above the question, and no instruction below it.
+        index: number of the example.
+        prompt: as ``messages_of``; not read where the example has messages.
     """
+    messages = [dict(message) for message in example.prompt]
     return {
         "data_source": example.data_source,
-        "prompt": messages_of(example.question, len(example.images), prompt=prompt, instruction=instruction),
-        "images": [{"bytes": data, "path": None} for data, _, _ in stored],
+        "prompt": messages or messages_of(example.question, len(example.images), prompt),
+        "images": [dict(image) for image in images],
         "ability": "vqa",
         "reward_model": {"style": "rule", "ground_truth": example.answer},
+        **example.columns,
         "extra_info": {
+            **example.extra,
             "index": index,
             "split": split,
             "id": example.id,
@@ -301,6 +321,6 @@ def record(
             "box_names": [list(of_image) for of_image in box_names],
             "box_source": example.box_source,
             "image_keys": [image.key for image in example.images],
-            "image_size_wh": [[width, height] for _, width, height in stored],
+            "image_size_wh": [list(size) for size in sizes],
         },
     }

@@ -17,7 +17,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import II, MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sayo_verl.data.building.folder import split_files
+from sayo_verl.data.folder import split_files
 from sayo_verl.errors import SayoError
 from sayo_verl.focus.config import FocusConfig, RespondConfig
 

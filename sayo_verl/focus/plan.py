@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sayo_verl.data.building.folder import verl_flags
+from sayo_verl.data.folder import verl_flags
 from sayo_verl.focus.config import BLOCK, FocusConfig, RespondConfig
 from sayo_verl.focus.files import count_rows, missing_files
 from sayo_verl.focus.job import FocusJob

@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from sayo_verl.data.building.folder import split_files
+from sayo_verl.data.folder import split_files
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.launch.names import nothing_to_resume
 from sayo_verl.launch.resume import TRACKER

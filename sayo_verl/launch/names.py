@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sayo_verl.data.prepared import no_prepared_folder
+from sayo_verl.data.folder import no_prepared_folder
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.script_variables import BY_SCRIPT, refuse_unread
 

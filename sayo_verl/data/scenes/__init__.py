@@ -1,29 +1,11 @@
-"""Drawn scenes with questions and exact boxes: the data of the tiny task, and harder ones of the same make."""
+"""Drawn scenes with questions and exact boxes: the data of the tiny task, and harder ones of the same make.
 
-from sayo_verl.data.scenes.rows import (
-    GENERATOR_VERSION,
-    QUESTIONS,
-    ROW_SCHEMA,
-    Scene,
-    SceneConfig,
-    SceneObject,
-    image_digest,
-    prepare,
-    sample_scene,
-    scene_row,
-    write_scenes,
-)
+By default a scene has one object per grid cell, of distinct shapes and colours, and a question needs one of them.
+``kinds`` has the other questions, ``SceneConfig`` what makes them easy or hard. Nothing here imports torch.
+"""
 
-__all__ = [
-    "GENERATOR_VERSION",
-    "QUESTIONS",
-    "ROW_SCHEMA",
-    "Scene",
-    "SceneConfig",
-    "SceneObject",
-    "image_digest",
-    "prepare",
-    "sample_scene",
-    "scene_row",
-    "write_scenes",
-]
+from sayo_verl.data.scenes.config import QUESTIONS, SceneConfig
+from sayo_verl.data.scenes.kinds import sample_scene
+from sayo_verl.data.scenes.scene import Scene, SceneObject
+
+__all__ = ["QUESTIONS", "Scene", "SceneConfig", "SceneObject", "sample_scene"]

@@ -1,6 +1,7 @@
 """Coloured shapes on grey, pixel by pixel: the same configuration gives the same image everywhere."""
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,34 +21,17 @@ BACKGROUND = 127
 INK, GRID_LINE = 240, 165
 STROKES = (40, 80, 185, 225)
 _STROKE_TRIES = 20
-
 DIGIT_WIDTH, DIGIT_HEIGHT = 3, 5
-# One row of three pixels after the other, from the top.
+# The digits from 0 to 9, one row of three pixels after the other, from the top.
 _DIGITS = (
-    "111101101101111",
-    "010110010010111",
-    "111001111100111",
-    "111001111001111",
-    "101101111001001",
-    "111100111001111",
-    "111100111101111",
-    "111001010010010",
-    "111101111101111",
-    "111101111001111",
+    *("111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001"),
+    *("111100111001111", "111100111101111", "111001010010010", "111101111101111", "111101111001111"),
 )
 
 
-def blank(size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: the empty canvas."""
-    return np.full((size, size, 3), BACKGROUND, np.uint8)
-
-
-def draw(image: np.ndarray, shape: str, colour: str, centre_x: int, centre_y: int, radius: int) -> tuple[int, ...]:
-    """Paint one object into ``image`` and return its box in pixels, ``(x0, y0, x1, y1)`` with x1 and y1 exclusive.
-
-    The box is exact: every one of its four sides is touched by the shape.
-    """
-    box = (centre_x - radius, centre_y - radius, centre_x + radius + 1, centre_y + radius + 1)
+def draw(image: np.ndarray, shape: str, colour: str, centre: Sequence[int], radius: int) -> tuple[int, ...]:
+    """Paint one object into ``image`` and return its box in pixels; the shape touches all four sides of it."""
+    box = (centre[0] - radius, centre[1] - radius, centre[0] + radius + 1, centre[1] + radius + 1)
     image[box[1] : box[3], box[0] : box[2]][stencil(shape, radius)] = COLOURS[colour]
     return box
 
@@ -57,19 +41,14 @@ def stencil(shape: str, radius: int) -> np.ndarray:
     dy, dx = np.mgrid[-radius : radius + 1, -radius : radius + 1]
     ax, ay = np.abs(dx), np.abs(dy)
     distance2 = dx * dx + dy * dy
-    if shape == "circle":
-        return distance2 <= radius**2
-    if shape == "square":
-        return np.ones_like(ax, dtype=bool)
-    if shape == "triangle":
-        return 2 * ax <= dy + radius
-    if shape == "cross":
-        return np.minimum(ax, ay) <= max(2.5, radius / 3)
-    if shape == "diamond":
-        return ax + ay <= radius
-    if shape == "ring":
-        return (distance2 <= radius**2) & (distance2 >= (0.55 * radius) ** 2)
-    raise ValueError(f"no stencil for {shape!r}")
+    return {
+        "circle": distance2 <= radius**2,
+        "square": ax <= radius,
+        "triangle": 2 * ax <= dy + radius,
+        "cross": np.minimum(ax, ay) <= max(2.5, radius / 3),
+        "diamond": ax + ay <= radius,
+        "ring": (distance2 <= radius**2) & (distance2 >= (0.55 * radius) ** 2),
+    }[shape]
 
 
 def add_clutter(image: np.ndarray, rng: random.Random, n_strokes: int) -> None:
@@ -100,14 +79,9 @@ def add_noise(image: np.ndarray, rng: random.Random, deviation: int) -> np.ndarr
     return np.clip(np.rint(image + sums * (deviation / spread)), 0, 255).astype(np.uint8)
 
 
-class Frame(NamedTuple):
-    """Where things of a bar chart lie, in pixels: level k is the row ``base - k * step``."""
-
-    left: int  # first column for bars
-    width: int  # columns for bars
-    base: int  # row of level 0, the first below the bars
-    step: int  # rows from level to level
-    scale: int  # side of a pixel of a digit
+# Pixels of a bar chart: first column and number of columns for bars, row of level 0 (the first below the bars), rows
+# from level to level, side of a pixel of a digit. Level k is the row ``base - k * step``.
+Frame = NamedTuple("Frame", [("left", int), ("width", int), ("base", int), ("step", int), ("scale", int)])  # noqa: UP014
 
 
 def chart_frame(size: int, levels: int) -> Frame:
@@ -124,20 +98,17 @@ def draw_chart(image: np.ndarray, frame: Frame, levels: int) -> None:
     for level in range(levels + 1):
         y = frame.base - level * frame.step
         image[y, axis : frame.left + frame.width + 1] = INK if level == 0 else GRID_LINE
-        text = str(level)
-        x = axis - 1 - frame.scale * ((DIGIT_WIDTH + 1) * len(text) - 1)
-        for place, digit in enumerate(text):
-            bits = np.array([bit == "1" for bit in _DIGITS[int(digit)]]).reshape(DIGIT_HEIGHT, DIGIT_WIDTH)
-            glyph = np.kron(bits, np.ones((frame.scale, frame.scale), bool)).astype(bool)
-            x0 = x + place * frame.scale * (DIGIT_WIDTH + 1)
-            y0 = y - len(glyph) // 2
-            image[y0 : y0 + len(glyph), x0 : x0 + glyph.shape[1]][glyph] = INK
+        x = axis - 1 - frame.scale * ((DIGIT_WIDTH + 1) * len(str(level)) - 1)
+        for digit in str(level):
+            bits = np.array(list(_DIGITS[int(digit)])).reshape(DIGIT_HEIGHT, DIGIT_WIDTH) == "1"
+            glyph = bits.repeat(frame.scale, 0).repeat(frame.scale, 1)
+            top = y - len(glyph) // 2
+            image[top : top + len(glyph), x : x + glyph.shape[1]][glyph] = INK
+            x += frame.scale * (DIGIT_WIDTH + 1)
     image[frame.base - levels * frame.step : frame.base + 1, axis] = INK
 
 
-def draw_bar(
-    image: np.ndarray, frame: Frame, colour: str, x0: int, width: int, height: int
-) -> tuple[int, int, int, int]:
+def draw_bar(image: np.ndarray, frame: Frame, colour: str, x0: int, width: int, height: int) -> tuple[int, ...]:
     """Paint a bar of ``height`` levels and return its box, as ``draw`` does."""
     box = (x0, frame.base - height * frame.step, x0 + width, frame.base)
     image[box[1] : box[3], box[0] : box[2]] = COLOURS[colour]

@@ -1,0 +1,192 @@
+"""A folder of prepared data.
+
+    train-00000.parquet ...   rows (``sayo_verl.data.rows``)
+    val-00000.parquet ...
+    images/                   with --link: pictures that are not files of their own, or were changed
+    left_out.jsonl            {id, reason, detail} of every row that was left out
+    manifest.json             source, options, counts, and the size and rows of every file
+
+A build writes into a hidden folder beside it, which gets its name when it is complete. So a folder with a manifest is
+whole, or was damaged later. Imports the standard library only: scripts look at folders before they have an environment.
+"""
+
+import hashlib
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sayo_verl.errors import SayoError
+
+KIND, FORMAT = "sayo rows", 2
+MANIFEST, LEFT_OUT = "manifest.json", "left_out.jsonl"
+SPLITS = ("train", "val")
+OVERWRITE = "choose another --out, or replace the folder with --overwrite"
+_PLAIN = re.compile(r"[\w/.@%+-]+")  # a path that Hydra's grammar takes without quotes
+
+
+class Built(NamedTuple):
+    """A finished folder.
+
+    Attributes:
+        folder: its path.
+        rows: split -> rows.
+        left_out: reason -> rows.
+        files: split -> parquet files.
+    """
+
+    folder: Path
+    rows: dict[str, int]
+    left_out: dict[str, int]
+    files: dict[str, list[Path]]
+
+
+@contextmanager
+def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder to write into; it becomes ``out`` if the block ends without an exception, and is removed otherwise.
+
+    What a killed build left is removed by the next one.
+
+    Raises:
+        SayoError: D53 if ``out`` holds files, unless it is a prepared folder and ``overwrite`` is set; D56 if it cannot
+            be written.
+    """
+    ours = _is_ours(out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (ours and overwrite)):
+        raise SayoError(
+            "D53",
+            "the folder is prepared data already" if ours else "the folder holds other files",
+            where=str(out),
+            got=sorted(path.name for path in out.iterdir())[:5] if out.is_dir() else "a file",
+            wanted="a folder that does not exist or is empty",
+            fix=OVERWRITE if ours else "choose another --out, or move the files away",
+        )
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if out.is_dir():
+            shutil.rmtree(out)
+        partial.rename(out)
+    except OSError as error:
+        if error.filename is None and error.strerror is None:  # no error of the file system
+            raise
+        raise SayoError(
+            "D56",
+            f"a file cannot be written ({error.strerror})",
+            where=str(error.filename or out),
+            fix="make room or correct the folder, and call the command again",
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return json.loads((folder / MANIFEST).read_text()).get("kind") in (KIND, "scenes")  # the latter: format 1
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def no_prepared_folder(folder: Path) -> SayoError:
+    """D56: there is no such folder, or it has no manifest."""
+    return SayoError(
+        "D56",
+        "there is no prepared folder",
+        where=str(folder),
+        wanted=MANIFEST,
+        fix="name a folder that `sayo prepare` made; a build that was interrupted starts again",
+    )
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, after a comparison with the files that are there.
+
+    Raises:
+        SayoError: D56 for a folder without a manifest, of another format, or with other files than its manifest names.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise no_prepared_folder(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        kind = manifest["kind"], manifest.get("format", 1)
+        files: dict[str, dict[str, int]] = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder / MANIFEST, f"{type(error).__name__}: {error}", "a manifest") from error
+    if kind != (KIND, FORMAT):
+        raise SayoError(
+            "D56",
+            "the folder is of another version or kind",
+            where=str(folder / MANIFEST),
+            got=f"{kind[0]}, format {kind[1]}",
+            wanted=f"{KIND}, format {FORMAT}",
+            fix="prepare the data again with this version",
+        )
+    for name, facts in files.items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else "no file"
+        if size != facts["size"]:
+            raise _damaged(folder / name, size, facts["size"])
+    strange = sorted(path.name for path in folder.glob("*.parquet") if path.name not in files)
+    if strange:
+        raise _damaged(folder, strange[:5], "only the files that the manifest names")
+    return manifest
+
+
+def _damaged(path: Path, got: object, wanted: object) -> SayoError:
+    return SayoError(
+        "D56",
+        "a file of a prepared folder is not as its manifest says",
+        where=str(path),
+        got=got,
+        wanted=wanted,
+        fix="copy the folder again, or prepare it again",
+    )
+
+
+def write_manifest(folder: Path, **facts: Any) -> None:
+    """Write ``manifest.json`` for the files that are there."""
+    files = {path.name: {"size": path.stat().st_size} for path in sorted(folder.iterdir()) if path.is_file()}
+    manifest = {"kind": KIND, "format": FORMAT, **facts, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def read_folder(folder: Path) -> Built:
+    """A finished folder; errors as ``check_folder``."""
+    manifest = check_folder(folder)
+    files = {
+        split: [folder / name for name in sorted(manifest["files"]) if name.startswith(f"{split}-")] for split in SPLITS
+    }
+    return Built(folder, manifest["rows"], manifest["left_out"], files)
+
+
+def split_files(folder: Path) -> dict[str, list[Path]]:
+    """split -> parquet files of a finished folder; errors as ``check_folder``."""
+    return read_folder(folder).files
+
+
+def verl_flags(files: Mapping[str, list[Path]]) -> str:
+    """``data.train_files=[...] data.val_files=[...]``, to paste into a shell; a split without rows has no flag."""
+
+    def listed(paths: list[Path]) -> str:
+        # in Hydra's quotes a backslash stands for itself, except before a quote
+        names = [str(path.absolute()) for path in paths]
+        return ",".join(n if _PLAIN.fullmatch(n) else '"' + re.sub(r'(\\*)"', r'\1\1\\"', n) + '"' for n in names)
+
+    return " ".join(shlex.quote(f"data.{split}_files=[{listed(files[split])}]") for split in SPLITS if files[split])
+
+
+class Prepared(NamedTuple):
+    """A finished folder that is named by what it is made of, and whether it was there before."""
+
+    path: Path
+    reused: bool
+
+
+def content_hash(*parts: Any) -> str:
+    """Ten hexadecimal digits that depend on the values of ``parts`` alone (numbers, texts, lists, dicts of them)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]

@@ -1,0 +1,112 @@
+"""Large JSON, one record in memory at a time, from a plain file, a .gz or a .zip with one file of JSON.
+
+    json_items(path)                    (key, value) of the entries of one object at the top
+    json_items(path, "images.item")     (index, element) of an array, here below the key "images"
+    json_lines(path)                    (number of the line, value) of a file with one JSON value a line
+
+The first bytes of a file show how it is packed. A byte order mark of UTF-8 is skipped. A fault ends in D47 with the
+file and the record or line. Whole numbers of more than 64 bits are a fault for ijson's C part.
+"""
+
+import gzip
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+import ijson
+
+from sayo_verl.errors import SayoError
+
+_MARK = b"\xef\xbb\xbf"  # UTF-8 with a byte order mark
+
+
+def json_items(path: Path, prefix: str = "") -> Iterator[tuple[Any, Any]]:
+    """Entries of an object, or elements of an array with their index, in the order of the file.
+
+    Args:
+        path: the file.
+        prefix: "", or of an array as ijson names it ("item": at the top). A key that is missing is an empty array.
+
+    Raises:
+        SayoError: D47 for what is not JSON or of another kind at the top, D48 for a file that cannot be read.
+    """
+    last: Any = None
+    with _opened(path) as file:
+        kind, wanted = _start(file), "[" if prefix == "item" else "{"
+        if kind != wanted:
+            fix = "name a file of the published format; one JSON value a line is another format"
+            raise SayoError("D47", "the JSON is of another kind", where=str(path), got=kind, wanted=wanted, fix=fix)
+        values = ijson.items if prefix else ijson.kvitems
+        found = values(file, prefix, use_float=True)
+        try:
+            for last, value in enumerate(found) if prefix else found:
+                yield last, value
+        except (ijson.JSONError, ValueError) as error:
+            where = str(path) if last is None else f"{path}, after record {last!r}"
+            raise _not_json(error, where) from error
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Number (from 1) and value of each line that is not blank; D47, D48 as ``json_items``."""
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    yield number, json.loads(line.decode())
+            except ValueError as error:
+                raise _not_json(error, f"{path} line {number}") from error
+
+
+def json_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """Elements of an array, or values of lines, whichever the file has, with their numbers from 1."""
+    with _opened(path) as file:
+        array = _start(file) == "["
+    return ((i + 1, value) for i, value in json_items(path, "item")) if array else json_lines(path)
+
+
+def _start(file: IO[bytes]) -> str:
+    """The first character that is no white space; the file is not moved."""
+    return cast(io.BufferedReader, file).peek(4096).decode("utf-8", "replace").strip()[:1]
+
+
+def _not_json(error: Exception, where: str) -> SayoError:
+    message = " ".join(str(error).split())[:160]
+    if isinstance(error, UnicodeDecodeError) or "UTF8" in message:
+        convert = "convert it: iconv -f GB18030 -t UTF-8 (or from the encoding that it has)"
+        return SayoError("D47", "the file is not UTF-8", where=where, got=message[:60], fix=convert)
+    fix = "correct it, or download the file again if it was cut short"
+    return SayoError("D47", f"this is not JSON ({message})", where=where, wanted="complete JSON in UTF-8", fix=fix)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The unpacked bytes of a file behind its byte order mark."""
+    try:
+        with open(path, "rb") as raw:
+            first, file = raw.read(2), cast(IO[bytes], raw)
+            raw.seek(0)
+            if first == b"\x1f\x8b":
+                file = cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+            elif first == b"PK":
+                archive = zipfile.ZipFile(raw)
+                names = [name for name in archive.namelist() if not name.startswith("__MACOSX/") and ".json" in name]
+                if len(names) != 1:
+                    got, unpack = ", ".join(names[:8]) or "none", "unpack it, and name the file that is meant"
+                    raise SayoError(
+                        "D48", "the zip file has not one file of JSON", where=str(path), got=got, fix=unpack
+                    )
+                file = archive.open(names[0])
+            file = cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, file)))
+            mark = cast(io.BufferedReader, file).peek(4)[:4]
+            if mark[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in mark:
+                raise _not_json(UnicodeDecodeError("utf-8", mark, 0, 1, "the file looks like UTF-16"), str(path))
+            file.read(len(_MARK) if mark.startswith(_MARK) else 0)
+            yield file
+    except (EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
+        fix = "correct the path, or download the file again if it was cut short"
+        raise SayoError("D48", f"the file cannot be read ({error})", where=str(path), fix=fix) from error

@@ -1,0 +1,163 @@
+"""One example to one row: images read and stored upright, boxes placed. Runs in the worker processes of a build."""
+
+import dataclasses
+import hashlib
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from sayo_verl.data.boxes import place_boxes
+from sayo_verl.data.folder import SPLITS
+from sayo_verl.data.images import Stored, image_bytes, store_image
+from sayo_verl.data.rows import BOXES, MESSAGES, TEXTS, Drop, Example, ImageRef, Source, record, schema_of
+
+if TYPE_CHECKING:
+    from datasets import Features
+
+    from sayo_verl.data.build import BuildOptions
+
+NO_BOX = "no_box"
+IMAGE_REF = pa.struct({"key": pa.string(), "path": pa.string(), "member": pa.string(), "data": pa.binary()})
+# An example in a table; a source adds its types of ``extra`` and ``columns``.
+EXAMPLE = pa.struct(
+    {
+        **dict.fromkeys(("id", "question", "answer", "box_format", "box_source", "data_source", "kind"), pa.string()),
+        "images": pa.list_(IMAGE_REF),
+        "boxes": BOXES,
+        "box_names": pa.list_(TEXTS),
+        "sizes": pa.list_(pa.list_(pa.int64())),
+        "split": pa.string(),
+        "prompt": MESSAGES,
+        "neutral": pa.bool_(),
+    }
+)
+# What the build decides by, beside the columns of a row; left out of the files.
+FACTS = {
+    **dict.fromkeys(("_id", "_split", "_reason", "_detail", "_format"), pa.string()),
+    "_drawn": pa.list_(pa.list_(pa.float64())),  # boxes before any rule
+    "_boxes": pa.int64(),
+    "_changed": TEXTS,  # what was done to images
+    "_pictures": pa.list_(pa.int64()),  # hashes of the stored images
+    "_asked": pa.int64(),  # hash of the question and its pictures
+}
+
+
+def features_of(source: Source, *, link: bool) -> "Features":
+    """Types of what ``make_row`` returns."""
+    from datasets import Features
+
+    features = Features.from_arrow_schema(pa.schema([*schema_of(link=link), *pa.schema(FACTS)]))
+    features |= dict(source.column_features)
+    features["extra_info"] = dict(source.extra_features) | features["extra_info"]
+    return Features(features)
+
+
+def to_table(example: Example) -> dict[str, Any]:
+    """An example as plain containers; ``from_table`` is the inverse."""
+    values = {field.name: getattr(example, field.name) for field in dataclasses.fields(example)}
+    values["images"] = [vars(ref) | {"path": None if ref.path is None else str(ref.path)} for ref in example.images]
+    return {name: value for name, value in values.items() if name not in ("extra", "columns") or value}
+
+
+def from_table(values: dict[str, Any]) -> Example:
+    """The example of ``to_table``."""
+    images = tuple(ImageRef(**ref | {"path": ref["path"] and Path(ref["path"])}) for ref in values["images"])
+    sizes = tuple(size and (size[0], size[1]) for size in values["sizes"])
+    own = {name: values.get(name) or {} for name in ("extra", "columns")}
+    return Example(**values | own | {"images": images, "sizes": sizes})
+
+
+def make_row(
+    row: dict[str, Any],
+    number: int,
+    *,
+    columns: Sequence[str],
+    held_out: Sequence[bool],
+    options: "BuildOptions",
+    files: tuple[Path, Path],
+    builder: int,
+) -> dict[str, Any]:
+    """A row and ``FACTS``; null in the columns of a row that is left out.
+
+    Args:
+        row: of the table of examples.
+        number: of the row.
+        columns: of the result.
+        held_out: whether each row is held out.
+        options: how.
+        files: with ``options.link``, the folder to write pictures into, and its name when the build is finished.
+        builder: the main process, which alone handles Ctrl-C.
+
+    Raises:
+        SayoError: of ``image_bytes``, ``store_image`` and ``place_boxes``.
+    """
+    if os.getpid() != builder:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    example, split = from_table(row["example"]), SPLITS[int(held_out[number])]
+    facts: dict[str, Any] = dict.fromkeys(columns)
+    facts |= {"_id": example.id, "_split": split, "_reason": "", "_detail": "", "_format": example.box_format}
+    facts |= {"_drawn": [], "_boxes": 0, "_changed": [], "_pictures": []}
+    names = [f"{example.data_source} {example.id}, image {ref.key!r}" for ref in example.images]
+    try:
+        stored = [store_image(image_bytes(ref), where=w) for ref, w in zip(example.images, names, strict=True)]
+    except Drop as drop:
+        return facts | {"_reason": drop.reason, "_detail": drop.detail}
+    sizes = example.sizes or [None] * len(stored)
+    placed = [
+        place_boxes(
+            boxes,
+            texts,
+            box_format=example.box_format,
+            frame=options.box_frame,
+            stored=image,
+            annotated=size,
+            rescale=options.rescale,
+            where=where,
+        )
+        for boxes, texts, image, size, where in zip(example.boxes, example.box_names, stored, sizes, names, strict=True)
+    ]
+    facts["_drawn"] = [box for of_image in placed for box in of_image.drawn]
+    reason, detail = next(((p.reason, p.detail) for p in placed if p.reason), ("", ""))
+    if not reason and not any(p.boxes for p in placed) and not example.neutral:
+        reason = NO_BOX
+    if reason and not options.keep_without_boxes:
+        return facts | {"_reason": reason, "_detail": detail}
+    digests = [hashlib.blake2b(image.data, digest_size=16).digest() for image in stored]
+    facts |= {
+        "_boxes": 0 if reason else sum(len(p.boxes) for p in placed),
+        "_changed": [", ".join(image.changed) for image in stored if image.changed],
+        "_pictures": [_int64(digest) for digest in digests],
+        "_asked": _int64(hashlib.blake2b(b"".join([*digests, example.question.encode()])).digest()),
+    }
+    return facts | record(
+        example,
+        images=[
+            _linked(ref, image, digest.hex(), *files) if options.link else {"bytes": image.data, "path": None}
+            for ref, image, digest in zip(example.images, stored, digests, strict=True)
+        ],
+        sizes=[(image.width, image.height) for image in stored],
+        # a region with a hole would train the wrong thing: such a row keeps no box
+        boxes=[() if reason else p.boxes for p in placed],
+        box_names=[() if reason else p.names for p in placed],
+        split=split,
+        index=number,
+        prompt=options.prompt,
+    )
+
+
+def _int64(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def _linked(ref: ImageRef, image: Stored, digest: str, folder: Path, name: Path) -> dict[str, str]:
+    """The path of a picture: of its own file, or of a new one if it was changed or is not a file."""
+    if ref.path is not None and ref.member is None and not image.changed:
+        return {"image": str(ref.path.absolute())}
+    folder.mkdir(exist_ok=True)
+    file = digest + (".jpg" if image.data.startswith(b"\xff\xd8") else ".png")
+    (folder / file).write_bytes(image.data)
+    return {"image": str(name / file)}
