@@ -7,7 +7,6 @@ Shape suffixes: B responses of a batch, P prompt tokens (padded on the left), T 
 V visual tokens of an image, H heads, D vocabulary.
 """
 
-import io
 import math
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 from sayo_verl.data.folder import split_files
+from sayo_verl.data.reading import decoded
 from sayo_verl.methods import RegionMethod
 from sayo_verl.reward import compute_score
 from sayo_verl.tiny.policy import END, MERGE_SIZE, generate
@@ -91,7 +90,7 @@ def measure_batch(
     max_new_tokens: int,
 ) -> list[dict[str, float]]:
     """Sample one response per row and measure it; ``model`` runs eager attention, and a row has one image."""
-    images = [Image.open(io.BytesIO(row["images"][0]["bytes"])) for row in rows]
+    images = [decoded(row["images"][0], "a row of the evaluation") for row in rows]
     inputs = prompt_batch(processor, [row["extra_info"]["question"] for row in rows], images)
     ids_BS = generate(model, inputs, max_new_tokens=max_new_tokens, temperature=temperature)
     n_prompt = inputs["input_ids"].shape[1]
