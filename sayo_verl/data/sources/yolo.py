@@ -91,10 +91,8 @@ class YoloSource(Source):
         """Path and split of each picture, by its name within the folder."""
         root = self.folder / settings.path
         root = root if root.is_dir() else self.folder
-        split_up = (root / "images/train").is_dir()
-        listed = {"train": settings.train, "val": settings.val}
-        if not settings.train:
-            listed = {"train": "images/train", "val": "images/val"} if split_up else {"train": "images"}
+        usual = {split: f"images/{split}" for split in ("train", "val") if (root / "images" / split).is_dir()}
+        listed = {"train": settings.train, "val": settings.val} if settings.train else usual or {"train": "images"}
         found: dict[str, tuple[Path, str]] = {}
         for split, entries in listed.items():
             for entry in [entries] if isinstance(entries, str) else entries or []:
