@@ -20,7 +20,6 @@ labelme has no questions: see --ask and --questions, where ``file`` is the path 
 
 import argparse
 import base64
-import binascii
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -113,7 +112,7 @@ class LabelmeSource(Source):
             return image
         try:
             return ImageRef(image.key, data=base64.b64decode(record.imageData))
-        except binascii.Error:
+        except ValueError:
             return ImageRef(image.key, data=b"")  # the builder leaves out what is no picture
 
 

@@ -111,8 +111,12 @@ def _images(root: Path, entry: str) -> list[Path]:
         fix = "correct data.yaml, or put the pictures there"
         raise SayoError("D93", "a folder or list of pictures is missing", where=str(root), got=entry, fix=fix)
     if place.is_file():
-        return [place.parent / line.strip() for line in place.read_text().splitlines() if line.strip()]
+        return [place.parent / line.strip() for line in _lines(place) if line.strip()]
     return sorted(path for path in place.rglob("*") if path.suffix.lower() in _IMAGES)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text("utf-8-sig", "replace").splitlines()
 
 
 def _labels(path: Path) -> Path:
@@ -126,7 +130,7 @@ def _labels(path: Path) -> Path:
 def _things(path: Path, names: dict[int, str]) -> list[Thing]:
     """The objects of a file of labels."""
     things = []
-    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], 1):
+    for number, line in enumerate(_lines(path) if path.is_file() else [], 1):
         words = line.split()
         if not words:
             continue
