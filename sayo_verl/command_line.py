@@ -7,7 +7,10 @@ import argparse
 import dataclasses
 import textwrap
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Config = TypeVar("Config")
 Run = Callable[[argparse.Namespace], int]
@@ -132,3 +135,12 @@ def config_from(args: argparse.Namespace, config: Callable[..., Config]) -> Conf
     """The dataclass from the flags that ``add_config_flags`` made."""
     values = {k.partition(".")[2]: v for k, v in vars(args).items() if k.startswith(f"{config.__name__}.")}
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def progress_bar() -> "Progress":
+    """A bar that vanishes when it is done. In a log, where rich would leave an empty line instead, there is none."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_interactive)

@@ -1,215 +1,281 @@
-"""The first pass of `sayo inspect`: the checks of every row that need no model.
+"""The checks of `sayo inspect`: all rows without a model, and a sample of rows as the model will see them.
 
-No image is decoded here: its header is read and its bytes are hashed. A mistake becomes a ``Finding``, which is counted
-and names the first rows, and the pass continues. Only a file that cannot be read stops it, as a ``SayoError``.
+All rows: the row contract, with the headers of images; their bytes are hashed. A sample, at random: its images are
+decoded, and with a model the rows go through its processor (``model_view``). A mistake is counted, the first rows are
+named, and the checks continue. Only a file that cannot be read raises a ``SayoError``.
 """
 
-from collections import Counter
-from collections.abc import Callable
+import random
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from sayo_verl.data.check import asks_for_answer, check_joined, columns_of, open_rows
-from sayo_verl.data.contract import PREPARE, Demands, Looked, RowContract
-from sayo_verl.data.reading import image_digest, read_rows
+from sayo_verl.data.contract import PREPARE, Demands, Looked, RowContract, check_stored
+from sayo_verl.data.folder import MANIFEST, check_folder
+from sayo_verl.data.images import MIN_SIDE
+from sayo_verl.data.reading import image_digest, open_parquet, read_image, read_rows
 from sayo_verl.errors import SayoError
-from sayo_verl.inspection.files import Data, check_manifest
-from sayo_verl.inspection.findings import Findings
+from sayo_verl.inspection import positions
+from sayo_verl.inspection.model_view import Model, Seen, too_long, unseen
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-WHOLE = 0.99  # a box with at least this share of the image counts as the whole image
-DEMANDS = Demands()
-MANY = 0.05  # above this share of rows, boxes of the whole image are a warning
+# FAIL: training on these rows crashes or trains the wrong thing. WARN: training works, but the data is probably not
+# what the user intended. INFO: worth knowing.
+LEVELS = ("FAIL", "WARN", "INFO")
+FIRST = 3  # rows that a finding names
+MOST = 8  # names in a line of figures
+WHOLE = 0.99  # a box with at least this share of the image is the whole image
+MANY = 0.05  # boxes of the whole image in more than this share of the rows are a warning
+
+
+class Kind(NamedTuple):
+    """A kind of mistake; ``code`` and ``fix`` as of ``SayoError``, ``level`` of ``LEVELS``."""
+
+    code: str
+    level: str
+    what: str
+    fix: str
+
+
+NO_TAG = Kind("D90", "WARN", "a prompt does not ask for <answer>, which sayo_verl.reward reads", "add an instruction")
+NO_BOXES = Kind("D04", "WARN", "no training row has a box, so no region is rewarded", "add boxes, or train with grpo")
+NO_BOX = Kind("D69", "INFO", "a row has no box: neutral for methods that look at a region", "nothing, if intended")
+WHOLE_BOX = Kind("D69", "INFO", "a box is the whole image, so every answer gets the same reward for it", "leave it out")
+SMALL = Kind("D69", "INFO", "a box is a small part of a visual token; its main token is used", "use larger images")
+SHARED = Kind("D65", "FAIL", "training and validation share an image", "split by image, as `sayo prepare` does")
+TWICE = Kind("D65", "WARN", "two rows have the same question and the same images", "remove one of them")
+NAMES = Kind("D97", "WARN", "does a split by name leak? a picture has several names in image_keys", "give it one name")
+DOUBT = Kind("D97", "WARN", "do the boxes show what the questions are about?", "look at --page; then correct the boxes")
+FORMAT = Kind("D67", "WARN", "an image is not JPEG, PNG or WEBP, or is animated; verl takes the first picture", PREPARE)
+SHORT = Kind("D67", "WARN", "a side of an image is shorter than a visual token, and is stretched", "leave it out")
 
 
 @dataclass
-class Figures:
-    """Counts over all rows.
+class Finding:
+    """A kind of mistake that was found: how often, and the first rows, with the value found and the value wanted."""
+
+    kind: Kind
+    count: int = 0
+    rows: list[str] = field(default_factory=list)
+
+
+def find_data(data: Sequence[Path], val: Sequence[Path] = ()) -> dict[str, list[Path]]:
+    """Split -> parquet files of the arguments: files, or folders with ``train*.parquet`` and ``val*.parquet``.
+
+    Files of ``val``, and files whose name begins with "val", are validation data. D64 for a path without such files.
+    """
+    found: dict[str, list[Path]] = {"val": [], "train": []}
+    for path, is_val in [*((p, False) for p in data), *((p, True) for p in val)]:
+        inside = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+        files = [p for p in inside if p.suffix == ".parquet" and (p == path or p.name.startswith(("train", "val")))]
+        if not files:
+            raise SayoError(
+                "D64",
+                "there are no rows to inspect at this path",
+                where=str(path),
+                got=[p.name for p in inside][:8] or ("an empty folder" if path.is_dir() else "no such file or folder"),
+                wanted="a .parquet file, or a folder with train*.parquet or val*.parquet",
+                fix="correct the path; make rows of other files with `sayo prepare`",
+            )
+        for file in files:
+            split = "val" if is_val or file.name.startswith("val") else "train"
+            found[split] += [] if file in found[split] else [file]
+    return found
+
+
+@dataclass
+class Audit:
+    """Goes over all rows of a data set.
 
     Attributes:
-        rows: split -> rows.
-        images, distinct_images: images of all rows, and how many of them differ in their bytes.
-        boxes_per_row: number of boxes -> rows, without rows of malformed boxes.
-        sources, kinds, box_sources: name -> rows.
-        formats: format of an image -> images.
-        whole_image_rows: rows with a box that is the whole image.
-        train_rows_with_boxes: training rows with a box.
-        rows_of_wrong_boxes: rows of malformed boxes.
-    """
-
-    rows: Counter[str] = field(default_factory=Counter)
-    images: int = 0
-    distinct_images: int = 0
-    boxes_per_row: Counter[int] = field(default_factory=Counter)
-    sources: Counter[str] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
-    box_sources: Counter[str] = field(default_factory=Counter)
-    formats: Counter[str] = field(default_factory=Counter)
-    whole_image_rows: int = 0
-    train_rows_with_boxes: int = 0
-    rows_of_wrong_boxes: int = 0
-
-
-class Audit:
-    """Goes over every row of a data set.
-
-    Args:
-        data: its files.
+        files: split -> parquet files.
         demands: which checks apply.
-        tick: called once for each row.
+        model: sees the rows of the sample; None: their images are decoded only.
+        n_sample, n_shown: rows of the sample, and of the page.
+        limit: ``data.max_prompt_length``.
+        total: rows of all files.
+        counted: name of a figure -> what was counted -> rows or images.
+        measured: name of a figure -> values of the sample, for rows, images or boxes.
+        boxes_N4: boxes of all rows, float64 [N, 4].
+        shown: rows of the sample for the page: the smallest box, the largest box, one of each kind, others at random.
     """
 
-    def __init__(self, data: Data, demands: Demands = DEMANDS, tick: Callable[[], None] = lambda: None) -> None:
-        self.data, self.demands, self.tick = data, demands, tick
-        self.findings, self.figures = Findings(), Figures()
-        self._held_out: dict[tuple[str, Any], str] = {}  # ("name", key) or ("bytes", hash) of validation -> where
-        self._seen: set[bytes] = set()
+    files: Mapping[str, Sequence[Path]]
+    demands: Demands = field(default_factory=Demands)
+    model: Model | None = None
+    n_sample: int = 0
+    n_shown: int = 0
+    limit: int = 2048
 
-    def run(self) -> tuple[Findings, Figures]:
-        """Check everything.
+    def __post_init__(self) -> None:
+        self.total = sum(open_parquet(path).metadata.num_rows for paths in self.files.values() for path in paths)
+        self.counted: dict[str, Counter[Any]] = defaultdict(Counter)
+        self.measured: dict[str, list[float]] = defaultdict(list)
+        self.boxes_N4, self.shown = np.zeros((0, 4)), list[Seen]()
+        self._boxes, self._found = array("d"), dict[Any, Finding]()
+        self._kept: dict[Any, tuple[float, Seen]] = {}  # why a row is shown -> the area of its box, the row
+        self._prompts: dict[str, int] = {}  # row of the sample -> tokens of its prompt
+        self._held_out: dict[Any, str] = {}  # name or digest of an image in validation -> row
+        self._names: dict[bytes, str] = {}  # digest of an image -> its first name
 
-        Raises:
-            SayoError: D02 for a file that cannot be read.
-        """
-        for folder in self.data.folders:
-            check_manifest(folder, self.findings)
-        for paths in (self.data.train, self.data.val):
-            self.findings.attempt(check_joined, paths)
-        for split, paths in (("val", self.data.val), ("train", self.data.train)):  # train is compared with validation
+    def run(self, tick: Callable[[], None] = lambda: None) -> list[Finding]:
+        """Check everything; ``tick`` is called for each row. The findings, by level. Raises D02 for a damaged file."""
+        for folder in {path.parent for paths in self.files.values() for path in paths}:
+            if (folder / MANIFEST).is_file():
+                self._attempt(check_folder, folder)
+        chosen = random.Random(0).sample(range(self.total), min(self.n_sample, self.total))
+        sample, drawn, passed = set(chosen), set(chosen[: self.n_shown]), 0
+        for split in ("val", "train"):  # training is compared with validation
+            self._attempt(check_joined, self.files[split])
             contract, questions = RowContract(self.demands), dict[Any, str]()
-            for path in paths:
-                self._file(path, split, contract, questions)
-        self.figures.distinct_images = len(self._seen)
-        self._of_all_rows()
-        return self.findings, self.figures
+            for path in self.files[split]:
+                file = self._attempt(open_rows, path, self.demands)
+                for number, row in enumerate(read_rows(file, path, columns_of(file, self.demands)) if file else ()):
+                    where = f"{path} row {number}"
+                    looked = contract.look(row, where)
+                    self._row(row, looked, split, where, questions)
+                    if passed + number in sample and not looked.faults and None not in looked.headers:
+                        self._sampled_row(row, looked, where, passed + number in drawn)
+                    tick()
+                passed += open_parquet(path).metadata.num_rows
+        self.boxes_N4 = np.array(self._boxes).reshape(-1, 4)
+        kept = {seen.where: seen for _, (_, seen) in sorted(self._kept.items(), key=lambda item: item[0])}
+        self.shown = list(kept.values())[: self.n_shown]
+        self._all_rows()
+        return sorted(self._found.values(), key=lambda finding: LEVELS.index(finding.kind.level))
 
-    def _file(self, path: Path, split: str, contract: RowContract, questions: dict[Any, str]) -> None:
+    def figures(self) -> dict[str, str]:
+        """What was counted and measured: name -> value, to print."""
+
+        def names(of: Counter[Any]) -> str:
+            listed = ", ".join(f"{name} {n}" for name, n in of.most_common(MOST)) or "-"
+            return listed + (f" and {len(of) - MOST} more" if len(of) > MOST else "")
+
+        shown = {name: names(self.counted[name]) for name in ("rows", "images", "data sources", "kinds", "box sources")}
+        shown["images"] += f"; {len(self._names)} different"
+        shown["boxes of a row"] = positions.quantiles(sorted(self.counted["boxes of a row"].elements()))
+        shown |= positions.figures(self.boxes_N4)
+        shown["sample"] = f"{self.counted['sample'].total()} rows with images decoded"
+        if self.model is None:
+            return shown | {"not checked": "visual tokens, prompt lengths, the model's processor (name a --model)"}
+        shown |= {name: positions.quantiles(values) for name, values in self.measured.items()}
+        return shown | {"tokens of a prompt": f"{positions.quantiles([*self._prompts.values()])}; limit {self.limit}"}
+
+    def _add(self, kind: Kind, row: str, count: int = 1) -> None:
+        """Count a mistake; ``row`` names the row, with the value found."""
+        finding = self._found.setdefault(kind[:3], Finding(kind))
+        finding.count += count
+        finding.rows += [row] if len(finding.rows) < FIRST else []
+
+    def _refused(self, error: SayoError, count: int = 1) -> None:
+        what, _, detail = error.what.partition(" (")  # the message of a library, which differs from row to row
+        facts = {"got ": error.got, "wanted ": error.wanted, "": detail.removesuffix(")") or None}
+        found = ", ".join(f"{name}{fact}" for name, fact in facts.items() if fact is not None)
+        self._add(Kind(error.code, "FAIL", what, error.fix), error.where + (found and f": {found}"), count)
+
+    def _attempt(self, check: Callable[..., Any], *args: Any) -> Any:
+        """The value of a check, or None if it raises a ``SayoError``, which is counted."""
         try:
-            file = open_rows(path, self.demands)
+            return check(*args)
         except SayoError as error:
-            if error.code != "D03":
-                raise
-            self.findings.refused(error)
+            self._refused(error)
+            return None
+
+    def _row(self, row: Mapping[str, Any], looked: Looked, split: str, where: str, questions: dict[Any, str]) -> None:
+        for fault in looked.faults:
+            self._refused(fault)
+        counted, source = self.counted, repr(row["data_source"])
+        counted["rows"][split] += 1
+        counted["data sources"][row["data_source"]] += 1
+        if not asks_for_answer(row, self.demands):
+            self._add(NO_TAG, where)
+        if looked.mistyped:
             return
-        for row, values in enumerate(read_rows(file, path, columns_of(file, self.demands))):
-            where = f"{path} row {row}"
-            looked = contract.look(values, where)
-            for fault in looked.faults:
-                self.findings.refused(fault)
-            self.figures.rows[split] += 1
-            self.figures.sources[str(values["data_source"])] += 1
-            if not asks_for_answer(values, self.demands):
-                self.findings.add(
-                    "D90",
-                    "WARN",
-                    "a prompt does not ask for <answer>, where sayo_verl.reward reads the answer",
-                    where,
-                    "prepare the rows with an instruction (`sayo prepare synthetic --prompt instruction`), or train a "
-                    "model that answers in this form without being asked",
-                )
-            if looked.mistyped:
-                self.figures.rows_of_wrong_boxes += 1
-            else:
-                self._row(values, looked, split, where, questions)
-            self.tick()
-
-    def _row(self, values: dict[str, Any], looked: Looked, split: str, where: str, questions: dict[Any, str]) -> None:
-        figures, source = self.figures, repr(values["data_source"])
-        images, info = values.get("images") or [], values.get("extra_info") or {}
-        figures.kinds[str(info.get("kind") or "-")] += 1
-        figures.box_sources[str(info.get("box_source") or "-")] += 1
-        figures.train_rows_with_boxes += split == "train" and any(looked.boxes)
-        if any(fault.code in ("D05", "V01", "V02", "V03") for fault in looked.faults):
-            figures.rows_of_wrong_boxes += 1
-        else:
-            self._boxes(looked.boxes)
-        keys = [("bytes", key) for key in self._images(images, looked, where)]
-        image_keys = info.get("image_keys")
-        names = [("name", (source, repr(name))) for name in image_keys] if isinstance(image_keys, list) else []
-        self._compare_splits(names + keys, split, where)
-        text = info["question"] if isinstance(info.get("question"), str) else looked.question
-        question = (text, *(names or keys))
-        if len(question) > 1 and question in questions:
-            self.findings.add(
-                "D65",
-                "WARN",
-                "two rows have the same question and the same images",
-                f"{where} and {questions[question]}: {question[0][:60]!r}",
-                "remove one of them",
-            )
-        questions.setdefault(question, where)
-
-    def _boxes(self, boxes: list[list[list[float]]]) -> None:
-        flat = [box for of_image in boxes for box in of_image]
-        self.figures.boxes_per_row[len(flat)] += 1
-        self.figures.whole_image_rows += any((x1 - x0) * (y1 - y0) >= WHOLE for x0, y0, x1, y1 in flat)
-
-    def _images(self, images: list[Any], looked: Looked, where: str) -> list[bytes]:
-        """Digests of the images that can be read, or of their web addresses."""
-        hashes = []
+        info, images = row.get("extra_info") or {}, row.get("images") or []
+        counted["kinds"][info.get("kind") or "-"] += 1
+        counted["box sources"][info.get("box_source") or "-"] += 1
+        if not any(fault.code in ("D05", "V01", "V02", "V03") for fault in looked.faults):
+            boxes = [box for of_image in looked.boxes for box in of_image]
+            counted["boxes of a row"][len(boxes)] += 1
+            counted["with boxes"][split] += bool(boxes)
+            counted["whole image"][any((x1 - x0) * (y1 - y0) >= WHOLE for x0, y0, x1, y1 in boxes)] += 1
+            self._boxes.extend(float(value) for box in boxes for value in box)
+        keys, digests = info.get("image_keys"), list[bytes]()
+        names = list(map(repr, keys)) if isinstance(keys, list) and len(keys) == len(images) else []
         for i, (image, header) in enumerate(zip(images, looked.headers, strict=True)):
             try:
-                hashes.append(image_digest(image, where))
+                digest = image_digest(image, where)
             except SayoError:  # D06, D07 and D73 are among the faults of the row
                 continue
-            self.figures.images += 1
-            self.figures.formats[header.format if header else "not read"] += 1
-            if header and (header.format not in FORMATS or header.frames != 1):
-                self.findings.add(
-                    "D67",
-                    "WARN",
-                    "an image is not JPEG, PNG or WEBP, or is animated; verl takes the first picture",
-                    f"{where}, images[{i}]: got {header.format}, {header.frames} frames",
-                    PREPARE,
+            digests.append(digest)
+            before = self._names.setdefault(digest, names[i] if names else "")
+            if names and before not in ("", names[i]):
+                self._add(NAMES, f"{where}, images[{i}]: {names[i]}, before {before}")
+            counted["images"][header.format if header else "not read"] += 1
+            if header and (header.format not in ("JPEG", "PNG", "WEBP") or header.frames != 1):
+                self._add(FORMAT, f"{where}, images[{i}]: got {header.format}, {header.frames} frames")
+            if header and min(header.width, header.height) < MIN_SIDE:
+                self._add(
+                    SHORT, f"{where}, images[{i}]: got {header.width} x {header.height} pixels, wanted {MIN_SIDE}"
                 )
-        self._seen.update(hashes)
-        return hashes
+        for by, pictures in (("name", [(source, name) for name in names]), ("bytes", digests)):
+            shared = [self._held_out[by, picture] for picture in pictures if (by, picture) in self._held_out]
+            if split == "val":
+                self._held_out |= {(by, picture): where for picture in pictures}
+            elif shared:
+                self._add(SHARED, f"by {by}: {where} and {shared[0]}")
+        text = info["question"] if isinstance(info.get("question"), str) else looked.question
+        question = (text, source if names else "", *(names or digests))
+        if images and questions.setdefault(question, where) != where:
+            self._add(TWICE, f"{where} and {questions[question]}: {text[:60]!r}")
 
-    def _compare_splits(self, images: list[tuple[str, Any]], split: str, where: str) -> None:
-        if split == "val":
-            for image in images:
-                self._held_out.setdefault(image, where)
+    def _sampled_row(self, row: Mapping[str, Any], looked: Looked, where: str, drawn: bool) -> None:
+        """Decode the images of a valid row, and send it through the processor."""
+        for i, (image, before) in enumerate(zip(row.get("images") or [], looked.headers, strict=True)):
+            header = self._attempt(read_image, image, f"{where}, images[{i}]")
+            if header is None:
+                return
+            if header != before:  # the orientation of a PNG can be behind its pixels
+                self._attempt(check_stored, header, None, where)
+        seen: Seen | None = self._attempt(self.model.see, row, where) if self.model else unseen(row, where)
+        if seen is None:
             return
-        for kind in ("name", "bytes"):
-            shared = next((image for image in images if image[0] == kind and image in self._held_out), None)
-            if shared:
-                self.findings.add(
-                    "D65",
-                    "FAIL",
-                    f"training and validation share an image, by {kind}",
-                    f"{where} and {self._held_out[shared]}",
-                    "split by image, as `sayo prepare` does",
-                )
+        areas = [(x1 - x0) * (y1 - y0) for of_image in seen.boxes for x0, y0, x1, y1 in of_image]
+        kind = str(row["data_source"]), str((row.get("extra_info") or {}).get("kind"))
+        self.counted["sample"][kind] += 1
+        reasons = [((2, *kind), 0.0)] + [((0,), min(areas)), ((1,), -max(areas))] * bool(areas)
+        for reason, area in reasons + [((3, where), 0.0)] * drawn:
+            if self.n_shown and area < self._kept.get(reason, (1.0, seen))[0]:
+                self._kept[reason] = area, seen
+        if self.model is None:
+            return
+        self._prompts[where] = seen.prompt_tokens
+        for tiles, boxes, mask_NV in zip(seen.tiles, seen.boxes, seen.masks, strict=True):
+            self.measured["visual tokens of an image"].append(mask_NV.shape[1])
+            self.measured["visual tokens of a box"] += mask_NV.sum(axis=1).tolist()
+            self.measured["of an image in its boxes, in %"] += [100 * mask_NV.any(axis=0).mean()] * bool(len(boxes))
+            token = self.model.coverage * (tiles[0].x1 - tiles[0].x0) * (tiles[0].y1 - tiles[0].y0) / tiles[0].tokens
+            small = sum((x1 - x0) * (y1 - y0) < token for x0, y0, x1, y1 in boxes)
+            if small:
+                self._add(SMALL, f"{where}: wanted at least {token:.2%} of the image, by --coverage", small)
 
-    def _of_all_rows(self) -> None:
-        figures, found = self.figures, self.findings
-        rows = sum(figures.boxes_per_row.values())  # without those of malformed boxes
-        with_box = sum(n for boxes, n in figures.boxes_per_row.items() if boxes)
-        if figures.rows["train"] and not figures.train_rows_with_boxes + figures.rows_of_wrong_boxes:
-            found.add(
-                "D04",
-                "WARN",
-                "no training row has a box: methods that look at a region have nothing to reward",
-                f"{figures.rows['train']} rows",
-                "add boxes, or set algorithm.adv_estimator=grpo",
-            )
-        elif with_box < rows:
-            found.add(
-                "D69",
-                "INFO",
-                "rows without a box, neutral for methods that look at a region",
-                f"{(rows - with_box) / rows:.1%} of the rows",
-                "nothing, if that is intended",
-                count=rows - with_box,
-            )
-        whole = figures.whole_image_rows
+    def _all_rows(self) -> None:
+        counted, over, doubt = self.counted, too_long(self._prompts, self.limit), positions.doubt(self.boxes_N4)
+        rows, without = counted["boxes of a row"].total(), counted["boxes of a row"][0]
+        whole, invalid = counted["whole image"][True], counted["rows"].total() - rows
+        if over:
+            self._refused(over, sum(n > self.limit for n in self._prompts.values()))
+        if counted["rows"]["train"] and not counted["with boxes"]["train"] + invalid:
+            self._add(NO_BOXES, f"{counted['rows']['train']} rows")
+        elif without:
+            self._add(NO_BOX, f"{without / rows:.1%} of the rows", without)
         if whole:
-            found.add(
-                "D69",
-                "WARN" if whole > MANY * rows else "INFO",
-                "a box is the whole image: a region reward is then the same for every answer",
-                f"{whole / rows:.1%} of the rows",
-                "leave such boxes out",
-                count=whole,
-            )
+            level = "WARN" if whole > MANY * rows else WHOLE_BOX.level
+            self._add(WHOLE_BOX._replace(level=level), f"{whole / rows:.1%} of the rows", whole)
+        if doubt:
+            self._add(DOUBT, doubt)

@@ -17,6 +17,7 @@ from sayo_verl.vision.masks import box_masks
 
 # What templates, image readers and processors of other packages raise for a row that they cannot process
 _REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError, OSError)
+COPY = "copy the processor files of the original model into the folder"
 
 
 @dataclass(frozen=True)
@@ -24,30 +25,30 @@ class Seen:
     """A row as the model receives it.
 
     Attributes:
+        where: names the row.
+        row: its values.
         tiles: per image, its grids of visual tokens; none without a model.
+        boxes: per image, its N boxes.
         masks: per image, bool [N, V]: the visual tokens of each box.
         prompt_tokens: length of the prompt; 0 without a model.
     """
 
+    where: str
+    row: Mapping[str, Any]
     tiles: list[tuple[Tile, ...]]
+    boxes: list[Any]
     masks: list[np.ndarray]
     prompt_tokens: int
 
-    @property
-    def tokens_per_box(self) -> list[int]:
-        return [int(n) for mask_NV in self.masks for n in mask_NV.sum(axis=1)]
 
-
-def boxes_of(row: Mapping[str, Any], n_images: int) -> list[Any]:
-    """The boxes of each image of a row; empty lists where it has none."""
-    return (row.get("extra_info") or {}).get("boxes") or [[] for _ in range(n_images)]
-
-
-def unseen(row: Mapping[str, Any]) -> Seen:
+def unseen(row: Mapping[str, Any], where: str) -> Seen:
     """A row without a model: no visual token, and no length of the prompt."""
-    n_images = len(row.get("images") or [])
-    masks = [np.zeros((len(boxes), 0), dtype=bool) for boxes in boxes_of(row, n_images)]
-    return Seen([()] * n_images, masks, 0)
+    boxes = _boxes_of(row, len(row.get("images") or []))
+    return Seen(where, row, [()] * len(boxes), boxes, [np.zeros((len(b), 0), dtype=bool) for b in boxes], 0)
+
+
+def _boxes_of(row: Mapping[str, Any], n_images: int) -> list[Any]:
+    return (row.get("extra_info") or {}).get("boxes") or [[] for _ in range(n_images)]
 
 
 class Model:
@@ -79,7 +80,7 @@ class Model:
         from verl.utils.dataset.rl_dataset import RLHFDataset
 
         from sayo_verl.models import internvl_data, internvl_model
-        from sayo_verl.models.families import family_of
+        from sayo_verl.models.families import check_processor, family_of
         from sayo_verl.models.internvl import model_type_of
 
         model_type = model_type_of(path)
@@ -92,31 +93,26 @@ class Model:
                 wanted="a local model folder, or a hub name such as Qwen/Qwen3-VL-8B-Instruct and access to the hub",
                 fix="correct it; `sayo inspect` also works without --model, but then does not check visual tokens",
             )
-        self.where, self.coverage = f"{where} {path}", coverage
-        self.family = family_of(model_type, where=self.where)
+        where, self.coverage = f"{where} {path}", coverage
+        self.family = family_of(model_type, where=where)
         tiled = self.family.geometry == "tiles"
         try:
             self.config = AutoConfig.from_pretrained(path)
             self.processor = (internvl_model.load_processor if tiled else AutoProcessor.from_pretrained)(path)
         except (OSError, ValueError, KeyError) as error:
-            raise SayoError(
-                "D68",
-                f"the model's processor cannot be loaded ({' '.join(str(error).split())[:200]})",
-                where=self.where,
-                fix="copy the processor files of the original model into the folder",
-            ) from error
-        found = type(self.processor).__name__
-        if found != self.family.processor:
-            raise SayoError(
-                "L23",
-                "the model folder holds the processor of another family",
-                where=self.where,
-                got=f"{found} for a {model_type} model",
-                wanted=self.family.processor,
-                fix="copy the processor files of the original model into the folder",
-            )
+            unreadable = f"the model's processor cannot be loaded ({' '.join(str(error).split())[:200]})"
+            raise SayoError("D68", unreadable, where=where, fix=COPY) from error
+        check_processor(type(self.processor).__name__, self.family, where)
+        if tiled:
+            got, wanted = (f"{own.image_seq_length} tokens a tile" for own in (self.processor, self.config))
+        else:  # with other patches or another merge size the grid would differ
+            own, vision = self.processor.image_processor, self.config.vision_config
+            got = f"patches of {own.patch_size}, merged {own.merge_size} x {own.merge_size}"
+            wanted = f"patches of {vision.patch_size}, merged {vision.spatial_merge_size} x {vision.spatial_merge_size}"
+        if got != wanted:
+            other = "the processor does not make the visual tokens of these weights"
+            raise SayoError("D68", other, where=where, got=got, wanted=wanted, fix=COPY)
         self.processor.chat_template = chat_template or self.processor.chat_template
-        self._check_sizes()
         base = internvl_data.InternVLDataset if tiled else RLHFDataset
 
         class Rows(base):  # type: ignore[misc, valid-type]
@@ -130,67 +126,22 @@ class Model:
 
         self._rows = Rows([], self.processor.tokenizer, OmegaConf.create(dict(data or {})), self.processor)
 
-    def _check_sizes(self) -> None:
-        """Compare sizes of processor and weights: with other patches or another merge size the grid would differ."""
-        own, vision = self.processor.image_processor, self.config.vision_config
-        if self.family.geometry == "grid":
-            got = {"patch_size": own.patch_size, "merge_size": own.merge_size}
-            wanted = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
-        else:
-            got = {"image_seq_length": self.processor.image_seq_length}
-            wanted = {"image_seq_length": self.config.image_seq_length}
-        if got != wanted:
-            raise SayoError(
-                "D68",
-                "the processor does not make the visual tokens of these weights",
-                where=self.where,
-                got=got,
-                wanted=wanted,
-                fix="copy the processor files of the original model into the folder",
-            )
-
-    def cell(self) -> int:
-        """Pixels per side of a visual token, of the picture that the processor makes."""
-        own = self.processor.image_processor
-        if self.family.geometry == "grid":
-            return int(own.patch_size * own.merge_size)
-        return int(own.size["height"] / self.processor.image_seq_length**0.5)
-
     def see(self, row: Mapping[str, Any], where: str) -> Seen:
         """The visual tokens and prompt length of a row.
 
         Raises:
-            SayoError: D68 when the processor refuses it, P05 when placeholders and grids differ, and errors of
-                ``sayo_verl.probe.plan``.
+            SayoError: D68 when the processor refuses it, and errors of ``sayo_verl.probe.plan``, such as P05 when
+                placeholders and grids differ.
         """
         from sayo_verl.probe.plan import image_tiles, plan_row
 
         features = self._features(row, where)
-        ids_S = features["input_ids"][0]
+        ids_S, token = features["input_ids"][0], self.config.image_token_id
         tiles = image_tiles(features, self.family, self.config, where=where)
-        boxes = boxes_of(row, len(tiles))
-        plan = plan_row(
-            ids_S,
-            0,
-            image_token_id=self.config.image_token_id,
-            images=tiles,
-            boxes=boxes,
-            coverage=self.coverage,
-            where=where,
-        )
-        counts = [sum(tile.tokens for tile in of_image) for of_image in tiles]
-        runs = _runs(plan.image_columns.numpy())
-        if runs != counts:
-            raise SayoError(
-                "P05",
-                "the prompt's image placeholders do not fit the image grids",
-                where=where,
-                got=f"runs of {runs} placeholders",
-                wanted=f"one run per image, of {counts}",
-                fix="use the chat template of the original model",
-            )
+        boxes = _boxes_of(row, len(tiles))
+        plan_row(ids_S, 0, image_token_id=token, images=tiles, boxes=boxes, coverage=self.coverage, where=where)
         masks = [box_masks(b, t, self.coverage, where=where) for b, t in zip(boxes, tiles, strict=True)]
-        return Seen(tiles, masks, len(ids_S))
+        return Seen(where, row, tiles, boxes, masks, len(ids_S))
 
     def prompt_tokens(self, row: Mapping[str, Any], where: str) -> int:
         """Length of a row's prompt; D68 when the processor refuses it. Boxes are ignored."""
@@ -202,61 +153,32 @@ class Model:
         # verl changes its arguments
         images = [dict(image) if isinstance(image, dict) else image for image in row.get("images") or []]
         example = {"prompt": [dict(message) for message in row["prompt"] or []], "images": images}
+        rows, processor, options = self._rows, self.processor, self._rows.apply_chat_template_kwargs
         try:
-            messages = self._rows._build_messages(example, key="prompt")
-            text = self.processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **self._rows.apply_chat_template_kwargs
-            )
-            opened, _, _ = self._rows._process_multi_modal_info(
-                messages, self._rows.image_patch_size, self._rows.config
-            )
+            messages = rows._build_messages(example, key="prompt")
+            text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+            opened, _, _ = rows._process_multi_modal_info(messages, rows.image_patch_size, rows.config)
             if opened is None:
-                return self.processor.tokenizer(text=[text], add_special_tokens=False, return_tensors="pt")
-            return build_multimodal_processor_inputs(
-                self.processor, text=[text], images=opened, mm_processor_kwargs=self._rows.mm_processor_kwargs
-            )
-        except SayoError as error:
-            raise SayoError(
-                error.code,
-                error.what,
-                where=f"{where}, {error.where}",
-                got=error.got,
-                wanted=error.wanted,
-                fix=error.fix,
-            ) from error
-        except _REFUSALS as error:
-            message = " ".join(str(error).split())[:200]
-            raise SayoError(
-                "D68",
-                f"the model's processor refuses a row ({type(error).__name__}: {message})",
-                where=where,
-                fix="remove the row, or store its images in another size",
-            ) from error
+                return processor.tokenizer(text=[text], add_special_tokens=False, return_tensors="pt")
+            options = rows.mm_processor_kwargs
+            return build_multimodal_processor_inputs(processor, text=[text], images=opened, mm_processor_kwargs=options)
+        except _REFUSALS as error:  # also a SayoError of InternVL's data set
+            what = f"the model's processor refuses a row ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            fix = "remove the row, or store its images in another size"
+            raise SayoError("D68", what, where=where, fix=fix) from error
 
 
 def too_long(lengths: Mapping[str, int], limit: int) -> SayoError | None:
-    """D68 for prompts of more than ``limit`` tokens, or None.
+    """D68 for prompts of more than ``limit`` tokens (``data.max_prompt_length``), or None.
 
     Args:
         lengths: where the row is -> tokens of its prompt.
         limit: ``data.max_prompt_length``.
     """
-    over = [where for where, n in lengths.items() if n > limit]
+    over, longest = [where for where, n in lengths.items() if n > limit], max(lengths.values(), default=0)
     if not over:
         return None
-    longest = max(lengths.values())
-    return SayoError(
-        "D68",
-        f"prompts are too long: max prompt {longest} > {limit}",
-        where=over[0],
-        got=f"{len(over)} of {len(lengths)} rows, first {lengths[over[0]]} tokens",
-        fix=f"set data.max_prompt_length to {longest} or more, or prepare smaller images",
-    )
-
-
-def _runs(columns_V: np.ndarray) -> list[int]:
-    """Lengths of the unbroken runs of increasing positions."""
-    if not len(columns_V):
-        return []
-    cuts = np.flatnonzero(np.diff(columns_V) != 1) + 1
-    return [len(run) for run in np.split(columns_V, cuts)]
+    what = f"prompts are too long: max prompt {longest} > {limit}"
+    got = f"{len(over)} of {len(lengths)} rows, first {lengths[over[0]]} tokens"
+    fix = f"set data.max_prompt_length to {longest} or more, or prepare smaller images"
+    return SayoError("D68", what, where=over[0], got=got, fix=fix)

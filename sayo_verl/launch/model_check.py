@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from sayo_verl.errors import Rule, SayoError, raise_first
 from sayo_verl.methods import Method
 from sayo_verl.models import location
-from sayo_verl.models.families import Family, family_of
+from sayo_verl.models.families import Family, check_processor, family_of
 
 WHERE = "actor_rollout_ref.model.path"
 HDFS = "hdfs://"  # the only remote paths that verl copies (verl/utils/fs.py)
@@ -145,15 +145,7 @@ def _check_processor(folder: Path, family: Family) -> None:
     for name in ("processor_config.json", "preprocessor_config.json"):
         file = folder / name
         found = json.loads(file.read_text()).get("processor_class", family.processor) if file.is_file() else None
-        if found not in (None, family.processor):
-            raise SayoError(
-                "L23",
-                "the model folder holds the processor of another family",
-                where=str(file),
-                got=f"{found} for a {family.model_type} model",
-                wanted=family.processor,
-                fix="copy the processor files of the original model into the folder",
-            )
+        check_processor(found or family.processor, family, str(file))
 
 
 def _kinds(text: Any) -> list[str]:

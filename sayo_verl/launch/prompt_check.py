@@ -6,9 +6,8 @@ The calls are those of verl's data set, as in `sayo inspect` (``sayo_verl.inspec
 from collections.abc import Mapping
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.progress import Progress
 
+from sayo_verl.command_line import progress_bar
 from sayo_verl.data.check import Counted, Kept
 from sayo_verl.data.contract import Demands
 from sayo_verl.data.reading import image_source
@@ -94,12 +93,6 @@ def check_prompts(config: DictConfig, demands: Demands, model_type: str | None, 
         _check_split(config, demands, model, name, of_split) for name, of_split in counted.items() if of_split.rows
     ]
     return "; ".join(lines)
-
-
-def progress_bar() -> Progress:
-    """A bar that vanishes when it is done. In a log, where rich would leave an empty line instead, there is none."""
-    console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not console.is_interactive)
 
 
 def _check_split(config: DictConfig, demands: Demands, model: Model, split: str, counted: Counted) -> str:

@@ -112,3 +112,22 @@ def family_of(model_type: str, *, where: str) -> Family:
             fix="use a supported model, or algorithm.adv_estimator=grpo",
         )
     return FAMILIES[model_type]
+
+
+def check_processor(name: str, family: Family, where: str) -> None:
+    """Refuse the processor of another family, which would map boxes to wrong visual tokens; L23.
+
+    Args:
+        name: class of the processor.
+        family: the model's.
+        where: names the model or the file.
+    """
+    if name != family.processor:
+        raise SayoError(
+            "L23",
+            "the model folder holds the processor of another family",
+            where=where,
+            got=f"{name} for a {family.model_type} model",
+            wanted=family.processor,
+            fix="copy the processor files of the original model into the folder",
+        )
