@@ -38,7 +38,7 @@ def rows(folder: Path, records: Any, *flags: str, box_format: str | None = None)
     args = parser.parse_args(["--file", str(folder / "talk.json"), "--images", str(folder), *flags])
     args.box_format = box_format
     source = conversations.from_args(args)
-    assert json.loads(json.dumps(source.facts()))["files"]
+    assert json.loads(json.dumps(source.facts(), default=str))["files"]
     return list(source.examples())
 
 
@@ -50,12 +50,12 @@ def one(folder: Path, record: dict[str, Any], *flags: str, **how: Any) -> Exampl
 
 def test_llava_s_form_as_an_array_and_as_lines(tmp_path):
     example = one(tmp_path, LLAVA)
-    assert (example.id, example.question, example.answer) == ("000000033471:1", "What is it?", "A bus.")
+    assert (example.id, example.question, example.answer) == ("talk.json:1 000000033471", "What is it?", "A bus.")
     assert (example.images[0].path, example.boxes) == (tmp_path / "coco" / "a.jpg", ((),))
     lines = rows(tmp_path, f"{json.dumps(LLAVA)}\n{json.dumps(LLAVA)}\n")
-    assert [e.id for e in lines] == ["000000033471:1", "000000033471:2"]  # LLaVA's own ids repeat
+    assert [e.id for e in lines] == ["talk.json:1 000000033471", "talk.json:2 000000033471"]  # LLaVA's own ids repeat
     assert rows(tmp_path, [{key: LLAVA[key] for key in ("id", "conversations")}]) == [
-        LeftOut("000000033471:1", "image_missing", "the record has no image")
+        LeftOut("talk.json:1 000000033471", "image_missing", "the record has no image")
     ]
 
 
@@ -79,10 +79,9 @@ def test_one_of_several_questions_is_asked_where_the_command_names_it(tmp_path):
 
 def test_a_record_of_visual_cot(tmp_path):
     example = one(tmp_path, COT)
-    assert (example.id, example.question, example.answer) == ("record:1", "Where?", "At home")
+    assert (example.id, example.question, example.answer) == ("talk.json:1", "Where?", "At home")
     assert [image.path for image in example.images] == [tmp_path / "cot/v7w/a.jpg"]
     assert (example.boxes, example.box_format) == ((((446, 246, 502, 345),),), "xyxy")
-    assert example.box_source == "conversations_visual_cot"
 
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 750), (600, 900), (500, 500)])
@@ -104,8 +103,8 @@ def test_a_validation_file_names_the_split_of_its_rows(tmp_path):
     (tmp_path / "val.json").write_text(json.dumps([LLAVA]))
     found = rows(tmp_path, [LLAVA], "--val-file", str(tmp_path / "val.json"))
     assert [(e.id, e.split) for e in found if isinstance(e, Example)] == [
-        ("000000033471:1", "train"),
-        ("val/000000033471:1", "val"),
+        ("talk.json:1 000000033471", "train"),
+        ("val/val.json:1 000000033471", "val"),
     ]
 
 

@@ -32,7 +32,7 @@ def rows(folder: Path, files: dict[str, str], data: Any, *flags: str) -> list[Ex
     parser = argparse.ArgumentParser()
     yolo.add_flags(parser)
     source = yolo.from_args(parser.parse_args(["--folder", str(folder), *(flags or ("--ask", "count"))]))
-    assert json.loads(json.dumps(source.facts()))["folder"]
+    assert json.loads(json.dumps(source.facts(), default=str))["folder"]
     return list(source.examples())
 
 

@@ -23,10 +23,10 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel
 
-from sayo_verl.data.rows import Example, ImageRef, LeftOut, Source
+from sayo_verl.data.rows import Example, ImageRef, LeftOut
 from sayo_verl.data.sources import common, questions
 from sayo_verl.data.sources.common import parse
-from sayo_verl.data.sources.questions import Picture, Questions, Thing
+from sayo_verl.data.sources.questions import AnnotatedSource, Picture, Thing
 from sayo_verl.errors import Rule, SayoError, raise_first
 
 NAMED_BOXES = False
@@ -44,20 +44,11 @@ class Settings(BaseModel):
 
 
 @dataclass(frozen=True)
-class YoloSource(Source):
+class YoloSource(AnnotatedSource):
     """YOLO; attributes as the flags of ``add_flags``."""
 
     folder: Path
-    questions: Questions
     names: Sequence[str] = ()
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.questions.name
-
-    def facts(self) -> dict[str, Any]:
-        files = [path for path in (self.folder / "data.yaml", self.questions.file) if path and path.is_file()]
-        return {"files": common.file_facts(files), "folder": str(self.folder), "names": list(self.names)}
 
     def examples(self) -> Iterator[Example | LeftOut]:
         """Raises SayoError: D58, D62 data.yaml or a line of --questions, D93 the folder or a label."""
@@ -160,4 +151,4 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def from_args(args: argparse.Namespace) -> YoloSource:
     """The source from the flags of ``add_flags``."""
-    return YoloSource(args.folder, questions.from_args(args, "cxcywh_unit"), args.names)
+    return YoloSource(questions.from_args(args, "cxcywh_unit"), args.folder, args.names)
