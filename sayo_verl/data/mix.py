@@ -1,6 +1,7 @@
 """One folder from several prepared ones: training rows drawn by shares, validation rows of all.
 
-    sayo prepare mix --from gqa=data/gqa --from refocus=data/refocus --mix gqa=0.5,refocus=0.5 --rows 6000 --out data/mix
+    sayo prepare mix --from gqa=data/gqa --from refocus=data/refocus --mix gqa=0.5,refocus=0.5 --rows 6000 \\
+        --out data/mix
 
 ``--mix`` gives each part its share of the training rows: numbers that add up to 1, or "all" (every row it has) and
 "rest" (the rows that are missing then). Rows are drawn at random without replacement, and shuffled. A training row is
@@ -146,7 +147,7 @@ def train_counts(shares: Mapping[str, str], rows: int, there: Mapping[str, int])
     left = rows - sum(counts.values())
     numbers = {part: 1.0 if share == REST else float(share) for part, share in shares.items() if share != ALL}
     exact = {part: left * number / sum(numbers.values()) for part, number in numbers.items()}
-    counts |= {part: int(value) for part, value in exact.items()}
+    counts |= {part: int(max(value, 0)) for part, value in exact.items()}
     for part in sorted(exact, key=lambda part: counts[part] - exact[part])[: rows - sum(counts.values())]:
         counts[part] += 1  # those with the largest remainder
     scarce = [f"{part} has {there[part]} rows, {n} wanted" for part, n in counts.items() if n > there[part]]

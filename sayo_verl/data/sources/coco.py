@@ -91,21 +91,19 @@ class CocoSource(Source):
             here = marks.setdefault(mark.image_id, array("d"))
             here.extend((mark.category_id, mark.iscrowd, *four_numbers(mark.bbox, where)))
 
-        def picture(id: int) -> Picture:
-            numbers, (_, ref, size) = marks.get(id, array("d")), pictures[id]
-            things = []
-            for category, crowd, *box in zip(*[iter(numbers)] * 6, strict=True):
+        ids_of = {name: id for id, (name, _, _) in pictures.items()}
+
+        def find(key: str | int) -> Picture | None:
+            id = ids_of.get(str(key), key)
+            if id not in pictures:
+                return None
+            things, (_, ref, size) = [], pictures[int(id)]
+            for category, crowd, *box in zip(*[iter(marks.get(int(id), ()))] * 6, strict=True):
                 name = names[int(category)]
                 things.append(Thing(name, None, "a crowd") if crowd else Thing(name, tuple(box)))
             return Picture(str(id), ref, size, things)
 
-        by_name = {name: id for id, (name, _, _) in pictures.items()}
-        by_name |= {id: id for id in pictures}
-        yield from self.questions.examples(
-            map(picture, pictures),
-            lambda named: picture(by_name[named]) if named in by_name else None,
-            dict.fromkeys(names.values()),
-        )
+        yield from self.questions.examples(pictures, find, dict.fromkeys(names.values()))
 
     def _records(self, key: str, model: type[Any]) -> Iterator[tuple[Any, str]]:
         found = False

@@ -134,7 +134,7 @@ def format_of(box_format: str | None, boxes: Any, where: str) -> str:
     if box_format is None and any(boxes):
         fix = "add --box-format; docs/data.md explains the formats, and the publisher of the data names its own"
         raise SayoError("D46", "the format of the boxes is not named", where=where, fix=fix)
-    return box_format or "xyxy"
+    return box_format or ""
 
 
 def check_input(path: Path) -> Path:
@@ -183,19 +183,19 @@ class ImageFolder:
     def ref(self, name: Any, where: str) -> ImageRef:
         """The image of a name. D40 for what no file can be called; D60 outside the folder, or for two names of one."""
         if not isinstance(name, str) or _NO_FILE.match(name):
-            what, fix = "an image is not given by the name of a local file", "write the name of a downloaded file"
-            raise SayoError("D40", what, where=where, got=shown(name), fix=fix)
+            local, download = "an image is not given by the name of a local file", "write the name of a downloaded file"
+            raise SayoError("D40", local, where=where, got=shown(name), fix=download)
         found = plain = normpath(re.sub(r"^[A-Za-z]:(?=[\\/])", "", name).replace("\\", "/"))
         if plain.startswith("../"):
-            what, fix = "an image is outside the folder of images", "name its folder with --images, or its whole path"
-            raise SayoError("D60", what, where=where, got=shown(name), fix=fix)
+            outside, whole = "an image is outside the folder of images", "set --images, or write the whole path"
+            raise SayoError("D60", outside, where=where, got=shown(name), fix=whole)
         if plain.startswith("/"):
             if Path(plain).is_file():
                 return ImageRef(plain, Path(plain))
             found = next((tail for tail in _tails(plain) if self._has(tail)), PurePosixPath(plain).name)
             if self._moved.setdefault(found, plain) != plain:
-                what, fix = "two images have one name in the folder of images", "write their paths in this folder"
-                raise SayoError("D60", what, where=where, got=f"{self._moved[found]} and {plain}", fix=fix)
+                twice, got = "two images have one name in the folder of images", f"{self._moved[found]} and {plain}"
+                raise SayoError("D60", twice, where=where, got=got, fix="write their paths in this folder")
         if self._members is None:
             return ImageRef(found, self.base / found)
         member = self._members.get(found, found)

@@ -9,12 +9,14 @@ about an object without a box (a crowd, a point) is left out.
 """
 
 import argparse
-import hashlib
+import itertools
+import random
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
@@ -25,10 +27,12 @@ from sayo_verl.errors import SayoError, did_you_mean
 
 ASKS = ("count", "presence")
 _MANY = {"person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "sheep": "sheep"}
+_PLAIN = re.compile(r"[a-z]+(?:[ -][a-z]+)*")
+_PLURAL = re.compile(r"[^siu]s$")  # scissors, but not bus, glass, tennis
 
 
 class Thing(NamedTuple):
-    """An object: its name, its box if it has one, and what the box was made of or why there is none."""
+    """An object: name, box if it has one, and what the box was made of or why there is none."""
 
     name: str
     box: tuple[float, ...] | None
@@ -74,51 +78,41 @@ class Questions:
             raise SayoError("D58", "it is not clear what to ask", where="--ask, --questions", got=got, fix=fix)
 
     def examples(
-        self, pictures: Iterable[Picture], find: Callable[[str | int], Picture | None], names: Collection[str] = ()
+        self, keys: Iterable[Any], find: Callable[[Any], Picture | None], names: Collection[str] = ()
     ) -> Iterator[Example | LeftOut]:
-        """Rows of ``pictures``, or of the file, whose pictures ``find`` gives. D58, D62 for a line of the file.
+        """Rows of the pictures of ``keys``, or of the file, which names them; ``find`` gives the picture of a key.
 
-        ``names`` are those of all objects, for ``absent`` and against misspelt names; empty if they are not known.
+        ``names``: of all objects, for ``absent`` and against misspelt names; empty if not known. Raises D58, D62.
         """
-        if self.file:
-            yield from self._joined(self.file, find, names)
-            return
-        for picture in pictures:
-            here = list(dict.fromkeys(thing.name for thing in picture.things))
-            for name in here:
-                n = sum(thing.name == name for thing in picture.things)
-                for ask in self.ask:
-                    question, answer = (how_many(name), str(n)) if ask == "count" else (is_there(name), "yes")
-                    yield self._row(f"{picture.id}:{ask}:{name}", picture, question, answer, [name], ask)
-            others = sorted(
-                set(names) - set(here), key=lambda name: hashlib.sha256(f"{picture.id} {name}".encode()).digest()
-            )
-            for name in others[: len(here) * self.absent]:  # sorted by a hash: the same every time
-                yield self._row(f"{picture.id}:absent:{name}", picture, is_there(name), "no", [], "absence")
-
-    def _joined(
-        self, file: Path, find: Callable[[str | int], Picture | None], names: Collection[str]
-    ) -> Iterator[Example | LeftOut]:
         ids = common.Ids()
-        for number, value in json_lines(common.check_input(file)):
-            where = f"{file} line {number}"
+        for number, value in json_lines(common.check_input(self.file)) if self.file else ():
+            where = f"{self.file} line {number}"
             own = common.parse(Own, value, where)
-            id, picture = ids.add(own.id or f"{file.name}:{number}", where), find(own.file)
-            unknown = [name for name in own.categories if names and name not in names]
-            if unknown:
-                what = f"there is no category {unknown[0]!r}{did_you_mean(unknown[0], names)}"
-                wanted, fix = ", ".join(list(names)[:20]), "use the names of the annotations"
-                raise SayoError("D62", what, where=where, wanted=wanted, fix=fix)
+            id, picture = ids.add(own.id or f"question:{number}", where), find(own.file)
+            for name in own.categories:
+                if names and name not in names:
+                    what, wanted = f"there is no category {name!r}{did_you_mean(name, names)}", ", ".join([*names][:20])
+                    raise SayoError("D62", what, where=where, wanted=wanted, fix="use the names of the annotations")
             if picture is None:
                 yield LeftOut(id, "image_missing", f"{own.file} is not annotated")
             else:
                 question = common.untagged(own.question, 1, where)
                 yield self._row(id, picture, question, own.answer, own.categories, own.kind)
+        for picture in map(find, keys) if self.ask else ():
+            assert picture is not None
+            there = Counter(thing.name for thing in dict.fromkeys(picture.things))
+            for name, ask in itertools.product(there, self.ask):
+                question, answer = (how_many(name), str(there[name])) if ask == "count" else (is_there(name), "yes")
+                yield self._row(f"{picture.id}:{ask}:{name}", picture, question, answer, [name], ask)
+            others = [name for name in names if name not in there] if self.absent else []
+            random.Random(picture.id).shuffle(others)
+            for name in others[: len(there)]:
+                yield self._row(f"{picture.id}:absent:{name}", picture, is_there(name), "no", [], "absence")
 
     def _row(
         self, id: str, picture: Picture, question: str, answer: str, names: Sequence[str], kind: str
     ) -> Example | LeftOut:
-        things = [thing for thing in picture.things if thing.name in names]
+        things = [thing for thing in dict.fromkeys(picture.things) if thing.name in names]
         unknown, lost = set(names) - {t.name for t in things}, [t for t in things if t.box is None]
         if unknown:
             return LeftOut(id, "unknown_object", f"{picture.id} has no {min(unknown)!r}")
@@ -134,27 +128,18 @@ class Questions:
 def how_many(name: str) -> str:
     """The question for a count. A name that is no plain words is quoted, and a plural stays as it is."""
     last = name.split(" ")[-1]
-    if not _plain(name) or _is_plural(name):
-        many = name if _plain(name) else repr(name)
-    else:
-        many = re.sub(r"(?<=[^aeiou])y$", "ie", last) + ("es" if re.search(r"(s|x|z|ch|sh)$", last) else "s")
-        many = name.removesuffix(last) + _MANY.get(last, many)
-    return f"How many {many} are in the image?"
+    many = re.sub(r"(?<=[^aeiou])y$", "ie", last) + ("es" if re.search(r"(s|x|z|ch|sh)$", last) else "s")
+    if _PLAIN.fullmatch(name):
+        many = name if _PLURAL.search(name) else name.removesuffix(last) + _MANY.get(last, many)
+    return f"How many {many if _PLAIN.fullmatch(name) else repr(name)} are in the image?"
 
 
 def is_there(name: str) -> str:
     """The question for presence."""
-    if _plain(name) and _is_plural(name):
-        return f"Are there {name} in the image?"
-    return f"Is there {'an' if name[:1] in 'aeiou' else 'a'} {name if _plain(name) else repr(name)} in the image?"
-
-
-def _plain(name: str) -> bool:
-    return re.fullmatch(r"[a-z]+(?:[ -][a-z]+)*", name) is not None
-
-
-def _is_plural(name: str) -> bool:
-    return re.search(r"[^siu]s$", name) is not None  # scissors, but not bus, glass, tennis
+    if not _PLAIN.fullmatch(name) or not _PLURAL.search(name):
+        name = f"{'an' if name[:1] in 'aeiou' else 'a'} {name if _PLAIN.fullmatch(name) else repr(name)}"
+        return f"Is there {name} in the image?"
+    return f"Are there {name} in the image?"
 
 
 def add_flags(parser: argparse.ArgumentParser, name: str, *, absent: bool = True) -> None:

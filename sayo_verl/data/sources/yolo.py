@@ -21,14 +21,26 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
+from pydantic import BaseModel
 
 from sayo_verl.data.rows import Example, ImageRef, LeftOut, Source
 from sayo_verl.data.sources import common, questions
+from sayo_verl.data.sources.common import parse
 from sayo_verl.data.sources.questions import Picture, Questions, Thing
 from sayo_verl.errors import Rule, SayoError, raise_first
 
 NAMED_BOXES = False
 _IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+class Settings(BaseModel):
+    """data.yaml."""
+
+    path: str = ""
+    train: str | list[str] | None = None
+    val: str | list[str] | None = None
+    names: list[common.Text] | dict[int, common.Text] = []
+    kpt_shape: Any = None
 
 
 @dataclass(frozen=True)
@@ -48,49 +60,44 @@ class YoloSource(Source):
         return {"files": common.file_facts(files), "folder": str(self.folder), "names": list(self.names)}
 
     def examples(self) -> Iterator[Example | LeftOut]:
-        """Raises SayoError: D58, D62 a line of --questions, D93 the folder, data.yaml or a label."""
-        settings, where = self._settings(), str(self.folder / "data.yaml")
-        listed = self.names or settings.get("names") or []
-        names = dict(listed if isinstance(listed, dict) else enumerate(listed))
+        """Raises SayoError: D58, D62 data.yaml or a line of --questions, D93 the folder or a label."""
+        file = self.folder / "data.yaml"
+        where, pose = str(file), "pose labels are not read"
+        try:
+            settings = parse(Settings, yaml.safe_load(file.read_text("utf-8-sig")) if file.is_file() else {}, where)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            got, fix = common.shown(error), "write it as YAML in UTF-8"
+            raise SayoError("D93", "data.yaml cannot be read", where=where, got=got, fix=fix) from error
+        listed = self.names or settings.names
+        names = listed if isinstance(listed, dict) else dict(enumerate(listed))
         pictures = self._pictures(settings)
         labelled = any(_labels(path).is_file() for path, _ in pictures.values())
-        sound = all(isinstance(k, int) and isinstance(v, str) for k, v in names.items())
-        pose = "kpt_shape" in settings
         rules = [
-            Rule("D93", pose, "pose labels are not read", where, "name a data set for detection or segmentation"),
-            Rule(
-                "D93", not names or not sound, "no names of classes", where, "add names to it, or set --names", listed
-            ),
-            Rule("D93", not labelled, "no picture has labels", where, "put labels of images/a.jpg into labels/a.txt"),
+            Rule("D93", settings.kpt_shape is not None, pose, where, "name a data set for detection or segmentation"),
+            Rule("D93", not names, "the classes have no names", where, "add names to data.yaml, or set --names"),
+            Rule("D93", not labelled, "no picture has labels", where, "put those of images/a.jpg into labels/a.txt"),
         ]
         raise_first(rules)
 
-        def picture(key: str | int) -> Picture | None:
+        def find(key: str | int) -> Picture | None:
             if key not in pictures:
                 return None
             path, split = pictures[str(key)]
             return Picture(str(key), ImageRef(str(key), path), None, _things(_labels(path), names), split)
 
-        yield from self.questions.examples((p for key in pictures if (p := picture(key))), picture, [*names.values()])
+        yield from self.questions.examples(pictures, find, [*names.values()])
 
-    def _settings(self) -> dict[str, Any]:
-        path = self.folder / "data.yaml"
-        try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            got, fix = common.shown(error), "write it as YAML in UTF-8"
-            raise SayoError("D93", "data.yaml cannot be read", where=str(path), got=got, fix=fix) from error
-        return common.parse(dict[str, Any], settings, str(path))
-
-    def _pictures(self, settings: dict[str, Any]) -> dict[str, tuple[Path, str]]:
+    def _pictures(self, settings: Settings) -> dict[str, tuple[Path, str]]:
         """Path and split of each picture, by its name within the folder."""
-        root = next(path for path in (self.folder / str(settings.get("path", "")), self.folder) if path.is_dir())
+        root = self.folder / settings.path
+        root = root if root.is_dir() else self.folder
         split_up = (root / "images/train").is_dir()
-        default = {"train": "images/train", "val": "images/val"} if split_up else {"train": "images"}
+        listed = {"train": settings.train, "val": settings.val}
+        if not settings.train:
+            listed = {"train": "images/train", "val": "images/val"} if split_up else {"train": "images"}
         found: dict[str, tuple[Path, str]] = {}
-        for split in ("train", "val"):
-            listed = settings.get(split) if "train" in settings else default.get(split)
-            for entry in [listed] if isinstance(listed, str) else listed or []:
+        for split, entries in listed.items():
+            for entry in [entries] if isinstance(entries, str) else entries or []:
                 for path in _images(root, entry.replace("\\", "/")):
                     key = path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else str(path)
                     found.setdefault(key, (path, split))
@@ -123,11 +130,13 @@ def _things(path: Path, names: dict[int, str]) -> list[Thing]:
     things = []
     for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], 1):
         words = line.split()
+        if not words:
+            continue
         try:
             name, values = names[int(words[0])], [float(word) for word in words[1:]]
             if len(values) != 4 and (len(values) < 6 or len(values) % 2):
                 raise ValueError(f"{len(values)} numbers")
-        except (ValueError, KeyError, IndexError) as error:
+        except (ValueError, KeyError) as error:
             wanted, fix = f"class (0 to {max(names)}) x y width height, or class x y x y x y ...", "correct the line"
             where, what = f"{path} line {number}", f"a label is invalid ({error!r})"
             raise SayoError("D93", what, where=where, got=common.shown(line), wanted=wanted, fix=fix) from error
