@@ -14,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from support.launch_config import composed
 
-from sayo_verl.data.building.build import BuildOptions, build
-from sayo_verl.data.rows import Example, ImageRef
+from sayo_verl.data import build as building
+from sayo_verl.data.build import BuildOptions, build
+from sayo_verl.data.rows import Example, ImageRef, Source
 from sayo_verl.data.sources.scenes import SceneConfig, prepare
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.job import LOGGER_PATH, check_types, composition_error, keys_of, write_out
@@ -48,7 +49,7 @@ def written(base: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return make
 
 
-class Squares:
+class Squares(Source):
     """Rows with one picture each."""
 
     name = "squares"
@@ -75,8 +76,10 @@ class Squares:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    options = BuildOptions(workers=1, shard_rows=8, row_group_rows=4, val_share=0.2)
-    return build(Squares(), tmp_path_factory.mktemp("prepared") / "squares", options).folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "SHARD_ROWS", 8)
+        folder = tmp_path_factory.mktemp("prepared") / "squares"
+        return build(Squares(), folder, BuildOptions(val_share=0.2)).folder
 
 
 @pytest.fixture(scope="module")

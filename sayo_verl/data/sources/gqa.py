@@ -49,6 +49,7 @@ from sayo_verl.data.sources import common
 from sayo_verl.data.sources.common import Side
 from sayo_verl.errors import SayoError
 
+NAMED_BOXES = False
 NO_GRAPH_LIMIT = 1000  # so many questions of a file without a scene graph, and none with one, stop the work
 _REFERENCE = re.compile(r"\((-|[0-9]+(?: *, *[0-9]+)*)\)")
 _Ids = Annotated[str, Field(pattern=r"^[0-9]+( *, *[0-9]+)*$")]
@@ -167,12 +168,12 @@ class GqaSource(Source):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare gqa``."""
-    graphs, questions = "train_sceneGraphs.json", "question files of the same split, or the folder train_all_questions"
-    boxes = "objects of a question: semantic as SAYO, grounding as GQA's evaluation (default: %(default)s)"
+    graphs, questions = "such as train_sceneGraphs.json", "of the same split, or train_all_questions/"
+    boxes = f"{' (as SAYO) or '.join(_RULES)} (default: %(default)s)"
     parser.add_argument("--scene-graphs", nargs="+", type=Path, required=True, metavar="FILE", help=graphs)
     parser.add_argument("--questions", nargs="+", type=Path, required=True, metavar="FILE", help=questions)
-    parser.add_argument("--images", type=Path, required=True, help="the folder of images, or images.zip")
-    parser.add_argument("--boxes", choices=tuple(_RULES), default=GqaSource.boxes, help=boxes)
+    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="of images, or images.zip")
+    parser.add_argument("--boxes", choices=tuple(_RULES), default=GqaSource.boxes, metavar="RULE", help=boxes)
 
 
 def from_args(args: argparse.Namespace) -> GqaSource:

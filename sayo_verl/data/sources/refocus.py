@@ -35,6 +35,7 @@ from sayo_verl.data.sources import common
 from sayo_verl.data.sources.common import Text
 from sayo_verl.errors import SayoError
 
+NAMED_BOXES = False
 FALL_BACKS = ("figure", "labels", "none")
 _CORNERS = ("x1", "y1", "x2", "y2")
 
