@@ -234,7 +234,9 @@ def _records(source: Source) -> Iterator[dict[str, Any]]:
         keys = [image.key for image in thing.images] or [thing.id]
         yield row | {"split": thing.split, "keys": keys, "example": to_table(thing)}
     if not ids:
-        raise SayoError("D55", "the source has no record", where=source.name, wanted="records", fix="correct the source")
+        raise SayoError(
+            "D55", "the source has no record", where=source.name, wanted="records", fix="correct the source"
+        )
 
 
 def _draw(examples: "Dataset", options: BuildOptions) -> tuple[np.ndarray, np.ndarray]:
