@@ -113,7 +113,7 @@ def test_a_folder_with_a_truncated_file_is_refused(written, kind, request, tmp_p
     written(**{"sayo.data": "copy"})
     cut = next(folder.glob("val*.parquet"))
     cut.write_bytes(cut.read_bytes()[:-9])
-    with pytest.raises(SayoError, match="D56: a file of the folder is not complete"):
+    with pytest.raises(SayoError, match="D56: a file of a prepared folder is not as its manifest says"):
         written(**{"sayo.data": "copy"})
 
 
@@ -124,7 +124,7 @@ def test_a_folder_that_is_not_prepared_is_refused_and_in_a_dry_run_it_may_be_mis
     assert config.data.train_files == [f"{tmp_path}/absent/train-*.parquet"]
     (tmp_path / "policy").mkdir()
     (tmp_path / "policy" / "manifest.json").write_text('{"files": {"config.json": 2}}')
-    with pytest.raises(SayoError, match="D56: the folder is of another kind"):
+    with pytest.raises(SayoError, match="D56: a file of a prepared folder is not as its manifest says"):
         written(dry_run=True, **{"sayo.data": "policy"})
 
 
