@@ -237,8 +237,7 @@ class FieldSource(Source):
 
     def facts(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)  # type: ignore[call-overload]
-        values = (*fields.values(), *fields.get("questions", {}).values())
-        return fields | {"files": file_facts(v for v in values if isinstance(v, Path) and v.is_file())}
+        return fields | {"files": file_facts(v for v in fields.values() if isinstance(v, Path) and v.is_file())}
 
 
 @dataclass(frozen=True)

@@ -40,18 +40,14 @@ _TURNS = "the turns are not of human and gpt, one behind the other"
 _PIXELS = "boxes of Visual-CoT are xyxy"
 
 
-class Turn(BaseModel):
-    """An entry of ``conversations``."""
-
+class _Turn(BaseModel):
     speaker: str = Field(alias="from")
     value: common.Text
 
 
-class Record(BaseModel):
-    """A record."""
-
+class _Record(BaseModel):
     model_config = ConfigDict(extra="allow")
-    conversations: list[Turn]
+    conversations: list[_Turn]
     image: str | list[str] | None = None
     id: common.Text = ""
     boxes: Any = None
@@ -68,14 +64,14 @@ class ConversationsSource(common.FileSource):
     def examples(self) -> Iterator[Example | LeftOut]:
         """Raises SayoError: D05, D09, D40, D42, D46, D58-D63 and D92, each with file and record."""
         for value, where, default, split, folder in self.records(json_records, "record"):
-            record = common.parse(Record, value, where)
+            record = common.parse(_Record, value, where)
             id = f"{default} {record.id}".strip()
             if record.image:
                 yield self._example(id, record, folder, split, where)
             else:
                 yield LeftOut(id, "image_missing", "the record has no image")
 
-    def _example(self, id: str, record: Record, folder: common.ImageFolder, split: str, where: str) -> Example:
+    def _example(self, id: str, record: _Record, folder: common.ImageFolder, split: str, where: str) -> Example:
         named = [record.image] if isinstance(record.image, str) else record.image or []
         said = [turn.value for turn in record.conversations]
         speakers = [{"user": "human", "assistant": "gpt"}.get(t.speaker, t.speaker) for t in record.conversations]

@@ -29,12 +29,10 @@ from sayo_verl.data.sources import common
 from sayo_verl.data.sources.common import Side, Text, parse
 from sayo_verl.errors import Rule, raise_first
 
-NAMED_BOXES = True  # the command adds --box-format and what belongs to it
+NAMED_BOXES = True
 
 
-class Line(BaseModel):
-    """One line."""
-
+class _Line(BaseModel):
     model_config = ConfigDict(extra="forbid")
     question: Text
     answer: Text
@@ -58,7 +56,7 @@ class JsonlSource(common.FileSource):
         """Raises SayoError: D05, D09, D40, D42, D46, D58-D63, each with file and line."""
         ids = common.Ids()
         for value, where, default, split, folder in self.records(json_lines, "line"):
-            line = parse(Line, value, where)
+            line = parse(_Line, value, where)
             both, own, named = (line.image is None) == (not line.images), line.box_format, self.box_format
             what, fix = "the line and the command name different box formats", "correct --box-format or the line"
             rules = [
