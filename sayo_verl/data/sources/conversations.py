@@ -17,6 +17,7 @@ Read for this: tools/convert_data_to_llava_format.py and llava/train/train.py of
 """
 
 import argparse
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,11 +64,13 @@ class ConversationsSource(common.FileSource):
 
     def examples(self) -> Iterator[Example | LeftOut]:
         """Raises SayoError: D05, D09, D40, D42, D46, D58-D63 and D92, each with file and record."""
-        for value, where, default, split, folder in self.records(json_records, "record"):
+        folders = functools.cache(common.ImageFolder)
+        for value, path, number, split in self.records(json_records):
+            where = f"{path} record {number}"
             record = common.parse(_Record, value, where)
-            id = f"{default} {record.id}".strip()
+            id = f"{'val/' * (split == 'val')}{path.name}:{number} {record.id}".strip()
             if record.image:
-                yield self._example(id, record, folder, split, where)
+                yield self._example(id, record, folders(self.images or path.parent), split, where)
             else:
                 yield LeftOut(id, "image_missing", "the record has no image")
 
