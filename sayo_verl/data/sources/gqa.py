@@ -48,6 +48,7 @@ from sayo_verl.data.rows import Example, LeftOut, Source
 from sayo_verl.data.sources import common
 from sayo_verl.errors import SayoError
 
+NAMED_BOXES = False
 NO_GRAPH_LIMIT = 1000  # so many questions of a file without a scene graph, and none with one, stop the work
 _REFERENCE = re.compile(r"\((-|[0-9]+(?: *, *[0-9]+)*)\)")
 _Ids = Annotated[str, Field(pattern=r"^[0-9]+( *, *[0-9]+)*$")]

@@ -34,6 +34,7 @@ from sayo_verl.data.rows import Drop, Example, LeftOut, Source
 from sayo_verl.data.sources import common
 from sayo_verl.errors import SayoError
 
+NAMED_BOXES = False
 FALL_BACKS = ("figure", "labels", "none")
 _CORNERS = ("x1", "y1", "x2", "y2")
 
