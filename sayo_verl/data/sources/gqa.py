@@ -46,7 +46,6 @@ from typing_extensions import TypedDict
 from sayo_verl.data.json_files import json_items
 from sayo_verl.data.rows import Example, LeftOut, Source
 from sayo_verl.data.sources import common
-from sayo_verl.data.sources.common import Side
 from sayo_verl.errors import SayoError
 
 NAMED_BOXES = False
@@ -56,7 +55,7 @@ _Ids = Annotated[str, Field(pattern=r"^[0-9]+( *, *[0-9]+)*$")]
 _Marks = dict[str, _Ids | list[_Ids]]
 _Annotations = TypedDict("_Annotations", {"question": _Marks, "fullAnswer": _Marks})  # noqa: UP013
 _Thing = TypedDict("_Thing", {"name": str, "x": float, "y": float, "w": float, "h": float})  # noqa: UP013
-_Graph = TypedDict("_Graph", {"width": Side, "height": Side, "objects": dict[str, _Thing]})  # noqa: UP013
+_Graph = TypedDict("_Graph", {"width": common.Side, "height": common.Side, "objects": dict[str, _Thing]})  # noqa: UP013
 
 
 class _Question(BaseModel):
