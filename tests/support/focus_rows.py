@@ -1,5 +1,6 @@
 """Tiny models and rows for the stage of the <Focus> token."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ import torch
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sayo_verl.data.rows import record
+from sayo_verl.data.build import BuildOptions
+from sayo_verl.data.make_row import make_row, to_table
 from sayo_verl.data.sources.scenes import SceneConfig, SceneSource
 from sayo_verl.focus.rows import FOCUS_KEY, FocusCollator
 from sayo_verl.focus.token import add_focus_token
@@ -18,16 +20,16 @@ FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
 
 def scene_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
     _, *examples = SceneSource(SceneConfig(n_train=n, n_val=1, seed=seed)).examples()
+    options, here = BuildOptions(prompt="question"), Path()
     rows = [
-        record(
-            example,
-            images=[{"bytes": example.images[0].data, "path": None}],
-            sizes=[(96, 96)],
-            boxes=example.extra["target_boxes"],
-            box_names=example.box_names,
-            split="train",
-            index=i,
-            prompt="question",
+        make_row(
+            {"example": to_table(example)},
+            i,
+            (),
+            held_out=[False] * n,
+            options=options,
+            files=(here, here),
+            builder=os.getpid(),
         )
         for i, example in enumerate(examples)
     ]
