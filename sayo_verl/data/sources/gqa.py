@@ -167,12 +167,12 @@ class GqaSource(Source):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare gqa``."""
-    graphs, questions = "train_sceneGraphs.json", "question files of the same split, or the folder train_all_questions"
-    boxes = "objects of a question: semantic as SAYO, grounding as GQA's evaluation (default: %(default)s)"
+    graphs, questions = "such as train_sceneGraphs.json", "of the same split, or train_all_questions/"
+    boxes = f"{' (as SAYO) or '.join(_RULES)} (default: %(default)s)"
     parser.add_argument("--scene-graphs", nargs="+", type=Path, required=True, metavar="FILE", help=graphs)
     parser.add_argument("--questions", nargs="+", type=Path, required=True, metavar="FILE", help=questions)
-    parser.add_argument("--images", type=Path, required=True, help="the folder of images, or images.zip")
-    parser.add_argument("--boxes", choices=tuple(_RULES), default=GqaSource.boxes, help=boxes)
+    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="of images, or images.zip")
+    parser.add_argument("--boxes", choices=tuple(_RULES), default=GqaSource.boxes, metavar="RULE", help=boxes)
 
 
 def from_args(args: argparse.Namespace) -> GqaSource:
