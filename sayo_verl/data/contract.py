@@ -112,7 +112,7 @@ class RowContract:
         if demands.attention:
             if "data_source" in row:
                 looked.attempt(check_data_source, row["data_source"], f"{where}, data_source")
-            looked.attempt(check_id, row.get("data_source"), info.get("id"), self._ids, where)
+            looked.attempt(self.check_id, row.get("data_source"), info.get("id"), where)
             looked.attempt(_check_only_images, media, where)
             looked.attempt(_check_question, looked.question, info.get("question"), where)
             looked.boxes = looked.attempt(check_boxes, info.get("boxes"), len(images), where=where) or []
@@ -127,6 +127,12 @@ class RowContract:
                 looked.attempt(_check_pixels, header, place)
                 looked.attempt(check_stored, header, _declared_size(info, i), where)
         return looked
+
+    def check_id(self, data_source: Any, name: Any, where: str) -> None:
+        """Refuse the id of an earlier row of its data source; D65. Rows without an id pass."""
+        before = where if name is None else self._ids.setdefault((repr(data_source), repr(name)), where)
+        what, got, place = "two rows of a data source have one id", f"{name!r}, as {before}", f"{where}, extra_info.id"
+        raise_first([Rule("D65", before != where, what, place, PREPARE, got, wanted="another id for each row")])
 
 
 def _mistyped(row: Mapping[str, Any], where: str, demands: Demands) -> Iterator[SayoError]:
@@ -210,13 +216,6 @@ def check_data_source(name: Any, where: str) -> None:
     runs, rename = text.startswith("numina") or text in EVALUATED, "rename the data source, such as my/name"
     what = "for this data source verl's own reward function evaluates the model's text as code"
     raise_first([Rule("D66", runs, what, where, rename, got=name, wanted="any other name")])
-
-
-def check_id(data_source: Any, name: Any, ids: dict[tuple[str, str], str], where: str) -> None:
-    """Refuse the id of an earlier row of its data source; ``ids`` remembers where each was; D65. No id passes."""
-    before = where if name is None else ids.setdefault((repr(data_source), repr(name)), where)
-    what, got, place = "two rows of a data source have one id", f"{name!r}, as {before}", f"{where}, extra_info.id"
-    raise_first([Rule("D65", before != where, what, place, PREPARE, got, wanted="another id for each row")])
 
 
 def _check_only_images(media: Mapping[str, int], where: str) -> None:

@@ -214,7 +214,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, metavar="TABLE", help="parquet, csv or JSON, a folder, or a hub name")
     add("--split", default="train", help="of a folder or of the hub (default: %(default)s)")
     add("--val-split", metavar="SPLIT", help="its rows become the validation rows")
-    add("--map", dest="columns", type=parse_map, default="", metavar="FIELD=COLUMN,...", help="such as image=img,answer=label")
+    add(
+        "--map",
+        dest="columns",
+        type=parse_map,
+        default="",
+        metavar="FIELD=COLUMN,...",
+        help="such as image=img,answer=label",
+    )
     add("--images", type=Path, metavar="FOLDER", help="of the images, or a zip file")
     add("--config", help="of the hub, where there are several")
     add("--revision", help="of the hub (default: the newest commit)")
