@@ -293,7 +293,8 @@ def _decide(
             held_out.update(row["_pictures"] if split == "val" else ())
             changed.update(row["_changed"])
             total.update(boxes=row["_boxes"], rows_without_boxes=not row["_boxes"])
-    _check_losses(source, left_out, sum(map(len, kept.values())), options)
+    emptied = not kept["train"] and any(row["_split"] == "train" for row in rows_of(made, ["_split"]))
+    _check_losses(source, left_out, 0 if emptied else sum(map(len, kept.values())), options)
     return kept, {**total, "images_changed": dict(changed)}
 
 
@@ -341,7 +342,7 @@ def _check_losses(source: Source, left_out: list[LeftOut], rows: int, options: B
         fix = "add boxes, or keep such rows with --keep-without-boxes, for methods that need none"
     raise SayoError(
         "D55",
-        "too many examples are lost to unusable images or text" if too_many else "no row is left",
+        "too many examples are lost to unusable images or text" if too_many else "no training row is left",
         where=source.name,
         got=", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "no record",
         wanted=f"at most {options.max_drop:.2%} of {rows + lost}" if too_many else "rows",

@@ -158,7 +158,7 @@ def test_rows_without_boxes_are_kept_on_request_or_by_their_nature(tmp_path):
     assert ids(folder) == ["e0", "e6"]
     assert left_out(folder) == {"e3": "no_box"}
     assert len(ids(make(things, tmp_path / "all", keep_without_boxes=True))) == 3
-    with refusal("D55", "no row is left.*no_box.*--keep-without-boxes"):
+    with refusal("D55", "no training row is left.*no_box.*--keep-without-boxes"):
         make([bare(3)], tmp_path / "none")
 
 
@@ -208,6 +208,8 @@ def test_a_source_may_name_the_splits_and_training_rows_give_way(tmp_path):
     folder = make(things, tmp_path / "out", val_share=0.5)
     assert ids(folder, "val") == ["e9"]
     assert left_out(folder) == {"e8": "image_in_other_split"}
+    with refusal("D55", "no training row is left.*1 image_in_other_split"):
+        make(things[8:], tmp_path / "none")
 
 
 def test_the_same_question_about_the_same_picture_is_taken_once(tmp_path):
@@ -236,7 +238,7 @@ def test_two_records_of_one_id_are_refused(tmp_path):
 def test_what_the_source_leaves_out_is_no_loss(tmp_path):
     things = [example(0), *(LeftOut(f"x{n}", "no_object", "why") for n in range(30))]
     assert set(left_out(make(things, tmp_path / "out")).values()) == {"no_object"}
-    with refusal("D55", "no row is left.*30 no_object"):
+    with refusal("D55", "no training row is left.*30 no_object"):
         make(things[1:], tmp_path / "none")
     with refusal("D55", "has no record"):
         make([], tmp_path / "empty")
