@@ -60,15 +60,14 @@ def parse(model: type[T], value: Any, where: str) -> T:
     except ValidationError as failed:
         faults = failed.errors(include_url=False)
         fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-        key, known, got = ".".join(map(str, fault["loc"])), getattr(model, "model_fields", {}), shown(fault["input"])
-        keys = {
-            "missing": f"the record has no {key!r}",
-            "extra_forbidden": f"unknown key {key!r}{did_you_mean(key, known)}",
-        }
-        what = keys.get(
-            fault["type"], f"{key or 'the record'} is invalid: {fault['msg'].removeprefix('Value error, ')}"
-        )
-        wanted, fix = ", ".join(known) if fault["type"] in keys else None, "correct the record, or remove it"
+        kind, key, known = fault["type"], ".".join(map(str, fault["loc"])), getattr(model, "model_fields", {})
+        what, wanted = f"{key or 'the record'} is invalid: {fault['msg'].removeprefix('Value error, ')}", None
+        if kind in ("missing", "extra_forbidden"):
+            what = (
+                f"the record has no {key!r}" if kind == "missing" else f"unknown key {key!r}{did_you_mean(key, known)}"
+            )
+            wanted = ", ".join(known)
+        got, fix = shown(fault["input"]), "correct the record, or remove it"
         raise SayoError("D58", what, where=where, got=got, wanted=wanted, fix=fix) from failed
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from sayo_verl.data.boxes import four_numbers
 from sayo_verl.data.json_files import json_items
@@ -32,13 +32,12 @@ from sayo_verl.data.sources.questions import AnnotatedSource, Picture, Thing
 from sayo_verl.errors import SayoError
 
 NAMED_BOXES = False
-# Fewest points of the shapes that have a box.
-_SHAPES = {"rectangle": 2, "mask": 2, "polygon": 3, "oriented_rectangle": 3, "rotation": 3}
+_SHAPES = ("rectangle", "polygon", "oriented_rectangle", "rotation", "mask")  # those that have a box
 
 
 class _Shape(BaseModel):
     label: str
-    points: list[tuple[float, float]]
+    points: list[tuple[float, float]] = Field(min_length=1)
     shape_type: str | None = None
     group_id: Any = None
 
@@ -60,7 +59,7 @@ class LabelmeSource(AnnotatedSource):
     images: Path | None = None
 
     def examples(self) -> Iterator[Example | LeftOut]:
-        """Raises SayoError: D40, D60 the name of an image, D58, D59 a file, D62 an id, D63 there are no files."""
+        """Raises SayoError: D40, D60 the name of an image, D42, D58 a file, D62 an id, D63 there are no files."""
         paths = {path.relative_to(self.folder).as_posix(): path for path in sorted(self.folder.rglob("*.json"))}
         if not paths:
             raise SayoError("D63", "the folder has no JSON file", where=str(self.folder), fix="correct --folder")
@@ -100,9 +99,6 @@ def _thing(shape: _Shape, where: str) -> Thing:
     kind = shape.shape_type or "polygon"  # files of labelme 3 have polygons alone
     if kind not in _SHAPES:
         return Thing(shape.label, None, f"a {kind} has no box")
-    n = len(shape.points)
-    if n < _SHAPES[kind] or (kind == "rectangle" and n not in (2, 4)):
-        raise SayoError("D59", f"a {kind} has {n} points", where=where, fix="correct or remove the shape")
     xs, ys = zip(*shape.points, strict=True)
     box = four_numbers((min(xs), min(ys), max(xs), max(ys)), where)
     return Thing(shape.label, box, "rectangle" if kind == "rectangle" else "polygon")

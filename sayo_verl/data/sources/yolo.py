@@ -111,10 +111,7 @@ def _lines(path: Path) -> list[str]:
 
 def _labels(path: Path) -> Path:
     """labels/a/b.txt of images/a/b.jpg: the last part "images" counts."""
-    parts = list(path.parts)
-    if "images" in parts:
-        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-    return Path(*parts).with_suffix(".txt")
+    return Path("/labels/".join(str(path.absolute()).rsplit("/images/", 1))).with_suffix(".txt")
 
 
 def _things(path: Path, names: dict[int, str]) -> list[Thing]:
