@@ -130,7 +130,8 @@ def test_labels_that_a_question_names(question, labels, named):
     [
         ("D58", "x_bboxes|x_values_bbox", {"x_bboxes": "none"}),
         ("D58", "y_boxes|y_bboxes|y_values_bbox", {"y_bboxes": [{"x1": 0.1, "y1": 0.1, "x2": "90%", "y2": 0.2}] * 2}),
-        ("D58", "figure_bbox", {"figure_bbox": [0, 0, 1, 1]}),
+        ("D58", "figure_bbox.*x1, y1, x2, y2", {"figure_bbox": [0, 0, 1, 1]}),
+        ("D58", "figure_bbox.*x1, y1, x2, y2", {"figure_bbox": {"left": 0, "right": 1}}),
         ("D59", "1 labels, 2 boxes", {"y_values": ["Alpha"]}),
         ("D40", "local file", {"figure_path": "http://a/1.png"}),
     ],

@@ -29,17 +29,14 @@ class SceneConfig:
         min_radius, max_radius: half the side of an object's box, in pixels. For ``"size"``, that of small and of large
             objects: the closer, the harder.
         question_kinds: of ``KINDS``; ``sayo_verl.data.scenes.kinds`` describes them.
-        n_train, n_val: rows of the two splits.
-        seed: decides every scene, with the split and the index of the row.
+        n_train, n_val, seed: rows of the splits; a scene depends on the seed, its split and its index alone.
         region: whose boxes are rewarded, those of the objects that the question needs or (the wrong-box control) those
             of random other objects: as many, or all others where there are fewer.
         repeat: other objects that share the word that the question asks by: the shape (``"place"``), the colour or the
             shape (``"size"``, ``"relation"``). At 0 that word alone finds the object.
         max_count: largest answer of ``"count"``; the smallest is 1.
-        min_bars, max_bars: bars of a chart.
-        bar_levels: height of a chart's scale; bars are whole numbers from 1 to this high.
-        clutter: short grey strokes on the background, that no question asks for; one that finds no room is left out.
-        noise: standard deviation of the pixel noise, in levels of 255.
+        min_bars, max_bars, bar_levels: bars of a chart, and the height of its scale.
+        clutter, noise: grey strokes on the background, if there is room; deviation of the noise, in levels of 255.
     """
 
     image_size: int = 96

@@ -20,7 +20,6 @@ BACKGROUND = 127
 # Grey, as no object is: what is drawn in them is never asked for.
 INK, GRID_LINE = 240, 165
 STROKES = (40, 80, 185, 225)
-_STROKE_TRIES = 20
 DIGIT_WIDTH, DIGIT_HEIGHT = 3, 5
 # The digits from 0 to 9, one row of three pixels after the other, from the top.
 _DIGITS = (
@@ -55,7 +54,7 @@ def add_clutter(image: np.ndarray, rng: random.Random, n_strokes: int) -> None:
     """Draw up to ``n_strokes`` grey strokes, one pixel wide and three to five long, that touch nothing drawn before."""
     size = len(image)
     for _ in range(n_strokes):
-        for _ in range(_STROKE_TRIES):
+        for _ in range(20):  # tries
             length, grey = rng.randint(3, 5), rng.choice(STROKES)
             dx, dy = rng.choice(((1, 0), (0, 1), (1, 1), (1, -1)))
             x, y = rng.randrange(size), rng.randrange(size)

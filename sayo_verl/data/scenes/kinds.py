@@ -35,9 +35,8 @@ from sayo_verl.data.scenes.config import BAR_KINDS, QUESTIONS, SceneConfig
 from sayo_verl.data.scenes.drawing import COLOURS, SHAPES
 from sayo_verl.data.scenes.scene import Canvas, Scene, SceneObject
 
-# Of each place, whether its rows and its columns are the last ones of the grid.
+# place -> whether its rows and its columns are the last ones of the grid; direction -> axis (0: x, 1: y) and sign
 PLACES = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}
-# Of each direction, its axis (0: x, 1: y) and its sign.
 DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 COLOUR_NAMES = tuple(COLOURS)
 
@@ -49,10 +48,10 @@ def sample_scene(rng: random.Random, config: SceneConfig) -> Scene:
         kinds = (rng.choice(kinds),)
     canvas = Canvas(rng, config)
     if kinds[0] in QUESTIONS:
-        scene = one_object(canvas, kinds)
+        scene = _one_object(canvas, kinds)
     else:
-        on_grid = {"place": place, "size": size, "count": count, "relation": relation}
-        scene = bars(canvas, kinds[0]) if kinds[0] in BAR_KINDS else on_grid[kinds[0]](canvas)
+        on_grid = {"place": _place, "size": _size, "count": _count, "relation": _relation}
+        scene = _bars(canvas, kinds[0]) if kinds[0] in BAR_KINDS else on_grid[kinds[0]](canvas)
     if config.clutter or config.noise:
         image = scene.drawing.copy()
         drawing.add_clutter(image, rng, config.clutter)
@@ -60,22 +59,20 @@ def sample_scene(rng: random.Random, config: SceneConfig) -> Scene:
     return scene
 
 
-def one_object(canvas: Canvas, kinds: Sequence[str]) -> Scene:
-    """What colour is the ring? What shape is the red object? The kind is drawn last: recorded results rely on it."""
+def _one_object(canvas: Canvas, kinds: Sequence[str]) -> Scene:
     rng, n_objects = canvas.rng, canvas.n_objects()
     cells = rng.sample(range(canvas.config.grid**2), n_objects)
     for cell, *look in zip(cells, rng.sample(SHAPES, n_objects), rng.sample(COLOUR_NAMES, n_objects), strict=True):
         canvas.put(cell, (look[0], look[1]))
     needed = (rng.randrange(n_objects),)
-    distractors, kind = canvas.others(needed), rng.choice(kinds)
+    distractors, kind = canvas.others(needed), rng.choice(kinds)  # in this order: recorded results rely on it
     key, asks = ("shape", "colour") if kind == "colour" else ("colour", "shape")
     target = canvas.objects[needed[0]]
     question, answer = QUESTIONS[kind].format(key=getattr(target, key)), getattr(target, asks)
     return canvas.scene(needed, kind, question, answer, key, asks, distractors=distractors)
 
 
-def place(canvas: Canvas) -> Scene:
-    """What colour is the ring in the top left?"""
+def _place(canvas: Canvas) -> Scene:
     rng, config = canvas.rng, canvas.config
     where = rng.choice(tuple(PLACES))
     shape, colour = rng.choice(SHAPES), rng.choice(COLOUR_NAMES)
@@ -90,8 +87,7 @@ def place(canvas: Canvas) -> Scene:
     return canvas.scene((0,), "place", question, colour, "shape", "colour")
 
 
-def size(canvas: Canvas) -> Scene:
-    """Is the red ring large or small?"""
+def _size(canvas: Canvas) -> Scene:
     rng, config, n_objects = canvas.rng, canvas.config, canvas.n_objects()
     radius = {"small": config.min_radius, "large": config.max_radius}
     values = [rng.choice(("small", "large"))]
@@ -106,8 +102,7 @@ def size(canvas: Canvas) -> Scene:
     return canvas.scene((0,), "size", question, values[0], "colour", "value")
 
 
-def count(canvas: Canvas) -> Scene:
-    """How many red objects are there? How many rings are there?"""
+def _count(canvas: Canvas) -> Scene:
     rng, n_objects = canvas.rng, canvas.n_objects()
     n_counted = rng.randint(1, min(canvas.config.max_count, n_objects - 1))
     key, asks = rng.choice((("colour", "shape"), ("shape", "colour")))
@@ -119,8 +114,7 @@ def count(canvas: Canvas) -> Scene:
     return canvas.scene(needed, "count", question, str(n_counted), key, asks)
 
 
-def relation(canvas: Canvas) -> Scene:
-    """What colour is the object directly left of the red ring?"""
+def _relation(canvas: Canvas) -> Scene:
     rng, grid = canvas.rng, canvas.config.grid
     direction = rng.choice(tuple(DIRECTIONS))
     axis, sign = DIRECTIONS[direction]
@@ -141,8 +135,7 @@ def relation(canvas: Canvas) -> Scene:
     return canvas.scene((0, 1), "relation", question, getattr(answer, asks), key, asks)
 
 
-def bars(canvas: Canvas, kind: str) -> Scene:
-    """A bar chart and a question of ``kind`` about it."""
+def _bars(canvas: Canvas, kind: str) -> Scene:
     rng, config = canvas.rng, canvas.config
     n_bars = rng.randint(config.min_bars, config.max_bars)
     colours = rng.sample(COLOUR_NAMES, n_bars)

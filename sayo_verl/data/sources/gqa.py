@@ -28,8 +28,8 @@ Left out: ``no_scene_graph`` (images n*: GQA publishes none, nor any for testdev
 ``no_object``, ``unknown_object`` (one of the objects is not in the graph: an incomplete region would train the wrong
 thing), which become rows without boxes with ``--keep-without-boxes``.
 
-Licence: the pages state none for the annotations. The photos come from Visual Genome (COCO and Flickr, with their
-photographers' terms). Download them yourself, and do not publish rows with photos.
+Licence: none is stated for the annotations. The photos are those of Visual Genome, with their photographers' terms.
+Download them yourself, and do not publish rows with photos.
 """
 
 import argparse
@@ -90,7 +90,6 @@ _RULES: dict[str, type[_Question]] = {"semantic": _Semantic, "grounding": _Groun
 
 
 def _split(texts: Sequence[str]) -> list[str]:
-    """Each id once."""
     return list(dict.fromkeys(id.strip() for text in texts for id in text.split(",")))
 
 

@@ -5,15 +5,14 @@ ChartQA's, whose mirrors state GPL-3.0: download it yourself. Two forms are read
 
     parquet   data/{train,val,test}-*.parquet with id, question, answer, image {bytes, path}, focus_areas_bbox,
               x_values, y_values, x_values_bbox, y_values_bbox, figure_bbox, source. Boxes are x1, y1, x2, y2 in
-              *pixels*. A list of boxes is stored column by column, {x1: [...], y1: [...], ...}, as ``datasets`` writes
-              a sequence of structs; a list of structs is read as well.
+              *pixels*, stored column by column as ``datasets`` does, {x1: [...], y1: [...], ...}, or box by box.
     JSON      chartQA_{h,v}_bar_wbb.json, the test files: {id: {query, answer, figure_path, type, x_values, y_values,
               x_bboxes, y_bboxes, figure_bbox}}, boxes as *fractions* of width and height, without focus areas.
 
 Which boxes. ``focus_areas_bbox`` (box_source "refocus_focus"). Where it is empty: those of the x and y labels that the
 question names, as whole words in any case, longest label first ("refocus_labels"); else the figure's ("refocus_figure",
-often too large to say anything); else none ("none"). ``--fall-back`` shortens that chain. SAYO's released code takes
-rows with focus areas alone, and of those the first area alone: ``--fall-back none --first-box``.
+often too large); else none ("none"). ``--fall-back`` shortens that chain. SAYO's released code takes rows with focus
+areas alone, and of those the first area alone: ``--fall-back none --first-box``.
 
 Pitfall: the script that made label boxes sorts them by position, but leaves the labels in the annotation's order. If
 they differ, a label has the box of another one. Look at the pictures before training on "refocus_labels".
@@ -41,11 +40,12 @@ _CORNERS = ("x1", "y1", "x2", "y2")
 
 def _corners(value: Any) -> Any:
     """Boxes as (x1, y1, x2, y2), whichever way round they are stored; a struct of nulls is none."""
-    if isinstance(value, dict):
-        columns = [value.get(corner) for corner in _CORNERS]
-        value = list(zip(*columns, strict=True)) if all(isinstance(c, list) for c in columns) else [value]
-    boxes = [tuple(map(box.get, _CORNERS)) if isinstance(box, dict) else box for box in value or []]
-    return [box for box in boxes if box != (None,) * 4]
+    if isinstance(value, dict) and isinstance(value.get("x1"), list):
+        value = [dict(zip(value, box, strict=True)) for box in zip(*value.values(), strict=True)]
+    boxes = value if isinstance(value, list) else [value] if value else []
+    if not all(isinstance(box, dict) and box.keys() == set(_CORNERS) for box in boxes):
+        raise ValueError("a box is not x1, y1, x2, y2")
+    return [found for box in boxes if (found := tuple(map(box.get, _CORNERS))) != (None,) * 4]
 
 
 _Boxes = Annotated[list[tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]], BeforeValidator(_corners)]
@@ -77,8 +77,7 @@ class RefocusSource(Source):
     name: str = "refocus"
 
     def __post_init__(self) -> None:
-        files = [common.check_input(path) for path in self._files()]
-        where = str(self.data)
+        files, where = [common.check_input(path) for path in self._files()], str(self.data)
         if not files:
             raise SayoError("D63", f"there is no {self.split}-*.parquet", where=where, fix="correct --split")
         if self.images is None and files[0].suffix != ".parquet":
@@ -91,7 +90,7 @@ class RefocusSource(Source):
         return {**vars(self), "files": common.file_facts(self._files())}
 
     def examples(self) -> Iterator[Example | LeftOut]:
-        """The rows in the order of the files. D02, D09, D47, D48, D58 to D60."""
+        """The rows in the order of the files. D02, D09, D40, D47, D48, D58 to D60."""
         folder = common.ImageFolder(self.images) if self.images else None
         for path in self._files():
             for where, value in _records(path):
@@ -114,8 +113,8 @@ class RefocusSource(Source):
             source, found = "refocus_labels", [(boxes[i], names[i]) for i in named]
         elif row.figure and self.fall_back == "figure":
             source, found = "refocus_figure", [(row.figure[0], "figure")]
-        image, placed = common.stored_image(row.image, where, folder), tuple(box for box, _ in found)
-        facts = ((placed,), (tuple(name for _, name in found),), "xyxy" if pixels else "xyxy_unit", source)
+        image, texts = common.stored_image(row.image, where, folder), tuple(name for _, name in found)
+        facts = ((tuple(box for box, _ in found),), (texts,), "xyxy" if pixels else "xyxy_unit", source)
         return Example(row.id, (image,), question, row.answer, *facts, "sayo/refocus", kind=row.kind)
 
 
@@ -136,7 +135,6 @@ def named_labels(question: str, labels: Sequence[str]) -> list[int]:
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Place and record."""
     if path.suffix == ".parquet":
         file = open_parquet(path)
         columns = [name for name in file.schema_arrow.names if name not in ("thoughts", "edited_image", "split")]
