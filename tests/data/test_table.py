@@ -75,7 +75,7 @@ def test_columns_of_other_names_within_structs_and_lists_of_structs(tmp_path):
     for objects in ({"bbox": [list(BOX)], "name": ["d"]}, [{"bbox": list(BOX), "name": "d"}]):
         (example,) = read(parquet(tmp_path, values | {"objects": objects}), columns=columns)
         assert (example.id, example.answer, example.boxes, example.box_names) == ("7", "x", ((BOX,),), (("d",),))
-    with refusal("D58", "no field 'boxes'.*got bbox, name"):
+    with refusal("D58", "no field .boxes.*bbox.*name"):
         read(tmp_path / "train-0.parquet", columns={**columns, "boxes": "objects.boxes"})
 
 

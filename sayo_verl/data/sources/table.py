@@ -10,10 +10,9 @@ also those of a list. A field that is not in the map has the column of its own n
     id         optional, unique. Without it: split and number of the row
     box_names, kind, width, height    optional; width and height of the picture that the boxes were drawn on
 
-File names count from the folder of the table, or from --images. In a folder, the files of a split are those with its
-name: train-00000-of-00002.parquet, val.csv, test/a.json. csv is read as text, so that 1.50 and NA stay as they are;
-lists in it are JSON. A data set of the hub is streamed, and pinned to a commit that the manifest names. `datasets` runs
-no code of it. Licence: that of the data.
+File names count from the folder of the table, or from --images. In a folder, the files of a split have its name:
+train-00000-of-00002.parquet, val.csv, test/a.json. csv is read as text, so that 1.50 and NA stay as they are; lists in
+it are JSON. A data set of the hub is read at one commit, which the manifest names. Licence: that of the data.
 """
 
 import argparse
@@ -66,9 +65,9 @@ class TableSource(Source):
 
     def examples(self) -> Iterator[Example | LeftOut]:
         """The rows; D05, D09, D42, D46, D58-D62 for an invalid row, D47, D48, D63 for data that cannot be read."""
-        path, ids, folder = Path(self.data), common.Ids(), None
-        if self.images or path.exists():
-            folder = common.ImageFolder(self.images or (path if path.is_dir() else path.parent))
+        path, ids = Path(self.data), common.Ids()
+        base = self.images or (path if path.is_dir() else path.parent if path.exists() else None)
+        folder = common.ImageFolder(base) if base else None
         for split, role in self._splits.items():
             chosen: dict[str, str] = {}
             for i, row in enumerate(self._rows(split)):
@@ -90,17 +89,16 @@ class TableSource(Source):
     ) -> Example:
         question, answer, kind = (common.text(row.get(n), f"{where}, {n}") for n in ("question", "answer", "kind"))
         pictures, placed, named = (_listed(row.get(name), where) for name in ("image", "boxes", "box_names"))
-        pictures = pictures if isinstance(pictures, list) else [pictures]
-        images = tuple(common.stored_image(picture, f"{where}, image", folder) for picture in pictures)
+        each = pictures if isinstance(pictures, list) else [pictures]
+        images = tuple(common.stored_image(picture, f"{where}, image", folder) for picture in each)
         boxes = common.boxes_of_images(placed, len(images), f"{where}, boxes")
         names = common.names_of_boxes(named, boxes, f"{where}, box_names")
         box_format, source = common.format_of(self.box_format, boxes, where), common.data_source(self.name)
-        width, height = row.get("width") or None, row.get("height") or None
-        known = width is not None and height is not None and len(images) == 1
-        sizes = (common.picture_size(width, height, where) if known else None,) * len(images)
+        width, height = row.get("width"), row.get("height")
+        size = common.picture_size(width, height, where) if width and height and len(images) == 1 else None
         question = common.untagged(question, len(images), where)
-        boxed = re.fullmatch(r"\$?\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}\$?", answer)
-        answer = boxed[1].strip() if boxed else answer
+        answer = re.sub(r"^\$?\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}\$?$", r"\1", answer).strip()
+        sizes = (size,) * len(images)
         return Example(id, images, question, answer, boxes, names, box_format, self.name, source, sizes, kind, split)
 
     def _chosen(self, there: list[str], where: str) -> dict[str, str]:
@@ -146,13 +144,12 @@ class TableSource(Source):
 def _at(row: Any, dotted: str, where: str) -> Any:
     """A value by the name of its column; "." enters structs, and those of a list. None where a struct is null."""
     name, _, rest = dotted.partition(".")
-    if isinstance(row, list):
-        return [_at(one, dotted, where) for one in row]
-    if isinstance(row, Mapping) and name not in row:
-        got = ", ".join(map(str, row))
-        raise SayoError("D58", f"a column has no field {name!r}", where=where, got=got, fix="correct --map")
-    value = row[name] if isinstance(row, Mapping) else None
-    return _at(value, rest, where) if rest else value
+    if row is None or isinstance(row, list):
+        return row and [_at(one, dotted, where) for one in row]
+    if not isinstance(row, Mapping) or name not in row:
+        what, got = f"a column has no field {name!r}", common.shown(row if not isinstance(row, Mapping) else list(row))
+        raise SayoError("D58", what, where=where, got=got, fix="correct --map")
+    return _at(row[name], rest, where) if rest else row[name]
 
 
 def _listed(value: Any, where: str) -> Any:
@@ -164,7 +161,7 @@ def _listed(value: Any, where: str) -> Any:
 def _csv(path: Path) -> Iterator[dict[str, str]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            yield from csv.DictReader(file)
+            yield from csv.DictReader(file, restkey="more")
     except (UnicodeDecodeError, csv.Error) as error:
         fix = "convert it to UTF-8, as in: iconv -f GB18030 -t UTF-8"
         raise SayoError("D47", f"the csv cannot be read ({error})", where=str(path), fix=fix) from error
@@ -200,10 +197,8 @@ def _commit(dataset: str, revision: str | None) -> str:
 def parse_map(text: str) -> dict[str, str]:
     """``"image=img,question=q"`` as a mapping; D58."""
     pairs = [(name.strip(), column.strip()) for name, _, column in (p.partition("=") for p in text.split(",") if p)]
-    wrong = [name for name, column in pairs if name not in FIELDS or not column]
-    if wrong or len(dict(pairs)) != len(pairs):
-        what = f"the map is not FIELD=COLUMN,FIELD=COLUMN{did_you_mean(wrong[0], FIELDS) if wrong else ''}"
-        fix = "write each field once, as in image=img,question=query"
+    if not all(name in FIELDS and column for name, column in pairs) or len(dict(pairs)) != len(pairs):
+        what, fix = "the map is not FIELD=COLUMN,FIELD=COLUMN", "write each field once: image=img,question=query"
         raise SayoError("D58", what, where="--map", got=text, wanted=", ".join(FIELDS), fix=fix)
     return dict(pairs)
 
@@ -214,14 +209,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, metavar="TABLE", help="parquet, csv or JSON, a folder, or a hub name")
     add("--split", default="train", help="of a folder or of the hub (default: %(default)s)")
     add("--val-split", metavar="SPLIT", help="its rows become the validation rows")
-    add(
-        "--map",
-        dest="columns",
-        type=parse_map,
-        default="",
-        metavar="FIELD=COLUMN,...",
-        help="such as image=img,answer=label",
-    )
+    add("--map", dest="columns", type=parse_map, default="", metavar="FIELD=COLUMN,...", help="such as image=img")
     add("--images", type=Path, metavar="FOLDER", help="of the images, or a zip file")
     add("--config", help="of the hub, where there are several")
     add("--revision", help="of the hub (default: the newest commit)")
