@@ -7,7 +7,7 @@ or a ``Drop`` raised while the row is made. What shows that the whole source is 
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -106,7 +106,7 @@ def schema_of(*, link: bool) -> pa.Schema:
 
 
 class Drop(Exception):
-    """Raised if a row is unusable; ``reason`` of ``REASONS`` and ``detail`` (what was found) go into ``left_out.jsonl``."""
+    """Raised if a row is unusable; ``reason`` of ``REASONS``, ``detail``: what was found."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)

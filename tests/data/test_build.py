@@ -191,8 +191,9 @@ def test_no_picture_is_in_both_splits(tmp_path_factory, images, share):
     options = BuildOptions(val_share=share, keep_without_boxes=True)
     try:
         folder = build(Made(things), tmp_path_factory.mktemp("split") / "out", options).folder
-    except SayoError as error:  # every picture of training is also one of validation
-        assert "image_in_other_split" in str(error)
+    except SayoError as error:
+        if error.code != "D55":  # every picture of training is also one of validation
+            raise
         return
     seen = {
         split: {image["bytes"] for row in rows(folder, split) for image in row["images"]} for split in ("train", "val")
