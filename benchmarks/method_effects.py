@@ -1,6 +1,6 @@
 """Comparison of every method with its paired baseline on the tiny task: several seeds, one start, held-out scenes.
 
-    python benchmarks/method_effects.py --policy "$(sayo prepare policy)" --scenes .../val.parquet --seeds 0 1 2
+    python benchmarks/method_effects.py --policy "$(sayo prepare policy)" --scenes "$(sayo prepare synthetic)"
 
 runs ``scripts/run_tiny.sh`` (real verl, Ray, FSDP2 and vLLM on CPU, three to five minutes a run) for each condition and
 seed, evaluates the last checkpoint on held-out scenes with plain transformers (``sayo evaluate``), and writes
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "method_effects")
     parser.add_argument("--policy", required=True, help="the start, as printed by `sayo prepare policy`")
-    parser.add_argument("--scenes", type=Path, required=True, help="held-out parquet, of `sayo prepare synthetic`")
+    parser.add_argument("--scenes", type=Path, required=True, help="a folder of `sayo prepare synthetic`")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "methods_tiny.md")
     parser.add_argument(
         "--remarks",

@@ -20,7 +20,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from sayo_verl.data.scenes import SceneConfig, prepare
+from sayo_verl.data.sources.scenes import SceneConfig, prepare
 from sayo_verl.tiny.evaluate import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10, help="steps between measured checkpoints")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "region_effect")
     parser.add_argument("--policy", required=True, help="the start, as printed by `sayo prepare policy`")
-    parser.add_argument("--scenes", type=Path, required=True, help="held-out parquet, of `sayo prepare synthetic`")
+    parser.add_argument("--scenes", type=Path, required=True, help="a folder of `sayo prepare synthetic`")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "tiny_results.md")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

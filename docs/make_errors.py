@@ -53,14 +53,20 @@ def text_of(node: ast.expr | None, function: ast.AST | None, constants: dict[str
     if isinstance(node, ast.Name) and node.id in constants:
         return constants[node.id]
     if isinstance(node, ast.Name) and function is not None:
-        assigned = [n.value for n in ast.walk(function) if isinstance(n, ast.Assign) and _names(n, node.id)]
+        assigned = [value for n in ast.walk(function) if isinstance(n, ast.Assign) for value in _given(n, node.id)]
         if texts := [text for value in assigned if (text := text_of(value, None, constants)).strip(".")]:
             return " / ".join(dict.fromkeys(texts))
     return UNKNOWN
 
 
-def _names(node: ast.Assign, name: str) -> bool:
-    return any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
+def _given(node: ast.Assign, name: str) -> Iterator[ast.expr]:
+    """The values that an assignment, also one of several names at once, gives to a name."""
+    for target in node.targets:
+        if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            pairs = zip(target.elts, node.value.elts, strict=True)
+        else:
+            pairs = zip([target], [node.value], strict=True)
+        yield from (value for each, value in pairs if isinstance(each, ast.Name) and each.id == name)
 
 
 def entries() -> Iterator[Entry]:
@@ -94,7 +100,8 @@ def _of_call(call: ast.Call, function: ast.FunctionDef, file: str, constants: di
     if not codes or place is None:
         return
     given = {keyword.arg: keyword.value for keyword in call.keywords}
-    fix = text_of(given.get("fix", call.args[4] if name == "add" else None), function, constants)
+    by_place = call.args[4] if name in ("add", "Rule") and len(call.args) > 4 else None
+    fix = text_of(given.get("fix", by_place), function, constants)
     what = text_of(call.args[place], function, constants)
     if not what.strip("."):  # the words come from a caller: the docstring says "D58: ..."
         summary = (ast.get_docstring(function) or "").partition("\n")[0]

@@ -125,7 +125,7 @@ def _run_report(args: argparse.Namespace) -> int:
 
 def _evaluate(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("model", type=Path, help="folder of a tiny policy")
-    parser.add_argument("scenes", type=Path, help="a parquet file of `sayo prepare synthetic`")
+    parser.add_argument("scenes", type=Path, help="a folder of `sayo prepare synthetic`, or one of its parquet files")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="responses per row (default: %(default)s)")
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="X", help="0 is greedy (default: %(default)s)"

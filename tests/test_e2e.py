@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from sayo_verl.data.scenes import SceneConfig, prepare
+from sayo_verl.data.sources.scenes import SceneConfig, prepare
 
 pytestmark = pytest.mark.e2e
 

@@ -122,7 +122,9 @@ def build(source: Source, out: Path, options: BuildOptions) -> Built:
         quiet_bars()
         tables = folder / "tables"
         examples = _examples(source, tables)
+        left_out = [LeftOut(**row) for row in rows_of(examples, ["id", "reason", "detail"]) if row["reason"]]
         chosen, held_out = _draw(examples, options)
+        _check_losses(source, left_out, len(chosen), options)
         features = features_of(source, link=options.link)
         make = partial(
             make_row,
@@ -141,7 +143,6 @@ def build(source: Source, out: Path, options: BuildOptions) -> Built:
             writer_batch_size=GROUP_ROWS,
             desc="reading images",
         )
-        left_out = [LeftOut(**row) for row in rows_of(examples, ["id", "reason", "detail"]) if row["reason"]]
         kept, counts = _decide(source, made, left_out, options)
         for split, rows in kept.items():
             write_split(made.select(rows), folder, split)
@@ -232,6 +233,10 @@ def _records(source: Source) -> Iterator[dict[str, Any]]:
             continue
         keys = [image.key for image in thing.images] or [thing.id]
         yield row | {"split": thing.split, "keys": keys, "example": to_table(thing)}
+    if not ids:
+        raise SayoError(
+            "D55", "the source has no record", where=source.name, wanted="records", fix="correct the source"
+        )
 
 
 def _draw(examples: "Dataset", options: BuildOptions) -> tuple[np.ndarray, np.ndarray]:
@@ -287,7 +292,7 @@ def _decide(
             held_out.update(row["_pictures"] if split == "val" else ())
             changed.update(row["_changed"])
             total.update(boxes=row["_boxes"], rows_without_boxes=not row["_boxes"])
-    _check_losses(source, Counter(thing.reason for thing in left_out), sum(map(len, kept.values())), options)
+    _check_losses(source, left_out, sum(map(len, kept.values())), options)
     return kept, {**total, "images_changed": dict(changed)}
 
 
@@ -322,7 +327,8 @@ def _check_formats(source: Source, made: "Dataset", options: BuildOptions) -> No
             )
 
 
-def _check_losses(source: Source, reasons: Counter[str], rows: int, options: BuildOptions) -> None:
+def _check_losses(source: Source, left_out: list[LeftOut], rows: int, options: BuildOptions) -> None:
+    reasons = Counter(thing.reason for thing in left_out)
     lost = sum(n for reason, n in reasons.items() if reason in LOSSES)
     too_many = lost > options.max_drop * (rows + lost)
     if rows and not too_many:

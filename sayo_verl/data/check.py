@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sayo_verl.data.contract import Demands, RowContract
-from sayo_verl.data.reading import image_digest, leaves, open_parquet, read_image, read_rows, rows_at
+from sayo_verl.data.reading import leaves, open_parquet, read_image, read_rows
 from sayo_verl.errors import Rule, SayoError, raise_first
 
 Kept = tuple[int, str, int, dict[str, Any]]  # size, path, number of the row, its values
@@ -79,7 +79,7 @@ def asks_for_answer(values: Mapping[str, Any], demands: Demands) -> bool:
     return demands.judge is None or "<answer>" in str(values[demands.keys.prompt])
 
 
-def _evenly(n_rows: int, n: int) -> set[int]:
+def evenly(n_rows: int, n: int) -> set[int]:
     """``n`` row numbers, or all, evenly spread."""
     return {i * n_rows // n for i in range(n)} if n < n_rows else set(range(n_rows))
 
@@ -110,7 +110,7 @@ def check_parquet(
     """
     file = open_rows(path, demands)
     n_rows, key = file.metadata.num_rows, demands.keys.images
-    sampled, spread_over = _evenly(n_rows, max_images), _evenly(n_rows, spread)
+    sampled, spread_over = evenly(n_rows, max_images), evenly(n_rows, spread)
     contract, counted = RowContract(demands), Counted(rows=n_rows)
     for row, values in enumerate(read_rows(file, path, columns_of(file, demands))):
         looked = contract.look(values, f"{path} row {row}")
@@ -161,6 +161,8 @@ def check_joined(paths: Sequence[Path]) -> None:
             features = Features.from_arrow_schema(schema)
             one = Dataset.from_dict({name: [None] for name in features}, features=features)  # empty ones are not joined
             joined = [concatenate_datasets([*joined, one])]
+            if any({"bytes", "image"} <= _fields(feature) for feature in joined[0].features.values()):
+                raise ValueError("some images are bytes and others paths; verl reads null bytes of the others")
         except (ValueError, TypeError, KeyError, NotImplementedError, pa.ArrowException) as error:
             wrong = _differing(open_parquet(paths[0]).schema_arrow, schema) or [" ".join(str(error).split())[:200]]
             raise SayoError(
@@ -173,6 +175,12 @@ def check_joined(paths: Sequence[Path]) -> None:
             ) from error
 
 
+def _fields(feature: Any) -> set[str]:
+    """Names of the fields of a list of structs."""
+    inner = getattr(feature, "feature", None)
+    return set(inner) if isinstance(inner, dict) else set()
+
+
 def _differing(one: pa.Schema | pa.StructType, other: pa.Schema | pa.StructType, prefix: str = "") -> list[str]:
     """Columns and fields of structs that are in both with different types; names of list items do not count."""
     found = []
@@ -182,65 +190,4 @@ def _differing(one: pa.Schema | pa.StructType, other: pa.Schema | pa.StructType,
             found += _differing(ours.type, theirs.type, f"{prefix}{ours.name}.")
         elif not ours.type.equals(theirs.type) and not any(map(pa.types.is_null, (ours.type, theirs.type))):
             found.append(f"{prefix}{ours.name}: {theirs.type}, there {ours.type}")
-    return found
-
-
-def check_boxes_of_run(counted: Counted, where: str, *, boxes: bool = True) -> None:
-    """Refuse training files of which no row has an image, or, with ``boxes``, a box; D04. Validation rows need none."""
-    got, grpo = f"{counted.rows} rows in all training files together", "or set algorithm.adv_estimator=grpo"
-    image = "no training row has an image, so every row would train as with grpo"
-    box, wanted = "no training row has a target box", "extra_info.boxes[image][box] = [x0, y0, x1, y1] in [0, 1]"
-    raise_first(
-        [
-            Rule("D04", not counted.with_images, image, where, f"correct data.image_key, add images, {grpo}", got),
-            Rule("D04", boxes and not counted.with_boxes, box, where, f"add boxes, {grpo}", got, wanted),
-        ]
-    )
-
-
-def check_leakage(train: Sequence[Path], val: Sequence[Path], *, image_key: str, max_images: int) -> str:
-    """Look for images of the validation files among the training files, and say what was compared.
-
-    Names (``extra_info.image_keys``, within a data source) are compared in all rows, encoded bytes in at most
-    ``max_images`` rows of each side. Of a few shared images the sample may see none; `sayo inspect` compares all.
-
-    Raises:
-        SayoError: D65 for an image of both, D02 for a file that cannot be read.
-    """
-    trained, held = (_pictures(paths, image_key, max_images) for paths in (train, val))
-    for what in trained:
-        shared = trained[what].keys() & held[what].keys()
-        if shared:
-            first = min(shared, key=lambda key: trained[what][key])
-            raise SayoError(
-                "D65",
-                f"training and validation share images, by {what}",
-                where=f"{trained[what][first]} and {held[what][first]}",
-                got=f"{len(shared)} shared of {len(held[what])} compared",
-                wanted="no image in both",
-                fix="split by image, as `sayo prepare` does; or set sayo.held_out=false",
-            )
-    return (
-        f"{len(held['name'])} names and {len(held['bytes'])} images of validation are not among "
-        f"{len(trained['name'])} and {len(trained['bytes'])} of training"
-    )
-
-
-def _pictures(paths: Sequence[Path], image_key: str, max_images: int) -> dict[str, dict[Any, str]]:
-    """Where the names of all pictures, and the bytes of a sample, are first found."""
-    found: dict[str, dict[Any, str]] = {"name": {}, "bytes": {}}
-    for path in paths:
-        file = open_parquet(path)
-        columns = file.schema_arrow.names
-        if image_key not in columns:
-            continue  # rows without images
-        if any(name.startswith("extra_info.image_keys.") for name in leaves(file)):
-            wanted = [*({"data_source"} & set(columns)), "extra_info.image_keys"]
-            for row, values in enumerate(read_rows(file, path, wanted)):
-                for key in (values["extra_info"] or {}).get("image_keys") or []:
-                    found["name"].setdefault((repr(values.get("data_source")), repr(key)), f"{path} row {row}")
-        sampled = _evenly(file.metadata.num_rows, min(max_images, max(1, max_images // len(paths))))
-        for row, values in rows_at(file, path, [image_key], sampled):
-            for image in values[image_key] or []:
-                found["bytes"].setdefault(image_digest(image, f"{path} row {row}"), f"{path} row {row}")
     return found

@@ -103,7 +103,7 @@ class RowContract:
             tag: len(row.get(key) or [])
             for tag, key in ((IMAGE_TAG, keys.images), ("<video>", keys.videos), ("<audio>", keys.audios))
         }
-        looked.question = _text_of_user(row[keys.prompt])
+        looked.question = "".join(text_of(message) for message in row[keys.prompt] if message["role"] == "user")
         for tag, n in media.items():
             looked.question = looked.question.replace(tag, "") if n or tag == IMAGE_TAG else looked.question
         looked.attempt(check_placeholders, row[keys.prompt], media, where)
@@ -131,14 +131,8 @@ class RowContract:
     def _check_id(self, data_source: Any, name: Any, where: str) -> None:
         """Refuse the id of an earlier row of its data source; D65. Rows without an id pass."""
         before = where if name is None else self._ids.setdefault((repr(data_source), repr(name)), where)
-        if before != where:
-            what, got = "two rows of a data source have one id", f"{name!r}, as {before}"
-            raise SayoError(
-                "D65", what, where=f"{where}, extra_info.id", got=got, wanted="another id for each row", fix=PREPARE
-            )
-
-
-# ------------------------------------------------------------------------------------------ types: what verl can read
+        what, got, place = "two rows of a data source have one id", f"{name!r}, as {before}", f"{where}, extra_info.id"
+        raise_first([Rule("D65", before != where, what, place, PREPARE, got, wanted="another id for each row")])
 
 
 def _mistyped(row: Mapping[str, Any], where: str, demands: Demands) -> Iterator[SayoError]:
@@ -179,12 +173,10 @@ def _wrong_parts(prompt: list[Any]) -> Iterator[tuple[Any, str]]:
                 yield part, "write one text with <image> in it, and the images in a column of their own"
 
 
-# ---------------------------------------------------------------------------------------------------- text and answers
-
-
-def _text_of_user(prompt: Sequence[Mapping[str, Any]]) -> str:
-    parts = [m["content"] for m in prompt if m["role"] == "user"]
-    return "".join(p if isinstance(p, str) else "".join(part["text"] for part in p) for p in parts)
+def text_of(message: Mapping[str, Any]) -> str:
+    """The content of a message, which may be in parts, as one text."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def check_placeholders(prompt: Sequence[Mapping[str, Any]], media: Mapping[str, int], where: str) -> None:
@@ -193,58 +185,37 @@ def check_placeholders(prompt: Sequence[Mapping[str, Any]], media: Mapping[str, 
     for tag, n in media.items():
         found, kind = sum(text.count(tag) for text in texts), tag.strip("<>")
         # Without any medium verl does not look for placeholders. A lone <image> is a row whose image is missing.
-        if found != n and (tag == IMAGE_TAG or any(media.values())):
-            raise SayoError(
-                "D09",
-                f"the prompt does not name each {kind} once"
-                if n
-                else f"the row has no {kind} but its prompt names one",
-                where=where,
-                got=f"{found} {tag} placeholders, {n} {kind}s",
-                wanted="as many placeholders as entries",
-                fix=f"put one {tag} into the user's message for each {kind}; data.{kind}_key names their column",
-            )
+        wrong = found != n and (tag == IMAGE_TAG or any(media.values()))
+        what = f"the prompt does not name each {kind} once" if n else f"the row has no {kind} but its prompt names one"
+        fix = f"put one {tag} into the user's message for each {kind}; data.{kind}_key names their column"
+        got, wanted = f"{found} {tag} placeholders, {n} {kind}s", "as many placeholders as entries"
+        raise_first([Rule("D09", wrong, what, where, fix, got, wanted)])
 
 
 def _check_question(asked: str, question: Any, where: str) -> None:
     """Refuse a prompt without a question, and reserved text in it or in ``extra_info.question``; D66."""
     reserved = (reserved_text(question) if isinstance(question, str) else None) or reserved_text(asked)
     what, fix = "a question holds text that stands for an image or a control token", "remove the text, or the row"
-    raise_first(
-        [
-            Rule("D66", reserved is not None, what, where, fix, got=reserved),
-            Rule("D66", not asked.strip(), "a row has no question", where, fix="remove the row"),
-        ]
-    )
+    raise_first([Rule("D66", reserved is not None, what, where, fix, got=reserved)])
+    raise_first([Rule("D66", not asked.strip(), "a row has no question", where, fix="remove the row")])
 
 
 def _check_ground_truth(truth: Any, where: str, judge: str) -> None:
     reason = why_not_gradable(truth, judge=judge)
-    if reason is not None:
-        what, wanted = (
-            f"a ground truth cannot be graded ({reason})",
-            "the answer alone, as sayo_verl.reward compares it",
-        )
-        fix = "correct the answer or remove the row; or set a reward function of your own"
-        where = f"{where}, reward_model.ground_truth"
-        raise SayoError("D74", what, where=where, got=repr(truth)[:80], wanted=wanted, fix=fix)
-
-
-# -------------------------------------------------------------------------------------- what attention methods add
+    what, wanted = f"a ground truth cannot be graded ({reason})", "the answer alone, as sayo_verl.reward compares it"
+    fix = "correct the answer or remove the row; or set a reward function of your own"
+    where = f"{where}, reward_model.ground_truth"
+    raise_first([Rule("D74", reason is not None, what, where, fix, repr(truth)[:80], wanted)])
 
 
 def check_data_source(name: Any, where: str) -> None:
     """Refuse a missing name, and one for which verl's own reward function evaluates text of the model; D66."""
     text = name.lower() if isinstance(name, str) else ""
-    missing, what = "a row has no data source", "for this data source verl's own reward function evaluates text as code"
-    fix = "name the kind of data; verl's metrics are kept by it"
-    runs = text.startswith("numina") or text in EVALUATED
-    raise_first(
-        [
-            Rule("D66", not text.strip(), missing, where, fix, repr(name)[:80], wanted="a name"),
-            Rule("D66", runs, what, where, fix="rename the data source, such as my/name", got=name),
-        ]
-    )
+    missing, fix = "a row has no data source", "name the kind of data; verl's metrics are kept by it"
+    raise_first([Rule("D66", not text.strip(), missing, where, fix, repr(name)[:80], wanted="a name")])
+    runs, rename = text.startswith("numina") or text in EVALUATED, "rename the data source, such as my/name"
+    what = "for this data source verl's own reward function evaluates the model's text as code"
+    raise_first([Rule("D66", runs, what, where, rename, got=name, wanted="any other name")])
 
 
 def _check_only_images(media: Mapping[str, int], where: str) -> None:
@@ -258,9 +229,8 @@ def _check_lists(info: Mapping[str, Any], n_images: int, where: str) -> None:
     names, boxes = info.get("box_names"), info.get("boxes")
     if names is not None and boxes:
         got, wanted = _lengths(names), _lengths(boxes)
-        what = "box names are not nested as the boxes are"
-        wrong = not isinstance(names, list) or got != wanted
-        raise_first([Rule("D05", wrong, what, f"{where}, extra_info.box_names", PREPARE, got, wanted)])
+        wrong, nesting = not isinstance(names, list) or got != wanted, "box names are not nested as the boxes are"
+        raise_first([Rule("D05", wrong, nesting, f"{where}, extra_info.box_names", PREPARE, got, wanted)])
     for key in ("image_keys", "image_size_wh"):
         entries = info.get(key)
         n = len(entries) if isinstance(entries, list) else type(entries).__name__
@@ -271,9 +241,6 @@ def _check_lists(info: Mapping[str, Any], n_images: int, where: str) -> None:
 def _lengths(nested: Any) -> list[int]:
     each = nested if isinstance(nested, list) else []
     return [len(of_image) if isinstance(of_image, list) else 0 for of_image in each]
-
-
-# -------------------------------------------------------------------------------------------------------------- images
 
 
 def _declared_size(info: Mapping[str, Any], i: int) -> list[int] | None:
@@ -297,16 +264,11 @@ def _check_ratio(header: Header, where: str) -> None:
 
 def check_stored(header: Header, declared: Sequence[int] | None, where: str) -> None:
     """Refuse an image that is not upright or not of the (width, height) that its row says; D67."""
-    size = [header.width, header.height]
-    wrong = declared is not None and list(declared) != size
     turned = "a stored image is not upright: its EXIF orientation turns it in a viewer, and not in verl"
     turn = "turn the pixels and remove the tag, as `sayo prepare` does; boxes belong to the stored pixels"
-    other, again = "a stored image has another size than its row says", f"{PREPARE}: boxes may be of another picture"
-    place, wanted = f"{where}, extra_info.image_size_wh", " x ".join(map(str, declared or ()))
     got = f"EXIF orientation {header.orientation}"
-    raise_first(
-        [
-            Rule("D67", header.orientation != 1, turned, where, turn, got, wanted="1 or none"),
-            Rule("D67", wrong, other, place, again, f"{size[0]} x {size[1]}", wanted),
-        ]
-    )
+    raise_first([Rule("D67", header.orientation != 1, turned, where, turn, got, wanted="1 or none")])
+    other = declared is not None and list(declared) != [header.width, header.height]
+    what, fix = "a stored image has another size than its row says", f"{PREPARE}: boxes may be of another picture"
+    where, wanted = f"{where}, extra_info.image_size_wh", " x ".join(map(str, declared or ()))
+    raise_first([Rule("D67", other, what, where, fix, f"{header.width} x {header.height}", wanted)])

@@ -77,8 +77,8 @@ def _start(file: IO[bytes]) -> str:
 def _not_json(error: Exception, where: str) -> SayoError:
     message = " ".join(str(error).split())[:160]
     if isinstance(error, UnicodeDecodeError) or "UTF8" in message:
-        fix = "convert it: iconv -f GB18030 -t UTF-8 (or from the encoding that it has)"
-        return SayoError("D47", "the file is not UTF-8", where=where, got=message[:60], fix=fix)
+        convert = "convert it: iconv -f GB18030 -t UTF-8 (or from the encoding that it has)"
+        return SayoError("D47", "the file is not UTF-8", where=where, got=message[:60], fix=convert)
     fix = "correct it, or download the file again if it was cut short"
     return SayoError("D47", f"this is not JSON ({message})", where=where, wanted="complete JSON in UTF-8", fix=fix)
 
@@ -96,8 +96,10 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
                 archive = zipfile.ZipFile(raw)
                 names = [name for name in archive.namelist() if not name.startswith("__MACOSX/") and ".json" in name]
                 if len(names) != 1:
-                    got, fix = ", ".join(names[:8]) or "none", "unpack it, and name the file that is meant"
-                    raise SayoError("D48", "the zip file has not one file of JSON", where=str(path), got=got, fix=fix)
+                    got, unpack = ", ".join(names[:8]) or "none", "unpack it, and name the file that is meant"
+                    raise SayoError(
+                        "D48", "the zip file has not one file of JSON", where=str(path), got=got, fix=unpack
+                    )
                 file = archive.open(names[0])
             file = cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, file)))
             mark = cast(io.BufferedReader, file).peek(4)[:4]

@@ -67,7 +67,8 @@ def from_table(values: dict[str, Any]) -> Example:
     """The example of ``to_table``."""
     images = tuple(ImageRef(**ref | {"path": ref["path"] and Path(ref["path"])}) for ref in values["images"])
     sizes = tuple(size and (size[0], size[1]) for size in values["sizes"])
-    return Example(**values | {"images": images, "sizes": sizes})
+    own = {name: values.get(name) or {} for name in ("extra", "columns")}
+    return Example(**values | own | {"images": images, "sizes": sizes})
 
 
 def make_row(

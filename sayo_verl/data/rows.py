@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 
@@ -222,12 +222,10 @@ class Source(ABC):
 
     Attributes:
         name: stands in messages and in the manifest.
-        named_boxes: the user names the format of its boxes (``--box-format``).
         extra_features, column_features: types (of ``datasets``) of ``Example.extra`` and ``Example.columns``.
     """
 
     name: str
-    named_boxes: ClassVar[bool] = False
     extra_features: Mapping[str, Any] = MappingProxyType({})
     column_features: Mapping[str, Any] = MappingProxyType({})
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from sayo_verl.command_line import progress_bar
-from sayo_verl.data.check import Counted, check_boxes_of_run, check_joined, check_leakage, check_parquet, open_rows
+from sayo_verl.data.check import Counted, check_joined, check_parquet, open_rows
 from sayo_verl.data.contract import Demands, Keys
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.prompt_check import check_batch, check_prompts
 from sayo_verl.launch.reward_check import is_ours, own_settings
+from sayo_verl.launch.split_check import check_boxes_of_run, check_leakage
 from sayo_verl.methods import Method
 
 Plan = list[tuple[str, str]]

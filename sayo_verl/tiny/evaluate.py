@@ -7,7 +7,6 @@ Shape suffixes: B responses of a batch, P prompt tokens (padded on the left), T 
 V visual tokens of an image, H heads, D vocabulary.
 """
 
-import io
 import math
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
+from sayo_verl.data.folder import split_files
+from sayo_verl.data.reading import decoded
 from sayo_verl.methods import RegionMethod
 from sayo_verl.reward import compute_score
 from sayo_verl.tiny.policy import END, MERGE_SIZE, generate
@@ -31,7 +31,7 @@ EPS = 1e-8  # added to both means of the ratio
 
 def evaluate(
     model_dir: Path | str,
-    scenes_parquet: Path | str,
+    scenes: Path | str,
     *,
     samples_per_row: int = 1,
     temperature: float = 1.0,
@@ -44,7 +44,7 @@ def evaluate(
 
     Args:
         model_dir: folder that ``from_pretrained`` loads (model and processor).
-        scenes_parquet: file written by ``sayo_verl.data.scenes``.
+        scenes: a folder of drawn scenes, of which the validation rows are used, or one of its parquet files.
         samples_per_row: responses per row; 1 when greedy.
         temperature: of the sampling; 0 for greedy.
         seed: of the sampling.
@@ -63,7 +63,8 @@ def evaluate(
     """
     model = Qwen3VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
     processor = AutoProcessor.from_pretrained(model_dir)
-    rows = pq.read_table(scenes_parquet).to_pylist()[:max_rows]
+    files = split_files(Path(scenes))["val"] if Path(scenes).is_dir() else [Path(scenes)]
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()][:max_rows]
     samples = [row for row in rows for _ in range(samples_per_row)]
     measured: list[dict[str, float]] = []
     with torch.random.fork_rng(devices=[]):
@@ -89,7 +90,7 @@ def measure_batch(
     max_new_tokens: int,
 ) -> list[dict[str, float]]:
     """Sample one response per row and measure it; ``model`` runs eager attention, and a row has one image."""
-    images = [Image.open(io.BytesIO(row["images"][0]["bytes"])) for row in rows]
+    images = [decoded(row["images"][0], "a row of the evaluation") for row in rows]
     inputs = prompt_batch(processor, [row["extra_info"]["question"] for row in rows], images)
     ids_BS = generate(model, inputs, max_new_tokens=max_new_tokens, temperature=temperature)
     n_prompt = inputs["input_ids"].shape[1]

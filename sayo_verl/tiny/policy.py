@@ -7,7 +7,7 @@ these words is one token in its form in a text.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from sayo_verl.data.prepared import content_hash
+from sayo_verl.data.folder import content_hash
 from sayo_verl.data.scenes import QUESTIONS
 from sayo_verl.data.scenes.drawing import COLOURS, SHAPES
 from sayo_verl.errors import SayoError
@@ -83,7 +83,7 @@ class TinyPolicyConfig:
 
     def config_hash(self) -> str:
         """Ten hexadecimal digits, equal for equal initial weights, tokenizer, processor and template."""
-        return content_hash("policy", self, CHAT_TEMPLATE, SPECIAL_TOKENS, TAGS, task_words())
+        return content_hash("policy", asdict(self), CHAT_TEMPLATE, SPECIAL_TOKENS, TAGS, task_words())
 
 
 def task_words() -> tuple[str, ...]:

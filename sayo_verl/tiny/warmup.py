@@ -25,11 +25,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import BatchFeature, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
-from sayo_verl.data.prepared import Prepared, content_hash, prepare_folder
-from sayo_verl.data.scenes import GENERATOR_VERSION, Scene, SceneConfig, sample_scene
+from sayo_verl.data.folder import Prepared, content_hash
+from sayo_verl.data.scenes import Scene, SceneConfig, sample_scene
 from sayo_verl.errors import SayoError
 from sayo_verl.reward import compute_score
 from sayo_verl.tiny.policy import END, SPECIAL_TOKENS, TinyPolicyConfig, build_model, build_processor, generate
+from sayo_verl.tiny.prepared import prepare_folder
 
 WARMUP_VERSION = 1
 IGNORE = -100  # the label that the loss skips
@@ -244,8 +245,8 @@ def warm_up(
 
 def policy_hash(policy: TinyPolicyConfig, warmup: WarmupConfig, scenes: SceneConfig) -> str:
     """Ten hexadecimal digits, independent of settings of ``scenes`` that do not change the drawing."""
-    drawn = replace(scenes, n_train=1, n_val=1, seed=0, region="target", prompt="question")
-    return content_hash(policy.config_hash(), warmup, WARMUP_VERSION, drawn.content(), GENERATOR_VERSION)
+    drawn = replace(scenes, n_train=1, n_val=1, seed=0, region="target")
+    return content_hash(policy.config_hash(), asdict(warmup), WARMUP_VERSION, asdict(drawn))
 
 
 def prepare_policy(
@@ -268,4 +269,4 @@ def prepare_policy(
         configs = {"policy": asdict(policy), "warmup": asdict(warmup), "scenes": asdict(scenes)}
         return {"kind": "tiny policy", "config": configs, **result}
 
-    return prepare_folder(out_root, f"policy-{policy_hash(policy, warmup, scenes)}", build)
+    return prepare_folder(Path(out_root) / f"policy-{policy_hash(policy, warmup, scenes)}", build)

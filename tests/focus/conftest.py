@@ -8,7 +8,7 @@ import pytest
 from support.family_models import TINY
 from support.focus_rows import FAMILIES, scene_rows
 
-from sayo_verl.data.scenes import ROW_SCHEMA
+from sayo_verl.data.rows import schema_of
 
 
 @pytest.fixture(scope="session")
@@ -26,5 +26,5 @@ def parquet(tmp_path_factory) -> Path:
     for row in rows[::8]:
         row["extra_info"]["boxes"] = []
     file = tmp_path_factory.mktemp("rows") / "train.parquet"
-    pq.write_table(pa.Table.from_pylist(rows, schema=ROW_SCHEMA), file)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema_of(link=False)), file)
     return file

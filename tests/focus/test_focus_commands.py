@@ -13,7 +13,7 @@ import torch
 from support.focus_rows import SHORT, batch_of, load, mixed_rows
 
 from sayo_verl.cli import main as sayo
-from sayo_verl.data.scenes import ROW_SCHEMA
+from sayo_verl.data.rows import schema_of
 from sayo_verl.errors import SayoError
 from sayo_verl.focus import report, respond
 from sayo_verl.focus.config import RespondConfig
@@ -276,7 +276,7 @@ def no_boxes(parquet: Path) -> Path:
     for row in rows:
         row["extra_info"]["boxes"] = []
     file = parquet.with_name("no_boxes.parquet")
-    pq.write_table(pa.Table.from_pylist(rows, schema=ROW_SCHEMA), file)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema_of(link=False)), file)
     return file
 
 

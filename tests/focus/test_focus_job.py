@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sayo_verl.cli import main
-from sayo_verl.data.scenes import SceneConfig, prepare
+from sayo_verl.data.sources.scenes import SceneConfig, prepare
 from sayo_verl.errors import SayoError
 from sayo_verl.focus import command, run
 from sayo_verl.focus.config import FocusConfig, RespondConfig
@@ -147,8 +147,8 @@ def test_a_wrong_file_is_refused(tmp_path, text):
 # --------------------------------------------------------------------------------------------------------------- rows
 def test_data_of_the_command_line_wins_over_the_files_of_the_job(job, scenes, tmp_path):
     lines = plan(job, f"data={scenes}")
-    assert f"--rows {scenes}/train.parquet --out" in lines["1."]
-    assert f"--rows {scenes}/val.parquet --out" in lines["3."]
+    assert f"--rows {scenes}/train-00000.parquet --out" in lines["1."]
+    assert f"--rows {scenes}/val-00000.parquet --out" in lines["3."]
     assert lines["arguments"] == "checked"
     assert lines["then"] == (
         f"DATA={scenes} MODEL_PATH={os.devnull}/o/policy bash scripts/run_faithful_qwen2_5vl_7b.sh"
@@ -282,8 +282,8 @@ def test_the_plan_estimates_sampling_and_keeps_64_rows_a_step(job, settings, tol
 
 def test_the_plan_counts_the_rows_that_exist(job, scenes):
     lines = plan(job, f"data={scenes}", "train.steps=10")
-    assert lines["rows"] == f"{scenes}/train.parquet: 4 rows"
-    assert lines["held"] == f"out   {scenes}/val.parquet: 2 rows"
+    assert lines["rows"] == f"{scenes}/train-00000.parquet: 4 rows"
+    assert lines["held"] == f"out   {scenes}/val-00000.parquet: 2 rows"
     assert lines["sampling"].startswith("4 min for 4 rows")
     assert "640 rows seen: 160.0 passes if all 4 sampled rows are kept" in lines["training"]
     assert "for 3 rows" in plan(job, f"data={scenes}", "respond.max_rows=3")["sampling"]

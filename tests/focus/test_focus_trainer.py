@@ -1,6 +1,5 @@
 """What ends a training of the ``<Focus>`` token."""
 
-import random
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -8,18 +7,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from support.family_models import TINY
+from support.focus_rows import scene_rows
 
-from sayo_verl.data.scenes import ROW_SCHEMA, SceneConfig, sample_scene, scene_row
 from sayo_verl.errors import SayoError
 from sayo_verl.focus import trainer
 from sayo_verl.focus.config import FocusConfig
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
-    folder, file, scenes = tmp_path / "model", tmp_path / "rows.parquet", SceneConfig()
+    folder, file = tmp_path / "model", tmp_path / "rows.parquet"
     TINY["qwen3_vl"].build(folder)
-    row = scene_row(sample_scene(random.Random(0), scenes), scenes, split="train", index=0)
-    pq.write_table(pa.Table.from_pylist([row], ROW_SCHEMA), file)
+    pq.write_table(pa.Table.from_pylist(scene_rows(1)), file)
     monkeypatch.setattr(trainer, "TrainingArguments", lambda **_: SimpleNamespace(n_gpu=2))
     with pytest.raises(SayoError, match=r"SAYO-F17: .*got 2 GPUs, wanted one process per GPU"):
         trainer.anchor(folder, [file], tmp_path / "out", FocusConfig())

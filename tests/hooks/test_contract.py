@@ -163,7 +163,7 @@ def test_importing_the_package_imports_neither_torch_nor_verl():
 def test_methods_probe_vision_and_data_do_not_import_verl():
     code = (
         "import sys, sayo_verl.methods, sayo_verl.probe.plan, sayo_verl.probe.taps, sayo_verl.vision.masks, "
-        "sayo_verl.data.scenes, sayo_verl.data.check, sayo_verl.report.runs; "
+        "sayo_verl.data.sources.scenes, sayo_verl.data.check, sayo_verl.report.runs; "
         "print([m for m in ('verl', 'ray') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,11 +13,12 @@ from PIL import Image
 from support.inspected import BOX, encoded, only, row, write
 from support.refusals import refusal
 
-from sayo_verl.data.check import check_leakage, check_parquet
+from sayo_verl.data.check import check_parquet
 from sayo_verl.data.contract import Demands
 from sayo_verl.data.rows import ROW_SCHEMA
 from sayo_verl.inspection.audit import Audit
 from sayo_verl.inspection.files import find_data
+from sayo_verl.launch.split_check import check_leakage
 from sayo_verl.probe.plan import plan_row
 from sayo_verl.vision.grids import merged_grid
 

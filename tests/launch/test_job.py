@@ -16,7 +16,7 @@ from support.launch_config import composed
 
 from sayo_verl.data.building.build import BuildOptions, build
 from sayo_verl.data.rows import Example, ImageRef
-from sayo_verl.data.scenes import SceneConfig, prepare
+from sayo_verl.data.sources.scenes import SceneConfig, prepare
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.job import LOGGER_PATH, check_types, composition_error, keys_of, write_out
 
@@ -97,8 +97,8 @@ def test_a_folder_of_prepared_rows_is_all_its_shards(written, shards):
 
 def test_a_folder_of_drawn_scenes_is_taken_as_well(written, scenes):
     config = written(**{"sayo.data": str(scenes)})
-    assert config.data.train_files == [str(scenes / "train.parquet")]
-    assert config.data.val_files == [str(scenes / "val.parquet")]
+    assert config.data.train_files == [str(scenes / "train-00000.parquet")]
+    assert config.data.val_files == [str(scenes / "val-00000.parquet")]
 
 
 @pytest.mark.parametrize("kind", ["shards", "scenes"])
@@ -132,7 +132,7 @@ def test_files_of_the_command_line_win_over_the_folder_of_the_job(base, written,
     assert config.data.train_files == os.path.abspath("a.parquet")
     assert files(config, "val") == ["b.parquet"]
     config = written(**{"sayo.data": str(scenes), "data.val_files": "b.parquet"})
-    assert config.data.train_files == [str(scenes / "train.parquet")]
+    assert config.data.train_files == [str(scenes / "train-00000.parquet")]
     assert config.data.val_files == os.path.abspath("b.parquet")
 
 

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 from support.launch_config import composed
 
-from sayo_verl.data.building.folder import split_files
+from sayo_verl.data.folder import split_files
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.names import BY_SCRIPT, UNREAD, refuse_names
 

@@ -15,7 +15,7 @@ from support.public_shapes import write_config
 
 from sayo_verl import __version__
 from sayo_verl.cli import SOURCES, main
-from sayo_verl.data.scenes import SceneConfig, prepare
+from sayo_verl.data.sources.scenes import SceneConfig, prepare
 from sayo_verl.methods import RegionMethod
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -86,8 +86,8 @@ def test_a_folder_of_drawn_scenes_is_a_jobs_data(repo, environment, tmp_path):
     batch = ["data.train_batch_size=12", "actor_rollout_ref.actor.ppo_mini_batch_size=12"]
     done = plan(repo, "run_qwen2_5vl_7b.sh", environment, *batch, DATA=str(made))
     assert done.returncode == 0, done.stderr
-    assert f"{made}/train.parquet: 12 rows" in done.stdout
-    assert f"{made}/val.parquet: 2 rows" in done.stdout
+    assert f"{made}/train-00000.parquet: 12 rows" in done.stdout
+    assert f"{made}/val-00000.parquet: 2 rows" in done.stdout
     assert "2 images of validation are not among" in done.stdout
 
 

@@ -1,6 +1,5 @@
 """Tiny models and rows for the stage of the <Focus> token."""
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,8 @@ import torch
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sayo_verl.data.scenes import SceneConfig, sample_scene, scene_row
+from sayo_verl.data.rows import record
+from sayo_verl.data.sources.scenes import SceneConfig, SceneSource
 from sayo_verl.focus.rows import FOCUS_KEY, FocusCollator
 from sayo_verl.focus.token import add_focus_token
 from sayo_verl.focus.trainer import FocusConfig
@@ -17,9 +17,19 @@ FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
 
 
 def scene_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    config = SceneConfig()
+    _, *examples = SceneSource(SceneConfig(n_train=n, n_val=1, seed=seed)).examples()
     rows = [
-        scene_row(sample_scene(random.Random(f"{seed}/{i}"), config), config, split="train", index=i) for i in range(n)
+        record(
+            example,
+            images=[{"bytes": example.images[0].data, "path": None}],
+            sizes=[(96, 96)],
+            boxes=example.extra["target_boxes"],
+            box_names=example.box_names,
+            split="train",
+            index=i,
+            prompt="question",
+        )
+        for i, example in enumerate(examples)
     ]
     return [{**row, "_where": f"row {i}"} for i, row in enumerate(rows)]
 

@@ -1,9 +1,7 @@
 """Drawn scenes with questions and exact boxes: the data of the tiny task, and harder ones of the same make.
 
-By default a scene is a grey square with one object per grid cell. Shapes and colours are distinct within a scene, so
-every question has one answer and needs one object. ``kinds`` has the other questions, ``SceneConfig`` what makes them
-easy or hard. The same generator serves ``sayo_verl.data.sources.scenes`` and the warm-up of the tiny policy, whose
-tokenizer has only the words of the first two kinds. Nothing here imports torch.
+By default a scene has one object per grid cell, of distinct shapes and colours, and a question needs one of them.
+``kinds`` has the other questions, ``SceneConfig`` what makes them easy or hard. Nothing here imports torch.
 """
 
 from sayo_verl.data.scenes.config import QUESTIONS, SceneConfig

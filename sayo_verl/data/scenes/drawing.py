@@ -1,6 +1,7 @@
 """Coloured shapes on grey, pixel by pixel: the same configuration gives the same image everywhere."""
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,18 +23,15 @@ STROKES = (40, 80, 185, 225)
 _STROKE_TRIES = 20
 DIGIT_WIDTH, DIGIT_HEIGHT = 3, 5
 # The digits from 0 to 9, one row of three pixels after the other, from the top.
-_DIGITS = """111101101101111 010110010010111 111001111100111 111001111001111 101101111001001
-             111100111001111 111100111101111 111001010010010 111101111101111 111101111001111""".split()
+_DIGITS = (
+    *("111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001"),
+    *("111100111001111", "111100111101111", "111001010010010", "111101111101111", "111101111001111"),
+)
 
 
-def blank(size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: the empty canvas."""
-    return np.full((size, size, 3), BACKGROUND, np.uint8)
-
-
-def draw(image: np.ndarray, shape: str, colour: str, centre_x: int, centre_y: int, radius: int) -> tuple[int, ...]:
+def draw(image: np.ndarray, shape: str, colour: str, centre: Sequence[int], radius: int) -> tuple[int, ...]:
     """Paint one object into ``image`` and return its box in pixels; the shape touches all four sides of it."""
-    box = (centre_x - radius, centre_y - radius, centre_x + radius + 1, centre_y + radius + 1)
+    box = (centre[0] - radius, centre[1] - radius, centre[0] + radius + 1, centre[1] + radius + 1)
     image[box[1] : box[3], box[0] : box[2]][stencil(shape, radius)] = COLOURS[colour]
     return box
 
@@ -81,14 +79,9 @@ def add_noise(image: np.ndarray, rng: random.Random, deviation: int) -> np.ndarr
     return np.clip(np.rint(image + sums * (deviation / spread)), 0, 255).astype(np.uint8)
 
 
-class Frame(NamedTuple):
-    """Where things of a bar chart lie, in pixels: level k is the row ``base - k * step``."""
-
-    left: int  # first column for bars
-    width: int  # columns for bars
-    base: int  # row of level 0, the first below the bars
-    step: int  # rows from level to level
-    scale: int  # side of a pixel of a digit
+# Pixels of a bar chart: first column and number of columns for bars, row of level 0 (the first below the bars), rows
+# from level to level, side of a pixel of a digit. Level k is the row ``base - k * step``.
+Frame = NamedTuple("Frame", [("left", int), ("width", int), ("base", int), ("step", int), ("scale", int)])  # noqa: UP014
 
 
 def chart_frame(size: int, levels: int) -> Frame:
@@ -105,13 +98,13 @@ def draw_chart(image: np.ndarray, frame: Frame, levels: int) -> None:
     for level in range(levels + 1):
         y = frame.base - level * frame.step
         image[y, axis : frame.left + frame.width + 1] = INK if level == 0 else GRID_LINE
-        text = str(level)
-        x = axis - 1 - frame.scale * ((DIGIT_WIDTH + 1) * len(text) - 1)
-        for place, digit in enumerate(text):
+        x = axis - 1 - frame.scale * ((DIGIT_WIDTH + 1) * len(str(level)) - 1)
+        for digit in str(level):
             bits = np.array(list(_DIGITS[int(digit)])).reshape(DIGIT_HEIGHT, DIGIT_WIDTH) == "1"
             glyph = bits.repeat(frame.scale, 0).repeat(frame.scale, 1)
-            x0, y0 = x + place * frame.scale * (DIGIT_WIDTH + 1), y - len(glyph) // 2
-            image[y0 : y0 + len(glyph), x0 : x0 + glyph.shape[1]][glyph] = INK
+            top = y - len(glyph) // 2
+            image[top : top + len(glyph), x : x + glyph.shape[1]][glyph] = INK
+            x += frame.scale * (DIGIT_WIDTH + 1)
     image[frame.base - levels * frame.step : frame.base + 1, axis] = INK
 
 

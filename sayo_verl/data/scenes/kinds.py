@@ -15,17 +15,15 @@
 The wrong-box control has as many boxes as the region, or all other objects where they are fewer.
 
  - colour, shape: shapes and colours are distinct within a scene.
- - place: the object lies in that quarter of the grid; no other of its shape does, nor in the middle row or column that
-   bounds it. ``repeat`` others of its shape, in other colours, lie elsewhere.
+ - place: no other object of its shape is in that quarter of the grid, nor in the middle row or column that bounds it;
+   ``repeat`` others of its shape, in other colours, are elsewhere.
  - size: an object is as small or as large as the configuration allows, both occur, and only one is a red ring.
    ``repeat`` others share its colour or its shape.
  - count: 1 to ``max_count`` objects, never all of the scene and never none, since there would be no region.
- - relation: in the row (left, right) or column (above, below) of the named object, exactly one object lies on the asked
-   side; further rows and columns and the other side are free. The two are lined up. ``repeat`` others share the colour
-   or the shape of the named object, which alone has both; the answer's shares neither.
+ - relation: in the row (left, right) or column (above, below) of the named object, lined up with it, exactly one object
+   is on the asked side. ``repeat`` others share the colour or the shape of the named object, the answer's neither.
  - highest, height, higher: bars of distinct colours and heights; a bar of height k is as high as line k of the scale,
-   whose numbers have no box. For highest all bars have to be compared, but the region is the bar that answers: else
-   no bar were left for the control.
+   whose numbers have no box. For highest the region is the bar that answers: else no bar were left for the control.
 """
 
 import random
@@ -63,10 +61,10 @@ def sample_scene(rng: random.Random, config: SceneConfig) -> Scene:
 
 def one_object(canvas: Canvas, kinds: Sequence[str]) -> Scene:
     """What colour is the ring? What shape is the red object? The kind is drawn last: recorded results rely on it."""
-    rng, n_objects = canvas.rng, _n_objects(canvas)
+    rng, n_objects = canvas.rng, canvas.n_objects()
     cells = rng.sample(range(canvas.config.grid**2), n_objects)
-    for look in zip(cells, rng.sample(SHAPES, n_objects), rng.sample(COLOUR_NAMES, n_objects), strict=True):
-        canvas.put(*look)
+    for cell, *look in zip(cells, rng.sample(SHAPES, n_objects), rng.sample(COLOUR_NAMES, n_objects), strict=True):
+        canvas.put(cell, (look[0], look[1]))
     needed = (rng.randrange(n_objects),)
     distractors, kind = canvas.others(needed), rng.choice(kinds)
     key, asks = ("shape", "colour") if kind == "colour" else ("colour", "shape")
@@ -83,17 +81,17 @@ def place(canvas: Canvas) -> Scene:
     target = rng.choice(_quarter(config.grid, where, wide=False))
     near = _quarter(config.grid, where, wide=True)
     twins = rng.sample([cell for cell in range(config.grid**2) if cell not in near], config.repeat)
-    canvas.put(target, shape, colour)
+    canvas.put(target, (shape, colour))
     for cell in twins:
-        canvas.put(cell, shape, _other(rng, COLOURS, colour))
-    canvas.fill(_n_objects(canvas), _without(SHAPES, shape), COLOUR_NAMES)
+        canvas.put(cell, (shape, _other(rng, COLOURS, colour)))
+    canvas.fill(canvas.n_objects(), _without(SHAPES, shape), COLOUR_NAMES)
     question = f"What colour is the {shape} in the {where}?"
     return canvas.scene((0,), "place", question, colour, "shape", "colour")
 
 
 def size(canvas: Canvas) -> Scene:
     """Is the red ring large or small?"""
-    rng, config, n_objects = canvas.rng, canvas.config, _n_objects(canvas)
+    rng, config, n_objects = canvas.rng, canvas.config, canvas.n_objects()
     radius = {"small": config.min_radius, "large": config.max_radius}
     values = [rng.choice(("small", "large"))]
     values.append("large" if values[0] == "small" else "small")  # without both there is nothing to compare with
@@ -102,27 +100,22 @@ def size(canvas: Canvas) -> Scene:
     order = [0, *rng.sample(range(1, n_objects), n_objects - 1)]  # the other size is not always that of the look-alike
     cells = rng.sample(range(config.grid**2), n_objects)
     for cell, look, value in zip(cells, order, values, strict=True):
-        canvas.put(cell, *looks[look], radius[value], value)
+        canvas.put(cell, looks[look], radius[value], value)
     question = f"Is the {canvas.objects[0].name} large or small?"
     return canvas.scene((0,), "size", question, values[0], "colour", "value")
 
 
 def count(canvas: Canvas) -> Scene:
     """How many red objects are there? How many rings are there?"""
-    rng, n_objects = canvas.rng, _n_objects(canvas)
+    rng, n_objects = canvas.rng, canvas.n_objects()
     n_counted = rng.randint(1, min(canvas.config.max_count, n_objects - 1))
-    if rng.choice(("colour", "shape")) == "colour":
-        word, key, asks = rng.choice(COLOUR_NAMES), "colour", "shape"
-        canvas.fill(n_counted, SHAPES, (word,))
-        canvas.fill(n_objects, SHAPES, _without(COLOURS, word))
-        things = f"{word} objects"
-    else:
-        word, key, asks = rng.choice(SHAPES), "shape", "colour"
-        canvas.fill(n_counted, (word,), COLOUR_NAMES)
-        canvas.fill(n_objects, _without(SHAPES, word), COLOUR_NAMES)
-        things = f"{word}es" if word.endswith("s") else f"{word}s"
-    needed = tuple(range(n_counted))
-    return canvas.scene(needed, "count", f"How many {things} are there?", str(n_counted), key, asks)
+    key, asks = rng.choice((("colour", "shape"), ("shape", "colour")))
+    word = rng.choice(COLOUR_NAMES if key == "colour" else SHAPES)
+    for up_to, words in ((n_counted, (word,)), (n_objects, _without(COLOURS if key == "colour" else SHAPES, word))):
+        canvas.fill(up_to, *((SHAPES, words) if key == "colour" else (words, COLOUR_NAMES)))
+    things = f"{word} objects" if key == "colour" else f"{word}es" if word.endswith("s") else f"{word}s"
+    question, needed = f"How many {things} are there?", tuple(range(n_counted))
+    return canvas.scene(needed, "count", question, str(n_counted), key, asks)
 
 
 def relation(canvas: Canvas) -> Scene:
@@ -134,13 +127,13 @@ def relation(canvas: Canvas) -> Scene:
     line = [across * grid + step if axis == 0 else step * grid + across for step in range(grid)]
     side = line[along + 1 :] if sign > 0 else line[:along]
     answer_cell, reference_cell = rng.choice(side), line[along]
-    n_objects = _n_objects(canvas)
+    n_objects = canvas.n_objects()
     looks = _looks(rng, canvas.config, n_objects, n_unlike=1)  # the named object, its look-alikes, the rest, the answer
     free = [cell for cell in range(grid**2) if cell not in (*side, reference_cell)]
-    reference = canvas.put(reference_cell, *looks[0])
-    answer = canvas.put(answer_cell, *looks[-1], aligned=(1 - axis, reference))
+    reference = canvas.put(reference_cell, looks[0])
+    answer = canvas.put(answer_cell, looks[-1], aligned=(1 - axis, reference))
     for cell, look in zip(rng.sample(free, n_objects - 2), looks[1:-1], strict=True):
-        canvas.put(cell, *look)
+        canvas.put(cell, look)
     canvas.objects[:2] = [answer, reference]
     key, asks = rng.choice((("shape", "colour"), ("colour", "shape")))
     question = f"What {asks} is the object directly {direction} the {reference.name}?"
@@ -180,12 +173,8 @@ def bars(canvas: Canvas, kind: str) -> Scene:
 SAMPLERS = {"place": place, "size": size, "count": count, "relation": relation}
 
 
-def _n_objects(canvas: Canvas) -> int:
-    return canvas.rng.randint(canvas.config.min_objects, canvas.config.max_objects)
-
-
 def _looks(rng: random.Random, config: SceneConfig, n_objects: int, n_unlike: int = 0) -> list[tuple[str, str]]:
-    """(shape, colour) of each object: the named one, ``repeat`` that share one of its words, others that share none.
+    """(shape, colour) of the named object, of ``repeat`` that share one of its words, of others that share none.
 
     ``n_unlike``: how many at the end share none in any case.
     """

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sayo_verl.data.scenes.config import SceneConfig
-from sayo_verl.data.scenes.drawing import blank, draw
-
+from sayo_verl.data.scenes.drawing import BACKGROUND, draw
 
 # kind -> roles of the needed objects, where they differ
 ROLES = {"relation": ("answer", "reference"), "higher": ("answer", "other")}
@@ -33,13 +32,11 @@ class Scene:
     """A picture and one question about it.
 
     Attributes:
-        image: uint8 [image_size, image_size, 3], RGB.
-        drawing: the same without clutter and noise.
+        image, drawing: uint8 [image_size, image_size, 3], RGB, with and without clutter and noise.
         objects: what is in it.
         needed: indices of the objects that the question needs; the first is the target, whose word answers.
         distractors: indices of random other objects, as many as are needed or as there are.
-        kind: of ``config.KINDS``.
-        question, answer: its text and the word or number that answers it.
+        kind, question, answer: of ``config.KINDS``, its text, and the word or number that answers it.
         key, asks: the words by which a response names an object and says something of it: fields of ``SceneObject``.
     """
 
@@ -67,56 +64,51 @@ class Scene:
         return str(getattr(self.objects[index], self.asks))
 
     def box_names(self, indices: Sequence[int]) -> tuple[str, ...]:
-        """A name for each of these objects; the needed ones with their role, where they have one."""
+        """Names of these objects, with their role in the question, where they have one."""
         role = {i: f"{role}: " for i, role in zip(self.needed, ROLES.get(self.kind, ()), strict=False)}
         return tuple(role.get(i, "") + self.objects[i].name for i in indices)
 
 
+_Aligned = tuple[int, SceneObject] | None
+
+
 class Canvas:
-    """A scene while it is drawn: ``image``, ``objects`` and the cells of the grid that are ``taken``."""
+    """A scene while it is drawn."""
 
     def __init__(self, rng: random.Random, config: SceneConfig) -> None:
-        self.rng, self.config, self.image = rng, config, blank(config.image_size)
+        self.rng, self.config = rng, config
+        self.image = np.full((config.image_size, config.image_size, 3), BACKGROUND, np.uint8)
         self.objects: list[SceneObject] = []
-        self.taken: set[int] = set()
+        self.free = set(range(config.grid**2))  # cells
 
     def put(
-        self,
-        cell: int,
-        shape: str,
-        colour: str,
-        radius: int = 0,
-        value: str = "",
-        aligned: tuple[int, SceneObject] | None = None,
+        self, cell: int, look: tuple[str, str], radius: int = 0, value: str = "", aligned: _Aligned = None
     ) -> SceneObject:
-        """Draw one object somewhere in ``cell``.
+        """Draw an object of (shape, colour) somewhere in ``cell``, with a random radius at 0.
 
-        Args:
-            radius: 0: random, within the configuration's.
-            aligned: (axis, other): along this axis (0: x, 1: y), on which the cells of both are one band, the centre
-                of the smaller of the two lies within the extent of the larger.
+        ``aligned``: (axis, other): along this axis (0: x, 1: y), on which the cells of both are one band, the centre of
+        the smaller of the two lies within the extent of the larger.
         """
-        config, rng = self.config, self.rng
-        radius = radius or rng.randint(config.min_radius, config.max_radius)
-        side = config.image_size // config.grid
+        radius = radius or self.rng.randint(self.config.min_radius, self.config.max_radius)
+        side, grid = self.config.image_size // self.config.grid, self.config.grid
         slack = side // 2 - radius - 1
-        place = (cell % config.grid, cell // config.grid)
-        centre = [at * side + side // 2 + rng.randint(-slack, slack) for at in place]
+        centre = [at * side + side // 2 + self.rng.randint(-slack, slack) for at in (cell % grid, cell // grid)]
         if aligned is not None:
             axis, other = aligned
             low, high = other.box[axis], other.box[axis + 2] - 1
             middle, reach = (low + high) // 2, max(radius, (high - low) // 2)
             centre[axis] = min(max(centre[axis], middle - reach), middle + reach)
-        box = draw(self.image, shape, colour, centre[0], centre[1], radius)
-        self.taken.add(cell)
-        self.objects.append(SceneObject(shape, colour, box, value))
+        self.free.discard(cell)
+        self.objects.append(SceneObject(*look, draw(self.image, *look, centre, radius), value))
         return self.objects[-1]
 
     def fill(self, up_to: int, shapes: Sequence[str], colours: Sequence[str]) -> None:
         """Draw random objects into free cells until there are ``up_to``."""
-        free = [cell for cell in range(self.config.grid**2) if cell not in self.taken]
-        for cell in self.rng.sample(free, up_to - len(self.objects)):
-            self.put(cell, self.rng.choice(shapes), self.rng.choice(colours))
+        for cell in self.rng.sample(sorted(self.free), up_to - len(self.objects)):
+            self.put(cell, (self.rng.choice(shapes), self.rng.choice(colours)))
+
+    def n_objects(self) -> int:
+        return self.rng.randint(self.config.min_objects, self.config.max_objects)
 
     def others(self, needed: Sequence[int]) -> tuple[int, ...]:
         """Random objects that are not needed, as many as are needed or as there are."""

@@ -11,7 +11,8 @@ import numbers
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from posixpath import normpath
 from typing import Annotated, Any, TypeVar
@@ -25,20 +26,16 @@ from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.vision.masks import check_nesting
 
 T = TypeVar("T")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|data:")
-
-
-@functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+_NO_FILE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|data:|.*[\0-\x1f]|.{1024}|$", re.S)
+_adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
 
 
 def _as_text(value: Any) -> str:
     if isinstance(value, str):
         return value.strip()
-    if value is None or (isinstance(value, numbers.Real) and not math.isfinite(value)):
+    if value is None or (isinstance(value, numbers.Real | Decimal) and not math.isfinite(value)):
         return ""
-    if isinstance(value, numbers.Real):
+    if isinstance(value, numbers.Real | Decimal):
         number = float(value)
         return str(value).lower() if isinstance(value, bool) or not number.is_integer() else str(int(number))
     raise ValueError("a list or an object is no text; choose one entry and write it as text")
@@ -56,20 +53,16 @@ def shown(value: Any) -> str:
 def parse(model: type[T], value: Any, where: str) -> T:
     """A value as a pydantic model, or as another type of pydantic; D58 with the first field that is wrong."""
     try:
-        return _adapter(model).validate_python(value)  # type: ignore[arg-type]
+        return _adapter(model).validate_python(value)
     except ValidationError as failed:
         faults = failed.errors(include_url=False)
         fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-        key, known = ".".join(map(str, fault["loc"])), sorted(getattr(model, "model_fields", ()))
-        what, fix = (
-            f"{key or 'the record'} is invalid: {fault['msg'].removeprefix('Value error, ')}",
-            "correct the value, or remove the record",
-        )
-        got, wanted = shown(fault["input"]), None
-        if fault["type"] in ("extra_forbidden", "missing"):
-            unknown = f"unknown key {key!r}{did_you_mean(key, known)}"
-            what = f"the record has no {key!r}" if fault["type"] == "missing" else unknown
-            got, wanted, fix = shown(sorted(map(str, value))), ", ".join(known), "correct, add or remove the key"
+        kind, key, known = fault["type"], ".".join(map(str, fault["loc"])), getattr(model, "model_fields", {})
+        what, wanted = f"{key or 'the record'} is invalid: {fault['msg'].removeprefix('Value error, ')}", None
+        if kind in ("extra_forbidden", "missing"):
+            unknown, wanted = f"unknown key {key!r}{did_you_mean(key, known)}", ", ".join(known)
+            what = unknown if kind == "extra_forbidden" else f"the record has no {key!r}"
+        got, fix = shown(fault["input"]), "correct the record, or remove it"
         raise SayoError("D58", what, where=where, got=got, wanted=wanted, fix=fix) from failed
 
 
@@ -112,8 +105,7 @@ class Ids:
 def boxes_of_images(value: Any, n_images: int, where: str) -> tuple[tuple[tuple[float, ...], ...], ...]:
     """Boxes nested by image; of one image also without that nesting, or one box alone. None and [] are no boxes.
 
-    Raises:
-        SayoError: D05 for another nesting than that of the images, D42 for a box that is not four finite numbers.
+    Raises D05 for another nesting than that of the images, D42 for a box that is not four finite numbers.
     """
     if value is None or value == [] or value == ():
         return ((),) * n_images
@@ -137,12 +129,12 @@ def names_of_boxes(value: Any, boxes: Sequence[Sequence[Any]], where: str) -> tu
     return names
 
 
-def format_of(box_format: str | None, where: str) -> str:
-    """The format of a box that was found; D46 where the command names none."""
-    if box_format is None:
+def format_of(box_format: str | None, boxes: Any, where: str) -> str:
+    """The format that the command names; D46 where it names none and a row has boxes."""
+    if box_format is None and any(boxes):
         fix = "add --box-format; docs/data.md explains the formats, and the publisher of the data names its own"
-        raise SayoError("D46", "there are boxes, and their format is not named", where=where, fix=fix)
-    return box_format
+        raise SayoError("D46", "the format of the boxes is not named", where=where, fix=fix)
+    return box_format or ""
 
 
 def check_input(path: Path) -> Path:
@@ -182,8 +174,7 @@ class ImageFolder:
         if base.is_dir():
             return
         if not zipfile.is_zipfile(base):
-            what = "there is no such folder or zip file of images"
-            raise SayoError("D63", what, where=str(base), fix="correct --images")
+            raise SayoError("D63", "no folder or zip file of images", where=str(base), fix="correct --images")
         with zipfile.ZipFile(base) as archive:
             pairs = [(tail, name) for name in archive.namelist() for tail in _tails(name)]
         times = Counter(tail for tail, _ in pairs)
@@ -191,20 +182,20 @@ class ImageFolder:
 
     def ref(self, name: Any, where: str) -> ImageRef:
         """The image of a name. D40 for what no file can be called; D60 outside the folder, or for two names of one."""
-        if not isinstance(name, str) or not name or _URL.match(name) or not name.isprintable() or len(name) > 1024:
-            what, fix = "an image is not given by the name of a local file", "write the name of a downloaded file"
-            raise SayoError("D40", what, where=where, got=shown(name), fix=fix)
+        if not isinstance(name, str) or _NO_FILE.match(name):
+            local, download = "an image is not given by the name of a local file", "write the name of a downloaded file"
+            raise SayoError("D40", local, where=where, got=shown(name), fix=download)
         found = plain = normpath(re.sub(r"^[A-Za-z]:(?=[\\/])", "", name).replace("\\", "/"))
         if plain.startswith("../"):
-            what, fix = "an image is outside the folder of images", "name its folder with --images, or its whole path"
-            raise SayoError("D60", what, where=where, got=shown(name), fix=fix)
+            outside, whole = "an image is outside the folder of images", "set --images, or write the whole path"
+            raise SayoError("D60", outside, where=where, got=shown(name), fix=whole)
         if plain.startswith("/"):
             if Path(plain).is_file():
                 return ImageRef(plain, Path(plain))
             found = next((tail for tail in _tails(plain) if self._has(tail)), PurePosixPath(plain).name)
             if self._moved.setdefault(found, plain) != plain:
-                what, fix = "two images have one name in the folder of images", "write their paths in this folder"
-                raise SayoError("D60", what, where=where, got=f"{self._moved[found]} and {plain}", fix=fix)
+                twice, got = "two images have one name in the folder of images", f"{self._moved[found]} and {plain}"
+                raise SayoError("D60", twice, where=where, got=got, fix="write their paths in this folder")
         if self._members is None:
             return ImageRef(found, self.base / found)
         member = self._members.get(found, found)
@@ -222,11 +213,7 @@ def _tails(name: str) -> list[str]:
 def stored_image(value: Any, where: str, folder: ImageFolder | None = None) -> ImageRef:
     """An image of a table: {"bytes", "path"} as Hugging Face stores it, bytes, or a name where a folder is given.
 
-    The key of bytes is their hash, for tables give one picture many names.
-
-    Raises:
-        SayoError: D60 where there are no bytes.
-        Drop: ``image_missing`` for null.
+    The key of bytes is their hash. Raises D60 where there are none, and the ``Drop`` image_missing for null.
     """
     if value is None:
         raise Drop("image_missing", "null")

@@ -44,7 +44,7 @@ from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
 from sayo_verl.data.json_files import json_items
-from sayo_verl.data.rows import Example, LeftOut
+from sayo_verl.data.rows import Example, LeftOut, Source
 from sayo_verl.data.sources import common
 from sayo_verl.data.sources.common import Side
 from sayo_verl.errors import SayoError
@@ -95,7 +95,7 @@ def _split(texts: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class GqaSource:
+class GqaSource(Source):
     """GQA as a source of examples; a folder among ``questions`` stands for the *_questions*.json in it."""
 
     scene_graphs: tuple[Path, ...]
@@ -117,10 +117,10 @@ class GqaSource:
         return {"boxes": self.boxes, "images": str(self.images), "files": files}
 
     def examples(self) -> Iterator[Example | LeftOut]:
-        """Questions in the order of their files. D47, D48: an unreadable file; D50: no graph of any image; D58; D62."""
+        """Questions in the order of their files. D47, D48: an unreadable file; D50: no graph of any image; D58."""
         below = self.images / "images"
         folder = common.ImageFolder(below if below.is_dir() else self.images)
-        graphs, ids = self._graphs(), common.Ids()
+        graphs = self._graphs()
         for path in self._question_files():
             with_graph = without = 0
             for id, value in json_items(path):
@@ -128,11 +128,11 @@ class GqaSource:
                 question: Any = common.parse(_RULES[self.boxes], value, where)
                 if question.image_id in graphs:
                     with_graph += 1
-                    yield self._example(ids.add(id, where), question, *graphs[question.image_id], folder)
+                    yield self._example(id, question, *graphs[question.image_id], folder)
                 elif (without := without + 1) == NO_GRAPH_LIMIT and not with_graph:
                     break
                 else:
-                    yield LeftOut(ids.add(id, where), "no_scene_graph", question.image_id)
+                    yield LeftOut(id, "no_scene_graph", question.image_id)
             if without and not with_graph:
                 what, wanted = "no image of these questions has a scene graph", "graphs of the same split"
                 got = f"{without} questions, none of an image of {', '.join(map(str, self.scene_graphs))}"

@@ -25,10 +25,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from sayo_verl.data.json_files import json_lines
-from sayo_verl.data.rows import Example
+from sayo_verl.data.rows import Example, Source
 from sayo_verl.data.sources import common
 from sayo_verl.data.sources.common import Side, Text, parse
 from sayo_verl.errors import Rule, raise_first
+
+NAMED_BOXES = True  # the command adds --box-format and what belongs to it
 
 
 class Line(BaseModel):
@@ -48,7 +50,7 @@ class Line(BaseModel):
 
 
 @dataclass(frozen=True)
-class JsonlSource:
+class JsonlSource(Source):
     """Lines of JSON; attributes as the flags of ``add_flags``. Rows of ``val_file`` are the validation split."""
 
     file: Path
@@ -56,7 +58,6 @@ class JsonlSource:
     images: Path | None = None
     name: str = "jsonl"
     val_file: Path | None = None
-    named_boxes = True
 
     def facts(self) -> dict[str, Any]:
         files = [path for path in (self.file, self.val_file) if path]
@@ -85,7 +86,7 @@ class JsonlSource:
         images = tuple(folder.ref(name, where) for name in line.images or [str(line.image)])
         boxes = common.boxes_of_images(line.boxes, n := len(images), where)
         names = common.names_of_boxes(line.box_names, boxes, where)
-        box_format = common.format_of(named or own, where) if any(boxes) else named or ""
+        box_format = common.format_of(named or own, boxes, where)
         question, source = common.untagged(line.question, n, where), common.data_source(self.name)
         sizes = line.size if line.images or line.size is None else [line.size]
         sizes = () if sizes is None else parse(tuple[tuple[Side, Side] | None, ...], sizes, f"{where}, size")

@@ -1,1 +1,0 @@
-"""From examples to folders of rows: options, worker processes, shards, interruptions, mixing."""

@@ -1,0 +1,83 @@
+"""Drawn scenes with questions and exact boxes (``sayo_verl.data.scenes``) as a source, and their folders."""
+
+import hashlib
+import io
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import List, Value
+from PIL import Image
+
+from sayo_verl.data.build import BuildOptions, build
+from sayo_verl.data.folder import Prepared, check_folder, content_hash
+from sayo_verl.data.rows import Example, ImageRef, Source
+from sayo_verl.data.scenes import Scene, SceneConfig, sample_scene
+from sayo_verl.data.scenes.config import BAR_KINDS
+from sayo_verl.errors import SayoError
+
+_MAX_REDRAWS = 100
+_BOXES = List(List(List(Value("float64"))))
+
+
+@dataclass(frozen=True)
+class SceneSource(Source):
+    """The scenes of a configuration. A row depends on the seed, its split and its index alone."""
+
+    config: SceneConfig
+    name: str = "scenes"
+    extra_features = {"key_word": Value("string"), "target_boxes": _BOXES, "distractor_boxes": _BOXES}  # noqa: RUF012
+
+    def facts(self) -> dict[str, Any]:
+        return {"config": asdict(self.config)}
+
+    def examples(self) -> Iterator[Example]:
+        """Validation scenes, then training scenes of other drawings; noise does not make another drawing.
+
+        Raises:
+            SayoError: D21 where no object is left for the wrong-box control, D22 for too few different drawings.
+        """
+        held_out = set[bytes]()
+        for split, rows in (("val", self.config.n_val), ("train", self.config.n_train)):
+            for index in range(rows):
+                for attempt in range(_MAX_REDRAWS):
+                    scene = sample_scene(random.Random(f"{self.config.seed}/{split}/{index}/{attempt}"), self.config)
+                    drawing = hashlib.sha256(scene.drawing.tobytes()).digest()
+                    if split == "val" or drawing not in held_out:
+                        break
+                else:
+                    what, fix = "the configuration allows too few different images", "allow more, or ask for fewer rows"
+                    raise SayoError("D22", what, where=f"row {index} of {split}", fix=fix)
+                held_out.update([drawing] if split == "val" else [])
+                yield self._example(scene, split, f"{split}-{index}")
+
+    def _example(self, scene: Scene, split: str, id: str) -> Example:
+        if not scene.distractors:
+            what, least = "a row needs a further object, for the wrong-box control", len(scene.needed) + 1
+            field = "min_bars" if scene.kind in BAR_KINDS else "min_objects"
+            where, wanted, fix = f"SceneConfig.{field}, {scene.kind}", f"at least {least}", f"set {field} to {least}"
+            raise SayoError("D21", what, where=where, got=len(scene.objects), wanted=wanted, fix=f"{fix} or more")
+        (png := Image.fromarray(scene.image)).save(file := io.BytesIO(), format="PNG")
+        image = ImageRef(hashlib.sha256(file.getvalue()).hexdigest()[:20], data=file.getvalue())
+        rewarded = scene.needed if self.config.region == "target" else scene.distractors
+        boxes, target, distractor = (
+            tuple(scene.objects[i].box for i in some) for some in (rewarded, scene.needed, scene.distractors)
+        )
+        shares = [[[[value / png.width for value in box] for box in some]] for some in (target, distractor)]
+        extra = {"key_word": scene.key_word(scene.target), "target_boxes": shares[0], "distractor_boxes": shares[1]}
+        row = (id, (image,), scene.question, scene.answer, (boxes,), (scene.box_names(rewarded),), "xyxy")
+        where = {"sizes": (png.size,), "kind": scene.kind, "split": split, "extra": extra}
+        return Example(*row, f"scene_{self.config.region}", "sayo/scenes", **where)
+
+
+def prepare(out_root: Path | str, config: SceneConfig, prompt: str = "question") -> Prepared:
+    """``out_root/scenes-<hash>/``, built unless it is there. ``prompt``: as ``rows.messages_of``."""
+    folder = Path(out_root) / f"scenes-{content_hash(asdict(config), prompt)}"
+    try:
+        check_folder(folder)
+    except SayoError:  # it is not there, or not complete
+        build(SceneSource(config), folder, BuildOptions(prompt=prompt, trust_boxes=True, overwrite=True))
+        return Prepared(folder, False)
+    return Prepared(folder, True)

@@ -1,0 +1,262 @@
+"""What all sources share: texts, records, boxes, names of images."""
+
+import math
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict
+from support.refusals import refusal
+
+from sayo_verl.data.rows import Drop, ImageRef
+from sayo_verl.data.sources import common
+from sayo_verl.data.sources.common import ImageFolder, boxes_of_images, names_of_boxes
+from sayo_verl.errors import SayoError
+
+
+class Inner(BaseModel):
+    value: int
+
+
+class Sample(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    question: common.Text
+    size: tuple[common.Side, common.Side] | None = None
+    turns: list[Inner] = []
+
+
+# --------------------------------------------------------------------------------------------------- records and texts
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [("  a b ", "a b"), (3, "3"), (3.0, "3"), (0.25, "0.25"), (True, "true"), (None, ""), (math.nan, ""), ("", "")],
+)
+def test_text_is_written_as_json_writes_it(value, text):
+    assert common.text(value, "here") == text
+
+
+@pytest.mark.parametrize("value", [["yes", "no"], {"a": 1}, b"x"])
+def test_an_answer_that_is_a_list_is_refused_with_the_row(value):
+    with refusal("D58", "choose one") as caught:
+        common.text(value, "a.jsonl line 3")
+    assert caught.value.where == "a.jsonl line 3"
+
+
+@given(st.integers(-(10**9), 10**9) | st.floats(-1e9, 1e9))
+@settings(max_examples=50)
+def test_text_of_a_number_is_that_number(value):
+    assert float(common.text(value, "here")) == value
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ({"question": "a", "sise": [1, 2]}, "unknown key 'sise' .did you mean 'size'"),
+        ({"sise": [1, 2]}, "unknown key 'sise'"),  # before what is missing: it is likely the cause
+        ({}, "has no 'question'.*wanted question, size, turns"),
+        ({"question": "a", "size": [640, 0]}, "size.1 is invalid.*got 0"),
+        ({"question": "a", "size": [1.5, 2]}, "size.0"),
+        ({"question": "a", "turns": [{"value": 1}, {}]}, "no 'turns.1.value'"),
+        ([1], "the record is invalid"),
+    ],
+)
+def test_a_wrong_record_is_refused_in_one_line_with_the_field(record, says):
+    with refusal("D58", says) as caught:
+        common.parse(Sample, record, "file line 2")
+    assert caught.value.where == "file line 2"
+
+
+def test_sizes_are_whole_numbers_above_zero():
+    assert common.picture_size(640.0, 480, "here") == (640, 480)
+    for pair in [(0, 1), (1.5, 2), (None, 2), (True, "x")]:
+        with refusal("D58"):
+            common.picture_size(*pair, "here")
+
+
+def test_ids_are_unique_and_names_of_data_sets_plain(tmp_path):
+    ids = common.Ids()
+    assert ids.add("a", "line 1") == "a"
+    with refusal("D62", "two records have one id"):
+        ids.add("a", "line 2")
+    assert common.data_source("my-set.2") == "sayo/my-set.2"
+    for name in ("My Set", "", "a/b", "x" * 80):
+        with refusal("D58", "not plain"):
+            common.data_source(name)
+
+
+def test_input_files_exist_and_cannot_run_code(tmp_path):
+    for suffix in (".pkl", ".pt", ".NPY"):
+        (tmp_path / f"a{suffix}").write_bytes(b"x")
+        with refusal("D63", "run code"):
+            common.check_input(tmp_path / f"a{suffix}")
+    with refusal("D63", "no such file"):
+        common.check_input(tmp_path / "none.jsonl")
+
+
+def test_image_tags_around_a_question_are_removed_and_must_be_as_many_as_images():
+    assert common.untagged("<image>\n<image> Same?", 2, "here") == "Same?"
+    assert common.untagged("What is it? <image>", 1, "here") == "What is it?"
+    assert common.untagged("Is <image> older than <image>?", 2, "here") == "Is <image> older than <image>?"
+    assert common.untagged("What?", 3, "here") == "What?"
+    with refusal("D09", "each image once"):
+        common.untagged("<image> What?", 2, "line 4")
+
+
+# --------------------------------------------------------------------------------------------------------------- boxes
+
+
+@pytest.mark.parametrize(
+    ("value", "n", "boxes"),
+    [
+        (None, 2, ((), ())),
+        ([], 1, ((),)),
+        ([[]], 1, ((),)),
+        ([1, 2, 3, 4], 1, (((1, 2, 3, 4),),)),
+        ([[1, 2, 3, 4], [5, 6, 7, 8]], 1, (((1, 2, 3, 4), (5, 6, 7, 8)),)),
+        ([[[1, 2, 3, 4]]], 1, (((1, 2, 3, 4),),)),
+        ([[], [[1, 2, 3, 4]]], 2, ((), ((1, 2, 3, 4),))),
+    ],
+)
+def test_boxes_are_nested_by_image(value, n, boxes):
+    assert boxes_of_images(value, n, "here") == boxes
+
+
+@pytest.mark.parametrize(
+    ("value", "n", "code"),
+    [
+        ([[1, 2, 3, 4]], 2, "D05"),
+        ([[[1, 2, 3, 4]], []], 1, "D05"),
+        ({"x": 1}, 1, "D05"),
+        ([[1, 2, 3]], 1, "D42"),
+        ([[1, 2, 3, "4px"]], 1, "D42"),
+        ([[1, 2, 3, None]], 1, "D42"),
+        ([[1, 2, 3, math.inf]], 1, "D42"),
+        (["a"], 1, "D42"),
+    ],
+)
+def test_other_boxes_are_refused_by_place(value, n, code):
+    with refusal(code) as caught:
+        boxes_of_images(value, n, "line 7")
+    assert "line 7" in caught.value.where
+
+
+@given(
+    st.recursive(st.none() | st.integers() | st.text(max_size=2), lambda x: st.lists(x, max_size=4)), st.integers(1, 2)
+)
+@settings(max_examples=100)
+def test_boxes_of_any_kind_are_read_or_refused(value, n):
+    try:
+        found: Any = len(boxes_of_images(value, n, "here"))
+    except SayoError as error:
+        found = error.code
+    assert found in (n, "D05", "D42")
+
+
+def test_names_of_boxes_and_their_format():
+    boxes = (((1.0, 2.0, 3.0, 4.0),), ())
+    assert names_of_boxes(None, boxes, "here") == (("",), ())
+    assert names_of_boxes([["dog"], []], boxes, "here") == (("dog",), ())
+    assert names_of_boxes(["dog"], boxes[:1], "here") == (("dog",),)
+    for value, code in [(["dog", "cat"], "D59"), ([3], "D58"), ("dog", "D58")]:
+        with refusal(code):
+            names_of_boxes(value, boxes[:1], "here")
+    assert common.format_of("xywh", boxes, "here") == "xywh"
+    assert common.format_of(None, ((), ()), "here") == ""
+    with refusal("D46", "add --box-format"):
+        common.format_of(None, boxes, "here")
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for name in ("images/p0.png", "p1.png", "sub/p2.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(b"x")
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("p1.png", "p1.png"),
+        ("./images/../p1.png", "p1.png"),
+        ("images\\p0.png", "images/p0.png"),
+        ("D:\\data\\images\\p0.png", "images/p0.png"),
+        ("C:/somewhere/p1.png", "p1.png"),
+        ("/home/other/set/sub/p2.png", "sub/p2.png"),
+        ("/gone/p9.png", "p9.png"),  # reading it tells that it is missing
+        ("三　辆.png", "三　辆.png"),
+    ],
+)
+def test_names_of_any_system_are_looked_up_in_the_folder(pictures, name, found):
+    assert ImageFolder(pictures).ref(name, "here") == ImageRef(found, pictures / found)
+
+
+def test_an_absolute_name_that_exists_is_used_as_it_is(pictures, tmp_path):
+    path = pictures / "p1.png"
+    assert ImageFolder(tmp_path).ref(str(path), "here").path == path
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("http://x.org/a.png", "D40"),
+        ("s3://b/a.png", "D40"),
+        ("data:image/png;base64,iVBOR", "D40"),
+        ("a\nb.png", "D40"),
+        ("a\0.png", "D40"),
+        ("x" * 2000, "D40"),
+        ("", "D40"),
+        (3, "D40"),
+        ({"bytes": None}, "D40"),
+        ("../p1.png", "D60"),
+        ("a\\..\\..\\p1.png", "D60"),
+    ],
+)
+def test_other_names_are_refused(pictures, name, code):
+    with refusal(code) as caught:
+        ImageFolder(pictures).ref(name, "line 2")
+    assert caught.value.where == "line 2"
+
+
+def test_two_absolute_names_are_not_one_picture(pictures):
+    folder = ImageFolder(pictures)
+    for _ in range(2):
+        assert folder.ref("/a/p1.png", "here").key == "p1.png"
+    with refusal("D60", "two images have one name.*/a/p1.png and /b/p1.png"):
+        folder.ref("/b/p1.png", "here")
+
+
+def test_images_in_a_zip_file_by_their_names_or_unique_ends(tmp_path):
+    path = tmp_path / "images.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("train/a.png", "train/b.png", "val/b.png"):
+            archive.writestr(name, b"x")
+    folder = ImageFolder(path)
+    members = {"train/a.png": "train/a.png", "a.png": "train/a.png", "D:\\x\\val\\b.png": "val/b.png", "b.png": "b.png"}
+    for name, member in members.items():
+        assert folder.ref(name, "here") == ImageRef(member, path, member)
+    (tmp_path / "no.zip").write_bytes(b"x")
+    for missing in (tmp_path / "none", tmp_path / "no.zip"):
+        with refusal("D63", "no folder or zip file"):
+            ImageFolder(missing)
+
+
+def test_an_image_of_a_table_is_bytes_or_a_name(pictures):
+    by_bytes: list[Any] = [b"abc", {"bytes": b"abc", "path": "x.png"}]
+    refs = [common.stored_image(value, "here") for value in by_bytes]
+    assert refs[0] == refs[1]
+    assert refs[0].data == b"abc"
+    for value in ("p1.png", {"bytes": None, "path": "p1.png"}):
+        assert common.stored_image(value, "here", ImageFolder(pictures)).path == pictures / "p1.png"
+    for value in ("p1.png", {"bytes": None, "path": None}, 3, {}):
+        with refusal("D60", "--images"):
+            common.stored_image(value, "here")
+    with pytest.raises(Drop, match="image_missing"):
+        common.stored_image(None, "here")
