@@ -54,7 +54,7 @@ SMALL = Finding("D69", "INFO", "a box is a small part of a visual token; its mai
 SHARED = Finding("D65", "FAIL", "training and validation share an image", "split by image, as `sayo prepare` does")
 TWICE = Finding("D65", "WARN", "two rows have the same question and the same images", "remove one of them")
 NAMES = Finding("D97", "WARN", "does a split by name leak? a picture has several image_keys", "give it one name")
-DOUBT = Finding("D97", "WARN", "do the boxes show what the questions are about?", "look at --page; then correct them")
+DOUBT = Finding("D97", "WARN", "do the boxes show what the questions are about?", "look at --page, and at --box-format")
 FORMAT = Finding("D67", "WARN", "an image is animated, or not JPEG, PNG or WEBP; verl takes the first picture", PREPARE)
 SHORT = Finding("D67", "WARN", "a side of an image is shorter than a visual token, and is stretched", "leave it out")
 
@@ -254,9 +254,10 @@ class Audit:
         areas = [(x1 - x0) * (y1 - y0) for of_image in seen.boxes for x0, y0, x1, y1 in of_image]
         kind = str(row["data_source"]), str((row.get("extra_info") or {}).get("kind"))
         self.counted["sample"][kind] += 1
-        reasons = [((2, *kind), 0.0)] + [((0,), min(areas)), ((1,), -max(areas))] * bool(areas)
-        for reason, area in reasons + [((3, where), 0.0)] * drawn:
-            if self.n_shown and area < self._kept.get(reason, (1.0, seen))[0]:
+        reasons: dict[tuple[Any, ...], float] = {(2, *kind): 0} | ({(3, where): 0} if drawn else {})
+        reasons |= {(0,): min(areas), (1,): -max(areas)} if areas else {}
+        for reason, area in reasons.items() if self.n_shown else ():
+            if area < self._kept.get(reason, (2.0, seen))[0]:
                 self._kept[reason] = area, seen
         if self.model is None:
             return

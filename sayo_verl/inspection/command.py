@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(name, Text(value))
     console.print(table)
     for f in findings:
-        lines = [f"\n{f.level} {f.code}, {f.count} times: {f.what}", *f.rows, f"fix: {f.fix}"]
+        lines = [f"\n{f.level} {f.code}, count {f.count}: {f.what}", *f.rows, f"fix: {f.fix}"]
         console.print(Text("\n    ".join(lines)), soft_wrap=True)
     if not findings:
         console.print("no findings")

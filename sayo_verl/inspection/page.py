@@ -27,7 +27,7 @@ SWITCHES = {"box": "boxes", "token": "visual tokens in boxes", "grid": "grid of 
 STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:1400px;padding:1.2em;color:#1d2429;background:#fff}
 h1{font-size:1.35em;overflow-wrap:anywhere}h2{font-size:1.1em;margin:1.6em 0 .4em}b{font-weight:600}
-table{border-collapse:collapse;font-size:14px}td{vertical-align:top;padding:.2em .9em .2em 0;white-space:pre-line}
+table{border-collapse:collapse;font-size:14px}td{vertical-align:top;padding:.2em .9em .2em 0;white-space:pre-wrap}
 .FAIL{color:#b00020}.WARN{color:#9a6200}.meta,figcaption{color:#5a6670;font-size:12.5px;overflow-wrap:anywhere}
 .switches{position:sticky;top:0;background:#fffffff0;padding:.5em 0;z-index:1}label{margin-right:1.4em}
 .row{border-top:1px solid #ccd3d8;padding:1em 0}.q{white-space:pre-wrap;margin:.3em 0;max-width:70em}
@@ -35,8 +35,7 @@ table{border-collapse:collapse;font-size:14px}td{vertical-align:top;padding:.2em
 svg{display:block;max-width:100%;height:auto;border:1px solid #ccd3d8}path{vector-effect:non-scaling-stroke;fill:none}
 .scale{display:inline-block;width:9em;height:.8em;margin:0 .5em;background:linear-gradient(90deg,#fff,#08519c)}
 .grid{stroke:#fff;stroke-opacity:.75;stroke-width:.7}.token{fill:#ffb000;fill-opacity:.3;stroke:#ff8c00}
-.tile{stroke:#00a0a0;stroke-width:2}path.box{stroke-width:2.2}
-text.box{font-weight:700;paint-order:stroke;stroke:#fff;stroke-width:.2em}
+.tile{stroke:#00a0a0;stroke-width:2}path.box{stroke-width:2.2}text.box{font-weight:700;paint-order:stroke;stroke:#fff;stroke-width:.2em}
 """ + "".join(f"body:has(#{name}:not(:checked)) .{name}{{display:none}}\n" for name in SWITCHES)
 BEFORE, AFTER = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>', "</body></html>\n"
 
@@ -49,7 +48,7 @@ def make_page(
     counted = _table((f"<b>{escape(name)}</b>", escape(value)) for name, value in figures.items())
     found = _table(
         (
-            f'<b class="{f.level}">{f.level}</b> {f.code}, {f.count} times',
+            f'<b class="{f.level}">{f.level}</b> {f.code}, count {f.count}',
             f'{escape(f.what)}<div class="meta">{"<br>".join(map(escape, f.rows))}</div>fix: {escape(f.fix)}',
         )
         for f in findings
