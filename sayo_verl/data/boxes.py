@@ -113,7 +113,8 @@ def four_numbers(box: Any, where: str, wanted: str = "finite numbers, without un
     except (TypeError, ValueError, OverflowError):
         values = []
     if len(values) != 4 or not all(abs(v) <= 1e9 for v in values):
-        got, fix = " ".join(f"{box!r}".split())[:120], "correct the annotation, or leave this row out"
+        got = " ".join(f"{box!r}".split())[:120]
+        fix = "correct the annotation, or leave this row out"
         raise SayoError("D42", "a box is not four finite numbers", where=where, got=got, wanted=wanted, fix=fix)
     return values[0], values[1], values[2], values[3]
 
@@ -159,9 +160,13 @@ def _drawn_on(
     annotated = annotated and (annotated[0], annotated[1])
     raw, upright = (stored.raw_width, stored.raw_height), (stored.width, stored.height)
     if annotated not in (None, raw, upright) and not rescale:
-        got = f"annotated {annotated}, image {upright}"
-        fix = "get the images that the annotations were made on, or add --rescale if these are resized, not cropped"
-        raise SayoError("D44", "the boxes were drawn on an image of another size", where=where, got=got, fix=fix)
+        raise SayoError(
+            "D44",
+            "the boxes were drawn on an image of another size",
+            where=where,
+            got=f"annotated {annotated}, image {upright}",
+            fix="get the images that the annotations were made on, or add --rescale if these are resized, not cropped",
+        )
     if stored.orientation == 1:
         return annotated or upright, 1
     only = "" if raw == upright or not annotated else {raw: "raw", upright: "upright"}.get(annotated, "")

@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,6 @@ from PIL import Image
 from sayo_verl.data.images import DAMAGE, ORIENTATION
 from sayo_verl.errors import SayoError
 
-# What Arrow raises on a damaged page, and on values that Python has no type for.
-_ARROW_ERRORS = (OSError, ValueError, TypeError, LookupError, OverflowError, NotImplementedError)
 _FIX = "store the encoded image as {'bytes': ...}, or its path alone: a text, or {'image': path}"
 
 
@@ -31,14 +30,22 @@ class Header(NamedTuple):
     frames: int
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """D02 for what Arrow raises on a damaged file, and on values that Python has no type for."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, NotImplementedError) as error:
+        what = f"the parquet file cannot be read ({' '.join(str(error).split())})"
+        raise SayoError("D02", what, where=str(path), fix="prepare it again; it may have been cut short") from error
+
+
 def open_parquet(path: Path) -> pq.ParquetFile:
     """A parquet file whose footer can be read; D02 for any other."""
-    try:
+    with _readable(path):
         file = pq.ParquetFile(path)
         _ = file.schema_arrow
-    except _ARROW_ERRORS as error:
-        raise _unreadable(path, error) from error
-    return file
+        return file
 
 
 def read_rows(
@@ -48,16 +55,15 @@ def read_rows(
     batches = file.iter_batches(batch_size=256, columns=columns, row_groups=groups)
     marked = [name for name in _image_features(file) if name in columns]
     while True:
-        try:  # around the reading alone: an error of the caller is not caught here
+        with _readable(path):  # around the reading alone: an error of the caller is not caught here
             batch = next(batches, None)
-            rows = batch.to_pylist() if batch is not None else []
-        except _ARROW_ERRORS as error:
-            raise _unreadable(path, error) from error
+            rows = [] if batch is None else batch.to_pylist()
         if batch is None:
             return
         for row in rows:
             for name in marked:
-                row[name] = [_as_datasets_decodes(image) for image in row[name] or []]
+                empty = [isinstance(image, dict) and image.get("bytes") is None for image in row[name] or []]
+                row[name] = [{"image": row[name][i].get("path")} if e else row[name][i] for i, e in enumerate(empty)]
             yield row
 
 
@@ -69,10 +75,6 @@ def _image_features(file: pq.ParquetFile) -> list[str]:
         return []
     lists = [field.name for field in file.schema_arrow if pa.types.is_list(field.type)]
     return [name for name in lists if '"_type": "Image"' in json.dumps(declared.get(name))]
-
-
-def _as_datasets_decodes(image: Any) -> Any:
-    return {"image": image.get("path")} if isinstance(image, dict) and image.get("bytes") is None else image
 
 
 def rows_at(file: pq.ParquetFile, path: Path, columns: list[str], chosen: set[int]) -> Iterator[tuple[int, dict]]:
@@ -92,19 +94,12 @@ def leaves(file: pq.ParquetFile) -> list[str]:
     return [file.schema.column(i).path for i in range(len(file.schema))]
 
 
-def _unreadable(path: Path, error: Exception) -> SayoError:
-    what = f"the parquet file cannot be read ({' '.join(str(error).split())})"
-    return SayoError("D02", what, where=str(path), fix="prepare it again; it may have been cut short")
-
-
 def image_source(image: Any, where: str) -> bytes | Path | str:
     """What verl 0.9.1 opens of one entry of the column of images: bytes, the path of a file, or a web address.
 
     verl opens a text (a path, ``file://``, ``http(s)://`` or ``data:image``), ``{bytes}`` and ``{image: text}``. Of a
-    dict with ``bytes`` it opens nothing else, and it never opens ``path``.
-
-    Raises:
-        SayoError: D06 no image, D07 invalid base64, D73 for what verl does not open and for a path without a file.
+    dict with ``bytes`` it opens nothing else, and it never opens ``path``. Raises D06 for no image, D07 for invalid
+    base64, D73 for what verl does not open and for a path without a file.
     """
     fields = image if isinstance(image, dict) else {"image": image}
     text = fields["bytes"] if "bytes" in fields else fields.get("image", fields.get("image_url"))
@@ -130,11 +125,8 @@ def image_source(image: Any, where: str) -> bytes | Path | str:
 
 
 def read_image(image: Any, where: str, *, decode: bool = True) -> Header | None:
-    """The header of an image of a row; None for a web address.
-
-    Raises:
-        SayoError: of ``image_source``; D07 for an invalid header, and, with ``decode``, for invalid pixels.
-    """
+    """The header of an image of a row; None for a web address. Errors of ``image_source``, and D07 for a header or,
+    with ``decode``, pixels that cannot be read."""
     source = image_source(image, where)
     if isinstance(source, str):
         return None

@@ -108,7 +108,7 @@ def test_a_validation_file_and_a_column_of_ids(tmp_path):
     ("code", "says", "lines", "options"),
     [
         ("D95", "1 of 1, such as 7", [{"id": 7, "boxes": [[1, 2, 3, 4]]}], {}),
-        ("D96", "fit two rows", [{"id": "hard", "boxes": [[1, 2, 3, 4]]}], {"id": "extra_info.level"}),
+        ("D96", "boxes already", [{"id": "hard", "boxes": [[1, 2, 3, 4]]}], {"id": "extra_info.level"}),
         ("D58", "--id", [{"id": 0, "boxes": [[1, 2, 3, 4]]}], {"id": "extra_info.absent"}),
         ("D58", "did you mean 'boxes'", [{"id": 0, "boxs": [[1, 2, 3, 4]]}], {}),
         ("D62", "line 2", [{"id": 0, "boxes": []}, {"id": "0", "boxes": []}], {}),

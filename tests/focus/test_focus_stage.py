@@ -128,6 +128,16 @@ def test_the_probe_plans_prompts_that_end_in_the_token(folders):
     assert bool(plan.keys["question"].any())
 
 
+def test_images_by_path_give_the_batch_of_their_bytes(folders, tmp_path):
+    model, processor = load(folders["qwen3_vl"])
+    (tmp_path / "a.png").write_bytes(scene_rows(1)[0]["images"][0]["bytes"])
+    of_bytes, focus = batch_of(model, processor, scene_rows(1))
+    for image in (str(tmp_path / "a.png"), {"image": f"file://{tmp_path}/a.png"}):
+        batch, at = batch_of(model, processor, [scene_rows(1)[0] | {"images": [image]}])
+        assert all(torch.equal(batch[name], of_bytes[name]) for name in of_bytes)
+        assert torch.equal(at.target, focus.target)
+
+
 @pytest.mark.parametrize(
     "change",
     [{"alpha": 1.0}, {"weight": -1.0}, {"dtype": "half"}, {"steps": 0}, {"lora_rank": 4, "train_vision": True}],

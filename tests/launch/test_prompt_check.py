@@ -95,6 +95,19 @@ def test_a_narrow_image_is_refused_or_left_to_verls_filter(through):
     refused(through(SMALL, (402, 2), (402, 2), **{"data.filter_overlong_prompts": True}), "D75")
 
 
+def test_images_by_path_are_checked_as_their_bytes(through, tmp_path):
+    config = through(SMALL, SMALL, LARGE)
+    of_bytes, file = dict(preflight(config)), Path(config.data.train_files)
+    rows = pq.read_table(file).to_pylist()
+    for n, row in enumerate(rows):
+        (tmp_path / f"{n}.png").write_bytes(row["images"][0]["bytes"])
+        row["images"] = [{"image": str(tmp_path / f"{n}.png")}]
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    assert dict(preflight(config)) == of_bytes
+    (tmp_path / "1.png").unlink()
+    assert refused(config, "D73").where.endswith("row 1, images[0]")
+
+
 def test_long_text_prompts_are_counted_since_verl_cuts_them(through):
     config = through(SMALL, (0, 0), SMALL, text="<image>" + "What colour? " * 40, **{"data.max_prompt_length": 120})
     config.algorithm.adv_estimator = "grpo"

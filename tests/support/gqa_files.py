@@ -137,7 +137,7 @@ def with_question(folder: Path, change) -> GqaSource:
     return source(folder, questions=(folder / "changed.json",), boxes="grounding")
 
 
-def told(items) -> dict[str, object]:
+def outcomes(items) -> dict[str, object]:
     """id -> names of its boxes, or the reason that it was left out."""
     return {e.id: e.reason if isinstance(e, LeftOut) else e.box_names[0] for e in items}
 

@@ -23,9 +23,9 @@ from pydantic import BaseModel
 
 from sayo_verl.data.boxes import four_numbers
 from sayo_verl.data.json_files import json_items
-from sayo_verl.data.rows import Example, LeftOut, Source
+from sayo_verl.data.rows import Example, LeftOut
 from sayo_verl.data.sources import common, questions
-from sayo_verl.data.sources.questions import Picture, Questions, Thing
+from sayo_verl.data.sources.questions import AnnotatedSource, Picture, Thing
 from sayo_verl.errors import SayoError
 
 NAMED_BOXES = False
@@ -57,21 +57,11 @@ class Mark(BaseModel):
 
 
 @dataclass(frozen=True)
-class CocoSource(Source):
+class CocoSource(AnnotatedSource):
     """COCO; attributes as the flags of ``add_flags``."""
 
     annotations: Path
     images: Path
-    questions: Questions
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.questions.name
-
-    def facts(self) -> dict[str, Any]:
-        files = [path for path in (self.annotations, self.questions.file) if path]
-        asked = {"ask": list(self.questions.ask), "absent": self.questions.absent}
-        return {"files": common.file_facts(files), "images": str(self.images), **asked}
 
     def examples(self) -> Iterator[Example | LeftOut]:
         """Raises SayoError: D42 a box, D58 a field, D60 the name of an image, D62 an id or a name, D63 a file."""
@@ -124,4 +114,4 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def from_args(args: argparse.Namespace) -> CocoSource:
     """The source from the flags of ``add_flags``."""
-    return CocoSource(args.annotations, args.images, questions.from_args(args, "xywh"))
+    return CocoSource(questions.from_args(args, "xywh"), args.annotations, args.images)

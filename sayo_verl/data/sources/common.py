@@ -4,6 +4,8 @@ Text is taken without the white space around it. A number is written as JSON wri
 Null and NaN are no text (the builder leaves such a row out). A list is refused: the user has to choose one entry.
 """
 
+import argparse
+import dataclasses
 import functools
 import hashlib
 import math
@@ -11,7 +13,8 @@ import numbers
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from posixpath import normpath
@@ -21,7 +24,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from sayo_verl.data.boxes import four_numbers
 from sayo_verl.data.contract import check_placeholders
-from sayo_verl.data.rows import IMAGE_TAG, RUNS_CODE, Drop, ImageRef
+from sayo_verl.data.rows import IMAGE_TAG, RUNS_CODE, Drop, ImageRef, Source
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.vision.masks import check_nesting
 
@@ -57,12 +60,15 @@ def parse(model: type[T], value: Any, where: str) -> T:
     except ValidationError as failed:
         faults = failed.errors(include_url=False)
         fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-        kind, key, known = fault["type"], ".".join(map(str, fault["loc"])), getattr(model, "model_fields", {})
-        what, wanted = f"{key or 'the record'} is invalid: {fault['msg'].removeprefix('Value error, ')}", None
-        if kind in ("extra_forbidden", "missing"):
-            unknown, wanted = f"unknown key {key!r}{did_you_mean(key, known)}", ", ".join(known)
-            what = unknown if kind == "extra_forbidden" else f"the record has no {key!r}"
-        got, fix = shown(fault["input"]), "correct the record, or remove it"
+        key, known, got = ".".join(map(str, fault["loc"])), getattr(model, "model_fields", {}), shown(fault["input"])
+        keys = {
+            "missing": f"the record has no {key!r}",
+            "extra_forbidden": f"unknown key {key!r}{did_you_mean(key, known)}",
+        }
+        what = keys.get(
+            fault["type"], f"{key or 'the record'} is invalid: {fault['msg'].removeprefix('Value error, ')}"
+        )
+        wanted, fix = ", ".join(known) if fault["type"] in keys else None, "correct the record, or remove it"
         raise SayoError("D58", what, where=where, got=got, wanted=wanted, fix=fix) from failed
 
 
@@ -224,3 +230,47 @@ def stored_image(value: Any, where: str, folder: ImageFolder | None = None) -> I
         return folder.ref(data, where)
     fix = "store the images in the table, or name the folder of their files with --images"
     raise SayoError("D60", "an image has no bytes", where=where, got=shown(value), fix=fix)
+
+
+class FieldSource(Source):
+    """A dataclass whose fields are the facts of the source."""
+
+    def facts(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
+        values = (*fields.values(), *fields.get("questions", {}).values())
+        return fields | {"files": file_facts(v for v in values if isinstance(v, Path) and v.is_file())}
+
+
+@dataclass(frozen=True)
+class FileSource(FieldSource):
+    """A file of records and perhaps one of validation rows; fields as the flags of ``add_file_flags``."""
+
+    file: Path
+    box_format: str | None = None
+    images: Path | None = None
+    val_file: Path | None = None
+    name: str = "mine"
+
+    def records(
+        self, read: Callable[[Path], Iterable[tuple[int, Any]]], word: str
+    ) -> Iterator[tuple[Any, str, str, str, ImageFolder]]:
+        """Value, place ("a.json line 3"), place as an id, split, and folder of images of each record."""
+        for path, split in ((self.file, "train" if self.val_file else ""), (self.val_file, "val")):
+            if path:
+                folder = ImageFolder(self.images or path.parent)
+                for number, value in read(check_input(path)):
+                    yield (
+                        value,
+                        f"{path} {word} {number}",
+                        f"{'val/' * (split == 'val')}{path.name}:{number}",
+                        split,
+                        folder,
+                    )
+
+
+def add_file_flags(parser: argparse.ArgumentParser, name: str) -> None:
+    """Flags of a ``FileSource``."""
+    parser.add_argument("--file", type=Path, required=True, help="the file of records (.gz and .zip are read too)")
+    parser.add_argument("--images", type=Path, help="folder or zip file of the images (default: the file's folder)")
+    parser.add_argument("--val-file", type=Path, help="a file of the same form, whose rows are the validation split")
+    parser.add_argument("--name", default=name, help="name of the data set in metrics (default: %(default)s)")

@@ -4,17 +4,13 @@
 
 The human turn is the question, the gpt turn behind it the answer. A record with several questions is refused until
 --turn names the first or the last; what was said before the last is not in its prompt. ``boxes`` (or ``bbox``) are read
-as by ``sayo prepare jsonl``, in --box-format; boxes within the text stay text. Ids of LLaVA's files repeat, so the
-number of the record is added. A record without an image is left out. Other keys are not read.
+as by ``sayo prepare jsonl``, in --box-format (LLaVA: xyxy_unit_square); boxes within the text stay text. The id is the
+place in the file, for ids of LLaVA repeat. A record without an image is left out. Other keys are not read.
 
-Visual-CoT (viscot_363k.json) has one form, and it is read in this form alone:
-
-    image          ["a.jpg", "a.jpg###[x0, y0, x1, y1]"]: pixels of the picture, whatever --box-format is
-    conversations  the question and "Please provide the bounding box coordinate of the region ...", a box, "<image>",
-                   the answer
-
-The box in the text is not used: it is of the picture padded to a square, in shares of its longer side, with three
-decimals. Where a question had several boxes, both are the one box around them all.
+Visual-CoT (viscot_363k.json) is read in its own form alone, whose boxes are xyxy: ``image`` is ["a.jpg",
+"a.jpg###[x0, y0, x1, y1]"], in pixels of the picture; the turns are the question and "Please provide the bounding box
+coordinate of the region ...", a box, "<image>", the answer. The box in the text is not used: it is in shares of the
+picture padded to a square (xyxy_unit_square), with three decimals. Several boxes of a question were joined to one.
 
 Read for this: tools/convert_data_to_llava_format.py and llava/train/train.py of github.com/deepcs233/Visual-CoT at
 83212ae. The published file itself was not read. Licences: those of the data sets that it was made from.
@@ -24,13 +20,12 @@ import argparse
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from sayo_verl.data.json_files import json_records
-from sayo_verl.data.rows import Example, LeftOut, Source
+from sayo_verl.data.rows import Example, LeftOut
 from sayo_verl.data.sources import common
 from sayo_verl.errors import Rule, raise_first
 
@@ -64,33 +59,21 @@ class Record(BaseModel):
 
 
 @dataclass(frozen=True)
-class ConversationsSource(Source):
-    """Conversations; attributes as the flags of ``add_flags``. Rows of ``val_file`` are the validation split."""
+class ConversationsSource(common.FileSource):
+    """Conversations; ``turn`` is one of ``TURNS``, or None where no record has several questions."""
 
-    file: Path
-    images: Path
-    box_format: str | None = None
     name: str = "conversations"
-    val_file: Path | None = None
     turn: str | None = None
-
-    def facts(self) -> dict[str, Any]:
-        files = [path for path in (self.file, self.val_file) if path]
-        facts = {"files": common.file_facts(files), "images": str(self.images)}
-        return facts | {"box_format": self.box_format, "turn": self.turn}
 
     def examples(self) -> Iterator[Example | LeftOut]:
         """Raises SayoError: D05, D09, D40, D42, D46, D58-D63 and D92, each with file and record."""
-        folder = common.ImageFolder(self.images)
-        for path, split in ((self.file, "train" if self.val_file else ""), (self.val_file, "val")):
-            for number, value in json_records(common.check_input(path)) if path else ():
-                where = f"{path} record {number}"
-                record = common.parse(Record, value, where)
-                id = f"{'val/' * (split == 'val')}{record.id or 'record'}:{number}"
-                if record.image:
-                    yield self._example(id, record, folder, split, where)
-                else:
-                    yield LeftOut(id, "image_missing", "the record has no image")
+        for value, where, default, split, folder in self.records(json_records, "record"):
+            record = common.parse(Record, value, where)
+            id = f"{default} {record.id}".strip()
+            if record.image:
+                yield self._example(id, record, folder, split, where)
+            else:
+                yield LeftOut(id, "image_missing", "the record has no image")
 
     def _example(self, id: str, record: Record, folder: common.ImageFolder, split: str, where: str) -> Example:
         named = [record.image] if isinstance(record.image, str) else record.image or []
@@ -110,31 +93,24 @@ class ConversationsSource(Source):
             ),
         ]
         raise_first(rules)
-        at = -2 if cot or self.turn == "last" else 0
-        question, answer = said[0 if cot else at], said[at + 1]
+        question, answer = said[-2:] if self.turn == "last" else said[:2]
         given, box_format = record.bbox if record.boxes is None else record.boxes, self.box_format
-        if cot and form:
+        if form:
             named, given, box_format = named[:1], [[int(side) for side in form.groups()[1:]]], "xyxy"
-            question = _ASKS_BOX.sub("", question)
+            question, answer = _ASKS_BOX.sub("", said[0]), said[3]
         images = tuple(folder.ref(name, where) for name in named)
         boxes = common.boxes_of_images(given, n := len(images), where)
         names, question = common.names_of_boxes(None, boxes, where), common.untagged(question, n, where)
         box_format, source = common.format_of(box_format, boxes, where), common.data_source(self.name)
-        what = f"{self.name}_{'visual_cot' if cot else 'boxes'}"
-        return Example(id, images, question, answer, boxes, names, box_format, what, source, split=split)
+        return Example(id, images, question, answer, boxes, names, box_format, self.name, source, split=split)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare conversations``."""
-    parser.add_argument("--file", type=Path, required=True, help="the JSON file (.gz and .zip are read too)")
-    parser.add_argument("--images", type=Path, required=True, help="folder or zip file of the images")
+    common.add_file_flags(parser, "conversations")
     parser.add_argument("--turn", choices=TURNS, help="which question of a record with several is asked")
-    parser.add_argument("--val-file", type=Path, help="a file of the same form, whose rows are the validation split")
-    parser.add_argument(
-        "--name", default="conversations", help="name of the data set in metrics (default: %(default)s)"
-    )
 
 
 def from_args(args: argparse.Namespace) -> ConversationsSource:
     """The source from the flags of ``add_flags``."""
-    return ConversationsSource(args.file, args.images, args.box_format, args.name, args.val_file, args.turn)
+    return ConversationsSource(args.file, args.box_format, args.images, args.val_file, args.name, args.turn)

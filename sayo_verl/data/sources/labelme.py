@@ -20,7 +20,6 @@ labelme has no questions: see --ask and --questions, where ``file`` is the path 
 
 import argparse
 import base64
-import binascii
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -30,9 +29,9 @@ from pydantic import BaseModel
 
 from sayo_verl.data.boxes import four_numbers
 from sayo_verl.data.json_files import json_items
-from sayo_verl.data.rows import Example, ImageRef, LeftOut, Source
+from sayo_verl.data.rows import Example, ImageRef, LeftOut
 from sayo_verl.data.sources import common, questions
-from sayo_verl.data.sources.questions import Picture, Questions, Thing
+from sayo_verl.data.sources.questions import AnnotatedSource, Picture, Thing
 from sayo_verl.errors import SayoError
 
 NAMED_BOXES = False
@@ -60,24 +59,11 @@ class File(BaseModel):
 
 
 @dataclass(frozen=True)
-class LabelmeSource(Source):
+class LabelmeSource(AnnotatedSource):
     """labelme; attributes as the flags of ``add_flags``."""
 
     folder: Path
-    questions: Questions
     images: Path | None = None
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.questions.name
-
-    def facts(self) -> dict[str, Any]:
-        files = [*self.folder.rglob("*.json"), *([self.questions.file] if self.questions.file else [])]
-        return {
-            "files": common.file_facts(sorted(files)),
-            "images": str(self.images or ""),
-            "ask": list(self.questions.ask),
-        }
 
     def examples(self) -> Iterator[Example | LeftOut]:
         """Raises SayoError: D40, D60 the name of an image, D58, D59 a file, D62 an id, D63 there are no files."""
@@ -113,7 +99,7 @@ class LabelmeSource(Source):
             return image
         try:
             return ImageRef(image.key, data=base64.b64decode(record.imageData))
-        except binascii.Error:
+        except ValueError:
             return ImageRef(image.key, data=b"")  # the builder leaves out what is no picture
 
 
@@ -148,4 +134,4 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def from_args(args: argparse.Namespace) -> LabelmeSource:
     """The source from the flags of ``add_flags``."""
-    return LabelmeSource(args.folder, questions.from_args(args, "xyxy"), args.images)
+    return LabelmeSource(questions.from_args(args, "xyxy"), args.folder, args.images)

@@ -125,6 +125,17 @@ class Questions:
         return replace(row, split=picture.split, neutral=not names)
 
 
+@dataclass(frozen=True)
+class AnnotatedSource(common.FieldSource):
+    """A source that has annotations and no questions."""
+
+    questions: Questions
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.questions.name
+
+
 def how_many(name: str) -> str:
     """The question for a count. A name that is no plain words is quoted, and a plural stays as it is."""
     last = name.split(" ")[-1]

@@ -59,17 +59,16 @@ class SceneSource(Source):
             field = "min_bars" if scene.kind in BAR_KINDS else "min_objects"
             where, wanted, fix = f"SceneConfig.{field}, {scene.kind}", f"at least {least}", f"set {field} to {least}"
             raise SayoError("D21", what, where=where, got=len(scene.objects), wanted=wanted, fix=f"{fix} or more")
-        (png := Image.fromarray(scene.image)).save(file := io.BytesIO(), format="PNG")
+        Image.fromarray(scene.image).save(file := io.BytesIO(), format="PNG")
         image = ImageRef(hashlib.sha256(file.getvalue()).hexdigest()[:20], data=file.getvalue())
-        rewarded = scene.needed if self.config.region == "target" else scene.distractors
-        boxes, target, distractor = (
-            tuple(scene.objects[i].box for i in some) for some in (rewarded, scene.needed, scene.distractors)
-        )
-        shares = [[[[value / png.width for value in box] for box in some]] for some in (target, distractor)]
-        extra = {"key_word": scene.key_word(scene.target), "target_boxes": shares[0], "distractor_boxes": shares[1]}
+        rewarded, size = scene.needed if self.config.region == "target" else scene.distractors, self.config.image_size
+        chosen = (tuple(scene.objects[i].box for i in some) for some in (rewarded, scene.needed, scene.distractors))
+        boxes, *others = chosen
+        target, distractor = ([[[value / size for value in box] for box in some]] for some in others)
+        extra = {"key_word": scene.key_word(scene.target), "target_boxes": target, "distractor_boxes": distractor}
         row = (id, (image,), scene.question, scene.answer, (boxes,), (scene.box_names(rewarded),), "xyxy")
-        where = {"sizes": (png.size,), "kind": scene.kind, "split": split, "extra": extra}
-        return Example(*row, f"scene_{self.config.region}", "sayo/scenes", **where)
+        made = f"scene_{self.config.region}", "sayo/scenes", ((size, size),), scene.kind, split
+        return Example(*row, *made, extra=extra)
 
 
 def prepare(out_root: Path | str, config: SceneConfig, prompt: str = "question") -> Prepared:

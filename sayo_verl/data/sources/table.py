@@ -59,24 +59,15 @@ class TableSource(Source):
     revision: str | None = None
     name: str = "table"
 
-    @property
-    def _splits(self) -> dict[str, str]:
-        return {self.split: "train", self.val_split: "val"} if self.val_split else {self.split: ""}
-
-    @property
-    def _local(self) -> bool:
-        return Path(self.data).exists() or Path(self.data).suffix.lower() in (*SUFFIXES, *RUNS_CODE)
-
     def facts(self) -> dict[str, Any]:
-        files = [file for split in self._splits for file in self._files(split)] if self._local else []
-        commit = None if self._local else _commit(self.data, self.revision)
-        facts = vars(self) | {"images": self.images and str(self.images)}
-        return facts | {"commit": commit, "files": common.file_facts(files)}
+        files = [file for split in self._splits for file in self._files(split)]
+        commit = None if files else _commit(self.data, self.revision)
+        return vars(self) | {"images": str(self.images or ""), "commit": commit, "files": common.file_facts(files)}
 
     def examples(self) -> Iterator[Example | LeftOut]:
         """The rows; D05, D09, D42, D46, D58-D62 for an invalid row, D47, D48, D63 for data that cannot be read."""
         path, ids, folder = Path(self.data), common.Ids(), None
-        if self.images or self._local:
+        if self.images or path.exists():
             folder = common.ImageFolder(self.images or (path if path.is_dir() else path.parent))
         for split, role in self._splits.items():
             chosen: dict[str, str] = {}
@@ -90,31 +81,27 @@ class TableSource(Source):
                 except Drop as drop:
                     yield LeftOut(id, drop.reason, drop.detail)
 
+    @property
+    def _splits(self) -> dict[str, str]:
+        return {self.split: "train", self.val_split: "val"} if self.val_split else {self.split: ""}
+
     def _example(
         self, id: str, row: dict[str, Any], folder: common.ImageFolder | None, split: str, where: str
     ) -> Example:
-        texts = {name: common.text(row.get(name), f"{where}, {name}") for name in ("question", "answer", "kind")}
-        pictures = _listed(row["image"], where)
+        question, answer, kind = (common.text(row.get(n), f"{where}, {n}") for n in ("question", "answer", "kind"))
+        pictures, placed, named = (_listed(row.get(name), where) for name in ("image", "boxes", "box_names"))
         pictures = pictures if isinstance(pictures, list) else [pictures]
         images = tuple(common.stored_image(picture, f"{where}, image", folder) for picture in pictures)
-        boxes = common.boxes_of_images(_listed(row.get("boxes"), where), len(images), f"{where}, boxes")
-        width, height = (row.get(side) or None for side in ("width", "height"))
+        boxes = common.boxes_of_images(placed, len(images), f"{where}, boxes")
+        names = common.names_of_boxes(named, boxes, f"{where}, box_names")
+        box_format, source = common.format_of(self.box_format, boxes, where), common.data_source(self.name)
+        width, height = row.get("width") or None, row.get("height") or None
         known = width is not None and height is not None and len(images) == 1
-        boxed = re.fullmatch(r"\$?\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}\$?", texts["answer"])
-        return Example(
-            id=id,
-            images=images,
-            question=common.untagged(texts["question"], len(images), where),
-            answer=boxed[1].strip() if boxed else texts["answer"],
-            boxes=boxes,
-            box_names=common.names_of_boxes(_listed(row.get("box_names"), where), boxes, f"{where}, box_names"),
-            box_format=common.format_of(self.box_format, boxes, where),
-            box_source=self.name,
-            data_source=common.data_source(self.name),
-            sizes=(common.picture_size(width, height, where) if known else None,) * len(images),
-            kind=texts["kind"],
-            split=split,
-        )
+        sizes = (common.picture_size(width, height, where) if known else None,) * len(images)
+        question = common.untagged(question, len(images), where)
+        boxed = re.fullmatch(r"\$?\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}\$?", answer)
+        answer = boxed[1].strip() if boxed else answer
+        return Example(id, images, question, answer, boxes, names, box_format, self.name, source, sizes, kind, split)
 
     def _chosen(self, there: list[str], where: str) -> dict[str, str]:
         """Field -> column, for the fields that the table has; D58."""
@@ -130,10 +117,11 @@ class TableSource(Source):
         raise SayoError("D58", what, where=where, got=got, fix=fix)
 
     def _rows(self, split: str) -> Iterator[Mapping[str, Any]]:
-        if not self._local:
+        files = self._files(split)
+        if not files:
             commit = _commit(self.data, self.revision)
             yield from _streamed(self.data, self.data, self.config, split=split, revision=commit)
-        for path in self._files(split) if self._local else []:
+        for path in files:
             if path.suffix == ".parquet":
                 yield from _streamed(str(path), "parquet", data_files=str(path), split="train", batch_size=64)
             elif path.suffix == ".csv":
@@ -142,14 +130,12 @@ class TableSource(Source):
                 yield from (common.parse(dict[str, Any], row, f"{path}, record {i}") for i, row in json_records(path))
 
     def _files(self, split: str) -> list[Path]:
-        """One file, or the files of a split in a folder; D63."""
+        """One file, or the files of a split in a folder; none for a data set of the hub. D63."""
         path, files = Path(self.data), [Path(self.data)]
+        if not path.exists() and path.suffix not in (*SUFFIXES, *RUNS_CODE):
+            return []
         if path.is_dir():
-            files = [
-                f
-                for f in sorted(path.rglob("*.*"))
-                if re.match(rf"{re.escape(split)}[-.]", f.name) or f.parent.name == split
-            ]
+            files = [f for f in sorted(path.rglob("*.*")) if split in (f.parent.name, re.split("[-.]", f.name)[0])]
         files = [common.check_input(file) for file in files if file.suffix in (*SUFFIXES, *RUNS_CODE)]
         if not files or (self.val_split and not path.is_dir()):
             fix = f"name a folder with {', '.join(SUFFIXES)} files of this split, or one such file without --val-split"

@@ -1,20 +1,19 @@
 """Parquet files that verl reads, as they are, with boxes of their own or from a side file.
 
 Prompts, answers, names of data sources, other columns and other fields of ``extra_info`` pass through. Images are
-opened as verl opens them: bytes, a path as text, or {image: path}; relative paths count from the working directory, or
-from --images. The side file (--boxes) has one JSON object a line:
+bytes, a path as text, or {image: path}; relative paths count from the working directory, or from --images. The side
+file (--boxes) has one JSON object a line:
 
     id         text or number that a row has in the column --id (default: extra_info.id, else extra_info.index)
     boxes      boxes of four numbers, or one box; with several images: one list of boxes for each image
     box_names  optional; nested as boxes
     size       optional; [width, height] of the picture that the boxes were drawn on; several images: one for each
 
-Boxes that the rows have already (``extra_info.boxes``, shares of the image) stay. Rows without boxes are left out, or
-kept with --keep-without-boxes. Licence: that of the data.
+Boxes that rows have already (``extra_info.boxes``, shares of the image) stay. Licence: that of the data.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,8 @@ from sayo_verl.data.sources import common
 from sayo_verl.errors import Rule, raise_first
 
 NAMED_BOXES = True  # the command adds --box-format and what belongs to it
-WHAT_VERL_NEEDS = Demands(attention=False, judge=None, headers=False)
-OWN = ("prompt", "images", "data_source", "extra_info")  # columns that the builder writes
+NEEDED = Demands(attention=False, judge=None, headers=False)  # what verl itself needs of a row
+WRITTEN = ("prompt", "images", "data_source", "extra_info")  # columns that the builder writes
 
 
 class Side(BaseModel):
@@ -54,7 +53,7 @@ class VerlSource(Source):
     id: str = ""
     images: Path = Path()
     box_format: str | None = None
-    name: str = field(default="verl", init=False)
+    name: str = "verl"
     column_features: dict[str, Any] = field(default_factory=dict, init=False)
     extra_features: dict[str, Any] = field(default_factory=dict, init=False)
 
@@ -62,11 +61,12 @@ class VerlSource(Source):
         from datasets import Features
 
         for path in self._files:
-            types = Features.from_arrow_schema(open_rows(common.check_input(path), WHAT_VERL_NEEDS).schema_arrow)
-            self.column_features.update({name: kind for name, kind in types.items() if name not in OWN})
+            types = Features.from_arrow_schema(open_rows(common.check_input(path), NEEDED).schema_arrow)
             extra = types.get("extra_info")
-            extra = extra if isinstance(extra, dict) else {}
-            self.extra_features.update({name: kind for name, kind in extra.items() if name not in EXTRA_INFO})
+            self.column_features.update({name: kind for name, kind in types.items() if name not in WRITTEN})
+            self.extra_features.update(extra if isinstance(extra, dict) else {})
+        for name in self.extra_features.keys() & EXTRA_INFO:
+            del self.extra_features[name]
         check_joined(list(self._files))
 
     @property
@@ -79,27 +79,27 @@ class VerlSource(Source):
 
     def examples(self) -> Iterator[Example | LeftOut]:
         """The rows; D05, D09, D40, D42, D46, D58-D62, D72 for an invalid row, D95, D96 for boxes of no or two rows."""
-        sides, ids, used = self._sides(), common.Ids(), set[str]()
-        folder, contract = common.ImageFolder(self.images), RowContract(WHAT_VERL_NEEDS)
+        sides, ids, used = dict[str, Side](), common.Ids(), set[str]()
+        folder, contract = common.ImageFolder(self.images), RowContract(NEEDED)
+        for number, value in json_lines(common.check_input(self.boxes)) if self.boxes else ():
+            side = common.parse(Side, value, where := f"{self.boxes} line {number}")
+            sides[ids.add(side.id, where)] = side
+        ids = common.Ids()
         for path, split in self._files.items():
-            file = open_rows(path, WHAT_VERL_NEEDS)
+            file = open_rows(path, NEEDED)
             for i, row in enumerate(read_rows(file, path, file.schema_arrow.names)):
-                where, looked = f"{path} row {i}", contract.look(row, f"{path} row {i}")
+                looked = contract.look(row, where := f"{path} row {i}")
                 if looked.faults:
                     raise looked.faults[0]
                 info = row["extra_info"] = row.get("extra_info") or {}
+                info["question"] = info.get("question") or looked.question.strip()
                 key = self._key(row, where) if sides else ""
-                twice, both = key in used and key in sides, key in sides and any(info.get("boxes") or [])
-                raise_first(
-                    [
-                        Rule("D96", twice, "boxes of the side file fit two rows", where, "join by a unique --id", key),
-                        Rule("D96", both, "a row of the side file has boxes already", where, "remove one of them", key),
-                    ]
-                )
+                again, fix = key in sides and (key in used or any(info.get("boxes") or [])), "join by a unique --id"
+                raise_first([Rule("D96", again, "a row of the side file has boxes already", where, fix, key)])
                 used.add(key)
                 id = ids.add(common.text(info.get("id"), where) or f"{path.name}:{i}", where)
                 try:
-                    yield self._example(id, row, looked.question, sides.get(key), folder, split, where)
+                    yield self._example(id, row, sides.get(key), folder, split, where)
                 except Drop as drop:
                     yield LeftOut(id, drop.reason, drop.detail)
         lost = [key for key in sides if key not in used]
@@ -107,33 +107,18 @@ class VerlSource(Source):
         got = f"{len(lost)} of {len(sides)}, such as {', '.join(lost[:3])}"
         raise_first([Rule("D95", bool(lost), what, str(self.boxes), fix, got, wanted="ids of rows")])
 
-    def _sides(self) -> dict[str, Side]:
-        found: dict[str, Side] = {}
-        ids = common.Ids()
-        for number, value in json_lines(common.check_input(self.boxes)) if self.boxes else ():
-            side = common.parse(Side, value, where := f"{self.boxes} line {number}")
-            found[ids.add(side.id, where)] = side
-        return found
-
-    def _key(self, row: Mapping[str, Any], where: str) -> str:
+    def _key(self, row: Any, where: str) -> str:
         """What the side file calls a row; D58."""
-        info = row["extra_info"]
-        value: Any = row
-        for name in (self.id or f"extra_info.{'id' if info.get('id') is not None else 'index'}").split("."):
+        column = self.id or f"extra_info.{'id' if row['extra_info'].get('id') is not None else 'index'}"
+        value = row
+        for name in column.split("."):
             value = value.get(name) if isinstance(value, dict) else None
-        what, fix = "a row has no id by which boxes can be joined", "name the column of the ids with --id"
-        raise_first([Rule("D58", value is None, what, where, fix, got=", ".join([*row, *info]))])
+        what, fix = f"a row has no {column}, by which boxes are joined", "name the column of the ids with --id"
+        raise_first([Rule("D58", value is None, what, where, fix, got=", ".join([*row, *row["extra_info"]]))])
         return common.text(value, where)
 
     def _example(
-        self,
-        id: str,
-        row: Mapping[str, Any],
-        asked: str,
-        side: Side | None,
-        folder: common.ImageFolder,
-        split: str,
-        where: str,
+        self, id: str, row: dict[str, Any], side: Side | None, folder: common.ImageFolder, split: str, where: str
     ) -> Example:
         info, truth = row["extra_info"], row["reward_model"]["ground_truth"]
         images = tuple(_image(image, f"{where}, images", folder) for image in row.get("images") or [])
@@ -143,17 +128,17 @@ class VerlSource(Source):
         return Example(
             id=id,
             images=images,
-            question=info["question"] if isinstance(info.get("question"), str) else asked,
-            answer=truth if isinstance(truth, str) else str(truth),
+            question=str(info["question"]),
+            answer=str(truth),
             boxes=boxes,
             box_names=names,
             box_format=common.format_of(self.box_format, boxes, where) if side else "xyxy_unit",
-            box_source="side file" if side else str(info.get("box_source") or ""),
+            box_source=self.name if side else str(info.get("box_source") or ""),
             data_source=row["data_source"],
             sizes=common.parse(tuple[tuple[common.Side, common.Side] | None, ...], sizes, f"{where}, size"),
             kind=str(info.get("kind") or ""),
             split=split,
-            prompt=tuple({"role": m["role"], "content": text_of(m)} for m in row["prompt"]),
+            prompt=tuple({"role": message["role"], "content": text_of(message)} for message in row["prompt"]),
             extra={name: info.get(name) for name in self.extra_features},
             columns={name: row.get(name) for name in self.column_features},
         )

@@ -23,10 +23,10 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel
 
-from sayo_verl.data.rows import Example, ImageRef, LeftOut, Source
+from sayo_verl.data.rows import Example, ImageRef, LeftOut
 from sayo_verl.data.sources import common, questions
 from sayo_verl.data.sources.common import parse
-from sayo_verl.data.sources.questions import Picture, Questions, Thing
+from sayo_verl.data.sources.questions import AnnotatedSource, Picture, Thing
 from sayo_verl.errors import Rule, SayoError, raise_first
 
 NAMED_BOXES = False
@@ -44,20 +44,11 @@ class Settings(BaseModel):
 
 
 @dataclass(frozen=True)
-class YoloSource(Source):
+class YoloSource(AnnotatedSource):
     """YOLO; attributes as the flags of ``add_flags``."""
 
     folder: Path
-    questions: Questions
     names: Sequence[str] = ()
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.questions.name
-
-    def facts(self) -> dict[str, Any]:
-        files = [path for path in (self.folder / "data.yaml", self.questions.file) if path and path.is_file()]
-        return {"files": common.file_facts(files), "folder": str(self.folder), "names": list(self.names)}
 
     def examples(self) -> Iterator[Example | LeftOut]:
         """Raises SayoError: D58, D62 data.yaml or a line of --questions, D93 the folder or a label."""
@@ -91,10 +82,8 @@ class YoloSource(Source):
         """Path and split of each picture, by its name within the folder."""
         root = self.folder / settings.path
         root = root if root.is_dir() else self.folder
-        split_up = (root / "images/train").is_dir()
-        listed = {"train": settings.train, "val": settings.val}
-        if not settings.train:
-            listed = {"train": "images/train", "val": "images/val"} if split_up else {"train": "images"}
+        usual = {split: f"images/{split}" for split in ("train", "val") if (root / "images" / split).is_dir()}
+        listed = {"train": settings.train, "val": settings.val} if settings.train else usual or {"train": "images"}
         found: dict[str, tuple[Path, str]] = {}
         for split, entries in listed.items():
             for entry in [entries] if isinstance(entries, str) else entries or []:
@@ -113,8 +102,12 @@ def _images(root: Path, entry: str) -> list[Path]:
         fix = "correct data.yaml, or put the pictures there"
         raise SayoError("D93", "a folder or list of pictures is missing", where=str(root), got=entry, fix=fix)
     if place.is_file():
-        return [place.parent / line.strip() for line in place.read_text().splitlines() if line.strip()]
+        return [place.parent / line.strip() for line in _lines(place) if line.strip()]
     return sorted(path for path in place.rglob("*") if path.suffix.lower() in _IMAGES)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text("utf-8-sig", "replace").splitlines()
 
 
 def _labels(path: Path) -> Path:
@@ -128,7 +121,7 @@ def _labels(path: Path) -> Path:
 def _things(path: Path, names: dict[int, str]) -> list[Thing]:
     """The objects of a file of labels."""
     things = []
-    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], 1):
+    for number, line in enumerate(_lines(path) if path.is_file() else [], 1):
         words = line.split()
         if not words:
             continue
@@ -158,4 +151,4 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def from_args(args: argparse.Namespace) -> YoloSource:
     """The source from the flags of ``add_flags``."""
-    return YoloSource(args.folder, questions.from_args(args, "cxcywh_unit"), args.names)
+    return YoloSource(questions.from_args(args, "cxcywh_unit"), args.folder, args.names)

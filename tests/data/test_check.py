@@ -1,4 +1,7 @@
-"""The check of a training parquet: what passes, and every mistake by its code."""
+"""The launcher's check of parquet files: what is counted, the file itself, and the images of its rows.
+
+Single rows are tested in test_contract.py.
+"""
 
 import base64
 import copy
@@ -66,38 +69,18 @@ def check_file(path: Path, *, need_boxes: bool = True, max_images: int = 512, **
 # ---------------------------------------------------------------------------------------------------------- what passes
 
 
-def test_good_rows_are_counted(check):
-    assert check(row(), row(boxes=[[]]), row()) == "3 rows, 2 with boxes, 3 images decoded"
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_kinds_of_image(check, kind):
-    assert "1 images decoded" in check(row(images=[{"bytes": encoded(kind), "path": None}]))
-
-
-def test_several_images_and_several_messages(check):
-    two = row(images=[{"bytes": encoded(), "path": None}] * 2, boxes=[[], [[0.0, 0.0, 1.0, 1.0]]])
-    two["prompt"] = [
-        {"role": "system", "content": "Answer."},
-        {"role": "user", "content": "<image>First."},
-        {"role": "user", "content": "Second: <image>"},
-    ]
-    assert check(two) == "1 rows, 1 with boxes, 2 images decoded"
-
-
-def test_rows_without_an_image_among_rows_with_one(check):
-    assert check(row(), row(images=[], boxes=[], text="2 + 2?")) == "2 rows, 1 with boxes, 1 images decoded"
+def test_rows_boxes_and_images_are_counted(check):
+    bare = row(images=[], boxes=[], text="2 + 2?")
+    two = row(images=[{"bytes": encoded("JPEG")}, {"bytes": encoded("WEBP")}], boxes=[[], [[0.0, 0.0, 1.0, 1.0]]])
+    two["prompt"] = [{"role": "user", "content": text} for text in ("<image>First.", "Second: <image>")]
+    assert check(two, row(boxes=[[]]), bare) == "3 rows, 1 with boxes, 3 images decoded"
 
 
 @pytest.mark.parametrize(
-    ("rows", "limit", "decoded"),
-    [(10, 3, 3), (10, 10, 10), (10, 100, 10), (10, 1, 1), (10, 4, 4), (10, 0, 0), (10, -1, 0), (1, 512, 1)],
+    ("rows", "limit", "decoded"), [(10, 3, 3), (10, 10, 10), (10, 100, 10), (10, 0, 0), (10, -1, 0), (1, 512, 1)]
 )
 def test_images_are_sampled_over_the_file(check, rows, limit, decoded):
-    found = check(*[row()] * rows, max_images=limit)
-    assert int(found.split()[-3]) <= max(limit, 0)
-    assert int(found.split()[-3]) == pytest.approx(decoded, abs=1)
-    assert (int(found.split()[-3]) == 0) == (decoded == 0)
+    assert f" {decoded} images decoded" in check(*[row()] * rows, max_images=limit)
 
 
 def test_the_sample_reaches_beyond_the_first_rows(check):
@@ -108,23 +91,10 @@ def test_the_sample_reaches_beyond_the_first_rows(check):
         check(*rows, max_images=2)
 
 
-def test_pixels_are_read_of_the_sample_and_headers_of_all(check):
-    cut = row(images=[{"bytes": encoded("JPEG", (200, 200))[:900], "path": None}])
-    assert "1 images decoded" in check(row(), cut, max_images=1)
-    with refusal("D07"):
-        check(row(), cut, max_images=2)
-
-
 def test_every_row_is_checked_beyond_the_first_batch(check):
     with refusal("V02") as caught:
         check(*[row()] * 300, row(boxes=[[[0.5, 0.5, 0.1, 0.9]]]), max_images=1)
     assert "row 300" in caught.value.where
-
-
-def test_rows_without_boxes_are_enough_where_none_are_needed(check):
-    bare = row()
-    del bare["extra_info"]["boxes"]
-    assert check(bare, need_boxes=False) == "1 rows, 0 with boxes, 1 images decoded"
 
 
 # --------------------------------------------------------------------------------------------------- the file
@@ -134,16 +104,10 @@ def test_rows_without_boxes_are_enough_where_none_are_needed(check):
 def test_a_file_that_was_cut(tmp_path, share):
     path = tmp_path / "cut.parquet"
     pq.write_table(pa.Table.from_pylist([row()] * 20), path)
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)] or b"version https://git-lfs\n" * 20)
     with refusal("D02", "cannot be read") as caught:
         check_file(path)
     assert caught.value.where == str(path)
-
-
-def test_a_file_that_is_no_parquet(tmp_path):
-    (tmp_path / "rows.parquet").write_text("version https://git-lfs.github.com/spec/v1\n" * 20)
-    with refusal("D02"):
-        check_file(tmp_path / "rows.parquet")
 
 
 @pytest.mark.parametrize("at", [4, 40])
@@ -181,69 +145,15 @@ def test_a_file_without_rows(tmp_path):
 # ------------------------------------------------------------------------------------------ boxes
 
 
-def test_no_column_of_boxes(check):
-    bare = row()
-    del bare["extra_info"]["boxes"]
-    with refusal("D04") as caught:
-        check(bare)
-    assert "extra_info.boxes" in str(caught.value)
-    assert "algorithm.adv_estimator=grpo" in caught.value.fix
-
-
 @pytest.mark.parametrize("boxes", [[[]], [], None], ids=["no box", "no lists", "null"])
 def test_no_row_has_a_box(check, boxes):
     schema = pa.Table.from_pylist([row()]).schema
-    with refusal("D04"):
+    with refusal("D04", "extra_info.boxes.*algorithm.adv_estimator=grpo"):
         check(row(boxes=boxes), row(boxes=boxes), schema=schema)
+    with refusal("D04", "no training row has an image"):
+        check(row(boxes=None, images=[], text="2 + 2?"))
+    assert check(row(boxes=boxes), schema=schema, need_boxes=False) == "1 rows, 0 with boxes, 1 images decoded"
     assert "1 with boxes" in check(row(boxes=boxes), row(), schema=schema)
-
-
-@pytest.mark.parametrize(
-    "boxes",
-    [
-        [0.0, 0.0, 0.5, 0.5],
-        [[0.0, 0.0, 0.5, 0.5]],
-        "[[[0, 0, 1, 1]]]",
-        [[{"x0": 0.0}]],
-        [[[0.0, 0.0, 0.5, 0.5]], [[0.0, 0.0, 0.5, 0.5]]],
-        [[], []],
-    ],
-    ids=["one box", "boxes", "text", "named", "two lists for one image", "two empty lists for one image"],
-)
-def test_boxes_that_are_not_nested_by_image(check, boxes):
-    with refusal("D05", "nested") as caught:
-        check(row(boxes=boxes))
-    assert "row 0" in caught.value.where
-    assert "extra_info.boxes" in caught.value.where
-
-
-@pytest.mark.parametrize(
-    ("code", "box"),
-    [
-        ("V01", [0.0, 0.0, 1.0]),
-        ("V01", [0.0, 0.0, NAN, 1.0]),
-        ("V01", [0.0, None, 1.0, 1.0]),
-        ("V01", ["0", "0", "1", "1"]),
-        ("V01", []),
-        ("V02", [0.5, 0.0, 0.25, 1.0]),
-        ("V02", [0.0, 0.5, 1.0, 0.25]),
-        ("V02", [0.5, 0.0, 0.5, 1.0]),
-        ("V03", [0.0, 0.0, 1.01, 1.0]),
-        ("V03", [-0.1, 0.0, 1.0, 1.0]),
-        ("V03", [10.0, 20.0, 30.0, 40.0]),
-    ],
-)
-def test_V_a_malformed_box(check, code, box):
-    with refusal(code) as caught:
-        check(row(boxes=[[box]]), need_boxes=False)
-    assert "row 0, extra_info.boxes" in caught.value.where
-    assert "1 rows" in check(row(boxes=[[box]]), need_boxes=False, attention=False)  # verl reads no boxes
-
-
-def test_a_bad_box_after_good_ones(check):
-    with refusal("V03") as caught:
-        check(row(), row(boxes=[[[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 2.0, 2.0]]]))
-    assert "row 1" in caught.value.where
 
 
 # --------------------------------------------------------------------------------------------------- images
@@ -360,32 +270,9 @@ def test_a_column_that_datasets_marks_as_images_is_opened_as_datasets_does(tmp_p
         check_file(path, need_boxes=False)
 
 
-def damaged_png() -> bytes:
-    data = bytearray(encoded())
-    data[len(data) // 2] ^= 0xFF
-    return bytes(data)
-
-
-def png_with_a_cut_header() -> bytes:
-    signature, body = b"\x89PNG\r\n\x1a\n", b"IHDR" + b"\x00" * 4
-    return signature + (4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"not an image",
-        encoded()[:40],
-        encoded()[:-30],
-        damaged_png(),
-        png_with_a_cut_header(),
-        encoded("JPEG")[:200],
-        encoded("WEBP")[:60],
-        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-    ],
-    ids=["text", "PNG header", "PNG cut", "PNG bit", "PNG short header", "JPEG cut", "WEBP cut", "SVG"],
-)
-def test_an_image_that_cannot_be_decoded(check, data):
+@pytest.mark.parametrize(("kind", "cut"), [("PNG", 40), ("PNG", -30), ("JPEG", 200), ("WEBP", 60), ("PNG", 0)], ids=str)
+def test_an_image_that_cannot_be_decoded(check, kind, cut):
+    data = encoded(kind)[:cut] or b"<svg xmlns='http://www.w3.org/2000/svg'/>"
     with refusal("D07", "cannot be decoded") as caught:
         check(row(), row(images=[{"bytes": data, "path": None}]))
     assert "row 1" in caught.value.where
@@ -407,26 +294,3 @@ def test_an_image_bomb_is_refused_by_its_header(check):
     bomb = b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
     with refusal("D07", "decompression bomb"):
         check(row(images=[{"bytes": bomb, "path": None}]))
-
-
-@pytest.mark.parametrize(
-    ("text", "n_images", "says"),
-    [
-        ("What colour?", 1, "each image once"),
-        ("<image><image>?", 1, "each image once"),
-        ("<image>?", 2, "each image once"),
-        ("<image>?", 0, "no image"),
-        ("<Image>?", 1, "each image once"),
-    ],
-)
-def test_placeholders_that_do_not_fit_the_images(check, text, n_images, says):
-    images = [{"bytes": encoded(), "path": None}] * n_images
-    with refusal("D09", says) as caught:
-        check(row(), row(text=text, images=images, boxes=[[]] * n_images))
-    assert "row 1" in caught.value.where
-    assert f"{n_images} images" in str(caught.value)
-
-
-def test_a_null_image_column_is_no_image(check):
-    schema = pa.Table.from_pylist([row()]).schema
-    assert "1 images decoded" in check(row(), row(images=None, boxes=[], text="2 + 2?"), schema=schema)

@@ -1,0 +1,118 @@
+"""YOLO folders in the layouts that Ultralytics documents, and as Roboflow and other machines write them."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.refusals import refusal
+
+from sayo_verl.data.rows import Example, LeftOut
+from sayo_verl.data.sources import yolo
+
+FILES = {
+    "images/train/a.jpg": "x",
+    "images/train/b.PNG": "x",
+    "images/val/c.jpg": "x",
+    "labels/train/a.txt": "0 0.5 0.5 0.2 0.4\n1 0.1 0.1 0.3 0.1 0.2 0.5\n\n",
+    "labels/val/c.txt": "1 0.25 0.25 0.1 0.1\n",
+}
+DATA = {"path": "../datasets/coco8", "train": "images/train", "val": "images/val", "names": {0: "dog", 1: "cat"}}
+
+
+def rows(folder: Path, files: dict[str, str], data: Any, *flags: str) -> list[Example | LeftOut]:
+    """What ``sayo prepare yolo`` yields for these files, with ``data`` as data.yaml if there is any."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    if data is not None:
+        (folder / "data.yaml").write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+    parser = argparse.ArgumentParser()
+    yolo.add_flags(parser)
+    source = yolo.from_args(parser.parse_args(["--folder", str(folder), *(flags or ("--ask", "count"))]))
+    assert json.loads(json.dumps(source.facts(), default=str))["folder"]
+    return list(source.examples())
+
+
+def answers(found: list[Example | LeftOut]) -> dict[str, tuple[str, str]]:
+    return {e.id: (e.split, e.answer) for e in found if isinstance(e, Example)}
+
+
+ALL = {
+    "images/train/a.jpg:count:dog": ("train", "1"),
+    "images/train/a.jpg:count:cat": ("train", "1"),
+    "images/val/c.jpg:count:cat": ("val", "1"),
+}
+
+
+def test_boxes_are_by_their_centre_and_polygons_by_their_bounding_box(tmp_path):
+    found = {e.id: e for e in rows(tmp_path, FILES, DATA) if isinstance(e, Example)}
+    dog, cat = (found[f"images/train/a.jpg:count:{name}"] for name in ("dog", "cat"))
+    assert (dog.boxes, dog.box_format, dog.box_source) == ((((0.5, 0.5, 0.2, 0.4),),), "cxcywh_unit", "yolo_box")
+    assert cat.boxes[0][0] == pytest.approx((0.2, 0.3, 0.2, 0.4))
+    assert cat.box_source == "yolo_polygon"
+    assert dog.images[0].path == tmp_path / "images/train/a.jpg"
+    assert answers(list(found.values())) == ALL  # b.PNG has no labels, so no object
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        DATA,
+        {**DATA, "names": ["dog", "cat"]},
+        {**DATA, "train": "..\\images\\train", "val": "../images/val", "path": None} | {"path": ""},
+        {**DATA, "train": "/content/set/images/train", "val": "D:\\set\\images\\val"},
+        {**DATA, "train": ["train.txt"], "val": ["images/val"]},
+    ],
+)
+def test_data_yaml_names_the_folders(tmp_path, data):
+    assert answers(rows(tmp_path, {**FILES, "train.txt": "images/train/a.jpg\n"}, data)) == ALL
+
+
+def test_without_data_yaml_the_usual_folders_are_read(tmp_path):
+    names = ("--names", "dog", "cat", "--ask", "count")
+    assert answers(rows(tmp_path, FILES, None, *names)) == ALL
+    flat = {"images/a.jpg": "x", "labels/a.txt": "1 0.5 0.5 0.1 0.1"}
+    (tmp_path / "flat").mkdir()
+    assert answers(rows(tmp_path / "flat", flat, None, *names)) == {"images/a.jpg:count:cat": ("", "1")}
+
+
+def test_a_set_without_validation_is_split_by_picture_later(tmp_path):
+    found = rows(tmp_path, FILES, {**DATA, "val": "images/train"})  # as in coco8.yaml
+    assert {split for split, _ in answers(found).values()} == {""}
+
+
+def test_own_questions_and_absent_objects(tmp_path):
+    line = {"file": "images/val/c.jpg", "question": "Which?", "answer": "a cat", "categories": ["cat"]}
+    (tmp_path / "q.jsonl").write_text(json.dumps(line))
+    (joined,) = rows(tmp_path, FILES, DATA, "--questions", str(tmp_path / "q.jsonl"))
+    assert isinstance(joined, Example)
+    assert (joined.answer, joined.boxes) == ("a cat", (((0.25, 0.25, 0.1, 0.1),),))
+    absent = answers(rows(tmp_path, FILES, DATA, "--ask", "presence", "--absent"))
+    assert absent["images/val/c.jpg:absent:dog"] == ("val", "no")
+
+
+@pytest.mark.parametrize(
+    ("files", "data", "code", "says"),
+    [
+        ({"labels/val/c.txt": "2 0.5 0.5 0.1 0.1"}, DATA, "D93", "c.txt line 1 .*wanted class .0 to 1"),
+        ({"labels/val/c.txt": "0 0.5 0.5 0.1"}, DATA, "D93", "3 numbers"),
+        ({"labels/val/c.txt": "\ndog 0.5 0.5 0.1 0.1"}, DATA, "D93", "c.txt line 2"),
+        ({}, {**DATA, "kpt_shape": [17, 3]}, "D93", "pose labels"),
+        ({}, {**DATA, "names": []}, "D93", "--names"),
+        ({}, {**DATA, "train": "pictures"}, "D93", "is missing.*got pictures"),
+        ({}, {**DATA, "names": 3}, "D58", "names"),
+        ({}, "names: [a\n  b: {", "D93", "data.yaml cannot be read"),
+        ({"images/train/a.jpg": "x"}, {"names": ["dog"], "train": "images/other"}, "D93", "missing"),
+    ],
+)
+def test_other_folders_are_refused(tmp_path, files, data, code, says):
+    with refusal(code, says):
+        rows(tmp_path, {**FILES, **files}, data)
+
+
+def test_labels_in_the_wrong_place_are_refused(tmp_path):
+    with refusal("D93", "no picture has labels"):
+        rows(tmp_path, {"images/train/a.jpg": "x", "annotations/a.txt": "0 0.5 0.5 0.1 0.1"}, {"names": ["dog"]})
