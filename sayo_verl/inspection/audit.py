@@ -24,8 +24,7 @@ from sayo_verl.inspection import positions
 from sayo_verl.inspection.model_view import Model, Seen, too_long, unseen
 
 LEVELS = ("FAIL", "WARN", "INFO")
-FIRST = 3  # rows that a finding names
-MOST = 8  # names in a line of figures
+FIRST, MOST = 3, 8  # rows that a finding names, names in a line of figures
 WHOLE = 0.99  # a box with at least this share of the image is the whole image
 MANY = 0.05  # boxes of the whole image in more than this share of the rows are a warning
 
@@ -46,7 +45,7 @@ class Finding:
     rows: tuple[str, ...] = ()
 
 
-NO_TAG = Finding("D90", "WARN", "a prompt does not ask for <answer>, which our reward reads", "add an instruction")
+NO_TAG = Finding("D90", "WARN", "a prompt does not ask for <answer>, as our reward does", "use --prompt instruction")
 NO_BOXES = Finding("D04", "WARN", "no training row has a box, so no region is rewarded", "add boxes, or use grpo")
 NO_BOX = Finding("D69", "INFO", "a row has no box: neutral for methods that look at a region", "nothing, if intended")
 WHOLE_BOX = Finding("D69", "INFO", "a box is the whole image: each answer gets the same reward for it", "leave it out")

@@ -15,8 +15,6 @@ from support.refusals import refusal
 
 from sayo_verl.inspection.audit import Audit
 from sayo_verl.inspection.model_view import Model
-from sayo_verl.models.families import FAMILIES
-from sayo_verl.probe.plan import image_tiles, plan_row
 from sayo_verl.vision.grids import merged_grid, tile_grid
 from sayo_verl.vision.masks import box_masks
 
@@ -123,26 +121,6 @@ def test_the_processor_of_another_family(folders, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_5_vl"}))
     with refusal("L23", "processor of another family"):
         Model(str(folder))
-
-
-def test_an_image_that_is_added_in_the_response_is_not_the_prompts():
-    """Multi-turn rollouts are refused at launch (L13). Should one get through: added tokens are not marked, and an
-    added image's grid is refused."""
-    grid = merged_grid(1, 2, 4, 2, where="")
-    ids = torch.tensor([1, 5, 5, 2, 7, 5, 5, 8])  # two visual tokens in the prompt, two in the response
-    plan = plan_row(ids, 4, image_token_id=5, images=[grid], boxes=[[[0.0, 0.0, 0.5, 1.0]]], coverage=0.5, where="row")
-    assert plan.image_columns.tolist() == [1, 2]
-    assert plan.keys["region"].nonzero().flatten().tolist() == [1]
-    with refusal("P05"):
-        plan_row(ids, 4, image_token_id=5, images=[grid, grid], boxes=[[], []], coverage=0.5, where="row")
-
-
-def test_a_padding_row_of_verl_has_boxes_and_no_image():
-    tiles = image_tiles({}, FAMILIES["qwen3_vl"], None, where="row")
-    ids = torch.tensor([1, 2, 3])
-    plan = plan_row(ids, 1, image_token_id=5, boxes=[[BOX]], coverage=0.5, where="row", images=tiles)
-    assert (plan.region_tokens, len(plan.image_columns)) == (0, 0)
-    assert not plan.keys["region"].any()
 
 
 def test_prompts_over_the_limit(models, tmp_path):
