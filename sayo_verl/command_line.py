@@ -5,6 +5,7 @@ The ``--help`` of a subcommand fits a screen; ``--help-all`` shows the rest, if 
 
 import argparse
 import dataclasses
+import functools
 import textwrap
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -27,7 +28,7 @@ class Command(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, add_flags: AddFlags | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        self.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
         self.add_flags = add_flags
         self.shown: frozenset[str] | None = None
         self.intermixed = False

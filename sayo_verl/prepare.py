@@ -53,32 +53,29 @@ def _rows(name: str) -> AddFlags:
         if module.NAMED_BOXES:
             boxes = parser.add_argument_group("boxes")
             boxes.add_argument(
-                "--box-format", choices=BOX_FORMATS, metavar="FORMAT", help=f"one of {', '.join(BOX_FORMATS)}"
+                "--box-format", choices=BOX_FORMATS, metavar="FORMAT", help="such as xyxy, xywh, cxcywh_unit: docs/data.md"
             )
-            boxes.add_argument(
-                "--box-frame", choices=FRAMES, help="boxes are on the picture turned by EXIF, or on the file's pixels"
-            )
+            boxes.add_argument("--box-frame", choices=FRAMES, metavar="FRAME", help=f"of EXIF: {', '.join(FRAMES)}")
             boxes.add_argument("--rescale", action="store_true", help="boxes were drawn on resized copies")
             boxes.add_argument("--trust-boxes", action="store_true", help="the format was checked: build in any case")
         group = parser.add_argument_group("rows")
         group.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to make")
-        group.add_argument("--limit", type=int, metavar="N", help="draw so many examples; 0: all")
-        group.add_argument("--val-share", type=float, metavar="X", help="share of images to hold out; 1: all, 0: none")
-        group.add_argument("--seed", type=int, metavar="N", help="of the draw and of the split")
-        group.add_argument(
-            "--prompt", metavar="TEXT", help=f"{', '.join(PROMPTS)}, or a template such as 'Look. {{question}}'"
-        )
-        group.add_argument("--keep-without-boxes", action="store_true", help="keep rows that have no usable box")
-        group.add_argument("--link", action="store_true", help="store paths of images instead of their bytes")
-        group.add_argument("--max-drop", type=float, metavar="X", help="share of unusable images and texts to accept")
-        group.add_argument("--skip-missing", action="store_true", help="leave out rows whose images are missing")
-        group.add_argument("--overwrite", action="store_true", help="replace a folder of prepared data")
+        group.add_argument("--limit", type=int, metavar="N", help="draw N examples; 0: all")
+        group.add_argument("--val-share", type=float, metavar="X", help="of the images, to hold out")
+        group.add_argument("--seed", type=int, metavar="N", help="of the draw and the split")
+        group.add_argument("--prompt", metavar="TEXT", help=f"{', '.join(PROMPTS[1:])}, or a template")
+        group.add_argument("--keep-without-boxes", action="store_true", help="keep rows without a usable box")
+        group.add_argument("--link", action="store_true", help="store paths of images, not bytes")
+        group.add_argument("--max-drop", type=float, metavar="X", help="of the examples, that may be unusable")
+        group.add_argument("--skip-missing", action="store_true", help="leave out rows of missing images")
+        group.add_argument("--overwrite", action="store_true", help="replace prepared data")
         for action in parser._actions:
             if action.dest in default and action.default is None:
                 action.default = default[action.dest]
-                action.help = f"{action.help} (default: %(default)s)"
+                action.help = f"{action.help} ({action.default})"
         assert isinstance(parser, Command)
-        parser.show_only(*(flag for action in parser._actions for flag in action.option_strings))
+        left = {"--box-frame", "--rescale", "--seed", "--max-drop", "--skip-missing"} if module.NAMED_BOXES else set()
+        parser.show_only(*({flag for action in parser._actions for flag in action.option_strings} - left))
 
         def run(args: argparse.Namespace) -> int:
             options = {name: value for name, value in vars(args).items() if name in default}

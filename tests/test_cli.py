@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from sayo_verl.cli import COMMANDS, main
+from sayo_verl.prepare import SOURCES
 
 FOCUS = ["report", "--base", "x", "--after", "y", "--rows", "z", "--out", "o", "--alpha", "2"]
 
@@ -20,10 +21,8 @@ def loaded_after(*argv: str) -> set[str]:
 
 def test_a_file_named_as_a_command_does_not_load_that_command():
     loaded = loaded_after("report", "mix", "policy", "prepare", "inspect")
-    assert not loaded & {"torch", "pyarrow", "sayo_verl.data.building.mix", "sayo_verl.inspection.command"}
-    assert "sayo_verl.data.building.mix" in loaded_after(
-        "prepare", "mix", "--from=a=b", "--mix=a=all", "--rows=1", "--out=mixed"
-    )
+    assert not loaded & {"torch", "pyarrow", "sayo_verl.data.mix", "sayo_verl.inspection.command"}
+    assert "sayo_verl.data.mix" in loaded_after("prepare", "mix", "--from=a=all", "--rows=1", "--out=mixed")
 
 
 def test_checking_focus_loads_no_model_library():
@@ -42,7 +41,7 @@ def test_help_fits_a_screen_and_names_every_command(monkeypatch, capsys):
 
 def test_help_of_every_subcommand_fits_a_screen_and_the_rest_is_in_help_all(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    prepared = [f"prepare {name}" for name in ("gqa", "refocus", "jsonl", "coco", "labelme", "hf", "mix", "synthetic")]
+    prepared = [f"prepare {name}" for name in (*SOURCES, "mix", "synthetic")]
     stages = [f"focus {name}" for name in ("", "run", "train", "respond", "report")]
     for command in ["doctor", "prepare", "inspect", "watch", "report", "evaluate", *prepared, *stages]:
         with pytest.raises(SystemExit):
@@ -66,13 +65,13 @@ def test_a_command_that_does_not_exist_is_refused_with_the_choices(capsys):
 
 def test_a_missing_option_is_explained_below_a_short_usage(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["prepare", "jsonl", "--file", "x", "--out", "y"])
+        main(["prepare", "jsonl", "--file", "x"])
     assert stop.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) <= 5
-    assert lines[0].startswith("usage: sayo prepare jsonl --file FILE --box-format FORMAT --out OUT")
-    assert lines[-2] == "sayo prepare jsonl: error: the following arguments are required: --box-format"
-    assert "xyxy, xywh, xyxy_unit" in lines[-1]
+    assert lines[0].startswith("usage: sayo prepare jsonl --file FILE --out FOLDER")
+    assert lines[-2] == "sayo prepare jsonl: error: the following arguments are required: --out"
+    assert "folder to make" in lines[-1]
 
 
 @pytest.mark.parametrize("door", [["-m", "sayo_verl.focus"], ["-m", "sayo_verl.cli", "focus"]], ids=["module", "sayo"])

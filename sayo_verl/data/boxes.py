@@ -98,8 +98,8 @@ def place_boxes(
 def check_format(box_format: str | None, where: str) -> tuple[str, float, bool]:
     """The order of the values, their scale, and whether they refer to a padded square. D46 for an unknown format."""
     if not box_format or box_format not in BOX_FORMATS:
-        unknown = f"unknown box format {box_format!r}{did_you_mean(str(box_format), BOX_FORMATS)}"
-        what = unknown if box_format else "the format of the boxes is not given"
+        what = f"unknown box format {box_format!r}{did_you_mean(str(box_format), BOX_FORMATS)}"
+        what = what if box_format else "the format of the boxes is not given"
         fix = "set --box-format to the one that the publisher of the data describes"
         raise SayoError("D46", what, where=where, wanted=", ".join(BOX_FORMATS), fix=fix)
     order, scale, square = (*box_format.split("_"), "", "")[:3]
@@ -113,8 +113,7 @@ def four_numbers(box: Any, where: str, wanted: str = "finite numbers, without un
     except (TypeError, ValueError, OverflowError):
         values = []
     if len(values) != 4 or not all(abs(v) <= 1e9 for v in values):
-        got = " ".join(f"{box!r}".split())[:120]
-        fix = "correct the annotation, or leave this row out"
+        fix, got = "correct the annotation, or leave this row out", " ".join(f"{box!r}".split())[:120]
         raise SayoError("D42", "a box is not four finite numbers", where=where, got=got, wanted=wanted, fix=fix)
     return values[0], values[1], values[2], values[3]
 

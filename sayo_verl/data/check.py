@@ -161,24 +161,16 @@ def check_joined(paths: Sequence[Path]) -> None:
             features = Features.from_arrow_schema(schema)
             one = Dataset.from_dict({name: [None] for name in features}, features=features)  # empty ones are not joined
             joined = [concatenate_datasets([*joined, one])]
-            if any({"bytes", "image"} <= _fields(feature) for feature in joined[0].features.values()):
-                raise ValueError("some images are bytes and others paths; verl reads null bytes of the others")
         except (ValueError, TypeError, KeyError, NotImplementedError, pa.ArrowException) as error:
-            wrong = _differing(open_parquet(paths[0]).schema_arrow, schema) or [" ".join(str(error).split())[:200]]
+            wrong = _differing(open_parquet(paths[0]).schema_arrow, schema)
             raise SayoError(
                 "D64",
                 "verl's data set cannot join the files, or cannot read one of them",
                 where=f"{path}, after {paths[0]}",
-                got="; ".join(wrong),
+                got="; ".join(wrong) or " ".join(str(error).split())[:200],
                 wanted="one type for each column and field",
                 fix="write the column of both files with one type, or leave a file out",
             ) from error
-
-
-def _fields(feature: Any) -> set[str]:
-    """Names of the fields of a list of structs."""
-    inner = getattr(feature, "feature", None)
-    return set(inner) if isinstance(inner, dict) else set()
 
 
 def _differing(one: pa.Schema | pa.StructType, other: pa.Schema | pa.StructType, prefix: str = "") -> list[str]:

@@ -112,7 +112,7 @@ class RowContract:
         if demands.attention:
             if "data_source" in row:
                 looked.attempt(check_data_source, row["data_source"], f"{where}, data_source")
-            looked.attempt(self._check_id, row.get("data_source"), info.get("id"), where)
+            looked.attempt(self.check_id, row.get("data_source"), info.get("id"), where)
             looked.attempt(_check_only_images, media, where)
             looked.attempt(_check_question, looked.question, info.get("question"), where)
             looked.boxes = looked.attempt(check_boxes, info.get("boxes"), len(images), where=where) or []
@@ -128,7 +128,7 @@ class RowContract:
                 looked.attempt(check_stored, header, _declared_size(info, i), where)
         return looked
 
-    def _check_id(self, data_source: Any, name: Any, where: str) -> None:
+    def check_id(self, data_source: Any, name: Any, where: str) -> None:
         """Refuse the id of an earlier row of its data source; D65. Rows without an id pass."""
         before = where if name is None else self._ids.setdefault((repr(data_source), repr(name)), where)
         what, got, place = "two rows of a data source have one id", f"{name!r}, as {before}", f"{where}, extra_info.id"

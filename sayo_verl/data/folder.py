@@ -30,19 +30,12 @@ _PLAIN = re.compile(r"[\w/.@%+-]+")  # a path that Hydra's grammar takes without
 
 
 class Built(NamedTuple):
-    """A finished folder.
-
-    Attributes:
-        folder: its path.
-        rows: split -> rows.
-        left_out: reason -> rows.
-        files: split -> parquet files.
-    """
+    """A finished folder."""
 
     folder: Path
-    rows: dict[str, int]
-    left_out: dict[str, int]
-    files: dict[str, list[Path]]
+    rows: dict[str, int]  # by split
+    left_out: dict[str, int]  # by reason
+    files: dict[str, list[Path]]  # by split
 
 
 @contextmanager

@@ -26,14 +26,10 @@ _MARK = b"\xef\xbb\xbf"  # UTF-8 with a byte order mark
 
 
 def json_items(path: Path, prefix: str = "") -> Iterator[tuple[Any, Any]]:
-    """Entries of an object, or elements of an array with their index, in the order of the file.
+    """Entries of an object, or elements of the array at ``prefix`` ("item": at the top) with their index.
 
-    Args:
-        path: the file.
-        prefix: "", or of an array as ijson names it ("item": at the top). A key that is missing is an empty array.
-
-    Raises:
-        SayoError: D47 for what is not JSON or of another kind at the top, D48 for a file that cannot be read.
+    A missing key is an empty array. Raises D47 for what is not JSON or of another kind at the top, D48 for a file that
+    cannot be read.
     """
     last: Any = None
     with _opened(path) as file:
@@ -41,8 +37,7 @@ def json_items(path: Path, prefix: str = "") -> Iterator[tuple[Any, Any]]:
         if kind != wanted:
             fix = "name a file of the published format; one JSON value a line is another format"
             raise SayoError("D47", "the JSON is of another kind", where=str(path), got=kind, wanted=wanted, fix=fix)
-        values = ijson.items if prefix else ijson.kvitems
-        found = values(file, prefix, use_float=True)
+        found = (ijson.items if prefix else ijson.kvitems)(file, prefix, use_float=True)
         try:
             for last, value in enumerate(found) if prefix else found:
                 yield last, value

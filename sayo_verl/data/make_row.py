@@ -13,7 +13,7 @@ import pyarrow as pa
 from sayo_verl.data.boxes import place_boxes
 from sayo_verl.data.folder import SPLITS
 from sayo_verl.data.images import Stored, image_bytes, store_image
-from sayo_verl.data.rows import BOXES, MESSAGES, TEXTS, Drop, Example, ImageRef, Source, record, schema_of
+from sayo_verl.data.rows import BOXES, MESSAGES, TEXTS, Drop, Example, ImageRef, Source, messages_of, schema_of
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -133,20 +133,28 @@ def make_row(
         "_pictures": [_int64(digest) for digest in digests],
         "_asked": _int64(hashlib.blake2b(b"".join([*digests, example.question.encode()])).digest()),
     }
-    return facts | record(
-        example,
-        images=[
+    return facts | {
+        "data_source": example.data_source,
+        "prompt": [*map(dict, example.prompt)] or messages_of(example.question, len(stored), options.prompt),
+        "images": [
             _linked(ref, image, digest.hex(), *files) if options.link else {"bytes": image.data, "path": None}
             for ref, image, digest in zip(example.images, stored, digests, strict=True)
         ],
-        sizes=[(image.width, image.height) for image in stored],
-        # a region with a hole would train the wrong thing: such a row keeps no box
-        boxes=[() if reason else p.boxes for p in placed],
-        box_names=[() if reason else p.names for p in placed],
-        split=split,
-        index=number,
-        prompt=options.prompt,
-    )
+        "ability": "vqa",
+        "reward_model": {"style": "rule", "ground_truth": example.answer},
+        **example.columns,
+        "extra_info": {
+            **example.extra,
+            **{name: getattr(example, name) for name in ("id", "question", "answer", "kind", "box_source")},
+            "index": number,
+            "split": split,
+            # a region with a hole would train the wrong thing: such a row keeps no box
+            "boxes": [() if reason else of_image.boxes for of_image in placed],
+            "box_names": [() if reason else of_image.names for of_image in placed],
+            "image_keys": [ref.key for ref in example.images],
+            "image_size_wh": [(image.width, image.height) for image in stored],
+        },
+    }
 
 
 def _int64(digest: bytes) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 
 from sayo_verl.data.build import IN_OTHER_SPLIT, quiet_bars, rows_of, write_split
 from sayo_verl.data.check import check_joined
-from sayo_verl.data.contract import check_id
+from sayo_verl.data.contract import Demands, RowContract
 from sayo_verl.data.folder import LEFT_OUT, SPLITS, Built, check_folder, new_folder, read_folder, write_manifest
 from sayo_verl.data.reading import image_digest
 from sayo_verl.errors import SayoError
@@ -66,9 +66,9 @@ def mix_folders(shares: Mapping[Path, str], rows: int, out: Path, seed: int = 0,
         mixed = concatenate_datasets([tables["train"][folder].select(numbers) for folder, numbers in drawn.items()])
         mixed = mixed.shuffle(seed=seed)
         held_out = [*tables["val"].values()]
-        seen: dict[tuple[str, str], str] = {}
+        contract = RowContract(Demands())
         for number, row in enumerate(rows_of(mixed, ["data_source", "extra_info"])):
-            check_id(row["data_source"], row["extra_info"]["id"], seen, f"row {number} of the mixture")
+            contract.check_id(row["data_source"], row["extra_info"]["id"], f"row {number} of the mixture")
         write_split(mixed, new, "train")
         if held_out:
             write_split(concatenate_datasets(held_out), new, "val")

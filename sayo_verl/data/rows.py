@@ -78,14 +78,9 @@ TEXTS = pa.list_(pa.string())
 MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 EXTRA_INFO = {
     "index": pa.int64(),
-    "split": pa.string(),
-    "id": pa.string(),
-    "question": pa.string(),
-    "answer": pa.string(),
-    "kind": pa.string(),
+    **dict.fromkeys(("split", "id", "question", "answer", "kind", "box_source"), pa.string()),
     "boxes": BOXES,
     "box_names": pa.list_(TEXTS),
-    "box_source": pa.string(),
     "image_keys": TEXTS,
     "image_size_wh": pa.list_(pa.list_(pa.int64())),
 }
@@ -111,37 +106,20 @@ def schema_of(*, link: bool) -> pa.Schema:
 
 
 class Drop(Exception):
-    """Raised if a row is unusable.
-
-    Attributes:
-        reason: key of ``REASONS``.
-        detail: what was found, for the list of what was left out.
-    """
+    """Raised if a row is unusable; ``reason`` of ``REASONS`` and ``detail`` (what was found) go into ``left_out.jsonl``."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        if reason not in REASONS:
-            raise AssertionError(f"no such reason: {reason}")
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A record of the source that is no example.
-
-    Attributes:
-        id: its name in the source.
-        reason: key of ``REASONS``.
-        detail: what was found.
-    """
+    """A record of the source that is no example; ``reason`` of ``REASONS``, ``detail``: what was found."""
 
     id: str
     reason: str
     detail: str = ""
-
-    def __post_init__(self) -> None:
-        if self.reason not in REASONS:
-            raise AssertionError(f"no such reason: {self.reason}")
 
 
 @dataclass(frozen=True)
@@ -235,7 +213,7 @@ class Source(ABC):
 
     @abstractmethod
     def examples(self) -> Iterator[Example | LeftOut]:
-        """The examples in one order, every time the same, without reading images."""
+        """The examples in one order, every time the same. Images are not read."""
 
 
 def reserved_text(text: str) -> str | None:
@@ -276,51 +254,3 @@ def messages_of(question: str, n_images: int, prompt: str) -> list[dict[str, str
         text = prompt.replace(QUESTION_FIELD, question)
     system = [{"role": "system", "content": RELEASED_SYSTEM}] if prompt == "released" else []
     return [*system, {"role": "user", "content": IMAGE_TAG * n_images + text}]
-
-
-def record(
-    example: Example,
-    *,
-    images: Sequence[Mapping[str, Any]],
-    sizes: Sequence[tuple[int, int]],
-    boxes: Sequence[Sequence[Sequence[float]]],
-    box_names: Sequence[Sequence[str]],
-    split: str,
-    index: int,
-    prompt: str = PROMPTS[0],
-) -> dict[str, Any]:
-    """One row.
-
-    Args:
-        example: what it is made of.
-        images: entries of the column, ``{bytes, path}`` or ``{image}``.
-        sizes: (width, height) of each stored image.
-        boxes: per image, in [0, 1] of the stored image.
-        box_names: nested as ``boxes``.
-        split: "train" or "val".
-        index: number of the example.
-        prompt: as ``messages_of``; not read where the example has messages.
-    """
-    messages = [dict(message) for message in example.prompt]
-    return {
-        "data_source": example.data_source,
-        "prompt": messages or messages_of(example.question, len(example.images), prompt),
-        "images": [dict(image) for image in images],
-        "ability": "vqa",
-        "reward_model": {"style": "rule", "ground_truth": example.answer},
-        **example.columns,
-        "extra_info": {
-            **example.extra,
-            "index": index,
-            "split": split,
-            "id": example.id,
-            "question": example.question,
-            "answer": example.answer,
-            "kind": example.kind,
-            "boxes": [[list(box) for box in of_image] for of_image in boxes],
-            "box_names": [list(of_image) for of_image in box_names],
-            "box_source": example.box_source,
-            "image_keys": [image.key for image in example.images],
-            "image_size_wh": [list(size) for size in sizes],
-        },
-    }

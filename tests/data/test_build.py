@@ -258,12 +258,6 @@ def test_an_option_out_of_range_is_refused_by_its_flag(name, value):
         BuildOptions(**{name: value})
 
 
-def test_every_reason_is_explained():
-    assert all(REASONS.values())
-    with pytest.raises(AssertionError):
-        LeftOut("a", "no such reason")
-
-
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_build_leaves_no_folder_and_starting_again_works(tmp_path, how):
     script = textwrap.dedent("""

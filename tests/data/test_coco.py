@@ -11,7 +11,7 @@ from support.refusals import refusal
 
 from sayo_verl.data.rows import Example, LeftOut
 from sayo_verl.data.sources import coco
-from sayo_verl.data.sources.questions import Questions, how_many, is_there
+from sayo_verl.data.sources.questions import how_many, is_there
 
 CATEGORIES = {1: "person", 2: "wine glass", 3: "umbrella", 4: "skis"}
 
@@ -158,7 +158,6 @@ def test_a_wrong_annotation_is_refused_by_its_place(tmp_path, changed, code, whe
 def test_it_must_be_clear_what_to_ask(tmp_path, flags):
     with refusal("D58", "not clear what to ask.*--questions FILE"):
         rows(tmp_path, None, *flags)
-    assert Questions("x", "xywh", file=tmp_path).file == tmp_path
 
 
 def test_windows_names_are_read(tmp_path):
@@ -194,6 +193,7 @@ def test_absent_objects_stay_in_the_folder_that_is_built(tmp_path):
     Image.new("RGB", (640, 480), "red").save(tmp_path / "5.jpg")
     one = detection(images=detection()["images"][1:2], annotations=[mark(5, 1, [10, 20, 100, 100])])
     (tmp_path / "ann.json").write_text(json.dumps(one))
-    asked = Questions("coco", "xywh", ["presence"], absent=True)
-    built = build(coco.CocoSource(asked, tmp_path / "ann.json", tmp_path), tmp_path / "out", BuildOptions(val_share=0))
+    asked = {"name": "coco", "ask": ["presence"], "absent": True}
+    source = coco.CocoSource(annotations=tmp_path / "ann.json", images=tmp_path, **asked)
+    built = build(source, tmp_path / "out", BuildOptions(val_share=0))
     assert (built.rows["train"], dict(built.left_out)) == (2, {})

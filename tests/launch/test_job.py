@@ -14,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from support.launch_config import composed
 
-from sayo_verl.data.building.build import BuildOptions, build
-from sayo_verl.data.rows import Example, ImageRef
+from sayo_verl.data import build as building
+from sayo_verl.data.build import BuildOptions, build
+from sayo_verl.data.rows import Example, ImageRef, Source
 from sayo_verl.data.sources.scenes import SceneConfig, prepare
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.job import LOGGER_PATH, check_types, composition_error, keys_of, write_out
@@ -48,7 +49,7 @@ def written(base: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return make
 
 
-class Squares:
+class Squares(Source):
     """Rows with one picture each."""
 
     name = "squares"
@@ -75,8 +76,10 @@ class Squares:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    options = BuildOptions(workers=1, shard_rows=8, row_group_rows=4, val_share=0.2)
-    return build(Squares(), tmp_path_factory.mktemp("prepared") / "squares", options).folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "SHARD_ROWS", 8)
+        folder = tmp_path_factory.mktemp("prepared") / "squares"
+        return build(Squares(), folder, BuildOptions(val_share=0.2)).folder
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +113,7 @@ def test_a_folder_with_a_truncated_file_is_refused(written, kind, request, tmp_p
     written(**{"sayo.data": "copy"})
     cut = next(folder.glob("val*.parquet"))
     cut.write_bytes(cut.read_bytes()[:-9])
-    with pytest.raises(SayoError, match="D56: a file of the folder is not complete"):
+    with pytest.raises(SayoError, match="D56: a file of a prepared folder is not as its manifest says"):
         written(**{"sayo.data": "copy"})
 
 
@@ -121,7 +124,7 @@ def test_a_folder_that_is_not_prepared_is_refused_and_in_a_dry_run_it_may_be_mis
     assert config.data.train_files == [f"{tmp_path}/absent/train-*.parquet"]
     (tmp_path / "policy").mkdir()
     (tmp_path / "policy" / "manifest.json").write_text('{"files": {"config.json": 2}}')
-    with pytest.raises(SayoError, match="D56: the folder is of another kind"):
+    with pytest.raises(SayoError, match="D56: a file of a prepared folder is not as its manifest says"):
         written(dry_run=True, **{"sayo.data": "policy"})
 
 

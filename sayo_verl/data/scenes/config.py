@@ -26,8 +26,8 @@ class SceneConfig:
         image_size: side of the square image, in pixels.
         grid: cells per side; one object fits in a cell.
         min_objects, max_objects: objects per scene; not read by charts.
-        min_radius, max_radius: half the side of an object's box, in pixels. In scenes of kind ``"size"`` small objects
-            have the one and large ones the other: the closer, the harder.
+        min_radius, max_radius: half the side of an object's box, in pixels. For ``"size"``, that of small and of large
+            objects: the closer, the harder.
         question_kinds: of ``KINDS``; ``sayo_verl.data.scenes.kinds`` describes them.
         n_train, n_val: rows of the two splits.
         seed: decides every scene, with the split and the index of the row.

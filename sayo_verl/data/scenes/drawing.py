@@ -106,10 +106,3 @@ def draw_chart(image: np.ndarray, frame: Frame, levels: int) -> None:
             image[top : top + len(glyph), x : x + glyph.shape[1]][glyph] = INK
             x += frame.scale * (DIGIT_WIDTH + 1)
     image[frame.base - levels * frame.step : frame.base + 1, axis] = INK
-
-
-def draw_bar(image: np.ndarray, frame: Frame, colour: str, x0: int, width: int, height: int) -> tuple[int, ...]:
-    """Paint a bar of ``height`` levels and return its box, as ``draw`` does."""
-    box = (x0, frame.base - height * frame.step, x0 + width, frame.base)
-    image[box[1] : box[3], box[0] : box[2]] = COLOURS[colour]
-    return box

@@ -51,7 +51,8 @@ def sample_scene(rng: random.Random, config: SceneConfig) -> Scene:
     if kinds[0] in QUESTIONS:
         scene = one_object(canvas, kinds)
     else:
-        scene = bars(canvas, kinds[0]) if kinds[0] in BAR_KINDS else SAMPLERS[kinds[0]](canvas)
+        on_grid = {"place": place, "size": size, "count": count, "relation": relation}
+        scene = bars(canvas, kinds[0]) if kinds[0] in BAR_KINDS else on_grid[kinds[0]](canvas)
     if config.clutter or config.noise:
         image = scene.drawing.copy()
         drawing.add_clutter(image, rng, config.clutter)
@@ -152,8 +153,9 @@ def bars(canvas: Canvas, kind: str) -> Scene:
     for at, (colour, height) in enumerate(zip(colours, heights, strict=True)):
         width = rng.randint(max(3, slot // 2), slot - 2)
         x0 = frame.left + at * slot + 1 + rng.randint(0, slot - 2 - width)
-        box = drawing.draw_bar(canvas.image, frame, colour, x0, width, height)
-        canvas.objects.append(SceneObject("bar", colour, box, str(height)))
+        top = frame.base - height * frame.step
+        canvas.image[top : frame.base, x0 : x0 + width] = COLOURS[colour]
+        canvas.objects.append(SceneObject("bar", colour, (x0, top, x0 + width, frame.base), str(height)))
     needed: tuple[int, ...]
     if kind == "higher":
         a, b = rng.sample(range(n_bars), 2)
@@ -168,9 +170,6 @@ def bars(canvas: Canvas, kind: str) -> Scene:
         question = f"Which bar is the {word}?"
     answer = str(heights[needed[0]]) if kind == "height" else colours[needed[0]]
     return canvas.scene(needed, kind, question, answer, "colour", "value")
-
-
-SAMPLERS = {"place": place, "size": size, "count": count, "relation": relation}
 
 
 def _looks(rng: random.Random, config: SceneConfig, n_objects: int, n_unlike: int = 0) -> list[tuple[str, str]]:

@@ -2,14 +2,13 @@
 
 A file (instances_*.json; .gz and .zip are read too) is {images[{id, file_name, width, height}], categories[{id, name}],
 annotations[{image_id, category_id, bbox, iscrowd}]}. ``bbox`` is [x, y, width, height] in pixels from the upper left
-corner, of a picture of the stated size. COCO has no questions: see --ask and --questions, where ``image_id`` or
-``file_name`` names the picture (``sayo_verl.data.sources.questions``).
+corner, of a picture of the stated size. Questions: --ask or --questions (``questions.py``).
 
 A crowd (iscrowd 1) is one box around many objects, so it is not the box of an object: a question about its name is left
 out in that picture. A missing iscrowd is 0, as in most files of other tools. Masks and panoptic files are not read.
 Annotations of COCO: CC BY 4.0; the photos: their Flickr licences, stated in the file.
 
-The file is read three times (images, categories, annotations), a record at a time.
+The file is read three times, a record at a time.
 """
 
 import argparse
@@ -31,35 +30,30 @@ from sayo_verl.errors import SayoError
 NAMED_BOXES = False
 
 
-class Image(BaseModel):
-    """An entry of ``images``."""
-
+class _Image(BaseModel):
     id: int
     file_name: str
     width: common.Side
     height: common.Side
 
 
-class Category(BaseModel):
-    """An entry of ``categories``."""
-
+class _Category(BaseModel):
     id: int
     name: str
 
 
-class Mark(BaseModel):
-    """An entry of ``annotations``."""
-
+class _Mark(BaseModel):
     image_id: int
     category_id: int
     bbox: list[Any]
     iscrowd: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CocoSource(AnnotatedSource):
     """COCO; attributes as the flags of ``add_flags``."""
 
+    box_format = "xywh"
     annotations: Path
     images: Path
 
@@ -68,12 +62,12 @@ class CocoSource(AnnotatedSource):
         common.check_input(self.annotations)
         folder, ids = common.ImageFolder(self.images), common.Ids()
         pictures = {}
-        for image, where in self._records("images", Image):
+        for image, where in self._records("images", _Image):
             ids.add(str(image.id), where)
             pictures[image.id] = (image.file_name, folder.ref(image.file_name, where), (image.width, image.height))
-        names = {category.id: category.name for category, _ in self._records("categories", Category)}
+        names = {category.id: category.name for category, _ in self._records("categories", _Category)}
         marks: dict[int, array[float]] = {}  # image -> category, crowd and box of each: COCO has 860,000
-        for mark, where in self._records("annotations", Mark):
+        for mark, where in self._records("annotations", _Mark):
             if mark.image_id not in pictures or mark.category_id not in names:
                 what, fix = "an annotation has an unknown image or category", "name a file with all three lists"
                 got = f"image_id {mark.image_id}, category_id {mark.category_id}"
@@ -93,7 +87,7 @@ class CocoSource(AnnotatedSource):
                 things.append(Thing(name, None, "a crowd") if crowd else Thing(name, tuple(box)))
             return Picture(str(id), ref, size, things)
 
-        yield from self.questions.examples(pictures, find, dict.fromkeys(names.values()))
+        yield from self.rows(pictures, find, dict.fromkeys(names.values()))
 
     def _records(self, key: str, model: type[Any]) -> Iterator[tuple[Any, str]]:
         found = False
@@ -114,4 +108,4 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def from_args(args: argparse.Namespace) -> CocoSource:
     """The source from the flags of ``add_flags``."""
-    return CocoSource(questions.from_args(args, "xywh"), args.annotations, args.images)
+    return CocoSource(annotations=args.annotations, images=args.images, **questions.fields_of(args))

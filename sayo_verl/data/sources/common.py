@@ -237,8 +237,7 @@ class FieldSource(Source):
 
     def facts(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)  # type: ignore[call-overload]
-        values = (*fields.values(), *fields.get("questions", {}).values())
-        return fields | {"files": file_facts(v for v in values if isinstance(v, Path) and v.is_file())}
+        return fields | {"files": file_facts(v for v in fields.values() if isinstance(v, Path) and v.is_file())}
 
 
 @dataclass(frozen=True)
@@ -251,21 +250,11 @@ class FileSource(FieldSource):
     val_file: Path | None = None
     name: str = "mine"
 
-    def records(
-        self, read: Callable[[Path], Iterable[tuple[int, Any]]], word: str
-    ) -> Iterator[tuple[Any, str, str, str, ImageFolder]]:
-        """Value, place ("a.json line 3"), place as an id, split, and folder of images of each record."""
+    def records(self, read: Callable[[Path], Iterable[tuple[int, Any]]]) -> Iterator[tuple[Any, Path, int, str]]:
+        """Value, file, number and split of each record."""
         for path, split in ((self.file, "train" if self.val_file else ""), (self.val_file, "val")):
-            if path:
-                folder = ImageFolder(self.images or path.parent)
-                for number, value in read(check_input(path)):
-                    yield (
-                        value,
-                        f"{path} {word} {number}",
-                        f"{'val/' * (split == 'val')}{path.name}:{number}",
-                        split,
-                        folder,
-                    )
+            for number, value in read(check_input(path)) if path else ():
+                yield value, path, number, split  # type: ignore[misc]
 
 
 def add_file_flags(parser: argparse.ArgumentParser, name: str) -> None:

@@ -17,6 +17,7 @@ Read for this: tools/convert_data_to_llava_format.py and llava/train/train.py of
 """
 
 import argparse
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,18 +41,14 @@ _TURNS = "the turns are not of human and gpt, one behind the other"
 _PIXELS = "boxes of Visual-CoT are xyxy"
 
 
-class Turn(BaseModel):
-    """An entry of ``conversations``."""
-
+class _Turn(BaseModel):
     speaker: str = Field(alias="from")
     value: common.Text
 
 
-class Record(BaseModel):
-    """A record."""
-
+class _Record(BaseModel):
     model_config = ConfigDict(extra="allow")
-    conversations: list[Turn]
+    conversations: list[_Turn]
     image: str | list[str] | None = None
     id: common.Text = ""
     boxes: Any = None
@@ -67,15 +64,17 @@ class ConversationsSource(common.FileSource):
 
     def examples(self) -> Iterator[Example | LeftOut]:
         """Raises SayoError: D05, D09, D40, D42, D46, D58-D63 and D92, each with file and record."""
-        for value, where, default, split, folder in self.records(json_records, "record"):
-            record = common.parse(Record, value, where)
-            id = f"{default} {record.id}".strip()
+        folders = functools.cache(common.ImageFolder)
+        for value, path, number, split in self.records(json_records):
+            where = f"{path} record {number}"
+            record = common.parse(_Record, value, where)
+            id = f"{'val/' * (split == 'val')}{path.name}:{number} {record.id}".strip()
             if record.image:
-                yield self._example(id, record, folder, split, where)
+                yield self._example(id, record, folders(self.images or path.parent), split, where)
             else:
                 yield LeftOut(id, "image_missing", "the record has no image")
 
-    def _example(self, id: str, record: Record, folder: common.ImageFolder, split: str, where: str) -> Example:
+    def _example(self, id: str, record: _Record, folder: common.ImageFolder, split: str, where: str) -> Example:
         named = [record.image] if isinstance(record.image, str) else record.image or []
         said = [turn.value for turn in record.conversations]
         speakers = [{"user": "human", "assistant": "gpt"}.get(t.speaker, t.speaker) for t in record.conversations]

@@ -46,16 +46,16 @@ from typing_extensions import TypedDict
 from sayo_verl.data.json_files import json_items
 from sayo_verl.data.rows import Example, LeftOut, Source
 from sayo_verl.data.sources import common
-from sayo_verl.data.sources.common import Side
 from sayo_verl.errors import SayoError
 
+NAMED_BOXES = False
 NO_GRAPH_LIMIT = 1000  # so many questions of a file without a scene graph, and none with one, stop the work
 _REFERENCE = re.compile(r"\((-|[0-9]+(?: *, *[0-9]+)*)\)")
 _Ids = Annotated[str, Field(pattern=r"^[0-9]+( *, *[0-9]+)*$")]
 _Marks = dict[str, _Ids | list[_Ids]]
 _Annotations = TypedDict("_Annotations", {"question": _Marks, "fullAnswer": _Marks})  # noqa: UP013
 _Thing = TypedDict("_Thing", {"name": str, "x": float, "y": float, "w": float, "h": float})  # noqa: UP013
-_Graph = TypedDict("_Graph", {"width": Side, "height": Side, "objects": dict[str, _Thing]})  # noqa: UP013
+_Graph = TypedDict("_Graph", {"width": common.Side, "height": common.Side, "objects": dict[str, _Thing]})  # noqa: UP013
 
 
 class _Question(BaseModel):
@@ -167,12 +167,12 @@ class GqaSource(Source):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare gqa``."""
-    graphs, questions = "train_sceneGraphs.json", "question files of the same split, or the folder train_all_questions"
-    boxes = "objects of a question: semantic as SAYO, grounding as GQA's evaluation (default: %(default)s)"
+    graphs, questions = "such as train_sceneGraphs.json", "of the same split, or train_all_questions/"
+    boxes = f"{' (as SAYO) or '.join(_RULES)} (default: %(default)s)"
     parser.add_argument("--scene-graphs", nargs="+", type=Path, required=True, metavar="FILE", help=graphs)
     parser.add_argument("--questions", nargs="+", type=Path, required=True, metavar="FILE", help=questions)
-    parser.add_argument("--images", type=Path, required=True, help="the folder of images, or images.zip")
-    parser.add_argument("--boxes", choices=tuple(_RULES), default=GqaSource.boxes, help=boxes)
+    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="of images, or images.zip")
+    parser.add_argument("--boxes", choices=tuple(_RULES), default=GqaSource.boxes, metavar="RULE", help=boxes)
 
 
 def from_args(args: argparse.Namespace) -> GqaSource:

@@ -17,6 +17,7 @@ An unknown key is refused by name: a misspelt "boxs" would be a row without boxe
 """
 
 import argparse
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,12 +30,10 @@ from sayo_verl.data.sources import common
 from sayo_verl.data.sources.common import Side, Text, parse
 from sayo_verl.errors import Rule, raise_first
 
-NAMED_BOXES = True  # the command adds --box-format and what belongs to it
+NAMED_BOXES = True
 
 
-class Line(BaseModel):
-    """One line."""
-
+class _Line(BaseModel):
     model_config = ConfigDict(extra="forbid")
     question: Text
     answer: Text
@@ -56,9 +55,10 @@ class JsonlSource(common.FileSource):
 
     def examples(self) -> Iterator[Example]:
         """Raises SayoError: D05, D09, D40, D42, D46, D58-D63, each with file and line."""
-        ids = common.Ids()
-        for value, where, default, split, folder in self.records(json_lines, "line"):
-            line = parse(Line, value, where)
+        ids, folders = common.Ids(), functools.cache(common.ImageFolder)
+        for value, path, number, split in self.records(json_lines):
+            where, folder = f"{path} line {number}", folders(self.images or path.parent)
+            line = parse(_Line, value, where)
             both, own, named = (line.image is None) == (not line.images), line.box_format, self.box_format
             what, fix = "the line and the command name different box formats", "correct --box-format or the line"
             rules = [
@@ -70,7 +70,7 @@ class JsonlSource(common.FileSource):
             boxes = common.boxes_of_images(line.boxes, n := len(images), where)
             sizes = line.size if line.images or line.size is None else [line.size]
             yield Example(
-                ids.add(line.id or default, where),
+                ids.add(line.id or f"{'val/' * (split == 'val')}{path.name}:{number}", where),
                 images,
                 common.untagged(line.question, n, where),
                 line.answer,

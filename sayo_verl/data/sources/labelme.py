@@ -3,19 +3,16 @@
 A folder of JSON files, one a picture: {imagePath, imageData, imageWidth, imageHeight, shapes[{label, points,
 shape_type, group_id}]}. Points are [x, y] in pixels, as floats. Of the shapes,
 
-    rectangle            its two corners, which may come in any order (four are read too, as other tools write them)
-    polygon              its bounding box; so are those of an oriented rectangle and of a mask's corner points
+    rectangle            its two corners in any order (four are read too, as other tools write them)
+    polygon              its bounding box; likewise an oriented rectangle and a mask
     others               (circle, line, point, ...) have no box: questions about their label are left out here
 
-Shapes of one label and one ``group_id`` are one object: their boxes are joined. ``box_source`` says what was marked:
-"labelme_rectangle", "labelme_polygon" or both. Labels that begin with "__ignore__" are skipped.
+Shapes of one label and one ``group_id`` are one object. Labels that begin with "__ignore__" are skipped. The picture is
+the file ``imagePath``, seen from the JSON file, or the file of that name beside it or in --images; else the copy in
+``imageData``. labelme turns a picture upright by its EXIF orientation, so points are on the upright picture.
 
-The picture is the file ``imagePath``, relative to the JSON file, or the file of that name beside the JSON file or in
---images; where there is none, the copy in ``imageData``. labelme turns a picture upright by its EXIF orientation before
-it shows it, so points are on the upright picture, and imageWidth and imageHeight are its size.
-
-labelme has no questions: see --ask and --questions, where ``file`` is the path of the JSON file within the folder
-(``sayo_verl.data.sources.questions``). Licence: that of your data.
+Questions: --ask or --questions (``questions.py``), where ``file`` is the path of the JSON file within the folder.
+Licence: that of your data.
 """
 
 import argparse
@@ -39,29 +36,26 @@ NAMED_BOXES = False
 _SHAPES = {"rectangle": 2, "mask": 2, "polygon": 3, "oriented_rectangle": 3, "rotation": 3}
 
 
-class Shape(BaseModel):
-    """An entry of ``shapes``."""
-
+class _Shape(BaseModel):
     label: str
     points: list[tuple[float, float]]
     shape_type: str | None = None
     group_id: Any = None
 
 
-class File(BaseModel):
-    """A JSON file."""
-
+class _File(BaseModel):
     imagePath: str
-    shapes: list[Shape]
+    shapes: list[_Shape]
     imageData: str | None = None
     imageWidth: common.Side | None = None
     imageHeight: common.Side | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LabelmeSource(AnnotatedSource):
     """labelme; attributes as the flags of ``add_flags``."""
 
+    box_format = "xyxy"
     folder: Path
     images: Path | None = None
 
@@ -69,17 +63,16 @@ class LabelmeSource(AnnotatedSource):
         """Raises SayoError: D40, D60 the name of an image, D58, D59 a file, D62 an id, D63 there are no files."""
         paths = {path.relative_to(self.folder).as_posix(): path for path in sorted(self.folder.rglob("*.json"))}
         if not paths:
-            fix = "name the folder that labelme wrote into"
-            raise SayoError("D63", "the folder has no JSON file", where=str(self.folder), fix=fix)
+            raise SayoError("D63", "the folder has no JSON file", where=str(self.folder), fix="correct --folder")
         folder = common.ImageFolder(self.images or self.folder)
 
         def find(file: str | int) -> Picture | None:
             return self._picture(str(file), paths[str(file)], folder) if file in paths else None
 
-        yield from self.questions.examples(paths, find)
+        yield from self.rows(paths, find)
 
     def _picture(self, file: str, path: Path, folder: common.ImageFolder) -> Picture:
-        record = common.parse(File, dict(json_items(path)), str(path))
+        record = common.parse(_File, dict(json_items(path)), str(path))
         objects: dict[tuple[str, str], list[Thing]] = {}
         for i, shape in enumerate(record.shapes):
             if not shape.label.startswith("__ignore__"):
@@ -88,7 +81,7 @@ class LabelmeSource(AnnotatedSource):
         size = (record.imageWidth, record.imageHeight) if record.imageWidth and record.imageHeight else None
         return Picture(file, self._image(record, path, folder), size, [_joined(parts) for parts in objects.values()])
 
-    def _image(self, record: File, path: Path, folder: common.ImageFolder) -> ImageRef:
+    def _image(self, record: _File, path: Path, folder: common.ImageFolder) -> ImageRef:
         name, written = record.imagePath, PureWindowsPath(record.imagePath)
         if self.images or (written.anchor and not Path(name).is_file()):
             name = written.name
@@ -103,14 +96,13 @@ class LabelmeSource(AnnotatedSource):
             return ImageRef(image.key, data=b"")  # the builder leaves out what is no picture
 
 
-def _thing(shape: Shape, where: str) -> Thing:
+def _thing(shape: _Shape, where: str) -> Thing:
     kind = shape.shape_type or "polygon"  # files of labelme 3 have polygons alone
     if kind not in _SHAPES:
         return Thing(shape.label, None, f"a {kind} has no box")
     n = len(shape.points)
     if n < _SHAPES[kind] or (kind == "rectangle" and n not in (2, 4)):
-        fix = "correct or remove the shape"
-        raise SayoError("D59", f"a {kind} has {n} points", where=where, fix=fix)
+        raise SayoError("D59", f"a {kind} has {n} points", where=where, fix="correct or remove the shape")
     xs, ys = zip(*shape.points, strict=True)
     box = four_numbers((min(xs), min(ys), max(xs), max(ys)), where)
     return Thing(shape.label, box, "rectangle" if kind == "rectangle" else "polygon")
@@ -134,4 +126,4 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def from_args(args: argparse.Namespace) -> LabelmeSource:
     """The source from the flags of ``add_flags``."""
-    return LabelmeSource(questions.from_args(args, "xyxy"), args.folder, args.images)
+    return LabelmeSource(folder=args.folder, images=args.images, **questions.fields_of(args))

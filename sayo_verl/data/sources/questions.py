@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
@@ -49,9 +49,7 @@ class Picture(NamedTuple):
     split: str = ""
 
 
-class Own(BaseModel):
-    """A line of --questions."""
-
+class _Own(BaseModel):
     model_config = ConfigDict(extra="forbid")
     file: str | int = Field(validation_alias=AliasChoices("file", "file_name", "image_id"))
     question: common.Text
@@ -61,23 +59,26 @@ class Own(BaseModel):
     kind: common.Text = ""
 
 
-@dataclass(frozen=True)
-class Questions:
-    """What is asked; attributes as the flags of ``add_flags``. D58 for anything but one of ``ask`` and ``file``."""
+@dataclass(frozen=True, kw_only=True)
+class AnnotatedSource(common.FieldSource):
+    """A source that has annotations and no questions; fields as the flags of ``add_flags``.
 
+    Raises D58 for anything but one of ``ask`` and ``questions``.
+    """
+
+    box_format: ClassVar[str]
     name: str
-    box_format: str
     ask: Sequence[str] = ()
     absent: bool = False
-    file: Path | None = None
+    questions: Path | None = None
 
     def __post_init__(self) -> None:
-        if bool(self.ask) == bool(self.file) or (self.absent and "presence" not in self.ask):
-            got = f"--ask {' '.join(self.ask)}, --absent {self.absent}, --questions {self.file}"
+        if bool(self.ask) == bool(self.questions) or (self.absent and "presence" not in self.ask):
+            got = f"--ask {' '.join(self.ask)}, --absent {self.absent}, --questions {self.questions}"
             fix = "set --ask count, --ask presence (which may have --absent), or --questions FILE"
             raise SayoError("D58", "it is not clear what to ask", where="--ask, --questions", got=got, fix=fix)
 
-    def examples(
+    def rows(
         self, keys: Iterable[Any], find: Callable[[Any], Picture | None], names: Collection[str] = ()
     ) -> Iterator[Example | LeftOut]:
         """Rows of the pictures of ``keys``, or of the file, which names them; ``find`` gives the picture of a key.
@@ -85,9 +86,9 @@ class Questions:
         ``names``: of all objects, for ``absent`` and against misspelt names; empty if not known. Raises D58, D62.
         """
         ids = common.Ids()
-        for number, value in json_lines(common.check_input(self.file)) if self.file else ():
-            where = f"{self.file} line {number}"
-            own = common.parse(Own, value, where)
+        for number, value in json_lines(common.check_input(self.questions)) if self.questions else ():
+            where = f"{self.questions} line {number}"
+            own = common.parse(_Own, value, where)
             id, picture = ids.add(own.id or f"question:{number}", where), find(own.file)
             for name in own.categories:
                 if names and name not in names:
@@ -125,17 +126,6 @@ class Questions:
         return replace(row, split=picture.split, neutral=not names)
 
 
-@dataclass(frozen=True)
-class AnnotatedSource(common.FieldSource):
-    """A source that has annotations and no questions."""
-
-    questions: Questions
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.questions.name
-
-
 def how_many(name: str) -> str:
     """The question for a count. A name that is no plain words is quoted, and a plural stays as it is."""
     last = name.split(" ")[-1]
@@ -163,6 +153,6 @@ def add_flags(parser: argparse.ArgumentParser, name: str, *, absent: bool = True
     parser.add_argument("--name", default=name, help="name of the data set in metrics (default: %(default)s)")
 
 
-def from_args(args: argparse.Namespace, box_format: str) -> Questions:
-    """``Questions`` from the flags of ``add_flags``."""
-    return Questions(args.name, box_format, args.ask, getattr(args, "absent", False), args.questions)
+def fields_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of an ``AnnotatedSource`` from the flags of ``add_flags``."""
+    return {name: value for name, value in vars(args).items() if name in ("name", "ask", "absent", "questions")}

@@ -1,7 +1,7 @@
 """ReFocus-Chart: questions about bar charts, with the areas an annotator's edit focused on.
 
-Data: ``ReFocus/ReFocus_Data`` on Hugging Face (arXiv 2501.05452). Licence: its card and its code state Apache-2.0. The
-charts are ChartQA's, whose mirrors state GPL-3.0: download it yourself. Two forms are read:
+``ReFocus/ReFocus_Data`` on Hugging Face (arXiv 2501.05452); its card and its code state Apache-2.0. The charts are
+ChartQA's, whose mirrors state GPL-3.0: download it yourself. Two forms are read:
 
     parquet   data/{train,val,test}-*.parquet with id, question, answer, image {bytes, path}, focus_areas_bbox,
               x_values, y_values, x_values_bbox, y_values_bbox, figure_bbox, source. Boxes are x1, y1, x2, y2 in
@@ -32,9 +32,9 @@ from sayo_verl.data.json_files import json_items
 from sayo_verl.data.reading import open_parquet, read_rows
 from sayo_verl.data.rows import Drop, Example, LeftOut, Source
 from sayo_verl.data.sources import common
-from sayo_verl.data.sources.common import Text
 from sayo_verl.errors import SayoError
 
+NAMED_BOXES = False
 FALL_BACKS = ("figure", "labels", "none")
 _CORNERS = ("x1", "y1", "x2", "y2")
 
@@ -52,13 +52,13 @@ _Boxes = Annotated[list[tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat
 
 
 class _Record(BaseModel):
-    id: Text = Field(min_length=1)
-    question: Text = Field(validation_alias=AliasChoices("question", "query"))
-    answer: Text
+    id: common.Text = Field(min_length=1)
+    question: common.Text = Field(validation_alias=AliasChoices("question", "query"))
+    answer: common.Text
     image: Any = Field(validation_alias=AliasChoices("image", "figure_path"))
-    kind: Text = Field("", validation_alias=AliasChoices("source", "type"))
-    x_values: list[Text]
-    y_values: list[Text]
+    kind: common.Text = Field("", validation_alias=AliasChoices("source", "type"))
+    x_values: list[common.Text]
+    y_values: list[common.Text]
     focus: _Boxes = Field([], validation_alias="focus_areas_bbox")
     x_boxes: _Boxes = Field(validation_alias=AliasChoices("x_values_bbox", "x_bboxes"))
     y_boxes: _Boxes = Field(validation_alias=AliasChoices("y_values_bbox", "y_bboxes"))
@@ -78,9 +78,9 @@ class RefocusSource(Source):
 
     def __post_init__(self) -> None:
         files = [common.check_input(path) for path in self._files()]
-        where, empty = str(self.data), f"the folder has no parquet file of the split {self.split!r}"
+        where = str(self.data)
         if not files:
-            raise SayoError("D63", empty, where=where, fix="correct the folder or --split")
+            raise SayoError("D63", f"there is no {self.split}-*.parquet", where=where, fix="correct --split")
         if self.images is None and files[0].suffix != ".parquet":
             raise SayoError("D58", "images are named as files", where=where, fix="name their folder with --images")
 
@@ -114,8 +114,8 @@ class RefocusSource(Source):
             source, found = "refocus_labels", [(boxes[i], names[i]) for i in named]
         elif row.figure and self.fall_back == "figure":
             source, found = "refocus_figure", [(row.figure[0], "figure")]
-        image, box_names = common.stored_image(row.image, where, folder), tuple(name for _, name in found)
-        facts = ((tuple(box for box, _ in found),), (box_names,), "xyxy" if pixels else "xyxy_unit", source)
+        image, placed = common.stored_image(row.image, where, folder), tuple(box for box, _ in found)
+        facts = ((placed,), (tuple(name for _, name in found),), "xyxy" if pixels else "xyxy_unit", source)
         return Example(row.id, (image,), question, row.answer, *facts, "sayo/refocus", kind=row.kind)
 
 
@@ -158,5 +158,5 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def from_args(args: argparse.Namespace) -> RefocusSource:
-    """The source from the flags of ``add_flags``."""
+    """The source of these flags."""
     return RefocusSource(args.data, args.split, args.images, args.first_box, args.fall_back)

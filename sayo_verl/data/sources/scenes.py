@@ -57,8 +57,8 @@ class SceneSource(Source):
         if not scene.distractors:
             what, least = "a row needs a further object, for the wrong-box control", len(scene.needed) + 1
             field = "min_bars" if scene.kind in BAR_KINDS else "min_objects"
-            where, wanted, fix = f"SceneConfig.{field}, {scene.kind}", f"at least {least}", f"set {field} to {least}"
-            raise SayoError("D21", what, where=where, got=len(scene.objects), wanted=wanted, fix=f"{fix} or more")
+            where, got, fix = f"SceneConfig, {scene.kind}", len(scene.objects), f"set {field} to {least} or more"
+            raise SayoError("D21", what, where=where, got=got, fix=fix)
         Image.fromarray(scene.image).save(file := io.BytesIO(), format="PNG")
         image = ImageRef(hashlib.sha256(file.getvalue()).hexdigest()[:20], data=file.getvalue())
         rewarded, size = scene.needed if self.config.region == "target" else scene.distractors, self.config.image_size

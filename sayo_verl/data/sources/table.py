@@ -210,14 +210,21 @@ def parse_map(text: str) -> dict[str, str]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare table``."""
-    add, names = parser.add_argument, ", ".join(FIELDS)
-    add("--data", required=True, help="parquet, csv or JSON file, folder of them, or owner/name on the hub")
+    add = parser.add_argument
+    add("--data", required=True, metavar="TABLE", help="parquet, csv or JSON, a folder, or a hub name")
     add("--split", default="train", help="of a folder or of the hub (default: %(default)s)")
     add("--val-split", metavar="SPLIT", help="its rows become the validation rows")
-    add("--map", dest="columns", type=parse_map, default="", metavar="FIELD=COLUMN,...", help=f"columns of {names}")
-    add("--images", type=Path, help="folder or zip file of the images (default: the folder of the table)")
-    add("--config", help="of a data set of the hub that has several")
-    add("--revision", help="branch, tag or commit on the hub (default: the newest commit)")
+    add(
+        "--map",
+        dest="columns",
+        type=parse_map,
+        default="",
+        metavar="FIELD=COLUMN,...",
+        help="such as image=img,answer=label",
+    )
+    add("--images", type=Path, metavar="FOLDER", help="of the images, or a zip file")
+    add("--config", help="of the hub, where there are several")
+    add("--revision", help="of the hub (default: the newest commit)")
     add("--name", default="table", help="name of the data set in metrics (default: %(default)s)")
 
 

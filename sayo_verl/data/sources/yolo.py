@@ -1,17 +1,16 @@
 """A YOLO data set (Ultralytics' layout), with questions made from its labels or joined to them.
 
-data.yaml in the folder names the classes (``names``: a list, or {number: name}) and the pictures (``train``, ``val``: a
-folder, a text file with one picture a line, or a list of these; relative to ``path`` if that is there, else to the
-folder). Without data.yaml, --names names the classes, and images/train and images/val, or images alone, are read. Rows
-of ``val`` are the validation split.
+data.yaml in the folder has ``names`` of classes (a list, or {number: name}), and ``train`` and ``val``: a folder, a
+text file with one picture a line, or a list of these, relative to ``path`` if that is there, else to the folder.
+Without it, --names names the classes, and images/train and images/val, or images, are read. ``val`` becomes the
+validation split.
 
 The labels of images/a/b.jpg are in labels/a/b.txt, one object a line: the class and four shares of the picture (centre
 x, centre y, width, height), or the class and the corners of a polygon, whose bounding box is taken. A picture without
 such a file has no object. Pose labels (``kpt_shape``) are not read.
 
-YOLO has no questions: see --ask and --questions, where ``file`` is the path of the picture within the folder
-(``sayo_verl.data.sources.questions``). Read for this: the pages on detection and segmentation data sets at
-docs.ultralytics.com. Licence: that of your data.
+Questions: --ask or --questions (``questions.py``), where ``file`` is the path of the picture within the folder. Read
+for this: the pages on detection and segmentation data sets at docs.ultralytics.com. Licence: that of your data.
 """
 
 import argparse
@@ -33,9 +32,7 @@ NAMED_BOXES = False
 _IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-class Settings(BaseModel):
-    """data.yaml."""
-
+class _Settings(BaseModel):  # data.yaml
     path: str = ""
     train: str | list[str] | None = None
     val: str | list[str] | None = None
@@ -43,10 +40,11 @@ class Settings(BaseModel):
     kpt_shape: Any = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class YoloSource(AnnotatedSource):
     """YOLO; attributes as the flags of ``add_flags``."""
 
+    box_format = "cxcywh_unit"
     folder: Path
     names: Sequence[str] = ()
 
@@ -55,7 +53,7 @@ class YoloSource(AnnotatedSource):
         file = self.folder / "data.yaml"
         where, pose = str(file), "pose labels are not read"
         try:
-            settings = parse(Settings, yaml.safe_load(file.read_text("utf-8-sig")) if file.is_file() else {}, where)
+            settings = parse(_Settings, yaml.safe_load(file.read_text("utf-8-sig")) if file.is_file() else {}, where)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             got, fix = common.shown(error), "write it as YAML in UTF-8"
             raise SayoError("D93", "data.yaml cannot be read", where=where, got=got, fix=fix) from error
@@ -76,9 +74,9 @@ class YoloSource(AnnotatedSource):
             path, split = pictures[str(key)]
             return Picture(str(key), ImageRef(str(key), path), None, _things(_labels(path), names), split)
 
-        yield from self.questions.examples(pictures, find, [*names.values()])
+        yield from self.rows(pictures, find, [*names.values()])
 
-    def _pictures(self, settings: Settings) -> dict[str, tuple[Path, str]]:
+    def _pictures(self, settings: _Settings) -> dict[str, tuple[Path, str]]:
         """Path and split of each picture, by its name within the folder."""
         root = self.folder / settings.path
         root = root if root.is_dir() else self.folder
@@ -143,12 +141,10 @@ def _things(path: Path, names: dict[int, str]) -> list[Thing]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare yolo``."""
     parser.add_argument("--folder", type=Path, required=True, help="folder with images, labels and data.yaml")
-    parser.add_argument(
-        "--names", nargs="+", default=[], metavar="NAME", help="names of the classes (default: data.yaml)"
-    )
+    parser.add_argument("--names", nargs="+", default=[], metavar="NAME", help="of the classes (default: data.yaml)")
     questions.add_flags(parser, "yolo")
 
 
 def from_args(args: argparse.Namespace) -> YoloSource:
     """The source from the flags of ``add_flags``."""
-    return YoloSource(questions.from_args(args, "cxcywh_unit"), args.folder, args.names)
+    return YoloSource(folder=args.folder, names=args.names, **questions.fields_of(args))
