@@ -19,23 +19,23 @@ from sayo_verl.inspection.model_view import Seen
 from sayo_verl.inspection.positions import covered
 from sayo_verl.vision.grids import Tile, token_levels
 
-MAX_SIZE = (640, 960)  # of a picture on the page, in its own pixels
-MIN_SHOWN = 360  # CSS pixels: small pictures are shown enlarged
+MAX_SIZE, MIN_SHOWN = (640, 960), 360  # of a picture in its pixels; its width on the page, where it may be enlarged
 MAP_CELLS, CELL = 24, 15  # the map of boxes: cells along a side, pixels of a cell
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e377c2", "#8c564b", "#17becf", "#bcbd22")
 SWITCHES = {"box": "boxes", "token": "visual tokens in boxes", "grid": "grid of visual tokens"}
 STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:1400px;padding:1.2em;color:#1d2429;background:#fff}
-h1{font-size:1.35em;overflow-wrap:anywhere}h2{font-size:1.1em;margin:1.6em 0 .4em}b{font-weight:600}
+h1{font-size:1.35em;overflow-wrap:anywhere}h2{font-size:1.1em;margin:1.6em 0 .4em}
+figcaption{display:table-caption;caption-side:bottom}.tile{stroke:#00a0a0;stroke-width:2}
 table{border-collapse:collapse;font-size:14px}td{vertical-align:top;padding:.2em .9em .2em 0;white-space:pre-wrap}
 .FAIL{color:#b00020}.WARN{color:#9a6200}.meta,figcaption{color:#5a6670;font-size:12.5px;overflow-wrap:anywhere}
 .switches{position:sticky;top:0;background:#fffffff0;padding:.5em 0;z-index:1}label{margin-right:1.4em}
 .row{border-top:1px solid #ccd3d8;padding:1em 0}.q{white-space:pre-wrap;margin:.3em 0;max-width:70em}
-.side{display:flex;flex-wrap:wrap;gap:1.2em 2.5em}figure{margin:0;max-width:100%}
+.side{display:flex;flex-wrap:wrap;gap:1.2em 2.5em;align-items:flex-start}figure{margin:0;display:table}
 svg{display:block;max-width:100%;height:auto;border:1px solid #ccd3d8}path{vector-effect:non-scaling-stroke;fill:none}
 .scale{display:inline-block;width:9em;height:.8em;margin:0 .5em;background:linear-gradient(90deg,#fff,#08519c)}
 .grid{stroke:#fff;stroke-opacity:.75;stroke-width:.7}.token{fill:#ffb000;fill-opacity:.3;stroke:#ff8c00}
-.tile{stroke:#00a0a0;stroke-width:2}path.box{stroke-width:2.2}text.box{font-weight:700;paint-order:stroke;stroke:#fff;stroke-width:.2em}
+path.box{stroke-width:2.2}text.box{font-weight:700;paint-order:stroke;stroke:#fff;stroke-width:.2em}
 """ + "".join(f"body:has(#{name}:not(:checked)) .{name}{{display:none}}\n" for name in SWITCHES)
 BEFORE, AFTER = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>', "</body></html>\n"
 
@@ -56,7 +56,7 @@ def make_page(
     return (
         f"{BEFORE}{escape(about)}</title><style>{STYLE}</style></head><body>\n<h1>{escape(about)}</h1>\n"
         f'<div class="side">{counted}{_map(boxes_N4) if len(boxes_N4) else ""}</div>\n'
-        f"<h2>{len(findings)} kinds of findings</h2>\n{found}\n<h2>{len(rows)} rows</h2>\n"
+        f"<h2>Findings ({len(findings)})</h2>\n{found}\n<h2>Rows ({len(rows)})</h2>\n"
         f'<div class="switches">{switches}</div>\n' + "\n".join(map(_row, rows)) + AFTER
     )
 
@@ -120,7 +120,7 @@ def _picture(
         [
             f'<b style="color:{COLOURS[i % len(COLOURS)]}">{i + 1}</b>',
             escape(names[i] if i < len(names) else "-"),
-            f"{mask_NV[i].sum()} visual tokens" if tiles else "",
+            f"visual tokens: {mask_NV[i].sum()}" if tiles else "",
             f"{(x1 - x0) * (y1 - y0):.2%} of the image",
             f"{x0:.4f}, {y0:.4f}, {x1:.4f}, {y1:.4f}",
         ]

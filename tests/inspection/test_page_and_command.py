@@ -161,7 +161,7 @@ def test_the_command_prints_figures_and_writes_a_page(folders, models, tmp_path,
     assert "8 rows with images decoded" in printed.out
     assert max(map(len, printed.out.split("\n\n")[0].splitlines())) <= 80  # figures fit a terminal
     drawn, tiles = Drawings(page.read_text(encoding="utf-8")), models[name].see(row(0), "").tiles[0]
-    assert "5 rows" in drawn.text
+    assert "Rows (5)" in drawn.text
     assert "<b>red</b>" in drawn.text
     tokens = sum(len(d["token"]) for d in drawn.drawn)
     rows_with_boxes = sum("box" in d for d in drawn.drawn) // (2 if len(tiles) > 1 else 1)
