@@ -42,9 +42,10 @@ def _rows(name: str) -> AddFlags:
     """The subcommand that makes training rows from a source."""
 
     def add_flags(parser: argparse.ArgumentParser) -> Run:
-        from sayo_verl.data.boxes import BOX_FORMATS, FRAMES
+        from sayo_verl.data.boxes import BOX_FORMATS
         from sayo_verl.data.build import BuildOptions, build
         from sayo_verl.data.rows import PROMPTS
+        from sayo_verl.data.sources.common import add_box_flags
 
         module = importlib.import_module(f"sayo_verl.data.sources.{name}")
         default = {field.name: field.default for field in dataclasses.fields(BuildOptions)}
@@ -53,11 +54,12 @@ def _rows(name: str) -> AddFlags:
         if module.NAMED_BOXES:
             boxes = parser.add_argument_group("boxes")
             boxes.add_argument(
-                "--box-format", choices=BOX_FORMATS, metavar="FORMAT", help="such as xyxy, xywh, cxcywh_unit: docs/data.md"
+                "--box-format",
+                choices=BOX_FORMATS,
+                metavar="FORMAT",
+                help="such as xyxy, xywh, cxcywh_unit: docs/data.md",
             )
-            boxes.add_argument("--box-frame", choices=FRAMES, metavar="FRAME", help=f"of EXIF: {', '.join(FRAMES)}")
-            boxes.add_argument("--rescale", action="store_true", help="boxes were drawn on resized copies")
-            boxes.add_argument("--trust-boxes", action="store_true", help="the format was checked: build in any case")
+            add_box_flags(boxes)
         group = parser.add_argument_group("rows")
         group.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to make")
         group.add_argument("--limit", type=int, metavar="N", help="draw N examples; 0: all")

@@ -74,8 +74,8 @@ def from_table(values: dict[str, Any]) -> Example:
 def make_row(
     row: dict[str, Any],
     number: int,
-    *,
     columns: Sequence[str],
+    *,
     held_out: Sequence[bool],
     options: "BuildOptions",
     files: tuple[Path, Path],

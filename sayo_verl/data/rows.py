@@ -46,7 +46,7 @@ REASONS: Mapping[str, str] = {
     # rows
     "no_object": "the question refers to no object of the image",
     "no_scene_graph": "there is no scene graph of its image",
-    "unknown_object": "an object that the question refers to is not in the scene graph",
+    "unknown_object": "an object that the question refers to is not annotated in the image",
     "no_region": "what the question is about has no box of its own: a crowd, or a shape without extent",
     "no_box": "the row has no box, and --keep-without-boxes is not set",
     "empty_question": "there is no question",

@@ -45,15 +45,8 @@ def png(width: int = 40, height: int = 30, **how: Any) -> bytes:
 
 def row(**changes: Any) -> dict[str, Any]:
     """A valid row with other columns, or with other fields of ``extra_info``."""
-    info = {
-        "index": 0,
-        "id": "a",
-        "question": "What?",
-        "boxes": [[[0.1, 0.1, 0.9, 0.9]]],
-        "image_keys": ["k"],
-        "image_size_wh": [[40, 30]],
-        "box_names": [["thing"]],
-    }
+    info = {"index": 0, "id": "a", "question": "What?", "boxes": [[[0.1, 0.1, 0.9, 0.9]]]}
+    info |= {"image_keys": ["k"], "image_size_wh": [[40, 30]], "box_names": [["thing"]]}
     columns = {
         "data_source": "my/toy",
         "prompt": said("<image>What? <answer> ... </answer>"),
@@ -80,9 +73,6 @@ def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.png").write_bytes(png())
     return tmp_path
-
-
-# ---------------------------------------------------------------------------------------------------- one verdict
 
 
 def by_launcher(path: Path, bad: dict[str, Any]) -> None:
@@ -114,12 +104,8 @@ def by_plan(path: Path, bad: dict[str, Any]) -> None:
     inputs |= {"video_grid_thw": torch.tensor(GRID * videos)} if videos else {}
     vision = SimpleNamespace(spatial_merge_size=2)
     config = SimpleNamespace(image_token_id=IMAGE, video_token_id=VIDEO, vision_config=vision)
-    batch = {
-        "input_ids": ids,
-        "response_mask": torch.ones(1, 1),
-        "multi_modal_inputs": [inputs],
-        "extra_info": [bad["extra_info"]],
-    }
+    batch = {"input_ids": ids, "response_mask": torch.ones(1, 1), "multi_modal_inputs": [inputs]}
+    batch["extra_info"] = [bad["extra_info"]]
     request = StatisticsRequest((Statistic("region_mass"),))
     plan_micro_batch(batch, SimpleNamespace(hf_config=config, tokenizer=None), FAMILIES["qwen3_vl"], request)
 
@@ -221,9 +207,6 @@ def test_the_table_of_checks_names_every_code_and_no_other(repo):
     assert set(table(repo)) - other == raised - other
 
 
-# ---------------------------------------------------------------------------------------------------- types
-
-
 @pytest.mark.parametrize("attention", [True, False])
 @pytest.mark.parametrize(
     ("column", "value", "says"),
@@ -259,30 +242,11 @@ def test_null_and_absent_columns_and_content_in_parts_pass(attention):
 
 
 LEAVES: list[tuple[pa.DataType, Any]] = [
-    (pa.int64(), 3),
-    (pa.float64(), float("nan")),
-    (pa.large_string(), "<image>"),
-    (pa.binary(), b"\xff"),
-    (pa.null(), None),
-    (pa.timestamp("ns"), datetime.datetime(2020, 1, 2)),
-    (pa.duration("us"), datetime.timedelta(1)),
-    (pa.decimal128(9, 2), decimal.Decimal("1.5")),
-    (pa.dictionary(pa.int8(), pa.string()), "word"),
-    (pa.string(), "there.png"),
+    *[(pa.int64(), 3), (pa.float64(), float("nan")), (pa.large_string(), "<image>"), (pa.binary(), b"\xff")],
+    *[(pa.null(), None), (pa.timestamp("ns"), datetime.datetime(2020, 1, 2)), (pa.string(), "there.png")],
+    *[(pa.decimal128(9, 2), decimal.Decimal("1.5")), (pa.dictionary(pa.int8(), pa.string()), "word")],
 ]
-FIELDS = [
-    "role",
-    "content",
-    "from",
-    "bytes",
-    "path",
-    "image",
-    "boxes",
-    "id",
-    "image_keys",
-    "image_size_wh",
-    "box_names",
-]
+FIELDS = ["role", "content", "from", "bytes", "path", "image", "boxes", "id", "image_keys", "box_names"]
 
 
 @st.composite
@@ -344,12 +308,10 @@ def at_launch(path: Path, *, attention: bool) -> str:
         return error.code if "\n" not in str(error) else str(error)
 
 
-# ---------------------------------------------------------------------------------------------------- what applies when
+TRUTHS = ["red", "1,000", "(A)", "", "?", "\\boxed{3}", "Answer: red", None, ["red"], True, 3.0]
 
 
-@pytest.mark.parametrize(
-    "truth", ["red", "1,000", "(A)", "", "?", "\\boxed{3}", "Answer: red", None, ["red"], True, 3.0], ids=str
-)
+@pytest.mark.parametrize("truth", TRUTHS, ids=str)
 def test_launch_inspection_and_prepare_agree_on_which_truths_can_be_graded(here, truth):
     code = "-" if why_not_gradable(truth) is None else "D74"
     bad = row(reward_model={"style": "rule", "ground_truth": truth})

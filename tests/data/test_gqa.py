@@ -234,9 +234,3 @@ def test_a_name_of_an_image_stays_in_the_folder(folder):
 def test_an_answer_that_is_no_text_is_left_out(folder, answer):
     items = outcomes(with_question(folder, lambda q: q.update(answer=answer)).examples())
     assert (items["01"], items["03"]) == ("empty_answer", ("mirror",))
-
-
-def test_a_file_that_was_cut_short(folder):
-    (folder / "cut.json").write_text(json.dumps(QUESTIONS)[:3000])
-    with refusal("D47", "cut.json, after record"):
-        list(source(folder, questions=(folder / "cut.json",)).examples())

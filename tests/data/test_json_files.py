@@ -71,25 +71,13 @@ def test_another_encoding_is_named_and_not_called_cut_short(tmp_path, encoding):
         assert "cut short" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        (b'{"a": 1, "b": {"c": [', "not JSON.*after record 'a'"),
-        (b'{"a": 1} {"b": 2}', "not JSON"),
-        (b'{"a": NaN}', "not JSON"),
-        (b'{"a": 1, }', "not JSON"),
-        (b"[1, 2]", "another kind"),
-        (b"", "another kind"),
-    ],
-)
-def test_broken_json_stops_with_its_place(tmp_path, text, says):
-    path = written(tmp_path, text)
-    with refusal("D47", says) as caught:
-        list(json_items(path))
-    assert str(path) in caught.value.where
-
-
-def test_a_broken_line_is_named_by_its_number(tmp_path):
+def test_broken_json_stops_with_its_place(tmp_path):
+    faults = {b'{"a": 1, "b": {"c": [': "not JSON.*after record 'a'", b'{"a": 1} {"b": 2}': "not JSON"}
+    faults |= {b'{"a": NaN}': "not JSON", b"[1, 2]": "another kind", b"": "another kind"}
+    for text, says in faults.items():
+        with refusal("D47", says) as caught:
+            list(json_items(written(tmp_path, text)))
+        assert str(tmp_path) in caught.value.where
     with refusal("D47", "line 3") as caught:
         list(json_lines(written(tmp_path, b'{"a": 1}\n{}\n{"a": \n{}\n')))
     assert caught.value.where.endswith("line 3")

@@ -73,13 +73,9 @@ def test_a_validation_file_names_the_split_of_its_rows(tmp_path):
         written(tmp_path, LINE, LINE), "xyxy", val_file=written(tmp_path / "own", {**LINE, "answer": "no"})
     )
     rows = list(source.examples())
-    assert [(e.split, e.answer, e.images[0].path) for e in rows] == [
-        ("train", "a bus", tmp_path / "a.png"),
-        ("train", "a bus", tmp_path / "a.png"),
-        ("val", "no", tmp_path / "own" / "a.png"),
-    ]
-    assert len({e.id for e in rows}) == 3
-    assert len(source.facts()["files"]) == 2
+    assert [(e.split, e.answer) for e in rows] == [("train", "a bus"), ("train", "a bus"), ("val", "no")]
+    assert [e.images[0].path for e in rows[1:]] == [tmp_path / "a.png", tmp_path / "own" / "a.png"]
+    assert (len({e.id for e in rows}), len(source.facts()["files"])) == (3, 2)
 
 
 def test_the_flags_make_the_source(tmp_path):
@@ -100,12 +96,9 @@ def test_the_flags_make_the_source(tmp_path):
         ({"answer": ...}, "D58", "no 'answer'"),
         ({"answer": ["a", "b"]}, "D58", "answer is invalid: a list.*choose one"),
         ({"image": ...}, "D58", "either image or images"),
-        ({"images": ["b.png"]}, "D58", "either image or images"),
         ({"image": ..., "images": []}, "D58", "either image or images"),
-        ({"image": 3}, "D58", "image is invalid"),
         ({"image": "http://x.org/a.png"}, "D40", "local file"),
         ({"image": "../a.png"}, "D60", "outside"),
-        ({"size": [10]}, "D58", "size"),
         ({"size": [10, 0]}, "D58", "size"),
         ({"box_format": "xywh"}, "D61", "got xywh, wanted xyxy"),
         ({"box_names": ["a", "b"]}, "D59", "one name for each box"),

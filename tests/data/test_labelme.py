@@ -131,7 +131,5 @@ def test_a_wrong_file_is_refused_by_its_name(tmp_path, record, code, says):
 
 
 def test_a_folder_without_files_is_refused(tmp_path):
-    parser = argparse.ArgumentParser()
-    labelme.add_flags(parser)
     with refusal("D63", "no JSON file"):
-        list(labelme.from_args(parser.parse_args(["--folder", str(tmp_path), "--ask", "count"])).examples())
+        rows(tmp_path, {})

@@ -145,14 +145,11 @@ def test_the_region_of_each_kind():
         wanted = int(e.answer) if e.kind == "count" else 2 if e.kind in ("relation", "higher") else 1
         assert len(boxes) == len(names) == wanted >= len(wrong) >= 1
         if e.kind == "relation":
-            assert [name.split(":")[0] for name in names] == ["answer", "reference"]
             assert e.answer in names[0]
-            assert names[1].removeprefix("reference: ") in e.question
+            assert names[1] in e.question
         elif e.kind == "higher":
-            assert names[0] == f"answer: {e.answer} bar"
-            assert names[1].startswith("other: ")
-        else:
-            assert all(re.fullmatch(rf"({A_COLOUR}) ({A_SHAPE}|bar)", name) for name in names)
+            assert names[0] == f"{e.answer} bar"
+        assert all(re.fullmatch(rf"({A_COLOUR}) ({A_SHAPE}|bar)", name) for name in names)
     assert set(seen) == set(KINDS)
 
 

@@ -116,11 +116,6 @@ def _extreme_answer(seen, size, word):
     return ordered[0]["colour"], [ordered[0]]
 
 
-def _height_answer(seen, size, colour):
-    bar = _named(seen, colour, "bar")
-    return str(bar["height"]), [bar]
-
-
 def _higher_answer(seen, size, first, second):
     a, b = (_named(seen, colour, "bar") for colour in (first, second))
     assert a["height"] != b["height"]
@@ -130,7 +125,7 @@ def _higher_answer(seen, size, first, second):
 def _word_answer(key, asked):
     def answer(seen, size, word):
         thing = _one([o for o in seen if o[key] == word])
-        return thing[asked], [thing]
+        return str(thing[asked]), [thing]
 
     return answer
 
@@ -146,7 +141,7 @@ ORACLE = {
         _relation_answer,
     ),
     "highest": (r"Which bar is the (highest|lowest)\?", _extreme_answer),
-    "height": (rf"How high is the ({A_COLOUR}) bar\?", _height_answer),
+    "height": (rf"How high is the ({A_COLOUR}) bar\?", _word_answer("colour", "height")),
     "higher": (rf"Which bar is higher, the ({A_COLOUR}) or the ({A_COLOUR})\?", _higher_answer),
 }
 

@@ -85,6 +85,13 @@ def test_rows_pass_through_and_boxes_are_joined_by_id(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("truth", ["\\boxed{3}", 3, None])
+def test_an_answer_of_another_reward_function_passes_through(tmp_path, truth):
+    file = write(tmp_path / "a.parquet", row(1, reward_model={"style": "math", "ground_truth": truth}))
+    made = build(VerlSource(file), tmp_path / "out", ALL)
+    assert pq.read_table(made.files["train"])["reward_model"].to_pylist() == [{"style": "math", "ground_truth": truth}]
+
+
 def test_boxes_of_the_rows_stay(tmp_path):
     own = {"id": "a", "boxes": [[[0.1, 0.2, 0.5, 0.6]]], "question": "How long?"}
     (only,) = built(VerlSource(write(tmp_path / "a.parquet", row(1, own))), tmp_path / "out")

@@ -14,9 +14,10 @@ from support.launching import launch, plan
 from support.public_shapes import write_config
 
 from sayo_verl import __version__
-from sayo_verl.cli import SOURCES, main
+from sayo_verl.cli import main
 from sayo_verl.data.sources.scenes import SceneConfig, prepare
 from sayo_verl.methods import RegionMethod
+from sayo_verl.prepare import SOURCES
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 

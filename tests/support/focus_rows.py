@@ -1,14 +1,18 @@
 """Tiny models and rows for the stage of the <Focus> token."""
 
+import copy
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sayo_verl.data.rows import record
-from sayo_verl.data.sources.scenes import SceneConfig, SceneSource
+from sayo_verl.data.folder import split_files
+from sayo_verl.data.sources.scenes import SceneConfig, prepare
 from sayo_verl.focus.rows import FOCUS_KEY, FocusCollator
 from sayo_verl.focus.token import add_focus_token
 from sayo_verl.focus.trainer import FocusConfig
@@ -16,21 +20,16 @@ from sayo_verl.focus.trainer import FocusConfig
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
 
 
+@cache
+def _drawn(seed: int) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        made = prepare(folder, SceneConfig(n_train=64, n_val=1, seed=seed)).path
+        return [row for file in split_files(made)["train"] for row in pq.read_table(file).to_pylist()]
+
+
 def scene_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    _, *examples = SceneSource(SceneConfig(n_train=n, n_val=1, seed=seed)).examples()
-    rows = [
-        record(
-            example,
-            images=[{"bytes": example.images[0].data, "path": None}],
-            sizes=[(96, 96)],
-            boxes=example.extra["target_boxes"],
-            box_names=example.box_names,
-            split="train",
-            index=i,
-            prompt="question",
-        )
-        for i, example in enumerate(examples)
-    ]
+    rows = copy.deepcopy(_drawn(seed)[:n])
+    assert len(rows) == n
     return [{**row, "_where": f"row {i}"} for i, row in enumerate(rows)]
 
 

@@ -9,9 +9,6 @@ import numpy as np
 from sayo_verl.data.scenes.config import SceneConfig
 from sayo_verl.data.scenes.drawing import BACKGROUND, draw
 
-# kind -> roles of the needed objects, where they differ
-ROLES = {"relation": ("answer", "reference"), "higher": ("answer", "other")}
-
 
 @dataclass(frozen=True)
 class SceneObject:
@@ -62,11 +59,6 @@ class Scene:
     def attribute(self, index: int) -> str:
         """The word that this question asks for, of object ``index``."""
         return str(getattr(self.objects[index], self.asks))
-
-    def box_names(self, indices: Sequence[int]) -> tuple[str, ...]:
-        """Names of these objects, with their role in the question, where they have one."""
-        role = {i: f"{role}: " for i, role in zip(self.needed, ROLES.get(self.kind, ()), strict=False)}
-        return tuple(role.get(i, "") + self.objects[i].name for i in indices)
 
 
 _Aligned = tuple[int, SceneObject] | None

@@ -2,7 +2,8 @@
 
 A file (instances_*.json; .gz and .zip are read too) is {images[{id, file_name, width, height}], categories[{id, name}],
 annotations[{image_id, category_id, bbox, iscrowd}]}. ``bbox`` is [x, y, width, height] in pixels from the upper left
-corner, of a picture of the stated size. Questions: --ask or --questions (``questions.py``).
+corner, of a picture of the stated size. Questions: --ask, or --questions with lines {image_id | file_name, question,
+answer, categories, id?, kind?}, whose region is every object of these categories; [] for none.
 
 A crowd (iscrowd 1) is one box around many objects, so it is not the box of an object: a question about its name is left
 out in that picture. A missing iscrowd is 0, as in most files of other tools. Masks and panoptic files are not read.

@@ -22,7 +22,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from sayo_verl.data.boxes import four_numbers
+from sayo_verl.data.boxes import FRAMES, four_numbers
 from sayo_verl.data.contract import check_placeholders
 from sayo_verl.data.rows import IMAGE_TAG, RUNS_CODE, Drop, ImageRef, Source
 from sayo_verl.errors import SayoError, did_you_mean
@@ -255,6 +255,13 @@ class FileSource(FieldSource):
         for path, split in ((self.file, "train" if self.val_file else ""), (self.val_file, "val")):
             for number, value in read(check_input(path)) if path else ():
                 yield value, path, number, split  # type: ignore[misc]
+
+
+def add_box_flags(parser: argparse._ActionsContainer) -> None:
+    """Flags of the builder for boxes whose frame or size the data may not show."""
+    parser.add_argument("--box-frame", choices=FRAMES, metavar="FRAME", help=f"of EXIF: {', '.join(FRAMES)}")
+    parser.add_argument("--rescale", action="store_true", help="boxes were drawn on resized copies")
+    parser.add_argument("--trust-boxes", action="store_true", help="the format was checked: build in any case")
 
 
 def add_file_flags(parser: argparse.ArgumentParser, name: str) -> None:

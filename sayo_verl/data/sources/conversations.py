@@ -4,8 +4,8 @@
 
 The human turn is the question, the gpt turn behind it the answer. A record with several questions is refused until
 --turn names the first or the last; what was said before the last is not in its prompt. ``boxes`` (or ``bbox``) are read
-as by ``sayo prepare jsonl``, in --box-format (LLaVA: xyxy_unit_square); boxes within the text stay text. The id is the
-place in the file, for ids of LLaVA repeat. A record without an image is left out. Other keys are not read.
+as by ``sayo prepare jsonl``, in --box-format; boxes within the text stay text. The id begins with the place in the
+file, because ids of LLaVA repeat. A record without an image is a row without boxes. Other keys are not read.
 
 Visual-CoT (viscot_363k.json) is read in its own form alone, whose boxes are xyxy: ``image`` is ["a.jpg",
 "a.jpg###[x0, y0, x1, y1]"], in pixels of the picture; the turns are the question and "Please provide the bounding box
@@ -26,7 +26,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from sayo_verl.data.json_files import json_records
-from sayo_verl.data.rows import Example, LeftOut
+from sayo_verl.data.rows import Example
 from sayo_verl.data.sources import common
 from sayo_verl.errors import Rule, raise_first
 
@@ -62,17 +62,14 @@ class ConversationsSource(common.FileSource):
     name: str = "conversations"
     turn: str | None = None
 
-    def examples(self) -> Iterator[Example | LeftOut]:
+    def examples(self) -> Iterator[Example]:
         """Raises SayoError: D05, D09, D40, D42, D46, D58-D63 and D92, each with file and record."""
         folders = functools.cache(common.ImageFolder)
         for value, path, number, split in self.records(json_records):
             where = f"{path} record {number}"
             record = common.parse(_Record, value, where)
             id = f"{'val/' * (split == 'val')}{path.name}:{number} {record.id}".strip()
-            if record.image:
-                yield self._example(id, record, folders(self.images or path.parent), split, where)
-            else:
-                yield LeftOut(id, "image_missing", "the record has no image")
+            yield self._example(id, record, folders(self.images or path.parent), split, where)
 
     def _example(self, id: str, record: _Record, folder: common.ImageFolder, split: str, where: str) -> Example:
         named = [record.image] if isinstance(record.image, str) else record.image or []

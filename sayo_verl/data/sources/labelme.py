@@ -11,8 +11,8 @@ Shapes of one label and one ``group_id`` are one object. Labels that begin with 
 the file ``imagePath``, seen from the JSON file, or the file of that name beside it or in --images; else the copy in
 ``imageData``. labelme turns a picture upright by its EXIF orientation, so points are on the upright picture.
 
-Questions: --ask or --questions (``questions.py``), where ``file`` is the path of the JSON file within the folder.
-Licence: that of your data.
+Questions: --ask, or --questions with lines {file, question, answer, labels, id?, kind?}: ``file`` is the path of the
+JSON file within the folder, the region is every object of these labels; [] for none. Licence: that of your data.
 """
 
 import argparse

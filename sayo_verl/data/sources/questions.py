@@ -151,6 +151,7 @@ def add_flags(parser: argparse.ArgumentParser, name: str, *, absent: bool = True
         parser.add_argument("--absent", action="store_true", help="with presence: ask about absent objects, too")
     parser.add_argument("--questions", type=Path, metavar="FILE", help="lines of JSON with your own questions instead")
     parser.add_argument("--name", default=name, help="name of the data set in metrics (default: %(default)s)")
+    common.add_box_flags(parser)
 
 
 def fields_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -61,14 +61,15 @@ class SceneSource(Source):
             raise SayoError("D21", what, where=where, got=got, fix=fix)
         Image.fromarray(scene.image).save(file := io.BytesIO(), format="PNG")
         image = ImageRef(hashlib.sha256(file.getvalue()).hexdigest()[:20], data=file.getvalue())
-        rewarded, size = scene.needed if self.config.region == "target" else scene.distractors, self.config.image_size
-        chosen = (tuple(scene.objects[i].box for i in some) for some in (rewarded, scene.needed, scene.distractors))
-        boxes, *others = chosen
-        target, distractor = ([[[value / size for value in box] for box in some]] for some in others)
-        extra = {"key_word": scene.key_word(scene.target), "target_boxes": target, "distractor_boxes": distractor}
-        row = (id, (image,), scene.question, scene.answer, (boxes,), (scene.box_names(rewarded),), "xyxy")
-        made = f"scene_{self.config.region}", "sayo/scenes", ((size, size),), scene.kind, split
-        return Example(*row, *made, extra=extra)
+        size, rewarded = self.config.image_size, scene.needed if self.config.region == "target" else scene.distractors
+        boxes, names = zip(*((scene.objects[i].box, scene.objects[i].name) for i in rewarded), strict=True)
+        needed, others = (
+            [[[value / size for value in scene.objects[i].box] for i in some]]
+            for some in (scene.needed, scene.distractors)
+        )
+        extra = {"key_word": scene.key_word(scene.target), "target_boxes": needed, "distractor_boxes": others}
+        row = (id, (image,), scene.question, scene.answer, (boxes,), (names,), "xyxy", f"scene_{self.config.region}")
+        return Example(*row, "sayo/scenes", ((size, size),), scene.kind, split, extra=extra)
 
 
 def prepare(out_root: Path | str, config: SceneConfig, prompt: str = "question") -> Prepared:

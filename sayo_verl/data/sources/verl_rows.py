@@ -1,8 +1,8 @@
 """Parquet files that verl reads, as they are, with boxes of their own or from a side file.
 
-Prompts, answers, names of data sources, other columns and other fields of ``extra_info`` pass through. Images are
-bytes, a path as text, or {image: path}; relative paths count from the working directory, or from --images. The side
-file (--boxes) has one JSON object a line:
+Prompts, answers, names of data sources, other columns and other fields of ``extra_info`` pass through, so --prompt does
+not apply, and answers may be of any form. Images are bytes, a path as text, or {image: path}; relative paths count from
+the working directory, or from --images. The side file (--boxes) has one JSON object a line:
 
     id         text or number that a row has in the column --id (default: extra_info.id, else extra_info.index)
     boxes      boxes of four numbers, or one box; with several images: one list of boxes for each image

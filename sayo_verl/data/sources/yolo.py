@@ -9,8 +9,9 @@ The labels of images/a/b.jpg are in labels/a/b.txt, one object a line: the class
 x, centre y, width, height), or the class and the corners of a polygon, whose bounding box is taken. A picture without
 such a file has no object. Pose labels (``kpt_shape``) are not read.
 
-Questions: --ask or --questions (``questions.py``), where ``file`` is the path of the picture within the folder. Read
-for this: the pages on detection and segmentation data sets at docs.ultralytics.com. Licence: that of your data.
+Questions: --ask, or --questions with lines {file, question, answer, categories, id?, kind?}: ``file`` is the path of
+the picture within the folder, the region is every object of these classes; [] for none. Read for this: the pages on
+detection and segmentation data sets at docs.ultralytics.com. Licence: that of your data.
 """
 
 import argparse
