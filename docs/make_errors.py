@@ -76,7 +76,8 @@ def entries() -> Iterator[Entry]:
     for path, tree in trees.items():
         constants = everywhere | dict(_constants(tree))  # a name means what its own file says first
         file = path.relative_to(PACKAGE).as_posix()
-        inside = {}  # call -> the innermost function around it
+        # call -> the innermost function around it, if there is one
+        inside: dict[ast.Call, ast.FunctionDef | None] = {n: None for n in ast.walk(tree) if isinstance(n, ast.Call)}
         for function in ast.walk(tree):
             if isinstance(function, ast.FunctionDef):
                 inside |= {node: function for node in ast.walk(function) if isinstance(node, ast.Call)}
@@ -91,19 +92,20 @@ def _constants(tree: ast.Module) -> Iterator[tuple[str, str]]:
             yield from ((n.id, node.value.value) for n in node.targets if isinstance(n, ast.Name) and n.id.isupper())
 
 
-def _of_call(call: ast.Call, function: ast.FunctionDef, file: str, constants: dict[str, str]) -> Iterator[Entry]:
+def _of_call(call: ast.Call, function: ast.FunctionDef | None, file: str, constants: dict[str, str]) -> Iterator[Entry]:
     name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
     codes = [n.value for n in ast.walk(call.args[0]) if isinstance(n, ast.Constant)] if call.args else []
     codes = [code for code in codes if isinstance(code, str) and CODE.fullmatch(code)]
-    # of a record: code, broken, what; of a finding of `sayo inspect`: code, level, what, row, fix
-    place = {"SayoError": 1, "Rule": 2, "add": 2, "rule": 3}.get(name)
+    # of a record: code, broken, what; of a finding of `sayo inspect`: code, level, what, fix
+    place = {"SayoError": 1, "Rule": 2, "Finding": 2, "rule": 3}.get(name)
     if not codes or place is None:
         return
     given = {keyword.arg: keyword.value for keyword in call.keywords}
-    by_place = call.args[4] if name in ("add", "Rule") and len(call.args) > 4 else None
+    fix_place = {"Rule": 4, "Finding": 3}.get(name, len(call.args))
+    by_place = call.args[fix_place] if len(call.args) > fix_place else None
     fix = text_of(given.get("fix", by_place), function, constants)
     what = text_of(call.args[place], function, constants)
-    if not what.strip("."):  # the words come from a caller: the docstring says "D58: ..."
+    if not what.strip(".") and function is not None:  # the words come from a caller: the docstring says "D58: ..."
         summary = (ast.get_docstring(function) or "").partition("\n")[0]
         what = summary.removeprefix(f"{codes[0]}: ").rstrip(".") if summary.startswith(f"{codes[0]}: ") else UNKNOWN
     whats = what.split(" / ") if isinstance(call.args[0], ast.IfExp) else [what] * len(codes)

@@ -150,7 +150,7 @@ CONTRACT = (
          "1-D positions for a processor without get_rope_index"),
     Seam("verl.utils.tokenizer.continuous_token:VLContinuousTokenMixin.render_tokens_with_mm", "relies on",
          "renders a prompt with the processor's chat template and takes its input_ids"),
-    # sayo inspect (sayo_verl/inspection/model_view.py)
+    # sayo inspect (sayo_verl/inspection/model_view.py, sayo_verl/models/processors.py)
     Seam("verl.utils.dataset.rl_dataset:RLHFDataset._build_messages", "calls",
          "a row's prompt with its images in place of the tags, as rollouts get it"),
     Seam("verl.utils.dataset.rl_dataset:RLHFDataset._download", "overrides", "nothing to fetch for a single row"),

@@ -1,17 +1,16 @@
 """The checks of `sayo inspect`: all rows without a model, and a sample of rows as the model will see them.
 
-All rows: the row contract, with the headers of images; their bytes are hashed. A sample, at random: its images are
-decoded, and with a model the rows go through its processor (``model_view``). A mistake is counted, the first rows are
-named, and the checks continue. Only a file that cannot be read raises a ``SayoError``.
+All rows: the row contract and hashes of images. A sample, at random: its images are decoded, and with a model the rows
+go through its processor (``model_view``). A mistake is counted, and the checks continue.
 """
 
 import random
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,44 +23,39 @@ from sayo_verl.errors import SayoError
 from sayo_verl.inspection import positions
 from sayo_verl.inspection.model_view import Model, Seen, too_long, unseen
 
-# FAIL: training on these rows crashes or trains the wrong thing. WARN: training works, but the data is probably not
-# what the user intended. INFO: worth knowing.
 LEVELS = ("FAIL", "WARN", "INFO")
-FIRST = 3  # rows that a finding names
-MOST = 8  # names in a line of figures
+FIRST, MOST = 3, 8  # rows that a finding names, names in a line of figures
 WHOLE = 0.99  # a box with at least this share of the image is the whole image
 MANY = 0.05  # boxes of the whole image in more than this share of the rows are a warning
 
 
-class Kind(NamedTuple):
-    """A kind of mistake; ``code`` and ``fix`` as of ``SayoError``, ``level`` of ``LEVELS``."""
+@dataclass(frozen=True)
+class Finding:
+    """A kind of mistake (``code``, ``what``, ``fix`` as of ``SayoError``), how often it was found, and the first rows.
+
+    Levels: FAIL: training on these rows crashes or trains the wrong thing. WARN: training works, but the data is
+    probably not what the user intended. INFO: worth knowing.
+    """
 
     code: str
     level: str
     what: str
     fix: str
-
-
-NO_TAG = Kind("D90", "WARN", "a prompt does not ask for <answer>, which sayo_verl.reward reads", "add an instruction")
-NO_BOXES = Kind("D04", "WARN", "no training row has a box, so no region is rewarded", "add boxes, or train with grpo")
-NO_BOX = Kind("D69", "INFO", "a row has no box: neutral for methods that look at a region", "nothing, if intended")
-WHOLE_BOX = Kind("D69", "INFO", "a box is the whole image, so every answer gets the same reward for it", "leave it out")
-SMALL = Kind("D69", "INFO", "a box is a small part of a visual token; its main token is used", "use larger images")
-SHARED = Kind("D65", "FAIL", "training and validation share an image", "split by image, as `sayo prepare` does")
-TWICE = Kind("D65", "WARN", "two rows have the same question and the same images", "remove one of them")
-NAMES = Kind("D97", "WARN", "does a split by name leak? a picture has several names in image_keys", "give it one name")
-DOUBT = Kind("D97", "WARN", "do the boxes show what the questions are about?", "look at --page; then correct the boxes")
-FORMAT = Kind("D67", "WARN", "an image is not JPEG, PNG or WEBP, or is animated; verl takes the first picture", PREPARE)
-SHORT = Kind("D67", "WARN", "a side of an image is shorter than a visual token, and is stretched", "leave it out")
-
-
-@dataclass
-class Finding:
-    """A kind of mistake that was found: how often, and the first rows, with the value found and the value wanted."""
-
-    kind: Kind
     count: int = 0
-    rows: list[str] = field(default_factory=list)
+    rows: tuple[str, ...] = ()
+
+
+NO_TAG = Finding("D90", "WARN", "a prompt does not ask for <answer>, as our reward does", "use --prompt instruction")
+NO_BOXES = Finding("D04", "WARN", "no training row has a box, so no region is rewarded", "add boxes, or use grpo")
+NO_BOX = Finding("D69", "INFO", "a row has no box: neutral for methods that look at a region", "nothing, if intended")
+WHOLE_BOX = Finding("D69", "INFO", "a box is the whole image: each answer gets the same reward for it", "leave it out")
+SMALL = Finding("D69", "INFO", "a box is a small part of a visual token; its main token is used", "use larger images")
+SHARED = Finding("D65", "FAIL", "training and validation share an image", "split by image, as `sayo prepare` does")
+TWICE = Finding("D65", "WARN", "two rows have the same question and the same images", "remove one of them")
+NAMES = Finding("D97", "WARN", "does a split by name leak? a picture has several image_keys", "give it one name")
+DOUBT = Finding("D97", "WARN", "do the boxes show what the questions are about?", "look at --page, and at --box-format")
+FORMAT = Finding("D67", "WARN", "an image is animated, or not JPEG, PNG or WEBP; verl takes the first picture", PREPARE)
+SHORT = Finding("D67", "WARN", "a side of an image is shorter than a visual token, and is stretched", "leave it out")
 
 
 def find_data(data: Sequence[Path], val: Sequence[Path] = ()) -> dict[str, list[Path]]:
@@ -94,11 +88,9 @@ class Audit:
 
     Attributes:
         files: split -> parquet files.
-        demands: which checks apply.
         model: sees the rows of the sample; None: their images are decoded only.
         n_sample, n_shown: rows of the sample, and of the page.
         limit: ``data.max_prompt_length``.
-        total: rows of all files.
         counted: name of a figure -> what was counted -> rows or images.
         measured: name of a figure -> values of the sample, for rows, images or boxes.
         boxes_N4: boxes of all rows, float64 [N, 4].
@@ -146,8 +138,21 @@ class Audit:
         self.boxes_N4 = np.array(self._boxes).reshape(-1, 4)
         kept = {seen.where: seen for _, (_, seen) in sorted(self._kept.items(), key=lambda item: item[0])}
         self.shown = list(kept.values())[: self.n_shown]
-        self._all_rows()
-        return sorted(self._found.values(), key=lambda finding: LEVELS.index(finding.kind.level))
+        counted, over, doubt = self.counted, too_long(self._prompts, self.limit), positions.doubt(self.boxes_N4)
+        rows, without = counted["boxes of a row"].total(), counted["boxes of a row"][0]
+        whole, invalid = counted["whole image"][True], counted["rows"].total() - rows
+        if over:
+            self._refused(over, sum(n > self.limit for n in self._prompts.values()))
+        if counted["rows"]["train"] and not counted["with boxes"]["train"] + invalid:
+            self._add(NO_BOXES, f"{counted['rows']['train']} rows")
+        elif without:
+            self._add(NO_BOX, f"{without / rows:.1%} of the rows", without)
+        if whole:
+            level = "WARN" if whole > MANY * rows else WHOLE_BOX.level
+            self._add(replace(WHOLE_BOX, level=level), f"{whole / rows:.1%} of the rows", whole)
+        if doubt:
+            self._add(DOUBT, doubt)
+        return sorted(self._found.values(), key=lambda finding: LEVELS.index(finding.level))
 
     def figures(self) -> dict[str, str]:
         """What was counted and measured: name -> value, to print."""
@@ -166,17 +171,17 @@ class Audit:
         shown |= {name: positions.quantiles(values) for name, values in self.measured.items()}
         return shown | {"tokens of a prompt": f"{positions.quantiles([*self._prompts.values()])}; limit {self.limit}"}
 
-    def _add(self, kind: Kind, row: str, count: int = 1) -> None:
+    def _add(self, kind: Finding, row: str, count: int = 1) -> None:
         """Count a mistake; ``row`` names the row, with the value found."""
-        finding = self._found.setdefault(kind[:3], Finding(kind))
-        finding.count += count
-        finding.rows += [row] if len(finding.rows) < FIRST else []
+        key = kind.code, kind.level, kind.what
+        found = self._found.get(key, kind)
+        self._found[key] = replace(found, count=found.count + count, rows=(*found.rows, row)[:FIRST])
 
     def _refused(self, error: SayoError, count: int = 1) -> None:
         what, _, detail = error.what.partition(" (")  # the message of a library, which differs from row to row
         facts = {"got ": error.got, "wanted ": error.wanted, "": detail.removesuffix(")") or None}
         found = ", ".join(f"{name}{fact}" for name, fact in facts.items() if fact is not None)
-        self._add(Kind(error.code, "FAIL", what, error.fix), error.where + (found and f": {found}"), count)
+        self._add(Finding(error.code, "FAIL", what, error.fix), error.where + (found and f": {found}"), count)
 
     def _attempt(self, check: Callable[..., Any], *args: Any) -> Any:
         """The value of a check, or None if it raises a ``SayoError``, which is counted."""
@@ -191,14 +196,14 @@ class Audit:
             self._refused(fault)
         counted, source = self.counted, repr(row["data_source"])
         counted["rows"][split] += 1
-        counted["data sources"][row["data_source"]] += 1
+        counted["data sources"][str(row["data_source"])] += 1
         if not asks_for_answer(row, self.demands):
             self._add(NO_TAG, where)
         if looked.mistyped:
             return
         info, images = row.get("extra_info") or {}, row.get("images") or []
-        counted["kinds"][info.get("kind") or "-"] += 1
-        counted["box sources"][info.get("box_source") or "-"] += 1
+        counted["kinds"][str(info.get("kind") or "-")] += 1
+        counted["box sources"][str(info.get("box_source") or "-")] += 1
         if not any(fault.code in ("D05", "V01", "V02", "V03") for fault in looked.faults):
             boxes = [box for of_image in looked.boxes for box in of_image]
             counted["boxes of a row"][len(boxes)] += 1
@@ -221,7 +226,7 @@ class Audit:
                 self._add(FORMAT, f"{where}, images[{i}]: got {header.format}, {header.frames} frames")
             if header and min(header.width, header.height) < MIN_SIDE:
                 self._add(
-                    SHORT, f"{where}, images[{i}]: got {header.width} x {header.height} pixels, wanted {MIN_SIDE}"
+                    SHORT, f"{where}, images[{i}]: got {header.width} x {header.height}, wanted {MIN_SIDE} pixels"
                 )
         for by, pictures in (("name", [(source, name) for name in names]), ("bytes", digests)):
             shared = [self._held_out[by, picture] for picture in pictures if (by, picture) in self._held_out]
@@ -248,9 +253,10 @@ class Audit:
         areas = [(x1 - x0) * (y1 - y0) for of_image in seen.boxes for x0, y0, x1, y1 in of_image]
         kind = str(row["data_source"]), str((row.get("extra_info") or {}).get("kind"))
         self.counted["sample"][kind] += 1
-        reasons = [((2, *kind), 0.0)] + [((0,), min(areas)), ((1,), -max(areas))] * bool(areas)
-        for reason, area in reasons + [((3, where), 0.0)] * drawn:
-            if self.n_shown and area < self._kept.get(reason, (1.0, seen))[0]:
+        reasons: dict[tuple[Any, ...], float] = {(2, *kind): 0} | ({(3, where): 0} if drawn else {})
+        reasons |= {(0,): min(areas), (1,): -max(areas)} if areas else {}
+        for reason, area in reasons.items() if self.n_shown else ():
+            if area < self._kept.get(reason, (2.0, seen))[0]:
                 self._kept[reason] = area, seen
         if self.model is None:
             return
@@ -258,24 +264,8 @@ class Audit:
         for tiles, boxes, mask_NV in zip(seen.tiles, seen.boxes, seen.masks, strict=True):
             self.measured["visual tokens of an image"].append(mask_NV.shape[1])
             self.measured["visual tokens of a box"] += mask_NV.sum(axis=1).tolist()
-            self.measured["of an image in its boxes, in %"] += [100 * mask_NV.any(axis=0).mean()] * bool(len(boxes))
+            self.measured["visual tokens in boxes, in %"] += [100 * mask_NV.any(axis=0).mean()] * bool(len(boxes))
             token = self.model.coverage * (tiles[0].x1 - tiles[0].x0) * (tiles[0].y1 - tiles[0].y0) / tiles[0].tokens
             small = sum((x1 - x0) * (y1 - y0) < token for x0, y0, x1, y1 in boxes)
             if small:
                 self._add(SMALL, f"{where}: wanted at least {token:.2%} of the image, by --coverage", small)
-
-    def _all_rows(self) -> None:
-        counted, over, doubt = self.counted, too_long(self._prompts, self.limit), positions.doubt(self.boxes_N4)
-        rows, without = counted["boxes of a row"].total(), counted["boxes of a row"][0]
-        whole, invalid = counted["whole image"][True], counted["rows"].total() - rows
-        if over:
-            self._refused(over, sum(n > self.limit for n in self._prompts.values()))
-        if counted["rows"]["train"] and not counted["with boxes"]["train"] + invalid:
-            self._add(NO_BOXES, f"{counted['rows']['train']} rows")
-        elif without:
-            self._add(NO_BOX, f"{without / rows:.1%} of the rows", without)
-        if whole:
-            level = "WARN" if whole > MANY * rows else WHOLE_BOX.level
-            self._add(WHOLE_BOX._replace(level=level), f"{whole / rows:.1%} of the rows", whole)
-        if doubt:
-            self._add(DOUBT, doubt)

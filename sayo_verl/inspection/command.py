@@ -5,13 +5,12 @@ are printed; ``--page`` draws rows into an HTML file (``page``).
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sayo_verl.command_line import progress_bar
 from sayo_verl.data.contract import Demands
 from sayo_verl.errors import SayoError
-from sayo_verl.inspection.audit import Audit, Finding, find_data
+from sayo_verl.inspection.audit import Audit, find_data
 from sayo_verl.inspection.model_view import Model
 from sayo_verl.inspection.page import make_page
 from sayo_verl.reward import JUDGES
@@ -39,54 +38,38 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, print, and write the page.
-
-    Returns:
-        0, or 1 with ``--strict`` if there is a FAIL or a WARN.
-
-    Raises:
-        SayoError: L17, L18, L23 or D68 for the model; D02 or D64 for a file that cannot be read or written.
-    """
-    files = find_data(args.data, args.val)
-    model = Model(args.model, args.coverage) if args.model else None
-    judge = None if args.judge == "none" else args.judge
-    demands = Demands(judge=judge, qwen_resize=model is not None and model.family.geometry == "grid")
-    n_shown = max(args.samples, 0) if args.page else 0
-    audit = Audit(files, demands, model, max(args.rows, 0), n_shown, args.max_prompt_length)
-    with progress_bar() as progress:
-        task = progress.add_task("rows", total=audit.total)
-        findings = audit.run(lambda: progress.advance(task))
-    figures = audit.figures()
-    _print(figures, findings)
-    if args.page:
-        about = ", ".join(map(str, (*args.data, *args.val))) + (f" as {args.model} sees it" if model else "")
-        try:
-            args.page.parent.mkdir(parents=True, exist_ok=True)
-            page = make_page(about, figures, findings, audit.boxes_N4, audit.shown)
-            args.page.write_text(page, encoding="utf-8")
-        except OSError as error:
-            raise SayoError(
-                "D64",
-                f"the page cannot be written ({error.strerror})",
-                where="--page",
-                got=args.page,
-                fix="name a file in a folder that can be written",
-            ) from error
-        print(f"page: {args.page}")
-    return int(args.strict and any(finding.kind.level != "INFO" for finding in findings))
-
-
-def _print(figures: Mapping[str, str], findings: Sequence[Finding]) -> None:
+    """Check, print, and write the page; D64 if it cannot. Returns 1 with ``--strict`` if there is a FAIL or a WARN."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    files = find_data(args.data, args.val)
+    model = Model(args.model, args.coverage) if args.model else None
+    resized = model is not None and model.family.geometry == "grid"
+    demands = Demands(judge=None if args.judge == "none" else args.judge, qwen_resize=resized)
+    n_rows, n_shown = max(args.rows, 0), max(args.samples, 0) if args.page else 0
+    audit = Audit(files, demands, model, n_rows, n_shown, args.max_prompt_length)
+    with progress_bar() as progress:
+        task = progress.add_task("rows", total=audit.total)
+        findings = audit.run(lambda: progress.advance(task))
+    figures = audit.figures()
     console, table = Console(), Table(show_header=False, box=None)
     for name, value in figures.items():
         table.add_row(name, Text(value))
     console.print(table)
-    for (code, level, what, fix), count, rows in ((f.kind, f.count, f.rows) for f in findings):
-        lines = [f"\n{level} {code}, {count} times: {what}", *rows, f"fix: {fix}"]
+    for f in findings:
+        lines = [f"\n{f.level} {f.code}, count {f.count}: {f.what}", *f.rows, f"fix: {f.fix}"]
         console.print(Text("\n    ".join(lines)), soft_wrap=True)
     if not findings:
         console.print("no findings")
+    if args.page:
+        about = ", ".join(map(str, (*args.data, *args.val))) + (f" as {args.model} sees it" if model else "")
+        page = make_page(about, figures, findings, audit.boxes_N4, audit.shown)
+        try:
+            args.page.parent.mkdir(parents=True, exist_ok=True)
+            args.page.write_text(page, encoding="utf-8")
+        except OSError as error:
+            what, fix = f"the page cannot be written ({error.strerror})", "name a file in a folder that can be written"
+            raise SayoError("D64", what, where="--page", got=args.page, fix=fix) from error
+        print(f"page: {args.page}")
+    return int(args.strict and any(finding.level != "INFO" for finding in findings))

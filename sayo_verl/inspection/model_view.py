@@ -17,7 +17,6 @@ from sayo_verl.vision.masks import box_masks
 
 # What templates, image readers and processors of other packages raise for a row that they cannot process
 _REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError, OSError)
-COPY = "copy the processor files of the original model into the folder"
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,6 @@ class Seen:
     """A row as the model receives it.
 
     Attributes:
-        where: names the row.
-        row: its values.
         tiles: per image, its grids of visual tokens; none without a model.
         boxes: per image, its N boxes.
         masks: per image, bool [N, V]: the visual tokens of each box.
@@ -62,8 +59,7 @@ class Model:
         chat_template: ``actor_rollout_ref.model.custom_chat_template`` of the run.
 
     Raises:
-        SayoError: L17 without a model at this path, L18 for an unknown family, L23 for the processor of another family,
-            D68 for a processor that cannot be loaded or does not belong to the weights.
+        SayoError: of ``sayo_verl.models.processors.load``.
     """
 
     def __init__(
@@ -75,64 +71,15 @@ class Model:
         data: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
     ) -> None:
-        from omegaconf import OmegaConf
-        from transformers import AutoConfig, AutoProcessor
-        from verl.utils.dataset.rl_dataset import RLHFDataset
+        from sayo_verl.models import processors
 
-        from sayo_verl.models import internvl_data, internvl_model
-        from sayo_verl.models.families import check_processor, family_of
-        from sayo_verl.models.internvl import model_type_of
-
-        model_type = model_type_of(path)
-        if model_type is None:
-            raise SayoError(
-                "L17",
-                "there is no model in this folder, or the hub cannot be reached for a model of this name",
-                where=where,
-                got=path,
-                wanted="a local model folder, or a hub name such as Qwen/Qwen3-VL-8B-Instruct and access to the hub",
-                fix="correct it; `sayo inspect` also works without --model, but then does not check visual tokens",
-            )
-        where, self.coverage = f"{where} {path}", coverage
-        self.family = family_of(model_type, where=where)
-        tiled = self.family.geometry == "tiles"
-        try:
-            self.config = AutoConfig.from_pretrained(path)
-            self.processor = (internvl_model.load_processor if tiled else AutoProcessor.from_pretrained)(path)
-        except (OSError, ValueError, KeyError) as error:
-            unreadable = f"the model's processor cannot be loaded ({' '.join(str(error).split())[:200]})"
-            raise SayoError("D68", unreadable, where=where, fix=COPY) from error
-        check_processor(type(self.processor).__name__, self.family, where)
-        if tiled:
-            got, wanted = (f"{own.image_seq_length} tokens a tile" for own in (self.processor, self.config))
-        else:  # with other patches or another merge size the grid would differ
-            own, vision = self.processor.image_processor, self.config.vision_config
-            got = f"patches of {own.patch_size}, merged {own.merge_size} x {own.merge_size}"
-            wanted = f"patches of {vision.patch_size}, merged {vision.spatial_merge_size} x {vision.spatial_merge_size}"
-        if got != wanted:
-            other = "the processor does not make the visual tokens of these weights"
-            raise SayoError("D68", other, where=where, got=got, wanted=wanted, fix=COPY)
+        self.coverage = coverage
+        self.family, self.config, self.processor = processors.load(path, where)
         self.processor.chat_template = chat_template or self.processor.chat_template
-        base = internvl_data.InternVLDataset if tiled else RLHFDataset
-
-        class Rows(base):  # type: ignore[misc, valid-type]
-            """verl's data set, for its processing of one row: no file is read."""
-
-            def _download(self, use_origin_parquet: bool = False) -> None:
-                pass
-
-            def _read_files_and_tokenize(self) -> None:
-                pass
-
-        self._rows = Rows([], self.processor.tokenizer, OmegaConf.create(dict(data or {})), self.processor)
+        self._rows = processors.row_reader(self.family, self.processor, dict(data or {}))
 
     def see(self, row: Mapping[str, Any], where: str) -> Seen:
-        """The visual tokens and prompt length of a row.
-
-        Raises:
-            SayoError: D68 when the processor refuses it, and errors of ``sayo_verl.probe.plan``, such as P05 when
-                placeholders and grids differ.
-        """
+        """The visual tokens and prompt length of a row; D68 when the processor refuses it, or ``probe.plan`` does."""
         from sayo_verl.probe.plan import image_tiles, plan_row
 
         features = self._features(row, where)
@@ -169,12 +116,7 @@ class Model:
 
 
 def too_long(lengths: Mapping[str, int], limit: int) -> SayoError | None:
-    """D68 for prompts of more than ``limit`` tokens (``data.max_prompt_length``), or None.
-
-    Args:
-        lengths: where the row is -> tokens of its prompt.
-        limit: ``data.max_prompt_length``.
-    """
+    """D68 if prompts have more than ``limit`` tokens; ``lengths``: where a row is -> tokens of its prompt."""
     over, longest = [where for where, n in lengths.items() if n > limit], max(lengths.values(), default=0)
     if not over:
         return None

@@ -1,14 +1,13 @@
 """The page of `sayo inspect`: where all boxes are, and some rows with boxes and visual tokens, in one HTML file.
 
-The file needs no network and no script: pictures are data URIs, drawings are SVG, the switches are CSS. Every text of
-the data is escaped. A picture is drawn once for each resolution at which the model sees it: once for the Qwen families,
-as tiles and as the thumbnail for InternVL. Without a model it is drawn once, with boxes only.
+The file needs no network and no script. Every text of the data is escaped. A picture is drawn once for each resolution
+at which the model sees it: for InternVL as tiles and as the thumbnail. Without a model only its boxes are drawn.
 """
 
 import base64
-import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -20,25 +19,23 @@ from sayo_verl.inspection.model_view import Seen
 from sayo_verl.inspection.positions import covered
 from sayo_verl.vision.grids import Tile, token_levels
 
-MAX_SIZE = (640, 960)  # of a picture on the page, in its own pixels
-MIN_SHOWN = 360  # CSS pixels: small pictures are shown enlarged
+MAX_SIZE, MIN_SHOWN = (640, 960), 360  # of a picture in its pixels; its width on the page, where it may be enlarged
 MAP_CELLS, CELL = 24, 15  # the map of boxes: cells along a side, pixels of a cell
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e377c2", "#8c564b", "#17becf", "#bcbd22")
 SWITCHES = {"box": "boxes", "token": "visual tokens in boxes", "grid": "grid of visual tokens"}
 STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:1400px;padding:1.2em;color:#1d2429;background:#fff}
-h1{font-size:1.35em;overflow-wrap:anywhere}h2{font-size:1.1em;margin:1.6em 0 .4em}b{font-weight:600}
-table{border-collapse:collapse;font-size:14px}th,td{text-align:left;vertical-align:top;padding:.2em .9em .2em 0}
-td{white-space:pre-line;font-variant-numeric:tabular-nums}th{border-bottom:1px solid #ccd3d8}
+h1{font-size:1.35em;overflow-wrap:anywhere}h2{font-size:1.1em;margin:1.6em 0 .4em}
+figcaption{display:table-caption;caption-side:bottom}.tile{stroke:#00a0a0;stroke-width:2}
+table{border-collapse:collapse;font-size:14px}td{vertical-align:top;padding:.2em .9em .2em 0;white-space:pre-wrap}
 .FAIL{color:#b00020}.WARN{color:#9a6200}.meta,figcaption{color:#5a6670;font-size:12.5px;overflow-wrap:anywhere}
 .switches{position:sticky;top:0;background:#fffffff0;padding:.5em 0;z-index:1}label{margin-right:1.4em}
 .row{border-top:1px solid #ccd3d8;padding:1em 0}.q{white-space:pre-wrap;margin:.3em 0;max-width:70em}
-.side{display:flex;flex-wrap:wrap;gap:1.2em 2.5em}figure{margin:0;max-width:100%}
+.side{display:flex;flex-wrap:wrap;gap:1.2em 2.5em;align-items:flex-start}figure{margin:0;display:table}
 svg{display:block;max-width:100%;height:auto;border:1px solid #ccd3d8}path{vector-effect:non-scaling-stroke;fill:none}
 .scale{display:inline-block;width:9em;height:.8em;margin:0 .5em;background:linear-gradient(90deg,#fff,#08519c)}
 .grid{stroke:#fff;stroke-opacity:.75;stroke-width:.7}.token{fill:#ffb000;fill-opacity:.3;stroke:#ff8c00}
-.tile{stroke:#00a0a0;stroke-width:2}path.box{stroke-width:2.2}
-text.box{font-weight:700;paint-order:stroke;stroke:#fff;stroke-width:.2em}
+path.box{stroke-width:2.2}text.box{font-weight:700;paint-order:stroke;stroke:#fff;stroke-width:.2em}
 """ + "".join(f"body:has(#{name}:not(:checked)) .{name}{{display:none}}\n" for name in SWITCHES)
 BEFORE, AFTER = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>', "</body></html>\n"
 
@@ -48,30 +45,25 @@ def make_page(
 ) -> str:
     """The whole file: title, figures by name, the map of the boxes of all rows, findings, and rows in their order."""
     switches = "".join(f'<label><input type="checkbox" id="{k}" checked> {v}</label>' for k, v in SWITCHES.items())
-    counted = _table((f"<b>{_text(name)}</b>", _text(value)) for name, value in figures.items())
+    counted = _table((f"<b>{escape(name)}</b>", escape(value)) for name, value in figures.items())
     found = _table(
         (
-            f'<b class="{kind.level}">{kind.level}</b> {kind.code}, {count} times',
-            f'{_text(kind.what)}<div class="meta">{"<br>".join(map(_text, named))}</div>fix: {_text(kind.fix)}',
+            f'<b class="{f.level}">{f.level}</b> {f.code}, count {f.count}',
+            f'{escape(f.what)}<div class="meta">{"<br>".join(map(escape, f.rows))}</div>fix: {escape(f.fix)}',
         )
-        for kind, count, named in ((f.kind, f.count, f.rows) for f in findings)
+        for f in findings
     )
     return (
-        f"{BEFORE}{_text(about)}</title><style>{STYLE}</style></head><body>\n<h1>{_text(about)}</h1>\n"
+        f"{BEFORE}{escape(about)}</title><style>{STYLE}</style></head><body>\n<h1>{escape(about)}</h1>\n"
         f'<div class="side">{counted}{_map(boxes_N4) if len(boxes_N4) else ""}</div>\n'
-        f"<h2>{len(findings)} kinds of findings</h2>\n{found}\n<h2>{len(rows)} rows</h2>\n"
+        f"<h2>Findings ({len(findings)})</h2>\n{found}\n<h2>Rows ({len(rows)})</h2>\n"
         f'<div class="switches">{switches}</div>\n' + "\n".join(map(_row, rows)) + AFTER
     )
 
 
-def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _table(rows: Iterable[Sequence[str]], *head: str) -> str:
+def _table(rows: Iterable[Sequence[str]]) -> str:
     """A table of HTML cells."""
-    lines = [f"<th>{'</th><th>'.join(head)}</th>"] * bool(head) + [f"<td>{'</td><td>'.join(row)}</td>" for row in rows]
-    return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
+    return "<table>" + "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows) + "</table>"
 
 
 def _map(boxes_N4: np.ndarray) -> str:
@@ -100,8 +92,8 @@ def _row(seen: Seen) -> str:
     facts = f"{row['data_source']}, {info.get('kind') or '-'}, boxes: {info.get('box_source') or '-'}"
     facts += f", prompt of {seen.prompt_tokens} tokens" if seen.prompt_tokens else ""
     return (
-        f'<div class="row"><b>{_text(seen.where)}</b><div class="meta">{_text(facts)}</div><div class="q">'
-        f"{_text(question)}</div><b>{_text(row['reward_model']['ground_truth'])}</b>{pictures}</div>"
+        f'<div class="row"><b>{escape(seen.where)}</b><div class="meta">{escape(facts)}</div><div class="q">'
+        f"{escape(question)}</div><b>{escape(str(row['reward_model']['ground_truth']))}</b>{pictures}</div>"
     )
 
 
@@ -110,7 +102,7 @@ def _picture(
 ) -> str:
     """An image at each of its resolutions, and the table of its boxes."""
     size, covered_V = f"{image.width} x {image.height} pixels", mask_NV.any(axis=0)
-    size += f", {len(covered_V)} visual tokens, {covered_V.sum()} in boxes" if tiles else ""
+    size += f", {mask_NV.shape[1]} visual tokens, {covered_V.sum()} in boxes" if tiles else ""
     image.thumbnail(MAX_SIZE)
     drawings = "" if tiles else _drawing(image, "", boxes, "boxes only")
     cells_V4 = np.array([cell for tile in tiles for cell in _cells(tile)]).reshape(-1, 4)
@@ -127,15 +119,14 @@ def _picture(
     listed = [
         [
             f'<b style="color:{COLOURS[i % len(COLOURS)]}">{i + 1}</b>',
-            _text(names[i] if i < len(names) else "-"),
-            str(mask_NV[i].sum()) if tiles else "-",
-            f"{(x1 - x0) * (y1 - y0):.2%}",
+            escape(names[i] if i < len(names) else "-"),
+            f"visual tokens: {mask_NV[i].sum()}" if tiles else "",
+            f"{(x1 - x0) * (y1 - y0):.2%} of the image",
             f"{x0:.4f}, {y0:.4f}, {x1:.4f}, {y1:.4f}",
         ]
         for i, (x0, y0, x1, y1) in enumerate(boxes)
     ]
-    table = _table(listed, "box", "name", "tokens", "of the image", "x0, y0, x1, y1") if listed else "No box."
-    return f'<div class="meta">{size}</div><div class="side">{drawings}<div>{table}</div></div>'
+    return f'<div class="meta">{size}</div><div class="side">{drawings}<div>{_table(listed)}</div></div>'
 
 
 def _drawing(image: Image.Image, paths: str, boxes: Sequence[Any], caption: str) -> str:

@@ -1,6 +1,4 @@
-"""Where the boxes of all rows are in their images: figures, and patterns that look like a mistake.
-
-Boxes of a wrong format can be valid boxes, so no single row shows the mistake. All rows together can show it.
+"""Where the boxes of all rows are. Boxes of a wrong format can be valid: all together they can show the mistake.
 
 Shape suffixes: N boxes; G cells along a side of a grid over the image, the top row first.
 """
@@ -9,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sayo_verl.data import boxes
+
 MIN_BOXES = 20  # fewer boxes show no pattern
-NEARLY_ALL = 0.98
-FAR = 0.6  # of a side: boxes that never reach so far are in one half
+NEARLY_ALL = 0.98  # of the boxes
 
 
 def covered(boxes_N4: np.ndarray, cells: int) -> np.ndarray:
@@ -44,20 +43,12 @@ def figures(boxes_N4: np.ndarray) -> dict[str, str]:
     }
 
 
-def doubt(boxes_N4: np.ndarray) -> str:
-    """What is strange about all boxes together; empty if nothing is."""
-    n = len(boxes_N4)
-    if n < MIN_BOXES:
-        return ""
+def doubt(boxes_N4: np.ndarray) -> str | None:
+    """What is strange about all boxes: nearly all are the same, or what ``sayo_verl.data.boxes.doubt`` finds."""
     kinds, counts = np.unique(boxes_N4.round(3), axis=0, return_counts=True)
-    if counts.max() > NEARLY_ALL * n:
-        return f"{counts.max()} of {n} boxes are the same, {kinds[counts.argmax()].tolist()}"
-    left, top = np.quantile(boxes_N4[:, :2], 1 - NEARLY_ALL, axis=0)
-    right, bottom = np.quantile(boxes_N4[:, 2:], NEARLY_ALL, axis=0)
-    across = "left" if right < FAR else "right" if left > 1 - FAR else ""
-    down = "upper" if bottom < FAR else "lower" if top > 1 - FAR else ""
-    place = f"{NEARLY_ALL:.0%} of {n} boxes are in x {left:.2f} to {right:.2f}, y {top:.2f} to {bottom:.2f}"
-    return f"the boxes are in the {down} {across} corner only: {place}" if across and down else ""
+    if len(boxes_N4) >= MIN_BOXES and counts.max() > NEARLY_ALL * len(boxes_N4):
+        return f"{counts.max()} of {len(boxes_N4)} boxes are the same, {kinds[counts.argmax()].round(3).tolist()}"
+    return boxes.doubt(boxes_N4, "xyxy_unit")
 
 
 def quantiles(values: Sequence[float] | np.ndarray, form: str = "{:.4g}") -> str:

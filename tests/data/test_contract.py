@@ -88,9 +88,9 @@ def inspected(path: Path) -> list[Any]:
 
 
 def by_inspection(path: Path, bad: dict[str, Any]) -> None:
-    failed = [finding for finding in inspected(path) if finding.kind.level == "FAIL"]
+    failed = [finding for finding in inspected(path) if finding.level == "FAIL"]
     if failed:
-        raise SayoError(failed[0].kind.code, failed[0].kind.what, where=failed[0].rows[0], fix=failed[0].kind.fix)
+        raise SayoError(failed[0].code, failed[0].what, where=failed[0].rows[0], fix=failed[0].fix)
 
 
 def by_focus_stage(path: Path, bad: dict[str, Any]) -> None:
@@ -294,7 +294,7 @@ def test_no_type_of_a_column_is_a_traceback(here, data):
     except (pa.ArrowException, TypeError, ValueError):  # parquet cannot hold it
         return
     codes = [at_launch(Path("rows.parquet"), attention=attention) for attention in (True, False)]
-    codes += [finding.kind.code for finding in inspected(Path("rows.parquet"))]
+    codes += [finding.code for finding in inspected(Path("rows.parquet"))]
     assert all(re.fullmatch(r"[DV]\d\d", code) for code in codes)
 
 

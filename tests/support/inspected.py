@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 from support import pictures
 
-from sayo_verl.data.rows import ROW_SCHEMA
-from sayo_verl.inspection.findings import Finding
+from sayo_verl.data.rows import schema_of
+from sayo_verl.inspection.audit import Finding
 
+ROW_SCHEMA = schema_of(link=False)
 FORM = "\n<think> ... </think> <answer> ... </answer>"
 BOX = [0.1, 0.2, 0.6, 0.7]
 
