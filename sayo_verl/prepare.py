@@ -157,7 +157,7 @@ def _synthetic(parser: argparse.ArgumentParser) -> Run:
 
 
 def _policy(parser: argparse.ArgumentParser) -> Run:
-    from sayo_verl.data.scenes import SceneConfig
+    from sayo_verl.scenes import SceneConfig
     from sayo_verl.tiny.policy import TinyPolicyConfig
     from sayo_verl.tiny.warmup import WarmupConfig, prepare_policy
 

@@ -1,4 +1,4 @@
-"""Drawn scenes with questions and exact boxes (``sayo_verl.data.scenes``) as a source, and their folders."""
+"""Drawn scenes with questions and exact boxes (``sayo_verl.scenes``) as a source, and their folders."""
 
 import hashlib
 import io
@@ -14,9 +14,9 @@ from PIL import Image
 from sayo_verl.data.build import BuildOptions, build
 from sayo_verl.data.folder import Prepared, check_folder, content_hash
 from sayo_verl.data.rows import Example, ImageRef, Source
-from sayo_verl.data.scenes import Scene, SceneConfig, sample_scene
-from sayo_verl.data.scenes.config import BAR_KINDS
 from sayo_verl.errors import SayoError
+from sayo_verl.scenes import Scene, SceneConfig, sample_scene
+from sayo_verl.scenes.config import BAR_KINDS
 
 _MAX_REDRAWS = 100
 _BOXES = List(List(List(Value("float64"))))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sayo_verl.data.scenes.config import SceneConfig
-from sayo_verl.data.scenes.drawing import BACKGROUND, draw
+from sayo_verl.scenes.config import SceneConfig
+from sayo_verl.scenes.drawing import BACKGROUND, draw
 
 
 @dataclass(frozen=True)
