@@ -134,15 +134,21 @@ def build(source: Source, out: Path, options: BuildOptions) -> Built:
             files=(folder / "images", out.absolute() / "images"),
             builder=os.getpid(),
         )
-        made = examples.select(chosen).map(
-            make,
-            with_indices=True,
-            remove_columns=examples.column_names,
-            features=features,
-            num_proc=_processes(len(chosen)),
-            writer_batch_size=GROUP_ROWS,
-            desc="reading images",
-        )
+        try:
+            made = examples.select(chosen).map(
+                make,
+                with_indices=True,
+                remove_columns=examples.column_names,
+                features=features,
+                num_proc=_processes(len(chosen)),
+                writer_batch_size=GROUP_ROWS,
+                desc="reading images",
+            )
+        except RuntimeError as error:
+            if isinstance(error, SayoError):
+                raise
+            what, fix = f"a process that reads images ended ({error})", "free memory, and call the command again"
+            raise SayoError("D54", what, where=source.name, fix=fix) from error
         kept, counts = _decide(source, made, left_out, options)
         for split, rows in kept.items():
             write_split(made.select(rows), folder, split)
@@ -203,7 +209,7 @@ def _examples(source: Source, folder: Path) -> "Dataset":
             partial(_records, source), features=features, cache_dir=str(folder), fingerprint="examples"
         )
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, SayoError):
+        if isinstance(error.__cause__, SayoError | OSError):
             raise error.__cause__ from None
         raise
 
