@@ -20,8 +20,9 @@ import subprocess
 import time
 from pathlib import Path
 
-from sayo_verl.data.sources.scenes import SceneConfig, prepare
+from sayo_verl.scenes import SceneConfig
 from sayo_verl.tiny.evaluate import evaluate
+from sayo_verl.tiny.prepared import prepare_scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 CONDITIONS = {
@@ -120,7 +121,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     start = measure(Path(args.policy), args.scenes, args.out / "start.json")
     steps = list(range(args.every, args.steps + 1, args.every))
-    wrong_box = prepare(ROOT / ".sayo", SceneConfig(region="distractor")).path
+    wrong_box = prepare_scenes(ROOT / ".sayo", SceneConfig(region="distractor")).path
     results: dict[int, dict[str, list[dict[str, float]]]] = {step: {name: [] for name in CONDITIONS} for step in steps}
     seconds = []
     for seed in args.seeds:

@@ -133,7 +133,8 @@ def _finish(folder: Path) -> None:
 
 def _synthetic(parser: argparse.ArgumentParser) -> Run:
     from sayo_verl.data.rows import PROMPTS
-    from sayo_verl.data.sources.scenes import SceneConfig, prepare
+    from sayo_verl.scenes import SceneConfig
+    from sayo_verl.tiny.prepared import prepare_scenes
 
     parser.add_argument("--out", type=Path, default=Path(".sayo"), help="parent folder (default: %(default)s)")
     parser.add_argument(
@@ -147,7 +148,7 @@ def _synthetic(parser: argparse.ArgumentParser) -> Run:
     parser.show_only("--out", "--question-kinds", "--n-train", "--n-val", "--seed", "--prompt")
 
     def run(args: argparse.Namespace) -> int:
-        made = prepare(args.out, config_from(args, SceneConfig), args.prompt)
+        made = prepare_scenes(args.out, config_from(args, SceneConfig), args.prompt)
         bare = "" if args.prompt != "question" else "; prompts for the tiny policy, others need --prompt instruction"
         print(f"scenes: {'reused' if made.reused else 'made'} {made.path}{bare}", file=sys.stderr)
         print(made.path)

@@ -7,7 +7,8 @@ import subprocess
 
 import pytest
 
-from sayo_verl.data.sources.scenes import SceneConfig, prepare
+from sayo_verl.scenes import SceneConfig
+from sayo_verl.tiny.prepared import prepare_scenes
 
 pytestmark = pytest.mark.e2e
 
@@ -35,7 +36,7 @@ def mixed_run(repo, random_policy, tmp_path_factory):
         "actor_rollout_ref.rollout.n=4",
     ]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VERL_", "RAY_", "TRANSFER_QUEUE"))}
-    scenes = prepare(folder / "scenes", SceneConfig()).path
+    scenes = prepare_scenes(folder / "scenes", SceneConfig()).path
     done = subprocess.run(
         ["bash", str(repo / "scripts" / "run_sayo_tiny.sh"), *overrides],
         env={**inherited, "OUT": str(out), "MODEL_PATH": str(random_policy), "DATA": str(scenes)},

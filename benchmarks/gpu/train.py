@@ -41,14 +41,15 @@ def run(stage: Stage, model: str) -> None:
 
 
 def _prepare(stage: Stage, model: str, held: dict[str, Path]) -> dict[str, Any]:
-    from sayo_verl.data.sources.scenes import SceneConfig, prepare
+    from sayo_verl.scenes import SceneConfig
     from sayo_verl.tiny.policy import TinyPolicyConfig, build_model, build_processor
+    from sayo_verl.tiny.prepared import prepare_scenes
     from sayo_verl.tiny.warmup import WarmupConfig, prepare_policy
 
     # a model of the hub must be asked for the rewarded form, the tiny policy was warmed up to it
     prompt = "instruction" if model else "question"
     config = SceneConfig(n_train=64, n_val=16) if stage.tiny else SceneConfig()
-    held["scenes"] = prepare(stage.out / "data", config, prompt).path
+    held["scenes"] = prepare_scenes(stage.out / "data", config, prompt).path
     if stage.tiny:
         held["policy"] = stage.out / "untrained_policy"
         processor = build_processor(TinyPolicyConfig())

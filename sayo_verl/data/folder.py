@@ -10,7 +10,6 @@ A build writes into a hidden folder beside it, which gets its name when it is co
 whole, or was damaged later. Imports the standard library only: scripts look at folders before they have an environment.
 """
 
-import hashlib
 import json
 import re
 import shlex
@@ -171,15 +170,3 @@ def verl_flags(files: Mapping[str, list[Path]]) -> str:
         return ",".join(n if _PLAIN.fullmatch(n) else '"' + re.sub(r'(\\*)"', r'\1\1\\"', n) + '"' for n in names)
 
     return " ".join(shlex.quote(f"data.{split}_files=[{listed(files[split])}]") for split in SPLITS if files[split])
-
-
-class Prepared(NamedTuple):
-    """A finished folder that is named by what it is made of, and whether it was there before."""
-
-    path: Path
-    reused: bool
-
-
-def content_hash(*parts: Any) -> str:
-    """Ten hexadecimal digits that depend on the values of ``parts`` alone (numbers, texts, lists, dicts of them)."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]

@@ -1,12 +1,41 @@
-"""Folders that are built once from a configuration and reused afterwards."""
+"""Folders of the tiny task, scenes and policies: built once from a configuration and reused afterwards."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sayo_verl.data.folder import MANIFEST, Prepared, new_folder, write_manifest
+from sayo_verl.data.build import BuildOptions, build
+from sayo_verl.data.folder import MANIFEST, check_folder, new_folder, write_manifest
+from sayo_verl.data.sources.scenes import SceneSource
+from sayo_verl.errors import SayoError
+from sayo_verl.scenes import SceneConfig
+
+
+class Prepared(NamedTuple):
+    """A finished folder that is named by what it is made of, and whether it was there before."""
+
+    path: Path
+    reused: bool
+
+
+def content_hash(*parts: Any) -> str:
+    """Ten hexadecimal digits that depend on the values of ``parts`` alone (numbers, texts, lists, dicts of them)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def prepare_scenes(out_root: Path | str, config: SceneConfig, prompt: str = "question") -> Prepared:
+    """``out_root/scenes-<hash>/``, built unless it is there. ``prompt``: as ``rows.messages_of``."""
+    folder = Path(out_root) / f"scenes-{content_hash(asdict(config), prompt)}"
+    try:
+        check_folder(folder)
+    except SayoError:  # it is not there, or not complete
+        build(SceneSource(config), folder, BuildOptions(prompt=prompt, trust_boxes=True, overwrite=True))
+        return Prepared(folder, False)
+    return Prepared(folder, True)
 
 
 def is_complete(folder: Path) -> bool:

@@ -15,14 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sayo_verl.cli import main
-from sayo_verl.data.sources.scenes import SceneConfig, prepare
 from sayo_verl.errors import SayoError
 from sayo_verl.focus import command, run
 from sayo_verl.focus.config import FocusConfig, RespondConfig
 from sayo_verl.focus.job import FocusJob, ReportStep, accumulation, read_job
 from sayo_verl.focus.plan import sampling_minutes, steps_of
 from sayo_verl.focus.variables import UNREAD, refuse_variables
+from sayo_verl.scenes import SceneConfig
 from sayo_verl.script_variables import BY_SCRIPT
+from sayo_verl.tiny.prepared import prepare_scenes
 
 JOB = "configs/focus/qwen2_5vl_7b.yaml"
 BASE = "--base Qwen/Qwen2.5-VL-7B-Instruct"
@@ -38,7 +39,7 @@ def place(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("scenes"), SceneConfig(n_train=4, n_val=2)).path
+    return prepare_scenes(tmp_path_factory.mktemp("scenes"), SceneConfig(n_train=4, n_val=2)).path
 
 
 @pytest.fixture

@@ -17,9 +17,10 @@ from support.launch_config import composed
 from sayo_verl.data import build as building
 from sayo_verl.data.build import BuildOptions, build
 from sayo_verl.data.rows import Example, ImageRef, Source
-from sayo_verl.data.sources.scenes import SceneConfig, prepare
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.job import LOGGER_PATH, check_types, composition_error, keys_of, write_out
+from sayo_verl.scenes import SceneConfig
+from sayo_verl.tiny.prepared import prepare_scenes
 
 REWARD = "reward.custom_reward_function.reward_kwargs"
 
@@ -84,7 +85,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("scenes"), SceneConfig(n_train=4, n_val=2)).path
+    return prepare_scenes(tmp_path_factory.mktemp("scenes"), SceneConfig(n_train=4, n_val=2)).path
 
 
 def files(config: DictConfig, split: str) -> list[str]:

@@ -18,11 +18,12 @@ from sayo_verl.cli import main
 from sayo_verl.data.check import check_parquet
 from sayo_verl.data.contract import Demands
 from sayo_verl.data.folder import split_files
-from sayo_verl.data.sources.scenes import SceneSource, prepare
+from sayo_verl.data.sources.scenes import SceneSource
 from sayo_verl.errors import SayoError
 from sayo_verl.scenes import SceneConfig, sample_scene
 from sayo_verl.scenes.config import KINDS
 from sayo_verl.scenes.drawing import BACKGROUND, SHAPES, STROKES, add_noise, draw
+from sayo_verl.tiny.prepared import prepare_scenes
 from sayo_verl.vision.grids import Tile
 from sayo_verl.vision.masks import region_mask
 
@@ -206,7 +207,7 @@ def test_an_impossible_configuration_is_refused(change):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("scenes")
-    return root, prepare(root, SMALL)
+    return root, prepare_scenes(root, SMALL)
 
 
 def test_the_rows_follow_the_contract(made):
@@ -240,9 +241,9 @@ def test_a_complete_folder_is_reused_and_a_damaged_one_is_built_again_with_the_s
     root, (folder, _) = made
     file = folder / "val-00000.parquet"
     before = file.read_bytes()
-    assert prepare(root, SMALL) == (folder, True)
+    assert prepare_scenes(root, SMALL) == (folder, True)
     file.write_bytes(b"cut short")
-    assert prepare(root, SMALL) == (folder, False)
+    assert prepare_scenes(root, SMALL) == (folder, False)
     assert file.read_bytes() == before
     assert [path.name for path in root.iterdir()] == [folder.name]
 
@@ -253,7 +254,7 @@ def test_the_command_line_names_folders_by_settings_and_prompt(tmp_path, capsys)
     assert main(command) == 0
     bare = capsys.readouterr().out.strip()
     config = SceneConfig(question_kinds=("count", "highest"), noise=4, max_count=2, bar_levels=9, n_train=6, n_val=2)
-    assert prepare(tmp_path, config) == (tmp_path / bare.rpartition("/")[2], True)
+    assert prepare_scenes(tmp_path, config) == (tmp_path / bare.rpartition("/")[2], True)
     assert main([*command, "--prompt", "instruction"]) == 0
     asked = capsys.readouterr().out.strip()
     assert asked != bare

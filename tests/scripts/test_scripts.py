@@ -15,9 +15,10 @@ from support.public_shapes import write_config
 
 from sayo_verl import __version__
 from sayo_verl.cli import main
-from sayo_verl.data.sources.scenes import SceneConfig, prepare
 from sayo_verl.methods import RegionMethod
 from sayo_verl.prepare import SOURCES
+from sayo_verl.scenes import SceneConfig
+from sayo_verl.tiny.prepared import prepare_scenes
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -474,7 +475,7 @@ def test_grpo_starts_verls_own_code_and_a_method_ours(
     monkeypatch.setattr("verl.trainer.main_ppo.run_ppo", start := mock.Mock())
     monkeypatch.setattr("atexit.register", mock.Mock())
     given = {"JOB": "tiny", "METHOD": method, "MODEL_PATH": str(random_policy), "VERL_PLATFORM": "cpu"}
-    scenes = prepare(tmp_path / "scenes", SceneConfig(n_train=16, n_val=4)).path
+    scenes = prepare_scenes(tmp_path / "scenes", SceneConfig(n_train=16, n_val=4)).path
     done = plan(repo, "run.sh", environment, **given, DATA=str(scenes), DRY_RUN="0")
     assert done.returncode == 0, done.stderr
     ((config,), keywords) = start.call_args

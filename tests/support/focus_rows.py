@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sayo_verl.data.folder import split_files
-from sayo_verl.data.sources.scenes import SceneConfig, prepare
 from sayo_verl.focus.rows import FOCUS_KEY, FocusCollator
 from sayo_verl.focus.token import add_focus_token
 from sayo_verl.focus.trainer import FocusConfig
+from sayo_verl.scenes import SceneConfig
+from sayo_verl.tiny.prepared import prepare_scenes
 
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
 
@@ -23,7 +24,7 @@ FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
 @cache
 def _drawn(seed: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        made = prepare(folder, SceneConfig(n_train=64, n_val=1, seed=seed)).path
+        made = prepare_scenes(folder, SceneConfig(n_train=64, n_val=1, seed=seed)).path
         return [row for file in split_files(made)["train"] for row in pq.read_table(file).to_pylist()]
 
 

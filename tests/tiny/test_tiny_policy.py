@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from sayo_verl.data.sources.scenes import prepare
 from sayo_verl.errors import SayoError
 from sayo_verl.reward import compute_score
 from sayo_verl.scenes import SceneConfig, sample_scene
@@ -31,6 +30,7 @@ from sayo_verl.tiny.policy import (
     generate,
     task_words,
 )
+from sayo_verl.tiny.prepared import prepare_scenes
 from sayo_verl.tiny.warmup import (
     IGNORE,
     WarmupConfig,
@@ -137,7 +137,7 @@ def test_prompts_are_the_ones_verl_makes(prepared, tmp_path):
     processor, tokenizer = hf_processor(str(folder)), hf_tokenizer(str(folder))
     # verl filters long prompts in a forked process, which can hang once torch has run with several threads
     data = OmegaConf.create({"filter_overlong_prompts": False, "cache_dir": str(tmp_path)})
-    dataset = RLHFDataset(str(prepare(tmp_path, SCENES).path / "val-00000.parquet"), tokenizer, data, processor)
+    dataset = RLHFDataset(str(prepare_scenes(tmp_path, SCENES).path / "val-00000.parquet"), tokenizer, data, processor)
     assert len(dataset) == SCENES.n_val
     builder = create_continuous_token_builder(tokenizer, hf_model_type="qwen3_vl", processor=processor)
     for item in range(SCENES.n_val):
@@ -297,7 +297,7 @@ def test_batched_measures_equal_a_plain_forward(prepared, processor, tmp_path, e
     else:
         model = build_model(TinyPolicyConfig(), processor)
         model.set_attn_implementation("eager")
-    rows = pq.read_table(prepare(tmp_path, SCENES).path / "val-00000.parquet").to_pylist()
+    rows = pq.read_table(prepare_scenes(tmp_path, SCENES).path / "val-00000.parquet").to_pylist()
     batched = measure_batch(model, processor, rows, temperature=0.0, max_new_tokens=7)
     prompt_lengths, response_lengths = set(), set()
     for row, measured in zip(rows, batched, strict=True):
@@ -333,7 +333,7 @@ def test_batched_measures_equal_a_plain_forward(prepared, processor, tmp_path, e
 
 
 def test_evaluate_reports_means_over_rows(prepared, tmp_path):
-    scenes = prepare(tmp_path, SCENES).path
+    scenes = prepare_scenes(tmp_path, SCENES).path
     how = {"samples_per_row": 2, "batch_size": 3, "max_new_tokens": 4}
     first = evaluate(prepared[1].path, scenes, seed=1, **how)
     assert first == evaluate(prepared[1].path, scenes / "val-00000.parquet", seed=1, **how)

@@ -1,18 +1,15 @@
-"""Drawn scenes with questions and exact boxes (``sayo_verl.scenes``) as a source, and their folders."""
+"""Drawn scenes with questions and exact boxes (``sayo_verl.scenes``) as a source."""
 
 import hashlib
 import io
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets import List, Value
 from PIL import Image
 
-from sayo_verl.data.build import BuildOptions, build
-from sayo_verl.data.folder import Prepared, check_folder, content_hash
 from sayo_verl.data.rows import Example, ImageRef, Source
 from sayo_verl.errors import SayoError
 from sayo_verl.scenes import Scene, SceneConfig, sample_scene
@@ -94,14 +91,3 @@ class SceneSource(Source):
                 "distractor_boxes": shares(scene.distractors),
             },
         )
-
-
-def prepare(out_root: Path | str, config: SceneConfig, prompt: str = "question") -> Prepared:
-    """``out_root/scenes-<hash>/``, built unless it is there. ``prompt``: as ``rows.messages_of``."""
-    folder = Path(out_root) / f"scenes-{content_hash(asdict(config), prompt)}"
-    try:
-        check_folder(folder)
-    except SayoError:  # it is not there, or not complete
-        build(SceneSource(config), folder, BuildOptions(prompt=prompt, trust_boxes=True, overwrite=True))
-        return Prepared(folder, False)
-    return Prepared(folder, True)
