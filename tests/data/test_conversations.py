@@ -62,8 +62,7 @@ def test_boxes_of_a_record_need_a_format(tmp_path, key):
     record = {**LLAVA, key: [0.1, 0.2, 0.3, 0.4]}
     example = one(tmp_path, record, box_format="xyxy_unit")
     assert (example.boxes, example.box_format) == ((((0.1, 0.2, 0.3, 0.4),),), "xyxy_unit")
-    with refusal("D46", "add --box-format"):
-        rows(tmp_path, [record])
+    assert one(tmp_path, record).box_format == ""  # refused by the builder
 
 
 def test_one_of_several_questions_is_asked_where_the_command_names_it(tmp_path):
