@@ -100,8 +100,13 @@ def test_own_questions_and_absent_objects(tmp_path):
         ({}, None, "D63", "data.yaml"),
         ({}, {**DATA, "train": "pictures"}, "D93", "is missing.*got pictures"),
         ({}, {**DATA, "names": 3}, "D58", "names"),
-        ({}, "names: [a\n  b: {", "D93", "data.yaml cannot be read"),
-        ({"images/train/a.jpg": "x"}, {"names": ["dog"], "train": "images/other"}, "D93", "missing"),
+        ({}, "names: [a\n  b: {", "D93", "no YAML"),
+        (
+            {"images/other/a.jpg": "x"},
+            {"names": ["dog"], "train": "images/other"},
+            "D93",
+            "folder of labels is missing",
+        ),
     ],
 )
 def test_other_folders_are_refused(tmp_path, files, data, code, says):

@@ -8,8 +8,8 @@ shape_type, group_id}]}. Points are [x, y] in pixels, as floats. Of the shapes,
     others               (circle, line, point, ...) have no box: questions about their label are left out here
 
 Several shapes of one label and ``group_id`` are parts of an object, which has no box here. "__ignore__..." is skipped.
-The picture is the file ``imagePath``, seen from the JSON file, or the file of that name beside it or in --images, or the
-copy in ``imageData``. labelme turns pictures upright by their EXIF orientation, so points are on the upright picture.
+The picture is the file ``imagePath``, seen from the JSON file, or the file of that name beside it or in --images; else
+the copy in ``imageData``. labelme turns pictures upright by their EXIF orientation; points are on the upright picture.
 
 Questions: --ask, or --questions with lines {file, question, answer, labels, id?, kind?}: ``file`` is the path of the
 JSON file within the folder, the region is every object of these labels; [] for none. Licence: that of your data.

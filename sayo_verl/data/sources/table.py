@@ -1,4 +1,4 @@
-"""A table with or without boxes: parquet, csv or JSON files, or a data set of the Hugging Face hub.
+"""A table with or without boxes: parquet, csv, JSON, or a data set of the hub.
 
 ``--map image=img,question=query,answer=label,boxes=objects.bbox`` names the column of each field; "." enters structs,
 also those of a list. A field that is not in the map has the column of its own name. The fields:

@@ -50,8 +50,8 @@ class YoloSource(AnnotatedSource):
         try:
             written = yaml.safe_load(common.check_input(file).read_bytes())
         except yaml.YAMLError as error:
-            got, fix = f"{error!r:.120}", "write it as YAML in UTF-8"
-            raise SayoError("D93", "data.yaml cannot be read", where=str(file), got=got, fix=fix) from error
+            what = f"data.yaml is no YAML in UTF-8: {error!r:.120}"
+            raise SayoError("D93", what, where=str(file), fix="correct it") from error
         settings = common.parse(_Settings, written, str(file))
         names = settings.names if isinstance(settings.names, dict) else dict(enumerate(settings.names))
         pictures = self._pictures(settings)
@@ -84,6 +84,9 @@ class YoloSource(AnnotatedSource):
 def _things(image: Path, names: dict[int, str]) -> dict[Thing, None]:
     """The objects of a picture, each once, from labels/a/b.txt for images/a/b.jpg."""
     path = Path("/labels/".join(str(image.absolute()).rsplit("/images/", 1))).with_suffix(".txt")
+    if not path.parent.is_dir():
+        fix = "put the labels of images/a.jpg into labels/a.txt"
+        raise SayoError("D93", "a folder of labels is missing", where=str(path.parent), fix=fix)
     things: dict[Thing, None] = {}
     for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines() if path.is_file() else (), 1):
         words = line.split()
