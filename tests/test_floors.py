@@ -9,7 +9,8 @@ FLOORS = """
 errors metrics command_line
 script_variables
 vision models reward metis
-probe data
+probe scenes
+data
 methods inspection
 report tiny
 focus

@@ -45,7 +45,7 @@ class Finding:
     rows: tuple[str, ...] = ()
 
 
-NO_TAG = Finding("D90", "WARN", "a prompt does not ask for <answer>, as our reward does", "use --prompt instruction")
+NO_TAG = Finding("D90", "WARN", "a prompt does not ask for <answer>, which is rewarded", "use --prompt instruction")
 NO_BOXES = Finding("D04", "WARN", "no training row has a box, so no region is rewarded", "add boxes, or use grpo")
 NO_BOX = Finding("D69", "INFO", "a row has no box: neutral for methods that look at a region", "nothing, if intended")
 WHOLE_BOX = Finding("D69", "INFO", "a box is the whole image: each answer gets the same reward for it", "leave it out")
@@ -136,22 +136,9 @@ class Audit:
                     tick()
                 passed += open_parquet(path).metadata.num_rows
         self.boxes_N4 = np.array(self._boxes).reshape(-1, 4)
-        kept = {seen.where: seen for _, (_, seen) in sorted(self._kept.items(), key=lambda item: item[0])}
+        kept = {self._kept[reason][1].where: self._kept[reason][1] for reason in sorted(self._kept)}
         self.shown = list(kept.values())[: self.n_shown]
-        counted, over, doubt = self.counted, too_long(self._prompts, self.limit), positions.doubt(self.boxes_N4)
-        rows, without = counted["boxes of a row"].total(), counted["boxes of a row"][0]
-        whole, invalid = counted["whole image"][True], counted["rows"].total() - rows
-        if over:
-            self._refused(over, sum(n > self.limit for n in self._prompts.values()))
-        if counted["rows"]["train"] and not counted["with boxes"]["train"] + invalid:
-            self._add(NO_BOXES, f"{counted['rows']['train']} rows")
-        elif without:
-            self._add(NO_BOX, f"{without / rows:.1%} of the rows", without)
-        if whole:
-            level = "WARN" if whole > MANY * rows else WHOLE_BOX.level
-            self._add(replace(WHOLE_BOX, level=level), f"{whole / rows:.1%} of the rows", whole)
-        if doubt:
-            self._add(DOUBT, doubt)
+        self._all_rows()
         return sorted(self._found.values(), key=lambda finding: LEVELS.index(finding.level))
 
     def figures(self) -> dict[str, str]:
@@ -225,9 +212,7 @@ class Audit:
             if header and (header.format not in ("JPEG", "PNG", "WEBP") or header.frames != 1):
                 self._add(FORMAT, f"{where}, images[{i}]: got {header.format}, {header.frames} frames")
             if header and min(header.width, header.height) < MIN_SIDE:
-                self._add(
-                    SHORT, f"{where}, images[{i}]: got {header.width} x {header.height}, wanted {MIN_SIDE} pixels"
-                )
+                self._add(SHORT, f"{where}, images[{i}]: got {header.width} x {header.height}, wanted {MIN_SIDE}")
         for by, pictures in (("name", [(source, name) for name in names]), ("bytes", digests)):
             shared = [self._held_out[by, picture] for picture in pictures if (by, picture) in self._held_out]
             if split == "val":
@@ -269,3 +254,19 @@ class Audit:
             small = sum((x1 - x0) * (y1 - y0) < token for x0, y0, x1, y1 in boxes)
             if small:
                 self._add(SMALL, f"{where}: wanted at least {token:.2%} of the image, by --coverage", small)
+
+    def _all_rows(self) -> None:
+        counted, over, doubt = self.counted, too_long(self._prompts, self.limit), positions.doubt(self.boxes_N4)
+        rows, without = counted["boxes of a row"].total(), counted["boxes of a row"][0]
+        whole, invalid = counted["whole image"][True], counted["rows"].total() - rows
+        if over:
+            self._refused(over, sum(n > self.limit for n in self._prompts.values()))
+        if counted["rows"]["train"] and not counted["with boxes"]["train"] + invalid:
+            self._add(NO_BOXES, f"{counted['rows']['train']} rows")
+        elif without:
+            self._add(NO_BOX, f"{without / rows:.1%} of the rows", without)
+        if whole:
+            level = "WARN" if whole > MANY * rows else WHOLE_BOX.level
+            self._add(replace(WHOLE_BOX, level=level), f"{whole / rows:.1%} of the rows", whole)
+        if doubt:
+            self._add(DOUBT, doubt)

@@ -9,8 +9,7 @@ import numpy as np
 
 from sayo_verl.data import boxes
 
-MIN_BOXES = 20  # fewer boxes show no pattern
-NEARLY_ALL = 0.98  # of the boxes
+MIN_BOXES, NEARLY_ALL = 20, 0.98  # fewer boxes show no pattern; this share of them counts as all
 
 
 def covered(boxes_N4: np.ndarray, cells: int) -> np.ndarray:
@@ -22,8 +21,8 @@ def covered(boxes_N4: np.ndarray, cells: int) -> np.ndarray:
     """
     edges, sum_GG = np.arange(cells + 1) / cells, np.zeros((cells, cells))
     for part_N4 in np.array_split(boxes_N4, len(boxes_N4) // 2**16 + 1):
-        low_N2, high_N2 = np.split(part_N4[:, :, None], 2, axis=1)
-        x_NG, y_NG = np.clip(np.minimum(high_N2, edges[1:]) - np.maximum(low_N2, edges[:-1]), 0, None).swapaxes(0, 1)
+        low_N21, high_N21 = np.split(part_N4[:, :, None], 2, axis=1)
+        x_NG, y_NG = np.clip(np.minimum(high_N21, edges[1:]) - np.maximum(low_N21, edges[:-1]), 0, None).swapaxes(0, 1)
         sum_GG += y_NG.T @ x_NG * cells**2
     return sum_GG / max(len(boxes_N4), 1)
 

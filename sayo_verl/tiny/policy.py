@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from sayo_verl.data.folder import content_hash
-from sayo_verl.data.scenes import QUESTIONS
-from sayo_verl.data.scenes.drawing import COLOURS, SHAPES
 from sayo_verl.errors import SayoError
+from sayo_verl.scenes import QUESTIONS
+from sayo_verl.scenes.drawing import COLOURS, SHAPES
 
 PAD, END = "<|endoftext|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"

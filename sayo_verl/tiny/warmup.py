@@ -26,9 +26,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import BatchFeature, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 from sayo_verl.data.folder import Prepared, content_hash
-from sayo_verl.data.scenes import Scene, SceneConfig, sample_scene
 from sayo_verl.errors import SayoError
 from sayo_verl.reward import compute_score
+from sayo_verl.scenes import Scene, SceneConfig, sample_scene
 from sayo_verl.tiny.policy import END, SPECIAL_TOKENS, TinyPolicyConfig, build_model, build_processor, generate
 from sayo_verl.tiny.prepared import prepare_folder
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sayo_verl.data.scenes.drawing import COLOURS, SHAPES
+from sayo_verl.scenes.drawing import COLOURS, SHAPES
 
 
 def pixels_of(image: np.ndarray, colour: str) -> np.ndarray:

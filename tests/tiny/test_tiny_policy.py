@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from sayo_verl.data.scenes import SceneConfig, sample_scene
 from sayo_verl.data.sources.scenes import prepare
 from sayo_verl.errors import SayoError
 from sayo_verl.reward import compute_score
+from sayo_verl.scenes import SceneConfig, sample_scene
 from sayo_verl.tiny import policy
 from sayo_verl.tiny import warmup as warmup_module
 from sayo_verl.tiny.evaluate import evaluate, measure_batch, region_attention, select_tokens

@@ -209,7 +209,7 @@ def parse_map(text: str) -> dict[str, str]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare table``."""
     add = parser.add_argument
-    add("--data", required=True, metavar="TABLE", help="parquet, csv or JSON, a folder, or a hub name")
+    add("--data", "--dataset", required=True, metavar="TABLE", help="parquet, csv or JSON, a folder, or a hub name")
     add("--split", default="train", help="of a folder or of the hub (default: %(default)s)")
     add("--val-split", metavar="SPLIT", help="its rows become the validation rows")
     add("--map", dest="columns", type=parse_map, default="", metavar="FIELD=COLUMN,...", help="such as image=img")

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.scenes import A_COLOUR, A_SHAPE, pixels_of
 
-from sayo_verl.data.scenes import QUESTIONS, SceneConfig, sample_scene
-from sayo_verl.data.scenes.config import BAR_KINDS, KINDS
-from sayo_verl.data.scenes.drawing import BACKGROUND, COLOURS, GRID_LINE, INK, SHAPES, stencil
 from sayo_verl.errors import SayoError
 from sayo_verl.reward import compute_score
+from sayo_verl.scenes import QUESTIONS, SceneConfig, sample_scene
+from sayo_verl.scenes.config import BAR_KINDS, KINDS
+from sayo_verl.scenes.drawing import BACKGROUND, COLOURS, GRID_LINE, INK, SHAPES, stencil
 
 
 def _tight(mask: np.ndarray) -> tuple[int, ...]:

@@ -4,8 +4,8 @@ By default a scene has one object per grid cell, of distinct shapes and colours,
 ``kinds`` has the other questions, ``SceneConfig`` what makes them easy or hard. Nothing here imports torch.
 """
 
-from sayo_verl.data.scenes.config import QUESTIONS, SceneConfig
-from sayo_verl.data.scenes.kinds import sample_scene
-from sayo_verl.data.scenes.scene import Scene, SceneObject
+from sayo_verl.scenes.config import QUESTIONS, SceneConfig
+from sayo_verl.scenes.kinds import sample_scene
+from sayo_verl.scenes.scene import Scene, SceneObject
 
 __all__ = ["QUESTIONS", "Scene", "SceneConfig", "SceneObject", "sample_scene"]

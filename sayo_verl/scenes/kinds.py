@@ -30,10 +30,10 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from sayo_verl.data.scenes import drawing
-from sayo_verl.data.scenes.config import BAR_KINDS, QUESTIONS, SceneConfig
-from sayo_verl.data.scenes.drawing import COLOURS, SHAPES
-from sayo_verl.data.scenes.scene import Canvas, Scene, SceneObject
+from sayo_verl.scenes import drawing
+from sayo_verl.scenes.config import BAR_KINDS, QUESTIONS, SceneConfig
+from sayo_verl.scenes.drawing import COLOURS, SHAPES
+from sayo_verl.scenes.scene import Canvas, Scene, SceneObject
 
 # place -> whether its rows and its columns are the last ones of the grid; direction -> axis (0: x, 1: y) and sign
 PLACES = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}

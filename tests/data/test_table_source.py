@@ -190,7 +190,7 @@ def test_the_flags_of_the_command(tmp_path):
     parser = argparse.ArgumentParser()
     table.add_flags(parser)
     parser.add_argument("--box-format")
-    args = ["--data", str(parquet(tmp_path, row(q="Why?"))), "--map", "question=q", "--name", "mine"]
+    args = ["--dataset", str(parquet(tmp_path, row(q="Why?"))), "--map", "question=q", "--name", "mine"]
     (example,) = table.from_args(parser.parse_args(args)).examples()
     assert (example.question, example.data_source) == ("Why?", "sayo/mine")
     for text in ("question", "question=", "=q", "id=b,id=c", "box=objects.bbox"):

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from sayo_verl.data.scenes.drawing import COLOURS, DIGIT_HEIGHT, SHAPES, chart_frame
 from sayo_verl.errors import SayoError
+from sayo_verl.scenes.drawing import COLOURS, DIGIT_HEIGHT, SHAPES, chart_frame
 
 # kind -> text; {key} is the word that names the target. The tiny policy's words come from here.
 QUESTIONS = {"colour": "What colour is the {key}?", "shape": "What shape is the {key} object?"}
@@ -28,7 +28,7 @@ class SceneConfig:
         min_objects, max_objects: objects per scene; not read by charts.
         min_radius, max_radius: half the side of an object's box, in pixels. For ``"size"``, that of small and of large
             objects: the closer, the harder.
-        question_kinds: of ``KINDS``; ``sayo_verl.data.scenes.kinds`` describes them.
+        question_kinds: of ``KINDS``; ``sayo_verl.scenes.kinds`` describes them.
         n_train, n_val, seed: rows of the splits; a scene depends on the seed, its split and its index alone.
         region: whose boxes are rewarded, those of the objects that the question needs or (the wrong-box control) those
             of random other objects: as many, or all others where there are fewer.

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sayo_verl.data.scenes.config import SceneConfig
-from sayo_verl.data.scenes.drawing import BACKGROUND, draw
+from sayo_verl.scenes.config import SceneConfig
+from sayo_verl.scenes.drawing import BACKGROUND, draw
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Canvas:
     ) -> SceneObject:
         """Draw an object of (shape, colour) somewhere in ``cell``, with a random radius at 0.
 
-        ``aligned``: (axis, other): along this axis (0: x, 1: y), the centre of the smaller of both is within the larger.
+        ``aligned``: (axis, other): along this axis (0: x, 1: y), the centre of the smaller is within the larger one.
         """
         radius = radius or self.rng.randint(self.config.min_radius, self.config.max_radius)
         side, grid = self.config.image_size // self.config.grid, self.config.grid

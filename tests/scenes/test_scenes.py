@@ -18,11 +18,11 @@ from sayo_verl.cli import main
 from sayo_verl.data.check import check_parquet
 from sayo_verl.data.contract import Demands
 from sayo_verl.data.folder import split_files
-from sayo_verl.data.scenes import SceneConfig, sample_scene
-from sayo_verl.data.scenes.config import KINDS
-from sayo_verl.data.scenes.drawing import BACKGROUND, SHAPES, STROKES, add_noise, draw
 from sayo_verl.data.sources.scenes import SceneSource, prepare
 from sayo_verl.errors import SayoError
+from sayo_verl.scenes import SceneConfig, sample_scene
+from sayo_verl.scenes.config import KINDS
+from sayo_verl.scenes.drawing import BACKGROUND, SHAPES, STROKES, add_noise, draw
 from sayo_verl.vision.grids import Tile
 from sayo_verl.vision.masks import region_mask
 
