@@ -76,7 +76,7 @@ def _rows(name: str) -> AddFlags:
                 action.default = default[action.dest]
                 action.help = f"{action.help} ({action.default})"
         assert isinstance(parser, Command)
-        left = {"--box-frame", "--rescale", "--seed", "--max-drop", "--skip-missing"}
+        left = {"--box-frame", "--rescale", "--seed", "--max-drop", "--skip-missing", "--revision"}
         parser.show_only(*({flag for action in parser._actions for flag in action.option_strings} - left))
 
         def run(args: argparse.Namespace) -> int:

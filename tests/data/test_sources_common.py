@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 from support.refusals import refusal
 
 from sayo_verl.data.rows import Drop, ImageRef
 from sayo_verl.data.sources import common
 from sayo_verl.data.sources.common import ImageFolder, boxes_of_images, names_of_boxes
-from sayo_verl.errors import SayoError
 
 
 class Inner(BaseModel):
@@ -32,21 +29,18 @@ class Sample(BaseModel):
 # --------------------------------------------------------------------------------------------------- records and texts
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (" a b ", "a b"),
-        (3, "3"),
-        (3.0, "3"),
-        (0.25, "0.25"),
-        (Decimal("2.5"), "2.5"),
-        (True, "true"),
-        (None, ""),
-        (math.nan, ""),
-    ],
-)
-def test_text_is_written_as_json_writes_it(value, text):
-    assert common.parse(common.Text, value, "here") == text
+def test_text_is_written_as_json_writes_it():
+    texts = {
+        " a b ": "a b",
+        3: "3",
+        4.0: "4",
+        0.25: "0.25",
+        Decimal("2.5"): "2.5",
+        True: "true",
+        None: "",
+        math.nan: "",
+    }
+    assert [common.parse(common.Text, value, "here") for value in texts] == list(texts.values())
 
 
 @pytest.mark.parametrize(
@@ -106,18 +100,6 @@ def test_other_boxes_are_refused_by_place():
         with refusal(code) as caught:
             boxes_of_images(value, n, "line 7")
         assert "line 7" in caught.value.where
-
-
-@given(
-    st.recursive(st.none() | st.integers() | st.text(max_size=2), lambda x: st.lists(x, max_size=4)), st.integers(1, 2)
-)
-@settings(max_examples=100)
-def test_boxes_of_any_kind_are_read_or_refused(value, n):
-    try:
-        found: Any = len(boxes_of_images(value, n, "here"))
-    except SayoError as error:
-        found = error.code
-    assert found in (n, "D05", "D42")
 
 
 def test_names_of_boxes():

@@ -98,7 +98,7 @@ def test_own_questions_and_absent_objects(tmp_path):
         ({}, {**DATA, "kpt_shape": [17, 3]}, "D58", "kpt_shape"),
         ({}, {"train": "images/train"}, "D58", "no 'names'"),
         ({}, None, "D63", "data.yaml"),
-        ({}, {**DATA, "train": "pictures"}, "D93", "is missing.*got pictures"),
+        ({}, {**DATA, "train": "pictures"}, "D93", "is missing.*pictures"),
         ({}, {**DATA, "names": 3}, "D58", "names"),
         ({}, "names: [a\n  b: {", "D93", "no YAML"),
         (

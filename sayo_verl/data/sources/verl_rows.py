@@ -83,8 +83,8 @@ class VerlSource(Source):
         folder, contract = common.ImageFolder(self.images), RowContract(NEEDED)
         for number, value in json_lines(common.check_input(self.boxes)) if self.boxes else ():
             side = common.parse(Side, value, where := f"{self.boxes} line {number}")
-            again, fix = side.id in sides, "write the boxes of a row in one line"
-            raise_first([Rule("D62", again, "two lines have one id", where, fix, side.id)])
+            twice = "two lines have one id"
+            raise_first([Rule("D62", side.id in sides, twice, where, "write one line for each row", side.id)])
             sides[side.id] = side
         for path, split in self._files.items():
             file = open_rows(path, NEEDED)

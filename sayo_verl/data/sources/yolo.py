@@ -7,8 +7,8 @@ The labels of images/a/b.jpg are in labels/a/b.txt, one object a line: the class
 x, centre y, width, height), or the class and the corners of a polygon, whose bounding box is taken. A picture without
 such a file has no object. Pose labels (``kpt_shape``) are not read.
 
-Questions: --ask, or --questions with lines {file, question, answer, categories, id?, kind?}; ``file`` is the path of
-the picture within the folder. Read for this: detection and segmentation data sets at docs.ultralytics.com.
+Lines of --questions: {file, question, answer, categories, id?, kind?}; ``file`` is a path within the folder. Read for
+this: detection and segmentation data sets at docs.ultralytics.com.
 """
 
 import argparse
@@ -50,17 +50,14 @@ class YoloSource(AnnotatedSource):
         try:
             written = yaml.safe_load(common.check_input(file).read_bytes())
         except yaml.YAMLError as error:
-            what = f"data.yaml is no YAML in UTF-8: {error!r:.120}"
-            raise SayoError("D93", what, where=str(file), fix="correct it") from error
+            raise SayoError("D93", f"data.yaml is no YAML: {error!r:.99}", where=str(file), fix="correct it") from error
         settings = common.parse(_Settings, written, str(file))
         names = settings.names if isinstance(settings.names, dict) else dict(enumerate(settings.names))
         pictures = self._pictures(settings)
 
         def find(key: str | int) -> Picture | None:
-            if key not in pictures:
-                return None
-            path, split = pictures[str(key)]
-            return Picture(str(key), ImageRef(str(key), path), None, _things(path, names), split)
+            path, split = pictures.get(str(key), (None, ""))
+            return Picture(str(key), ImageRef(str(key), path), None, _things(path, names), split) if path else None
 
         yield from self.rows(pictures, find, names.values())
 
@@ -74,8 +71,7 @@ class YoloSource(AnnotatedSource):
             places = [self.folder / settings.path / path, self.folder / path, self.folder.joinpath(*path.parts[-2:])]
             place = next((place for place in places if place.is_dir()), None)
             if place is None:
-                what, fix = "a folder of pictures is missing", "correct data.yaml, or put the pictures there"
-                raise SayoError("D93", what, where=str(self.folder), got=name, fix=fix)
+                raise SayoError("D93", "a folder of pictures is missing", where=str(places[0]), fix="correct data.yaml")
             images = [path for path in sorted(place.rglob("*")) if path.suffix.lower() in _IMAGES]
             found |= {Path(os.path.relpath(path, self.folder)).as_posix(): (path, split) for path in images}
         return found
