@@ -94,6 +94,8 @@ def _mix(parser: argparse.ArgumentParser) -> Run:
 
     parser.description = mix.__doc__
     mix.add_flags(parser)
+    assert isinstance(parser, Command)
+    parser.show_only(*(flag for action in parser._actions for flag in action.option_strings))
 
     def run(args: argparse.Namespace) -> int:
         _finish(mix.from_args(args).folder)
