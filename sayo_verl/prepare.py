@@ -76,7 +76,7 @@ def _rows(name: str) -> AddFlags:
                 action.default = default[action.dest]
                 action.help = f"{action.help} ({action.default})"
         assert isinstance(parser, Command)
-        left = {"--box-frame", "--rescale", "--seed", "--max-drop", "--skip-missing"} if module.NAMED_BOXES else set()
+        left = {"--box-frame", "--rescale", "--seed", "--max-drop", "--skip-missing", "--revision"}
         parser.show_only(*({flag for action in parser._actions for flag in action.option_strings} - left))
 
         def run(args: argparse.Namespace) -> int:
@@ -94,6 +94,8 @@ def _mix(parser: argparse.ArgumentParser) -> Run:
 
     parser.description = mix.__doc__
     mix.add_flags(parser)
+    assert isinstance(parser, Command)
+    parser.show_only(*(flag for action in parser._actions for flag in action.option_strings))
 
     def run(args: argparse.Namespace) -> int:
         _finish(mix.from_args(args).folder)

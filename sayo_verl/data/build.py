@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from sayo_verl.data.boxes import FRAMES, doubt
+from sayo_verl.data.boxes import FRAMES, check_format, doubt
 from sayo_verl.data.contract import check_data_source
 from sayo_verl.data.folder import LEFT_OUT, SPLITS, Built, new_folder, read_folder, write_manifest
 from sayo_verl.data.make_row import EXAMPLE, NO_BOX, features_of, make_row, to_table
@@ -194,7 +194,7 @@ def _examples(source: Source, folder: Path) -> "Dataset":
     """The records of the source, each with the reason why it is no example, or with "".
 
     Raises:
-        SayoError: D52, D66 for a data source that verl must not get, and what the source raises.
+        SayoError: D46, D52, D66 for a data source that verl must not get, and what the source raises.
     """
     from datasets import Dataset, Features
     from datasets.exceptions import DatasetGenerationError
@@ -232,6 +232,8 @@ def _records(source: Source) -> Iterator[dict[str, Any]]:
             yield row | {"reason": thing.reason, "detail": thing.detail}
             continue
         check_data_source(thing.data_source, where)
+        if any(thing.boxes):
+            check_format(thing.box_format, where)
         try:
             if not thing.prompt:  # else the row passes through, and the launcher checks it for the run's reward
                 check_text(thing.question, thing.answer)

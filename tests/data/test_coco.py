@@ -11,8 +11,8 @@ from support.refusals import refusal
 
 from sayo_verl.data.rows import Example, LeftOut
 from sayo_verl.data.sources import coco
-from sayo_verl.data.sources.questions import how_many, is_there
 
+MANY = "How many objects of the class"
 CATEGORIES = {1: "person", 2: "wine glass", 3: "umbrella", 4: "skis"}
 
 
@@ -65,9 +65,9 @@ def joined(folder: Path, *questions: dict[str, Any]) -> list[Example | LeftOut]:
 def test_counts_have_the_boxes_of_all_objects_and_a_crowd_has_no_box(tmp_path):
     found = rows(tmp_path, None, "--ask", "count")
     assert asked(found) == [
-        ("9:count:wine glass", "How many wine glasses are in the image?", "1", ((1.5, 2.5, 3, 4),)),
-        ("9:count:person", "no_region", "1 of 2 'person': a crowd"),
-        ("5:count:person", "How many people are in the image?", "2", ((0, 0, 10, 20), (30, 40, 50, 60))),
+        ("9:count:wine glass", f"{MANY} 'wine glass' are in the image?", "1", ((1.5, 2.5, 3, 4),)),
+        ("9:count:person", "no_region", "1 of 2 objects have no box"),
+        ("5:count:person", f"{MANY} 'person' are in the image?", "2", ((0, 0, 10, 20), (30, 40, 50, 60))),
     ]
     example = found[2]
     assert isinstance(example, Example)
@@ -78,9 +78,10 @@ def test_counts_have_the_boxes_of_all_objects_and_a_crowd_has_no_box(tmp_path):
 def test_presence_and_as_many_absent_objects_that_are_neutral(tmp_path):
     found = rows(tmp_path, None, "--ask", "presence", "--absent")
     no = [e for e in found if isinstance(e, Example) and e.answer == "no"]
-    assert [e.id.rpartition(":")[0] for e in no] == ["9:absent", "9:absent", "5:absent"]
+    assert [e.id.rpartition(":")[0] for e in no] == ["9:absence", "9:absence", "5:absence"]
     assert all(e.neutral and e.boxes == ((),) and e.kind == "absence" for e in no)
     assert not any(name in e.question for e in no if e.id.startswith("9") for name in ("person", "glass"))
+    assert no[2].question.startswith("Is there an object of the class '")
     yes = [e for e in found if isinstance(e, Example) and e.answer == "yes"]
     assert [e.id for e in yes] == ["9:presence:wine glass", "5:presence:person"]
     assert not any(e.neutral for e in yes)
@@ -110,7 +111,7 @@ def test_own_questions_join_on_names(tmp_path):
         ("question:1", "Who?", "two people", ((0, 0, 10, 20), (30, 40, 50, 60))),
         ("none", "Who?", "two people", ()),
         ("question:3", "unknown_object", "7 has no 'person'"),
-        ("question:4", "no_region", "1 of 3 'person': a crowd"),
+        ("question:4", "no_region", "1 of 3 objects have no box"),
         ("question:5", "image_missing", "6 is not annotated"),
     ]
     assert [e.neutral for e in found if isinstance(e, Example)] == [False, True]
@@ -119,14 +120,12 @@ def test_own_questions_join_on_names(tmp_path):
 @pytest.mark.parametrize(
     ("question", "code", "says"),
     [
-        ({"categories": ["persn"]}, "D62", "did you mean 'person'"),
         ({"catgories": []}, "D58", "unknown key 'catgories'"),
         ({}, "D58", "no 'categories'"),
-        ({"categories": [], "id": "first"}, "D62", "two records"),
     ],
 )
 def test_a_wrong_question_is_refused_by_its_line(tmp_path, question, code, says):
-    first = {"image_id": 5, "question": "Who?", "answer": "x", "categories": [], "id": "first"}
+    first = {"image_id": 5, "question": "Who?", "answer": "x", "categories": []}
     with refusal(code, says) as caught:
         joined(tmp_path, first, {"image_id": 5, "question": "Who?", "answer": "x", **question})
     assert caught.value.where.endswith("q.jsonl line 2")
@@ -136,7 +135,6 @@ def test_a_wrong_question_is_refused_by_its_line(tmp_path, question, code, says)
     ("changed", "code", "where"),
     [
         ({"images": [{"id": 5, "file_name": "a.jpg", "width": 0, "height": 4}]}, "D58", "images[0]"),
-        ({"images": [{"id": 5, "file_name": "http://x/a.jpg", "width": 4, "height": 4}]}, "D40", "images[0]"),
         ({"images": detection()["images"] + detection()["images"][:1]}, "D62", "images[3]"),
         ({"images": []}, "D58", "ann.json"),
         ({"annotations": [mark(8, 1, [0, 0, 1, 1])]}, "D58", "annotations[0]"),
@@ -151,28 +149,10 @@ def test_a_wrong_annotation_is_refused_by_its_place(tmp_path, changed, code, whe
     assert where in caught.value.where
 
 
-@pytest.mark.parametrize("flags", [(), ("--absent", "--ask", "count"), ("--ask", "count", "--questions", "q.jsonl")])
-def test_it_must_be_clear_what_to_ask(tmp_path, flags):
-    with refusal("D58", "not clear what to ask.*--questions FILE"):
+@pytest.mark.parametrize("flags", [(), ("--ask", "count", "--questions", "q.jsonl")])
+def test_either_ask_or_questions_is_named(tmp_path, flags):
+    with pytest.raises(SystemExit):
         rows(tmp_path, None, *flags)
-
-
-@pytest.mark.parametrize(
-    ("name", "many", "there"),
-    [
-        ("bus", "buses", "Is there a bus"),
-        ("wine glass", "wine glasses", "Is there a wine glass"),
-        ("umbrella", "umbrellas", "Is there an umbrella"),
-        ("berry", "berries", "Is there a berry"),
-        ("person", "people", "Is there a person"),
-        ("scissors", "scissors", "Are there scissors"),
-        ("N/A", "'N/A'", "Is there a 'N/A'"),
-        ("apc_obj3", "'apc_obj3'", "Is there an 'apc_obj3'"),
-    ],
-)
-def test_names_in_questions(name, many, there):
-    assert how_many(name) == f"How many {many} are in the image?"
-    assert is_there(name) == f"{there} in the image?"
 
 
 def test_absent_objects_stay_in_the_folder_that_is_built(tmp_path):

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 from support.refusals import refusal
 
-from sayo_verl.data.boxes import place_boxes
-from sayo_verl.data.images import Stored
 from sayo_verl.data.rows import Example
 from sayo_verl.data.sources import conversations
 
@@ -62,8 +60,7 @@ def test_boxes_of_a_record_need_a_format(tmp_path, key):
     record = {**LLAVA, key: [0.1, 0.2, 0.3, 0.4]}
     example = one(tmp_path, record, box_format="xyxy_unit")
     assert (example.boxes, example.box_format) == ((((0.1, 0.2, 0.3, 0.4),),), "xyxy_unit")
-    with refusal("D46", "add --box-format"):
-        rows(tmp_path, [record])
+    assert one(tmp_path, record).box_format == ""  # refused by the builder
 
 
 def test_one_of_several_questions_is_asked_where_the_command_names_it(tmp_path):
@@ -80,21 +77,6 @@ def test_a_record_of_visual_cot(tmp_path):
     assert (example.id, example.question, example.answer) == ("talk.json:1", "Where?", "At home")
     assert [image.path for image in example.images] == [tmp_path / "cot/v7w/a.jpg"]
     assert (example.boxes, example.box_format) == ((((446, 246, 502, 345),),), "xyxy")
-
-
-@pytest.mark.parametrize(("width", "height"), [(1000, 750), (600, 900), (500, 500)])
-def test_the_box_in_visual_cot_s_text_is_of_the_padded_square_and_is_the_same_region(width, height):
-    """The converter's arithmetic: moved by half the padding, divided by the longer side, three decimals."""
-    box, side = (120.0, 200.0, 300.0, 260.0), max(width, height)
-    pads = ((side - width) // 2, (side - height) // 2)
-    text = tuple(round((value + pads[i % 2]) / side, 3) for i, value in enumerate(box))
-    stored = Stored(b"", width, height, width, height, 1, ())
-    how = {"frame": "auto", "stored": stored, "annotated": None, "rescale": False, "where": "here"}
-    placed = [
-        place_boxes([values], [""], box_format=name, **how).boxes[0]
-        for values, name in ((box, "xyxy"), (text, "xyxy_unit_square"))
-    ]
-    assert placed[0] == pytest.approx(placed[1], abs=0.002)
 
 
 def test_a_validation_file_names_the_split_of_its_rows(tmp_path):

@@ -222,14 +222,6 @@ def test_a_question_of_another_format(folder, key):
         next(with_question(folder, QUESTION_FAULTS[key]).examples())
 
 
-def test_a_name_of_an_image_stays_in_the_folder(folder):
-    graphs = {"../1001": GRAPHS["1001"]}
-    (folder / "g.json").write_text(json.dumps(graphs))
-    made = with_question(folder, lambda q: q.update(imageId="../1001"))
-    with refusal("D60", "outside"):
-        next(GqaSource((folder / "g.json",), made.questions, made.images, "grounding").examples())
-
-
 @pytest.mark.parametrize("answer", [None, ["cup"], 3])
 def test_an_answer_that_is_no_text_is_left_out(folder, answer):
     items = outcomes(with_question(folder, lambda q: q.update(answer=answer)).examples())

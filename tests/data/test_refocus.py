@@ -133,7 +133,6 @@ def test_labels_that_a_question_names(question, labels, named):
         ("D58", "figure_bbox.*x1, y1, x2, y2", {"figure_bbox": [0, 0, 1, 1]}),
         ("D58", "figure_bbox.*x1, y1, x2, y2", {"figure_bbox": {"left": 0, "right": 1}}),
         ("D59", "1 labels, 2 boxes", {"y_values": ["Alpha"]}),
-        ("D40", "local file", {"figure_path": "http://a/1.png"}),
     ],
 )
 def test_records_of_another_format_stop_the_work(tmp_path, code, says, changed):

@@ -2,19 +2,17 @@
 
 import math
 import zipfile
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 from support.refusals import refusal
 
 from sayo_verl.data.rows import Drop, ImageRef
 from sayo_verl.data.sources import common
 from sayo_verl.data.sources.common import ImageFolder, boxes_of_images, names_of_boxes
-from sayo_verl.errors import SayoError
 
 
 class Inner(BaseModel):
@@ -31,18 +29,9 @@ class Sample(BaseModel):
 # --------------------------------------------------------------------------------------------------- records and texts
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [("  a b ", "a b"), (3, "3"), (3.0, "3"), (0.25, "0.25"), (True, "true"), (None, ""), (math.nan, ""), ("", "")],
-)
-def test_text_is_written_as_json_writes_it(value, text):
-    assert common.text(value, "here") == text
-
-
-def test_an_answer_that_is_a_list_is_refused_with_the_row():
-    for value in (["yes", "no"], {"a": 1}):
-        with refusal("D58", "choose one.*at a.jsonl line 3"):
-            common.text(value, "a.jsonl line 3")
+def test_text_is_written_as_json_writes_it():
+    texts = {" a ": "a", 3: "3", 4.0: "4", 0.25: "0.25", Decimal("2.5"): "2.5", True: "true", None: "", math.nan: ""}
+    assert [common.parse(common.Text, value, "here") for value in texts] == list(texts.values())
 
 
 @pytest.mark.parametrize(
@@ -53,6 +42,7 @@ def test_an_answer_that_is_a_list_is_refused_with_the_row():
         ({}, "has no 'question'.*wanted question, size, turns"),
         ({"question": "a", "size": [640, 0]}, "size.1 is invalid.*got 0"),
         ({"question": "a", "size": [1.5, 2]}, "size.0"),
+        ({"question": ["yes", "no"]}, "question is invalid.*choose one"),
         ({"question": "a", "turns": [{"value": 1}, {}]}, "no 'turns.1.value'"),
         ([1], "the record is invalid"),
     ],
@@ -61,24 +51,6 @@ def test_a_wrong_record_is_refused_in_one_line_with_the_field(record, says):
     with refusal("D58", says) as caught:
         common.parse(Sample, record, "file line 2")
     assert caught.value.where == "file line 2"
-
-
-def test_sizes_are_whole_numbers_above_zero():
-    assert common.picture_size(640.0, 480, "here") == (640, 480)
-    for pair in [(0, 1), (1.5, 2), (None, 2), (True, "x")]:
-        with refusal("D58"):
-            common.picture_size(*pair, "here")
-
-
-def test_ids_are_unique_and_names_of_data_sets_plain(tmp_path):
-    ids = common.Ids()
-    assert ids.add("a", "line 1") == "a"
-    with refusal("D62", "two records have one id"):
-        ids.add("a", "line 2")
-    assert common.data_source("my-set.2") == "sayo/my-set.2"
-    for name in ("My Set", "", "a/b", "x" * 80):
-        with refusal("D58", "not plain"):
-            common.data_source(name)
 
 
 def test_input_files_exist_and_cannot_run_code(tmp_path):
@@ -121,30 +93,14 @@ def test_other_boxes_are_refused_by_place():
         assert "line 7" in caught.value.where
 
 
-@given(
-    st.recursive(st.none() | st.integers() | st.text(max_size=2), lambda x: st.lists(x, max_size=4)), st.integers(1, 2)
-)
-@settings(max_examples=100)
-def test_boxes_of_any_kind_are_read_or_refused(value, n):
-    try:
-        found: Any = len(boxes_of_images(value, n, "here"))
-    except SayoError as error:
-        found = error.code
-    assert found in (n, "D05", "D42")
-
-
-def test_names_of_boxes_and_their_format():
+def test_names_of_boxes():
     boxes = (((1.0, 2.0, 3.0, 4.0),), ())
     assert names_of_boxes(None, boxes, "here") == (("",), ())
     assert names_of_boxes([["dog"], []], boxes, "here") == (("dog",), ())
     assert names_of_boxes(["dog"], boxes[:1], "here") == (("dog",),)
-    for value, code in [(["dog", "cat"], "D59"), ([3], "D58"), ("dog", "D58")]:
-        with refusal(code):
+    for value in ([3], "dog"):
+        with refusal("D58"):
             names_of_boxes(value, boxes[:1], "here")
-    assert common.format_of("xywh", boxes, "here") == "xywh"
-    assert common.format_of(None, ((), ()), "here") == ""
-    with refusal("D46", "add --box-format"):
-        common.format_of(None, boxes, "here")
 
 
 # -------------------------------------------------------------------------------------------------------------- images
@@ -161,28 +117,17 @@ def pictures(tmp_path: Path) -> Path:
 def test_names_of_any_system_are_looked_up_in_the_folder(pictures, tmp_path):
     names = {"./images/../p1.png": "p1.png", "images\\p0.png": "images/p0.png", "三　辆.png": "三　辆.png"}
     names |= {"D:\\data\\images\\p0.png": "images/p0.png", "C:/somewhere/p1.png": "p1.png"}
-    names |= {
-        "/home/other/set/sub/p2.png": "sub/p2.png",
-        "/gone/p9.png": "p9.png",
-    }  # which is found to be missing later
+    names |= {"/home/other/set/sub/p2.png": "sub/p2.png", "../p3.png": "../p3.png"}
+    names |= {"/gone/p9.png": "p9.png", "http://x.org/a.png": "http:/x.org/a.png"}  # refused when they are read
     for name, found in names.items():
         assert ImageFolder(pictures).ref(name, "here") == ImageRef(found, pictures / found)
     there = pictures / "p1.png"
     assert ImageFolder(tmp_path).ref(str(there), "here").path == there
 
 
-def test_other_names_are_refused(pictures):
-    no_file = ("http://x.org/a.png", "s3://b/a.png", "data:image/png;base64,iVBOR", "a\nb.png", "x" * 2000, "", 3, {})
-    for name, code in [*((name, "D40") for name in no_file), ("../p1.png", "D60"), ("a\\..\\..\\p1.png", "D60")]:
-        with refusal(code) as caught:
-            ImageFolder(pictures).ref(name, "line 2")
-        assert caught.value.where == "line 2"
-
-
 def test_two_absolute_names_are_not_one_picture(pictures):
     folder = ImageFolder(pictures)
-    for _ in range(2):
-        assert folder.ref("/a/p1.png", "here").key == "p1.png"
+    assert folder.ref("/a/p1.png", "here") == folder.ref("/a/p1.png", "here")
     with refusal("D60", "two images have one name.*/a/p1.png and /b/p1.png"):
         folder.ref("/b/p1.png", "here")
 

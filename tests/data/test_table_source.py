@@ -122,11 +122,7 @@ def test_one_box_several_images_and_tags_in_the_question(tmp_path):
     assert one(tmp_path, image=[]).reason == "image_missing"
 
 
-def test_boxes_need_a_named_format_and_ids_are_unique(tmp_path):
-    with refusal("D46", "--box-format"):
-        one(tmp_path, {"box_format": None}, boxes=[list(BOX)])
-    with refusal("D62"):
-        read(parquet(tmp_path, row(id="a"), row(id="a")))
+def test_a_box_is_four_finite_numbers(tmp_path):
     with refusal("D42", "row 0, boxes"):
         one(tmp_path, boxes=[[1.0, 2.0, float("nan"), 4.0]])
 

@@ -119,7 +119,6 @@ def test_a_validation_file_and_a_column_of_ids(tmp_path):
         ("D58", "--id", [{"id": 0, "boxes": [[1, 2, 3, 4]]}], {"id": "extra_info.absent"}),
         ("D58", "did you mean 'boxes'", [{"id": 0, "boxs": [[1, 2, 3, 4]]}], {}),
         ("D62", "line 2", [{"id": 0, "boxes": []}, {"id": "0", "boxes": []}], {}),
-        ("D46", "--box-format", [{"id": 0, "boxes": [[1, 2, 3, 4]]}], {"box_format": None}),
         ("D42", "row 0", [{"id": 0, "boxes": [[1, 2, 3]]}], {}),
     ],
 )

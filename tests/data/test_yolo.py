@@ -50,9 +50,8 @@ ALL = {
 def test_boxes_are_by_their_centre_and_polygons_by_their_bounding_box(tmp_path):
     found = {e.id: e for e in rows(tmp_path, FILES, DATA) if isinstance(e, Example)}
     dog, cat = (found[f"images/train/a.jpg:count:{name}"] for name in ("dog", "cat"))
-    assert (dog.boxes, dog.box_format, dog.box_source) == ((((0.5, 0.5, 0.2, 0.4),),), "cxcywh_unit", "yolo_box")
+    assert (dog.boxes, dog.box_format) == ((((0.5, 0.5, 0.2, 0.4),),), "cxcywh_unit")
     assert cat.boxes[0][0] == pytest.approx((0.2, 0.3, 0.2, 0.4))
-    assert cat.box_source == "yolo_polygon"
     assert dog.images[0].path == tmp_path / "images/train/a.jpg"
     assert answers(list(found.values())) == ALL  # b.PNG has no labels, so no object
 
@@ -64,19 +63,15 @@ def test_boxes_are_by_their_centre_and_polygons_by_their_bounding_box(tmp_path):
         {**DATA, "names": ["dog", "cat"]},
         {**DATA, "train": "..\\images\\train", "val": "../images/val", "path": None} | {"path": ""},
         {**DATA, "train": "/content/set/images/train", "val": "D:\\set\\images\\val"},
-        {**DATA, "train": ["train.txt"], "val": ["images/val"]},
     ],
 )
 def test_data_yaml_names_the_folders(tmp_path, data):
-    assert answers(rows(tmp_path, {**FILES, "train.txt": "images/train/a.jpg\n"}, data)) == ALL
+    assert answers(rows(tmp_path, FILES, data)) == ALL
 
 
-def test_without_data_yaml_the_usual_folders_are_read(tmp_path):
-    names = ("--names", "dog", "cat", "--ask", "count")
-    assert answers(rows(tmp_path, FILES, None, *names)) == ALL
-    flat = {"images/a.jpg": "x", "labels/a.txt": "1 0.5 0.5 0.1 0.1"}
-    (tmp_path / "flat").mkdir()
-    assert answers(rows(tmp_path / "flat", flat, None, *names)) == {"images/a.jpg:count:cat": ("", "1")}
+def test_without_train_all_of_images_is_read_and_split_later(tmp_path):
+    found = answers(rows(tmp_path, FILES, {"names": ["dog", "cat"]}))
+    assert found == {id: ("", answer) for id, (_, answer) in ALL.items()}
 
 
 def test_a_set_without_validation_is_split_by_picture_later(tmp_path):
@@ -91,28 +86,29 @@ def test_own_questions_and_absent_objects(tmp_path):
     assert isinstance(joined, Example)
     assert (joined.answer, joined.boxes) == ("a cat", (((0.25, 0.25, 0.1, 0.1),),))
     absent = answers(rows(tmp_path, FILES, DATA, "--ask", "presence", "--absent"))
-    assert absent["images/val/c.jpg:absent:dog"] == ("val", "no")
+    assert absent["images/val/c.jpg:absence:dog"] == ("val", "no")
 
 
 @pytest.mark.parametrize(
     ("files", "data", "code", "says"),
     [
-        ({"labels/val/c.txt": "2 0.5 0.5 0.1 0.1"}, DATA, "D93", "c.txt line 1 .*wanted class .0 to 1"),
+        ({"labels/val/c.txt": "2 0.5 0.5 0.1 0.1"}, DATA, "D93", "c.txt line 1 .*wanted a class of data.yaml"),
         ({"labels/val/c.txt": "0 0.5 0.5 0.1"}, DATA, "D93", "3 numbers"),
         ({"labels/val/c.txt": "\ndog 0.5 0.5 0.1 0.1"}, DATA, "D93", "c.txt line 2"),
-        ({}, {**DATA, "kpt_shape": [17, 3]}, "D93", "pose labels"),
-        ({}, {**DATA, "names": []}, "D93", "--names"),
-        ({}, {**DATA, "train": "pictures"}, "D93", "is missing.*got pictures"),
+        ({}, {**DATA, "kpt_shape": [17, 3]}, "D58", "kpt_shape"),
+        ({}, {"train": "images/train"}, "D58", "no 'names'"),
+        ({}, None, "D63", "data.yaml"),
+        ({}, {**DATA, "train": "pictures"}, "D93", "is missing.*pictures"),
         ({}, {**DATA, "names": 3}, "D58", "names"),
-        ({}, "names: [a\n  b: {", "D93", "data.yaml cannot be read"),
-        ({"images/train/a.jpg": "x"}, {"names": ["dog"], "train": "images/other"}, "D93", "missing"),
+        ({}, "names: [a\n  b: {", "D93", "no YAML"),
+        (
+            {"images/other/a.jpg": "x"},
+            {"names": ["dog"], "train": "images/other"},
+            "D93",
+            "folder of labels is missing",
+        ),
     ],
 )
 def test_other_folders_are_refused(tmp_path, files, data, code, says):
     with refusal(code, says):
         rows(tmp_path, {**FILES, **files}, data)
-
-
-def test_labels_in_the_wrong_place_are_refused(tmp_path):
-    with refusal("D93", "no picture has labels"):
-        rows(tmp_path, {"images/train/a.jpg": "x", "annotations/a.txt": "0 0.5 0.5 0.1 0.1"}, {"names": ["dog"]})

@@ -1,4 +1,4 @@
-"""COCO annotations for detection, with questions made from them or joined to them.
+"""COCO annotations of objects, and questions about them.
 
 A file (instances_*.json; .gz and .zip are read too) is {images[{id, file_name, width, height}], categories[{id, name}],
 annotations[{image_id, category_id, bbox, iscrowd}]}. ``bbox`` is [x, y, width, height] in pixels from the upper left
@@ -7,9 +7,7 @@ answer, categories, id?, kind?}, whose region is every object of these categorie
 
 A crowd (iscrowd 1) is one box around many objects, so it is not the box of an object: a question about its name is left
 out in that picture. A missing iscrowd is 0, as in most files of other tools. Masks and panoptic files are not read.
-Annotations of COCO: CC BY 4.0; the photos: their Flickr licences, stated in the file.
-
-The file is read three times, a record at a time.
+Annotations of COCO: CC BY 4.0; the photos: their Flickr licences. The file is read three times, a record at a time.
 """
 
 import argparse
@@ -23,7 +21,7 @@ from pydantic import BaseModel
 
 from sayo_verl.data.boxes import four_numbers
 from sayo_verl.data.json_files import json_items
-from sayo_verl.data.rows import Example, LeftOut
+from sayo_verl.data.rows import Example, ImageRef, LeftOut
 from sayo_verl.data.sources import common, questions
 from sayo_verl.data.sources.questions import AnnotatedSource, Picture, Thing
 from sayo_verl.errors import SayoError
@@ -59,12 +57,13 @@ class CocoSource(AnnotatedSource):
     images: Path
 
     def examples(self) -> Iterator[Example | LeftOut]:
-        """Raises SayoError: D42 a box, D58 a field, D60 the name of an image, D62 an id or a name, D63 a file."""
+        """Raises SayoError: D42 a box, D58 a field, D60 the name of an image, D62 an id, D63 a file."""
         common.check_input(self.annotations)
-        folder, ids = common.ImageFolder(self.images), common.Ids()
-        pictures = {}
+        folder = common.ImageFolder(self.images)
+        pictures: dict[Any, tuple[str, ImageRef, tuple[int, int]]] = {}
         for image, where in self._records("images", _Image):
-            ids.add(str(image.id), where)
+            if image.id in pictures:
+                raise SayoError("D62", "two images have one id", where=where, got=image.id, fix="number them anew")
             pictures[image.id] = (image.file_name, folder.ref(image.file_name, where), (image.width, image.height))
         names = {category.id: category.name for category, _ in self._records("categories", _Category)}
         marks: dict[int, array[float]] = {}  # image -> category, crowd and box of each: COCO has 860,000
@@ -82,11 +81,11 @@ class CocoSource(AnnotatedSource):
             id = ids_of.get(str(key), key)
             if id not in pictures:
                 return None
-            things, (_, ref, size) = [], pictures[int(id)]
-            for category, crowd, *box in zip(*[iter(marks.get(int(id), ()))] * 6, strict=True):
-                name = names[int(category)]
-                things.append(Thing(name, None, "a crowd") if crowd else Thing(name, tuple(box)))
-            return Picture(str(id), ref, size, things)
+            things = []
+            for category, crowd, *box in zip(*[iter(marks.get(id, ()))] * 6, strict=True):
+                things.append(Thing(names[int(category)], None if crowd else tuple(box)))
+            _, image, size = pictures[id]
+            return Picture(str(id), image, size, dict.fromkeys(things))
 
         yield from self.rows(pictures, find, dict.fromkeys(names.values()))
 
@@ -102,9 +101,10 @@ class CocoSource(AnnotatedSource):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare coco``."""
-    parser.add_argument("--annotations", type=Path, required=True, help="instances_*.json")
-    parser.add_argument("--images", type=Path, required=True, help="folder or zip file of the photos")
+    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="instances_*.json")
+    parser.add_argument("--images", type=Path, required=True, metavar="PATH", help="folder or zip file of the photos")
     questions.add_flags(parser, "coco")
+    parser.add_argument("--absent", action="store_true", help="ask about absent objects, too")
 
 
 def from_args(args: argparse.Namespace) -> CocoSource:

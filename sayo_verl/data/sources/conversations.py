@@ -63,7 +63,7 @@ class ConversationsSource(common.FileSource):
     turn: str | None = None
 
     def examples(self) -> Iterator[Example]:
-        """Raises SayoError: D05, D09, D40, D42, D46, D58-D63 and D92, each with file and record."""
+        """Raises SayoError: D05, D09, D42, D58, D60, D61, D63 and D92, each with file and record."""
         folders = functools.cache(common.ImageFolder)
         for value, path, number, split in self.records(json_records):
             where = f"{path} record {number}"
@@ -97,14 +97,14 @@ class ConversationsSource(common.FileSource):
         images = tuple(folder.ref(name, where) for name in named)
         boxes = common.boxes_of_images(given, n := len(images), where)
         names, question = common.names_of_boxes(None, boxes, where), common.untagged(question, n, where)
-        box_format, source = common.format_of(box_format, boxes, where), common.data_source(self.name)
-        return Example(id, images, question, answer, boxes, names, box_format, self.name, source, split=split)
+        source = f"sayo/{self.name}"
+        return Example(id, images, question, answer, boxes, names, box_format or "", self.name, source, split=split)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare conversations``."""
     common.add_file_flags(parser, "conversations")
-    parser.add_argument("--turn", choices=TURNS, help="which question of a record with several is asked")
+    parser.add_argument("--turn", choices=TURNS, help="question to ask where a record has several")
 
 
 def from_args(args: argparse.Namespace) -> ConversationsSource:

@@ -13,7 +13,7 @@ One object a line (plain, .gz, or in a .zip), UTF-8:
     id         optional, unique. Without it: name of the file and number of the line
     kind       optional; of question
 
-An unknown key is refused by name: a misspelt "boxs" would be a row without boxes. Licence: that of your data.
+Unknown keys are refused by name: a misspelt "boxs" would be a row without boxes. Licence: that of your data.
 """
 
 import argparse
@@ -54,8 +54,8 @@ class JsonlSource(common.FileSource):
     name: str = "jsonl"
 
     def examples(self) -> Iterator[Example]:
-        """Raises SayoError: D05, D09, D40, D42, D46, D58-D63, each with file and line."""
-        ids, folders = common.Ids(), functools.cache(common.ImageFolder)
+        """Raises SayoError: D05, D09, D42, D58, D60, D61, D63, each with file and line."""
+        folders = functools.cache(common.ImageFolder)
         for value, path, number, split in self.records(json_lines):
             where, folder = f"{path} line {number}", folders(self.images or path.parent)
             line = parse(_Line, value, where)
@@ -70,15 +70,15 @@ class JsonlSource(common.FileSource):
             boxes = common.boxes_of_images(line.boxes, n := len(images), where)
             sizes = line.size if line.images or line.size is None else [line.size]
             yield Example(
-                ids.add(line.id or f"{'val/' * (split == 'val')}{path.name}:{number}", where),
+                line.id or f"{'val/' * (split == 'val')}{path.name}:{number}",
                 images,
                 common.untagged(line.question, n, where),
                 line.answer,
                 boxes,
                 common.names_of_boxes(line.box_names, boxes, where),
-                common.format_of(named or own, boxes, where),
+                named or own or "",
                 self.name,
-                common.data_source(self.name),
+                f"sayo/{self.name}",
                 () if sizes is None else parse(tuple[tuple[Side, Side] | None, ...], sizes, f"{where}, size"),
                 line.kind,
                 split,

@@ -1,17 +1,12 @@
 """Questions about annotated objects: made from their names with --ask, or your own from a file.
 
-``count`` asks "How many dogs are in the image?", ``presence`` "Is there a dog in the image?". With --absent, questions
-about objects that are not there are added; such a row is kept without boxes.
-
 --questions names lines of JSON {file | file_name | image_id, question, answer, categories | labels, id?, kind?}. The
 region is every object of these names in the picture. [] is a question without a region, and its row is kept. A question
 about an object without a box (a crowd, a point) is left out.
 """
 
 import argparse
-import itertools
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,33 +18,25 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from sayo_verl.data.json_files import json_lines
 from sayo_verl.data.rows import Example, ImageRef, LeftOut
 from sayo_verl.data.sources import common
-from sayo_verl.errors import SayoError, did_you_mean
 
-ASKS = ("count", "presence")
-_MANY = {"person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "sheep": "sheep"}
-_PLAIN = re.compile(r"[a-z]+(?:[ -][a-z]+)*")
-_PLURAL = re.compile(r"[^siu]s$")  # scissors, but not bus, glass, tennis
+COUNT = "How many objects of the class '{}' are in the image?"
+PRESENCE = "Is there an object of the class '{}' in the image?"
 
 
-class Thing(NamedTuple):
-    """An object: name, box if it has one, and what the box was made of or why there is none."""
-
+class Thing(NamedTuple):  # an object, and its box if it has one
     name: str
     box: tuple[float, ...] | None
-    what: str = "box"
 
 
 class Picture(NamedTuple):
-    """A picture, the (width, height) that the annotations state, and its objects."""
-
     id: str
     image: ImageRef
-    size: tuple[int, int] | None
-    things: Sequence[Thing]
+    size: tuple[int, int] | None  # width and height that the annotations state
+    things: Collection[Thing]  # each once
     split: str = ""
 
 
-class _Own(BaseModel):
+class Question(BaseModel):  # a line of --questions
     model_config = ConfigDict(extra="forbid")
     file: str | int = Field(validation_alias=AliasChoices("file", "file_name", "image_id"))
     question: common.Text
@@ -61,10 +48,7 @@ class _Own(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotatedSource(common.FieldSource):
-    """A source that has annotations and no questions; fields as the flags of ``add_flags``.
-
-    Raises D58 for anything but one of ``ask`` and ``questions``.
-    """
+    """A source that has annotations and no questions; fields as the flags of ``add_flags``."""
 
     box_format: ClassVar[str]
     name: str
@@ -72,85 +56,52 @@ class AnnotatedSource(common.FieldSource):
     absent: bool = False
     questions: Path | None = None
 
-    def __post_init__(self) -> None:
-        if bool(self.ask) == bool(self.questions) or (self.absent and "presence" not in self.ask):
-            got = f"--ask {' '.join(self.ask)}, --absent {self.absent}, --questions {self.questions}"
-            fix = "set --ask count, --ask presence (which may have --absent), or --questions FILE"
-            raise SayoError("D58", "it is not clear what to ask", where="--ask, --questions", got=got, fix=fix)
-
     def rows(
-        self, keys: Iterable[Any], find: Callable[[Any], Picture | None], names: Collection[str] = ()
+        self, keys: Iterable[Any], find: Callable[[Any], Picture | None], names: Iterable[str] = ()
     ) -> Iterator[Example | LeftOut]:
-        """Rows of the pictures of ``keys``, or of the file, which names them; ``find`` gives the picture of a key.
-
-        ``names``: of all objects, for ``absent`` and against misspelt names; empty if not known. Raises D58, D62.
-        """
-        ids = common.Ids()
+        """Rows of --questions, or of the pictures of ``keys``. ``find``: picture by key; ``names``: for --absent."""
         for number, value in json_lines(common.check_input(self.questions)) if self.questions else ():
             where = f"{self.questions} line {number}"
-            own = common.parse(_Own, value, where)
-            id, picture = ids.add(own.id or f"question:{number}", where), find(own.file)
-            for name in own.categories:
-                if names and name not in names:
-                    what, wanted = f"there is no category {name!r}{did_you_mean(name, names)}", ", ".join([*names][:20])
-                    raise SayoError("D62", what, where=where, wanted=wanted, fix="use the names of the annotations")
-            if picture is None:
-                yield LeftOut(id, "image_missing", f"{own.file} is not annotated")
-            else:
-                question = common.untagged(own.question, 1, where)
-                yield self._row(id, picture, question, own.answer, own.categories, own.kind)
-        for picture in map(find, keys) if self.ask else ():
-            assert picture is not None
-            there = Counter(thing.name for thing in dict.fromkeys(picture.things))
-            for name, ask in itertools.product(there, self.ask):
-                question, answer = (how_many(name), str(there[name])) if ask == "count" else (is_there(name), "yes")
-                yield self._row(f"{picture.id}:{ask}:{name}", picture, question, answer, [name], ask)
-            others = [name for name in names if name not in there] if self.absent else []
-            random.Random(picture.id).shuffle(others)
-            for name in others[: len(there)]:
-                yield self._row(f"{picture.id}:absent:{name}", picture, is_there(name), "no", [], "absence")
+            asked = common.parse(Question, value, where)
+            asked.id = asked.id or f"question:{number}"
+            asked.question = common.untagged(asked.question, 1, where)
+            picture, missing = find(asked.file), LeftOut(asked.id, "image_missing", f"{asked.file} is not annotated")
+            yield self._row(picture, asked) if picture else missing
+        for picture in filter(None, map(find, keys if self.ask else ())):
+            yield from (self._row(picture, asked) for asked in self._made(picture, names))
 
-    def _row(
-        self, id: str, picture: Picture, question: str, answer: str, names: Sequence[str], kind: str
-    ) -> Example | LeftOut:
-        things = [thing for thing in dict.fromkeys(picture.things) if thing.name in names]
-        unknown, lost = set(names) - {t.name for t in things}, [t for t in things if t.box is None]
+    def _made(self, picture: Picture, names: Iterable[str]) -> Iterator[Question]:
+        counts = Counter(thing.name for thing in picture.things)
+        absent = [name for name in names if name not in counts] if self.absent else []
+        random.Random(picture.id).shuffle(absent)
+        asked = [(kind, name) for name in counts for kind in self.ask]
+        for kind, name in asked + [("absence", name) for name in absent[: len(counts)]]:
+            id, question = f"{picture.id}:{kind}:{name}", (COUNT if kind == "count" else PRESENCE).format(name)
+            answer = {"count": str(counts[name]), "presence": "yes", "absence": "no"}[kind]
+            region = [name] if name in counts else []
+            yield Question(file=picture.id, question=question, answer=answer, categories=region, id=id, kind=kind)
+
+    def _row(self, picture: Picture, asked: Question) -> Example | LeftOut:
+        things = [thing for thing in picture.things if thing.name in asked.categories]
+        names, boxes = tuple(thing.name for thing in things), tuple(thing.box for thing in things if thing.box)
+        unknown, lost = sorted(set(asked.categories) - set(names)), len(things) - len(boxes)
         if unknown:
-            return LeftOut(id, "unknown_object", f"{picture.id} has no {min(unknown)!r}")
+            return LeftOut(asked.id, "unknown_object", f"{picture.id} has no {unknown[0]!r}")
         if lost:
-            return LeftOut(id, "no_region", f"{len(lost)} of {len(things)} {lost[0].name!r}: {lost[0].what}")
-        boxes, labels = (tuple(t.box for t in things if t.box),), (tuple(t.name for t in things),)
-        what, source = "+".join(sorted({t.what for t in things})) or "none", common.data_source(self.name)
-        images, sizes, what = (picture.image,), (picture.size,), f"{self.name}_{what}"
-        row = Example(id, images, question, answer, boxes, labels, self.box_format, what, source, sizes, kind)
-        return replace(row, split=picture.split, neutral=not names)
+            return LeftOut(asked.id, "no_region", f"{lost} of {len(things)} objects have no box")
+        images, source = (picture.image,), f"sayo/{self.name}"
+        row = Example(
+            asked.id, images, asked.question, asked.answer, (boxes,), (names,), self.box_format, self.name, source
+        )
+        return replace(row, sizes=(picture.size,), kind=asked.kind, split=picture.split, neutral=not asked.categories)
 
 
-def how_many(name: str) -> str:
-    """The question for a count. A name that is no plain words is quoted, and a plural stays as it is."""
-    last = name.split(" ")[-1]
-    many = re.sub(r"(?<=[^aeiou])y$", "ie", last) + ("es" if re.search(r"(s|x|z|ch|sh)$", last) else "s")
-    if _PLAIN.fullmatch(name):
-        many = name if _PLURAL.search(name) else name.removesuffix(last) + _MANY.get(last, many)
-    return f"How many {many if _PLAIN.fullmatch(name) else repr(name)} are in the image?"
-
-
-def is_there(name: str) -> str:
-    """The question for presence."""
-    if not _PLAIN.fullmatch(name) or not _PLURAL.search(name):
-        name = f"{'an' if name[:1] in 'aeiou' else 'a'} {name if _PLAIN.fullmatch(name) else repr(name)}"
-        return f"Is there {name} in the image?"
-    return f"Are there {name} in the image?"
-
-
-def add_flags(parser: argparse.ArgumentParser, name: str, *, absent: bool = True) -> None:
+def add_flags(parser: argparse.ArgumentParser, name: str) -> None:
     """Flags of the sources that have annotations and no questions."""
-    ask = f"make questions: {', '.join(ASKS)}"
-    parser.add_argument("--ask", nargs="+", choices=ASKS, default=[], metavar="KIND", help=ask)
-    if absent:
-        parser.add_argument("--absent", action="store_true", help="with presence: ask about absent objects, too")
-    parser.add_argument("--questions", type=Path, metavar="FILE", help="lines of JSON with your own questions instead")
-    parser.add_argument("--name", default=name, help="name of the data set in metrics (default: %(default)s)")
+    one, kinds = parser.add_mutually_exclusive_group(required=True), ("count", "presence")
+    one.add_argument("--ask", nargs="+", choices=kinds, default=[], metavar="KIND", help="count, presence")
+    one.add_argument("--questions", type=Path, metavar="FILE", help="lines of JSON with your own questions instead")
+    parser.add_argument("--name", default=name, help="in names of metrics (%(default)s)")
     common.add_box_flags(parser)
 
 

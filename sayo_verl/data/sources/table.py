@@ -1,4 +1,4 @@
-"""A table with or without boxes: parquet, csv or JSON files, or a data set of the Hugging Face hub.
+"""A table with or without boxes: parquet, csv, JSON, or a data set of the hub.
 
 ``--map image=img,question=query,answer=label,boxes=objects.bbox`` names the column of each field; "." enters structs,
 also those of a list. A field that is not in the map has the column of its own name. The fields:
@@ -64,8 +64,8 @@ class TableSource(Source):
         return vars(self) | {"images": str(self.images or ""), "commit": commit, "files": common.file_facts(files)}
 
     def examples(self) -> Iterator[Example | LeftOut]:
-        """The rows; D05, D09, D42, D46, D58-D62 for an invalid row, D47, D48, D63 for data that cannot be read."""
-        path, ids = Path(self.data), common.Ids()
+        """The rows; D05, D09, D42, D58, D60 for an invalid row, D47, D48, D63 for data that cannot be read."""
+        path = Path(self.data)
         base = self.images or (path if path.is_dir() else path.parent if path.exists() else None)
         folder = common.ImageFolder(base) if base else None
         for split, role in self._splits.items():
@@ -74,7 +74,7 @@ class TableSource(Source):
                 where = f"{self.data} {split} row {i}"
                 chosen = chosen or self._chosen(list(row), where)
                 values = {name: _at(row, column, where) for name, column in chosen.items()}
-                id = ids.add(common.text(values.get("id"), where) or f"{split}:{i}", where)
+                id = common.parse(common.Text, values.get("id"), where) or f"{split}:{i}"
                 try:
                     yield self._example(id, values, folder, role, where)
                 except Drop as drop:
@@ -87,15 +87,18 @@ class TableSource(Source):
     def _example(
         self, id: str, row: dict[str, Any], folder: common.ImageFolder | None, split: str, where: str
     ) -> Example:
-        question, answer, kind = (common.text(row.get(n), f"{where}, {n}") for n in ("question", "answer", "kind"))
+        question, answer, kind = (
+            common.parse(common.Text, row.get(n), f"{where}, {n}") for n in ("question", "answer", "kind")
+        )
         pictures, placed, named = (_listed(row.get(name), where) for name in ("image", "boxes", "box_names"))
         each = pictures if isinstance(pictures, list) else [pictures]
         images = tuple(common.stored_image(picture, f"{where}, image", folder) for picture in each)
         boxes = common.boxes_of_images(placed, len(images), f"{where}, boxes")
         names = common.names_of_boxes(named, boxes, f"{where}, box_names")
-        box_format, source = common.format_of(self.box_format, boxes, where), common.data_source(self.name)
+        box_format, source = self.box_format or "", f"sayo/{self.name}"
         width, height = row.get("width"), row.get("height")
-        size = common.picture_size(width, height, where) if width and height and len(images) == 1 else None
+        known = width and height and len(images) == 1
+        size = common.parse(tuple[common.Side, common.Side], (width, height), where) if known else None
         question = common.untagged(question, len(images), where)
         answer = re.sub(r"^\$?\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}\$?$", r"\1", answer).strip()
         sizes = (size,) * len(images)
@@ -147,7 +150,7 @@ def _at(row: Any, dotted: str, where: str) -> Any:
     if row is None or isinstance(row, list):
         return row and [_at(one, dotted, where) for one in row]
     if not isinstance(row, Mapping) or name not in row:
-        what, got = f"a column has no field {name!r}", common.shown(row if not isinstance(row, Mapping) else list(row))
+        what, got = f"a column has no field {name!r}", f"{list(row) if isinstance(row, Mapping) else row!r:.80}"
         raise SayoError("D58", what, where=where, got=got, fix="correct --map")
     return _at(row[name], rest, where) if rest else row[name]
 

@@ -78,13 +78,14 @@ class VerlSource(Source):
         return {"files": common.file_facts(files), "id": self.id, "box_format": self.box_format}
 
     def examples(self) -> Iterator[Example | LeftOut]:
-        """The rows; D05, D09, D40, D42, D46, D58-D62, D72 for an invalid row, D95, D96 for boxes of no or two rows."""
-        sides, ids, used = dict[str, Side](), common.Ids(), set[str]()
+        """The rows; D05, D09, D42, D58, D60, D62, D72 for an invalid row, D95, D96 for boxes of no or two rows."""
+        sides, used = dict[str, Side](), set[str]()
         folder, contract = common.ImageFolder(self.images), RowContract(NEEDED)
         for number, value in json_lines(common.check_input(self.boxes)) if self.boxes else ():
             side = common.parse(Side, value, where := f"{self.boxes} line {number}")
-            sides[ids.add(side.id, where)] = side
-        ids = common.Ids()
+            twice = "two lines have one id"
+            raise_first([Rule("D62", side.id in sides, twice, where, "write one line for each row", side.id)])
+            sides[side.id] = side
         for path, split in self._files.items():
             file = open_rows(path, NEEDED)
             for i, row in enumerate(read_rows(file, path, file.schema_arrow.names)):
@@ -97,7 +98,7 @@ class VerlSource(Source):
                 again, fix = key in sides and (key in used or any(info.get("boxes") or [])), "join by a unique --id"
                 raise_first([Rule("D96", again, "a row of the side file has boxes already", where, fix, key)])
                 used.add(key)
-                id = ids.add(common.text(info.get("id"), where) or f"{path.name}:{i}", where)
+                id = common.parse(common.Text, info.get("id"), where) or f"{path.name}:{i}"
                 try:
                     yield self._example(id, row, sides.get(key), folder, split, where)
                 except Drop as drop:
@@ -115,7 +116,7 @@ class VerlSource(Source):
             value = value.get(name) if isinstance(value, dict) else None
         what, fix = f"a row has no {column}, by which boxes are joined", "name the column of the ids with --id"
         raise_first([Rule("D58", value is None, what, where, fix, got=", ".join([*row, *row["extra_info"]]))])
-        return common.text(value, where)
+        return common.parse(common.Text, value, where)
 
     def _example(
         self, id: str, row: dict[str, Any], side: Side | None, folder: common.ImageFolder, split: str, where: str
@@ -132,7 +133,7 @@ class VerlSource(Source):
             answer=str(truth),
             boxes=boxes,
             box_names=names,
-            box_format=common.format_of(self.box_format, boxes, where) if side else "xyxy_unit",
+            box_format=self.box_format or "" if side else "xyxy_unit",
             box_source=self.name if side else str(info.get("box_source") or ""),
             data_source=row["data_source"],
             sizes=common.parse(tuple[tuple[common.Side, common.Side] | None, ...], sizes, f"{where}, size"),
