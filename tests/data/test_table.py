@@ -57,7 +57,7 @@ def test_every_field_of_a_row(tmp_path):
     assert (example.sizes, example.boxes, example.box_names) == (((80, 60),), ((BOX,),), (("dog",),))
     assert (example.box_format, example.box_source, example.data_source) == ("xyxy", "table", "sayo/table")
     plain = one(tmp_path)
-    assert (plain.id, plain.sizes, plain.boxes, plain.split) == ("train:0", (None,), ((),), "")
+    assert (plain.id, plain.sizes, plain.boxes, plain.split) == ("train:0", (), ((),), "")
 
 
 def test_a_table_without_boxes_makes_rows_without_boxes(tmp_path):
@@ -150,7 +150,7 @@ def test_csv_and_json_are_read_as_parquet_is(tmp_path, kind):
     assert (first.id, first.question, first.answer, first.boxes) == ("007", "Größe?", "1.50", ((BOX,),))
     assert (first.images[0].path, second.answer, second.boxes) == (tmp_path / "images/p0.png", "NA", ((),))
     path.write_bytes("image,question\n答,答\n".encode("gb18030"))
-    with refusal("D47", "UTF-8"):
+    with refusal("D63" if kind == "csv" else "D47", "UTF-8"):
         read(path)
 
 
@@ -173,12 +173,12 @@ def test_a_folder_has_the_files_of_its_splits(tmp_path):
     assert (len(facts["files"]), facts["val_split"]) == (3, "test")
 
 
-@pytest.mark.parametrize("name", ["train.pkl", "train-1.npy"])
-def test_formats_that_can_run_code_are_refused(tmp_path, name):
-    for path in (tmp_path / name, tmp_path):
-        with refusal("D63", "run code"):
-            read(path)
-        (tmp_path / name).write_bytes(b"\x80")
+def test_formats_that_can_run_code_are_refused(tmp_path):
+    (tmp_path / "train.pkl").write_bytes(b"\x80")
+    with refusal("D63", "run code"):
+        read(tmp_path / "train.pkl")
+    with refusal("D63", "no table of the split"):
+        read(tmp_path)
 
 
 def test_a_parquet_file_that_was_cut_short_is_refused(tmp_path):
@@ -209,7 +209,6 @@ def test_the_flags_of_the_command(tmp_path):
 @pytest.fixture
 def hub(monkeypatch):
     """A hub with one data set, whose image column is of ``datasets.Image`` as there; returns the calls."""
-    table._commit.cache_clear()
     calls = []
     whole = datasets.Dataset.from_list([row(), row(question="Who?")]).cast_column("image", datasets.Image())
 
@@ -219,8 +218,7 @@ def hub(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha=COMMIT))
-    yield calls
-    table._commit.cache_clear()
+    return calls
 
 
 def test_the_hub_is_streamed_at_one_commit_with_images_as_they_are(hub):
@@ -236,10 +234,7 @@ def test_errors_of_the_hub_have_one_line(hub, monkeypatch):
     def away(*args, **options):
         raise ConnectionError("no route to host\nat all")
 
-    monkeypatch.setattr(datasets, "load_dataset", away)
-    with refusal("D63", "ConnectionError: no route to host at all.*HF_HUB_OFFLINE"):
-        read(Path("owner/name"))
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", away)
-    table._commit.cache_clear()
-    with refusal("D63", "cannot be read"):
-        TableSource("owner/name").facts()
+    for missing in ((datasets, "load_dataset"), (huggingface_hub.HfApi, "dataset_info")):
+        monkeypatch.setattr(*missing, away)
+        with refusal("D63", "ConnectionError: no route to host at all.*HF_HUB_OFFLINE"):
+            read(Path("owner/name"))
