@@ -4,7 +4,7 @@ Prompts, answers, names of data sources, other columns and other fields of ``ext
 refused, and answers may have any form. Images are read as verl opens them: relative paths start at the working
 directory. The side file (--boxes) has one JSON object a line:
 
-    id         text or number that a row has in the column --id (default: extra_info.id, else extra_info.index)
+    id         text or number that a row has in the column, or field of extra_info, --id (default: id, else index)
     boxes      boxes of four numbers, or one box; with several images: one list of boxes for each image
     box_names  optional; nested as boxes
 
@@ -84,7 +84,7 @@ class VerlSource(common.FileSource):
         lost = [key for key in regions if key not in used]
         got = f"{len(lost)} of {len(regions)}, such as {', '.join(lost[:3])}"
         what, fix = "boxes of the side file match no row", "correct the ids, or name their column with --id"
-        raise_first([Rule("D95", bool(lost), what, str(self.boxes), fix, got, wanted="ids of rows")])
+        raise_first([Rule("D95", bool(lost), what, str(self.boxes), fix, got, "ids of rows")])
 
     def _regions(self) -> dict[str, _Region]:
         """The lines of the side file by their ids."""
@@ -97,14 +97,12 @@ class VerlSource(common.FileSource):
 
     def _key(self, row: dict[str, Any], where: str) -> str:
         """The id by which the side file names a row; D58."""
-        own = "index" if row["extra_info"].get("id") is None else "id"
-        column = self.id or f"extra_info.{own}"
-        value: Any = row
-        for name in column.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        what, fix = f"a row has no {column}, by which boxes are joined", "name the column of the ids with --id"
-        raise_first([Rule("D58", value is None, what, where, fix, got=", ".join([*row, *row["extra_info"]]))])
-        return common.text(value, where)
+        fields = row | row["extra_info"]
+        names = [self.id.removeprefix("extra_info.")] if self.id else ["id", "index"]
+        found = [fields[name] for name in names if fields.get(name) is not None]
+        what, fix = f"a row has no {' or '.join(names)}, by which boxes are joined", "name the column with --id"
+        raise_first([Rule("D58", not found, what, where, fix, got=", ".join(fields))])
+        return common.text(found[0], where)
 
     def _example(self, id: str, row: dict[str, Any], added: _Region | None, split: str, where: str) -> Example:
         info = row["extra_info"]
@@ -114,13 +112,13 @@ class VerlSource(common.FileSource):
         return Example(
             id,
             images,
-            str(info["question"]),
-            str(row["reward_model"]["ground_truth"]),
-            boxes,
-            common.names_of_boxes(region.box_names, boxes, where),
-            common.format_of(self.box_format, boxes, where) if added else "xyxy_unit",
-            self.name if added else str(info.get("box_source") or ""),
-            row["data_source"],
+            question=str(info["question"]),
+            answer=str(row["reward_model"]["ground_truth"]),
+            boxes=boxes,
+            box_names=common.names_of_boxes(region.box_names, boxes, where),
+            box_format=common.format_of(self.box_format, boxes, where) if added else "xyxy_unit",
+            box_source=self.name if added else str(info.get("box_source") or ""),
+            data_source=row["data_source"],
             kind=str(info.get("kind") or ""),
             split=split,
             prompt=tuple({"role": message["role"], "content": text_of(message)} for message in row["prompt"]),
@@ -145,7 +143,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", type=Path, required=True, help="parquet file that verl reads")
     parser.add_argument("--val-file", type=Path, help="another one, whose rows are the validation split")
     parser.add_argument("--boxes", type=Path, help="side file of boxes, one JSON object a line")
-    parser.add_argument("--id", default="", metavar="COLUMN", help="of the ids of the side file, such as extra_info.id")
+    parser.add_argument("--id", default="", metavar="COLUMN", help="of the ids of the side file (default: id, index)")
 
 
 def from_args(args: argparse.Namespace) -> VerlSource:
