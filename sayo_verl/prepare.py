@@ -62,7 +62,7 @@ def _rows(name: str) -> AddFlags:
             add_box_flags(boxes)
         group = parser.add_argument_group("rows")
         group.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to make")
-        group.add_argument("--limit", type=int, metavar="N", help="draw N examples; 0: all")
+        group.add_argument("--limit", type=float, metavar="N", help="draw N examples, or a share; 0: all")
         group.add_argument("--val-share", type=float, metavar="X", help="of the images, to hold out")
         group.add_argument("--seed", type=int, metavar="N", help="of the draw and the split")
         group.add_argument("--prompt", metavar="TEXT", help=f"{', '.join(PROMPTS[1:])}, or a template")

@@ -59,7 +59,7 @@ class BuildOptions:
     """How rows are made.
 
     Attributes:
-        limit: number of examples that are drawn from the source at random; 0 takes all.
+        limit: number of examples that are drawn from the source at random; below 1 their share; 0 takes all.
         val_share: share of the *images* whose rows are held out: at least one image if it is above 0 and there are
             two; 1 makes validation rows only. Not read where the source names the splits.
         seed: of the draw and of the split.
@@ -73,7 +73,7 @@ class BuildOptions:
         trust_boxes: the format of the boxes was checked: build although they are implausible (``boxes.doubt``).
     """
 
-    limit: int = 0
+    limit: float = 0
     val_share: float = 0.01
     seed: int = 0
     prompt: str = PROMPTS[0]
@@ -91,7 +91,7 @@ class BuildOptions:
         reserved = RESERVED.search(self.prompt) is not None
         raise_first(
             [
-                self._rule(self.limit < 0, "limit", "0 (all) or more"),
+                self._rule(self.limit < 0 or self.limit > int(self.limit) > 0, "limit", "0 (all), a share or a number"),
                 self._rule(not 0 <= self.val_share <= 1, "val_share", "0 to 1"),
                 self._rule(not 0 <= self.max_drop <= 1, "max_drop", "0 to 1"),
                 self._rule(not template, "prompt", f"{', '.join(PROMPTS)}, or a text with {QUESTION_FIELD}"),
@@ -134,15 +134,21 @@ def build(source: Source, out: Path, options: BuildOptions) -> Built:
             files=(folder / "images", out.absolute() / "images"),
             builder=os.getpid(),
         )
-        made = examples.select(chosen).map(
-            make,
-            with_indices=True,
-            remove_columns=examples.column_names,
-            features=features,
-            num_proc=_processes(len(chosen)),
-            writer_batch_size=GROUP_ROWS,
-            desc="reading images",
-        )
+        try:
+            made = examples.select(chosen).map(
+                make,
+                with_indices=True,
+                remove_columns=examples.column_names,
+                features=features,
+                num_proc=_processes(len(chosen)),
+                writer_batch_size=GROUP_ROWS,
+                desc="reading images",
+            )
+        except RuntimeError as error:
+            if isinstance(error, SayoError):
+                raise
+            what, fix = f"a process that reads images ended ({error})", "free memory, and call the command again"
+            raise SayoError("D54", what, where=source.name, fix=fix) from error
         kept, counts = _decide(source, made, left_out, options)
         for split, rows in kept.items():
             write_split(made.select(rows), folder, split)
@@ -203,7 +209,7 @@ def _examples(source: Source, folder: Path) -> "Dataset":
             partial(_records, source), features=features, cache_dir=str(folder), fingerprint="examples"
         )
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, SayoError):
+        if isinstance(error.__cause__, SayoError | OSError):
             raise error.__cause__ from None
         raise
 
@@ -243,8 +249,9 @@ def _records(source: Source) -> Iterator[dict[str, Any]]:
 def _draw(examples: "Dataset", options: BuildOptions) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the examples to build, and bool [number of them]: whether each is held out."""
     usable = np.array([i for i, row in enumerate(rows_of(examples, ["reason"])) if not row["reason"]], dtype=int)
-    if 0 < options.limit < len(usable):
-        usable = np.sort(np.random.default_rng(options.seed).choice(usable, options.limit, replace=False))
+    limit = round(options.limit * len(usable)) if options.limit < 1 else int(options.limit)
+    if 0 < limit < len(usable):
+        usable = np.sort(np.random.default_rng(options.seed).choice(usable, limit, replace=False))
     chosen = examples.select(usable)
     named = np.array([row["split"] for row in rows_of(chosen, ["split"])], dtype="U5")
     numbers = np.array([_number(options.seed, min(row["keys"])) for row in rows_of(chosen, ["keys"])])

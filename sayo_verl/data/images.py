@@ -77,8 +77,9 @@ def image_bytes(ref: ImageRef) -> bytes:
             where, got = f"image {ascii(ref.key)[:160]}", ascii(name)[:160]
             fix = "download the images and name their files, or members of a zip file"
             raise SayoError("D40", "an image is not the name of a local file", where=where, got=got, fix=fix) from error
-        missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | KeyError)
-        raise Drop("image_missing" if missing else "image_unreadable", f"{name}: {_one_line(error)}") from error
+        if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | KeyError):
+            raise Drop("image_missing", name) from error
+        raise Drop("image_unreadable", f"{name}: {_one_line(error)}") from error
 
 
 def _open_member(path: str, member: str) -> IO[bytes]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from sayo_verl.data.boxes import place_boxes
@@ -76,7 +77,7 @@ def make_row(
     number: int,
     columns: Sequence[str],
     *,
-    held_out: Sequence[bool],
+    held_out: np.ndarray,
     options: "BuildOptions",
     files: tuple[Path, Path],
     builder: int,
@@ -87,7 +88,7 @@ def make_row(
         row: of the table of examples.
         number: of the row.
         columns: of the result.
-        held_out: whether each row is held out.
+        held_out: bool [rows]: whether each is held out.
         options: how.
         files: with ``options.link``, the folder to write pictures into, and its name when the build is finished.
         builder: the main process, which alone handles Ctrl-C.
@@ -133,13 +134,13 @@ def make_row(
         "_pictures": [_int64(digest) for digest in digests],
         "_asked": _int64(hashlib.blake2b(b"".join([*digests, example.question.encode()])).digest()),
     }
+    stores: list[dict[str, Any]] = [{"bytes": image.data, "path": None} for image in stored]
+    if options.link:
+        stores = [_linked(*of_image, *files) for of_image in zip(example.images, stored, digests, strict=True)]
     return facts | {
         "data_source": example.data_source,
         "prompt": [*map(dict, example.prompt)] or messages_of(example.question, len(stored), options.prompt),
-        "images": [
-            _linked(ref, image, digest.hex(), *files) if options.link else {"bytes": image.data, "path": None}
-            for ref, image, digest in zip(example.images, stored, digests, strict=True)
-        ],
+        "images": stores,
         "ability": "vqa",
         "reward_model": {"style": "rule", "ground_truth": example.answer},
         **example.columns,
@@ -161,11 +162,11 @@ def _int64(digest: bytes) -> int:
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
-def _linked(ref: ImageRef, image: Stored, digest: str, folder: Path, name: Path) -> dict[str, str]:
+def _linked(ref: ImageRef, image: Stored, digest: bytes, folder: Path, name: Path) -> dict[str, Any]:
     """The path of a picture: of its own file, or of a new one if it was changed or is not a file."""
     if ref.path is not None and ref.member is None and not image.changed:
         return {"image": str(ref.path.absolute())}
     folder.mkdir(exist_ok=True)
-    file = digest + (".jpg" if image.data.startswith(b"\xff\xd8") else ".png")
+    file = digest.hex() + (".jpg" if image.data.startswith(b"\xff\xd8") else ".png")
     (folder / file).write_bytes(image.data)
     return {"image": str(name / file)}

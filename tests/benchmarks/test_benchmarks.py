@@ -37,8 +37,8 @@ def test_the_self_check_of_preparing_measures_every_case(repo, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     cases = json.loads(raw.read_text())["cases"]
-    assert [(case["rows"], case["workers"]) for case in cases] == [(16, 1), (48, 1), (16, 2), (48, 2)]
-    assert all(case["peak_rss_mb"] > 10 and case["rows_per_cpu_s"] > 0 for case in cases)
+    assert [(case["rows"], case["cores"]) for case in cases] == [(16, 1), (48, 1), (16, 2), (48, 2)]
+    assert all(case["peak_anonymous_mb"] > 10 and case["rows_per_cpu_s"] > 0 for case in cases)
 
 
 @pytest.fixture(autouse=True)

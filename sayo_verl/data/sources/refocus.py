@@ -147,12 +147,17 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare refocus``."""
-    parser.add_argument("--data", type=Path, required=True, help="folder of parquet files, one of them, or *_wbb.json")
-    parser.add_argument("--split", default="train", help="parquet files of a folder; test is the benchmark")
-    parser.add_argument("--images", type=Path, help="for *_wbb.json: folder or zip file that holds its figure_path")
-    parser.add_argument("--first-box", action="store_true", help="of several focus areas the first, as SAYO's code")
-    fall_back = "without a focus area: boxes of the labels named, then the figure's; the labels alone; or nothing"
-    parser.add_argument("--fall-back", choices=FALL_BACKS, default=FALL_BACKS[0], help=fall_back)
+    parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="parquet files or *_wbb.json")
+    parser.add_argument("--split", default="train", help="of the parquet files (default: %(default)s)")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="of the pictures of *_wbb.json")
+    parser.add_argument("--first-box", action="store_true", help="the first of several areas, as SAYO's code")
+    parser.add_argument(
+        "--fall-back",
+        choices=FALL_BACKS,
+        default=FALL_BACKS[0],
+        metavar="BOXES",
+        help=f"without an area: {', '.join(FALL_BACKS)}",
+    )
 
 
 def from_args(args: argparse.Namespace) -> RefocusSource:

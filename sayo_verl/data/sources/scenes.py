@@ -3,7 +3,7 @@
 import hashlib
 import io
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,34 +42,58 @@ class SceneSource(Source):
         held_out = set[bytes]()
         for split, rows in (("val", self.config.n_val), ("train", self.config.n_train)):
             for index in range(rows):
-                for attempt in range(_MAX_REDRAWS):
-                    scene = sample_scene(random.Random(f"{self.config.seed}/{split}/{index}/{attempt}"), self.config)
-                    drawing = hashlib.sha256(scene.drawing.tobytes()).digest()
-                    if split == "val" or drawing not in held_out:
-                        break
-                else:
-                    what, fix = "the configuration allows too few different images", "allow more, or ask for fewer rows"
-                    raise SayoError("D22", what, where=f"row {index} of {split}", fix=fix)
-                held_out.update([drawing] if split == "val" else [])
-                yield self._example(scene, split, f"{split}-{index}")
+                scene, drawing = self._scene(split, index, held_out)
+                if split == "val":
+                    held_out.add(drawing)
+                yield self._example(scene, split, index)
 
-    def _example(self, scene: Scene, split: str, id: str) -> Example:
+    def _scene(self, split: str, index: int, held_out: set[bytes]) -> tuple[Scene, bytes]:
+        """A scene and the hash of its drawing; a training scene is drawn again if its drawing is held out."""
+        for attempt in range(_MAX_REDRAWS):
+            scene = sample_scene(random.Random(f"{self.config.seed}/{split}/{index}/{attempt}"), self.config)
+            drawing = hashlib.sha256(scene.drawing.tobytes()).digest()
+            if split == "val" or drawing not in held_out:
+                return scene, drawing
+        what, fix = "the configuration allows too few different images", "allow more objects, or ask for fewer rows"
+        raise SayoError("D22", what, where=f"row {index} of {split}", fix=fix)
+
+    def _example(self, scene: Scene, split: str, index: int) -> Example:
         if not scene.distractors:
-            what, least = "a row needs a further object, for the wrong-box control", len(scene.needed) + 1
             field = "min_bars" if scene.kind in BAR_KINDS else "min_objects"
-            where, got, fix = f"SceneConfig, {scene.kind}", len(scene.objects), f"set {field} to {least} or more"
-            raise SayoError("D21", what, where=where, got=got, fix=fix)
-        Image.fromarray(scene.image).save(file := io.BytesIO(), format="PNG")
-        image = ImageRef(hashlib.sha256(file.getvalue()).hexdigest()[:20], data=file.getvalue())
-        size, rewarded = self.config.image_size, scene.needed if self.config.region == "target" else scene.distractors
-        boxes, names = zip(*((scene.objects[i].box, scene.objects[i].name) for i in rewarded), strict=True)
-        needed, others = (
-            [[[value / size for value in scene.objects[i].box] for i in some]]
-            for some in (scene.needed, scene.distractors)
+            raise SayoError(
+                "D21",
+                "a row needs a further object, for the wrong-box control",
+                where=f"SceneConfig.{field}, {scene.kind}",
+                got=len(scene.objects),
+                wanted=f"at least {len(scene.needed) + 1}",
+                fix=f"set {field} to {len(scene.needed) + 1} or more",
+            )
+        png, picture = io.BytesIO(), Image.fromarray(scene.image)
+        picture.save(png, format="PNG")
+        rewarded = scene.needed if self.config.region == "target" else scene.distractors
+
+        def shares(objects: Sequence[int]) -> list[list[list[float]]]:
+            return [[[value / picture.width for value in scene.objects[i].box] for i in objects]]
+
+        return Example(
+            id=f"{split}-{index}",
+            images=(ImageRef(hashlib.sha256(png.getvalue()).hexdigest()[:20], data=png.getvalue()),),
+            question=scene.question,
+            answer=scene.answer,
+            boxes=(tuple(scene.objects[i].box for i in rewarded),),
+            box_names=(tuple(scene.objects[i].name for i in rewarded),),
+            box_format="xyxy",
+            box_source=f"scene_{self.config.region}",
+            data_source="sayo/scenes",
+            sizes=(picture.size,),
+            kind=scene.kind,
+            split=split,
+            extra={
+                "key_word": scene.key_word(scene.target),
+                "target_boxes": shares(scene.needed),
+                "distractor_boxes": shares(scene.distractors),
+            },
         )
-        extra = {"key_word": scene.key_word(scene.target), "target_boxes": needed, "distractor_boxes": others}
-        row = (id, (image,), scene.question, scene.answer, (boxes,), (names,), "xyxy", f"scene_{self.config.region}")
-        return Example(*row, "sayo/scenes", ((size, size),), scene.kind, split, extra=extra)
 
 
 def prepare(out_root: Path | str, config: SceneConfig, prompt: str = "question") -> Prepared:
