@@ -59,8 +59,8 @@ class TableSource(Source):
 
     def facts(self) -> dict[str, Any]:
         files = [file for split in (self.split, self.val_split) if split for file in self._files(split)]
-        read = {"commit": None if files else self._commit, "files": common.file_facts(files)}
-        return dataclasses.asdict(self) | read
+        commit = None if files else self._commit
+        return dataclasses.asdict(self) | {"commit": commit, "files": common.file_facts(files)}
 
     def examples(self) -> Iterator[Example | LeftOut]:
         """The rows; D05, D09, D42, D46, D58-D62 for an invalid row, D47, D48, D63 for data that cannot be read."""
@@ -130,8 +130,9 @@ class TableSource(Source):
             raise
         except Exception as error:  # the errors of Arrow, of the hub's client and of the network have no common base
             what = f"the table cannot be read ({' '.join(f'{type(error).__name__}: {error}'.split())[:300]})"
-            fix = "check the path, and that csv is UTF-8; of the hub: name, --split, --config, the network, "
-            raise SayoError("D63", what, where=where, fix=f"{fix}HF_HUB_OFFLINE, and `hf auth login`") from error
+            fix = f"check the path (a folder, or a file {', '.join(SUFFIXES)}; csv is UTF-8); "
+            fix += "of the hub: name, --split, --config, the network, HF_HUB_OFFLINE, and `hf auth login`"
+            raise SayoError("D63", what, where=where, fix=fix) from error
 
     @cached_property
     def _commit(self) -> str:
@@ -143,14 +144,13 @@ class TableSource(Source):
     def _files(self, split: str) -> list[Path]:
         """The file, or the files of a split in a folder; none for a data set of the hub. D63."""
         path = Path(self.data)
-        if not path.exists() and path.suffix not in SUFFIXES:
+        if not path.is_dir() and path.suffix not in SUFFIXES:
             return []
-        patterns = (f"{split}.*", f"{split}-*", f"{split}/*")
-        found = (
-            {file for name in patterns for file in path.rglob(name)} if path.is_dir() else {common.check_input(path)}
-        )
-        files = sorted(file for file in found if file.suffix in SUFFIXES)
-        if not files or (self.val_split and not path.is_dir()):
+        names = (f"{split}.*", f"{split}-*", f"{split}/*")
+        files = sorted({file for name in names for file in path.rglob(name) if file.suffix in SUFFIXES})
+        if not path.is_dir() and not self.val_split:
+            files = [common.check_input(path)]
+        if not files:
             fix = f"name a folder with {', '.join(SUFFIXES)} files of this split, or one such file without --val-split"
             raise SayoError("D63", f"there is no table of the split {split!r}", where=self.data, fix=fix)
         return files
