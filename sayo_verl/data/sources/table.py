@@ -1,4 +1,4 @@
-"""A table with or without boxes: parquet, csv or JSON files, or a data set of the Hugging Face hub.
+"""Tables: parquet, csv or JSON files, or a data set of the Hugging Face hub.
 
 ``--map image=img,question=query,answer=label,boxes=objects.bbox`` names the columns that have other names than these
 fields. A dot leads into a struct, or into each struct of a list.
@@ -12,7 +12,7 @@ fields. A dot leads into a struct, or into each struct of a list.
 
 File names are relative to the folder of the table, or to --images. In a folder, the files of a split have its name:
 train-00000-of-00002.parquet, val.csv, test/a.json. csv is read as text, so 1.50 and NA stay as they are; lists in it
-are JSON. A data set of the hub is read at one commit, which the manifest names. Licence: that of the data.
+are JSON. A data set of the hub is read at its newest commit, which the manifest names. Licence: that of the data.
 """
 
 import argparse
@@ -54,7 +54,6 @@ class TableSource(Source):
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     images: Path | None = None
     config: str | None = None
-    revision: str | None = None
     name: str = "table"
 
     def facts(self) -> dict[str, Any]:
@@ -136,10 +135,10 @@ class TableSource(Source):
 
     @cached_property
     def _commit(self) -> str:
-        """The commit of the hub: looked up once, so that the facts name what was read."""
+        """The newest commit on the hub: looked up once, so that the facts name what was read."""
         from huggingface_hub import HfApi
 
-        return str(HfApi().dataset_info(self.data, revision=self.revision).sha)
+        return str(HfApi().dataset_info(self.data).sha)
 
     def _files(self, split: str) -> list[Path]:
         """The file, or the files of a split in a folder; none for a data set of the hub. D63."""
@@ -194,7 +193,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--map", dest="columns", type=parse_map, default="", metavar="FIELD=COLUMN,...", help="such as image=img")
     add("--images", type=Path, metavar="FOLDER", help="of the images, or a zip file")
     add("--config", help="of the hub, where there are several")
-    add("--revision", help="of the hub (default: the newest commit)")
     add("--name", default="table", help="name of the data set in metrics (default: %(default)s)")
 
 
