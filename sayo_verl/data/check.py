@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sayo_verl.data.contract import Demands, RowContract
-from sayo_verl.data.reading import leaves, open_parquet, read_image, read_rows
+from sayo_verl.data.reading import open_parquet, read_image, read_rows
 from sayo_verl.errors import Rule, SayoError, raise_first
 
 Kept = tuple[int, str, int, dict[str, Any]]  # size, path, number of the row, its values
@@ -143,7 +143,7 @@ def columns_of(file: pq.ParquetFile, demands: Demands) -> list[str]:
     wanted = [*demands.keys, "data_source", "reward_model", "extra_info"]
     there = [name for name in dict.fromkeys(wanted) if name in file.schema_arrow.names]
     key = demands.keys.images
-    paths = [name for name in leaves(file) if name.startswith(f"{key}.") and name.endswith(".path")]
+    paths = [c.path for c in file.schema if c.path.startswith(f"{key}.") and c.path.endswith(".path")]
     return there if demands.headers or len(paths) != 1 else [paths[0] if name == key else name for name in there]
 
 

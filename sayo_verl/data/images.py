@@ -118,19 +118,24 @@ def store_image(data: bytes, *, where: str) -> Stored:
             raise Drop("image_unreadable", f"{where}: {_one_line(error)}") from error
         except Image.DecompressionBombError as error:
             raise Drop("image_too_large", f"{where}: {error}") from error
-        try:
-            found = picture.getexif().get(ORIENTATION, 1)
-        except DAMAGE:  # no reader turns such a picture
-            found = 1
+        orientation = orientation_of(picture)
         pixels, changed = _plain(picture)
     if picture.format == "MPO":
         changed = ("first of several pictures", *changed)
-    orientation = found if found in range(1, 9) else 1
     if orientation > 1:
         pixels, changed = _upright(pixels, orientation), ("upright", *changed)
     if changed:
         data = _encoded(pixels, "PNG" if picture.format in ("PNG", "WEBP") else "JPEG")
     return Stored(data, *pixels.size, *picture.size, orientation, changed)
+
+
+def orientation_of(picture: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is no valid one, as for a viewer. Pixels are not decoded."""
+    try:  # PngImageFile's own method would decode
+        found = Image.Image.getexif(picture).get(ORIENTATION, 1)
+    except DAMAGE:
+        return 1
+    return found if found in range(1, 9) else 1
 
 
 def _check_header(picture: ImageFile.ImageFile, where: str) -> None:

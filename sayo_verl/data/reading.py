@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from sayo_verl.data.images import DAMAGE, ORIENTATION
+from sayo_verl.data.images import DAMAGE, orientation_of
 from sayo_verl.errors import SayoError
 
 _FIX = "store the encoded image as {'bytes': ...}, or its path alone: a text, or {'image': path}"
@@ -44,7 +43,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     """A parquet file whose footer can be read; D02 for any other."""
     with _readable(path):
         file = pq.ParquetFile(path)
-        _ = file.schema_arrow
+        _ = file.schema_arrow  # types that Arrow cannot convert are refused here
         return file
 
 
@@ -53,45 +52,31 @@ def read_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows of some columns (names, or dotted paths of leaves) and row groups; D02 for a damaged page."""
     batches = file.iter_batches(batch_size=256, columns=columns, row_groups=groups)
-    marked = [name for name in _image_features(file) if name in columns]
+    image_columns = [name for name in _image_columns(file) if name in columns]
     while True:
         with _readable(path):  # around the reading alone: an error of the caller is not caught here
             batch = next(batches, None)
-            rows = [] if batch is None else batch.to_pylist()
+            rows = batch.to_pylist() if batch else []
         if batch is None:
             return
         for row in rows:
-            for name in marked:
-                empty = [isinstance(image, dict) and image.get("bytes") is None for image in row[name] or []]
-                row[name] = [{"image": row[name][i].get("path")} if e else row[name][i] for i, e in enumerate(empty)]
+            for name in image_columns:
+                if isinstance(row[name], list):
+                    row[name] = [_by_path(image) for image in row[name]]
             yield row
 
 
-def _image_features(file: pq.ParquetFile) -> list[str]:
-    """Columns that `datasets` marks as lists of images. It opens them itself, also by their path."""
-    try:
-        declared = dict(json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"])
-    except (KeyError, TypeError, ValueError):
-        return []
-    lists = [field.name for field in file.schema_arrow if pa.types.is_list(field.type)]
-    return [name for name in lists if '"_type": "Image"' in json.dumps(declared.get(name))]
+def _image_columns(file: pq.ParquetFile) -> list[str]:
+    """Columns that `datasets` marks as images. It opens them itself, also by their path."""
+    marks = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+    types = marks.get("info", {}).get("features", {})
+    return [name for name, kind in types.items() if '"_type": "Image"' in json.dumps(kind)]
 
 
-def rows_at(file: pq.ParquetFile, path: Path, columns: list[str], chosen: set[int]) -> Iterator[tuple[int, dict]]:
-    """``(number, row)`` of some rows; only the row groups that hold one are read. Errors as of ``read_rows``."""
-    first = 0
-    for group in range(file.metadata.num_row_groups):
-        n = file.metadata.row_group(group).num_rows
-        if any(row in chosen for row in range(first, first + n)):
-            for row, values in enumerate(read_rows(file, path, columns, [group]), start=first):
-                if row in chosen:
-                    yield row, values
-        first += n
-
-
-def leaves(file: pq.ParquetFile) -> list[str]:
-    """Dotted paths of the columns as parquet stores them, such as ``images.list.element.bytes``."""
-    return [file.schema.column(i).path for i in range(len(file.schema))]
+def _by_path(image: Any) -> Any:
+    """An image without bytes as verl opens it by its path: {image: path}."""
+    empty = isinstance(image, dict) and image.get("bytes") is None
+    return {"image": image.get("path")} if empty else image
 
 
 def image_source(image: Any, where: str) -> bytes | Path | str:
@@ -102,69 +87,65 @@ def image_source(image: Any, where: str) -> bytes | Path | str:
     base64, D73 for what verl does not open and for a path without a file.
     """
     fields = image if isinstance(image, dict) else {"image": image}
-    text = fields["bytes"] if "bytes" in fields else fields.get("image", fields.get("image_url"))
-    if text is None or text in (b"", ""):
+    stored = fields["bytes"] if "bytes" in fields else fields.get("image", fields.get("image_url"))
+    if stored is None or stored in (b"", ""):
         raise SayoError("D06", "an image is missing", where=where, got=str(image)[:80], fix=_FIX)
-    if "bytes" in fields and isinstance(text, bytes):
-        return text
-    if "bytes" in fields or not isinstance(text, str):
+    if "bytes" in fields and isinstance(stored, bytes):
+        return stored
+    if "bytes" in fields or not isinstance(stored, str):
         raise SayoError("D73", "verl does not open this image", where=where, got=str(image)[:80], fix=_FIX)
-    if text.startswith(("http://", "https://")):
-        return text
-    if text.startswith("data:image"):
-        try:
-            return base64.b64decode(text.partition("base64,")[2])
-        except ValueError as error:
-            raise _undecodable(error, where) from error
-    path = Path(text.removeprefix("file://"))
+    if stored.startswith(("http://", "https://")):
+        return stored
+    if stored.startswith("data:image"):
+        with _decodable(where):
+            return base64.b64decode(stored.partition("base64,")[2])
+    path = Path(stored.removeprefix("file://"))
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
-        got, fix = f"{text[:200]!r} in {Path.cwd()}", "store absolute paths, or start the run where the paths begin"
-        wanted = "a file; relative paths count from the working directory of the run"
-        raise SayoError("D73", "there is no image at a path", where=where, got=got, wanted=wanted, fix=fix)
+        got = f"{stored[:200]!r}, read from the working directory {Path.cwd()}"
+        fix = "store absolute paths, or start the run where the paths begin"
+        raise SayoError("D73", "there is no image at a path", where=where, got=got, wanted="a file", fix=fix)
     return path
 
 
 def read_image(image: Any, where: str, *, decode: bool = True) -> Header | None:
     """The header of an image of a row; None for a web address. Errors of ``image_source``, and D07 for a header or,
     with ``decode``, pixels that cannot be read."""
-    source = image_source(image, where)
-    if isinstance(source, str):
-        return None
-    try:
-        with _opened(source) as picture:
-            size = picture.size
-            if decode:
-                picture.load()
-            frames = getattr(picture, "n_frames", 1)  # only formats that can be animated have it
-            return Header(picture.format or "", *size, _orientation(picture), frames)
-    except (*DAMAGE, Image.DecompressionBombError) as error:
-        raise _undecodable(error, where) from error
+    with _opened(image, where) as picture:
+        if picture is None:
+            return None
+        if decode:
+            picture.load()
+        frames = getattr(picture, "n_frames", 1)  # only formats that can be animated have it
+        return Header(picture.format or "", *picture.size, orientation_of(picture), frames)
 
 
 def decoded(image: Any, where: str) -> Image.Image:
     """The picture of a row, RGB, with the errors of ``read_image``; D73 for a web address, which is not fetched."""
-    if read_image(image, where) is None:
-        what = "an image of a web address is not fetched here"
-        raise SayoError("D73", what, where=where, got=image, fix="store the encoded bytes, or the path of a file")
-    with _opened(image_source(image, where)) as picture:
+    with _opened(image, where) as picture:
+        if picture is None:
+            what = "an image of a web address is not fetched here"
+            raise SayoError("D73", what, where=where, got=image, fix="store the encoded bytes, or the path of a file")
         return picture.convert("RGB")
 
 
-def _opened(source: bytes | Path | str) -> Image.Image:
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+@contextmanager
+def _opened(image: Any, where: str) -> Iterator[Image.Image | None]:
+    """The picture, not yet decoded; None for a web address. D07 for damage, also for what the caller finds."""
+    source = image_source(image, where)
+    if isinstance(source, str):
+        yield None
+        return
+    with _decodable(where), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        yield picture
 
 
-def _undecodable(error: Exception, where: str) -> SayoError:
-    what = f"an image cannot be decoded ({error})"
-    return SayoError("D07", what, where=where, fix="remove the row or store the image again")
-
-
-def _orientation(picture: Image.Image) -> int:
-    try:  # not PngImageFile's own method, which decodes the picture
-        found = Image.Image.getexif(picture).get(ORIENTATION, 1)
-    except DAMAGE:  # a viewer that cannot read it does not turn the picture
-        return 1
-    return found if found in range(1, 9) else 1
+@contextmanager
+def _decodable(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (*DAMAGE, Image.DecompressionBombError) as error:
+        what, fix = f"an image cannot be decoded ({error})", "remove the row or store the image again"
+        raise SayoError("D07", what, where=where, fix=fix) from error
 
 
 def image_digest(image: Any, where: str) -> bytes:

@@ -57,16 +57,15 @@ def test_every_field_of_a_row(tmp_path):
     assert (example.sizes, example.boxes, example.box_names) == (((80, 60),), ((BOX,),), (("dog",),))
     assert (example.box_format, example.box_source, example.data_source) == ("xyxy", "table", "sayo/table")
     plain = one(tmp_path)
-    assert (plain.id, plain.sizes, plain.boxes, plain.split) == ("train:0", (None,), ((),), "")
+    assert (plain.id, plain.sizes, plain.boxes, plain.split) == ("train:0", (), ((),), "")
 
 
 def test_a_table_without_boxes_makes_rows_without_boxes(tmp_path):
-    path = parquet(tmp_path, *[row(question=f"What {n}?") for n in range(4)])
+    path = parquet(tmp_path, row(), row(question="Who?"))
     with refusal("D55", "no_box.*--keep-without-boxes"):
         build(TableSource(str(path)), tmp_path / "out", BuildOptions())
     made = build(TableSource(str(path)), tmp_path / "kept", BuildOptions(keep_without_boxes=True))
-    assert made.rows == {"train": 4, "val": 0}
-    assert [info["boxes"] for info in pq.read_table(made.files["train"])["extra_info"].to_pylist()] == [[[]]] * 4
+    assert [info["boxes"] for info in pq.read_table(made.files["train"])["extra_info"].to_pylist()] == [[[]]] * 2
 
 
 def test_columns_of_other_names_within_structs_and_lists_of_structs(tmp_path):
@@ -93,21 +92,12 @@ def test_missing_columns_are_answered_by_a_map_to_copy(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "stored"),
-    [
-        (2.0, "2"),
-        (decimal.Decimal("1.5"), "1.5"),
-        (True, "true"),
-        ("\\boxed{A}", "A"),
-        ("$\\boxed{\\frac{1}{2}}$", "\\frac{1}{2}"),
-    ],
+    [(2.0, "2"), (decimal.Decimal("1.5"), "1.5"), (True, "true"), ("$\\boxed{\\frac{1}{2}}$", "\\frac{1}{2}")],
 )
 def test_answers_become_text(tmp_path, given, stored):
     assert one(tmp_path, answer=given).answer == stored
-
-
-def test_a_list_of_answers_is_refused(tmp_path):
     with refusal("D58", "choose one entry"):
-        one(tmp_path, answer=["a", "b"])
+        one(tmp_path, answer=[given, given])
 
 
 def test_one_box_several_images_and_tags_in_the_question(tmp_path):
@@ -133,48 +123,44 @@ def test_csv_and_json_are_read_as_parquet_is(tmp_path, kind):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "p0.png").write_bytes(png("red"))
     values = {"image": "images\\p0.png", "question": "Größe?", "answer": "1.50", "boxes": [list(BOX)], "id": "007"}
+    both = [values, values | {"image": "D:\\data\\images\\p0.png", "answer": "NA", "boxes": [], "id": 8}]
+    text = json.dumps(both) if kind == "json" else "\n".join(map(json.dumps, both))
     if kind == "csv":
         text = (
             'image,question,answer,boxes,id\nimages\\p0.png,Größe?,1.50,"[[1, 2, 30, 24]]",007\nD:\\p0.png,Q?,NA,,8\n'
         )
-    else:
-        both = [values, values | {"image": "D:\\data\\images\\p0.png", "answer": "NA", "boxes": [], "id": 8}]
-        text = json.dumps(both) if kind == "json" else "\n".join(map(json.dumps, both))
     path = tmp_path / f"data.{kind}"
     path.write_text(text, encoding="utf-8-sig")
     first, second = read(path)
     assert (first.id, first.question, first.answer, first.boxes) == ("007", "Größe?", "1.50", ((BOX,),))
     assert (first.images[0].path, second.answer, second.boxes) == (tmp_path / "images/p0.png", "NA", ((),))
     path.write_bytes("image,question\n答,答\n".encode("gb18030"))
-    with refusal("D47", "UTF-8"):
+    with refusal("D63" if kind == "csv" else "D47", "UTF-8"):
         read(path)
 
 
 def test_a_folder_has_the_files_of_its_splits(tmp_path):
-    parquet(tmp_path, row(), name="data/train-00000-of-00002.parquet")
-    parquet(tmp_path, row(question="Who?"), name="data/train-00001-of-00002.parquet")
-    parquet(tmp_path, row(), name="test/0000.parquet")
-    parquet(tmp_path, row(), name="training-set.parquet")
-    first, second, held = read(tmp_path, val_split="test")
-    assert [(e.id, e.split) for e in (first, second, held)] == [
-        ("train:0", "train"),
-        ("train:1", "train"),
-        ("test:0", "val"),
+    for name in ("data/train-0-of-2.parquet", "data/train-1-of-2.parquet", "test/0.parquet", "training-set.parquet"):
+        parquet(tmp_path, row(question=name), name=name)
+    rows = [(example.id, example.question, example.split) for example in read(tmp_path, val_split="test")]
+    assert rows == [
+        ("train:0", "data/train-0-of-2.parquet", "train"),
+        ("train:1", "data/train-1-of-2.parquet", "train"),
+        ("test:0", "test/0.parquet", "val"),
     ]
     with refusal("D63", "no table of the split 'dev'"):
         read(tmp_path, split="dev")
     with refusal("D63", "--val-split"):
         read(tmp_path / "training-set.parquet", val_split="val")
-    facts = json.loads(json.dumps(TableSource(str(tmp_path), val_split="test").facts()))
+    facts = TableSource(str(tmp_path), val_split="test").facts()
     assert (len(facts["files"]), facts["val_split"]) == (3, "test")
 
 
-@pytest.mark.parametrize("name", ["train.pkl", "train-1.npy"])
-def test_formats_that_can_run_code_are_refused(tmp_path, name):
-    for path in (tmp_path / name, tmp_path):
-        with refusal("D63", "run code"):
+def test_a_file_of_another_format_is_refused(tmp_path):
+    (tmp_path / "train.pkl").write_bytes(b"\x80")
+    for path, says in ((tmp_path / "train.pkl", "cannot be read.*parquet"), (tmp_path, "no table of the split")):
+        with refusal("D63", says):
             read(path)
-        (tmp_path / name).write_bytes(b"\x80")
 
 
 def test_a_parquet_file_that_was_cut_short_is_refused(tmp_path):
@@ -205,7 +191,6 @@ def test_the_flags_of_the_command(tmp_path):
 @pytest.fixture
 def hub(monkeypatch):
     """A hub with one data set, whose image column is of ``datasets.Image`` as there; returns the calls."""
-    table._commit.cache_clear()
     calls = []
     whole = datasets.Dataset.from_list([row(), row(question="Who?")]).cast_column("image", datasets.Image())
 
@@ -215,8 +200,7 @@ def hub(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha=COMMIT))
-    yield calls
-    table._commit.cache_clear()
+    return calls
 
 
 def test_the_hub_is_streamed_at_one_commit_with_images_as_they_are(hub):
@@ -232,10 +216,7 @@ def test_errors_of_the_hub_have_one_line(hub, monkeypatch):
     def away(*args, **options):
         raise ConnectionError("no route to host\nat all")
 
-    monkeypatch.setattr(datasets, "load_dataset", away)
-    with refusal("D63", "ConnectionError: no route to host at all.*HF_HUB_OFFLINE"):
-        read(Path("owner/name"))
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", away)
-    table._commit.cache_clear()
-    with refusal("D63", "cannot be read"):
-        TableSource("owner/name").facts()
+    for missing in ((datasets, "load_dataset"), (huggingface_hub.HfApi, "dataset_info")):
+        monkeypatch.setattr(*missing, away)
+        with refusal("D63", "ConnectionError: no route to host at all.*HF_HUB_OFFLINE"):
+            read(Path("owner/name"))
