@@ -149,7 +149,6 @@ def test_rows_that_verl_cannot_read_are_refused(tmp_path):
     for code, image in (
         ("D06", {"bytes": None, "path": "a.png"}),
         ("D73", "absent.png"),
-        ("D40", "http://x.org/a.png"),
     ):
         with refusal(code, "row 0, images"):
             list(VerlSource(write(tmp_path / "a.parquet", row(1, images=[image]))).examples())
