@@ -101,10 +101,8 @@ class BuildOptions:
         )
 
     def _rule(self, broken: bool, name: str, wanted: str) -> Rule:
-        flag, got = f"--{name.replace('_', '-')}", getattr(self, name)
-        return Rule(
-            "D57", broken, "an option is out of range", where=flag, got=got, wanted=wanted, fix=f"correct {flag}"
-        )
+        flag = f"--{name.replace('_', '-')}"
+        return Rule("D57", broken, "an option is out of range", flag, f"correct {flag}", getattr(self, name), wanted)
 
 
 def build(source: Source, out: Path, options: BuildOptions) -> Built:
@@ -219,13 +217,8 @@ def _records(source: Source) -> Iterator[dict[str, Any]]:
     for thing in source.examples():
         where = f"{source.name} {thing.id}"
         if thing.id in ids:
-            raise SayoError(
-                "D52",
-                "two records of the source have one id",
-                where=where,
-                wanted="ids that differ",
-                fix="give every record another id; a file may have been named twice",
-            )
+            fix = "give every record another id; a file may have been named twice"
+            raise SayoError("D52", "two records of the source have one id", where=where, fix=fix)
         ids.add(thing.id)
         row: dict[str, Any] = {"id": thing.id, "reason": "", "detail": "", "split": "", "keys": [], "example": None}
         if isinstance(thing, LeftOut):
@@ -310,14 +303,9 @@ def _decide(
 def _check_missing(source: Source, made: "Dataset", options: BuildOptions) -> None:
     missing = [row for row in rows_of(made, ["_id", "_reason", "_detail"]) if row["_reason"] == MISSING]
     if missing and not options.skip_missing:
-        raise SayoError(
-            "D54",
-            "images are missing",
-            where=f"{source.name} {missing[0]['_id']}",
-            got=f"{len(missing)}: " + "; ".join(row["_detail"] for row in missing[:SHOWN]),
-            wanted="every image that a row names",
-            fix="correct --images or add the files; or leave such rows out with --skip-missing",
-        )
+        got = f"{len(missing)}: {'; '.join(row['_detail'] for row in missing[:SHOWN])}"
+        fix = "correct --images or add the files; or leave such rows out with --skip-missing"
+        raise SayoError("D54", "images are missing", where=f"{source.name} {missing[0]['_id']}", got=got, fix=fix)
 
 
 def _check_formats(source: Source, made: "Dataset", options: BuildOptions) -> None:
@@ -327,36 +315,25 @@ def _check_formats(source: Source, made: "Dataset", options: BuildOptions) -> No
     for box_format, boxes in drawn.items():
         reason = doubt(np.array(boxes, dtype=float).reshape(-1, 4), box_format) if boxes else None
         if reason and not options.trust_boxes:
-            raise SayoError(
-                "D43",
-                "the boxes are implausible in their format",
-                where=source.name,
-                got=f"{box_format}: {reason}",
-                wanted="boxes on the things that the questions are about",
-                fix="compare the format with the publisher's description. If it is right, add --trust-boxes, and look "
-                "at the boxes with `sayo inspect --page`",
-            )
+            what, got = "the boxes are implausible in their format", f"{box_format}: {reason}"
+            fix = "compare the format with the publisher's description. If it is right, add --trust-boxes, and look "
+            fix += "at the boxes with `sayo inspect --page`"
+            raise SayoError("D43", what, where=source.name, got=got, fix=fix)
 
 
 def _check_losses(source: Source, left_out: list[LeftOut], rows: int, options: BuildOptions) -> None:
     reasons = Counter(thing.reason for thing in left_out)
     lost = sum(n for reason, n in reasons.items() if reason in LOSSES)
-    too_many = lost > options.max_drop * (rows + lost)
-    if rows and not too_many:
-        return
-    fix = "correct the data"
-    if too_many:
-        fix += ", or allow more with --max-drop"
-    elif reasons[NO_BOX]:
-        fix = "add boxes, or keep such rows with --keep-without-boxes, for methods that need none"
-    raise SayoError(
-        "D55",
-        "too many examples are lost to unusable images or text" if too_many else "no training row is left",
-        where=source.name,
-        got=", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "no record",
-        wanted=f"at most {options.max_drop:.2%} of {rows + lost}" if too_many else "rows",
-        fix=fix,
-    )
+    got = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "no record"
+    if lost > options.max_drop * (rows + lost):
+        what, wanted = "too many examples are lost to unusable images or text", f"at most {options.max_drop:.2%}"
+        fix = "correct the data, or allow more with --max-drop"
+        raise SayoError("D55", what, where=source.name, got=got, wanted=f"{wanted} of {rows + lost}", fix=fix)
+    if not rows:
+        fix = "correct the data"
+        if reasons[NO_BOX]:
+            fix = "add boxes, or keep such rows with --keep-without-boxes, for methods that need none"
+        raise SayoError("D55", "no training row is left", where=source.name, got=got, wanted="rows", fix=fix)
 
 
 def write_split(rows: "Dataset", folder: Path, split: str) -> None:

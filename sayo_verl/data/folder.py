@@ -68,12 +68,8 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     except OSError as error:
         if error.filename is None and error.strerror is None:  # no error of the file system
             raise
-        raise SayoError(
-            "D56",
-            f"a file cannot be written ({error.strerror})",
-            where=str(error.filename or out),
-            fix="make room or correct the folder, and call the command again",
-        ) from error
+        what, fix = f"a file cannot be written ({error.strerror})", "make room or correct the folder, and call again"
+        raise SayoError("D56", what, where=str(error.filename or out), fix=fix) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

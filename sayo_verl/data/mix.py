@@ -121,14 +121,8 @@ def train_counts(shares: Mapping[Path, str], rows: int, there: Mapping[Path, int
     numbers = {part: 1.0 if share == REST else _number(share) for part, share in shares.items() if share != ALL}
     alone = REST not in shares.values() or len(numbers) == 1
     if not alone or min(numbers.values(), default=1) <= 0 or abs(sum(numbers.values()) - bool(numbers)) > 1e-6:
-        raise SayoError(
-            "D57",
-            "the shares are invalid",
-            where="--from",
-            got=[f"{part}={share}" for part, share in shares.items()],
-            wanted="numbers that add up to 1, or one folder that gives the rest, beside folders that give all",
-            fix="correct --from",
-        )
+        got, wanted = [f"{part}={share}" for part, share in shares.items()], "numbers that add up to 1, or one rest"
+        raise SayoError("D57", "the shares are invalid", where="--from", got=got, wanted=wanted, fix="correct --from")
     counts = {part: there[part] for part in shares if part not in numbers}
     exact = {part: number * max(rows - sum(counts.values()), 0) for part, number in numbers.items()}
     counts |= {part: int(value) for part, value in exact.items()}
@@ -136,14 +130,12 @@ def train_counts(shares: Mapping[Path, str], rows: int, there: Mapping[Path, int
         counts[part] += 1  # those with the largest remainder
     scarce = [f"{part} has {there[part]} rows, {n} wanted" for part, n in counts.items() if n > there[part]]
     if scarce or rows < 1 or sum(counts.values()) != rows:
-        raise SayoError(
-            "D57",
+        what, fix = (
             "the parts do not have the rows of the mixture",
-            where="--rows",
-            got="; ".join(scarce) or f"{rows} wanted, {sum(counts.values())} in the folders that give all",
-            wanted="every row once",
-            fix="correct --rows or the shares, or prepare more rows",
+            "correct --rows or the shares, or prepare more rows",
         )
+        got = "; ".join(scarce) or f"{rows} wanted, {sum(counts.values())} in the folders that give all"
+        raise SayoError("D57", what, where="--rows", got=got, wanted="every row once", fix=fix)
     return {part: counts[part] for part in shares}
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from sayo_verl.command_line import progress_bar
-from sayo_verl.data.check import Counted, check_joined, check_parquet, open_rows
+from sayo_verl.data.check import check_joined, open_rows
 from sayo_verl.data.contract import Demands, Keys
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.prompt_check import check_batch, check_prompts
 from sayo_verl.launch.reward_check import is_ours, own_settings
+from sayo_verl.launch.row_check import Counted, check_parquet
 from sayo_verl.launch.split_check import check_boxes_of_run, check_leakage
 from sayo_verl.methods import Method
 
@@ -51,7 +52,7 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
 
     Raises:
         SayoError: L40 if no file is named, L41 for a kind of file that verl does not read, D01 for a missing file, D75
-            for fewer rows than a batch, and what ``sayo_verl.data.check`` and ``check_prompts`` raise.
+            for fewer rows than a batch, and what ``check_parquet`` and ``check_prompts`` raise.
     """
     foreign = config.data.custom_cls.path
     files = {split: files_of(config, split) for split in SPLITS}

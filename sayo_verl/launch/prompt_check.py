@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.command_line import progress_bar
-from sayo_verl.data.check import Counted, Kept
 from sayo_verl.data.contract import Demands
 from sayo_verl.data.reading import image_source
 from sayo_verl.errors import SayoError
 from sayo_verl.inspection.model_view import Model, too_long
 from sayo_verl.launch.model_check import model_folder
+from sayo_verl.launch.row_check import Counted, Kept
 from sayo_verl.models.families import FAMILIES
 from sayo_verl.models.location import is_hub_name
 

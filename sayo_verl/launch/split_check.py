@@ -6,9 +6,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from sayo_verl.data.check import Counted, evenly
 from sayo_verl.data.reading import image_digest, open_parquet, read_rows
 from sayo_verl.errors import Rule, SayoError, raise_first
+from sayo_verl.launch.row_check import Counted, evenly
 
 
 def check_boxes_of_run(counted: Counted, where: str, *, boxes: bool = True) -> None:

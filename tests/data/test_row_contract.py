@@ -20,13 +20,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sayo_verl.data.check import check_joined, check_parquet
+from sayo_verl.data.check import check_joined
 from sayo_verl.data.contract import Demands, RowContract
 from sayo_verl.data.rows import Drop, check_text
 from sayo_verl.errors import SayoError
 from sayo_verl.focus.rows import AnchorRows, images_of
 from sayo_verl.hooks.capture import plan_micro_batch
 from sayo_verl.inspection.audit import Audit
+from sayo_verl.launch.row_check import check_parquet
 from sayo_verl.launch.split_check import check_leakage
 from sayo_verl.models.families import FAMILIES
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest

@@ -15,11 +15,11 @@ from support.refusals import refusal
 from support.scenes import A_COLOUR, A_SHAPE, pixels_of
 
 from sayo_verl.cli import main
-from sayo_verl.data.check import check_parquet
 from sayo_verl.data.contract import Demands
 from sayo_verl.data.folder import split_files
 from sayo_verl.data.sources.scenes import SceneSource
 from sayo_verl.errors import SayoError
+from sayo_verl.launch.row_check import check_parquet
 from sayo_verl.scenes import SceneConfig, sample_scene
 from sayo_verl.scenes.config import KINDS
 from sayo_verl.scenes.drawing import BACKGROUND, SHAPES, STROKES, add_noise, draw

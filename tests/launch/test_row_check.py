@@ -18,9 +18,9 @@ from datasets import Image as DatasetsImage
 from PIL import Image
 from support.refusals import refusal
 
-from sayo_verl.data.check import check_parquet
 from sayo_verl.data.contract import Demands
 from sayo_verl.data.images import MAX_PIXELS
+from sayo_verl.launch.row_check import check_parquet
 from sayo_verl.launch.split_check import check_boxes_of_run
 
 NAN = float("nan")
