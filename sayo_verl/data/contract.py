@@ -1,8 +1,9 @@
 """The row contract: everything that can be wrong with one row. docs/data.md has it in words.
 
 ``RowContract.look`` returns all faults of a row. The launcher raises the first one, and so does the <Focus> stage.
-`sayo inspect` counts all. The probe on a worker sees no text and no pixels; it checks boxes by the same function (``sayo_verl.vision.masks.check_boxes``). ``Demands`` says which checks apply: rows of verl's own
-estimators are checked only for what verl 0.9.1 itself needs.
+`sayo inspect` counts all. The probe on a worker sees no text and no pixels; it checks boxes by the same function
+(``sayo_verl.vision.masks.check_boxes``). ``Demands`` says which checks apply: rows of verl's own estimators are checked
+only for what verl 0.9.1 itself needs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
