@@ -56,13 +56,15 @@ def check_joined(paths: Sequence[Path]) -> None:
             joined = [concatenate_datasets([*joined, one])]
         except (ValueError, TypeError, KeyError, NotImplementedError, pa.ArrowException) as error:
             wrong = _differing(open_parquet(paths[0]).schema_arrow, schema)
+            fix = "write the column of both files with one type, or leave a file out"
+            fix = "prepare all folders with --link, or none" if any(w.startswith("images:") for w in wrong) else fix
             raise SayoError(
                 "D64",
                 "verl's data set cannot join the files, or cannot read one of them",
                 where=f"{path}, after {paths[0]}",
                 got="; ".join(wrong) or " ".join(str(error).split())[:200],
                 wanted="one type for each column and field",
-                fix="write the column of both files with one type, or leave a file out",
+                fix=fix,
             ) from error
 
 

@@ -132,7 +132,8 @@ class RowContract:
         """Refuse the id of an earlier row of its data source; D65. Rows without an id pass."""
         before = where if name is None else self._ids.setdefault((repr(data_source), repr(name)), where)
         what, got, place = "two rows of a data source have one id", f"{name!r}, as {before}", f"{where}, extra_info.id"
-        raise_first([Rule("D65", before != where, what, place, PREPARE, got, wanted="another id for each row")])
+        fix = "give each row an id of its own; to mix folders, prepare one of them with another --name"
+        raise_first([Rule("D65", before != where, what, place, fix, got, wanted="another id for each row")])
 
 
 def _mistyped(row: Mapping[str, Any], where: str, demands: Demands) -> Iterator[SayoError]:

@@ -45,8 +45,10 @@ class Finding:
     rows: tuple[str, ...] = ()
 
 
-NO_TAG = Finding("D90", "WARN", "a prompt does not ask for <answer>, which is rewarded", "use --prompt instruction")
-NO_BOXES = Finding("D04", "WARN", "no training row has a box, so no region is rewarded", "add boxes, or use grpo")
+ASK = "use --prompt instruction; rows that verl reads already keep their prompts: write the form of answer into these"
+NO_TAG = Finding("D90", "WARN", "a prompt does not ask for <answer>, which is rewarded", ASK)
+OTHERS = "add boxes, or train with METHOD=dual, anchor, faithful or grpo, which need none"
+NO_BOXES = Finding("D04", "WARN", "no training row has a box, so no region is rewarded", OTHERS)
 NO_BOX = Finding("D69", "INFO", "a row has no box: neutral for methods that look at a region", "nothing, if intended")
 WHOLE_BOX = Finding("D69", "INFO", "a box is the whole image: each answer gets the same reward for it", "leave it out")
 SMALL = Finding("D69", "INFO", "a box is a small part of a visual token; its main token is used", "use larger images")
@@ -68,14 +70,12 @@ def find_data(data: Sequence[Path], val: Sequence[Path] = ()) -> dict[str, list[
         inside = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
         files = [p for p in inside if p.suffix == ".parquet" and (p == path or p.name.startswith(("train", "val")))]
         if not files:
-            raise SayoError(
-                "D64",
-                "there are no rows to inspect at this path",
-                where=str(path),
-                got=[p.name for p in inside][:8] or ("an empty folder" if path.is_dir() else "no such file or folder"),
-                wanted="a .parquet file, or a folder with train*.parquet or val*.parquet",
-                fix="correct the path; make rows of other files with `sayo prepare`",
-            )
+            there = [p.name for p in inside][:8] or ("an empty folder" if path.is_dir() else "no such file or folder")
+            what = "there are no rows to inspect at this path"
+            wanted = "a .parquet file, or a folder with train*.parquet or val*.parquet"
+            fix = "correct the path; make rows of other files with `sayo prepare`"
+            fix = next((f"did you mean {made.parent}?" for made in sorted(path.glob(f"*/{MANIFEST}"))), fix)
+            raise SayoError("D64", what, where=str(path), got=there, wanted=wanted, fix=fix)
         for file in files:
             split = "val" if is_val or file.name.startswith("val") else "train"
             found[split] += [] if file in found[split] else [file]
@@ -109,7 +109,7 @@ class Audit:
         self.counted: dict[str, Counter[Any]] = defaultdict(Counter)
         self.measured: dict[str, list[float]] = defaultdict(list)
         self.boxes_N4, self.shown = np.zeros((0, 4)), list[Seen]()
-        self._boxes, self._found = array("d"), dict[Any, Finding]()
+        self._boxes, self._found, self._boxless = array("d"), dict[Any, Finding](), False  # on purpose, by a manifest
         self._kept: dict[Any, tuple[float, Seen]] = {}  # why a row is shown -> the area of its box, the row
         self._prompts: dict[str, int] = {}  # row of the sample -> tokens of its prompt
         self._held_out: dict[Any, str] = {}  # name or digest of an image in validation -> row
@@ -119,7 +119,8 @@ class Audit:
         """Check everything; ``tick`` is called for each row. The findings, by level. Raises D02 for a damaged file."""
         for folder in {path.parent for paths in self.files.values() for path in paths}:
             if (folder / MANIFEST).is_file():
-                self._attempt(check_folder, folder)
+                options = (self._attempt(check_folder, folder) or {}).get("options", {})
+                self._boxless |= bool(options.get("keep_without_boxes"))
         chosen = random.Random(0).sample(range(self.total), min(self.n_sample, self.total))
         sample, drawn, passed = set(chosen), set(chosen[: self.n_shown]), 0
         for split in ("val", "train"):  # training is compared with validation
@@ -261,8 +262,9 @@ class Audit:
         whole, invalid = counted["whole image"][True], counted["rows"].total() - rows
         if over:
             self._refused(over, sum(n > self.limit for n in self._prompts.values()))
-        if counted["rows"]["train"] and not counted["with boxes"]["train"] + invalid:
-            self._add(NO_BOXES, f"{counted['rows']['train']} rows")
+        n_train, meant = counted["rows"]["train"], self._boxless and not len(self.boxes_N4)
+        if n_train and not counted["with boxes"]["train"] + invalid:
+            self._add(replace(NO_BOXES, level="INFO" if meant else "WARN"), f"all {n_train} training rows", n_train)
         elif without:
             self._add(NO_BOX, f"{without / rows:.1%} of the rows", without)
         if whole:

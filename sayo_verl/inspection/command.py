@@ -57,11 +57,9 @@ def run(args: argparse.Namespace) -> int:
     for name, value in figures.items():
         table.add_row(name, Text(value))
     console.print(table)
-    for f in findings:
-        lines = [f"\n{f.level} {f.code}, count {f.count}: {f.what}", *f.rows, f"fix: {f.fix}"]
-        console.print(Text("\n    ".join(lines)), soft_wrap=True)
-    if not findings:
-        console.print("no findings")
+    lines = [(f"\n{f.level} {f.code}, count {f.count}: {f.what}", *f.rows, f"fix: {f.fix}") for f in findings]
+    for of_finding in lines or [("no findings",)]:
+        console.print(Text("\n    ".join(of_finding)), soft_wrap=True)
     if args.page:
         about = ", ".join(map(str, (*args.data, *args.val))) + (f" as {args.model} sees it" if model else "")
         page = make_page(about, figures, findings, audit.boxes_N4, audit.shown)

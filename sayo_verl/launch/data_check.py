@@ -106,6 +106,15 @@ def files_of(config: DictConfig, split: str) -> list[str]:
     """
     files = config.data.get(f"{split}_files")
     files = [files] if isinstance(files, str) else list(files or [])
+    folder, kind = config.sayo.get("data"), {"train": "training", "val": "validation"}[split]
+    if folder and not files:
+        raise SayoError(
+            "L40",
+            f"this folder has no {kind} rows",
+            where=f"sayo.data={folder}",
+            wanted=f"{split}-*.parquet",
+            fix="prepare it with another --val-share, or join folders with `sayo prepare mix`",
+        )
     if not files or not all(isinstance(file, str) and file for file in files):
         raise SayoError(
             "L40",

@@ -75,7 +75,8 @@ def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) ->
     check_settings(**settings)
     if settings["judge"] == "math":
         require_math_verify()
-    remarks = [_check_correctness(settings, method), _check_tokenizer(settings["length_tokenizer"], dry_run)]
+    judge = "" if "judge" in kwargs else f"judge {settings['judge']}"
+    remarks = [judge, _check_correctness(settings, method), _check_tokenizer(settings["length_tokenizer"], dry_run)]
     return "; ".join([plan, *filter(None, remarks)])
 
 

@@ -14,12 +14,13 @@ from sayo_verl.launch.row_check import Counted, evenly
 def check_boxes_of_run(counted: Counted, where: str, *, boxes: bool = True) -> None:
     """Refuse training files of which no row has an image, or, with ``boxes``, a box; D04. Validation rows need none."""
     got, grpo = f"{counted.rows} rows in all training files together", "or set algorithm.adv_estimator=grpo"
+    others = "or use a method that needs none: METHOD=dual, anchor, faithful (our readings: recipe/README.md) or grpo"
     image = "no training row has an image, so every row would train as with grpo"
     box, wanted = "no training row has a target box", "extra_info.boxes[image][box] = [x0, y0, x1, y1] in [0, 1]"
     raise_first(
         [
             Rule("D04", not counted.with_images, image, where, f"correct data.image_key, add images, {grpo}", got),
-            Rule("D04", boxes and not counted.with_boxes, box, where, f"add boxes, {grpo}", got, wanted),
+            Rule("D04", boxes and not counted.with_boxes, box, where, f"add boxes, {others}", got, wanted),
         ]
     )
 

@@ -141,10 +141,20 @@ def test_a_box_that_is_the_whole_image_is_counted(audit):
 
 def test_rows_without_boxes(audit):
     assert only(audit(row(0), row(1, boxes=[[]]))[0], "D69", "INFO").count == 1
-    only(audit(row(0, boxes=[[]]), row(1, boxes=[[]]))[0], "D04", "WARN")
+    assert only(audit(row(0, boxes=[[]]), row(1, boxes=[[]]))[0], "D04", "WARN").count == 2
     got, _ = audit(row(0, boxes=[[]]), row(1), val=[row(2, boxes=[[]])])
     assert [finding.code for finding in got] == ["D69"]
     only(audit(row(0, boxes=[[]]), val=[row(1)])[0], "D04", "WARN", "no training row")
+
+
+def test_data_without_boxes_on_purpose_are_no_warning(audit, tmp_path):
+    folder = tmp_path / "data"
+    write(folder / "train-00000.parquet", [row(0, boxes=[[]])])
+    for val_boxes, level in (([[]], "INFO"), (..., "WARN")):  # boxes of one split only are a mistake
+        write(folder / "val-00000.parquet", [row(1, boxes=val_boxes)])
+        (folder / "manifest.json").unlink(missing_ok=True)
+        write_manifest(folder, options={"keep_without_boxes": True})
+        assert [(f.code, f.level) for f in Audit(find_data([folder])).run()] == [("D04", level)]
 
 
 # ----------------------------------------------------------------------------------------------------- where boxes are
@@ -222,6 +232,14 @@ def test_a_path_without_rows_is_refused(tmp_path, name):
         (tmp_path / other).write_text("{}")
     with refusal("D64", "no rows to inspect"):
         find_data([tmp_path / name])
+
+
+def test_the_parent_of_a_prepared_folder_names_it(tmp_path):
+    write(tmp_path / "scenes-1" / "train-00000.parquet", [row(0)])
+    write_manifest(tmp_path / "scenes-1")
+    with refusal("D64", "no rows to inspect") as caught:
+        find_data([tmp_path])
+    assert caught.value.fix == f"did you mean {tmp_path / 'scenes-1'}?"
 
 
 def test_a_cut_parquet_is_refused(tmp_path):

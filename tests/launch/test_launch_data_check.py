@@ -65,7 +65,7 @@ def test_boxes_are_asked_for_over_all_training_files_together(make, tmp_path):
     bare, good = str(write_rows(tmp_path / "bare.parquet", boxes=[[]])), str(tmp_path / "train.parquet")
     error = refused(make(**{"data.train_files": bare}), "D04")
     assert error.where == "data.train_files"
-    assert "algorithm.adv_estimator=grpo" in error.fix
+    assert "METHOD=dual, anchor, faithful" in error.fix
     assert "0 with boxes" in dict(preflight(make(**{"data.train_files": [bare, good]})))["train data"]
     preflight(make(**{"data.val_files": bare}))
 
@@ -90,6 +90,10 @@ def test_a_split_without_a_file_is_refused(make, split, files):
         error = refused(make(**{f"data.{split}": files, "algorithm.adv_estimator": estimator}), "L40")
         assert error.where == f"data.{split}"
         refused(make(**{f"data.{split}": files, "algorithm.adv_estimator": estimator}), "L40", dry_run=True)
+    if files == []:  # of a folder of the other split only
+        error = refused(make(**{f"data.{split}": files, "sayo.data": "data/mine"}), "L40")
+        assert error.where == "sayo.data=data/mine"
+        assert {"train_files": "no training rows", "val_files": "no validation rows"}[split] in error.what
 
 
 def test_a_kind_of_file_that_verl_does_not_read_is_refused(make, tmp_path):
