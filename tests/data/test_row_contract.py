@@ -335,6 +335,7 @@ def test_ids_are_compared_within_a_data_source():
     assert contract.look(row(), "first").faults == contract.look(row(data_source="other"), "second").faults == []
     (fault,) = contract.look(row(), "third").faults
     assert (fault.code, fault.got) == ("D65", "'a', as first")
+    assert "prepare one of them with another --name" in fault.fix
 
 
 @pytest.mark.parametrize(
@@ -358,7 +359,8 @@ def test_files_join_where_verls_reader_joins_them(here, changes, wrong):
         check_joined(paths)
         assert len(datasets.concatenate_datasets(parts)) == 2
         return
-    with pytest.raises(SayoError, match=rf"^SAYO-D64: .*{wrong}: "):
+    with pytest.raises(SayoError, match=rf"^SAYO-D64: .*{wrong}: ") as caught:
         check_joined(paths)
+    assert ("--link" in caught.value.fix) == (wrong == "images")
     with pytest.raises(ValueError, match="aligned"):
         datasets.concatenate_datasets(parts)

@@ -148,7 +148,7 @@ def test_a_file_without_rows(tmp_path):
 @pytest.mark.parametrize("boxes", [[[]], [], None], ids=["no box", "no lists", "null"])
 def test_no_row_has_a_box(check, boxes):
     schema = pa.Table.from_pylist([row()]).schema
-    with refusal("D04", "extra_info.boxes.*algorithm.adv_estimator=grpo"):
+    with refusal("D04", "extra_info.boxes.*METHOD=dual, anchor, faithful"):
         check(row(boxes=boxes), row(boxes=boxes), schema=schema)
     with refusal("D04", "no training row has an image"):
         check(row(boxes=None, images=[], text="2 + 2?"))
