@@ -46,10 +46,9 @@ def test_a_missing_reward_file_is_refused(make, tmp_path):
     assert (error.where, error.got) == (PATH, "absent.py")
     (tmp_path / "mine.py").write_text("def compute_score(**kwargs): ...\n")
     for path in ("mine.py", "file://mine.py"):
-        plan = dict(preflight(make(**{PATH: path})))["reward"]
-        assert plan.startswith(f"{path}:compute_score")
-        assert "; judge text" in plan
+        assert dict(preflight(make(**{PATH: path})))["reward"].startswith(f"{path}:compute_score")
     assert "built-in" in dict(preflight(make(**{PATH: None})))["reward"]
+    assert "; judge text" in dict(preflight(make()))["reward"]
 
 
 @pytest.mark.parametrize("text", ["import absent_package", "def compute_score(:", "1 / 0"])
