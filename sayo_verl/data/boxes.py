@@ -184,7 +184,8 @@ def doubt(drawn: np.ndarray, box_format: str) -> str | None:
     """What looks wrong about the boxes of a source (``Placed.drawn``, float [N, 4]; equal ones count once), or None.
 
     1. Two (over 1 in 1000) or all are shares: they end within 1.5 percent or thousandths, or 0.5 % of a side in pixels.
-    2. More than 1 in 4 of at least 10 leave their pictures by over 2 % of a side.
+    2. Three (over 1 in 100) are more than half outside their pictures, or more than 1 in 4 (of fewer than 10: 1 in 2)
+       leave them by over 2 % of a side. Fewer than 4 boxes are not judged.
     3. (From here on of at least 20.) Boxes begin in the upper left tenth, and 99 % end within half of the area and 95 %
        of both sides; within 1 - 6 / N of the width if that is the longer reach: faces and skies are in the upper half.
     4. All centres are in the upper left quarter.
@@ -202,8 +203,10 @@ def doubt(drawn: np.ndarray, box_format: str) -> str | None:
     if 0 < tiny == n or (tiny >= 2 and tiny > n / 1000):
         return f"{tiny} of {n} different boxes have no value above 1"
     out = int(((begin < -0.02) | (end > 1.02)).any(1).sum())
-    if n >= 10 and out > n / 4:
-        return f"{out} of {n} different boxes leave their pictures"
+    inside = (np.clip(end, 0, 1) - np.clip(begin, 0, 1)).prod(1) / (end - begin).prod(1) if n else np.ones(0)
+    far = int((inside < 0.5).sum())
+    if n >= 4 and (out > n / (4 if n >= 10 else 2) or (far >= 3 and far > n / 100)):
+        return f"{out} of {n} different boxes leave their pictures, {far} of them by more than half"
     if n < 20:
         return None
     (right, low), first = np.quantile(end, 0.99, axis=0), np.quantile(begin, 0.01, axis=0).max()

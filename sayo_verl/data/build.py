@@ -12,16 +12,18 @@ Errors: D43 boxes of another format, D52 an id occurs twice, D53 the folder is n
 too much is lost, D56 a file cannot be written, D57 an option is out of range.
 """
 
+import ctypes
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,7 @@ import pyarrow as pa
 from sayo_verl.data.boxes import FRAMES, check_format, doubt
 from sayo_verl.data.contract import check_data_source
 from sayo_verl.data.folder import LEFT_OUT, SPLITS, Built, new_folder, read_folder, write_manifest
-from sayo_verl.data.make_row import EXAMPLE, NO_BOX, features_of, make_row, to_table
+from sayo_verl.data.make_row import EXAMPLE, FACTS, NO_BOX, features_of, make_row, to_table
 from sayo_verl.data.rows import (
     LOSSES,
     PROMPTS,
@@ -91,7 +93,7 @@ class BuildOptions:
         reserved = RESERVED.search(self.prompt) is not None
         raise_first(
             [
-                self._rule(self.limit < 0 or self.limit > int(self.limit) > 0, "limit", "0 (all), a share or a number"),
+                self._rule(not (0 <= self.limit < 1 or (self.limit >= 1 and self.limit % 1 == 0)), "limit", "0 (all), a share or a number"),
                 self._rule(not 0 <= self.val_share <= 1, "val_share", "0 to 1"),
                 self._rule(not 0 <= self.max_drop <= 1, "max_drop", "0 to 1"),
                 self._rule(not template, "prompt", f"{', '.join(PROMPTS)}, or a text with {QUESTION_FIELD}"),
@@ -124,14 +126,14 @@ def build(source: Source, out: Path, options: BuildOptions) -> Built:
         chosen, held_out = _draw(examples, options)
         _check_losses(source, left_out, len(chosen), options)
         features = features_of(source, link=options.link)
-        make = partial(
+        make = functools.partial(
             make_row,
             columns=tuple(features),
             held_out=held_out,
             options=options,
-            files=(folder / "images", out.absolute() / "images"),
-            builder=os.getpid(),
+            files=(folder / "images", out.resolve() / "images"),
         )
+        _building.add(folder)
         try:
             made = examples.select(chosen).map(
                 make,
@@ -142,11 +144,15 @@ def build(source: Source, out: Path, options: BuildOptions) -> Built:
                 writer_batch_size=GROUP_ROWS,
                 desc="reading images",
             )
-        except RuntimeError as error:
-            if isinstance(error, SayoError):
+        except Exception as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # the pool of ``datasets`` hides a Ctrl-C
+                raise error.__context__ from None
+            if not isinstance(error, RuntimeError) or isinstance(error, SayoError):
                 raise
             what, fix = f"a process that reads images ended ({error})", "free memory, and call the command again"
             raise SayoError("D54", what, where=source.name, fix=fix) from error
+        finally:
+            _building.discard(folder)
         kept, counts = _decide(source, made, left_out, options)
         for split, rows in kept.items():
             write_split(made.select(rows), folder, split)
@@ -171,6 +177,20 @@ def quiet_bars() -> None:
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+
+
+_building: set[Path] = set()  # folders; while there is one, forks of this process are workers
+
+
+def _begin_worker() -> None:
+    """End with the builder, also if it is killed, and leave Ctrl-C to it."""
+    if _building:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+os.register_at_fork(after_in_child=_begin_worker)
 
 
 def _processes(rows: int) -> int | None:
@@ -204,27 +224,31 @@ def _examples(source: Source, folder: Path) -> "Dataset":
             features["example"][name] = dict(types)
     try:
         return Dataset.from_generator(
-            partial(_records, source), features=features, cache_dir=str(folder), fingerprint="examples"
+            functools.partial(_records, source), features=features, cache_dir=str(folder), fingerprint="examples"
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, SayoError | OSError):
             raise error.__cause__ from None
+        if isinstance(error.__cause__, UnicodeError | RecursionError):
+            what, fix = f"a record cannot be stored ({error.__cause__})", "correct its text, or remove it"
+            raise SayoError("D98", what, where=source.name, fix=fix) from error
         raise
 
 
 def _records(source: Source) -> Iterator[dict[str, Any]]:
-    ids: set[str] = set()
+    ids: set[tuple[str, str, str]] = set()
+    thing = None
     for thing in source.examples():
         where = f"{source.name} {thing.id}"
-        if thing.id in ids:
-            fix = "give every record another id; a file may have been named twice"
-            raise SayoError("D52", "two records of the source have one id", where=where, fix=fix)
-        ids.add(thing.id)
         row: dict[str, Any] = {"id": thing.id, "reason": "", "detail": "", "split": "", "keys": [], "example": None}
         if isinstance(thing, LeftOut):
             yield row | {"reason": thing.reason, "detail": thing.detail}
             continue
         check_data_source(thing.data_source, where)
+        if (thing.data_source, thing.split, thing.id) in ids:
+            fix = "give every record another id; a file may have been named twice"
+            raise SayoError("D52", "two records of the source have one id", where=where, fix=fix)
+        ids.add((thing.data_source, thing.split, thing.id))
         if any(thing.boxes):
             check_format(thing.box_format, where)
         try:
@@ -235,20 +259,21 @@ def _records(source: Source) -> Iterator[dict[str, Any]]:
             continue
         keys = [image.key for image in thing.images] or [thing.id]
         yield row | {"split": thing.split, "keys": keys, "example": to_table(thing)}
-    if not ids:
-        raise SayoError(
-            "D55", "the source has no record", where=source.name, wanted="records", fix="correct the source"
-        )
+    if thing is None:
+        raise SayoError("D55", "the source has no record", where=source.name, fix="correct the source")
 
 
 def _draw(examples: "Dataset", options: BuildOptions) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the examples to build, and bool [number of them]: whether each is held out."""
     usable = np.array([i for i, row in enumerate(rows_of(examples, ["reason"])) if not row["reason"]], dtype=int)
-    limit = round(options.limit * len(usable)) if options.limit < 1 else int(options.limit)
-    if 0 < limit < len(usable):
-        usable = np.sort(np.random.default_rng(options.seed).choice(usable, limit, replace=False))
+    named = np.array([row["split"] for row in rows_of(examples.select(usable), ["split"])], dtype="U5")
+    drawable = np.flatnonzero(named != "val")  # a validation file of the user is taken as a whole
+    limit = round(options.limit * len(drawable)) if options.limit < 1 else int(options.limit)
+    if 0 < limit < len(drawable):
+        drawn = np.random.default_rng(options.seed).choice(drawable, limit, replace=False)
+        taken = np.union1d(drawn, np.flatnonzero(named == "val"))
+        usable, named = usable[taken], named[taken]
     chosen = examples.select(usable)
-    named = np.array([row["split"] for row in rows_of(chosen, ["split"])], dtype="U5")
     numbers = np.array([_number(options.seed, min(row["keys"])) for row in rows_of(chosen, ["keys"])])
     below, distinct = options.val_share, np.unique(numbers)
     if 0 < below < 1 and len(distinct) > 1 and distinct[0] >= below:
@@ -277,41 +302,50 @@ def _decide(
     kept: dict[str, list[int]] = {split: [] for split in SPLITS}
     asked, held_out = set[int](), set[int]()
     changed, total = Counter[str](), Counter[str]()
-    columns = ["_id", "_split", "_reason", "_detail", "_asked", "_pictures", "_changed", "_boxes"]
+    columns = [
+        "sayo:id",
+        "sayo:split",
+        "sayo:reason",
+        "sayo:detail",
+        "sayo:asked",
+        "sayo:pictures",
+        "sayo:changed",
+        "sayo:boxes",
+    ]
     for split in reversed(SPLITS):  # training rows give way to validation rows
         for number, row in enumerate(rows_of(made, columns)):
-            if row["_split"] != split:
+            if row["sayo:split"] != split:
                 continue
-            reason = row["_reason"]
-            if not reason and row["_asked"] in asked:
+            reason = row["sayo:reason"]
+            if not reason and row["sayo:asked"] in asked:
                 reason = DUPLICATE
-            elif not reason and split == "train" and not held_out.isdisjoint(row["_pictures"]):
+            elif not reason and split == "train" and not held_out.isdisjoint(row["sayo:pictures"]):
                 reason = IN_OTHER_SPLIT
             if reason:
-                left_out.append(LeftOut(row["_id"], reason, row["_detail"]))
+                left_out.append(LeftOut(row["sayo:id"], reason, row["sayo:detail"]))
                 continue
             kept[split].append(number)
-            asked.add(row["_asked"])
-            held_out.update(row["_pictures"] if split == "val" else ())
-            changed.update(row["_changed"])
-            total.update(boxes=row["_boxes"], rows_without_boxes=not row["_boxes"])
-    emptied = not kept["train"] and any(row["_split"] == "train" for row in rows_of(made, ["_split"]))
+            asked.add(row["sayo:asked"])
+            held_out.update(row["sayo:pictures"] if split == "val" else ())
+            changed.update(row["sayo:changed"])
+            total.update(boxes=row["sayo:boxes"], rows_without_boxes=not row["sayo:boxes"])
+    emptied = not kept["train"] and any(row["sayo:split"] == "train" for row in rows_of(made, ["sayo:split"]))
     _check_losses(source, left_out, 0 if emptied else sum(map(len, kept.values())), options)
     return kept, {**total, "images_changed": dict(changed)}
 
 
 def _check_missing(source: Source, made: "Dataset", options: BuildOptions) -> None:
-    missing = [row for row in rows_of(made, ["_id", "_reason", "_detail"]) if row["_reason"] == MISSING]
+    missing = [row for row in rows_of(made, ["sayo:id", "sayo:reason", "sayo:detail"]) if row["sayo:reason"] == MISSING]
     if missing and not options.skip_missing:
-        got = f"{len(missing)}: {'; '.join(row['_detail'] for row in missing[:SHOWN])}"
+        got = f"{len(missing)}: {'; '.join(row['sayo:detail'] for row in missing[:SHOWN])}"
         fix = "correct --images or add the files; or leave such rows out with --skip-missing"
-        raise SayoError("D54", "images are missing", where=f"{source.name} {missing[0]['_id']}", got=got, fix=fix)
+        raise SayoError("D54", "images are missing", where=f"{source.name} {missing[0]['sayo:id']}", got=got, fix=fix)
 
 
 def _check_formats(source: Source, made: "Dataset", options: BuildOptions) -> None:
     drawn: dict[str, list[Sequence[float]]] = {}
-    for row in rows_of(made, ["_format", "_drawn"]):
-        drawn.setdefault(row["_format"], []).extend(row["_drawn"])
+    for row in rows_of(made, ["sayo:format", "sayo:drawn"]):
+        drawn.setdefault(row["sayo:format"], []).extend(row["sayo:drawn"])
     for box_format, boxes in drawn.items():
         reason = doubt(np.array(boxes, dtype=float).reshape(-1, 4), box_format) if boxes else None
         if reason and not options.trust_boxes:
@@ -337,8 +371,8 @@ def _check_losses(source: Source, left_out: list[LeftOut], rows: int, options: B
 
 
 def write_split(rows: "Dataset", folder: Path, split: str) -> None:
-    """Write the parquet files of a split; columns with a leading underscore are left out."""
-    rows = rows.remove_columns([name for name in rows.column_names if name.startswith("_")])
+    """Write the parquet files of a split; the builder's own columns are left out."""
+    rows = rows.remove_columns([name for name in rows.column_names if name in FACTS])
     for shard, first in enumerate(range(0, len(rows), SHARD_ROWS)):
         part = rows.select(range(first, min(first + SHARD_ROWS, len(rows))))
         part.to_parquet(folder / f"{split}-{shard:05d}.parquet", batch_size=GROUP_ROWS)

@@ -10,7 +10,9 @@ A build writes into a hidden folder beside it, which gets its name when it is co
 whole, or was damaged later. Imports the standard library only: scripts look at folders before they have an environment.
 """
 
+import glob
 import json
+import os
 import re
 import shlex
 import shutil
@@ -47,21 +49,16 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
         SayoError: D53 if ``out`` holds files, unless it is a prepared folder and ``overwrite`` is set; D56 if it cannot
             be written.
     """
-    ours = _is_ours(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (ours and overwrite)):
-        raise SayoError(
-            "D53",
-            "the folder is prepared data already" if ours else "the folder holds other files",
-            where=str(out),
-            got=sorted(path.name for path in out.iterdir())[:5] if out.is_dir() else "a file",
-            wanted="a folder that does not exist or is empty",
-            fix=OVERWRITE if ours else "choose another --out, or move the files away",
-        )
-    partial = out.with_name(f".{out.name}.partial")
+    out = out.resolve()
+    _refuse_full(out, overwrite)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
+            if not Path(f"/proc/{left.name.split('.')[-2]}").exists():
+                shutil.rmtree(left)
         partial.mkdir(parents=True)
         yield partial
+        _refuse_full(out, overwrite)  # another build may have finished meanwhile
         if out.is_dir():
             shutil.rmtree(out)
         partial.rename(out)
@@ -72,6 +69,15 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
         raise SayoError("D56", what, where=str(error.filename or out), fix=fix) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _refuse_full(out: Path, overwrite: bool) -> None:
+    ours = _is_ours(out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (ours and overwrite)):
+        what = "the folder is prepared data already" if ours else "the folder holds other files"
+        got = sorted(path.name for path in out.iterdir())[:5] if out.is_dir() else "a file"
+        fix = OVERWRITE if ours else "choose another --out, or move the files away"
+        raise SayoError("D53", what, where=str(out), got=got, wanted="a new or an empty folder", fix=fix)
 
 
 def _is_ours(folder: Path) -> bool:

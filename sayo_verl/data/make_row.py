@@ -2,8 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,12 +36,12 @@ EXAMPLE = pa.struct(
 )
 # What the build decides by, beside the columns of a row; left out of the files.
 FACTS = {
-    **dict.fromkeys(("_id", "_split", "_reason", "_detail", "_format"), pa.string()),
-    "_drawn": pa.list_(pa.list_(pa.float64())),  # boxes before any rule
-    "_boxes": pa.int64(),
-    "_changed": TEXTS,  # what was done to images
-    "_pictures": pa.list_(pa.int64()),  # hashes of the stored images
-    "_asked": pa.int64(),  # hash of the question and its pictures
+    **dict.fromkeys(("sayo:id", "sayo:split", "sayo:reason", "sayo:detail", "sayo:format"), pa.string()),
+    "sayo:drawn": pa.list_(pa.list_(pa.float64())),  # boxes before any rule
+    "sayo:boxes": pa.int64(),
+    "sayo:changed": TEXTS,  # what was done to images
+    "sayo:pictures": pa.list_(pa.int64()),  # hashes of the stored images
+    "sayo:asked": pa.int64(),  # hash of the question and its pictures
 }
 
 
@@ -80,7 +78,6 @@ def make_row(
     held_out: np.ndarray,
     options: "BuildOptions",
     files: tuple[Path, Path],
-    builder: int,
 ) -> dict[str, Any]:
     """A row and ``FACTS``; null in the columns of a row that is left out.
 
@@ -91,22 +88,25 @@ def make_row(
         held_out: bool [rows]: whether each is held out.
         options: how.
         files: with ``options.link``, the folder to write pictures into, and its name when the build is finished.
-        builder: the main process, which alone handles Ctrl-C.
 
     Raises:
         SayoError: of ``image_bytes``, ``store_image`` and ``place_boxes``.
     """
-    if os.getpid() != builder:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
     example, split = from_table(row["example"]), SPLITS[int(held_out[number])]
     facts: dict[str, Any] = dict.fromkeys(columns)
-    facts |= {"_id": example.id, "_split": split, "_reason": "", "_detail": "", "_format": example.box_format}
-    facts |= {"_drawn": [], "_boxes": 0, "_changed": [], "_pictures": []}
+    facts |= {
+        "sayo:id": example.id,
+        "sayo:split": split,
+        "sayo:reason": "",
+        "sayo:detail": "",
+        "sayo:format": example.box_format,
+    }
+    facts |= {"sayo:drawn": [], "sayo:boxes": 0, "sayo:changed": [], "sayo:pictures": []}
     names = [f"{example.data_source} {example.id}, image {ref.key!r}" for ref in example.images]
     try:
         stored = [store_image(image_bytes(ref), where=w) for ref, w in zip(example.images, names, strict=True)]
     except Drop as drop:
-        return facts | {"_reason": drop.reason, "_detail": drop.detail}
+        return facts | {"sayo:reason": drop.reason, "sayo:detail": drop.detail}
     sizes = example.sizes or [None] * len(stored)
     placed = [
         place_boxes(
@@ -121,25 +121,27 @@ def make_row(
         )
         for boxes, texts, image, size, where in zip(example.boxes, example.box_names, stored, sizes, names, strict=True)
     ]
-    facts["_drawn"] = [box for of_image in placed for box in of_image.drawn]
+    facts["sayo:drawn"] = [box for of_image in placed for box in of_image.drawn]
     reason, detail = next(((p.reason, p.detail) for p in placed if p.reason), ("", ""))
     if not reason and not any(p.boxes for p in placed) and not example.neutral:
         reason = NO_BOX
     if reason and not options.keep_without_boxes:
-        return facts | {"_reason": reason, "_detail": detail}
+        return facts | {"sayo:reason": reason, "sayo:detail": detail}
+    prompt = [*map(dict, example.prompt)]
+    asked = prompt or example.question
     digests = [hashlib.blake2b(image.data, digest_size=16).digest() for image in stored]
     facts |= {
-        "_boxes": 0 if reason else sum(len(p.boxes) for p in placed),
-        "_changed": [", ".join(image.changed) for image in stored if image.changed],
-        "_pictures": [_int64(digest) for digest in digests],
-        "_asked": _int64(hashlib.blake2b(b"".join([*digests, example.question.encode()])).digest()),
+        "sayo:boxes": 0 if reason else sum(len(p.boxes) for p in placed),
+        "sayo:changed": [", ".join(image.changed) for image in stored if image.changed],
+        "sayo:pictures": [_int64(digest) for digest in digests],
+        "sayo:asked": _int64(hashlib.blake2b(b"".join([*digests, repr(asked).encode()])).digest()),
     }
     stores: list[dict[str, Any]] = [{"bytes": image.data, "path": None} for image in stored]
     if options.link:
         stores = [_linked(*of_image, *files) for of_image in zip(example.images, stored, digests, strict=True)]
     return facts | {
         "data_source": example.data_source,
-        "prompt": [*map(dict, example.prompt)] or messages_of(example.question, len(stored), options.prompt),
+        "prompt": prompt or messages_of(example.question, len(stored), options.prompt),
         "images": stores,
         "ability": "vqa",
         "reward_model": {"style": "rule", "ground_truth": example.answer},
@@ -147,7 +149,7 @@ def make_row(
         "extra_info": {
             **example.extra,
             **{name: getattr(example, name) for name in ("id", "question", "answer", "kind", "box_source")},
-            "index": number,
+            "index": number if example.extra.get("index") is None else example.extra["index"],
             "split": split,
             # a region with a hole would train the wrong thing: such a row keeps no box
             "boxes": [() if reason else of_image.boxes for of_image in placed],
@@ -164,7 +166,8 @@ def _int64(digest: bytes) -> int:
 
 def _linked(ref: ImageRef, image: Stored, digest: bytes, folder: Path, name: Path) -> dict[str, Any]:
     """The path of a picture: of its own file, or of a new one if it was changed or is not a file."""
-    if ref.path is not None and ref.member is None and not image.changed:
+    replaced = ref.path is not None and name.parent in ref.path.resolve().parents  # by this build
+    if ref.path is not None and ref.member is None and not image.changed and not replaced:
         return {"image": str(ref.path.absolute())}
     folder.mkdir(exist_ok=True)
     file = digest.hex() + (".jpg" if image.data.startswith(b"\xff\xd8") else ".png")

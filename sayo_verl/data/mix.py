@@ -9,10 +9,9 @@ bytes, is a validation picture of another folder.
 Errors: D53 the folder is not empty, D56 a part is damaged, D57 the rows cannot be drawn, D64 parts do not fit together.
 """
 
-import argparse
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,7 +119,11 @@ def train_counts(shares: Mapping[Path, str], rows: int, there: Mapping[Path, int
     """
     numbers = {part: 1.0 if share == REST else _number(share) for part, share in shares.items() if share != ALL}
     alone = REST not in shares.values() or len(numbers) == 1
-    if not alone or min(numbers.values(), default=1) <= 0 or abs(sum(numbers.values()) - bool(numbers)) > 1e-6:
+    if (
+        not alone
+        or not all(0 < number <= 1 for number in numbers.values())
+        or abs(sum(numbers.values()) - bool(numbers)) > 1e-6
+    ):
         got, wanted = [f"{part}={share}" for part, share in shares.items()], "numbers that add up to 1, or one rest"
         raise SayoError("D57", "the shares are invalid", where="--from", got=got, wanted=wanted, fix="correct --from")
     counts = {part: there[part] for part in shares if part not in numbers}
@@ -144,35 +147,3 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return -1.0  # invalid, as a negative share
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``sayo prepare mix``."""
-    parser.add_argument(
-        "--from",
-        dest="parts",
-        action="append",
-        required=True,
-        metavar="FOLDER=SHARE",
-        help="a prepared folder, and a number, all or rest; once for each folder",
-    )
-    parser.add_argument("--rows", type=int, required=True, metavar="N", help="training rows of the mixture")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the mixture")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder of prepared data")
-
-
-def from_args(args: argparse.Namespace) -> Built:
-    """Mix by the flags of ``add_flags``."""
-    parts: Sequence[tuple[str, str, str]] = [text.rpartition("=") for text in args.parts]
-    shares = {Path(folder).resolve(): share for folder, _, share in parts}
-    if len(shares) < len(parts) or not all(folder for folder, _, _ in parts):
-        raise SayoError(
-            "D57",
-            "--from is invalid",
-            where="--from",
-            got=args.parts,
-            wanted="FOLDER=SHARE, each folder once",
-            fix="correct it",
-        )
-    return mix_folders(shares, args.rows, args.out, args.seed, overwrite=args.overwrite)

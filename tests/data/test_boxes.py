@@ -286,3 +286,16 @@ def test_two_shares_among_hundreds_of_pixel_boxes_are_doubted():
 def test_clipped_boxes_still_tell_thousandths_and_centres():
     for true, named, pictures in (("xyxy_1000", "xyxy", LARGE), ("cxcywh_unit", "xywh_unit", PHOTOS)):
         assert doubt(np.clip(read_as(true, named, honest("photo", 300, 1), pictures), 0, 1), named)
+
+
+def test_a_few_boxes_of_another_format_among_many_and_half_of_a_few_are_doubted():
+    rng = np.random.default_rng(0)
+    begin, size = rng.uniform(0.3, 0.6, (200, 2)), rng.uniform(0.1, 0.3, (200, 2))
+    right, wrong = np.hstack([begin, begin + size]), np.hstack([begin, 2 * begin + size])  # corners read as extents
+    assert doubt(right, "xywh") is None
+    found = doubt(np.vstack([right[20:], wrong[:20]]), "xywh")
+    assert found
+    assert "by more than half" in found
+    assert doubt(wrong[:6], "xywh")
+    assert doubt(right[:6], "xywh") is None
+    assert doubt(wrong[:3], "xywh") is None  # too few to judge

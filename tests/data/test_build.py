@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
 from datasets import Value
 from hypothesis import given, settings
@@ -256,6 +257,8 @@ def test_what_the_source_leaves_out_is_no_loss(tmp_path):
     [
         ("limit", -1),
         ("limit", 1.5),
+        ("limit", float("nan")),
+        ("limit", float("inf")),
         ("val_share", 1.5),
         ("max_drop", -0.1),
         ("prompt", "Look."),
@@ -268,22 +271,67 @@ def test_an_option_out_of_range_is_refused_by_its_flag(name, value):
         BuildOptions(**{name: value})
 
 
+def test_two_prompts_of_one_question_are_two_rows(tmp_path):
+    prompts = [({"role": "user", "content": f"<image>hint {n}"},) for n in range(2)]
+    things = [example(n, question="what?", prompt=prompt) for n, prompt in enumerate(prompts)]
+    assert ids(make(things, tmp_path / "out", val_share=0)) == ["e0", "e1"]
+
+
+def test_ids_may_repeat_in_another_split_and_data_source(tmp_path):
+    things = [example(0, split="train"), example(0, 5, split="val"), example(0, 7, data_source="sayo/other")]
+    assert len(ids(make(things, tmp_path / "out"))) == 3
+
+
+def test_a_limit_leaves_named_validation_rows_alone(tmp_path):
+    things = [example(n, split="val" if n >= 20 else "train") for n in range(30)]
+    made = build(Made(things), tmp_path / "out", dataclasses.replace(FIFTH, limit=4))
+    assert made.rows == {"train": 4, "val": 10}
+
+
+def test_columns_of_a_source_may_have_any_name(tmp_path):
+    source = Made([example(0, columns={"_reason": "mine"})], column_features={"_reason": Value("string")})
+    (row,) = rows(build(source, tmp_path / "out", FIFTH).folder)
+    assert row["_reason"] == "mine"
+
+
+def test_replacing_a_linked_folder_by_its_own_rows_keeps_the_pictures(tmp_path):
+    folder = make([example(0)], tmp_path / "out", link=True)
+    (row,) = rows(folder)
+    path = Path(row["images"][0]["image"])
+    again = [example(0, images=(ImageRef("p0", path),))]
+    (row,) = rows(make(again, folder, link=True, overwrite=True))
+    assert Path(row["images"][0]["image"]).read_bytes() == picture(0)
+
+
+def test_text_that_cannot_be_stored_is_one_line(tmp_path):
+    with refusal("D98", "surrogates not allowed"):
+        make([example(0, question="what \ud800?")], tmp_path / "out")
+
+
+@pytest.mark.parametrize("reading", ["records", "images"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_build_leaves_no_folder_and_starting_again_works(tmp_path, how):
+def test_a_stopped_build_leaves_no_process_and_no_folder_and_starting_again_works(tmp_path, how, reading):
     script = textwrap.dedent("""
         import sys, time
         from pathlib import Path
         from support.builds import FIFTH, Made, example
-        from sayo_verl.data.build import build
+        from sayo_verl.data import build as module, make_row
         class Slow(Made):
             def examples(self):
-                yield example(0)
-                print("here", flush=True)
-                time.sleep(60)
-        build(Slow([]), Path(sys.argv[1]), FIFTH)
+                for n in range(300):
+                    yield example(n, n // 100)
+                if sys.argv[2] == "records":
+                    print("here", flush=True)
+                    time.sleep(60)
+        def slow(ref):
+            print("here", flush=True)
+            time.sleep(60)
+        make_row.image_bytes = slow
+        module._processes = lambda rows: 2
+        sys.exit(module.build(Slow([]), Path(sys.argv[1]), FIFTH))
     """)
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path / "out")],
+        [sys.executable, "-c", script, str(tmp_path / "out"), reading],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -292,8 +340,12 @@ def test_a_stopped_build_leaves_no_folder_and_starting_again_works(tmp_path, how
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "here\n"
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert bool(children) == (reading == "images")
     process.send_signal(how)
     process.communicate(timeout=60)
+    assert process.returncode == -how  # of SIGINT: Python ends so for a KeyboardInterrupt that nobody catches
+    assert not psutil.wait_procs(children, timeout=30)[1]
     assert not (tmp_path / "out").exists()
     assert ids(make([example(0)], tmp_path / "out")) == ["e0"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

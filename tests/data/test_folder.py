@@ -78,6 +78,19 @@ def test_a_folder_that_is_replaced_stays_if_the_new_build_fails(folder, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_link_to_an_empty_folder_is_filled_and_the_folder_of_another_build_is_kept(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with new_folder(tmp_path / "link", overwrite=False) as new:
+        (new / "a").write_text("b")
+    assert (tmp_path / "real" / "a").read_text() == "b"
+    with refusal("D53"), new_folder(tmp_path / "two", overwrite=False) as first:
+        (first / "a").write_text("first")
+        (tmp_path / "two").mkdir()
+        (tmp_path / "two" / "a").write_text("second")
+    assert (tmp_path / "two" / "a").read_text() == "second"
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with refusal("D56", "cannot be written"), new_folder(tmp_path / "file" / "out", overwrite=False):

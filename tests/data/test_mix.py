@@ -79,6 +79,7 @@ def test_all_and_rest():
         (("0.5", "half"), 5, "add up to 1"),
         (("rest", "rest"), 5, "add up to 1"),
         (("1.5", "-0.5"), 5, "add up to 1"),
+        (("nan", "0.5"), 5, "add up to 1"),
         (("0.5", "0.5"), 0, "0 wanted"),
         (("0.5", "0.5"), 20, "a has 3 rows, 10 wanted"),
         (("all", "rest"), 2, "2 wanted, 3"),
