@@ -204,9 +204,9 @@ def doubt(drawn: np.ndarray, box_format: str) -> str | None:
         return f"{tiny} of {n} different boxes have no value above 1"
     out = int(((begin < -0.02) | (end > 1.02)).any(1).sum())
     inside = (np.clip(end, 0, 1) - np.clip(begin, 0, 1)).prod(1) / (end - begin).prod(1) if n else np.ones(0)
-    far = int((inside < 0.5).sum())
-    if n >= 4 and (out > n / (4 if n >= 10 else 2) or (far >= 3 and far > n / 100)):
-        return f"{out} of {n} different boxes leave their pictures, {far} of them by more than half"
+    outside = int((inside < 0.5).sum())
+    if n >= 4 and (out > n / (4 if n >= 10 else 2) or (outside >= 3 and outside > n / 100)):
+        return f"{out} of {n} different boxes leave their pictures, {outside} of them by more than half"
     if n < 20:
         return None
     (right, low), first = np.quantile(end, 0.99, axis=0), np.quantile(begin, 0.01, axis=0).max()

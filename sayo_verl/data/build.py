@@ -90,10 +90,10 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         template = self.prompt in PROMPTS or QUESTION_FIELD in self.prompt
-        reserved = RESERVED.search(self.prompt) is not None
+        reserved, share = RESERVED.search(self.prompt) is not None, 0 <= self.limit < 1
         raise_first(
             [
-                self._rule(not (0 <= self.limit < 1 or (self.limit >= 1 and self.limit % 1 == 0)), "limit", "0 (all), a share or a number"),
+                self._rule(not (share or self.limit % 1 == 0 < self.limit), "limit", "0 (all), a share or a number"),
                 self._rule(not 0 <= self.val_share <= 1, "val_share", "0 to 1"),
                 self._rule(not 0 <= self.max_drop <= 1, "max_drop", "0 to 1"),
                 self._rule(not template, "prompt", f"{', '.join(PROMPTS)}, or a text with {QUESTION_FIELD}"),
