@@ -66,7 +66,7 @@ def _rows(name: str) -> AddFlags:
             to.add_argument(flag, help=help, **kwargs)
 
         if getattr(module, "NAMED_BOXES", False):
-            listed = "what the four numbers are, such as xyxy, xywh, cxcywh_unit: docs/data.md"
+            listed = "such as xyxy, xywh, cxcywh_unit: docs/data.md"
             add("--box-format", listed, boxes, choices=BOX_FORMATS, metavar="FORMAT")
         frames = f"how boxes follow the EXIF rotation: {', '.join(FRAMES)}"
         add("--box-frame", frames, boxes, choices=FRAMES, metavar="FRAME")

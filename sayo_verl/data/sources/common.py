@@ -61,7 +61,7 @@ def parse(model: type[T], value: Any, where: str) -> T:
     key, keys = ".".join(map(str, fault["loc"])), ", ".join(" or ".join(names) for names in known.values())
     what, wanted = f"{key or 'the record'} is invalid: {fault['msg'].removeprefix('Value error, ')}", None
     if unknown_keys:
-        what, wanted = f"unknown key {key!r}{did_you_mean(key, sum(known.values(), []))}", keys
+        what, wanted = f"unknown key {key!r}{did_you_mean(key, keys.replace(' or ', ', ').split(', '))}", keys
     elif fault["type"] == "missing":
         what, wanted = f"the record has no {key!r}", keys
     got, fix = f"{fault['input']!r:.80}", "correct the record, or remove it"
@@ -204,10 +204,6 @@ class FileSource(FieldSource):
 def add_file_flags(parser: argparse.ArgumentParser, name: str) -> None:
     """Flags of a ``FileSource``."""
     parser.add_argument("--file", type=Path, required=True, help="file of the records (also .gz and .zip)")
-    parser.add_argument(
-        "--images", type=Path, metavar="PATH", help="folder or zip file of the images (default: folder of --file)"
-    )
-    parser.add_argument(
-        "--val-file", type=Path, metavar="FILE", help="a second file, whose rows are the validation rows"
-    )
+    parser.add_argument("--images", type=Path, help="folder or zip of images (default: that of --file)")
+    parser.add_argument("--val-file", type=Path, metavar="FILE", help="file of the validation rows")
     parser.add_argument("--name", default=name, help="name of the data in metrics (default: %(default)s)")

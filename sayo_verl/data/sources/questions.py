@@ -1,6 +1,6 @@
 """Questions about annotated objects: made from their names with --ask, or your own from a file.
 
---questions names lines of JSON {file | file_name | image_id | image, question, answer, categories | labels, id?, kind?}. The
+--questions: lines {file | file_name | image_id | image, question, answer, categories | labels, id?, kind?} of JSON. The
 region is every object of these names in the picture. [] is a question without a region, and its row is kept. A question
 about an object without a box (a crowd, a point) is left out.
 """
@@ -99,12 +99,8 @@ class AnnotatedSource(common.FieldSource):
 def add_flags(parser: argparse.ArgumentParser, name: str) -> None:
     """Flags of the sources that have annotations and no questions."""
     one, kinds = parser.add_mutually_exclusive_group(required=True), ("count", "presence")
-    one.add_argument(
-        "--ask", nargs="+", choices=kinds, default=[], metavar="KIND", help="make questions: count, presence, or both"
-    )
-    one.add_argument(
-        "--questions", type=Path, metavar="FILE", help="your own questions instead, one JSON object a line"
-    )
+    one.add_argument("--ask", nargs="+", choices=kinds, default=[], metavar="KIND", help="count, presence, or both")
+    one.add_argument("--questions", type=Path, metavar="FILE", help="your own questions, one JSON object a line")
     parser.add_argument("--name", default=name, help="name of the data in metrics (default: %(default)s)")
 
 

@@ -79,7 +79,7 @@ class TableSource(Source):
 
     def _values(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
         """The value of each field; D58, with a --map to copy, where the table has no column for it."""
-        columns = {field: field for field in FIELDS if (field in row and field != "id") or field in REQUIRED} | dict(
+        columns = {name: name for name in FIELDS if name in REQUIRED or (name in row and name != "id")} | dict(
             self.columns
         )
         missing = [field for field, column in columns.items() if column.split(".")[0] not in row]
@@ -100,10 +100,8 @@ class TableSource(Source):
         )
         pictures, regions, named = (_parsed(values.get(n), where) for n in ("image", "boxes", "box_names"))
         if isinstance(regions, str) or isinstance(named, str):
-            got = f"{regions if isinstance(regions, str) else named:.80}"
-            raise SayoError(
-                "D58", "boxes are no list", where=where, got=got, fix="write lists as JSON: [[10, 20, 100, 120]]"
-            )
+            what, fix = "boxes or box_names are text", "write lists as JSON: [[10, 20, 100, 120]]"
+            raise SayoError("D58", what, where=where, got=f"{regions!r:.60}, {named!r:.60}", fix=fix)
         pictures = pictures if isinstance(pictures, list) else [pictures]
         images = tuple(common.stored_image(picture, f"{where}, image", folder) for picture in pictures)
         boxes = common.boxes_of_images(regions, len(images), f"{where}, boxes")
@@ -196,23 +194,10 @@ def parse_map(text: str) -> dict[str, str]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare table``."""
     add = parser.add_argument
-    add(
-        "--data",
-        "--dataset",
-        required=True,
-        metavar="TABLE",
-        help="a parquet, csv or JSON file, a folder, or a hub name",
-    )
+    add("--data", "--dataset", required=True, metavar="TABLE", help="file (parquet, csv, JSON), folder or hub name")
     add("--split", default="train", help="split to read (default: %(default)s)")
     add("--val-split", metavar="SPLIT", help="split whose rows are the validation rows")
-    add(
-        "--map",
-        dest="columns",
-        type=parse_map,
-        default="",
-        metavar="FIELD=COLUMN,...",
-        help="columns, such as image=img",
-    )
+    add("--map", dest="columns", type=parse_map, default="", metavar="FIELD=COLUMN", help="such as image=img,id=qid")
     add("--images", type=Path, metavar="PATH", help="folder or zip file of the images (default: folder of the table)")
     add("--config", help="configuration of a data set of the hub, if it has several")
     add("--name", default="table", help="name of the data in metrics (default: %(default)s)")

@@ -63,9 +63,8 @@ class VerlSource(common.FileSource):
             self.column_features.update((name, types[name]) for name in types if name not in WRITTEN)
             info = types.get("extra_info")
             fields = info if isinstance(info, dict) else {}  # D72 refuses another type later
-            self.extra_features.update((name, fields[name]) for name in fields if name not in EXTRA_INFO)
-            if getattr(fields.get("index"), "dtype", "").startswith("int"):
-                self.extra_features["index"] = fields["index"]  # verl's metrics name rows by it
+            written = EXTRA_INFO if "int" not in str(fields.get("index")) else {*EXTRA_INFO} - {"index"}
+            self.extra_features.update((name, fields[name]) for name in fields if name not in written)
 
     def examples(self) -> Iterator[Example]:
         """The rows; D06, D09, D62, D72, D73 for an invalid row, D05, D42, D46, D58, D59, D95, D96 for its boxes."""
@@ -137,7 +136,7 @@ def _small(feature: Any) -> Any:
     """The types of `datasets` without the large ones of pandas, with which other files cannot be joined."""
     from datasets import LargeList, List, Value
 
-    if isinstance(feature, dict):
+    if isinstance(feature, dict):  # a struct
         return {name: _small(inner) for name, inner in feature.items()}
     if isinstance(feature, List | LargeList):
         return List(_small(feature.feature), getattr(feature, "length", -1))
@@ -158,13 +157,9 @@ def _image(image: Any, where: str) -> ImageRef:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare verl``."""
     parser.add_argument("--file", type=Path, required=True, help="parquet file that verl reads")
-    parser.add_argument(
-        "--val-file", type=Path, metavar="FILE", help="a second file, whose rows are the validation rows"
-    )
+    parser.add_argument("--val-file", type=Path, metavar="FILE", help="file of the validation rows")
     parser.add_argument("--boxes", type=Path, metavar="FILE", help="side file of boxes, one JSON object a line")
-    parser.add_argument(
-        "--id", default="", metavar="COLUMN", help="column that the side file calls id (default: id, index)"
-    )
+    parser.add_argument("--id", default="", metavar="COLUMN", help="column of the ids to join (default: id, index)")
 
 
 def from_args(args: argparse.Namespace) -> VerlSource:

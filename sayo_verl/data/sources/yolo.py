@@ -28,13 +28,7 @@ from sayo_verl.errors import SayoError
 
 NAMED_BOXES = False
 _IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-
-
-def _listed(value: object) -> object:
-    return value if isinstance(value, list) else [value] if value not in ("", "null", "~") else []
-
-
-_Folders = Annotated[list[str], BeforeValidator(_listed)]
+_Folders = Annotated[list[str], BeforeValidator(lambda v: v if isinstance(v, list) else [v] * (v not in ("", "null")))]
 
 
 class _Settings(BaseModel):  # data.yaml
