@@ -85,6 +85,7 @@ def _rows(name: str) -> AddFlags:
         add("--overwrite", "replace prepared data")
         assert isinstance(parser, Command)
         left = {"--box-frame", "--rescale", "--trust-boxes", "--seed", "--max-drop", "--skip-missing"}
+        left |= {"--name", "--config"}
         parser.show_only(*({flag for action in parser._actions for flag in action.option_strings} - left))
 
         def run(args: argparse.Namespace) -> int:
@@ -150,7 +151,8 @@ def _finish(folder: Path) -> None:
 
 def _synthetic(parser: argparse.ArgumentParser) -> Run:
     from sayo_verl.data.rows import PROMPTS
-    from sayo_verl.scenes import QUESTIONS, SceneConfig
+    from sayo_verl.scenes import SceneConfig
+    from sayo_verl.scenes.config import KINDS
     from sayo_verl.tiny.prepared import prepare_scenes
 
     parser.add_argument("--out", type=Path, default=Path(".sayo"), help="parent folder (default: %(default)s)")
@@ -163,7 +165,7 @@ def _synthetic(parser: argparse.ArgumentParser) -> Run:
     add_config_flags(parser, SceneConfig)
     for action in parser._actions:
         if "--question-kinds" in action.option_strings:
-            action.help = f"some of {', '.join(QUESTIONS)} (default: {', '.join(action.default)})"
+            action.help = f"some of {', '.join(KINDS)} (default: {', '.join(action.default)})"
     assert isinstance(parser, Command)
     parser.show_only("--out", "--question-kinds", "--n-train", "--n-val", "--seed", "--prompt")
 

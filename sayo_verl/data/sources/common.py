@@ -56,8 +56,7 @@ def parse(model: type[T], value: Any, where: str) -> T:
         faults = failed.errors(include_url=False)
     unknown_keys = [fault for fault in faults if fault["type"] == "extra_forbidden"]
     fault = (unknown_keys or faults)[0]  # a misspelt key is missing, too
-    fields = getattr(model, "model_fields", {}).items()
-    known = {name: getattr(field.validation_alias, "choices", [name]) for name, field in fields}
+    known = {n: getattr(f.validation_alias, "choices", [n]) for n, f in getattr(model, "model_fields", {}).items()}
     key, keys = ".".join(map(str, fault["loc"])), ", ".join(" or ".join(names) for names in known.values())
     what, wanted = f"{key or 'the record'} is invalid: {fault['msg'].removeprefix('Value error, ')}", None
     if unknown_keys:

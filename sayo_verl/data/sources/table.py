@@ -79,9 +79,8 @@ class TableSource(Source):
 
     def _values(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
         """The value of each field; D58, with a --map to copy, where the table has no column for it."""
-        columns = {name: name for name in FIELDS if name in REQUIRED or (name in row and name != "id")} | dict(
-            self.columns
-        )
+        columns = {name: name for name in FIELDS if name in REQUIRED or (name in row and name != "id")}
+        columns |= self.columns
         missing = [field for field, column in columns.items() if column.split(".")[0] not in row]
         if not missing:
             return {field: _value(row, column, where) for field, column in columns.items()}
@@ -198,7 +197,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--split", default="train", help="split to read (default: %(default)s)")
     add("--val-split", metavar="SPLIT", help="split whose rows are the validation rows")
     add("--map", dest="columns", type=parse_map, default="", metavar="FIELD=COLUMN", help="such as image=img,id=qid")
-    add("--images", type=Path, metavar="PATH", help="folder or zip file of the images (default: folder of the table)")
+    add("--images", type=Path, metavar="PATH", help="folder or zip of images (default: that of --data)")
     add("--config", help="configuration of a data set of the hub, if it has several")
     add("--name", default="table", help="name of the data in metrics (default: %(default)s)")
 
