@@ -6,6 +6,7 @@ The ``--help`` of a subcommand fits a screen; ``--help-all`` shows the rest, if 
 import argparse
 import dataclasses
 import functools
+import inspect
 import textwrap
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -43,6 +44,9 @@ class Command(argparse.ArgumentParser):
             return super().format_help()
         hidden = [a for a in self._actions if not (a.required or self.shown & set(a.option_strings))]
         before = [action.help for action in hidden], [group.description for group in self._action_groups]
+        self.epilog = "more options: --help-all" if hidden else None
+        hidden += [a for a in self._actions if hidden and isinstance(a, _HelpAll)]
+        before[0].extend(a.help for a in hidden[len(before[0]) :])
         described, self.description = self.description, _first_paragraph(self.description or "")
         self.usage = self._short_usage()
         for action in hidden:
@@ -52,7 +56,7 @@ class Command(argparse.ArgumentParser):
         try:
             return super().format_help()
         finally:
-            self.description, self.usage = described, None
+            self.description, self.usage, self.epilog = described, None, None
             for action, text in zip(hidden, before[0], strict=True):
                 action.help = text
             for group, text in zip(self._action_groups, before[1], strict=True):
@@ -117,14 +121,14 @@ def add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, tuple[s
 def add_config_flags(parser: argparse.ArgumentParser, config: type, prefix: str = "") -> None:
     """One flag for each field of a configuration dataclass, with its default."""
     hints = get_type_hints(config)
-    group = parser.add_argument_group(f"{config.__name__} (see its docstring in {config.__module__})")
+    group = parser.add_argument_group(config.__name__, inspect.getdoc(config))
     for field in dataclasses.fields(config):
         hint = hints[field.name]
-        kwargs: dict[str, Any] = {"default": field.default, "help": "default: %(default)s"}
+        kwargs: dict[str, Any] = {"default": field.default, "help": "(default: %(default)s)"}
         if get_origin(hint) is tuple:
             kwargs.update(nargs="+", type=get_args(hint)[0])
         elif get_args(hint):
-            kwargs.update(choices=get_args(hint), help=f"one of {', '.join(get_args(hint))}; default: %(default)s")
+            kwargs.update(choices=get_args(hint), help=f"one of {', '.join(get_args(hint))} (default: %(default)s)")
         else:
             kwargs.update(type=hint)
         group.add_argument(

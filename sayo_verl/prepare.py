@@ -4,10 +4,13 @@ import argparse
 import dataclasses
 import importlib
 import json
+import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from sayo_verl.command_line import AddFlags, Command, Run, add_commands, add_config_flags, config_from
+from sayo_verl.errors import SayoError
 
 # name -> (module of sayo_verl.data.sources, what it reads)
 SOURCES = {
@@ -17,9 +20,9 @@ SOURCES = {
     "coco": ("coco", "COCO detection annotations"),
     "labelme": ("labelme", "a folder of labelme files"),
     "yolo": ("yolo", "a YOLO data set: images, labels, data.yaml"),
-    "conversations": ("conversations", "conversations as of LLaVA and Visual-CoT"),
+    "conversations": ("conversations", "LLaVA or Visual-CoT conversations"),
     "table": ("table", "parquet, csv or a data set of the Hugging Face hub"),
-    "hf": ("table", "the same as table"),
+    "hf": ("table", "a table: another name of table"),
     "verl": ("verl_rows", "parquet files that verl reads, and boxes from a side file"),
 }
 
@@ -42,41 +45,48 @@ def _rows(name: str) -> AddFlags:
     """The subcommand that makes training rows from a source."""
 
     def add_flags(parser: argparse.ArgumentParser) -> Run:
-        from sayo_verl.data.boxes import BOX_FORMATS
+        from sayo_verl.data.boxes import BOX_FORMATS, FRAMES
         from sayo_verl.data.build import BuildOptions, build
         from sayo_verl.data.rows import PROMPTS
-        from sayo_verl.data.sources.common import add_box_flags
 
         module = importlib.import_module(f"sayo_verl.data.sources.{name}")
         default = {field.name: field.default for field in dataclasses.fields(BuildOptions)}
         parser.description = module.__doc__
         module.add_flags(parser.add_argument_group("source"))
-        if module.NAMED_BOXES:
-            boxes = parser.add_argument_group("boxes")
-            boxes.add_argument(
-                "--box-format",
-                choices=BOX_FORMATS,
-                metavar="FORMAT",
-                help="such as xyxy, xywh, cxcywh_unit: docs/data.md",
-            )
-            add_box_flags(boxes)
-        group = parser.add_argument_group("rows")
-        group.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to make")
-        group.add_argument("--limit", type=float, metavar="N", help="draw N examples, or a share; 0: all")
-        group.add_argument("--val-share", type=float, metavar="X", help="of the images, to hold out")
-        group.add_argument("--seed", type=int, metavar="N", help="of the draw and the split")
-        group.add_argument("--prompt", metavar="TEXT", help=f"{', '.join(PROMPTS[1:])}, or a template")
-        group.add_argument("--keep-without-boxes", action="store_true", help="keep rows without a usable box")
-        group.add_argument("--link", action="store_true", help="store paths of images, not bytes")
-        group.add_argument("--max-drop", type=float, metavar="X", help="of the examples, that may be unusable")
-        group.add_argument("--skip-missing", action="store_true", help="leave out rows of missing images")
-        group.add_argument("--overwrite", action="store_true", help="replace prepared data")
-        for action in parser._actions:
-            if action.dest in default and action.default is None:
-                action.default = default[action.dest]
-                action.help = f"{action.help} ({action.default})"
+        boxes, group = parser.add_argument_group("boxes"), parser.add_argument_group("rows")
+
+        def add(flag: str, help: str, to: argparse._ArgumentGroup = group, **kwargs: Any) -> None:
+            value = default.get(flag[2:].replace("-", "_"))
+            if flag in getattr(module, "NO_EFFECT", ()):
+                return
+            if isinstance(value, bool):
+                kwargs["action"] = "store_true"
+            elif value is not None:
+                kwargs["default"] = value
+                help += "" if "(default" in help else " (default: %(default)s)"
+            to.add_argument(flag, help=help, **kwargs)
+
+        if getattr(module, "NAMED_BOXES", False):
+            listed = "such as xyxy, xywh, cxcywh_unit: docs/data.md"
+            add("--box-format", listed, boxes, choices=BOX_FORMATS, metavar="FORMAT")
+        frames = f"how boxes follow the EXIF rotation: {', '.join(FRAMES)}"
+        add("--box-frame", frames, boxes, choices=FRAMES, metavar="FRAME")
+        add("--rescale", "boxes were drawn on resized copies of the images", boxes)
+        add("--trust-boxes", "the format was checked: build although boxes look wrong", boxes)
+        add("--out", "folder to make", type=Path, required=True, metavar="FOLDER")
+        add("--limit", "draw N rows, or a share below 1 (default: 0, all)", type=float, metavar="N")
+        add("--val-share", "share of the images held out for validation", type=float, metavar="X")
+        add("--seed", "seed of the draw and of the split", type=int, metavar="N")
+        prompts = f"{PROMPTS[0]} (default), {', '.join(PROMPTS[1:])}, or your text with {{question}}"
+        add("--prompt", prompts, metavar="TEXT")
+        add("--keep-without-boxes", "keep rows without a usable box")
+        add("--link", "store the paths of the images, not their bytes")
+        add("--max-drop", "stop if more than this share of the rows is unusable", type=float, metavar="X")
+        add("--skip-missing", "leave out rows whose image is missing")
+        add("--overwrite", "replace prepared data")
         assert isinstance(parser, Command)
-        left = {"--box-frame", "--rescale", "--seed", "--max-drop", "--skip-missing", "--revision"}
+        left = {"--box-frame", "--rescale", "--trust-boxes", "--seed", "--max-drop", "--skip-missing"}
+        left |= {"--name", "--config"}
         parser.show_only(*({flag for action in parser._actions for flag in action.option_strings} - left))
 
         def run(args: argparse.Namespace) -> int:
@@ -93,12 +103,28 @@ def _mix(parser: argparse.ArgumentParser) -> Run:
     from sayo_verl.data import mix
 
     parser.description = mix.__doc__
-    mix.add_flags(parser)
+    parser.add_argument(
+        "--from",
+        dest="parts",
+        action="append",
+        required=True,
+        metavar="FOLDER=SHARE",
+        help="a prepared folder, and a number, all or rest; repeat it",
+    )
+    parser.add_argument("--rows", type=int, required=True, metavar="N", help="training rows of the mixture")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the mixture")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder of prepared data")
     assert isinstance(parser, Command)
     parser.show_only(*(flag for action in parser._actions for flag in action.option_strings))
 
     def run(args: argparse.Namespace) -> int:
-        _finish(mix.from_args(args).folder)
+        parts = [text.rpartition("=") for text in args.parts]
+        shares = {Path(folder).resolve(): share for folder, _, share in parts}
+        if len(shares) < len(parts) or not all(folder for folder, _, _ in parts):
+            wanted = "FOLDER=SHARE, each folder once"
+            raise SayoError("D57", "--from is invalid", where="--from", got=args.parts, wanted=wanted, fix="correct it")
+        _finish(mix.mix_folders(shares, args.rows, args.out, args.seed, overwrite=args.overwrite).folder)
         return 0
 
     return run
@@ -112,6 +138,7 @@ def _finish(folder: Path) -> None:
     from sayo_verl.data.folder import LEFT_OUT, MANIFEST, read_folder, verl_flags
     from sayo_verl.data.rows import REASONS
 
+    folder = folder.resolve()
     built, manifest = read_folder(folder), json.loads((folder / MANIFEST).read_text())
     table = Table(show_header=False, box=None)
     for split, rows in built.rows.items():
@@ -128,6 +155,12 @@ def _finish(folder: Path) -> None:
     lines += [verl_flags(built.files)]
     if not built.rows["val"]:
         lines.append("no image was held out: for validation rows set a higher --val-share")
+    if 0 < manifest.get("boxes", 0) < 10:
+        lines.append("too few boxes to judge their format: look at the page")
+    elif any(reason.startswith("box_") for reason in built.left_out):
+        lines.append("rows were left out for their boxes: look at the page")
+    lines.append(f"look at rows: sayo inspect {shlex.quote(str(folder))} --page {shlex.quote(f'{folder}.html')}")
+    lines.append(f"train: DATA={shlex.quote(str(folder))} bash scripts/run_sayo_qwen3vl_4b_1gpu.sh")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     print(folder)
@@ -136,6 +169,7 @@ def _finish(folder: Path) -> None:
 def _synthetic(parser: argparse.ArgumentParser) -> Run:
     from sayo_verl.data.rows import PROMPTS
     from sayo_verl.scenes import SceneConfig
+    from sayo_verl.scenes.config import KINDS
     from sayo_verl.tiny.prepared import prepare_scenes
 
     parser.add_argument("--out", type=Path, default=Path(".sayo"), help="parent folder (default: %(default)s)")
@@ -143,9 +177,12 @@ def _synthetic(parser: argparse.ArgumentParser) -> Run:
         "--prompt",
         choices=PROMPTS,
         default="question",
-        help="how the form of the answer is asked for (default: %(default)s)",
+        help="instructions about the form of the answer (default: %(default)s)",
     )
     add_config_flags(parser, SceneConfig)
+    for action in parser._actions:
+        if "--question-kinds" in action.option_strings:
+            action.help = f"some of {', '.join(KINDS)} (default: {', '.join(action.default)})"
     assert isinstance(parser, Command)
     parser.show_only("--out", "--question-kinds", "--n-train", "--n-val", "--seed", "--prompt")
 

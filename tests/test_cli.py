@@ -49,10 +49,17 @@ def test_help_of_every_subcommand_fits_a_screen_and_the_rest_is_in_help_all(monk
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) <= 30, command
         assert max(map(len, lines)) <= 80, command
+        assert command != "prepare gqa" or lines[-1] == "more options: --help-all"
     with pytest.raises(SystemExit):
         main(["prepare", "jsonl", "--help-all"])
     page = capsys.readouterr().out
     assert "--max-drop" in page
+    for name in SOURCES:
+        with pytest.raises(SystemExit):
+            main(["prepare", name, "--help-all"])
+        shown = capsys.readouterr().out
+        assert [flag for flag in ("--trust-boxes", "--rescale", "--box-frame") if flag not in shown] == [], name
+        assert ("--prompt" in shown.partition("rows:")[2]) == (name != "verl"), name
     assert "Unknown keys are refused by name" in page  # the format, from the module
 
 

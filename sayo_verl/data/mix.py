@@ -124,7 +124,10 @@ def train_counts(shares: Mapping[Path, str], rows: int, there: Mapping[Path, int
         or not all(0 < number <= 1 for number in numbers.values())
         or abs(sum(numbers.values()) - bool(numbers)) > 1e-6
     ):
-        got, wanted = " ".join(f"{part}={share}" for part, share in shares.items()), "numbers that add up to 1, or one rest"
+        got, wanted = (
+            " ".join(f"{part}={share}" for part, share in shares.items()),
+            "numbers that add up to 1, or one rest",
+        )
         raise SayoError("D57", "the shares are invalid", where="--from", got=got, wanted=wanted, fix="correct --from")
     counts = {part: there[part] for part in shares if part not in numbers}
     exact = {part: number * max(rows - sum(counts.values()), 0) for part, number in numbers.items()}

@@ -51,7 +51,9 @@ def one(folder: Path, options: dict | None = None, **changed) -> Example | LeftO
 
 
 def test_every_field_of_a_row(tmp_path):
-    example = one(tmp_path, id=5, boxes=[list(BOX)], box_names=["dog"], kind="k", width=80, height=60)
+    example = one(
+        tmp_path, {"columns": {"id": "id"}}, id=5, boxes=[list(BOX)], box_names=["dog"], kind="k", width=80, height=60
+    )
     assert (example.id, example.question, example.answer, example.kind) == ("5", "What?", "x", "k")
     assert example.images[0].data == png("red")
     assert (example.sizes, example.boxes, example.box_names) == (((80, 60),), ((BOX,),), (("dog",),))
@@ -131,7 +133,7 @@ def test_csv_and_json_are_read_as_parquet_is(tmp_path, kind):
         )
     path = tmp_path / f"data.{kind}"
     path.write_text(text, encoding="utf-8-sig")
-    first, second = read(path)
+    first, second = read(path, columns={"id": "id"})
     assert (first.id, first.question, first.answer, first.boxes) == ("007", "Größe?", "1.50", ((BOX,),))
     assert (first.images[0].path, second.answer, second.boxes) == (tmp_path / "images/p0.png", "NA", ((),))
     path.write_bytes("image,question\n答,答\n".encode("gb18030"))
@@ -220,3 +222,13 @@ def test_errors_of_the_hub_have_one_line(hub, monkeypatch):
         monkeypatch.setattr(*missing, away)
         with refusal("D63", "ConnectionError: no route to host at all.*HF_HUB_OFFLINE"):
             read(Path("owner/name"))
+
+
+def test_an_id_needs_a_map_and_boxes_of_a_csv_are_json(tmp_path):
+    assert [e.id for e in read(parquet(tmp_path, row(id=1), row(id=1)))] == ["train:0", "train:1"]
+    path = tmp_path / "a.csv"
+    path.write_text("image,question,answer,boxes\n[a].jpg,What?,x,\n[a].jpg,What?,x,10 20 100 120\n")
+    rows = TableSource(str(path), "xyxy").examples()
+    assert next(rows).images[0].key == "[a].jpg"
+    with refusal("D58", "write lists as JSON"):
+        next(rows)

@@ -71,7 +71,7 @@ def test_rows_pass_through_and_boxes_are_joined_by_id(tmp_path):
     assert second["extra_info"]["boxes"] == [[]]
     assert third["extra_info"]["boxes"] == [[[0.1, 0.1, 0.5, 0.5]]]
     boxed = built(source, tmp_path / "boxed", BuildOptions(val_share=0))
-    assert [r["extra_info"]["id"] for r in boxed] == ["train.parquet:0", "train.parquet:2"]
+    assert [r["extra_info"]["id"] for r in boxed] == ["train:0", "train:2"]
 
 
 @pytest.mark.parametrize("truth", ["\\boxed{3}", 3, None])
@@ -158,8 +158,26 @@ def test_the_flags_of_the_command(tmp_path):
     parser = argparse.ArgumentParser()
     verl_rows.add_flags(parser)
     parser.add_argument("--box-format")
-    parser.add_argument("--prompt", default=BuildOptions.prompt)
     args = ["--file", str(write(tmp_path / "train.parquet", row(1))), "--id", "uid"]
     assert verl_rows.from_args(parser.parse_args(args)) == VerlSource(tmp_path / "train.parquet", id="uid")
-    with refusal("D57", "messages of the file are kept"):
-        verl_rows.from_args(parser.parse_args([*args, "--prompt", "question"]))
+
+
+def test_a_side_file_may_match_one_row_of_each_split_and_answers_stay(tmp_path):
+    files = [
+        write(tmp_path / n / "a.parquet", row(0, {"answer": "zero"})) for n in ("t", "v") if not (tmp_path / n).mkdir()
+    ]
+    boxes = side(tmp_path / "boxes.jsonl", {"id": 0, "boxes": [[4, 3, 20, 15]]})
+    found = list(VerlSource(files[0], "xyxy", val_file=files[1], boxes=boxes).examples())
+    assert [(e.id, e.answer, e.extra["index"]) for e in found] == [("train:0", "zero", 0), ("val:0", "zero", 0)]
+
+
+def test_large_types_of_pandas_become_plain_and_a_map_is_refused(tmp_path):
+    table = pa.Table.from_pylist([row(1)])
+    large = table.set_column(6, "agent_name", table["agent_name"].cast(pa.large_string()))
+    pq.write_table(large, tmp_path / "a.parquet")
+    assert VerlSource(tmp_path / "a.parquet").column_features["agent_name"].dtype == "string"
+    pq.write_table(
+        table.append_column("m", pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))), tmp_path / "b.parquet"
+    )
+    with refusal("D64"):
+        VerlSource(tmp_path / "b.parquet")

@@ -112,3 +112,15 @@ def test_own_questions_and_absent_objects(tmp_path):
 def test_other_folders_are_refused(tmp_path, files, data, code, says):
     with refusal(code, says):
         rows(tmp_path, {**FILES, **files}, data)
+
+
+def test_no_is_the_name_of_a_class_and_a_split_may_be_a_list_or_empty(tmp_path):
+    data = "train: [images/train, images/val]\nval:\nnames: {0: no, 1: yes}\n"
+    ids = [f"images/{name}" for name in ("train/a.jpg:count:no", "train/a.jpg:count:yes", "val/c.jpg:count:yes")]
+    assert answers(rows(tmp_path, FILES, data)) == dict.fromkeys(ids, ("", "1"))
+
+
+def test_a_wrong_key_of_a_question_lists_both_names(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"image": "a.jpg", "question": "Q?", "answer": "x", "label": []}')
+    with refusal("D58", "did you mean 'labels'.*categories or labels"):
+        rows(tmp_path, FILES, DATA, "--questions", str(tmp_path / "q.jsonl"))

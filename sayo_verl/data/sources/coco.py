@@ -101,10 +101,10 @@ class CocoSource(AnnotatedSource):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare coco``."""
-    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="instances_*.json")
+    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="such as instances_*.json")
     parser.add_argument("--images", type=Path, required=True, metavar="PATH", help="folder or zip file of the photos")
     questions.add_flags(parser, "coco")
-    parser.add_argument("--absent", action="store_true", help="ask about absent objects, too")
+    parser.add_argument("--absent", action="store_true", help="also ask about classes that are not in the picture")
 
 
 def from_args(args: argparse.Namespace) -> CocoSource:

@@ -22,7 +22,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from sayo_verl.data.boxes import FRAMES, four_numbers
+from sayo_verl.data.boxes import four_numbers
 from sayo_verl.data.contract import check_placeholders
 from sayo_verl.data.rows import IMAGE_TAG, RUNS_CODE, Drop, ImageRef, Source
 from sayo_verl.errors import SayoError, did_you_mean
@@ -56,12 +56,13 @@ def parse(model: type[T], value: Any, where: str) -> T:
         faults = failed.errors(include_url=False)
     unknown_keys = [fault for fault in faults if fault["type"] == "extra_forbidden"]
     fault = (unknown_keys or faults)[0]  # a misspelt key is missing, too
-    key, known = ".".join(map(str, fault["loc"])), getattr(model, "model_fields", {})
+    known = {n: getattr(f.validation_alias, "choices", [n]) for n, f in getattr(model, "model_fields", {}).items()}
+    key, keys = ".".join(map(str, fault["loc"])), ", ".join(" or ".join(names) for names in known.values())
     what, wanted = f"{key or 'the record'} is invalid: {fault['msg'].removeprefix('Value error, ')}", None
     if unknown_keys:
-        what, wanted = f"unknown key {key!r}{did_you_mean(key, known)}", ", ".join(known)
+        what, wanted = f"unknown key {key!r}{did_you_mean(key, keys.replace(' or ', ', ').split(', '))}", keys
     elif fault["type"] == "missing":
-        what, wanted = f"the record has no {key!r}", ", ".join(known)
+        what, wanted = f"the record has no {key!r}", keys
     got, fix = f"{fault['input']!r:.80}", "correct the record, or remove it"
     raise SayoError("D58", what, where=where, got=got, wanted=wanted, fix=fix)
 
@@ -199,16 +200,9 @@ class FileSource(FieldSource):
                 yield value, path, number, split
 
 
-def add_box_flags(parser: argparse._ActionsContainer) -> None:
-    """Flags of the builder for boxes whose frame or size the data may not show."""
-    parser.add_argument("--box-frame", choices=FRAMES, metavar="FRAME", help=f"of EXIF: {', '.join(FRAMES)}")
-    parser.add_argument("--rescale", action="store_true", help="boxes were drawn on resized copies")
-    parser.add_argument("--trust-boxes", action="store_true", help="the format was checked: build in any case")
-
-
 def add_file_flags(parser: argparse.ArgumentParser, name: str) -> None:
     """Flags of a ``FileSource``."""
-    parser.add_argument("--file", type=Path, required=True, help="the records (.gz and .zip are read too)")
-    parser.add_argument("--images", type=Path, help="folder or zip file (default: folder of --file)")
-    parser.add_argument("--val-file", type=Path, metavar="FILE", help="the same, for validation rows")
-    parser.add_argument("--name", default=name, help="in names of metrics (%(default)s)")
+    parser.add_argument("--file", type=Path, required=True, help="file of the records (also .gz and .zip)")
+    parser.add_argument("--images", type=Path, help="folder or zip of images (default: that of --file)")
+    parser.add_argument("--val-file", type=Path, metavar="FILE", help="file of the validation rows")
+    parser.add_argument("--name", default=name, help="name of the data in metrics (default: %(default)s)")

@@ -170,7 +170,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     boxes = f"{' (as SAYO) or '.join(_RULES)} (default: %(default)s)"
     parser.add_argument("--scene-graphs", nargs="+", type=Path, required=True, metavar="FILE", help=graphs)
     parser.add_argument("--questions", nargs="+", type=Path, required=True, metavar="FILE", help=questions)
-    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="of images, or images.zip")
+    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="folder of images, or images.zip")
     parser.add_argument("--boxes", choices=tuple(_RULES), default=GqaSource.boxes, metavar="RULE", help=boxes)
 
 

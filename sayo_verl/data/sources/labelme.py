@@ -103,7 +103,7 @@ def _box(shape: _Shape, where: str) -> tuple[float, ...] | None:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare labelme``."""
     parser.add_argument("--folder", type=Path, required=True, help="folder of labelme's JSON files")
-    parser.add_argument("--images", type=Path, metavar="PATH", help="folder or zip file (default: as imagePath says)")
+    parser.add_argument("--images", type=Path, help="folder or zip file of images (default: as imagePath says)")
     questions.add_flags(parser, "labelme")
 
 

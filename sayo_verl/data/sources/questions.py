@@ -1,6 +1,6 @@
 """Questions about annotated objects: made from their names with --ask, or your own from a file.
 
---questions names lines of JSON {file | file_name | image_id, question, answer, categories | labels, id?, kind?}. The
+--questions: lines {file | file_name | image_id | image, question, answer, categories | labels, id?, kind?} of JSON. The
 region is every object of these names in the picture. [] is a question without a region, and its row is kept. A question
 about an object without a box (a crowd, a point) is left out.
 """
@@ -38,7 +38,7 @@ class Picture(NamedTuple):
 
 class Question(BaseModel):  # a line of --questions
     model_config = ConfigDict(extra="forbid")
-    file: str | int = Field(validation_alias=AliasChoices("file", "file_name", "image_id"))
+    file: str | int = Field(validation_alias=AliasChoices("file", "file_name", "image_id", "image"))
     question: common.Text
     answer: common.Text
     categories: list[str] = Field(validation_alias=AliasChoices("categories", "labels"))
@@ -99,10 +99,9 @@ class AnnotatedSource(common.FieldSource):
 def add_flags(parser: argparse.ArgumentParser, name: str) -> None:
     """Flags of the sources that have annotations and no questions."""
     one, kinds = parser.add_mutually_exclusive_group(required=True), ("count", "presence")
-    one.add_argument("--ask", nargs="+", choices=kinds, default=[], metavar="KIND", help="count, presence")
-    one.add_argument("--questions", type=Path, metavar="FILE", help="lines of JSON with your own questions instead")
-    parser.add_argument("--name", default=name, help="in names of metrics (%(default)s)")
-    common.add_box_flags(parser)
+    one.add_argument("--ask", nargs="+", choices=kinds, default=[], metavar="KIND", help="count, presence, or both")
+    one.add_argument("--questions", type=Path, metavar="FILE", help="your own questions, one JSON object a line")
+    parser.add_argument("--name", default=name, help="name of the data in metrics (default: %(default)s)")
 
 
 def fields_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -148,9 +148,9 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare refocus``."""
     parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="parquet files or *_wbb.json")
-    parser.add_argument("--split", default="train", help="of the parquet files (default: %(default)s)")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="of the pictures of *_wbb.json")
-    parser.add_argument("--first-box", action="store_true", help="the first of several areas, as SAYO's code")
+    parser.add_argument("--split", default="train", help="split of the parquet files (default: %(default)s)")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="folder of the pictures of *_wbb.json")
+    parser.add_argument("--first-box", action="store_true", help="use the first of several areas, as SAYO's code does")
     parser.add_argument(
         "--fall-back",
         choices=FALL_BACKS,

@@ -7,7 +7,7 @@ fields. A dot leads into a struct, or into each struct of a list.
     question   text; image tags around it are removed where there is one for each image
     answer     text or a number; \\boxed{...} around it is removed. A list is refused: one entry must be chosen
     boxes      optional: boxes of four numbers, or one box; with several images: one list of boxes for each image
-    id         optional, unique. Default: split and number of the row
+    id         optional, unique; read only if --map names it. Default: split and number of the row
     box_names, kind, width, height    optional; width and height of the picture that the boxes were drawn on
 
 File names are relative to the folder of the table, or to --images. In a folder, the files of a split have its name:
@@ -79,7 +79,8 @@ class TableSource(Source):
 
     def _values(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
         """The value of each field; D58, with a --map to copy, where the table has no column for it."""
-        columns = {field: field for field in FIELDS if field in row or field in REQUIRED} | dict(self.columns)
+        columns = {name: name for name in FIELDS if name in REQUIRED or (name in row and name != "id")}
+        columns |= self.columns
         missing = [field for field, column in columns.items() if column.split(".")[0] not in row]
         if not missing:
             return {field: _value(row, column, where) for field, column in columns.items()}
@@ -97,6 +98,9 @@ class TableSource(Source):
             common.parse(common.Text, values.get(n), f"{where}, {n}") for n in ("question", "answer", "kind")
         )
         pictures, regions, named = (_parsed(values.get(n), where) for n in ("image", "boxes", "box_names"))
+        if isinstance(regions, str) or isinstance(named, str):
+            what, fix = "boxes or box_names are text", "write lists as JSON: [[10, 20, 100, 120]]"
+            raise SayoError("D58", what, where=where, got=f"{regions!r:.60}, {named!r:.60}", fix=fix)
         pictures = pictures if isinstance(pictures, list) else [pictures]
         images = tuple(common.stored_image(picture, f"{where}, image", folder) for picture in pictures)
         boxes = common.boxes_of_images(regions, len(images), f"{where}, boxes")
@@ -170,7 +174,7 @@ def _value(row: Any, column: str, where: str) -> Any:
 
 def _parsed(value: Any, where: str) -> Any:
     """A list, which a csv has as JSON; None for an empty cell."""
-    is_json = isinstance(value, str) and value.startswith("[")
+    is_json = isinstance(value, str) and value.startswith("[") and value.endswith("]")  # not [a].jpg
     return common.parse(Json[list[Any]], value, where) if is_json else value or None
 
 
@@ -189,13 +193,13 @@ def parse_map(text: str) -> dict[str, str]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare table``."""
     add = parser.add_argument
-    add("--data", "--dataset", required=True, metavar="TABLE", help="parquet, csv or JSON, a folder, or a hub name")
-    add("--split", default="train", help="of a folder or of the hub (default: %(default)s)")
-    add("--val-split", metavar="SPLIT", help="its rows become the validation rows")
-    add("--map", dest="columns", type=parse_map, default="", metavar="FIELD=COLUMN,...", help="such as image=img")
-    add("--images", type=Path, metavar="FOLDER", help="of the images, or a zip file")
-    add("--config", help="of the hub, where there are several")
-    add("--name", default="table", help="name of the data set in metrics (default: %(default)s)")
+    add("--data", "--dataset", required=True, metavar="TABLE", help="file (parquet, csv, JSON), folder or hub name")
+    add("--split", default="train", help="split to read (default: %(default)s)")
+    add("--val-split", metavar="SPLIT", help="split whose rows are the validation rows")
+    add("--map", dest="columns", type=parse_map, default="", metavar="FIELD=COLUMN", help="such as image=img,id=qid")
+    add("--images", type=Path, metavar="PATH", help="folder or zip of images (default: that of --data)")
+    add("--config", help="configuration of a data set of the hub, if it has several")
+    add("--name", default="table", help="name of the data in metrics (default: %(default)s)")
 
 
 def from_args(args: argparse.Namespace) -> TableSource:

@@ -1,7 +1,7 @@
 """Parquet files that verl reads, with boxes that their rows have already or that a side file adds.
 
-Prompts, answers, names of data sources, other columns and other fields of ``extra_info`` are kept. So --prompt is
-refused, and answers may have any form. Images are read as verl opens them: relative paths start at the working
+Prompts, answers, names of data sources, other columns and other fields of ``extra_info`` are kept. There
+is no --prompt, and answers may have any form. Images are read as verl opens them: relative paths start at the working
 directory. The side file (--boxes) has one JSON object a line:
 
     id         text or number that a row has in the column, or field of extra_info, --id (default: id, else index)
@@ -23,11 +23,12 @@ from sayo_verl.data.check import check_joined, open_rows
 from sayo_verl.data.contract import Demands, RowContract, text_of
 from sayo_verl.data.json_files import json_lines
 from sayo_verl.data.reading import image_source, read_rows
-from sayo_verl.data.rows import EXTRA_INFO, PROMPTS, Example, ImageRef
+from sayo_verl.data.rows import EXTRA_INFO, Example, ImageRef
 from sayo_verl.data.sources import common
 from sayo_verl.errors import Rule, raise_first
 
-NAMED_BOXES = True  # the command adds --box-format and what belongs to it
+NAMED_BOXES = True  # the command adds --box-format
+NO_EFFECT = ("--prompt", "--skip-missing")  # the command leaves them out
 NEEDED = Demands(attention=False, judge=None, headers=False)  # what verl itself needs of a row
 WRITTEN = ("prompt", "images", "data_source", "extra_info")  # columns that the builder writes
 
@@ -55,17 +56,19 @@ class VerlSource(common.FileSource):
         from datasets import Features
 
         files = [common.check_input(file) for file in (self.file, self.val_file) if file]
-        for file in files:
-            types = Features.from_arrow_schema(open_rows(file, NEEDED).schema_arrow)
+        schemas = [open_rows(file, NEEDED).schema_arrow for file in files]
+        check_joined(files)
+        for schema in schemas:
+            types = _small(dict(Features.from_arrow_schema(schema)))
             self.column_features.update((name, types[name]) for name in types if name not in WRITTEN)
             info = types.get("extra_info")
             fields = info if isinstance(info, dict) else {}  # D72 refuses another type later
-            self.extra_features.update((name, fields[name]) for name in fields if name not in EXTRA_INFO)
-        check_joined(files)
+            written = EXTRA_INFO if "int" not in str(fields.get("index")) else {*EXTRA_INFO} - {"index"}
+            self.extra_features.update((name, fields[name]) for name in fields if name not in written)
 
     def examples(self) -> Iterator[Example]:
         """The rows; D06, D09, D62, D72, D73 for an invalid row, D05, D42, D46, D58, D59, D95, D96 for its boxes."""
-        regions, used = self._regions(), set[str]()
+        regions, used = self._regions(), set[tuple[str, str]]()
         contract = RowContract(NEEDED)
         for row, path, number, split in self.records(_rows):
             where = f"{path} row {number}"
@@ -74,14 +77,14 @@ class VerlSource(common.FileSource):
                 raise looked.faults[0]
             info = row["extra_info"] = row.get("extra_info") or {}
             info["question"] = info.get("question") or looked.question.strip()
-            id = common.parse(common.Text, info.get("id"), where) or f"{path.name}:{number}"
+            id = common.parse(common.Text, info.get("id"), where) or f"{split or 'train'}:{number}"
             key = self._key(row, where) if regions else ""
-            twice = key in regions and (key in used or any(info.get("boxes") or []))
+            twice = key in regions and ((split, key) in used or any(info.get("boxes") or []))
             what, fix = "a row of the side file has boxes already", "join by a unique --id"
             raise_first([Rule("D96", twice, what, where, fix, key)])
-            used.add(key)
+            used.add((split, key))
             yield self._example(id, row, regions.get(key), split, where)
-        lost = [key for key in regions if key not in used]
+        lost = sorted(set(regions) - {key for _, key in used})
         got = f"{len(lost)} of {len(regions)}, such as {', '.join(lost[:3])}"
         what, fix = "boxes of the side file match no row", "correct the ids, or name their column with --id"
         raise_first([Rule("D95", bool(lost), what, str(self.boxes), fix, got, "ids of rows")])
@@ -107,7 +110,7 @@ class VerlSource(common.FileSource):
         return common.parse(common.Text, found[0], where)
 
     def _example(self, id: str, row: dict[str, Any], added: _Region | None, split: str, where: str) -> Example:
-        info = row["extra_info"]
+        info, answer = row["extra_info"], row["extra_info"].get("answer")
         region = added or _Region(id=id, boxes=info.get("boxes"), box_names=info.get("box_names"))
         images = tuple(_image(image, f"{where}, images") for image in row.get("images") or [])
         boxes = common.boxes_of_images(region.boxes, len(images), where)
@@ -115,7 +118,7 @@ class VerlSource(common.FileSource):
             id,
             images,
             question=str(info["question"]),
-            answer=str(row["reward_model"]["ground_truth"]),
+            answer=answer if answer and isinstance(answer, str) else str(row["reward_model"]["ground_truth"]),
             boxes=boxes,
             box_names=common.names_of_boxes(region.box_names, boxes, where),
             box_format=(self.box_format or "") if added else "xyxy_unit",
@@ -127,6 +130,17 @@ class VerlSource(common.FileSource):
             extra={name: info.get(name) for name in self.extra_features},
             columns={name: row.get(name) for name in self.column_features},
         )
+
+
+def _small(feature: Any) -> Any:
+    """The types of `datasets` without the large ones of pandas, with which other files cannot be joined."""
+    from datasets import LargeList, List, Value
+
+    if isinstance(feature, dict):  # a struct
+        return {name: _small(inner) for name, inner in feature.items()}
+    if isinstance(feature, List | LargeList):
+        return List(_small(feature.feature), getattr(feature, "length", -1))
+    return Value(feature.dtype.removeprefix("large_")) if isinstance(feature, Value) else feature
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -143,13 +157,11 @@ def _image(image: Any, where: str) -> ImageRef:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare verl``."""
     parser.add_argument("--file", type=Path, required=True, help="parquet file that verl reads")
-    parser.add_argument("--val-file", type=Path, help="another one, whose rows are the validation split")
-    parser.add_argument("--boxes", type=Path, help="side file of boxes, one JSON object a line")
-    parser.add_argument("--id", default="", metavar="COLUMN", help="of the ids of the side file (default: id, index)")
+    parser.add_argument("--val-file", type=Path, metavar="FILE", help="file of the validation rows")
+    parser.add_argument("--boxes", type=Path, metavar="FILE", help="side file of boxes, one JSON object a line")
+    parser.add_argument("--id", default="", metavar="COLUMN", help="column of the ids to join (default: id, index)")
 
 
 def from_args(args: argparse.Namespace) -> VerlSource:
-    """The source from the flags of ``add_flags``; D57 for --prompt."""
-    what, fix = "--prompt has no effect on verl's rows", "leave it out; the messages of the file are kept"
-    raise_first([Rule("D57", args.prompt != PROMPTS[0], what, "--prompt", fix, args.prompt)])
+    """The source from the flags of ``add_flags``."""
     return VerlSource(args.file, args.box_format, val_file=args.val_file, boxes=args.boxes, id=args.id)

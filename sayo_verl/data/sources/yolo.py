@@ -1,7 +1,7 @@
 """A YOLO data set (Ultralytics' layout), and questions about its labels.
 
 data.yaml in the folder has ``names`` of classes (a list, or {number: name}) and the folders ``train`` (default: images)
-and ``val``, relative to ``path`` or to the folder. ``val`` becomes the validation split.
+and ``val`` (each one or a list), relative to ``path`` or to the folder. ``val`` becomes the validation split.
 
 The labels of images/a/b.jpg are in labels/a/b.txt, one object a line: the class and four shares of the picture (centre
 x, centre y, width, height), or the class and the corners of a polygon, whose bounding box is taken. A picture without
@@ -16,9 +16,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import yaml  # type: ignore[import-untyped]
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 
 from sayo_verl.data.rows import Example, ImageRef, LeftOut
 from sayo_verl.data.sources import common, questions
@@ -27,14 +28,15 @@ from sayo_verl.errors import SayoError
 
 NAMED_BOXES = False
 _IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_Folders = Annotated[list[str], BeforeValidator(lambda v: v if isinstance(v, list) else [v] * (v not in ("", "null")))]
 
 
 class _Settings(BaseModel):  # data.yaml
     path: str = ""
-    train: str = "images"
-    val: str = ""
+    train: _Folders = ["images"]
+    val: _Folders = []
     names: list[common.Text] | dict[int, common.Text]
-    kpt_shape: None = None
+    kpt_shape: Literal["", "null", "~"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class YoloSource(AnnotatedSource):
         """Raises SayoError: D58, D63 data.yaml or --questions, D93 the folder or a label."""
         file = self.folder / "data.yaml"
         try:
-            written = yaml.safe_load(common.check_input(file).read_bytes())
+            written = yaml.load(common.check_input(file).read_bytes(), yaml.BaseLoader)  # "no" stays a text
         except yaml.YAMLError as error:
             raise SayoError("D93", f"data.yaml is no YAML: {error!r:.99}", where=str(file), fix="correct it") from error
         settings = common.parse(_Settings, written, str(file))
@@ -64,9 +66,8 @@ class YoloSource(AnnotatedSource):
     def _pictures(self, settings: _Settings) -> dict[str, tuple[Path, str]]:
         """Path and split of each picture, by its name within the folder."""
         found: dict[str, tuple[Path, str]] = {}
-        held_out = settings.val not in ("", settings.train)
-        splits = {settings.train: "train", settings.val: "val"} if held_out else {settings.train: ""}
-        for name, split in splits.items():
+        train, val = settings.train or ["images"], [name for name in settings.val if name not in settings.train]
+        for name, split in [(name, "train" if val else "") for name in train] + [(name, "val") for name in val]:
             path = Path(name.replace("\\", "/"))  # perhaps of another machine: its last two parts count
             places = [self.folder / settings.path / path, self.folder / path, self.folder.joinpath(*path.parts[-2:])]
             place = next((place for place in places if place.is_dir()), None)
@@ -108,9 +109,9 @@ def _box(values: list[float]) -> tuple[float, ...]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of ``sayo prepare yolo``."""
-    parser.add_argument("--folder", type=Path, required=True, help="with images, labels and data.yaml")
+    parser.add_argument("--folder", type=Path, required=True, help="folder with images, labels and data.yaml")
     questions.add_flags(parser, "yolo")
-    parser.add_argument("--absent", action="store_true", help="ask about absent objects, too")
+    parser.add_argument("--absent", action="store_true", help="also ask about classes that are not in the picture")
 
 
 def from_args(args: argparse.Namespace) -> YoloSource:
