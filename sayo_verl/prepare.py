@@ -47,7 +47,7 @@ def _rows(name: str) -> AddFlags:
     def add_flags(parser: argparse.ArgumentParser) -> Run:
         from sayo_verl.data.boxes import BOX_FORMATS, FRAMES
         from sayo_verl.data.build import BuildOptions, build
-        from sayo_verl.data.rows import PROMPTS
+        from sayo_verl.reward.prompts import PROMPTS
 
         module = importlib.import_module(f"sayo_verl.data.sources.{name}")
         default = {field.name: field.default for field in dataclasses.fields(BuildOptions)}
@@ -167,7 +167,7 @@ def _finish(folder: Path) -> None:
 
 
 def _synthetic(parser: argparse.ArgumentParser) -> Run:
-    from sayo_verl.data.rows import PROMPTS
+    from sayo_verl.reward.prompts import PROMPTS
     from sayo_verl.scenes import SceneConfig
     from sayo_verl.scenes.config import KINDS
     from sayo_verl.tiny.prepared import prepare_scenes

@@ -34,18 +34,9 @@ from sayo_verl.data.boxes import FRAMES, check_format, doubt
 from sayo_verl.data.contract import check_data_source
 from sayo_verl.data.folder import LEFT_OUT, SPLITS, Built, new_folder, read_folder, write_manifest
 from sayo_verl.data.make_row import EXAMPLE, FACTS, NO_BOX, features_of, make_row, to_table
-from sayo_verl.data.rows import (
-    LOSSES,
-    PROMPTS,
-    QUESTION_FIELD,
-    RESERVED,
-    TEXTS,
-    Drop,
-    LeftOut,
-    Source,
-    check_text,
-)
+from sayo_verl.data.rows import LOSSES, RESERVED, TEXTS, Drop, LeftOut, Source, check_text
 from sayo_verl.errors import Rule, SayoError, raise_first
+from sayo_verl.reward.prompts import PROMPTS, QUESTION_FIELD
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,7 +56,7 @@ class BuildOptions:
         val_share: share of the *images* whose rows are held out: at least one image if it is above 0 and there are
             two; 1 makes validation rows only. Not read where the source names the splits.
         seed: of the draw and of the split.
-        prompt: "instruction", "released", "question", or a template with ``{question}`` (``rows.messages_of``).
+        prompt: "instruction", "released", "question", or a template with ``{question}`` (``reward.prompts``).
         keep_without_boxes: keep rows that have no usable region, as rows without boxes.
         link: store paths of images instead of their bytes.
         max_drop: share of the examples that may be lost (``rows.LOSSES``).
@@ -205,9 +196,6 @@ def rows_of(table: "Dataset", columns: list[str]) -> Iterator[dict[str, Any]]:
         yield from (dict(zip(columns, row, strict=True)) for row in zip(*(batch[c] for c in columns), strict=True))
 
 
-# --------------------------------------------------------------------------------------------------- 1: the examples
-
-
 def _examples(source: Source, folder: Path) -> "Dataset":
     """The records of the source, each with the reason why it is no example, or with "".
 
@@ -284,9 +272,6 @@ def _draw(examples: "Dataset", options: BuildOptions) -> tuple[np.ndarray, np.nd
 def _number(seed: int, key: str) -> float:
     """In [0, 1), by the seed and the name of a picture."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).digest(), "big") / 2**64
-
-
-# -------------------------------------------------------------------------------------------------- 3: the decisions
 
 
 def _decide(

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from sayo_verl.data.images import MAX_PIXELS, MAX_RATIO
 from sayo_verl.data.reading import Header, read_image
-from sayo_verl.data.rows import IMAGE_TAG, reserved_text
+from sayo_verl.data.rows import reserved_text
 from sayo_verl.errors import Rule, SayoError, raise_first
 from sayo_verl.reward import why_not_gradable
+from sayo_verl.reward.prompts import IMAGE_TAG
 from sayo_verl.vision.masks import check_boxes, not_an_image
 
 PREPARE = "prepare the data again, with `sayo prepare`"

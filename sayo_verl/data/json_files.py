@@ -11,7 +11,6 @@ file and the record or line. Whole numbers of more than 64 bits are a fault for 
 import gzip
 import io
 import json
-import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -23,7 +22,6 @@ import ijson
 
 from sayo_verl.errors import SayoError
 
-_DEEP = re.compile(rb'(?:[\[{]\s*(?:"[^"\\]*"\s*:\s*)?){1000}')  # ijson's memory grows with the square of the depth
 _MARK = b"\xef\xbb\xbf"  # UTF-8 with a byte order mark
 
 
@@ -39,7 +37,7 @@ def json_items(path: Path, prefix: str = "") -> Iterator[tuple[Any, Any]]:
         if kind != wanted:
             fix = "name a file of the published format; one JSON value a line is another format"
             raise SayoError("D47", "the JSON is of another kind", where=str(path), got=kind, wanted=wanted, fix=fix)
-        found = (ijson.items if prefix else ijson.kvitems)(_Bounded(file), prefix, use_float=True)
+        found = (ijson.items if prefix else ijson.kvitems)(file, prefix, use_float=True)
         try:
             for last, value in enumerate(found) if prefix else found:
                 yield last, value
@@ -70,19 +68,6 @@ def json_records(path: Path) -> Iterator[tuple[int, Any]]:
     with _opened(path) as file:
         array = _start(file) == "["
     return ((i + 1, value) for i, value in json_items(path, "item")) if array else json_lines(path)
-
-
-class _Bounded:
-    """The bytes of a file; ValueError for brackets within brackets, a thousand deep."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        if _DEEP.search(data):
-            raise ValueError("brackets are nested too deeply")
-        return data
 
 
 def _start(file: IO[bytes]) -> str:

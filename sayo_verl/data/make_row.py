@@ -12,7 +12,8 @@ import pyarrow as pa
 from sayo_verl.data.boxes import place_boxes
 from sayo_verl.data.folder import SPLITS
 from sayo_verl.data.images import Stored, image_bytes, store_image
-from sayo_verl.data.rows import BOXES, MESSAGES, TEXTS, Drop, Example, ImageRef, Source, messages_of, schema_of
+from sayo_verl.data.rows import BOXES, MESSAGES, TEXTS, Drop, Example, ImageRef, Source, schema_of
+from sayo_verl.reward.prompts import messages_of
 
 if TYPE_CHECKING:
     from datasets import Features

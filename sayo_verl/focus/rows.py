@@ -19,13 +19,13 @@ from torch.utils.data import Dataset
 
 from sayo_verl.data.contract import Demands, RowContract, check_placeholders
 from sayo_verl.data.reading import decoded
-from sayo_verl.data.rows import IMAGE_TAG
 from sayo_verl.errors import SayoError
 from sayo_verl.focus.files import NEEDED, columns_of, has_boxes
 from sayo_verl.focus.loss import IGNORE, FocusBatch, target_distribution
 from sayo_verl.focus.token import focus_token_id
 from sayo_verl.models.families import FAMILIES, family_of
 from sayo_verl.probe.plan import image_tiles, plan_row
+from sayo_verl.reward.prompts import IMAGE_TAG
 
 REGION_COVERAGE = 0.5  # of a cell, for figures; the loss takes shares as they are
 FOCUS_KEY = "focus"  # of a batch: its FocusBatch

@@ -28,7 +28,7 @@ def content_hash(*parts: Any) -> str:
 
 
 def prepare_scenes(out_root: Path | str, config: SceneConfig, prompt: str = "question") -> Prepared:
-    """``out_root/scenes-<hash>/``, built unless it is there. ``prompt``: as ``rows.messages_of``."""
+    """``out_root/scenes-<hash>/``, built unless it is there. ``prompt``: as ``reward.prompts.messages_of``."""
     folder = Path(out_root) / f"scenes-{content_hash(asdict(config), prompt)}"
     try:
         check_folder(folder)

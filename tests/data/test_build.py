@@ -339,7 +339,7 @@ def test_a_stopped_build_leaves_no_process_and_no_folder_and_starting_again_work
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits an ignored one
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "here\n"
+    assert process.stdout.readline().startswith("here")  # two workers may say it at once
     children = psutil.Process(process.pid).children(recursive=True)
     assert bool(children) == (reading == "images")
     process.send_signal(how)

@@ -24,8 +24,9 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from sayo_verl.data.boxes import four_numbers
 from sayo_verl.data.contract import check_placeholders
-from sayo_verl.data.rows import IMAGE_TAG, RUNS_CODE, Drop, ImageRef, Source
+from sayo_verl.data.rows import RUNS_CODE, Drop, ImageRef, Source
 from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.reward.prompts import IMAGE_TAG
 from sayo_verl.vision.masks import check_nesting
 
 T = TypeVar("T")

@@ -50,7 +50,7 @@ class YoloSource(AnnotatedSource):
         """Raises SayoError: D58, D63 data.yaml or --questions, D93 the folder or a label."""
         file = self.folder / "data.yaml"
         try:
-            written = yaml.load(common.check_input(file).read_bytes(), yaml.BaseLoader)  # "no" stays a text
+            written = yaml.BaseLoader(common.check_input(file).read_bytes()).get_single_data()  # "no" stays a text
         except yaml.YAMLError as error:
             raise SayoError("D93", f"data.yaml is no YAML: {error!r:.99}", where=str(file), fix="correct it") from error
         settings = common.parse(_Settings, written, str(file))
