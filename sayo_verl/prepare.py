@@ -154,13 +154,15 @@ def _finish(folder: Path) -> None:
     lines = [f"left out: {folder / LEFT_OUT}"] if built.left_out else []
     lines += [verl_flags(built.files)]
     if not built.rows["val"]:
-        lines.append("no image was held out: for validation rows set a higher --val-share")
+        lines.append("no image was held out: for validation rows prepare with a higher --val-share")
     if 0 < manifest.get("boxes", 0) < 10:
         lines.append("too few boxes to judge their format: look at the page")
     elif any(reason.startswith("box_") for reason in built.left_out):
         lines.append("rows were left out for their boxes: look at the page")
     lines.append(f"look at rows: sayo inspect {shlex.quote(str(folder))} --page {shlex.quote(f'{folder}.html')}")
-    lines.append(f"train: DATA={shlex.quote(str(folder))} bash scripts/run_sayo_qwen3vl_4b_1gpu.sh")
+    if built.rows["train"]:  # SAYO needs boxes; VGPO does not
+        script = "run_sayo_qwen3vl_4b_1gpu" if manifest.get("boxes", 1) else "run_vgpo_qwen2_5vl_7b"
+        lines.append(f"train: DATA={shlex.quote(str(folder))} bash scripts/{script}.sh")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     print(folder)

@@ -184,8 +184,8 @@ def doubt(drawn: np.ndarray, box_format: str) -> str | None:
     """What looks wrong about the boxes of a source (``Placed.drawn``, float [N, 4]; equal ones count once), or None.
 
     1. Two (over 1 in 1000) or all are shares: they end within 1.5 percent or thousandths, or 0.5 % of a side in pixels.
-    2. Three (over 1 in 100) are more than half outside their pictures, or more than 1 in 4 (of fewer than 10: 1 in 2)
-       leave them by over 2 % of a side. Fewer than 4 boxes are not judged.
+    2. Three (over 1 in 100) are more than half outside their pictures, or more than 1 in 4 (of 4 to 9: 1 in 2) leave
+       them by over 2 % of a side.
     3. (From here on of at least 20.) Boxes begin in the upper left tenth, and 99 % end within half of the area and 95 %
        of both sides; within 1 - 6 / N of the width if that is the longer reach: faces and skies are in the upper half.
     4. All centres are in the upper left quarter.

@@ -287,16 +287,7 @@ def _decide(
     kept: dict[str, list[int]] = {split: [] for split in SPLITS}
     asked, held_out = set[int](), set[int]()
     changed, total = Counter[str](), Counter[str]()
-    columns = [
-        "sayo:id",
-        "sayo:split",
-        "sayo:reason",
-        "sayo:detail",
-        "sayo:asked",
-        "sayo:pictures",
-        "sayo:changed",
-        "sayo:boxes",
-    ]
+    columns = [name for name in FACTS if name not in ("sayo:drawn", "sayo:format")]
     for split in reversed(SPLITS):  # training rows give way to validation rows
         for number, row in enumerate(rows_of(made, columns)):
             if row["sayo:split"] != split:

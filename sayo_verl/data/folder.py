@@ -4,7 +4,7 @@
     val-00000.parquet ...
     images/                   with --link: pictures that are not files of their own, or were changed
     left_out.jsonl            {id, reason, detail} of every row that was left out
-    manifest.json             source, options, counts, and the size and rows of every file
+    manifest.json             source, options, counts, and the size of every file
 
 A build writes into a hidden folder beside it, which gets its name when it is complete. So a folder with a manifest is
 whole, or was damaged later. Imports the standard library only: scripts look at folders before they have an environment.
@@ -54,7 +54,8 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
-            if not Path(f"/proc/{left.name.split('.')[-2]}").exists():
+            process = left.name.split(".")[-2]
+            if process.isdigit() and not Path("/proc", process).exists():
                 shutil.rmtree(left)
         partial.mkdir(parents=True)
         yield partial
@@ -82,24 +83,19 @@ def _refuse_full(out: Path, overwrite: bool) -> None:
 
 def _is_ours(folder: Path) -> bool:
     try:
-        return json.loads((folder / MANIFEST).read_text()).get("kind") in (KIND, "scenes")  # the latter: format 1
-    except (OSError, ValueError, AttributeError):
+        return bool(json.loads((folder / MANIFEST).read_text())["kind"] == KIND)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def no_prepared_folder(folder: Path) -> SayoError:
     """D56: there is no such folder, or it has no manifest."""
-    return SayoError(
-        "D56",
-        "there is no prepared folder",
-        where=str(folder),
-        wanted=MANIFEST,
-        fix="name a folder that `sayo prepare` made; a build that was interrupted starts again",
-    )
+    fix = "name a folder that `sayo prepare` made; a build that was interrupted starts again"
+    return SayoError("D56", "there is no prepared folder", where=str(folder), wanted=MANIFEST, fix=fix)
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder, after a comparison with the files that are there.
+def check_folder(folder: Path, kind: str = KIND) -> dict[str, Any]:
+    """The manifest of a folder of this kind, after a comparison with the files that are there.
 
     Raises:
         SayoError: D56 for a folder without a manifest, of another format, or with other files than its manifest names.
@@ -108,17 +104,17 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise no_prepared_folder(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        kind = manifest["kind"], manifest.get("format", 1)
+        found = manifest["kind"], manifest.get("format", 1)
         files: dict[str, dict[str, int]] = manifest["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder / MANIFEST, f"{type(error).__name__}: {error}", "a manifest") from error
-    if kind != (KIND, FORMAT):
+    if found != (kind, FORMAT):
         raise SayoError(
             "D56",
             "the folder is of another version or kind",
             where=str(folder / MANIFEST),
-            got=f"{kind[0]}, format {kind[1]}",
-            wanted=f"{KIND}, format {FORMAT}",
+            got=f"{found[0]}, format {found[1]}",
+            wanted=f"{kind}, format {FORMAT}",
             fix="prepare the data again with this version",
         )
     for name, facts in files.items():
@@ -132,14 +128,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, got: object, wanted: object) -> SayoError:
-    return SayoError(
-        "D56",
-        "a file of a prepared folder is not as its manifest says",
-        where=str(path),
-        got=got,
-        wanted=wanted,
-        fix="copy the folder again, or prepare it again",
-    )
+    what, fix = "a file of a prepared folder is not as its manifest says", "copy the folder again, or prepare it again"
+    return SayoError("D56", what, where=str(path), got=got, wanted=wanted, fix=fix)
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:

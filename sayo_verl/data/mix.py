@@ -58,7 +58,8 @@ def mix_folders(shares: Mapping[Path, str], rows: int, out: Path, seed: int = 0,
             for split in SPLITS
         }
         left_out: list[dict[str, str]] = []
-        usable = {folder: _apart(folder, tables, left_out) for folder in shares}
+        pictures = {folder: _pictures(table, f"{folder}, val") for folder, table in tables["val"].items()}
+        usable = {folder: _apart(folder, tables["train"].get(folder), pictures, left_out) for folder in shares}
         counts = train_counts(shares, rows, {folder: len(numbers) for folder, numbers in usable.items()})
         generator = np.random.default_rng(seed)
         drawn = {folder: np.sort(generator.permutation(usable[folder])[:n]) for folder, n in counts.items() if n}
@@ -75,30 +76,34 @@ def mix_folders(shares: Mapping[Path, str], rows: int, out: Path, seed: int = 0,
         n_rows = {"train": len(mixed), "val": sum(map(len, held_out))}
         del tables, mixed, held_out  # mapped from the files that go now
         shutil.rmtree(new / "tables")
-        parts = {str(folder): {"train": n, "source": check_folder(folder)["source"]} for folder, n in counts.items()}
+        manifests = {folder: check_folder(folder) for folder in shares}
+        parts = {str(folder): {"train": n, "source": manifests[folder]["source"]} for folder, n in counts.items()}
         write_manifest(
             new,
             source={"name": "mix", "parts": parts},
-            options={"shares": {str(folder): share for folder, share in shares.items()}, "rows": rows, "seed": seed},
+            options={
+                "shares": {str(folder): share for folder, share in shares.items()},
+                "rows": rows,
+                "seed": seed,
+                "keep_without_boxes": any(of["options"].get("keep_without_boxes") for of in manifests.values()),
+            },
             rows=n_rows,
             left_out={IN_OTHER_SPLIT: len(left_out)} if left_out else {},
         )
     return read_folder(out)
 
 
-def _apart(part: Path, tables: "Mapping[str, Mapping[Path, Dataset]]", left_out: list[dict[str, str]]) -> np.ndarray:
+def _pictures(table: "Dataset", where: str) -> set[bytes]:
+    return {image_digest(image, where) for row in rows_of(table, ["images"]) for image in row["images"]}
+
+
+def _apart(
+    part: Path, train: "Dataset | None", held_out: Mapping[Path, set[bytes]], left_out: list[dict[str, str]]
+) -> np.ndarray:
     """Numbers of the training rows of a folder without a validation picture of another folder."""
-    others = {
-        image_digest(image, f"{folder}, val")
-        for folder, table in tables["val"].items()
-        if folder != part
-        for row in rows_of(table, ["images"])
-        for image in row["images"]
-    }
+    others = {picture for folder, pictures in held_out.items() if folder != part for picture in pictures}
     kept = []
-    for number, row in enumerate(
-        rows_of(tables["train"][part], ["images", "extra_info"]) if part in tables["train"] else ()
-    ):
+    for number, row in enumerate(rows_of(train, ["images", "extra_info"]) if train else ()):
         if others and any(image_digest(image, f"{part} row {number}") in others for image in row["images"]):
             left_out.append({"id": row["extra_info"]["id"], "reason": IN_OTHER_SPLIT, "detail": str(part)})
         else:
@@ -124,10 +129,8 @@ def train_counts(shares: Mapping[Path, str], rows: int, there: Mapping[Path, int
         or not all(0 < number <= 1 for number in numbers.values())
         or abs(sum(numbers.values()) - bool(numbers)) > 1e-6
     ):
-        got, wanted = (
-            " ".join(f"{part}={share}" for part, share in shares.items()),
-            "numbers that add up to 1, or one rest",
-        )
+        got = " ".join(f"{part}={share}" for part, share in shares.items())
+        wanted = "numbers that add up to 1, or one rest; beside them any number of all"
         raise SayoError("D57", "the shares are invalid", where="--from", got=got, wanted=wanted, fix="correct --from")
     counts = {part: there[part] for part in shares if part not in numbers}
     exact = {part: number * max(rows - sum(counts.values()), 0) for part, number in numbers.items()}
@@ -136,10 +139,8 @@ def train_counts(shares: Mapping[Path, str], rows: int, there: Mapping[Path, int
         counts[part] += 1  # those with the largest remainder
     scarce = [f"{part} has {there[part]} rows, {n} wanted" for part, n in counts.items() if n > there[part]]
     if scarce or rows < 1 or sum(counts.values()) != rows:
-        what, fix = (
-            "the parts do not have the rows of the mixture",
-            "correct --rows or the shares, or prepare more rows",
-        )
+        what = "the parts do not have the rows of the mixture"
+        fix = "correct --rows or the shares, or prepare more rows"
         got = "; ".join(scarce) or f"{rows} wanted, {sum(counts.values())} in the folders that give all"
         raise SayoError("D57", what, where="--rows", got=got, wanted="every row once", fix=fix)
     return {part: counts[part] for part in shares}

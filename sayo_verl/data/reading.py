@@ -52,7 +52,8 @@ def read_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows of some columns (names, or dotted paths of leaves) and row groups; D02 for a damaged page."""
     batches = file.iter_batches(batch_size=256, columns=columns, row_groups=groups)
-    image_columns = [name for name in _image_columns(file) if name in columns]
+    with _readable(path):
+        image_columns = [name for name in _image_columns(file) if name in columns]
     while True:
         with _readable(path):  # around the reading alone: an error of the caller is not caught here
             batch = next(batches, None)

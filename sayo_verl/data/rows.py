@@ -142,7 +142,7 @@ class Example:
         prompt: messages that are used as they are, with one image tag for each image; empty: made of the question.
         neutral: the row has no region by its nature ("Is there a dog?" - "no"), and is kept without one.
         extra: further fields of ``extra_info``.
-        columns: further columns, or others than this module's ``ability`` and ``reward_model``.
+        columns: further columns; ``ability`` and ``reward_model`` replace those that the builder writes.
     """
 
     id: str

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sayo_verl.data.build import BuildOptions, build
-from sayo_verl.data.folder import MANIFEST, check_folder, new_folder, write_manifest
+from sayo_verl.data.folder import KIND, check_folder, new_folder, write_manifest
 from sayo_verl.data.sources.scenes import SceneSource
 from sayo_verl.errors import SayoError
 from sayo_verl.scenes import SceneConfig
@@ -30,33 +30,32 @@ def content_hash(*parts: Any) -> str:
 def prepare_scenes(out_root: Path | str, config: SceneConfig, prompt: str = "question") -> Prepared:
     """``out_root/scenes-<hash>/``, built unless it is there. ``prompt``: as ``reward.prompts.messages_of``."""
     folder = Path(out_root) / f"scenes-{content_hash(asdict(config), prompt)}"
-    try:
-        check_folder(folder)
-    except SayoError:  # it is not there, or not complete
-        build(SceneSource(config), folder, BuildOptions(prompt=prompt, trust_boxes=True, overwrite=True))
-        return Prepared(folder, False)
-    return Prepared(folder, True)
+    if _is_complete(folder, KIND):
+        return Prepared(folder, True)
+    build(SceneSource(config), folder, BuildOptions(prompt=prompt, trust_boxes=True, overwrite=True))
+    return Prepared(folder, False)
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether ``folder`` has a manifest and every file that it names, at its size."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        return all((folder / name).stat().st_size == facts["size"] for name, facts in files.items())
-    except (OSError, ValueError, KeyError, TypeError):  # cut short, or of an older version: as good as absent
-        return False
-
-
-def prepare_folder(folder: Path, build: Callable[[Path], dict[str, Any]]) -> Prepared:
+def prepare_folder(folder: Path, kind: str, build: Callable[[Path], dict[str, Any]]) -> Prepared:
     """``folder``, filled by ``build`` unless a complete one is there; an incomplete one is replaced.
 
     Args:
         folder: its name has a hash of the configuration.
+        kind: stands in the manifest.
         build: fills the (empty) folder that it is given, and returns facts for the manifest.
     """
-    if is_complete(folder):
+    if _is_complete(folder, kind):
         return Prepared(folder, True)
     shutil.rmtree(folder, ignore_errors=True)
     with new_folder(folder, overwrite=False) as fresh:
-        write_manifest(fresh, **build(fresh))
+        write_manifest(fresh, kind=kind, **build(fresh))
     return Prepared(folder, False)
+
+
+def _is_complete(folder: Path, kind: str) -> bool:
+    """Whether the folder is there, of this version, and as its manifest says."""
+    try:
+        check_folder(folder, kind)
+    except SayoError:
+        return False
+    return True

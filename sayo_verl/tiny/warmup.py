@@ -266,6 +266,7 @@ def prepare_policy(
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         configs = {"policy": asdict(policy), "warmup": asdict(warmup), "scenes": asdict(scenes)}
-        return {"kind": "tiny policy", "config": configs, **result}
+        return {"config": configs, "warmup": result}
 
-    return prepare_folder(Path(out_root) / f"policy-{policy_hash(policy, warmup, scenes)}", build)
+    folder = Path(out_root) / f"policy-{policy_hash(policy, warmup, scenes)}"
+    return prepare_folder(folder, "tiny policy", build)

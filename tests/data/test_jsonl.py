@@ -1,6 +1,7 @@
 """Lines of JSON: what becomes a row, and which lines are refused."""
 
 import argparse
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -127,3 +128,14 @@ def test_any_value_of_a_key_is_a_row_or_a_refusal(tmp_path_factory, key, value):
         assert "data.jsonl" in error.where  # noqa: PT017 (either outcome is right)
     else:
         assert isinstance(outcome, Example)
+
+
+def test_pictures_of_one_name_beside_two_files_are_two_pictures(tmp_path):
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text('{"image": "0.png", "question": "q?", "answer": "a"}')
+    beside = JsonlSource(tmp_path / "train" / "a.jsonl", val_file=tmp_path / "val" / "a.jsonl")
+    assert [row.images[0].key for row in beside.examples()] == ["0.png", "val/0.png"]
+    assert [row.images[0].path for row in beside.examples()] == [tmp_path / n / "0.png" for n in ("train", "val")]
+    one_folder = dataclasses.replace(beside, images=tmp_path)
+    assert [row.images[0].key for row in one_folder.examples()] == ["0.png", "0.png"]

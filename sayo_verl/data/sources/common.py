@@ -124,8 +124,8 @@ class ImageFolder:
     and so is any name in a zip file ("a.jpg" of val2017/a.jpg) if only one member ends so.
     """
 
-    def __init__(self, base: Path) -> None:
-        self.base = base
+    def __init__(self, base: Path, prefix: str = "") -> None:
+        self.base, self.prefix = base, prefix  # the latter: of the keys
         self._members: dict[str, str] = {}  # of a zip file: end of a name -> name
         self._absolute: dict[str, str] = {}  # name in the folder -> the absolute name that led to it
         if base.is_dir():
@@ -150,7 +150,8 @@ class ImageFolder:
         if absolute and self._absolute.setdefault(found, absolute) != absolute:
             what, got = "two images have one name in the folder of images", f"{self._absolute[found]} and {absolute}"
             raise SayoError("D60", what, where=where, got=got, fix="write their paths in this folder")
-        return ImageRef(found, self.base, found) if self._members else ImageRef(found, self.base / found)
+        key = self.prefix + found
+        return ImageRef(key, self.base, found) if self._members else ImageRef(key, self.base / found)
 
 
 def _ends(name: str) -> list[str]:
@@ -192,6 +193,11 @@ class FileSource(FieldSource):
     images: Path | None = None
     val_file: Path | None = None
     name: str = "mine"
+
+    def folder(self, path: Path) -> ImageFolder:
+        """The images of a file. Two files in two folders may name two pictures alike, so their keys differ."""
+        prefix = "val/" if self.images is None and path.parent != self.file.parent else ""
+        return ImageFolder(self.images or path.parent, prefix)
 
     def records(self, read: Callable[[Path], Iterable[tuple[int, Any]]]) -> Iterator[tuple[Any, Path, int, str]]:
         """Value, file, number and split of each record."""

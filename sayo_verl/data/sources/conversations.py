@@ -64,12 +64,12 @@ class ConversationsSource(common.FileSource):
 
     def examples(self) -> Iterator[Example]:
         """Raises SayoError: D05, D09, D42, D58, D60, D61, D63 and D92, each with file and record."""
-        folders = functools.cache(common.ImageFolder)
+        folders = functools.cache(self.folder)
         for value, path, number, split in self.records(json_records):
             where = f"{path} record {number}"
             record = common.parse(_Record, value, where)
             id = f"{'val/' * (split == 'val')}{path.name}:{number} {record.id}".strip()
-            yield self._example(id, record, folders(self.images or path.parent), split, where)
+            yield self._example(id, record, folders(path), split, where)
 
     def _example(self, id: str, record: _Record, folder: common.ImageFolder, split: str, where: str) -> Example:
         named = [record.image] if isinstance(record.image, str) else record.image or []

@@ -55,9 +55,9 @@ class JsonlSource(common.FileSource):
 
     def examples(self) -> Iterator[Example]:
         """Raises SayoError: D05, D09, D42, D58, D60, D61, D63, each with file and line."""
-        folders = functools.cache(common.ImageFolder)
+        folders = functools.cache(self.folder)
         for value, path, number, split in self.records(json_lines):
-            where, folder = f"{path} line {number}", folders(self.images or path.parent)
+            where, folder = f"{path} line {number}", folders(path)
             line = parse(_Line, value, where)
             both, own, named = (line.image is None) == (not line.images), line.box_format, self.box_format
             what, fix = "the line and the command name different box formats", "correct --box-format or the line"

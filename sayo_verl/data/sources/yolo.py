@@ -28,7 +28,16 @@ from sayo_verl.errors import SayoError
 
 NAMED_BOXES = False
 _IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_Folders = Annotated[list[str], BeforeValidator(lambda v: v if isinstance(v, list) else [v] * (v not in ("", "null")))]
+
+
+def _as_list(value: str | list[str]) -> list[str]:
+    """One folder, several, or an empty value for none."""
+    if isinstance(value, list):
+        return value
+    return [] if value in ("", "null", "~") else [value]
+
+
+_Folders = Annotated[list[str], BeforeValidator(_as_list)]
 
 
 class _Settings(BaseModel):  # data.yaml
