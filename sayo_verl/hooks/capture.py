@@ -18,6 +18,7 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_torch_device
 from verl.utils.ulysses import get_ulysses_sequence_parallel_group, get_ulysses_sequence_parallel_rank
+from verl.workers.utils.padding import response_from_nested
 
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks.counterfactual import counterfactual_micro_batch, plain_rows
@@ -92,14 +93,16 @@ class AttentionStatisticsMixin:
     def _counterfactual_step(
         self, micro_batch: TensorDict, loss_function: Any, forward_only: bool, change: Mapping[str, Any]
     ) -> tuple[Any, dict]:
-        """Return log-probs for a changed image under a separate name.
+        """Return log-probs of the response for a changed image under a separate name.
 
-        verl stores all outputs of a pass by name, and the log-probs of the real image must stay.
+        verl stores all outputs of a pass by name, and the log-probs of the real image must stay. verl would store those
+        of the prompt too.
         """
         family = family_of(self.model_config.hf_config.model_type, where="the loaded model")
         copy = counterfactual_micro_batch(micro_batch, self.model_config, family, change)
         loss, output = super().forward_step(copy, loss_function, forward_only)  # type: ignore[misc]
-        output["model_output"] = {COUNTERFACTUAL_LOG_PROBS: output["model_output"]["log_probs"]}
+        log_probs = response_from_nested(output["model_output"]["log_probs"], copy["response_mask"])
+        output["model_output"] = {COUNTERFACTUAL_LOG_PROBS: log_probs}
         return loss, output
 
     def _shard(self, family: Family, packed: bool) -> Shard | None:

@@ -10,7 +10,7 @@ import torch
 import transfer_queue as tq
 from tensordict import NonTensorData, TensorDict
 from transfer_queue import KVBatchMeta
-from verl.workers.utils.padding import response_from_nested, response_to_nested
+from verl.workers.utils.padding import response_to_nested
 
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import Needs, Signals
@@ -41,7 +41,8 @@ def fetch_signals(batch: KVBatchMeta, needs: Needs) -> tuple[Signals, float]:
     """Fetch the results of the log-prob passes, padded as verl pads its fields, and the probe's total seconds.
 
     Raises:
-        SayoError: A06 for a missing field, A17 when the reward function returns no ``acc`` and the method needs it.
+        SayoError: A02 for a row whose statistics do not fit its response, A06 for a missing field, A17 when the reward
+            function returns no ``acc`` and the method needs it.
     """
     wire = {statistic: WIRE_PREFIX + statistic.key for statistic in needs.statistics.statistics}
     per_row = {name: WIRE_PREFIX + name for name in PER_ROW}
@@ -51,25 +52,37 @@ def fetch_signals(batch: KVBatchMeta, needs: Needs) -> tuple[Signals, float]:
     data = fetch(batch, wanted)
     mask = data["response_mask"]
 
-    def padded(nested: torch.Tensor) -> torch.Tensor:
-        return response_from_nested(nested, mask).to_padded_tensor(0.0).float()
-
     rows = {name: torch.cat(list(data[key].unbind())).float() for name, key in per_row.items()}
     is_padding = torch.tensor([bool(tag.get("is_padding", False)) for tag in batch.tags])
     signals = Signals(
         response_mask=mask.to_padded_tensor(0),
-        # verl has sliced these two to the response
+        # verl has sliced these two to the response; workers send the others for the response only
         entropy=data["entropy"].to_padded_tensor(0.0).float(),
         log_probs=data["old_log_probs"].to_padded_tensor(0.0).float(),
-        statistics={statistic: padded(data[key]) for statistic, key in wire.items()},
+        statistics={statistic: _padded(data, key) for statistic, key in wire.items()},
         image_tokens=rows["image_tokens"],
         region_tokens=rows["region_tokens"],
         is_padding=is_padding,
         uid=tuple(map(str, data["uid"])),
-        counterfactual_log_probs=(padded(data[COUNTERFACTUAL_LOG_PROBS]) if needs.intervention is not None else None),
+        counterfactual_log_probs=_padded(data, COUNTERFACTUAL_LOG_PROBS) if needs.intervention is not None else None,
         correct=_correct(batch) if needs.correctness else None,
     )
     return signals, float(rows["probe_seconds"].sum())
+
+
+def _padded(data: TensorDict, key: str) -> torch.Tensor:
+    """[B, T] or [B, T, W] float32 of a field of the response tokens, zeros after each row's last."""
+    got, wanted = data[key].offsets().diff().tolist(), data["response_mask"].offsets().diff().tolist()
+    if got != wanted:
+        raise SayoError(
+            "A02",
+            f"the values of {key} are not one per response token",
+            where=f"TransferQueue, {len(wanted)} rows",
+            got=got,
+            wanted=wanted,
+            fix="this is a defect of sayo-verl or a changed verl; run `sayo doctor` and report both",
+        )
+    return data[key].to_padded_tensor(0.0).float()
 
 
 def _reward_info(batch: KVBatchMeta) -> list[dict[str, Any]]:

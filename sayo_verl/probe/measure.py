@@ -167,8 +167,8 @@ class Measurement:
     def finish(self) -> dict[str, tuple[torch.Tensor, list[int]]]:
         """Return every statistic by key: values of all rows back to back, and the length of each row's part.
 
-        Per-token statistics are float32 [L] or [L, W] in the wire layout. Those per visual token are
-        [sum of max(V, 1)].
+        Per-token statistics are float32, [sum of T] or [sum of T, W]: prompts and visual tokens add nothing to what
+        leaves a worker. Those per visual token are [sum of max(V, 1)].
 
         Raises:
             SayoError: P22 for a statistic that was not read exactly once in every layer and for every response token,
@@ -192,12 +192,12 @@ class Measurement:
                 sums = [row_sums[statistic] for row_sums in self._sums]
                 values, lengths = torch.cat(sums), [part.shape[0] for part in sums]
             else:
-                values, lengths = self._values[statistic], [row.length for row in self.rows]
+                values, lengths = self._values[statistic], [row.response_length for row in self.rows]
             if self._shard:
                 values = values.clone()
                 self._shard.add_up(values)
             if statistic.name != "patch_sums":
-                values, unseen[statistic.key] = self._to_wire(statistic, values)
+                values, unseen[statistic.key] = self._of_tokens(statistic, values)
             out[statistic.key] = values, lengths
         # in one copy and last, because it waits for the device
         counts = [*unseen.values(), *(group.not_finite for group in self._profiles)]
@@ -273,18 +273,16 @@ class Measurement:
                 self._put(statistic, self._starts[n] + first, values, 1.0)
         check_held(self._profiles)
 
-    def _to_wire(self, statistic: Statistic, rows_LW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Convert attention rows to the layout that verl slices: token t at position P + t - 1, NaN elsewhere.
+    def _of_tokens(self, statistic: Statistic, rows_LW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values of the response tokens of all rows back to back, [sum of T] or [sum of T, W], from attention rows.
 
         Also return the number of response tokens that were not measured exactly once in every layer.
         """
         assert self._placement is not None
-        tokens = self._placement.tokens_at
-        values_W = rows_LW[tokens + QUERY_ROWS[statistic.query_row]]
-        wire_LW = torch.full_like(rows_LW[:, :-1], float("nan"))
-        wire_LW[tokens - 1] = values_W[:, :-1]
+        read = rows_LW[self._placement.tokens_at + QUERY_ROWS[statistic.query_row]]
+        values, share = read[:, :-1], read[:, -1]
         wide = statistic.per_head or statistic.size
-        return wire_LW if wide else wire_LW[:, 0], ((values_W[:, -1] - 1).abs() > 1e-3).sum()
+        return values.contiguous() if wide else values[:, 0].contiguous(), ((share - 1).abs() > 1e-3).sum()
 
 
 def _sets_of(statistic: Statistic) -> list[str]:

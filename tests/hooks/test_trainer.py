@@ -22,6 +22,7 @@ from transformers import Qwen3VLConfig
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 from verl.utils import tensordict_utils as tu
+from verl.workers.utils.padding import response_from_nested
 
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks import store
@@ -82,17 +83,18 @@ class FakeWorkerGroup:
         ids = data["input_ids"]
         values, offsets = ids.values().float(), ids.offsets()
         jagged = functools.partial(torch.nested.nested_tensor_from_jagged, offsets=offsets)
+        of_response = lambda values: response_from_nested(jagged(values), data["response_mask"])  # noqa: E731
         single = functools.partial(torch.nested.nested_tensor_from_jagged, offsets=torch.arange(len(data) + 1))
         if change is not None:
             assert not tu.get_non_tensor_data(data, "calculate_entropy", True)
-            return tu.get_tensordict({COUNTERFACTUAL_LOG_PROBS: jagged(-values / 500)}, {"metrics": {"mfu": 0.0}})
+            return tu.get_tensordict({COUNTERFACTUAL_LOG_PROBS: of_response(-values / 500)}, {"metrics": {"mfu": 0.0}})
         out = {"log_probs": jagged(-values / 1000)}
         if tu.get_non_tensor_data(data, "calculate_entropy", False):
             out["entropy"] = jagged((values * 7 % 11) / 11)
         if request is not None:
             out |= {
-                WIRE_PREFIX + Statistic("image_mass").key: jagged(values / 2000),
-                WIRE_PREFIX + Statistic("region_mass").key: jagged(values / 2000 * 0.5),
+                WIRE_PREFIX + Statistic("image_mass").key: of_response(values / 2000),
+                WIRE_PREFIX + Statistic("region_mass").key: of_response(values / 2000 * 0.5),
                 "sayo_image_tokens": single(torch.full((len(data),), IMAGE_TOKENS)),
                 "sayo_region_tokens": single(torch.full((len(data),), REGION_TOKENS)),
                 "sayo_probe_seconds": single(torch.full((len(data),), 0.01)),
@@ -158,7 +160,7 @@ def one_step(config, partition, order, group=None, **settings):
 
 
 def expected_advantages(rows):
-    """By hand from the fake statistics: y_t at position P + t was written to wire position P + t - 1."""
+    """By hand from the fake statistics, which are functions of the id at position P + t - 1."""
     rewards = []
     for row in rows:
         prompt = len(row["prompts"])
@@ -219,12 +221,12 @@ def test_an_absent_statistic_stops_the_step(queue, config, absent):
         one_step(config, f"train-absent-{absent}", [0, 1, 2, 3], group)
 
 
-@pytest.mark.parametrize("lengths", [(3, 5, 7, 9), (6, 5, 4, 3)], ids=["ragged", "equally-long"])
+@pytest.mark.parametrize("lengths", [(3, 5, 7, 9), (4, 4, 4, 4)], ids=["ragged", "equally-long"])
 def test_statistics_of_several_values_per_token_come_back_in_shape(queue, config, lengths):
     """Through TransferQueue as [tokens, W]; equally long rows are where jagged tensors of three dimensions go wrong."""
     batch, rows = put_batch(f"train-wide{lengths}", [2, 0, 3, 1], lengths)
     wide = Statistic("top_patch_mass", size=3)
-    values = [row["input_ids"].float()[:, None] + torch.tensor([0.1, 0.2, 0.3]) for row in rows]
+    values = [row["responses"].float()[:, None] + torch.tensor([0.1, 0.2, 0.3]) for row in rows]
     ones = [torch.ones(1)] * 4
     fields = {WIRE_PREFIX + name: torch.nested.as_nested_tensor(ones, layout=torch.jagged) for name in PER_ROW}
     fields[WIRE_PREFIX + wide.key] = torch.nested.as_nested_tensor(values, layout=torch.jagged)
@@ -237,9 +239,21 @@ def test_statistics_of_several_values_per_token_come_back_in_shape(queue, config
     signals, _ = store.fetch_signals(batch, Needs(StatisticsRequest((wide,))))
     assert signals[wide].shape == (4, max(lengths), 3)
     for n, (row, value) in enumerate(zip(rows, values, strict=True)):
-        prompt, T = len(row["prompts"]), len(row["responses"])
-        assert torch.equal(signals[wide][n, :T], value[prompt - 1 : prompt - 1 + T])
+        T = len(row["responses"])
+        assert torch.equal(signals[wide][n, :T], value)
         assert (signals[wide][n, T:] == 0).all()
+
+
+def test_values_that_do_not_fit_the_responses_stop_the_step(queue, config):
+    class WholeSequences(FakeWorkerGroup):
+        @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+        def compute_log_prob(self, data):
+            out, key = super().compute_log_prob(data), WIRE_PREFIX + Statistic("region_mass").key
+            out[key] = out["log_probs"]
+            return out
+
+    with pytest.raises(SayoError, match=r"SAYO-A02: the values of sayo_region_mass.*one per response token.*fix: "):
+        one_step(config, "train-whole", [0, 1, 2, 3], WholeSequences())
 
 
 @dataclass(frozen=True)

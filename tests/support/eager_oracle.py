@@ -233,7 +233,7 @@ def difference(statistic: Any, values: torch.Tensor, row: dict[str, Any], truth:
 
     Args:
         statistic: a ``sayo_verl.probe.statistics.Statistic``.
-        values: this row's values on the wire: [S] or [S, W], or [V] for ``patch_sums``.
+        values: this row's values: [T] or [T, W], or [V] for ``patch_sums``.
         row: as ``engine_rows.make_rows`` gives it.
         truth: the row's.
 
@@ -251,11 +251,8 @@ def difference(statistic: Any, values: torch.Tensor, row: dict[str, Any], truth:
             return torch.zeros(1)
         assert values.shape == wanted.shape
         return (values.double() - wanted).abs()
-    prompt, length = truth.prompt, row["input_ids"].shape[0]
-    assert values.shape[0] == length
-    assert torch.isnan(values[: prompt - 1]).all(), "positions of no response token must hold NaN"
-    assert torch.isnan(values[length - 1]).all(), "positions of no response token must hold NaN"
-    got = values[prompt - 1 : length - 1].double()
+    assert values.shape[0] == row["input_ids"].shape[0] - truth.prompt, "one value per response token and no others"
+    got = values.double()
     if statistic.name.endswith("_index"):
         table = _ranked(statistic, truth)
         return (_at(table, got) - _best(table, statistic.size)).abs().flatten()

@@ -31,7 +31,7 @@ def compare(rows: Rows, found: dict[Statistic, dict[int, torch.Tensor]]) -> floa
     differences = []
     for s, by_row in found.items():
         for n, values in by_row.items():
-            difference = largest_difference(values, rows.wire(s, n))
+            difference = largest_difference(values, rows.expected(s, n))
             assert difference == 0 or not s.name.endswith("_index"), f"{s.key} of row {n}"
             differences.append(difference)
     all_of_them = torch.tensor(differences)

@@ -186,7 +186,7 @@ class Rows:
         return mean_SS[first : first + plan.response_length][:, plan.image_columns]
 
     def expected(self, s: Statistic, n: int) -> torch.Tensor:
-        """float64 [T], [T, W] or [V] of one row, before it is laid out for the wire."""
+        """float64 [T], [T, W] or [V] of one row."""
         plan = self.plans[n]
         first = plan.length - plan.response_length + ROW_OFFSET[s.query_row]
         rows = slice(first, first + plan.response_length)
@@ -220,17 +220,6 @@ class Rows:
 
         neighbour_index, similarity = top_neighbours(profile_TV.float(), s.size)
         return (neighbour_index if s.name == "neighbour_index" else similarity).double()
-
-    def wire(self, s: Statistic, n: int) -> torch.Tensor:
-        """Float64 values laid out as verl slices them: token t's at P + t - 1 of the row, NaN elsewhere."""
-        values = self.expected(s, n)
-        if s.name == "patch_sums":
-            return values
-        plan = self.plans[n]
-        at = plan.length - plan.response_length - 1
-        out = torch.full((plan.length, *values.shape[1:]), NAN, dtype=torch.float64)
-        out[at : at + plan.response_length] = values
-        return out
 
 
 # (prompt, visual, response): usual, no image, all but one of the prompt visual, one response token, fewer visual tokens
