@@ -1,8 +1,9 @@
 """Every private name of verl that this plug-in uses, with the reason, and repairs of verl.
 
-tests/hooks/test_contract.py reads ``CONTRACT``. A signature or source hash that differs shows which name changed before
-a run fails. Public API (registries, ``register_*``, configuration keys) is listed where the plug-in relies on its
-behaviour.
+tests/hooks/test_contract.py reads ``CONTRACT`` and compares it with the record of the installed version. A signature or
+source hash that differs shows which name changed before a run fails. ``scripts/contract.sh VERSION`` does this for
+another version of verl. Public API (registries, ``register_*``, configuration keys) is listed where the plug-in relies
+on its behaviour.
 """
 
 import functools
@@ -16,10 +17,12 @@ from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
+from packaging.version import Version
+
 from sayo_verl import __version__
 from sayo_verl.errors import SayoError
 
-SUPPORTED_VERL = ("0.9.1",)
+SUPPORTED_VERL = ("0.9.0", "0.9.1")
 WEIGHT_TRANSFER = "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer"
 # Environment variable with the run's token, which the launcher creates and all processes of the run share.
 RUN_TOKEN = "SAYO_RUN_TOKEN"
@@ -33,11 +36,19 @@ class Seam:
         path: ``module:attribute``.
         use: ``overrides``, ``calls``, ``replaces`` or ``relies on``.
         why: the expected behaviour.
+        since, until: first and last version of verl that has the name; empty: any.
     """
 
     path: str
     use: str
     why: str
+    since: str = ""
+    until: str = ""
+
+    def applies(self, verl: str) -> bool:
+        """Whether this version of verl has the name."""
+        own = Version(verl)
+        return (not self.since or own >= Version(self.since)) and (not self.until or own <= Version(self.until))
 
     def resolve(self) -> Any:
         module, attribute = self.path.split(":")
@@ -45,6 +56,13 @@ class Seam:
         for part in attribute.split("."):
             target = inspect.getattr_static(target, part) if inspect.isclass(target) else getattr(target, part)
         return target.__func__ if isinstance(target, classmethod | staticmethod) else target
+
+    def signature(self) -> str:
+        """Parameters with annotations and defaults; empty for what has none that Python knows."""
+        try:
+            return str(inspect.signature(self.resolve()))
+        except ValueError:
+            return ""
 
     def source_hash(self) -> str:
         """First 12 hex digits of the SHA-256 of the source without indentation and trailing blanks."""
@@ -149,7 +167,10 @@ CONTRACT = (
     Seam("verl.experimental.agent_loop.agent_loop:AgentLoopWorker._compute_position_ids", "relies on",
          "1-D positions for a processor without get_rope_index"),
     Seam("verl.utils.tokenizer.continuous_token:VLContinuousTokenMixin.render_tokens_with_mm", "relies on",
-         "renders a prompt with the processor's chat template and takes its input_ids"),
+         "renders a prompt with the processor's chat template and takes its input_ids", since="0.9.1"),
+    Seam("verl.experimental.agent_loop.agent_loop:AgentLoopBase.apply_chat_template", "relies on",
+         "renders a prompt with images as render_tokens_with_mm does later; refuses it over rollout.prompt_length",
+         until="0.9.0"),
     # sayo inspect (sayo_verl/inspection/model_view.py, sayo_verl/models/processors.py)
     Seam("verl.utils.dataset.rl_dataset:RLHFDataset._build_messages", "calls",
          "a row's prompt with its images in place of the tags, as rollouts get it"),
@@ -167,7 +188,9 @@ CONTRACT = (
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._init_dataloader", "relies on",
          "always opens validation files; drops an incomplete last batch"),
     Seam("verl.experimental.agent_loop.agent_loop:AgentLoopBase.ct_build_initial_tokens", "relies on",
-         "refuses a prompt with images over rollout.prompt_length, and cuts a text-only prompt"),
+         "refuses a prompt with images over rollout.prompt_length, and cuts a text-only prompt", since="0.9.1"),
+    Seam("verl.experimental.agent_loop.agent_loop:AgentLoopBase._cap_text_prompt_length", "relies on",
+         "cuts a text-only prompt"),
     Seam("verl.utils.model:extract_multi_modal_inputs", "relies on",
          "concatenates every key of multi_modal_inputs over rows and passes it to the model"),
     Seam("verl.models.transformers.dense_common:forward_with_torch_backend", "relies on",
@@ -190,8 +213,8 @@ def require_supported_verl() -> None:
             where="import verl",
             got=found,
             wanted=" or ".join(SUPPORTED_VERL),
-            fix=f"pip install verl=={SUPPORTED_VERL[-1]}, or run pytest tests/hooks/test_contract.py and set "
-            f"SAYO_ALLOW_VERL={found} if it passes",
+            fix=f"pip install verl=={SUPPORTED_VERL[-1]}, or run `bash scripts/contract.sh {found}` and set "
+            f"SAYO_ALLOW_VERL={found} if what changed is compatible",
         )
 
 

@@ -269,7 +269,9 @@ def _job(config: DictConfig, method: Method | None, s: Shapes, *, card: float, f
     )
     # verl: transformer_impl.py, prepare_model_outputs. bfloat16 logits; a copy for a temperature other than 1; without
     # flash-attn float32 log-softmax rows are kept; entropy with gradients keeps backward from working in place.
-    copies = 2 * (1 + (float(rollout.temperature) != 1.0) + (not model.use_remove_padding))
+    # verl 0.9.0 has no such key, never reduces gradients early and copies logits at any temperature.
+    older = "use_no_sync_for_gradient_accumulation" not in fsdp
+    copies = 2 * (1 + (older or float(rollout.temperature) != 1.0) + (not model.use_remove_padding))
     entropy = bool(actor.calculate_entropy) or float(actor.entropy_coeff) != 0
     fused = bool(model.use_fused_kernels)
     eager_entropy = 0 if fsdp.use_torch_compile or fsdp.entropy_from_logits_with_chunking else 12
@@ -291,7 +293,7 @@ def _job(config: DictConfig, method: Method | None, s: Shapes, *, card: float, f
         host_policy=bool(fsdp.offload_policy) and actor.strategy == "fsdp2",
         lora=int(model.lora_rank) > 0,
         checkpointing=bool(model.enable_gradient_checkpointing),
-        unreduced=bool(fsdp.use_no_sync_for_gradient_accumulation),
+        unreduced=older or bool(fsdp.use_no_sync_for_gradient_accumulation),
         update_logits=0 if fused else copies + 4 * entropy + (0 if flash else 8),
         log_prob_logits=0 if fused else copies + eager_entropy,
         utilization=float(rollout.gpu_memory_utilization),

@@ -7,6 +7,7 @@ verl reads these settings when it first trains, after models are loaded and roll
 import contextlib
 import io
 import warnings
+from importlib.metadata import version
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -169,13 +170,15 @@ def _check_sampling(config: DictConfig) -> None:
         )
     if not groups.enable:
         return
-    reported = (*REPORTED, "reward") if is_ours(config) else None
+    # verl 0.9.0 looks for every metric in what the reward function returns; later "reward" is the reward itself
+    own = () if version("verl") == "0.9.0" else ("reward",)
+    reported = (*REPORTED, *own) if is_ours(config) else None
     if not groups.metric or (reported is not None and groups.metric not in reported):
         raise SayoError(
             "L52",
             "the reward function does not report the metric of dynamic sampling",
             where="algorithm.filter_groups.metric",
             got=groups.metric,
-            wanted=", ".join(reported or ("a key that your reward function returns", "reward")),
+            wanted=", ".join(reported or ("a key that your reward function returns", *own)),
             fix="set it to acc",
         )

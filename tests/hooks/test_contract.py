@@ -1,7 +1,7 @@
 """What this plug-in expects of verl, checked against the installed verl: sources by hash, seams by behaviour.
 
 A hash that differs is not an error of verl; it says which function to read again before trusting it. After reading:
-``python tests/hooks/test_contract.py`` writes the new hashes.
+``bash scripts/contract.sh VERSION --record`` writes the record of a version.
 """
 
 import functools
@@ -10,51 +10,79 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from support.verl_contract import difference, measure, record_of, report
 
 from sayo_verl.hooks import contract as compat
 
-RECORD = Path(__file__).parent / "contract" / "verl-0.9.1.json"
+VERL = version("verl")
+APPLY = [seam for seam in compat.CONTRACT if seam.applies(VERL)]
 
 
-@pytest.mark.parametrize("seam", compat.CONTRACT, ids=lambda seam: seam.path.split(":")[1])
+@pytest.mark.parametrize("seam", APPLY, ids=lambda seam: seam.path.split(":")[1])
 def test_source_is_the_one_that_was_read(seam):
-    recorded = json.loads(RECORD.read_text())
-    assert seam.path in recorded, f"{seam.path} has no recorded source; run python {Path(__file__).name}"
+    assert record_of(VERL).exists(), f"verl {VERL} was not recorded; run bash scripts/contract.sh {VERL}"
+    recorded = json.loads(record_of(VERL).read_text()).get(seam.path)
     # in this process a replaced name already holds our replacement
-    found = _hashes_of_replaced()[seam.path] if seam.use == "replaces" else seam.source_hash()
-    assert found == recorded[seam.path], (
-        f"{seam.path} changed. It is a seam of sayo-verl ({seam.use}: {seam.why}); read it again, then record the hash"
+    found = (_measured_of_replaced() if seam.use == "replaces" else measure([seam])).get(seam.path)
+    assert difference(recorded, found) == "same", (
+        f"{seam.path} changed. It is a seam of sayo-verl ({seam.use}: {seam.why}); read it again, then record it"
     )
 
 
 @functools.cache
-def _hashes_of_replaced():
-    return _hashes_in_a_clean_process([seam.path for seam in compat.CONTRACT if seam.use == "replaces"])
-
-
-def _hashes_in_a_clean_process(paths):
+def _measured_of_replaced():
     code = (
-        "import json, sys; from sayo_verl.hooks.contract import Seam; "
-        f"print(json.dumps({{path: Seam(path, '', '').source_hash() for path in {list(paths)!r}}}))"
+        "import json, sys; sys.path.insert(0, sys.argv[1]); from support.verl_contract import CONTRACT, measure; "
+        "print(json.dumps(measure([seam for seam in CONTRACT if seam.use == 'replaces'])))"
     )
     env = {**os.environ, "VERL_USE_EXTERNAL_MODULES": "", "VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_PLATFORM": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code, str(Path(__file__).parents[1])]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_record_has_no_stale_seams():
-    assert set(json.loads(RECORD.read_text())) == {seam.path for seam in compat.CONTRACT}
+@pytest.mark.parametrize("verl", compat.SUPPORTED_VERL)
+def test_each_supported_version_has_a_record_of_the_names_that_it_has(verl):
+    assert set(json.loads(record_of(verl).read_text())) == {seam.path for seam in compat.CONTRACT if seam.applies(verl)}
+
+
+def test_names_of_one_version_only_say_which():
+    assert [compat.Seam("", "", "", since="0.9.1").applies(v) for v in ("0.9.0", "0.9.1", "0.10.0.dev0")] == [0, 1, 1]
+    assert [compat.Seam("", "", "", until="0.9.0").applies(v) for v in ("0.9.0", "0.9.1")] == [1, 0]
+
+
+def test_the_report_tells_what_changed_from_what_was_not_read():
+    reference = {seam.path: {"source": "a", "signature": "(x)"} for seam in compat.CONTRACT if seam.applies("0.9.1")}
+    first, second, third = list(reference)[:3]
+    found = reference | {first: {"source": "b", "signature": "(x)"}, second: {"source": "b", "signature": "(x, y)"}}
+    del found[third]
+    lines, as_recorded = report("0.9.2", found, reference, None)
+    assert [line.split()[:2] for line in lines[:3]] == [["!", "source"], ["!", "signature"], ["!", "gone"]]
+    assert "overrides: reads trainer.v1.trainer_mode once" in lines[0]
+    assert "3 marked '!'" in lines[-1]
+    assert not as_recorded
+    lines, as_recorded = report("0.9.2", found, reference, found | {third: reference[third]})
+    assert [line[0] for line in lines[:3]] == [" ", " ", "!"], "read and recorded, but for the one that is gone"
+    assert not as_recorded
+    assert report("0.9.1", reference, reference, reference) == (
+        [f"verl 0.9.1 beside 0.9.1: {len(reference)} same", "all as recorded in verl-0.9.1.json"],
+        True,
+    )
 
 
 def test_an_unknown_verl_is_refused(monkeypatch):
     from sayo_verl.errors import SayoError
 
     monkeypatch.setattr(compat, "version", lambda name: "0.12.0")
-    with pytest.raises(SayoError, match=r"SAYO-X01: .*got 0\.12\.0.*wanted 0\.9\.1.*fix: pip install verl==0\.9\.1"):
+    wanted = (
+        r"SAYO-X01: .*got 0\.12\.0.*wanted 0\.9\.0 or 0\.9\.1.*fix: pip install verl==0\.9\.1.*contract\.sh 0\.12\.0"
+    )
+    with pytest.raises(SayoError, match=wanted):
         compat.require_supported_verl()
     monkeypatch.setenv("SAYO_ALLOW_VERL", "0.12.0")
     compat.require_supported_verl()
@@ -168,10 +196,3 @@ def test_methods_probe_vision_and_data_do_not_import_verl():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-if __name__ == "__main__":
-    RECORD.parent.mkdir(exist_ok=True)
-    hashes = _hashes_in_a_clean_process([seam.path for seam in compat.CONTRACT])
-    RECORD.write_text(json.dumps(hashes, indent=1) + "\n")
-    print(f"wrote {RECORD}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from support.launch_config import composed
 from support.public_shapes import MODELS, write_config
 from transformers import AutoConfig
@@ -286,6 +286,13 @@ def test_micro_batches_are_no_larger_than_the_batch(make):
 def test_copies_of_the_logits(make, key, value, logits):
     line = next(line for line in plan(make(**{f"actor_rollout_ref.{key}": value})).splitlines() if "log-probs" in line)
     assert (f"logits {logits}" in line) if logits else ("logits" not in line)
+
+
+def test_verl_0_9_0_copies_the_logits_at_any_temperature(make):
+    config = make()
+    with open_dict(config):
+        config.actor_rollout_ref.actor.fsdp_config.pop("use_no_sync_for_gradient_accumulation", None)
+    assert "logits 9.3" in next(line for line in plan(config).splitlines() if "log-probs" in line)
 
 
 def test_without_flash_attn_logits_are_kept_in_float32(make, monkeypatch):

@@ -62,7 +62,7 @@ def test_the_plan_says_why_the_number_of_steps_is_unknown(make):
         {"algorithm.use_pf_ppo": True},
         {"actor_rollout_ref.actor.strategy": "megatron"},
         {"actor_rollout_ref.actor.ulysses_sequence_parallel_size": 2},
-        {"algorithm.filter_groups.enable": True},
+        {"algorithm.filter_groups.enable": True, "algorithm.filter_groups.metric": "acc"},
         {"actor_rollout_ref.rollout.multi_turn.enable": True},
         {"actor_rollout_ref.model.external_lib": "my_models"},
     ],

@@ -4,6 +4,7 @@ Shape suffixes: B responses, T tokens.
 """
 
 import copy
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGI
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from sayo_verl.errors import SayoError
+from sayo_verl.launch import training_check
 from sayo_verl.launch.preflight import check_estimator
 from sayo_verl.launch.training_check import LOSS_AGG_MODE, LOSS_AGG_MODES, LOSS_MODE, check_training
 from sayo_verl.methods import METHODS, AnchorMethod, DualMethod, Mix, RegionMethod
@@ -210,8 +212,15 @@ def test_dynamic_sampling_beside_a_custom_sampler_is_refused(base, key):
 def test_dynamic_sampling_by_a_metric_that_our_reward_does_not_report_is_refused(base, metric):
     ours = {"reward.custom_reward_function.path": "pkg://sayo_verl.reward", "algorithm.filter_groups.enable": True}
     assert code_of(base, None, **ours, **{"algorithm.filter_groups.metric": metric}).code == "L52"
-    for right in ("acc", "score", "reward"):
+    for right in ("acc", "score", *(["reward"] if version("verl") != "0.9.0" else [])):
         checked(base, None, **ours, **{"algorithm.filter_groups.metric": right})
+
+
+def test_verl_0_9_0_does_not_know_the_reward_itself_as_a_metric(base, monkeypatch):
+    monkeypatch.setattr(training_check, "version", lambda name: "0.9.0")
+    ours = {"reward.custom_reward_function.path": "pkg://sayo_verl.reward", "algorithm.filter_groups.enable": True}
+    assert code_of(base, None, **ours, **{"algorithm.filter_groups.metric": "reward"}).code == "L52"
+    checked(base, None, **ours, **{"algorithm.filter_groups.metric": "acc"})
 
 
 def test_what_verl_itself_refuses_is_one_line(base):

@@ -35,7 +35,11 @@ SETTINGS = [
         },
         "actor_rollout_ref.model.override_config.attn_implementation",
     ),
-    ("L10", {"algorithm.filter_groups.enable": True}, "algorithm.filter_groups.enable"),
+    (
+        "L10",
+        {"algorithm.filter_groups.enable": True, "algorithm.filter_groups.metric": "acc"},
+        "algorithm.filter_groups.enable",
+    ),
     ("L12", {"actor_rollout_ref.rollout.n": 1}, "actor_rollout_ref.rollout.n"),
     ("L13", {"actor_rollout_ref.rollout.multi_turn.enable": True}, "actor_rollout_ref.rollout.multi_turn.enable"),
     ("L20", {"actor_rollout_ref.model.external_lib": "my_models"}, "actor_rollout_ref.model.external_lib"),
@@ -61,7 +65,8 @@ def test_another_engine_of_verl_is_refused_although_its_configuration_has_other_
 
 
 def test_group_filtering_is_allowed_at_weight_zero(make):
-    preflight(make(**{"algorithm.filter_groups.enable": True, "algorithm.attn.region.weight": 0.0}))
+    filtered = {"algorithm.filter_groups.enable": True, "algorithm.filter_groups.metric": "acc"}
+    preflight(make(**filtered, **{"algorithm.attn.region.weight": 0.0}))
 
 
 @pytest.mark.parametrize(
