@@ -156,7 +156,7 @@ def main() -> int:
         workers = [("card:both", [model], {}) for model in args.models]
     start = time.monotonic()
     done = [run_worker(args, *worker) for worker in workers]
-    known = [args.raw.with_name(f"{device}.json") for device in ("cpu", "cuda")]
+    known = [args.raw.with_name(f"{device}.json") for device in ("cpu", "cuda", "wire")]
     write_page(args.out, read_all([*(path for path in known if path != args.raw), args.raw]))
     print(f"wrote {args.out} from {args.raw.parent} after {time.monotonic() - start:.0f} s")
     return 0 if all(done) else 1

@@ -21,6 +21,7 @@ from cost.cells import (
 )
 from cost.forecast import IN_TURN, SHAPE, arithmetic, forecast_cell, in_turn_limit, size
 from cost.shapes import REAL, REAL_LENGTHS, TINY
+from cost.wire import section
 
 Raw = Mapping[str, Mapping[str, Entry]]
 ONE_LAYER, ALL_LAYERS = 0.1, 3.0  # the target, per cent of the pass
@@ -91,7 +92,7 @@ def write_page(path: Path, raw: Raw) -> None:
 
     Args:
         path: the output file.
-        raw: ``cases``, ``scaling`` and ``failures`` of all devices, see ``cost.store``.
+        raw: ``cases``, ``scaling`` and ``failures`` of all devices and ``wire``, see ``cost.store``.
     """
     tiny = {shape.name for shape in TINY}
     self_check = [SELF_CHECK] if any(case["shape"]["name"] in tiny for case in raw["cases"].values()) else []
@@ -101,7 +102,7 @@ def write_page(path: Path, raw: Raw) -> None:
     for model in run:
         lines += [f"### {model}", "", *_part(raw, "card", model)]
     lines += [*_figures(raw), *(f"{model}: not run.\n" for model in models if model not in run)] if run else [NOT_RUN]
-    lines += ["## On a CPU", "", *_part(raw, "cpu", None), LIMITS]
+    lines += ["## On a CPU", "", *_part(raw, "cpu", None), *section(raw.get("wire", {})), LIMITS]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines))
 

@@ -38,7 +38,8 @@ class Store:
 
 def read_all(paths: list[Path]) -> dict[str, dict[str, dict[str, Any]]]:
     """Merge several files; a later file's entry wins."""
-    merged: dict[str, dict[str, dict[str, Any]]] = {"cases": {}, "scaling": {}, "failures": {}, "figures": {}}
+    sections = ("cases", "scaling", "failures", "figures", "wire")
+    merged: dict[str, dict[str, dict[str, Any]]] = {section: {} for section in sections}
     for path in paths:
         for section, entries in Store(path).read().items():
             merged[section].update(entries)

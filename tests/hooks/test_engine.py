@@ -190,6 +190,16 @@ def test_every_statistic_travels_through_verls_batching(random_policy, rows, dyn
             assert values.max() <= statistic.spec.high + 1e-5
 
 
+@pytest.mark.parametrize("name", ["attn_region", "attn_dual", "attn_anchor", "attn_faithful", "attn_mix [region,dual]"])
+def test_a_worker_sends_what_a_method_declares_and_no_more(rows, packed_worker, repo, monkeypatch, name):
+    monkeypatch.syspath_prepend(str(repo / "benchmarks"))
+    from cost.wire import methods
+    from wire_bytes import measure
+
+    for row in measure(packed_worker, rows, methods()[name]):
+        assert row["bytes"] == row["declared"], row
+
+
 def test_lora_weights_are_seen_and_the_reference_pass_carries_no_statistics(random_policy, rows):
     config = model_config(random_policy, packed=True, lora_rank=4)
     built = worker(config, dynamic=False)
