@@ -482,3 +482,32 @@ def test_grpo_starts_verls_own_code_and_a_method_ours(
     assert keywords["task_runner_class"].__ray_metadata__.modified_class.__name__ == runner
     assert (config.trainer.v1.trainer_mode, config.actor_rollout_ref.model.external_lib) == (mode, engine)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["estimator"] == config.algorithm.adv_estimator
+
+
+NO_SUCH_VERSION = "[[ $* != *install* ]] || { echo no such version; exit 1; }; echo /base"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "python", "refused"),
+    [
+        ([], "echo /base", "X07: wrong arguments"),
+        (["0.9.0", "--write"], "echo /base", "X07: wrong arguments"),
+        (["0.9.0"], "exit 1", "X07: python has no verl .* fix: source .venv/bin/activate"),
+        (["main"], "echo /base", "X08: verl's main branch is not reachable .* fix: name a clone instead"),
+        (["0.0.7"], NO_SUCH_VERSION, "X08: pip did not install verl==0.0.7 .* lines of that file: no such version"),
+    ],
+    ids=["none", "another option", "no verl", "no network", "no such version"],
+)
+def test_the_contract_script_says_what_stops_it(faked, tmp_path, arguments, python, refused):
+    copy, env = faked
+    fakes = {"python": python.replace("/base", str(tmp_path)), "git": "exit 128"}
+    for name, code in fakes.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{code}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    installed = copy / ".contract" / "0.0.7" / "bin"
+    installed.mkdir(parents=True)
+    shutil.copy(tmp_path / "bin" / "python", installed / "python")
+    command = ["bash", str(copy / "scripts" / "contract.sh"), *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.search(f"SAYO-{refused}", done.stderr), done.stderr
