@@ -63,6 +63,22 @@ CONTRACT = (
          "pads with to_padded_tensor in batch.keys order and calls the registered estimator"),
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._step_once", "relies on", "old_log_prob comes before advantage"),
     Seam("verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync", "overrides", "base of the sayo_sync mode"),
+    Seam("verl.trainer.ppo.v1.trainer_colocate_async:PPOTrainerColocateAsync", "overrides",
+         "base of the sayo_colocate_async mode; overrides none of the four methods"),
+    Seam("verl.trainer.ppo.v1.trainer_separate_async:PPOTrainerSeparateAsync.__init__", "overrides",
+         "base of the sayo_separate_async mode; its assertions are rules of launch/mode_check.py"),
+    Seam("verl.trainer.ppo.v1.trainer_separate_async:PPOTrainerSeparateAsync._setup", "overrides",
+         "calls the base class's, so the handshake precedes the standalone rollouts; logs with flush=True, which fails"),
+    Seam("verl.trainer.ppo.v1.trainer_separate_async:PPOTrainerSeparateAsync._compute_old_log_prob", "relies on",
+         "restores the weights of the step's first update around the base class's method"),
+    Seam("verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ.__ray_actor_class__._agent_loop_postprocess", "relies on",
+         "tags rows with the first and the last version of the weights that generated them"),
+    Seam("verl.trainer.ppo.v1.utils:MetricsAggregator", "relies on",
+         "the name of a metric decides how it is reduced over the updates of a step"),
+    Seam("verl.experimental.separation.engine_workers:DetachActorWorker", "relies on",
+         "keeps the actor in .actor as ActorRolloutRefWorker does; saves and restores its weights"),
+    Seam("verl.utils.fsdp_utils:fsdp2_sharded_save_to_cpu", "replaces",
+         "returns the weights themselves, not copies, where they are on the CPU"),
     Seam("verl.trainer.ppo.v1.utils:compute_advantage_for_multi_trajectories", "relies on",
          "passes every row to non-GRPO estimators"),
     Seam("verl.trainer.ppo.ray_trainer:compute_advantage", "relies on", "the keyword arguments an estimator gets"),
@@ -220,7 +236,8 @@ def worker_report(actor: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     from sayo_verl.probe.statistics import StatisticsRequest
     from sayo_verl.probe.taps import asked_layers, text_attention_layers
 
-    (engine,) = (w.actor.engine for w in actor.worker_dict.values() if type(w).__name__ == "ActorRolloutRefWorker")
+    # A critic is no such worker, and a reference worker of its own has no actor.
+    (engine,) = (w.actor.engine for w in actor.worker_dict.values() if getattr(w, "actor", None) is not None)
     wanted, where = StatisticsRequest.from_wire(request), "algorithm.attn.*.layers"
     family_of(engine.model_config.hf_config.model_type, where="the loaded model")
     _, n_layers = text_attention_layers(engine.module)
@@ -276,6 +293,27 @@ def guard_equal_length_mrope() -> None:
         original(data)
 
     tu.maybe_fix_3d_position_ids = maybe_fix_3d_position_ids
+
+
+def guard_saved_weights(fsdp_utils: ModuleType) -> None:
+    """Copy the weights that ``separate_async`` saves for the old policy, where verl returns the weights themselves.
+
+    ``fsdp2_sharded_save_to_cpu`` calls ``.cpu()``, which copies from an accelerator only. Weights that are on the CPU,
+    through offloading or on the CPU platform, are returned as they are. The next update or restore changes them: the old
+    policy becomes the current one, and the current one is lost. No error follows.
+
+    Args:
+        fsdp_utils: ``verl.utils.fsdp_utils``, just imported.
+    """
+    original = fsdp_utils.fsdp2_sharded_save_to_cpu
+
+    @functools.wraps(original)
+    def fsdp2_sharded_save_to_cpu(model: Any) -> tuple[dict[str, tuple[Any, Any]], Any]:
+        state, spec = original(model)
+        on_cpu = {name for name, parameter in model.named_parameters() if parameter.device.type == "cpu"}
+        return {name: (saved.clone() if name in on_cpu else saved, of) for name, (saved, of) in state.items()}, spec
+
+    fsdp_utils.fsdp2_sharded_save_to_cpu = fsdp2_sharded_save_to_cpu
 
 
 def guard_weight_socket(transfer: ModuleType) -> None:

@@ -1,0 +1,125 @@
+"""Checks of verl's trainer mode, for every estimator: its name, and what ``separate_async`` needs.
+
+verl asserts most of this when it builds its trainer, after Ray has started. It does not check the rules of L78.
+"""
+
+import os
+
+from omegaconf import DictConfig, OmegaConf
+
+from sayo_verl.errors import Rule, SayoError, did_you_mean, raise_first
+from sayo_verl.methods import Method
+
+MODES = ("sync", "colocate_async", "separate_async")
+MODE = "trainer.v1.trainer_mode"
+SYNC_STEP = "trainer.v1.separate_async.parameter_sync_step"
+ROLLOUT = "actor_rollout_ref.rollout"
+
+
+def check_mode(config: DictConfig, method: Method | None) -> None:
+    """Refuse an unknown trainer mode, and ``separate_async`` with settings that do not fit.
+
+    Args:
+        config: the composed configuration.
+        method: the run's method; None for an estimator of verl's own, which may use a mode that a plug-in registered.
+
+    Raises:
+        SayoError: L05 for a mode, L77 for what verl asserts, L78 for what verl does wrong.
+    """
+    mode = str(config.trainer.v1.trainer_mode)
+    if mode not in MODES and not (method is None and _is_registered(mode)):
+        raise SayoError(
+            "L05",
+            f"unknown trainer mode{did_you_mean(mode, MODES)}",
+            where=MODE,
+            got=mode,
+            wanted=" or ".join(MODES),
+            fix="correct the name",
+        )
+    if mode == "separate_async":
+        raise_first(_rules(config))
+
+
+def rollout_devices(config: DictConfig) -> int:
+    """Devices that ``separate_async`` gives to rollouts only, beside those of the trainer; 0 in other modes."""
+    if config.trainer.v1.trainer_mode != "separate_async":
+        return 0
+    return int(config.actor_rollout_ref.rollout.nnodes) * int(config.actor_rollout_ref.rollout.n_gpus_per_node)
+
+
+def prompts_per_update(config: DictConfig) -> int:
+    """Prompts of one update: ``separate_async`` makes several of a batch, and other modes one."""
+    step = OmegaConf.select(config, SYNC_STEP) if config.trainer.v1.trainer_mode == "separate_async" else 1
+    return int(config.data.train_batch_size) // int(step)
+
+
+def _is_registered(mode: str) -> bool:
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+
+    return mode in TRAINER_REGISTRY and not mode.startswith("sayo_")
+
+
+def _rules(config: DictConfig) -> list[Rule]:
+    rollout, actor, model = (config.actor_rollout_ref[name] for name in ("rollout", "actor", "model"))
+    prompts, mini, step = config.data.train_batch_size, actor.ppo_mini_batch_size, OmegaConf.select(config, SYNC_STEP)
+    reward = config.reward.reward_model
+    lora = model.get("lora") or {}
+    adapter = int(lora.get("rank") or 0) or int(model.get("lora_rank") or 0) or model.get("lora_adapter_path")
+    level = os.environ.get("VERL_LOGGING_LEVEL", "INFO")
+    return [
+        Rule(
+            "L77",
+            int(step) < 1 or int(prompts) != int(step) * int(mini),
+            "separate_async trains a batch in parameter_sync_step updates of one mini-batch each",
+            where=SYNC_STEP,
+            got=f"{prompts} prompts, {step} updates, mini-batch {mini}",
+            wanted="data.train_batch_size = parameter_sync_step x actor_rollout_ref.actor.ppo_mini_batch_size",
+            fix=f"set {SYNC_STEP}={max(int(prompts) // int(mini), 1)} and "
+            f"data.train_batch_size={max(int(prompts) // int(mini), 1) * int(mini)}, or add +mode=separate_async",
+        ),
+        *(
+            Rule(
+                "L77",
+                int(rollout[key] or 0) < 1,
+                "separate_async needs devices for rollouts, beside those of the trainer",
+                where=f"{ROLLOUT}.{key}",
+                got=rollout[key],
+                wanted="at least 1",
+                fix=f"set {ROLLOUT}.nnodes and {ROLLOUT}.n_gpus_per_node",
+            )
+            for key in ("nnodes", "n_gpus_per_node")
+        ),
+        Rule(
+            "L77",
+            rollout.checkpoint_engine.backend == "naive",
+            "separate_async sends weights to other devices, which this backend cannot",
+            where=f"{ROLLOUT}.checkpoint_engine.backend",
+            got="naive",
+            wanted="nccl, nixl, mooncake, kimi_ckpt_engine or another backend of verl; cpu_file on the CPU stack",
+            fix="set it, or add +mode=separate_async (on the CPU stack +mode=separate_async_cpu)",
+        ),
+        Rule(
+            "L77",
+            bool(reward.enable and not reward.enable_resource_pool),
+            "a reward model needs devices of its own, because the rollouts of separate_async never pause for it",
+            where="reward.reward_model.enable_resource_pool",
+            got=False,
+            fix="set it to True, with reward.reward_model.nnodes and n_gpus_per_node",
+        ),
+        Rule(
+            "L78",
+            bool(adapter) and not lora.get("merge", False),
+            "verl would send the base model without its adapter to the rollouts of separate_async",
+            where="actor_rollout_ref.model.lora.merge",
+            got=lora.get("merge", False),
+            fix="set it to True, or use another trainer mode",
+        ),
+        Rule(
+            "L78",
+            not config.actor_rollout_ref.get("hybrid_engine", True) and level.upper() in ("DEBUG", "INFO", "NOTSET"),
+            "verl 0.9.1 fails in a log message of this setting (TypeError: unexpected keyword argument 'flush')",
+            where="actor_rollout_ref.hybrid_engine",
+            got=f"False, with VERL_LOGGING_LEVEL={level}",
+            fix="export VERL_LOGGING_LEVEL=WARNING, or leave hybrid_engine out",
+        ),
+    ]
