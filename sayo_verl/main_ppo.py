@@ -1,7 +1,7 @@
 """The launcher: ``python -m sayo_verl.main_ppo`` takes what ``python -m verl.trainer.main_ppo`` takes.
 
 It checks the run before anything is loaded (``sayo_verl.launch.preflight``). Ray's workers load the plug-in through a
-variable, so that a failure is an error. verl's trainer is selected with attention (``sayo_verl.hooks``). For an estimator
+variable, so that a failure is an error. It selects verl's trainer of the chosen mode with attention. For an estimator
 of verl's own, such as ``grpo``, it selects nothing: verl's task runner, trainer and engine run as they are.
 """
 

@@ -66,9 +66,9 @@ CONTRACT = (
     Seam("verl.trainer.ppo.v1.trainer_colocate_async:PPOTrainerColocateAsync", "overrides",
          "base of the sayo_colocate_async mode; overrides none of the four methods"),
     Seam("verl.trainer.ppo.v1.trainer_separate_async:PPOTrainerSeparateAsync.__init__", "overrides",
-         "base of the sayo_separate_async mode; its assertions are rules of launch/mode_check.py"),
+         "base of the sayo_separate_async mode; its assertions are in launch/mode_check.py"),
     Seam("verl.trainer.ppo.v1.trainer_separate_async:PPOTrainerSeparateAsync._setup", "overrides",
-         "calls the base class's, so the handshake precedes the standalone rollouts; logs with flush=True, which fails"),
+         "calls the base class's, so the handshake precedes the rollouts; logs with flush=True, which fails"),
     Seam("verl.trainer.ppo.v1.trainer_separate_async:PPOTrainerSeparateAsync._compute_old_log_prob", "relies on",
          "restores the weights of the step's first update around the base class's method"),
     Seam("verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ.__ray_actor_class__._agent_loop_postprocess", "relies on",
@@ -295,12 +295,12 @@ def guard_equal_length_mrope() -> None:
     tu.maybe_fix_3d_position_ids = maybe_fix_3d_position_ids
 
 
-def guard_saved_weights(fsdp_utils: ModuleType) -> None:
+def guard_saved_weights(fsdp_utils: Any) -> None:
     """Copy the weights that ``separate_async`` saves for the old policy, where verl returns the weights themselves.
 
     ``fsdp2_sharded_save_to_cpu`` calls ``.cpu()``, which copies from an accelerator only. Weights that are on the CPU,
-    through offloading or on the CPU platform, are returned as they are. The next update or restore changes them: the old
-    policy becomes the current one, and the current one is lost. No error follows.
+    through offloading or on the CPU platform, are returned as they are. The next update or restore then changes them:
+    the old policy becomes the current one, or the current one is lost, without an error.
 
     Args:
         fsdp_utils: ``verl.utils.fsdp_utils``, just imported.

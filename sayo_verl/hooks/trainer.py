@@ -73,7 +73,7 @@ class AttentionTrainer(PPOTrainer):
                 "this trainer was selected for one of verl's own estimators",
                 where="algorithm.adv_estimator",
                 got=config.algorithm.adv_estimator,
-                fix="leave trainer.v1.trainer_mode alone; the launcher selects it",
+                fix="set trainer.v1.trainer_mode to one of verl's, such as sync; the launcher adds attention to it",
             )
         self._method, self._spread_floor = settings.method, settings.spread_floor
         self._needs = self._method.needs()

@@ -196,6 +196,24 @@ def test_attention_in_front_of_verls_trainer_would_measure_the_current_weights(c
     assert not same(second[COUNTERFACTUAL_LOG_PROBS], first[COUNTERFACTUAL_LOG_PROBS])
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_verl_sends_an_adapter_to_other_devices_only_if_it_is_merged(random_policy, merged):
+    """What ``separate_async`` sends to its rollouts; launch/mode_check.py refuses the other setting."""
+    model = model_config(random_policy, packed=True, lora_rank=4)
+    model.lora["merge"] = merged
+    engine = worker(model, dynamic=False).engine
+    with torch.no_grad():
+        for name, parameter in engine.module.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    sent, base = dict(engine.get_per_tensor_param()[0]), dict(engine.module.named_parameters())
+    of_layer = "language_model.layers.0.self_attn.q_proj."
+    (sent_weight,) = [value for name, value in sent.items() if of_layer in name]
+    (weight,) = [value for name, value in base.items() if of_layer in name and "lora" not in name]
+    assert not [name for name in sent if "lora" in name]
+    assert torch.equal(sent_weight, weight.full_tensor()) != merged
+
+
 def test_the_copy_of_saved_weights_is_still_needed(random_policy):
     """verl returns weights on the CPU themselves; the guard copies them."""
     module = worker(model_config(random_policy, packed=True), dynamic=False).engine.module

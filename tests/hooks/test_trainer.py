@@ -1,4 +1,4 @@
-"""The trainer with attention on a real TransferQueue and Ray, with a worker group that returns recognisable statistics."""
+"""The trainers with attention on a real TransferQueue and Ray; a worker group returns recognisable statistics."""
 
 import dataclasses
 import functools
