@@ -14,14 +14,16 @@ MODES = ("sync", "colocate_async", "separate_async")
 MODE = "trainer.v1.trainer_mode"
 SYNC_STEP = "trainer.v1.separate_async.parameter_sync_step"
 ROLLOUT = "actor_rollout_ref.rollout"
+BACKEND = f"{ROLLOUT}.checkpoint_engine.backend"
 
 
-def check_mode(config: DictConfig, method: Method | None) -> None:
+def check_mode(config: DictConfig, method: Method | None, *, here: bool) -> None:
     """Refuse an unknown trainer mode, and ``separate_async`` with settings that do not fit.
 
     Args:
         config: the composed configuration.
         method: the run's method; None for an estimator of verl's own, which may use a mode that a plug-in registered.
+        here: the run uses the packages of this machine.
 
     Raises:
         SayoError: L05 for a mode, L77 for what verl asserts, L78 for what verl does wrong.
@@ -38,6 +40,8 @@ def check_mode(config: DictConfig, method: Method | None) -> None:
         )
     if mode == "separate_async":
         raise_first(_rules(config))
+        if here:
+            _check_backend(config)
 
 
 def rollout_devices(config: DictConfig) -> int:
@@ -57,6 +61,26 @@ def _is_registered(mode: str) -> bool:
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
     return mode in TRAINER_REGISTRY and not mode.startswith("sayo_")
+
+
+def _check_backend(config: DictConfig) -> None:
+    """verl leaves out a backend whose packages are missing, and fails when it has loaded the model."""
+    from verl.checkpoint_engine import CheckpointEngineRegistry
+    from verl.utils.import_utils import import_external_libs
+
+    engine = config.actor_rollout_ref.rollout.checkpoint_engine
+    try:
+        import_external_libs(engine.custom_backend_module or None)
+        CheckpointEngineRegistry.get(engine.backend)
+    except (ImportError, ValueError) as error:
+        raise SayoError(
+            "L77",
+            "the backend that sends weights to the rollouts cannot be loaded",
+            where=BACKEND,
+            got=f"{engine.backend} ({error})",
+            fix="install what it needs (nccl: pip install 'verl[cupy-cu130]'), or correct the name or "
+            f"{ROLLOUT}.checkpoint_engine.custom_backend_module",
+        ) from error
 
 
 def _rules(config: DictConfig) -> list[Rule]:
@@ -93,7 +117,7 @@ def _rules(config: DictConfig) -> list[Rule]:
             "L77",
             rollout.checkpoint_engine.backend == "naive",
             "separate_async sends weights to other devices, which this backend cannot",
-            where=f"{ROLLOUT}.checkpoint_engine.backend",
+            where=BACKEND,
             got="naive",
             wanted="nccl, nixl, mooncake, kimi_ckpt_engine or another backend of verl; cpu_file on the CPU stack",
             fix="set it, or add +mode=separate_async (on the CPU stack +mode=separate_async_cpu)",

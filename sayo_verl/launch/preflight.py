@@ -20,7 +20,14 @@ from sayo_verl.launch.memory_check import check_memory
 from sayo_verl.launch.method_check import check_method
 from sayo_verl.launch.mode_check import check_mode
 from sayo_verl.launch.model_check import HDFS, check_model, load_config, model_folder, sequence_parallel
-from sayo_verl.launch.resources import check_batch_sizes, check_paths, check_ray_cpus, describe_machines, shared_paths
+from sayo_verl.launch.resources import (
+    check_batch_sizes,
+    check_paths,
+    check_ray_cpus,
+    describe_machines,
+    elsewhere,
+    shared_paths,
+)
 from sayo_verl.launch.resume import check_metrics, check_resume, describe_checkpoints, metrics_file
 from sayo_verl.launch.reward_check import check_reward
 from sayo_verl.launch.settings import settings_from_config, unused_settings
@@ -53,7 +60,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
     if method is not None:
         check_method(method)
     check_training(config, method)
-    check_mode(config, method)
+    check_mode(config, method, here=not elsewhere(config, dry_run=dry_run))
     if method is not None:
         check_settings(config, method)
         dataclasses.replace(method.needs().statistics, path=str(config.sayo.probe_path))  # P14

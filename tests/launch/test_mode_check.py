@@ -15,7 +15,8 @@ SEPARATE = {
     SYNC_STEP: 2,
     "actor_rollout_ref.actor.ppo_mini_batch_size": 8,
     f"{ROLLOUT}.nnodes": 1,
-    f"{ROLLOUT}.checkpoint_engine.backend": "nccl",
+    f"{ROLLOUT}.checkpoint_engine.backend": "cpu_file",
+    f"{ROLLOUT}.checkpoint_engine.custom_backend_module": "sayo_verl.hooks.cpu.weights",
     "ray_kwargs.ray_init.num_cpus": 14,
 }
 ESTIMATORS = ("attn_region", "grpo")
@@ -40,7 +41,7 @@ def test_verls_own_estimators_may_use_a_trainer_that_a_plug_in_registered(make, 
     monkeypatch.setattr("verl.trainer.ppo.v1.trainer_base.TRAINER_REGISTRY", dict(TRAINER_REGISTRY))
     register_trainer("theirs")(type("Theirs", (PPOTrainerSeparateAsync,), {}))
     config = make(**{MODE: "theirs", "algorithm.adv_estimator": "grpo"})
-    check_mode(config, check_estimator(config))
+    check_mode(config, check_estimator(config), here=True)
     refused(make(**{MODE: "theirs"}), "L05")
 
 
@@ -82,8 +83,24 @@ def test_what_separate_async_needs_is_asked_for_before_the_run(make, monkeypatch
     monkeypatch.delenv("VERL_LOGGING_LEVEL", raising=False)
     config = make(**SEPARATE | change, **{"algorithm.adv_estimator": estimator})
     with pytest.raises(Exception, match=rf"SAYO-{code}") as caught:
-        check_mode(config, check_estimator(config))
+        check_mode(config, check_estimator(config), here=True)
     assert caught.value.where == key
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({f"{ROLLOUT}.checkpoint_engine.backend": "nccl"}, "No module named 'cupy'"),
+        ({f"{ROLLOUT}.checkpoint_engine.backend": "ncll"}, "ncll not registered"),
+        ({f"{ROLLOUT}.checkpoint_engine.custom_backend_module": "my_transfer"}, "my_transfer"),
+    ],
+    ids=["its package is missing", "unknown", "its module is missing"],
+)
+def test_a_backend_that_this_machine_cannot_load_is_refused_here(make, change, reason):
+    config = make(**SEPARATE | change)
+    check_mode(config, None, here=False)
+    assert reason in refused(config, "L77").got
+    preflight(config, dry_run=True)
 
 
 @pytest.mark.parametrize("change", [change for code, change, _ in BROKEN[:5]], ids=str)
@@ -95,7 +112,7 @@ def test_verl_asserts_the_same(make, change):
 
 def test_an_adapter_is_sent_if_it_is_merged(make):
     lora = {"actor_rollout_ref.model.lora_rank": 8, "actor_rollout_ref.model.lora.merge": True}
-    check_mode(make(**SEPARATE | lora), None)
+    check_mode(make(**SEPARATE | lora), None, here=False)
 
 
 def test_verls_log_message_fails_at_its_default_level_only(make, monkeypatch):
@@ -104,7 +121,7 @@ def test_verls_log_message_fails_at_its_default_level_only(make, monkeypatch):
     with pytest.raises(TypeError, match="flush"):
         trainer_separate_async.logger.critical("as _setup does", flush=True)
     monkeypatch.setenv("VERL_LOGGING_LEVEL", "WARNING")
-    check_mode(make(**SEPARATE | {"actor_rollout_ref.hybrid_engine": False}), None)
+    check_mode(make(**SEPARATE | {"actor_rollout_ref.hybrid_engine": False}), None, here=False)
 
 
 def test_devices_of_rollouts_count_in_this_mode_only(make):
@@ -124,6 +141,6 @@ def test_ray_needs_cpus_for_the_devices_of_rollouts(make):
 @pytest.mark.parametrize("job", ["tiny", "sayo_qwen3vl_8b", "qwen2_5vl_7b"])
 def test_the_file_of_the_mode_fits_every_job(repo, job, mode):
     config = composed(repo, f"+job={job}", "+method=region", f"+mode={mode}")
-    check_mode(config, None)
+    check_mode(config, None, here=False)
     assert rollout_devices(config) == config.trainer.n_gpus_per_node
     assert prompts_per_update(config) == config.actor_rollout_ref.actor.ppo_mini_batch_size
