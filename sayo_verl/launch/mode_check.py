@@ -13,6 +13,8 @@ from sayo_verl.methods import Method
 MODES = ("sync", "colocate_async", "separate_async")
 MODE = "trainer.v1.trainer_mode"
 SYNC_STEP = "trainer.v1.separate_async.parameter_sync_step"
+STRATEGY = "trainer.v1.sampler.max_off_policy_strategy"
+STALE = {"drop": "dropped", "wait": "waited for"}  # verl's strategies for stale rollouts
 ROLLOUT = "actor_rollout_ref.rollout"
 BACKEND = f"{ROLLOUT}.checkpoint_engine.backend"
 
@@ -38,10 +40,19 @@ def check_mode(config: DictConfig, method: Method | None, *, here: bool) -> None
             wanted=" or ".join(MODES),
             fix="correct the name",
         )
-    if mode == "separate_async":
-        raise_first(_rules(config))
-        if here:
-            _check_backend(config)
+    strategy = str(OmegaConf.select(config, STRATEGY))
+    stale = Rule(
+        "L77",
+        strategy not in STALE,
+        f"unknown strategy for stale rollouts{did_you_mean(strategy, STALE)}",
+        where=STRATEGY,
+        got=strategy,
+        wanted=" or ".join(STALE),
+        fix="correct the name",
+    )
+    raise_first([stale, *(_rules(config) if mode == "separate_async" else ())])
+    if mode == "separate_async" and here:
+        _check_backend(config)
 
 
 def rollout_devices(config: DictConfig) -> int:
@@ -54,7 +65,20 @@ def rollout_devices(config: DictConfig) -> int:
 def prompts_per_update(config: DictConfig) -> int:
     """Prompts of one update: ``separate_async`` makes several of a batch, and other modes one."""
     step = OmegaConf.select(config, SYNC_STEP) if config.trainer.v1.trainer_mode == "separate_async" else 1
-    return int(config.data.train_batch_size) // int(step)
+    return int(config.data.train_batch_size) // max(int(step), 1)
+
+
+def describe_mode(config: DictConfig) -> str:
+    """The mode, and how far rollouts may be behind, for the plan."""
+    mode, v1 = str(config.trainer.v1.trainer_mode), config.trainer.v1
+    parts = [mode]
+    if mode == "separate_async":
+        updates = int(config.data.train_batch_size) // prompts_per_update(config)
+        parts.append(f"{updates} update(s) of {prompts_per_update(config)} prompts between transfers of weights")
+    if mode != "sync" and v1.sampler.max_off_policy_threshold is not None:
+        action = STALE[v1.sampler.max_off_policy_strategy]
+        parts.append(f"groups over {v1.sampler.max_off_policy_threshold} versions old are {action}")
+    return ", ".join(parts)
 
 
 def _is_registered(mode: str) -> bool:
@@ -85,7 +109,10 @@ def _check_backend(config: DictConfig) -> None:
 
 def _rules(config: DictConfig) -> list[Rule]:
     rollout, actor, model = (config.actor_rollout_ref[name] for name in ("rollout", "actor", "model"))
-    prompts, mini, step = config.data.train_batch_size, actor.ppo_mini_batch_size, OmegaConf.select(config, SYNC_STEP)
+    sizes = config.data.train_batch_size, actor.ppo_mini_batch_size, OmegaConf.select(config, SYNC_STEP)
+    whole = all(isinstance(size, int) and size > 0 for size in sizes)
+    prompts, mini, step = sizes
+    updates = max(prompts // mini, 1) if whole else 1
     reward = config.reward.reward_model
     lora = model.get("lora") or {}
     adapter = int(lora.get("rank") or 0) or int(model.get("lora_rank") or 0) or model.get("lora_adapter_path")
@@ -93,13 +120,13 @@ def _rules(config: DictConfig) -> list[Rule]:
     return [
         Rule(
             "L77",
-            int(step) < 1 or int(prompts) != int(step) * int(mini),
+            not whole or prompts != step * mini,
             "separate_async trains a batch in parameter_sync_step updates of one mini-batch each",
             where=SYNC_STEP,
             got=f"{prompts} prompts, {step} updates, mini-batch {mini}",
             wanted="data.train_batch_size = parameter_sync_step x actor_rollout_ref.actor.ppo_mini_batch_size",
-            fix=f"set {SYNC_STEP}={max(int(prompts) // int(mini), 1)} and "
-            f"data.train_batch_size={max(int(prompts) // int(mini), 1) * int(mini)}, or add +mode=separate_async",
+            fix=f"set {SYNC_STEP}={updates} and data.train_batch_size={updates} x the mini-batch, or add "
+            "+mode=separate_async",
         ),
         *(
             Rule(

@@ -18,7 +18,7 @@ from sayo_verl.launch.attention_check import ATTENTION, attention_of, check_atte
 from sayo_verl.launch.data_check import check_data
 from sayo_verl.launch.memory_check import check_memory
 from sayo_verl.launch.method_check import check_method
-from sayo_verl.launch.mode_check import check_mode
+from sayo_verl.launch.mode_check import check_mode, describe_mode
 from sayo_verl.launch.model_check import HDFS, check_model, load_config, model_folder, sequence_parallel
 from sayo_verl.launch.resources import (
     check_batch_sizes,
@@ -98,6 +98,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
             f"{config.actor_rollout_ref.model.lora_rank or 'off'}",
         ),
         ("objective", describe_objective(config)),
+        ("trainer", describe_mode(config)),
         ("machines", f"{describe_machines(config)}; {cpus}"),
         *([("every node must see", ", ".join(path for _, path in shared_paths(config)))] if several else []),
         *memory,

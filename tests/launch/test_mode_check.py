@@ -66,7 +66,28 @@ def test_an_asynchronous_mode_that_fits_passes(make, estimator, values):
     preflight(make(**values, **{"algorithm.adv_estimator": estimator}))
 
 
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({}, "sync"),
+        ({MODE: "colocate_async"}, "colocate_async, groups over 8 versions old are dropped"),
+        (
+            SEPARATE | {"trainer.v1.sampler.max_off_policy_strategy": "wait"},
+            "separate_async, 2 update(s) of 8 prompts between transfers of weights, groups over 8 versions old are "
+            "waited for",
+        ),
+        ({MODE: "colocate_async", "trainer.v1.sampler.max_off_policy_threshold": None}, "colocate_async"),
+    ],
+    ids=["sync", "colocate_async", "separate_async", "no limit"],
+)
+def test_the_plan_names_the_mode_and_how_old_rollouts_may_be(make, values, line):
+    assert ("trainer", line) in preflight(make(**values))
+
+
 BROKEN = [
+    ("L77", {"trainer.v1.sampler.max_off_policy_strategy": "dropp"}, "trainer.v1.sampler.max_off_policy_strategy"),
+    ("L77", {SYNC_STEP: 0}, SYNC_STEP),
+    ("L77", {"data.train_batch_size": None}, SYNC_STEP),
     ("L77", {SYNC_STEP: 4}, SYNC_STEP),
     ("L77", {f"{ROLLOUT}.nnodes": 0}, f"{ROLLOUT}.nnodes"),
     ("L77", {f"{ROLLOUT}.n_gpus_per_node": 0}, f"{ROLLOUT}.n_gpus_per_node"),
@@ -78,7 +99,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize(("code", "change", "key"), BROKEN, ids=[key for *_, key in BROKEN])
+@pytest.mark.parametrize(("code", "change", "key"), BROKEN, ids=[str(c) for _, c, _ in BROKEN])
 def test_what_separate_async_needs_is_asked_for_before_the_run(make, monkeypatch, estimator, code, change, key):
     monkeypatch.delenv("VERL_LOGGING_LEVEL", raising=False)
     config = make(**SEPARATE | change, **{"algorithm.adv_estimator": estimator})
@@ -103,10 +124,10 @@ def test_a_backend_that_this_machine_cannot_load_is_refused_here(make, change, r
     preflight(config, dry_run=True)
 
 
-@pytest.mark.parametrize("change", [change for code, change, _ in BROKEN[:5]], ids=str)
+@pytest.mark.parametrize("change", [change for code, change, _ in BROKEN if code == "L77"], ids=str)
 def test_verl_asserts_the_same(make, change):
     """It does when it builds its trainer, after Ray has started."""
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, TypeError)):
         PPOTrainerSeparateAsync(make(**SEPARATE | change))
 
 
