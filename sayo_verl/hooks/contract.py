@@ -316,7 +316,8 @@ def guard_saved_weights(fsdp_utils: Any) -> None:
     @functools.wraps(original)
     def fsdp2_sharded_save_to_cpu(model: Any) -> tuple[dict[str, tuple[Any, Any]], Any]:
         state, spec = original(model)
-        on_cpu = {name for name, parameter in model.named_parameters() if parameter.device.type == "cpu"}
+        of_rank = {name: getattr(param, "_local_tensor", param) for name, param in model.named_parameters()}
+        on_cpu = {name for name, tensor in of_rank.items() if tensor.device.type == "cpu"}
         return {name: (saved.clone() if name in on_cpu else saved, of) for name, (saved, of) in state.items()}, spec
 
     fsdp_utils.fsdp2_sharded_save_to_cpu = fsdp2_sharded_save_to_cpu
