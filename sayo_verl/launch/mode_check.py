@@ -63,7 +63,7 @@ def rollout_devices(config: DictConfig) -> int:
 
 
 def prompts_per_update(config: DictConfig) -> int:
-    """Prompts of one update: ``separate_async`` makes several of a batch, and other modes one."""
+    """Prompts of one log-prob pass: ``separate_async`` makes several of a batch, and other modes one."""
     step = OmegaConf.select(config, SYNC_STEP) if config.trainer.v1.trainer_mode == "separate_async" else 1
     return int(config.data.train_batch_size) // max(int(step), 1)
 
