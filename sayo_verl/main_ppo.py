@@ -1,7 +1,7 @@
 """The launcher: ``python -m sayo_verl.main_ppo`` takes what ``python -m verl.trainer.main_ppo`` takes.
 
 It checks the run before anything is loaded (``sayo_verl.launch.preflight``). Ray's workers load the plug-in through a
-variable, so that a failure is an error. verl's trainer is selected with the attention mixin in front. For an estimator
+variable, so that a failure is an error. It selects verl's trainer of the chosen mode with attention. For an estimator
 of verl's own, such as ``grpo``, it selects nothing: verl's task runner, trainer and engine run as they are.
 """
 
@@ -48,6 +48,7 @@ FORWARDED = (
     "VERL_PLATFORM",
     "VERL_ENGINE_DEVICE",
     "VERL_FILE_LOGGER_PATH",
+    "VERL_LOGGING_LEVEL",
     "SAYO_ALLOW_VERL",
     "TORCHDYNAMO_DISABLE",
     "VLLM_CPU_KVCACHE_SPACE",
@@ -59,12 +60,12 @@ FORWARDED = (
 
 @ray.remote
 class SayoTaskRunner(TaskRunnerV1.__ray_actor_class__):
-    """verl's task runner in a process that has the trainer with the attention mixin registered."""
+    """verl's task runner in a process that has the trainers with attention registered."""
 
     def run(self, config: DictConfig) -> None:
         from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
-        import sayo_verl.hooks.modes  # noqa: F401 (registers the trainer)
+        import sayo_verl.hooks.modes  # noqa: F401 (registers the trainers)
         from sayo_verl.hooks.estimator import register_estimators
 
         load_methods(config.sayo.modules)
@@ -98,7 +99,7 @@ def select_method(config: DictConfig) -> bool:
     """Select the attention trainer and engine if the estimator is one of ours; return whether it is."""
     ours = config.algorithm.adv_estimator in (*METHODS, Mix.name)
     if ours:
-        config.trainer.v1.trainer_mode = "sayo_sync"
+        config.trainer.v1.trainer_mode = f"sayo_{config.trainer.v1.trainer_mode}"
         config.actor_rollout_ref.model.external_lib = ENGINE
     return ours
 

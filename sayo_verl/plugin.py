@@ -26,6 +26,7 @@ if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
 compat.guard_equal_length_mrope()
 # After the import of verl's module, which takes seconds that most processes do not need.
 wrapt.register_post_import_hook(compat.guard_weight_socket, compat.WEIGHT_TRANSFER)
+wrapt.register_post_import_hook(compat.guard_saved_weights, "verl.utils.fsdp_utils")
 internvl.activate()
 qwen2_5_vl.activate()
 register_estimators()

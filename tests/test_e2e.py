@@ -17,13 +17,11 @@ def metrics(out):
     return [json.loads(line)["data"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def mixed_run(repo, random_policy, tmp_path_factory):
+def train(repo, random_policy, folder, *more):
     """Two steps from random weights with every signal there is.
 
     SAYO's and Faithful-MR1's rewards, AT-RL's token weights and VGPO's trajectory weights.
     """
-    folder = tmp_path_factory.mktemp("e2e")
     out = folder / "mix"
     overrides = [
         "algorithm.adv_estimator=attn_mix",
@@ -34,6 +32,7 @@ def mixed_run(repo, random_policy, tmp_path_factory):
         "data.train_batch_size=4",
         "data.max_response_length=12",
         "actor_rollout_ref.rollout.n=4",
+        *more,
     ]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VERL_", "RAY_", "TRANSFER_QUEUE"))}
     scenes = prepare_scenes(folder / "scenes", SceneConfig()).path
@@ -47,6 +46,25 @@ def mixed_run(repo, random_policy, tmp_path_factory):
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:] + (out / "train.log").read_text()[-4000:]
     return out, done
+
+
+@pytest.fixture(scope="module")
+def mixed_run(repo, random_policy, tmp_path_factory):
+    return train(repo, random_policy, tmp_path_factory.mktemp("e2e"))
+
+
+def test_two_updates_of_a_step_train_on_rollouts_of_other_devices(repo, random_policy, tmp_path):
+    mode = ("+mode=separate_async_cpu", "actor_rollout_ref.actor.ppo_mini_batch_size=2")
+    out, _ = train(repo, random_policy, tmp_path, *mode)
+    first, second = metrics(out)
+    # Both updates of the first step: without the old policy restored, the second would not agree with its rollouts.
+    assert first["training/rollout_probs_diff_max"] < 1e-4
+    assert first["sayo/staleness/max"] == first["sayo/partial_rollouts"] == 0
+    assert second["sayo/staleness/max"] == 1, "rollouts did not continue during the first step"
+    for step in (first, second):
+        assert step["actor/grad_norm"] > 0
+        assert step["sayo/counterfactual_effect/mean"] > 0
+        assert step["sayo/staleness/max"] == step["training/off_policy/trajectory_staleness_worst/max"]
 
 
 def test_all_methods_train_together_on_stock_verl(mixed_run):

@@ -1,7 +1,7 @@
 """The engine mixin, which adds attention statistics to the output of the log-prob pass.
 
-It overrides one method of verl's engine, ``forward_step``. Without a request in the call it does nothing. The trainer
-mixin sets the request for the old-log-prob pass only, because the reference pass of a LoRA run uses the same worker
+It overrides one method of verl's engine, ``forward_step``. Without a request in the call it does nothing. The
+trainer sets the request for the old-log-prob pass only, because the reference pass of a LoRA run uses the same worker
 call and would overwrite the statistics with the base model's. A call with an intervention is a counterfactual pass.
 
 verl concatenates every jagged tensor in ``model_output`` over micro-batches and restores the order after dynamic

@@ -81,6 +81,28 @@ CONTRACT = (
          "pads with to_padded_tensor in batch.keys order and calls the registered estimator"),
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._step_once", "relies on", "old_log_prob comes before advantage"),
     Seam("verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync", "overrides", "base of the sayo_sync mode"),
+    Seam("verl.trainer.ppo.v1.trainer_colocate_async:PPOTrainerColocateAsync", "overrides",
+         "base of the sayo_colocate_async mode; overrides none of the four methods"),
+    Seam("verl.trainer.ppo.v1.trainer_separate_async:PPOTrainerSeparateAsync.__init__", "overrides",
+         "base of the sayo_separate_async mode; its assertions are in launch/mode_check.py"),
+    Seam("verl.trainer.ppo.v1.trainer_separate_async:PPOTrainerSeparateAsync._setup", "overrides",
+         "calls the base class's, so the handshake precedes the rollouts; logs with flush=True, which fails"),
+    Seam("verl.trainer.ppo.v1.trainer_separate_async:PPOTrainerSeparateAsync._compute_old_log_prob", "relies on",
+         "restores the weights of the step's first update around the base class's method"),
+    Seam("verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ.__ray_actor_class__._agent_loop_postprocess", "relies on",
+         "tags rows with the first and the last version of the weights that generated them"),
+    Seam("verl.trainer.ppo.v1.utils:MetricsAggregator", "relies on",
+         "the name of a metric decides how it is reduced over the updates of a step"),
+    Seam("verl.experimental.separation.engine_workers:DetachActorWorker", "relies on",
+         "keeps the actor in .actor as ActorRolloutRefWorker does; saves and restores its weights"),
+    Seam("verl.workers.rollout.llm_server:FullyAsyncLLMServerClient.generate", "relies on",
+         "resumes an interrupted response; keeps the first and the last version of the weights"),
+    Seam("verl.checkpoint_engine.base:CheckpointEngineManager.update_weights", "relies on",
+         "prepare, build_topology, init_process_group, send beside receive, finalize; only on the CPU stack"),
+    Seam("verl.checkpoint_engine.base:CheckpointEngineRegistry.get", "calls",
+         "raises ValueError with the import errors of its backends"),
+    Seam("verl.utils.fsdp_utils:fsdp2_sharded_save_to_cpu", "replaces",
+         "returns the weights themselves, not copies, where they are on the CPU"),
     Seam("verl.trainer.ppo.v1.utils:compute_advantage_for_multi_trajectories", "relies on",
          "passes every row to non-GRPO estimators"),
     Seam("verl.trainer.ppo.ray_trainer:compute_advantage", "relies on", "the keyword arguments an estimator gets"),
@@ -243,7 +265,8 @@ def worker_report(actor: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     from sayo_verl.probe.statistics import StatisticsRequest
     from sayo_verl.probe.taps import asked_layers, text_attention_layers
 
-    (engine,) = (w.actor.engine for w in actor.worker_dict.values() if type(w).__name__ == "ActorRolloutRefWorker")
+    # A critic is no such worker, and a reference worker of its own has no actor.
+    (engine,) = (w.actor.engine for w in actor.worker_dict.values() if getattr(w, "actor", None) is not None)
     wanted, where = StatisticsRequest.from_wire(request), "algorithm.attn.*.layers"
     family_of(engine.model_config.hf_config.model_type, where="the loaded model")
     _, n_layers = text_attention_layers(engine.module)
@@ -299,6 +322,28 @@ def guard_equal_length_mrope() -> None:
         original(data)
 
     tu.maybe_fix_3d_position_ids = maybe_fix_3d_position_ids
+
+
+def guard_saved_weights(fsdp_utils: Any) -> None:
+    """Copy the weights that ``separate_async`` saves for the old policy, where verl returns the weights themselves.
+
+    ``fsdp2_sharded_save_to_cpu`` calls ``.cpu()``, which copies from an accelerator only. Weights that are on the CPU,
+    through offloading or on the CPU platform, are returned as they are. The next update or restore then changes them:
+    the old policy becomes the current one, or the current one is lost, without an error.
+
+    Args:
+        fsdp_utils: ``verl.utils.fsdp_utils``, just imported.
+    """
+    original = fsdp_utils.fsdp2_sharded_save_to_cpu
+
+    @functools.wraps(original)
+    def fsdp2_sharded_save_to_cpu(model: Any) -> tuple[dict[str, tuple[Any, Any]], Any]:
+        state, spec = original(model)
+        of_rank = {name: getattr(param, "_local_tensor", param) for name, param in model.named_parameters()}
+        on_cpu = {name for name, tensor in of_rank.items() if tensor.device.type == "cpu"}
+        return {name: (saved.clone() if name in on_cpu else saved, of) for name, (saved, of) in state.items()}, spec
+
+    fsdp_utils.fsdp2_sharded_save_to_cpu = fsdp2_sharded_save_to_cpu
 
 
 def guard_weight_socket(transfer: ModuleType) -> None:

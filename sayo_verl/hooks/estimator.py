@@ -1,6 +1,6 @@
-"""The channel from the trainer mixin to the estimator.
+"""The channel from the trainer with attention to the estimator.
 
-verl passes only rewards, response mask, config and uid to an estimator. The mixin therefore sets this context around
+verl passes only rewards, response mask, config and uid to an estimator. The trainer therefore sets this context around
 verl's own advantage computation, and the registered estimator reads it. Every process that imports verl registers the
 estimators, so this module imports little.
 """

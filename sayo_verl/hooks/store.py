@@ -121,6 +121,28 @@ def fetch_reward_parts(batch: KVBatchMeta) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in totals.items()}
 
 
+def staleness(batch: KVBatchMeta, step: int) -> dict[str, float]:
+    """How many versions of the weights behind the old policy the rollouts of a batch are, without padding rows.
+
+    Version v is the weights after step v. The old policy of step s has version s - 1. verl tags each row with the
+    first and the last version that generated its tokens; they differ in a rollout that an update interrupted.
+
+    Returns:
+        ``staleness/mean`` and ``staleness/max``, counted from the first version of a row, and ``partial_rollouts``, the
+        share of rows with several versions. Empty for a batch of padding rows.
+    """
+    tags = [tag for tag in batch.tags if not tag.get("is_padding", False)]
+    if not tags:
+        return {}
+    behind = [step - 1 - tag["min_global_steps"] for tag in tags]
+    partial = sum(tag["min_global_steps"] != tag["max_global_steps"] for tag in tags)
+    return {
+        "staleness/mean": sum(behind) / len(tags),
+        "staleness/max": float(max(behind)),
+        "partial_rollouts": partial / len(tags),
+    }
+
+
 def put_token_level_rewards(batch: KVBatchMeta, reward_B: torch.Tensor) -> None:
     """Store the shaped reward at each response's last token, so that verl's critic/rewards/* shows it."""
     mask = fetch(batch, ["response_mask"])["response_mask"]

@@ -1,9 +1,9 @@
-"""The trainer mixin, which requests statistics in the old-log-prob pass and passes them to the estimator.
+"""The trainer with attention, which requests statistics in the old-log-prob pass and passes them to the estimator.
 
 A method with a counterfactual image gets a second pass of the same responses, after the first. The method computes its
 credit in a thread while verl runs the reference and value passes, during which this process waits.
 
-It overrides four methods of verl's V1 trainer and calls verl's own in each: ``__init__``, ``_setup`` (handshake),
+It overrides four methods of verl's base trainer and calls verl's own in each: ``__init__``, ``_setup`` (handshake),
 ``_compute_old_log_prob`` and ``_compute_advantage``.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import ray
 from omegaconf import DictConfig, OmegaConf, open_dict
 from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from sayo_verl import __version__
 from sayo_verl.errors import SayoError
@@ -47,18 +48,19 @@ def rows_of(batch: KVBatchMeta) -> list[tuple[str, bool]]:
     return [(key, bool(tag.get("is_padding", False))) for key, tag in zip(batch.keys, batch.tags, strict=True)]
 
 
-class AttentionTrainerMixin:
-    """Mixin for one of verl's V1 trainers; it comes first in the bases.
+class AttentionTrainer(PPOTrainer):
+    """verl's base trainer with attention; a class of ``modes`` names one of verl's trainers first and this one last.
+
+    Python then calls verl's trainer, this class and verl's base trainer, in this order. What verl's trainer does around
+    the log-prob pass, such as restoring earlier weights, is thus done around the passes here too.
 
     Attributes:
-        base_mode: verl's name for that trainer. verl compares ``trainer_mode`` with it in many places (replay buffer,
-            refill, checkpointing), so the mode is set to this name before verl's ``__init__``.
+        base_mode: verl's name of the trainer. verl compares ``trainer_mode`` with it in many places (replay buffer,
+            refill, checkpointing), so the mode is set to this name before the ``__init__`` of verl's base trainer.
     """
 
     base_mode: str
-    config: DictConfig
     actor_rollout_wg: Any
-    global_steps: int
 
     def __init__(self, config: DictConfig) -> None:
         with open_dict(config):
@@ -71,7 +73,7 @@ class AttentionTrainerMixin:
                 "this trainer was selected for one of verl's own estimators",
                 where="algorithm.adv_estimator",
                 got=config.algorithm.adv_estimator,
-                fix="leave trainer.v1.trainer_mode alone; the launcher selects it",
+                fix="set trainer.v1.trainer_mode to one of verl's, such as sync; the launcher adds attention to it",
             )
         self._method, self._spread_floor = settings.method, settings.spread_floor
         self._needs = self._method.needs()
@@ -79,10 +81,10 @@ class AttentionTrainerMixin:
         self._log_prob_seconds = self._counterfactual_seconds = 0.0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sayo-credit")
         self._pending: PendingCredit | None = None
-        super().__init__(config)  # type: ignore[call-arg]
+        super().__init__(config)
 
     def _setup(self) -> None:
-        super()._setup()  # type: ignore[misc]
+        super()._setup()
         self._handshake()
 
     def _handshake(self) -> None:
@@ -122,7 +124,7 @@ class AttentionTrainerMixin:
         batch.extra_info[REQUEST_KEY] = self._request.to_wire()
         start = time.perf_counter()
         try:
-            out = super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
+            out = super()._compute_old_log_prob(batch, metrics)
         finally:
             # The reference pass of a LoRA run uses the same worker call and must not have the request.
             batch.extra_info.pop(REQUEST_KEY, None)
@@ -186,7 +188,7 @@ class AttentionTrainerMixin:
         context = AdvantageContext(self._method, pending.signals, norm_by_std, self._spread_floor, pending.credit)
         token = CURRENT.set(context)
         try:
-            out = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
+            out = super()._compute_advantage(batch, metrics)
         finally:
             CURRENT.reset(token)
         if context.reward is None:
@@ -205,4 +207,6 @@ class AttentionTrainerMixin:
         metrics["sayo/advantage_seconds"] = time.perf_counter() - start
         if self._needs.intervention is not None:
             metrics["sayo/counterfactual_seconds"] = self._counterfactual_seconds
+        if self.base_mode != "sync":
+            metrics.update({f"sayo/{name}": value for name, value in store.staleness(batch, self.global_steps).items()})
         return out

@@ -23,12 +23,17 @@ LOGGER_PATH = "VERL_FILE_LOGGER_PATH"
 # verl's own defaults of settings that a job or a user may set
 VERL_FILES = {"train": "~/data/rlhf/gsm8k/train.parquet", "val": "~/data/rlhf/gsm8k/test.parquet"}
 VERL_CHECKPOINTS = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
-# Resolvers for files of configs/job: a sum, and a value that depends on another one.
+# Resolvers for files of configs: a sum, a quotient, and a value that depends on another one.
 OmegaConf.register_new_resolver("sayo.sum", lambda *numbers: sum(numbers), replace=True)
+OmegaConf.register_new_resolver("sayo.quotient", lambda whole, parts: whole // parts, replace=True)
 OmegaConf.register_new_resolver(
     "sayo.choose", lambda got, match, then, otherwise: then if got == match else otherwise, replace=True
 )
-COMPUTED = ("actor_rollout_ref.rollout.max_model_len", "reward.custom_reward_function.reward_kwargs.accuracy_weight")
+COMPUTED = (
+    "actor_rollout_ref.rollout.max_model_len",
+    "reward.custom_reward_function.reward_kwargs.accuracy_weight",
+    "trainer.v1.separate_async.parameter_sync_step",
+)
 
 
 def keys_of(overrides: Sequence[str]) -> set[str]:

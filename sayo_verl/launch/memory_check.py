@@ -197,7 +197,7 @@ def _not_estimated(config: DictConfig, hf_config: Any) -> str | None:
     engine = set(rollout.engine_kwargs.get("vllm") or {}) & CHANGES_MEMORY
     for setting, value, known in (
         ("actor.strategy", actor.strategy, ("fsdp", "fsdp2")),
-        ("trainer.v1.trainer_mode", config.trainer.v1.trainer_mode, ("sync", "sayo_sync")),
+        ("trainer.v1.trainer_mode", config.trainer.v1.trainer_mode, ("sync", "colocate_async")),
         ("rollout.name", rollout.name, ("vllm",)),
         ("rollout.quantization", rollout.get("quantization"), (None,)),
         ("rollout.engine_kwargs.vllm", sorted(engine), ([],)),

@@ -15,7 +15,7 @@ from sayo_verl.data.folder import no_prepared_folder
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.script_variables import BY_SCRIPT, refuse_unread
 
-CHOICE = re.compile(r"\+{0,2}(job|method|rl)=([\w.-]+)")  # Hydra judges lists and quoted names
+CHOICE = re.compile(r"\+{0,2}(job|method|rl|mode)=([\w.-]+)")  # Hydra judges lists and quoted names
 # Names of papers -> the method in this repository
 PAPERS = {"sayo": "region", "vgpo": "dual", "atrl": "anchor", "at-rl": "anchor", "faithful-mr1": "faithful"}
 _ACTOR, _ROLLOUT, _MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))

@@ -18,8 +18,16 @@ from sayo_verl.launch.attention_check import ATTENTION, attention_of, check_atte
 from sayo_verl.launch.data_check import check_data
 from sayo_verl.launch.memory_check import check_memory
 from sayo_verl.launch.method_check import check_method
+from sayo_verl.launch.mode_check import check_mode, describe_mode
 from sayo_verl.launch.model_check import HDFS, check_model, load_config, model_folder, sequence_parallel
-from sayo_verl.launch.resources import check_batch_sizes, check_paths, check_ray_cpus, describe_machines, shared_paths
+from sayo_verl.launch.resources import (
+    check_batch_sizes,
+    check_paths,
+    check_ray_cpus,
+    describe_machines,
+    elsewhere,
+    shared_paths,
+)
 from sayo_verl.launch.resume import check_metrics, check_resume, describe_checkpoints, metrics_file
 from sayo_verl.launch.reward_check import check_reward
 from sayo_verl.launch.settings import settings_from_config, unused_settings
@@ -52,6 +60,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
     if method is not None:
         check_method(method)
     check_training(config, method)
+    check_mode(config, method, here=not elsewhere(config, dry_run=dry_run))
     if method is not None:
         check_settings(config, method)
         dataclasses.replace(method.needs().statistics, path=str(config.sayo.probe_path))  # P14
@@ -89,6 +98,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
             f"{config.actor_rollout_ref.model.lora_rank or 'off'}",
         ),
         ("objective", describe_objective(config)),
+        ("trainer", describe_mode(config)),
         ("machines", f"{describe_machines(config)}; {cpus}"),
         *([("every node must see", ", ".join(path for _, path in shared_paths(config)))] if several else []),
         *memory,
@@ -145,14 +155,6 @@ def check_settings(config: DictConfig, method: Method) -> None:
     correction = config.algorithm.get("rollout_correction") or {}
     attention = attention_of(config)
     rules = [
-        Rule(
-            "L05",
-            config.trainer.v1.trainer_mode not in ("sync", "sayo_sync"),
-            "only the synchronous trainer is supported",
-            where="trainer.v1.trainer_mode",
-            got=config.trainer.v1.trainer_mode,
-            fix="set trainer.v1.trainer_mode=sync",
-        ),
         Rule(
             "L06",
             bool(correction.get("bypass_mode", False)),

@@ -9,11 +9,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.errors import SayoError
+from sayo_verl.launch.mode_check import prompts_per_update, rollout_devices
 from sayo_verl.models.location import is_hub_name
 
 # Ray CPUs that verl's processes take: a placement bundle of 3 a device (ResourcePoolManager, max_colocate_count),
 # one for TransferQueue's controller, one for the task runner.
 CPUS_PER_DEVICE, CPUS_FIXED = 3, 2
+CPUS_PER_ROLLOUT_DEVICE = 2  # of a device that separate_async keeps for rollouts (RolloutReplica.init_standalone)
 
 
 def check_batch_sizes(config: DictConfig) -> None:
@@ -39,7 +41,7 @@ def check_batch_sizes(config: DictConfig) -> None:
     devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
     mini = int(actor.ppo_mini_batch_size) * int(rollout.n)
     multiple = math.lcm(devices, mini)
-    batch = math.ceil(int(config.data.train_batch_size) * int(rollout.n) / multiple) * multiple
+    batch = math.ceil(prompts_per_update(config) * int(rollout.n) / multiple) * multiple
     for key, dynamic, micro, rows, what in (
         (
             "rollout.log_prob_micro_batch_size_per_gpu",
@@ -79,7 +81,9 @@ def describe_machines(config: DictConfig) -> str:
         joined = f" of the Ray cluster at {address}"
     else:
         joined = ", NEEDS RAY_ADDRESS of a Ray cluster that is up" if int(trainer.nnodes) > 1 else ""
-    return f"{trainer.nnodes} x {trainer.n_gpus_per_node} {trainer.device}{joined}"
+    rollout = config.actor_rollout_ref.rollout
+    more = f" and {rollout.nnodes} x {rollout.n_gpus_per_node} for rollouts only" if rollout_devices(config) else ""
+    return f"{trainer.nnodes} x {trainer.n_gpus_per_node} {trainer.device}{more}{joined}"
 
 
 def elsewhere(config: DictConfig, *, dry_run: bool) -> bool:
@@ -140,7 +144,8 @@ def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:
     devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
     # verl's manager "remote" starts reward.num_workers processes in each of reward.num_workers, of one CPU each
     remote = int(config.reward.num_workers) ** 2 if config.reward.reward_manager.name == "remote" else 0
-    wanted = int(storage.num_data_storage_units) + CPUS_PER_DEVICE * devices + CPUS_FIXED + remote
+    apart = CPUS_PER_ROLLOUT_DEVICE * rollout_devices(config)
+    wanted = int(storage.num_data_storage_units) + CPUS_PER_DEVICE * devices + CPUS_FIXED + remote + apart
     found = OmegaConf.select(config, "ray_kwargs.ray_init.num_cpus") or os.cpu_count() or 1
     unknown = elsewhere(config, dry_run=dry_run)
     if int(found) < wanted and not unknown:
@@ -150,7 +155,9 @@ def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:
             where="ray_kwargs.ray_init.num_cpus",
             got=found,
             wanted=f">= {wanted} ({storage.num_data_storage_units} storage units + {CPUS_PER_DEVICE} x {devices} "
-            f"devices + {CPUS_FIXED}" + (f" + {remote} of the reward manager remote)" if remote else ")"),
+            f"devices + {CPUS_FIXED}"
+            + (f" + {remote} of the reward manager remote" if remote else "")
+            + (f" + {apart} for devices of rollouts only)" if apart else ")"),
             fix=f"set ray_kwargs.ray_init.num_cpus={wanted} (logical CPUs may exceed real ones) or lower "
             "transfer_queue.backend.SimpleStorage.num_data_storage_units",
         )

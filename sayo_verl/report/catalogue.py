@@ -107,6 +107,30 @@ ANY_METHOD = Section(
                 ("no_box", "no box"),
             )
         ),
+        Panel(
+            "Staleness of rollouts",
+            "versions of the weights",
+            (
+                Metric(
+                    "sayo/staleness/mean",
+                    "staleness of rollouts, mean",
+                    0,
+                    unit="versions",
+                    line="mean",
+                    note="Versions between the weights of a rollout's first token and the old policy. Asynchronous "
+                    "trainer modes only.",
+                ),
+                Metric("sayo/staleness/max", "staleness of rollouts, largest", 0, unit="versions", line="largest"),
+            ),
+            limits=(0, None),
+        ),
+        Metric(
+            "sayo/partial_rollouts",
+            "share of rollouts by several versions of the weights",
+            0,
+            1,
+            note="An update interrupted them. Asynchronous trainer modes only.",
+        ),
         Metric("sayo/probe_share_of_log_prob", "probe's share of the log-prob pass", 0),
         Metric("sayo/counterfactual_seconds", "counterfactual pass", 0, unit="seconds"),
         Metric(

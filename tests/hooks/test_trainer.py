@@ -1,4 +1,4 @@
-"""The trainer mixin on a real TransferQueue and Ray, with a worker group that returns recognisable statistics."""
+"""The trainers with attention on a real TransferQueue and Ray; a worker group returns recognisable statistics."""
 
 import dataclasses
 import functools
@@ -21,6 +21,8 @@ from transfer_queue import KVBatchMeta
 from transformers import Qwen3VLConfig
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+from verl.trainer.ppo.v1 import get_trainer_cls
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
 from verl.workers.utils.padding import response_from_nested
 
@@ -73,13 +75,23 @@ class FakeWorkerGroup:
     omit: str | None = None
 
     def __init__(self):
-        self.requests = []
+        self.requests, self.calls = [], []
+
+    def save_model_to_cpu(self, n):
+        self.calls.append(f"save {n}")
+
+    def restore_model_from_cpu(self, n):
+        self.calls.append(f"restore {n}")
+
+    def clear_cpu_model(self, n):
+        self.calls.append(f"clear {n}")
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def compute_log_prob(self, data):
         request = tu.get_non_tensor_data(data, REQUEST_KEY, None)
         change = tu.get_non_tensor_data(data, INTERVENTION_KEY, None)
         self.requests.append(request if change is None else change)
+        self.calls.append("counterfactual" if change else "probe" if request else "log-probs")
         ids = data["input_ids"]
         values, offsets = ids.values().float(), ids.offsets()
         jagged = functools.partial(torch.nested.nested_tensor_from_jagged, offsets=offsets)
@@ -130,17 +142,27 @@ def put_batch(partition, order, lengths=(3, 5, 7, 9)):
             }
         )
         keys.append(f"u{i // 2}_{i % 2}_0")
-        tags.append({"status": "success", "seq_len": len(ids), "prompt_len": len(prompt), "response_len": length})
+        tags.append(
+            {
+                "status": "success",
+                "seq_len": len(ids),
+                "prompt_len": len(prompt),
+                "response_len": length,
+                "min_global_steps": i % 2,
+                "max_global_steps": 1,
+            }
+        )
     tq.kv_batch_put(keys=keys, partition_id=partition, fields=tu.list_of_dict_to_tensordict(rows), tags=tags)
     batch = KVBatchMeta(partition_id=partition, keys=[keys[i] for i in order], tags=[tags[i] for i in order])
     batch.extra_info["temperature"] = 1.0
     return batch, [rows[i] for i in order]
 
 
-def make_trainer(config, group, method="attn_region", **settings):
-    from sayo_verl.hooks.modes import SayoSync
+def make_trainer(config, group, method="attn_region", mode="sync", **settings):
+    import sayo_verl.hooks.modes  # noqa: F401 (registers the trainers)
 
-    trainer = object.__new__(SayoSync)  # the real methods without verl's start-up
+    trainer = object.__new__(get_trainer_cls(f"sayo_{mode}"))  # the real methods without verl's start-up
+    trainer.local_trigger_step = 0
     trainer.config, trainer.actor_rollout_wg, trainer.ref_in_actor = config, group, True
     trainer._method = method_from_config(method, {"region": settings})
     trainer._needs = trainer._method.needs()
@@ -150,8 +172,9 @@ def make_trainer(config, group, method="attn_region", **settings):
     return trainer
 
 
-def one_step(config, partition, order, group=None, **settings):
+def one_step(config, partition, order, group=None, update=0, **settings):
     trainer, metrics = make_trainer(config, group or FakeWorkerGroup(), **settings), {}
+    trainer.local_trigger_step = update
     batch, rows = put_batch(partition, order)
     after = trainer._compute_old_log_prob(batch, metrics)
     trainer._compute_ref_log_prob(after, metrics)
@@ -201,8 +224,13 @@ def test_only_the_old_log_prob_pass_carries_the_request(queue, config):
     assert group.requests == [RegionMethod().needs().statistics.to_wire(), None]
 
 
-def test_weight_zero_is_verls_grpo_bit_for_bit(queue, config):
-    _, batch, rows, _ = one_step(config, "train-zero", [2, 0, 3, 1], weight=0.0)
+@pytest.mark.parametrize(
+    ("mode", "update"), [("sync", 0), ("colocate_async", 0), ("separate_async", 0), ("separate_async", 1)]
+)
+def test_weight_zero_is_verls_grpo_bit_for_bit(queue, config, mode, update):
+    _, batch, rows, _ = one_step(
+        config, f"train-zero-{mode}-{update}", [2, 0, 3, 1], weight=0.0, mode=mode, update=update
+    )
     token_level = torch.nested.as_nested_tensor([r["rm_scores"] for r in rows], layout=torch.jagged).to_padded_tensor(
         0.0
     )
@@ -211,6 +239,38 @@ def test_weight_zero_is_verls_grpo_bit_for_bit(queue, config):
     stored = store.fetch(batch, ["advantages"])["advantages"].unbind()
     for i, row in enumerate(rows):
         assert torch.equal(stored[i], want[i, : len(row["responses"])])
+
+
+@pytest.mark.parametrize("mode", ["sync", "colocate_async", "separate_async"])
+def test_rollouts_by_earlier_weights_are_counted_where_a_mode_has_them(queue, config, mode):
+    """Step 4 trains on the weights after step 3; verl tags a row with the versions that generated it."""
+    trainer, metrics = make_trainer(config, FakeWorkerGroup(), mode=mode), {}
+    trainer.global_steps = 4
+    batch, _ = put_batch(f"train-stale-{mode}", [0, 1, 2, 3])
+    batch = trainer._compute_old_log_prob(batch, metrics)
+    for tag, (first, last) in zip(batch.tags, ((3, 3), (1, 3), (2, 2), (0, 1)), strict=True):
+        tag.update(min_global_steps=first, max_global_steps=last)
+    batch.tags[3]["is_padding"] = True  # with the tags of a real row
+    trainer._compute_advantage(batch, metrics)
+    got = {name: metrics.get(f"sayo/{name}") for name in ("staleness/mean", "staleness/max", "partial_rollouts")}
+    stale = {"staleness/mean": 1.0, "staleness/max": 2.0, "partial_rollouts": pytest.approx(1 / 3)}
+    assert got == (dict.fromkeys(got) if mode == "sync" else stale)
+
+
+def test_a_batch_of_padding_rows_has_no_staleness():
+    tags = [{"is_padding": True, "min_global_steps": 0, "max_global_steps": 0}]
+    assert store.staleness(SimpleNamespace(tags=tags), 3) == {}
+
+
+def test_verl_reduces_staleness_over_the_updates_of_a_step_as_its_names_say():
+    from verl.trainer.ppo.v1.utils import MetricsAggregator
+
+    aggregator = MetricsAggregator()
+    for mean, most, partial, rows in ((0.0, 0.0, 0.0, 3), (2.0, 3.0, 0.5, 1)):
+        values = {"sayo/staleness/mean": mean, "sayo/staleness/max": most, "sayo/partial_rollouts": partial}
+        aggregator.add_step_metrics(values, sample_count=rows)
+    want = {"sayo/staleness/mean": 0.5, "sayo/staleness/max": 3.0, "sayo/partial_rollouts": 0.125}
+    assert aggregator.get_aggregated_metrics() == want
 
 
 @pytest.mark.parametrize("absent", ["sayo_region_mass.input.L-1", "sayo_image_tokens"])
@@ -299,6 +359,21 @@ def test_the_counterfactual_pass_leaves_the_first_pass_as_it_was(queue, config):
     assert signals.required("correct").tolist() == [float(row["extra_info"]["index"] == 3) for row in rows]
     assert signals.uid == tuple(row["uid"] for row in rows)
     assert metrics["sayo/counterfactual_seconds"] > 0
+
+
+def test_the_passes_of_a_later_update_run_while_verl_has_the_old_policy_restored(queue, config):
+    group = FakeWorkerGroup()
+    trainer = make_trainer(config, group, mode="separate_async")
+    trainer._method = method = Counterfactual()
+    trainer._needs = method.needs()
+    for update, want in (
+        (0, ["save 0", "probe", "counterfactual"]),
+        (1, ["save 1", "restore 0", "probe", "counterfactual", "restore 1", "clear 1"]),
+    ):
+        trainer.local_trigger_step = update
+        trainer._compute_old_log_prob(put_batch(f"train-order-{update}", [2, 0, 3, 1])[0], {})
+        assert group.calls == want
+        group.calls.clear()
 
 
 def test_a_reward_function_that_does_not_say_what_is_right_stops_a_gated_method(queue, config):
@@ -393,10 +468,7 @@ def test_more_outputs_than_sessions_are_refused(queue, config):
 
 
 def test_advantages_that_bypass_the_registered_estimator_are_refused(queue, config, monkeypatch):
-    from sayo_verl.hooks.modes import SayoSync
-
-    of_verl = next(c for c in SayoSync.__mro__[2:] if "_compute_advantage" in vars(c))
-    monkeypatch.setattr(of_verl, "_compute_advantage", lambda self, batch, metrics: batch)
+    monkeypatch.setattr(PPOTrainer, "_compute_advantage", lambda self, batch, metrics: batch)
     with pytest.raises(SayoError, match=r"SAYO-A08: .*without calling the registered estimator"):
         one_step(config, "bypassed", [0, 1, 2, 3])
 
@@ -416,9 +488,9 @@ def test_the_handshake_names_a_worker_without_the_plugin(queue, config):
             engine.module = torch.nn.ModuleList([decoder])
             text = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
             engine.model_config = SimpleNamespace(hf_config=Qwen3VLConfig(text_config=text))
-            loop = type("ActorRolloutRefWorker", (), {})()
-            loop.actor = SimpleNamespace(engine=engine)
-            self.worker_dict = {"actor": loop}
+            actor = SimpleNamespace(actor=SimpleNamespace(engine=engine))
+            # separate_async without rollouts on the trainer's devices has a reference worker of its own
+            self.worker_dict = {"actor": actor, "ref": SimpleNamespace(actor=None), "critic": SimpleNamespace()}
 
     trainer = make_trainer(config, FakeWorkerGroup())
     right = Worker.options(num_cpus=0).remote(["AttentionStatisticsMixin"])

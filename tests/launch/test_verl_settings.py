@@ -6,8 +6,6 @@ from support.launch_config import composed, refused
 from sayo_verl.launch.preflight import check_estimator, check_settings, preflight
 
 SETTINGS = [
-    ("L05", {"trainer.v1.trainer_mode": "colocate_async"}, "trainer.v1.trainer_mode"),
-    ("L05", {"trainer.v1.trainer_mode": "separate_async"}, "trainer.v1.trainer_mode"),
     ("L06", {"algorithm.rollout_correction.bypass_mode": True}, "algorithm.rollout_correction.bypass_mode"),
     ("L07", {"algorithm.use_pf_ppo": True}, "algorithm.use_pf_ppo"),
     ("L08", {"actor_rollout_ref.actor.strategy": "megatron"}, "actor_rollout_ref.actor.strategy"),
@@ -72,7 +70,7 @@ def test_group_filtering_is_allowed_at_weight_zero(make):
 @pytest.mark.parametrize(
     "values",
     [
-        {"trainer.v1.trainer_mode": "sayo_sync"},
+        {"trainer.v1.trainer_mode": "colocate_async"},
         {"actor_rollout_ref.model.external_lib": "sayo_verl.hooks.engine"},
         {"actor_rollout_ref.actor.strategy": "fsdp"},
         {"algorithm.rollout_correction": None},

@@ -5,13 +5,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.report_runs import GRPO, OF_METHOD, line, make_run, write_run
 
 from sayo_verl.errors import SayoError
-from sayo_verl.hooks import trainer as mixin
+from sayo_verl.hooks import store
+from sayo_verl.hooks import trainer as trainer_of_ours
 from sayo_verl.hooks.estimator import CURRENT, AdvantageContext, make_estimator
 from sayo_verl.methods import METHODS
 from sayo_verl.methods.random_signals import random_signals
@@ -35,10 +37,11 @@ def logged_names() -> set[str]:
         finally:
             CURRENT.reset(token)
         found |= {f"sayo/{name}" for name in context.metrics}
-    source = Path(mixin.__file__).read_text()
+    source = Path(trainer_of_ours.__file__).read_text()
     found |= set(re.findall(r'metrics\["(sayo/[a-z_]+)"\]', source))
     assert 'f"sayo/{name}/mean": value for name, value in store.fetch_reward_parts(batch)' in source
-    return found | {"sayo/accuracy/mean", "sayo/format/mean"}
+    stale = store.staleness(SimpleNamespace(tags=[{"min_global_steps": 0, "max_global_steps": 0}]), 1)
+    return found | {"sayo/accuracy/mean", "sayo/format/mean"} | {f"sayo/{name}" for name in stale}
 
 
 def test_the_catalogue_knows_what_is_logged_and_nothing_else():
