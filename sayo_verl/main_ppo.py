@@ -35,7 +35,7 @@ from sayo_verl.launch.resources import check_devices
 from sayo_verl.launch.resume import how_to_resume, metrics_file
 from sayo_verl.launch.settings import load_methods
 from sayo_verl.launch.template_check import configure as configure_reward
-from sayo_verl.launch.training_check import check_by_verl
+from sayo_verl.launch.training_check import check_by_verl, filter_limit
 from sayo_verl.methods import METHODS, Mix, own_methods
 from sayo_verl.metrics import declaration
 from sayo_verl.models import internvl
@@ -82,7 +82,7 @@ class SayoTaskRunner(TaskRunnerV1.__ray_actor_class__):
 
 
 def prepare_workers(config: DictConfig) -> None:
-    """Write into the configuration what Ray's workers need: the plug-in's module and the forwarded environment."""
+    """Write into the configuration what Ray's workers need: the plug-in's module, the forwarded environment, limits."""
     modules = [m for m in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",") if m]
     if PLUGIN not in modules:
         modules.append(PLUGIN)
@@ -92,6 +92,8 @@ def prepare_workers(config: DictConfig) -> None:
     with open_dict(config):
         for name, value in env.items():
             OmegaConf.update(config, f"ray_kwargs.ray_init.runtime_env.env_vars.{name}", value, force_add=True)
+        if limit := filter_limit(config):
+            OmegaConf.update(config, "trainer.v1.sampler.sampler_kwargs.filter_limit", limit, force_add=True)
 
 
 def select_method(config: DictConfig) -> bool:

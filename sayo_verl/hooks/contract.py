@@ -135,6 +135,10 @@ CONTRACT = (
     # Sampling
     Seam("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.__init__", "overrides",
          "poll_interval has no configuration key; only with VERL_PLATFORM=cpu"),
+    Seam("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._evict_terminal_groups", "overrides",
+         "called at each poll of both buffers; the last of its reasons counts filtered groups by their value"),
+    Seam("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._materialize_batch", "overrides",
+         "called once a batch, at the end of sample()"),
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._build_replay_buffer", "relies on",
          "gives group filtering to its own buffers, not to a custom sampler"),
     # Other families (sayo_verl/models)

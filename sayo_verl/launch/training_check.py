@@ -24,6 +24,9 @@ AVERAGE_OVER_TOKENS = ("geo_mean",)
 # The loss of bypass mode, which has no log-prob pass to measure attention in.
 NEEDS_BYPASS = ("bypass_mode",)
 REPORTED = ("score", "acc", "format")  # by sayo_verl.reward, for every response
+# Group filtering without max_num_gen_batches ends when so many groups in a row, and so many batches, have no group whose
+# responses differ. [ours] 1,000 such groups in a row are likely only if fewer than 1 of 300 groups can be trained on.
+UNIFORM_GROUPS, UNIFORM_BATCHES = 1000, 8
 
 
 def check_by_verl(config: DictConfig, *, dry_run: bool = False) -> None:
@@ -141,9 +144,35 @@ def describe_objective(config: DictConfig) -> str:
         *(["KL in the reward"] if algorithm.use_kl_in_reward else []),
         f"entropy {actor.entropy_coeff}",
         f"advantages {'over' if algorithm.norm_adv_by_std_in_grpo else 'not over'} the spread of their group",
-        f"groups filtered by {algorithm.filter_groups.metric}" if algorithm.filter_groups.enable else "all groups kept",
+        _describe_filter(config),
     ]
     return ", ".join(parts)
+
+
+def filter_limit(config: DictConfig) -> dict[str, int] | None:
+    """When group filtering ends with an error; None without group filtering.
+
+    Returns:
+        ``groups`` and ``needed`` of ``sayo_verl.hooks.filter_limit.check_limit``. With ``max_num_gen_batches`` they are
+        verl's documented meaning of it: so many batches are generated for one batch of training.
+    """
+    groups, v1 = config.algorithm.filter_groups, config.trainer.v1
+    if not groups.enable:
+        return None
+    batch, batches = int(config.data.train_batch_size), int(groups.max_num_gen_batches or 0)
+    if batches <= 0:
+        return {"groups": max(UNIFORM_GROUPS, UNIFORM_BATCHES * batch), "needed": 0}
+    updates = int((v1.get(str(v1.trainer_mode)) or {}).get("parameter_sync_step", 1))
+    return {"groups": batches * batch, "needed": max(1, batch // updates)}
+
+
+def _describe_filter(config: DictConfig) -> str:
+    limit = filter_limit(config)
+    if limit is None:
+        return "all groups kept"
+    end = f"{limit['groups']} generated groups do not fill a batch" if limit["needed"] else ""
+    end = end or f"{limit['groups']} groups in a row have equal values"
+    return f"groups filtered by {config.algorithm.filter_groups.metric}, the run ends if {end}"
 
 
 def _check_sampling(config: DictConfig) -> None:
