@@ -1,9 +1,9 @@
 """An end for group filtering that finds no group to train on.
 
-verl's V1 buffers replace each group whose values are all equal, and ignore ``max_num_gen_batches``. A policy that is
-always wrong, or always right, would generate for ever. The launcher writes the limit, ``filter_limit`` of
-``sayo_verl.launch.training_check``, into ``sampler_kwargs``, which each buffer of verl keeps. It holds for estimators of
-verl's own as well.
+verl's V1 buffers replace each group whose values are all equal, and ignore ``max_num_gen_batches``. With a policy that
+is always wrong, or always right, a run would generate without end. The launcher writes the limit (``filter_limit`` of
+``sayo_verl.launch.training_check``) into ``sampler_kwargs``, which each buffer of verl keeps. Estimators of verl's own
+get it as well.
 """
 
 import functools

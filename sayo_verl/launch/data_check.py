@@ -4,6 +4,7 @@ The launcher calls ``check_data``. The configuration decides what rows must hold
 rows are in ``sayo_verl.data.contract``; `sayo inspect` makes the same ones. docs/data.md has the table.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from sayo_verl.data.contract import Demands, Keys
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.prompt_check import check_batch, check_prompts
 from sayo_verl.launch.reward_check import is_ours, own_settings
+from sayo_verl.launch.reward_result import check_result
 from sayo_verl.launch.row_check import Counted, check_parquet
 from sayo_verl.launch.split_check import check_boxes_of_run, check_leakage
 from sayo_verl.methods import Method
@@ -52,7 +54,7 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
 
     Raises:
         SayoError: L40 if no file is named, L41 for a kind of file that verl does not read, D01 for a missing file, D75
-            for fewer rows than a batch, and what ``check_parquet`` and ``check_prompts`` raise.
+            for fewer rows than a batch, and what ``check_parquet``, ``check_result`` and ``check_prompts`` raise.
     """
     foreign = config.data.custom_cls.path
     files = {split: files_of(config, split) for split in SPLITS}
@@ -78,6 +80,9 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
                 "instruction for it; scenes: `sayo prepare synthetic --prompt instruction`",
             )
         )
+    samples = [sample for of_split in counted.values() for sample in of_split.samples]
+    asked = sum((of_split.asked for of_split in counted.values()), Counter())
+    plan.append(("reward gives", check_result(config, method, samples, asked, dry_run=dry_run)))
     complete = {split: len(there[split]) == len(files[split]) for split in SPLITS}
     if complete["train"]:
         if method is not None and method.gives:

@@ -101,10 +101,14 @@ def _check_tokenizer(path: str | None, dry_run: bool) -> str:
 
 def is_ours(config: DictConfig) -> bool:
     """Whether the run's reward function is ``sayo_verl.reward``'s, under whatever path and name it is loaded."""
-    path, name = config.reward.custom_reward_function.path, config.reward.custom_reward_function.name
-    function = None if path is None else getattr(_load(str(path))[0], str(name), None)
     # loaded from its file it is another object with the same code
-    return getattr(function, "__code__", None) == compute_score.__code__
+    return getattr(load_function(config), "__code__", None) == compute_score.__code__
+
+
+def load_function(config: DictConfig) -> Callable[..., Any] | None:
+    """The run's reward function without its settings; None for verl's own, and for one that cannot be loaded."""
+    path, name = config.reward.custom_reward_function.path, config.reward.custom_reward_function.name
+    return None if path is None else getattr(_load(str(path))[0], str(name), None)
 
 
 def _file(path: str) -> Path | None:

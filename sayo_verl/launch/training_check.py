@@ -24,8 +24,8 @@ AVERAGE_OVER_TOKENS = ("geo_mean",)
 # The loss of bypass mode, which has no log-prob pass to measure attention in.
 NEEDS_BYPASS = ("bypass_mode",)
 REPORTED = ("score", "acc", "format")  # by sayo_verl.reward, for every response
-# Group filtering without max_num_gen_batches ends when so many groups in a row, and so many batches, have no group whose
-# responses differ. [ours] 1,000 such groups in a row are likely only if fewer than 1 of 300 groups can be trained on.
+# Group filtering without max_num_gen_batches ends after so many groups in a row, and so many batches, of equal values.
+# [ours] 1,000 such groups in a row are likely only if fewer than 1 of 300 groups can be trained on.
 UNIFORM_GROUPS, UNIFORM_BATCHES = 1000, 8
 
 

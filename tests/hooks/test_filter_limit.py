@@ -67,7 +67,9 @@ def test_without_a_limit_verl_generates_without_end(repo, queue, mode):
 
 @pytest.mark.parametrize("mode", BUFFERS)
 def test_rare_mixed_groups_do_not_end_a_run(repo, queue, mode):
-    rare = sample(repo, queue, lambda n: [1.0, float(n % 12 != 11)], mode=mode, batches=3, limit={"groups": 15, "needed": 0})
+    rare = sample(
+        repo, queue, lambda n: [1.0, float(n % 12 != 11)], mode=mode, batches=3, limit={"groups": 15, "needed": 0}
+    )
     assert len(rare.keys) == 4
 
 
