@@ -355,7 +355,16 @@ def test_rate_limited_hides_an_error(managers, random_policy):
     assert found["reward_score"] == 0.0
 
 
-def _run_manager(cls, policy, truth):
+@pytest.mark.parametrize("name", MANAGERS)
+def test_each_manager_takes_a_number_as_acc(name, managers, random_policy, monkeypatch):
+    """``sayo_verl.launch.reward_result`` relies on it."""
+    if name == "remote":
+        _stand_in_for_ray(monkeypatch)
+    found = _run_manager(managers[name], random_policy, "red", lambda **_: 0.25)
+    assert found == {"reward_score": 0.25, "reward_extra_info": {"acc": 0.25}}
+
+
+def _run_manager(cls, policy, truth, function=compute_score):
     from verl import DataProto
 
     tokenizer = AutoTokenizer.from_pretrained(policy)
@@ -373,7 +382,7 @@ def _run_manager(cls, policy, truth):
 
     async def run():
         cls._class_initialized = False
-        return await cls(config=config, tokenizer=tokenizer, compute_score=compute_score).run_single(data)
+        return await cls(config=config, tokenizer=tokenizer, compute_score=function).run_single(data)
 
     return asyncio.run(run())
 
