@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import uuid
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 import hydra
@@ -105,6 +105,14 @@ def select_method(config: DictConfig) -> bool:
     return ours
 
 
+def _is_installed(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:  # vllm or sglang: one engine is enough
+        return False
+    return True
+
+
 def write_run_card(config: DictConfig) -> None:
     """What runs, with which versions: run.json and run.yaml beside metrics.jsonl, run-2.json beside metrics-2.jsonl.
 
@@ -116,13 +124,13 @@ def write_run_card(config: DictConfig) -> None:
         return
     metrics.parent.mkdir(parents=True, exist_ok=True)
     card_file = run_card(metrics)
-    names = ("verl", "torch", "transformers", "vllm", "ray", "tensordict", "TransferQueue")
+    names = ("verl", "torch", "transformers", "vllm", "sglang", "ray", "tensordict", "TransferQueue")
     card = {
         "run_id": metrics.parent.name,
         "estimator": config.algorithm.adv_estimator,
         "total_steps": config.trainer.total_training_steps,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": {"sayo-verl": __version__, **{name: version(name) for name in names}},
+        "versions": {"sayo-verl": __version__, **{name: version(name) for name in names if _is_installed(name)}},
         "metrics": str(metrics),
         "overrides": sys.argv[1:],
         # for the report, which reads those of the built-in methods from its own file
