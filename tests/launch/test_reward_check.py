@@ -312,6 +312,31 @@ def test_a_reward_model_beside_our_function_is_refused(make, tmp_path, built_in)
     assert "reward_router_address" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("source", "path", "name", "where", "named"),
+    [
+        ("importlb", "mine.py", "Mine", "source", "no such source"),
+        ("importlib", None, "Mine", "module.path", "no file is named"),
+        ("importlib", "absent.py", "Mine", "module.path", "FileNotFoundError"),
+        ("importlib", "mine.py", "Other", "name", "no such class"),
+        ("importlib", "mine.py", "Wrong", "name", "async def run_single"),
+        ("importlib", "mine.py", "Mine", None, ""),
+    ],
+)
+def test_a_manager_of_the_users_is_loaded_before_the_run(make, tmp_path, source, path, name, where, named):
+    (tmp_path / "mine.py").write_text(
+        "class Mine:\n  async def run_single(self, data): ...\nclass Wrong:\n  def run_single(self, data): ...\n"
+    )
+    keys = {"source": source, "name": name, "module.path": path}
+    config = make(**{f"reward.reward_manager.{key}": value for key, value in keys.items()})
+    if where is None:
+        preflight(config)
+        return
+    error = refused(config, "L36")
+    assert error.where == f"reward.reward_manager.{where}"
+    assert named in str(error)
+
+
 RIGHT = {"score": 2.0, "acc": 1.0, "format": 1.0}
 
 

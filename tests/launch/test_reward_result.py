@@ -28,7 +28,7 @@ def with_reward(make, tmp_path):
 
     def changed(body, *, head="def", **values):
         (tmp_path / "mine.py").write_text(
-            "import re\nCALLS = []\n"
+            "class Mine:\n    async def run_single(self, data): ...\n"
             f"{head} compute_score(data_source, solution_str, ground_truth, extra_info):\n    {body}\n"
         )
         return make(**{PATH: "mine.py"} | values)
@@ -80,7 +80,11 @@ def test_a_method_that_needs_acc_is_refused_before_the_first_rollout(with_reward
     [
         ({}, "async def", "async, so it may ask a service"),
         ({f"{MANAGER}.name": "rate_limited"}, "def", "may cost money"),
-        ({f"{MANAGER}.source": "importlib", f"{MANAGER}.name": "Mine"}, "def", "of your own"),
+        (
+            {f"{MANAGER}.source": "importlib", f"{MANAGER}.name": "Mine", f"{MANAGER}.module.path": "mine.py"},
+            "def",
+            "of your own",
+        ),
     ],
 )
 def test_a_reward_that_is_not_called_is_asked_for(with_reward, values, head, why):
