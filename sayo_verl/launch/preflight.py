@@ -25,7 +25,7 @@ from sayo_verl.launch.reward_check import check_reward
 from sayo_verl.launch.rollout_check import check_rollout_engine
 from sayo_verl.launch.settings import settings_from_config, unused_settings
 from sayo_verl.launch.template_check import check_template, describe_focus
-from sayo_verl.launch.training_check import check_training, describe_objective
+from sayo_verl.launch.training_check import check_training, describe_filter, describe_objective
 from sayo_verl.methods import METHODS, Method, Mix, own_methods
 from sayo_verl.methods.faithful import FaithfulMethod
 from sayo_verl.models.location import is_hub_name, why_absent
@@ -92,6 +92,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
             f"{config.actor_rollout_ref.model.lora_rank or 'off'}",
         ),
         ("objective", describe_objective(config)),
+        *([("group filter", ends)] if (ends := describe_filter(config)) else []),
         ("machines", f"{describe_machines(config)}; {cpus}"),
         *([("every node must see", ", ".join(path for _, path in shared_paths(config)))] if several else []),
         *memory,

@@ -144,7 +144,7 @@ def describe_objective(config: DictConfig) -> str:
         *(["KL in the reward"] if algorithm.use_kl_in_reward else []),
         f"entropy {actor.entropy_coeff}",
         f"advantages {'over' if algorithm.norm_adv_by_std_in_grpo else 'not over'} the spread of their group",
-        _describe_filter(config),
+        f"groups filtered by {algorithm.filter_groups.metric}" if algorithm.filter_groups.enable else "all groups kept",
     ]
     return ", ".join(parts)
 
@@ -166,13 +166,14 @@ def filter_limit(config: DictConfig) -> dict[str, int] | None:
     return {"groups": batches * batch, "needed": max(1, batch // updates)}
 
 
-def _describe_filter(config: DictConfig) -> str:
+def describe_filter(config: DictConfig) -> str:
+    """When group filtering ends the run, for the plan; empty without group filtering."""
     limit = filter_limit(config)
     if limit is None:
-        return "all groups kept"
-    end = f"{limit['groups']} generated groups do not fill a batch" if limit["needed"] else ""
-    end = end or f"{limit['groups']} groups in a row have equal values"
-    return f"groups filtered by {config.algorithm.filter_groups.metric}, the run ends if {end}"
+        return ""
+    if limit["needed"]:
+        return f"the run ends if {limit['groups']} generated groups do not fill a batch (max_num_gen_batches)"
+    return f"the run ends after {limit['groups']} groups in a row with equal {config.algorithm.filter_groups.metric}"
 
 
 def _check_sampling(config: DictConfig) -> None:

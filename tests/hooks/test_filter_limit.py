@@ -9,7 +9,7 @@ from support.replay_queue import Queue, build
 from verl.trainer.ppo.v1 import replay_buffer
 
 from sayo_verl.errors import SayoError
-from sayo_verl.launch.training_check import UNIFORM_BATCHES, UNIFORM_GROUPS, filter_limit
+from sayo_verl.launch.training_check import UNIFORM_BATCHES, UNIFORM_GROUPS, describe_filter, filter_limit
 
 BUFFERS = ["sync", "colocate_async"]
 FILTER = {"enable": True, "metric": "acc", "max_inflight_gen_batches": 1}
@@ -99,7 +99,9 @@ def config(*, mode="sync", batch=8, **filter_groups):
     v1 = {"trainer_mode": mode, "separate_async": {"parameter_sync_step": 4}}
     return OmegaConf.create(
         {
-            "algorithm": {"filter_groups": {"enable": True, "max_num_gen_batches": 0, **filter_groups}},
+            "algorithm": {
+                "filter_groups": {"enable": True, "metric": "acc", "max_num_gen_batches": 0, **filter_groups}
+            },
             "data": {"train_batch_size": batch},
             "trainer": {"v1": v1},
         }
@@ -112,6 +114,12 @@ def test_the_limit_follows_verls_key_or_is_a_large_one_of_ours():
     assert filter_limit(config(batch=512)) == {"groups": UNIFORM_BATCHES * 512, "needed": 0}
     assert filter_limit(config(max_num_gen_batches=10)) == {"groups": 80, "needed": 8}
     assert filter_limit(config(max_num_gen_batches=10, mode="separate_async")) == {"groups": 80, "needed": 2}
+
+
+def test_the_plan_says_when_a_run_ends():
+    assert describe_filter(config(enable=False)) == ""
+    assert describe_filter(config()) == f"the run ends after {UNIFORM_GROUPS} groups in a row with equal acc"
+    assert "80 generated groups do not fill a batch" in describe_filter(config(max_num_gen_batches=10))
 
 
 def test_a_buffer_of_the_users_without_the_key_is_left_alone():
