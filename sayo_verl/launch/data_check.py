@@ -14,6 +14,7 @@ from sayo_verl.command_line import progress_bar
 from sayo_verl.data.check import check_joined, open_rows
 from sayo_verl.data.contract import Demands, Keys
 from sayo_verl.errors import SayoError
+from sayo_verl.launch.answer_forms import Asked
 from sayo_verl.launch.prompt_check import check_batch, check_prompts
 from sayo_verl.launch.reward_check import is_ours, own_settings
 from sayo_verl.launch.reward_result import check_result
@@ -70,8 +71,10 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
             counted[split].add(found, keep_of(config))
             lines.append(f"{path}: {found}")
         plan.append((f"{split} data", "; ".join(lines)))
-    silent, rows = (sum(getattr(of_split, name) for of_split in counted.values()) for name in ("silent", "rows"))
-    if silent:
+    samples = [sample for of_split in counted.values() for sample in of_split.samples]
+    asked = sum((of_split.asked for of_split in counted.values()), Counter[Asked]())
+    silent, rows = sum(n for (_, forms), n in asked.items() if "<answer>" not in forms), asked.total()
+    if silent and demands.judge is not None:
         plan.append(
             (
                 "instruction",
@@ -80,8 +83,6 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
                 "instruction for it; scenes: `sayo prepare synthetic --prompt instruction`",
             )
         )
-    samples = [sample for of_split in counted.values() for sample in of_split.samples]
-    asked = sum((of_split.asked for of_split in counted.values()), Counter())
     plan.append(("reward gives", check_result(config, method, samples, asked, dry_run=dry_run)))
     complete = {split: len(there[split]) == len(files[split]) for split in SPLITS}
     if complete["train"]:

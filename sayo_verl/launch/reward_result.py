@@ -173,7 +173,7 @@ def _callable(config: DictConfig) -> tuple[Callable[..., Any] | None, str]:
 
 def _call(config: DictConfig, function: Callable[..., Any], samples: Sequence[Sample]) -> tuple[Result | None, str]:
     """Call the function as verl does, in a thread that is left behind if it takes too long."""
-    builtin = config.reward.custom_reward_function.path is None
+    builtin, ours = config.reward.custom_reward_function.path is None, is_ours(config)
     samples = [one for one in samples if not (builtin and one.asked[0] in _PROGRAMS)]
     if not samples:
         return None, "no row can be tried"
@@ -182,7 +182,7 @@ def _call(config: DictConfig, function: Callable[..., Any], samples: Sequence[Sa
 
     def work() -> None:
         for sample in samples:
-            for form, response in _responses(sample.truth):
+            for form, response in _responses(sample.truth, wrong=not ours):
                 try:
                     found = function(
                         data_source=sample.asked[0],
@@ -209,18 +209,25 @@ def _call(config: DictConfig, function: Callable[..., Any], samples: Sequence[Sa
     return _read(seen, builtin=builtin)
 
 
-def _responses(truth: Any) -> list[tuple[str, str]]:
-    """(name, response): an empty one; each form with the ground truth if that is text, and with a wrong answer."""
-    text = truth_text(truth)
-    right = [] if text is None else [(form, made.replace("%s", text)) for form, (_, made) in FORMS.items()]
-    return [(EMPTY, ""), *right, *((f"wrong {form}", made.replace("%s", WRONG)) for form, (_, made) in FORMS.items())]
+def _responses(truth: Any, *, wrong: bool) -> list[tuple[str, str]]:
+    """(name, response): an empty one, each form with the ground truth if that is text, and with a wrong answer."""
+    answers = [("", truth_text(truth)), *([("wrong ", WRONG)] if wrong else [])]
+    made = [
+        (prefix + form, response.replace("%s", answer))
+        for prefix, answer in answers
+        if answer is not None
+        for form, (_, response) in FORMS.items()
+    ]
+    return [(EMPTY, ""), *made]
 
 
 def _read(seen: Sequence[tuple[Sample, str, Any]], *, builtin: bool) -> tuple[Result | None, str]:
     errors = [(sample, found) for sample, _, found in seen if isinstance(found, Exception)]
     said = [f"{type(error).__name__}: {' '.join(str(error).split())[:150]} ({one.where})" for one, error in errors]
+    calls, failed = (Counter(sample.where for sample, *_ in found) for found in (seen, errors))
     for sample, error in errors if builtin else ():
-        _refuse_rule(sample, error)
+        if failed[sample.where] == calls[sample.where]:
+            _refuse_rule(sample, error)
     if len(errors) == len(seen):
         return None, f"WARNING: the reward function raises {said[0]}"
     keys: set[str] | None = None
@@ -297,7 +304,8 @@ def _check_correctness(
 ) -> None:
     """Refuse a method that needs to know which answers are correct, if the reward does not say it."""
     asked = config.sayo.get("correct_from")
-    if method is None or not method.needs().correctness or isinstance(asked, int | float):
+    known = isinstance(asked, int | float) or is_ours(config)
+    if method is None or not method.needs().correctness or known:
         return
     state = f"set {CORRECT_FROM} to the smallest reward of a correct answer"
     what, got = "", ""

@@ -108,6 +108,15 @@ def test_a_reward_model_gives_no_acc(make):
     refused(make(**model, **GRPO, **{"algorithm.filter_groups": {"enable": True, "metric": "reward"}}), "L52")
 
 
+def test_our_function_gives_acc_also_where_no_row_can_be_read(make, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    values = {"data.train_files": str(rows), "data.val_files": str(rows), "sayo.held_out": False}
+    assert line(make(**values, **FAITHFUL)) == "not checked: no row can be tried"
+    (tmp_path / "mine.py").write_text("def compute_score(**kwargs): return {'score': 1.0, 'acc': 1.0}\n")
+    assert "no row can be tried" in refused(make(**values, **FAITHFUL, **{PATH: "mine.py"}), "L86").got
+
+
 @pytest.mark.parametrize("value", ["score", True, float("nan"), [1]])
 def test_another_source_of_correctness_is_refused(make, value):
     assert refused(make(**{"sayo.correct_from": value}), "L86").where == "sayo.correct_from"
