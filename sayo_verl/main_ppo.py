@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import uuid
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 import hydra
@@ -35,7 +35,7 @@ from sayo_verl.launch.resources import check_devices
 from sayo_verl.launch.resume import how_to_resume, metrics_file
 from sayo_verl.launch.settings import load_methods
 from sayo_verl.launch.template_check import configure as configure_reward
-from sayo_verl.launch.training_check import check_by_verl
+from sayo_verl.launch.training_check import check_by_verl, filter_limit
 from sayo_verl.methods import METHODS, Mix, own_methods
 from sayo_verl.metrics import declaration
 from sayo_verl.models import internvl
@@ -83,7 +83,7 @@ class SayoTaskRunner(TaskRunnerV1.__ray_actor_class__):
 
 
 def prepare_workers(config: DictConfig) -> None:
-    """Write into the configuration what Ray's workers need: the plug-in's module and the forwarded environment."""
+    """Write into the configuration what Ray's workers need: the plug-in's module, the forwarded environment, limits."""
     modules = [m for m in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",") if m]
     if PLUGIN not in modules:
         modules.append(PLUGIN)
@@ -93,6 +93,8 @@ def prepare_workers(config: DictConfig) -> None:
     with open_dict(config):
         for name, value in env.items():
             OmegaConf.update(config, f"ray_kwargs.ray_init.runtime_env.env_vars.{name}", value, force_add=True)
+        if limit := filter_limit(config):
+            OmegaConf.update(config, "trainer.v1.sampler.sampler_kwargs.filter_limit", limit, force_add=True)
 
 
 def select_method(config: DictConfig) -> bool:
@@ -102,6 +104,14 @@ def select_method(config: DictConfig) -> bool:
         config.trainer.v1.trainer_mode = f"sayo_{config.trainer.v1.trainer_mode}"
         config.actor_rollout_ref.model.external_lib = ENGINE
     return ours
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:  # vllm or sglang: one engine is enough
+        return False
+    return True
 
 
 def write_run_card(config: DictConfig) -> None:
@@ -115,13 +125,13 @@ def write_run_card(config: DictConfig) -> None:
         return
     metrics.parent.mkdir(parents=True, exist_ok=True)
     card_file = run_card(metrics)
-    names = ("verl", "torch", "transformers", "vllm", "ray", "tensordict", "TransferQueue")
+    names = ("verl", "torch", "transformers", "vllm", "sglang", "ray", "tensordict", "TransferQueue")
     card = {
         "run_id": metrics.parent.name,
         "estimator": config.algorithm.adv_estimator,
         "total_steps": config.trainer.total_training_steps,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": {"sayo-verl": __version__, **{name: version(name) for name in names}},
+        "versions": {"sayo-verl": __version__, **{name: version(name) for name in names if _is_installed(name)}},
         "metrics": str(metrics),
         "overrides": sys.argv[1:],
         # for the report, which reads those of the built-in methods from its own file

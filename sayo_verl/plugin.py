@@ -14,6 +14,7 @@ import os
 import wrapt
 
 from sayo_verl.hooks import contract as compat
+from sayo_verl.hooks import filter_limit, sglang
 from sayo_verl.hooks.estimator import register_estimators
 from sayo_verl.models import internvl, qwen2_5_vl
 
@@ -23,10 +24,12 @@ if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
 
     platform.activate()
     wrapt.register_post_import_hook(polling.read_poll_interval, "verl.trainer.ppo.v1.replay_buffer")
+wrapt.register_post_import_hook(filter_limit.stop_endless_filtering, "verl.trainer.ppo.v1.replay_buffer")
 compat.guard_equal_length_mrope()
 # After the import of verl's module, which takes seconds that most processes do not need.
 wrapt.register_post_import_hook(compat.guard_weight_socket, compat.WEIGHT_TRANSFER)
 wrapt.register_post_import_hook(compat.guard_saved_weights, "verl.utils.fsdp_utils")
+wrapt.register_post_import_hook(sglang.mask_placeholders, "verl.workers.rollout.sglang_rollout.async_sglang_server")
 internvl.activate()
 qwen2_5_vl.activate()
 register_estimators()

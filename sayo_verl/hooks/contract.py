@@ -143,7 +143,13 @@ CONTRACT = (
     Seam("verl.experimental.reward_loop.reward_manager.registry:get_reward_manager_cls", "relies on",
          "its registry REWARD_MANAGER has the valid values of reward.reward_manager.name"),
     Seam("verl.experimental.reward_loop.reward_manager.naive:NaiveRewardManager.run_single", "relies on",
-         "the keywords of a reward function; the response is decoded without special tokens; an error reaches the row"),
+         "the keywords of a reward function; the response is decoded without special tokens; an error reaches the row; "
+         "acc is the score of a function that returns a number"),
+    Seam("verl.experimental.reward_loop.reward_loop:RewardLoopWorker.compute_score_disrm", "relies on",
+         "a reward model gives reward_score and no reward_extra_info"),
+    Seam("verl.experimental.agent_loop.agent_loop:AgentLoopWorker._compute_score", "relies on",
+         "fails if reward_extra_info is missing, so a reward model with its own devices needs a function"),
+    Seam("verl.utils.reward_score:default_compute_score", "calls", "verl's rules by data source, tried before the run"),
     Seam("verl.experimental.reward_loop.reward_manager.limited:RateLimitedRewardManager.run_single", "relies on",
          "turns errors into reward 0, so it is refused"),
     Seam("verl.experimental.reward_loop.reward_loop:migrate_legacy_reward_impl", "relies on",
@@ -175,6 +181,10 @@ CONTRACT = (
     # Sampling
     Seam("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.__init__", "overrides",
          "poll_interval has no configuration key; only with VERL_PLATFORM=cpu"),
+    Seam("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._evict_terminal_groups", "overrides",
+         "called at each poll of both buffers; the last of its reasons counts filtered groups by their value"),
+    Seam("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._materialize_batch", "overrides",
+         "called once a batch, at the end of sample()"),
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._build_replay_buffer", "relies on",
          "gives group filtering to its own buffers, not to a custom sampler"),
     # Other families (sayo_verl/models)

@@ -37,8 +37,13 @@ def fetch(batch: KVBatchMeta, fields: Sequence[str]) -> TensorDict:
     return data
 
 
-def fetch_signals(batch: KVBatchMeta, needs: Needs) -> tuple[Signals, float]:
+def fetch_signals(batch: KVBatchMeta, needs: Needs, correct_from: float | str | None = None) -> tuple[Signals, float]:
     """Fetch the results of the log-prob passes, padded as verl pads its fields, and the probe's total seconds.
+
+    Args:
+        batch: the rows.
+        needs: of the method.
+        correct_from: ``sayo.correct_from``: a number is the smallest reward of a correct answer.
 
     Raises:
         SayoError: A02 for a row whose statistics do not fit its response, A06 for a missing field, A17 when the reward
@@ -65,7 +70,7 @@ def fetch_signals(batch: KVBatchMeta, needs: Needs) -> tuple[Signals, float]:
         is_padding=is_padding,
         uid=tuple(map(str, data["uid"])),
         counterfactual_log_probs=_padded(data, COUNTERFACTUAL_LOG_PROBS) if needs.intervention is not None else None,
-        correct=_correct(batch) if needs.correctness else None,
+        correct=_correct(batch, correct_from) if needs.correctness else None,
     )
     return signals, float(rows["probe_seconds"].sum())
 
@@ -86,16 +91,21 @@ def _padded(data: TensorDict, key: str) -> torch.Tensor:
 
 
 def _reward_info(batch: KVBatchMeta) -> list[dict[str, Any]]:
-    """What the reward function returned besides the score, for each row; empty for a padding row."""
+    """What the reward function returned besides the score, for each row; empty for a padding row and a reward model."""
     infos = []
     for row, tag in zip(fetch(batch, ["extra_fields"])["extra_fields"], batch.tags, strict=True):
         plain = row.data if isinstance(row, NonTensorData) else row
-        infos.append({} if tag.get("is_padding", False) else plain["reward_extra_info"])
+        infos.append({} if tag.get("is_padding", False) else plain.get("reward_extra_info", {}))
     return infos
 
 
-def _correct(batch: KVBatchMeta) -> torch.Tensor:
-    """[B] ``acc`` of the reward function, 0 for padding rows."""
+def _correct(batch: KVBatchMeta, correct_from: float | str | None) -> torch.Tensor:
+    """[B] ``acc`` of the reward function, or whether the reward reaches ``correct_from``; 0 for padding rows."""
+    if isinstance(correct_from, int | float):
+        # in float32, as verl stores rewards: 0.9 is there less than Python's 0.9
+        rewards = torch.stack([row.sum() for row in fetch(batch, ["rm_scores"])["rm_scores"].unbind()]).float()
+        padding = torch.tensor([bool(tag.get("is_padding", False)) for tag in batch.tags])
+        return ((rewards >= torch.tensor(float(correct_from))) & ~padding).float()
     out = []
     for key, info, tag in zip(batch.keys, _reward_info(batch), batch.tags, strict=True):
         if not tag.get("is_padding", False) and "acc" not in info:
@@ -105,7 +115,7 @@ def _correct(batch: KVBatchMeta) -> torch.Tensor:
                 where=f"row {key}",
                 got=sorted(info),
                 wanted="a key 'acc' in what the reward function returns, 0 or 1",
-                fix="return {'score': ..., 'acc': ...}, as sayo_verl.reward does",
+                fix="return {'score': ..., 'acc': ...}, as sayo_verl.reward does, or set sayo.correct_from",
             )
         out.append(float(info.get("acc", 0.0)))
     return torch.tensor(out)

@@ -139,7 +139,7 @@ class AttentionTrainer(PPOTrainer):
 
         The fetch is not in the thread, because TransferQueue's client is not documented as thread-safe.
         """
-        signals, probe_seconds = store.fetch_signals(batch, self._needs)
+        signals, probe_seconds = store.fetch_signals(batch, self._needs, self.config.sayo.get("correct_from"))
         credit = self._thread.submit(timed_credit, self._method, signals)
         return PendingCredit(rows_of(batch), signals, probe_seconds, credit)
 

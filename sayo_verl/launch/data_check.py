@@ -4,6 +4,7 @@ The launcher calls ``check_data``. The configuration decides what rows must hold
 rows are in ``sayo_verl.data.contract``; `sayo inspect` makes the same ones. docs/data.md has the table.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from sayo_verl.command_line import progress_bar
 from sayo_verl.data.check import check_joined, open_rows
 from sayo_verl.data.contract import Demands, Keys
 from sayo_verl.errors import SayoError
+from sayo_verl.launch.answer_forms import Asked
 from sayo_verl.launch.prompt_check import check_batch, check_prompts
 from sayo_verl.launch.reward_check import is_ours, own_settings
+from sayo_verl.launch.reward_result import check_result
 from sayo_verl.launch.row_check import Counted, check_parquet
 from sayo_verl.launch.split_check import check_boxes_of_run, check_leakage
 from sayo_verl.methods import Method
@@ -52,7 +55,7 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
 
     Raises:
         SayoError: L40 if no file is named, L41 for a kind of file that verl does not read, D01 for a missing file, D75
-            for fewer rows than a batch, and what ``check_parquet`` and ``check_prompts`` raise.
+            for fewer rows than a batch, and what ``check_parquet``, ``check_result`` and ``check_prompts`` raise.
     """
     foreign = config.data.custom_cls.path
     files = {split: files_of(config, split) for split in SPLITS}
@@ -68,8 +71,10 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
             counted[split].add(found, keep_of(config))
             lines.append(f"{path}: {found}")
         plan.append((f"{split} data", "; ".join(lines)))
-    silent, rows = (sum(getattr(of_split, name) for of_split in counted.values()) for name in ("silent", "rows"))
-    if silent:
+    samples = [sample for of_split in counted.values() for sample in of_split.samples]
+    asked = sum((of_split.asked for of_split in counted.values()), Counter[Asked]())
+    silent, rows = sum(n for (_, forms), n in asked.items() if "<answer>" not in forms), asked.total()
+    if silent and demands.judge is not None:
         plan.append(
             (
                 "instruction",
@@ -78,6 +83,7 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
                 "instruction for it; scenes: `sayo prepare synthetic --prompt instruction`",
             )
         )
+    plan.append(("reward gives", check_result(config, method, samples, asked, dry_run=dry_run)))
     complete = {split: len(there[split]) == len(files[split]) for split in SPLITS}
     if complete["train"]:
         if method is not None and method.gives:

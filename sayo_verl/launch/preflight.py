@@ -30,9 +30,10 @@ from sayo_verl.launch.resources import (
 )
 from sayo_verl.launch.resume import check_metrics, check_resume, describe_checkpoints, metrics_file
 from sayo_verl.launch.reward_check import check_reward
+from sayo_verl.launch.rollout_check import check_rollout_engine
 from sayo_verl.launch.settings import settings_from_config, unused_settings
 from sayo_verl.launch.template_check import check_template, describe_focus
-from sayo_verl.launch.training_check import check_training, describe_objective
+from sayo_verl.launch.training_check import check_training, describe_filter, describe_objective
 from sayo_verl.methods import METHODS, Method, Mix, own_methods
 from sayo_verl.methods.faithful import FaithfulMethod
 from sayo_verl.models.location import is_hub_name, why_absent
@@ -66,6 +67,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
         dataclasses.replace(method.needs().statistics, path=str(config.sayo.probe_path))  # P14
     check_batch_sizes(config)
     cpus = check_ray_cpus(config, dry_run=dry_run)
+    engine = check_rollout_engine(config, method, dry_run=dry_run)
     check_paths(config)
     check_metrics(config)
     resumed = check_resume(config)
@@ -92,6 +94,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
             f"{config.data.train_batch_size} prompts x {rollout.n}, up to {config.data.max_response_length} "
             f"tokens, temperature {rollout.temperature}, top-p {rollout.top_p}",
         ),
+        ("engine", engine),
         (
             "update",
             f"{actor.strategy}, lr {actor.optim.lr}, mini-batch {actor.ppo_mini_batch_size} prompts, LoRA rank "
@@ -99,6 +102,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
         ),
         ("objective", describe_objective(config)),
         ("trainer", describe_mode(config)),
+        *([("group filter", ends)] if (ends := describe_filter(config)) else []),
         ("machines", f"{describe_machines(config)}; {cpus}"),
         *([("every node must see", ", ".join(path for _, path in shared_paths(config)))] if several else []),
         *memory,

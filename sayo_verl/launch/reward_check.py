@@ -101,10 +101,14 @@ def _check_tokenizer(path: str | None, dry_run: bool) -> str:
 
 def is_ours(config: DictConfig) -> bool:
     """Whether the run's reward function is ``sayo_verl.reward``'s, under whatever path and name it is loaded."""
-    path, name = config.reward.custom_reward_function.path, config.reward.custom_reward_function.name
-    function = None if path is None else getattr(_load(str(path))[0], str(name), None)
     # loaded from its file it is another object with the same code
-    return getattr(function, "__code__", None) == compute_score.__code__
+    return getattr(load_function(config), "__code__", None) == compute_score.__code__
+
+
+def load_function(config: DictConfig) -> Callable[..., Any] | None:
+    """The run's reward function without its settings; None for verl's own, and for one that cannot be loaded."""
+    path, name = config.reward.custom_reward_function.path, config.reward.custom_reward_function.name
+    return None if path is None else getattr(_load(str(path))[0], str(name), None)
 
 
 def _file(path: str) -> Path | None:
@@ -183,6 +187,8 @@ def _check_manager(config: DictConfig) -> None:
             wanted=", ".join(sorted(REWARD_MANAGER)),
             fix="correct the name",
         )
+    if manager.source != "register":
+        _check_own_manager(manager)
     if manager.source == "register" and manager.name == "rate_limited" and is_ours(config):
         raise SayoError(
             "L36",
@@ -207,6 +213,31 @@ def _check_manager(config: DictConfig) -> None:
             where="reward.reward_model.enable_resource_pool",
             got=False,
             fix="set it to True, with nnodes and n_gpus_per_node beside it",
+        )
+
+
+def _check_own_manager(manager: DictConfig) -> None:
+    """Load a manager of the user's as verl does; verl would do so when the models are there."""
+    path, name = manager.module.path, str(manager.name)
+    problem, where = "", "reward.reward_manager.module.path"
+    if manager.source != "importlib":
+        problem, where = "verl knows no such source", "reward.reward_manager.source"
+    elif path is None:
+        problem = "no file is named"
+    else:
+        module, error = _load(str(path))
+        if error is not None:
+            problem = f"it cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        elif not inspect.iscoroutinefunction(getattr(getattr(module, name, None), "run_single", None)):
+            problem, where = "it has no such class with `async def run_single`", "reward.reward_manager.name"
+    if problem:
+        raise SayoError(
+            "L36",
+            f"a reward manager of your own: {problem}",
+            where=where,
+            got=OmegaConf.select(manager, where.removeprefix("reward.reward_manager.")),
+            wanted="source=importlib, the file at module.path and the class at name",
+            fix="correct it, or set reward.reward_manager.source=register and name=naive",
         )
 
 

@@ -4,14 +4,17 @@
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sayo_verl.data.check import asks_for_answer, columns_of, open_rows
+from sayo_verl.data.check import columns_of, open_rows
 from sayo_verl.data.contract import Demands, RowContract
 from sayo_verl.data.reading import read_image, read_rows
+from sayo_verl.launch.answer_forms import Asked, forms_in
+from sayo_verl.launch.reward_result import ROWS, SOURCES, Sample
 
 Kept = tuple[int, str, int, dict[str, Any]]  # size, path, number of the row, its values
 
@@ -27,7 +30,8 @@ class Counted:
         decoded: images that were decoded.
         remote: images of web addresses, which are not read.
         narrow: rows that verl's length filter drops for the shape of an image.
-        silent: rows whose prompt does not name ``<answer>`` (``asks_for_answer``).
+        asked: rows by data source and the forms of an answer that the prompt names.
+        samples: the first rows of each of these, for the reward.
         spread: rows evenly spread over each file.
         largest, longest: the rows with the most pixels and with the longest questions.
     """
@@ -38,7 +42,8 @@ class Counted:
     decoded: int = 0
     remote: int = 0
     narrow: int = 0
-    silent: int = 0
+    asked: Counter[Asked] = field(default_factory=Counter)
+    samples: list[Sample] = field(default_factory=list)
     spread: list[Kept] = field(default_factory=list)
     largest: list[Kept] = field(default_factory=list)
     longest: list[Kept] = field(default_factory=list)
@@ -98,7 +103,11 @@ def check_parquet(
                 raise fault
         images = values.get(key) or []
         counted.narrow += bool(narrow)
-        counted.silent += not asks_for_answer(values, demands)
+        asked = (str(values.get("data_source")), forms_in(str(values[demands.keys.prompt])))
+        counted.asked[asked] += 1
+        if demands.rewarded and counted.asked[asked] <= ROWS and len(counted.samples) < ROWS * SOURCES:
+            truth = (values["reward_model"] or {}).get("ground_truth")
+            counted.samples.append(Sample(asked, f"{path} row {row}", truth, values.get("extra_info")))
         if demands.attention:
             counted.with_boxes = (counted.with_boxes or 0) + any(looked.boxes)
         counted.with_images += bool(images)

@@ -25,6 +25,9 @@ AVERAGE_OVER_TOKENS = ("geo_mean",)
 # The loss of bypass mode, which has no log-prob pass to measure attention in.
 NEEDS_BYPASS = ("bypass_mode",)
 REPORTED = ("score", "acc", "format")  # by sayo_verl.reward, for every response
+# Group filtering without max_num_gen_batches ends after so many groups in a row, and so many batches, of equal values.
+# [ours] 1,000 such groups in a row are likely only if fewer than 1 of 300 groups can be trained on.
+UNIFORM_GROUPS, UNIFORM_BATCHES = 1000, 8
 
 
 def check_by_verl(config: DictConfig, *, dry_run: bool = False) -> None:
@@ -145,6 +148,33 @@ def describe_objective(config: DictConfig) -> str:
         f"groups filtered by {algorithm.filter_groups.metric}" if algorithm.filter_groups.enable else "all groups kept",
     ]
     return ", ".join(parts)
+
+
+def filter_limit(config: DictConfig) -> dict[str, int] | None:
+    """When group filtering ends with an error; None without group filtering.
+
+    Returns:
+        ``groups`` and ``needed`` of ``sayo_verl.hooks.filter_limit.check_limit``. With ``max_num_gen_batches`` they are
+        verl's documented meaning of it: so many batches are generated for one batch of training.
+    """
+    groups, v1 = config.algorithm.filter_groups, config.trainer.v1
+    if not groups.enable:
+        return None
+    batch, batches = int(config.data.train_batch_size), int(groups.max_num_gen_batches or 0)
+    if batches <= 0:
+        return {"groups": max(UNIFORM_GROUPS, UNIFORM_BATCHES * batch), "needed": 0}
+    updates = int((v1.get(str(v1.trainer_mode)) or {}).get("parameter_sync_step", 1))
+    return {"groups": batches * batch, "needed": max(1, batch // updates)}
+
+
+def describe_filter(config: DictConfig) -> str:
+    """When group filtering ends the run, for the plan; empty without group filtering."""
+    limit = filter_limit(config)
+    if limit is None:
+        return ""
+    if limit["needed"]:
+        return f"the run ends if {limit['groups']} generated groups do not fill a batch (max_num_gen_batches)"
+    return f"the run ends after {limit['groups']} groups in a row with equal {config.algorithm.filter_groups.metric}"
 
 
 def _check_sampling(config: DictConfig) -> None:

@@ -1,5 +1,6 @@
 """The trainers with attention on a real TransferQueue and Ray; a worker group returns recognisable statistics."""
 
+import copy
 import dataclasses
 import functools
 import os
@@ -383,8 +384,37 @@ def test_a_reward_function_that_does_not_say_what_is_right_stops_a_gated_method(
     infos = [{"reward_extra_info": {"format": 1.0}} for _ in rows]
     fields = tu.list_of_dict_to_tensordict([{"extra_fields": info} for info in infos])
     tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
-    with pytest.raises(SayoError, match=r"SAYO-A17: .*fix: "):
+    with pytest.raises(SayoError, match=r"SAYO-A17: .*fix: .*sayo.correct_from"):
         trainer._compute_old_log_prob(batch, metrics)
+
+
+@pytest.mark.parametrize("correct_from", [0.9, 2, None])
+def test_a_reward_can_say_what_is_right(queue, config, correct_from):
+    """verl stores rewards as float32, in which 0.9 is less than in Python."""
+    trainer = make_trainer(copy.deepcopy(config), FakeWorkerGroup())
+    trainer.config.sayo.correct_from = correct_from
+    trainer._needs = dataclasses.replace(trainer._needs, correctness=True)
+    batch, rows = put_batch(f"train-correct-{correct_from}", [2, 0, 3, 1])
+    scores = torch.nested.as_nested_tensor(
+        [r["rm_scores"] * (0.9 if correct_from == 0.9 else 1.0) for r in rows], layout=torch.jagged
+    )
+    fields = tu.get_tensordict({"rm_scores": scores}, non_tensor_dict={})
+    tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+    trainer._compute_old_log_prob(batch, {})
+    least = {0.9: 1, 2: 2, None: 3}[correct_from]  # of the row's index, which is its score; acc is 1 for index 3
+    right = [float(row["extra_info"]["index"] >= least) for row in rows]
+    assert trainer._pending.signals.required("correct").tolist() == right
+    batch.tags[2]["is_padding"] = True  # a padding row copies a real one
+    assert store._correct(batch, correct_from).tolist() == [*right[:2], 0.0, right[3]]
+
+
+def test_a_reward_model_returns_nothing_beside_the_score(queue, config):
+    trainer, metrics = make_trainer(config, FakeWorkerGroup()), {}
+    batch, rows = put_batch("train-reward-model", [0, 1, 2, 3])
+    fields = tu.list_of_dict_to_tensordict([{"extra_fields": {"global_steps": 1}} for _ in rows])
+    tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+    trainer._compute_advantage(trainer._compute_old_log_prob(batch, metrics), metrics)
+    assert "sayo/accuracy/mean" not in metrics
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ def test_the_plan_says_when_prompts_do_not_ask_for_what_the_reward_reads(make, t
     )
     plan = dict(preflight(make(**{"data.train_files": str(asking)})))
     assert plan["instruction"].startswith("16 of 32")
-    assert "instruction" not in dict(preflight(make(**{"reward.custom_reward_function.path": None})))
+    (tmp_path / "mine.py").write_text("def compute_score(**kwargs): return 1.0\n")
+    assert "instruction" not in dict(preflight(make(**{"reward.custom_reward_function.path": "mine.py"})))
 
 
 def test_training_rows_without_an_image_are_refused_for_a_method_that_acts(make, tmp_path):
@@ -136,5 +137,5 @@ def test_the_judge_of_the_run_says_which_truths_can_be_graded(make, tmp_path):
     error = refused(config, "D74")
     assert "row 0, reward_model.ground_truth" in error.where
     refused(make(**{"data.val_files": config.data.train_files, "data.train_files": config.data.val_files}), "D74")
-    (tmp_path / "mine.py").write_text("def compute_score(**kwargs): ...\n")
+    (tmp_path / "mine.py").write_text("def compute_score(**kwargs): return 1.0\n")
     preflight(make(**{"reward.custom_reward_function.path": "mine.py"}))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from support.launch_config import add, composed, refused, with_kwargs
+from support.launch_config import add, composed, files, refused, with_kwargs
 from transformers import AutoTokenizer
 
 import sayo_verl.launch.reward_check
@@ -27,6 +27,12 @@ PATH, NAME, MANAGER = (
 GRPO = {"algorithm.adv_estimator": "grpo"}
 
 
+@pytest.fixture
+def built_in(tmp_path):
+    """verl's own rule, and rows of a data source that it knows."""
+    return {PATH: None, **files(tmp_path, source="openai/gsm8k")}
+
+
 @pytest.mark.parametrize(
     ("key", "value", "today"),
     [
@@ -41,13 +47,13 @@ def test_a_key_that_verl_ignores_is_refused(make, key, value, today):
     assert (error.where, error.got, error.fix) == (key, value, f"use {today}")
 
 
-def test_a_missing_reward_file_is_refused(make, tmp_path):
+def test_a_missing_reward_file_is_refused(make, tmp_path, built_in):
     error = refused(make(**{PATH: "absent.py"}), "L19")
     assert (error.where, error.got) == (PATH, "absent.py")
-    (tmp_path / "mine.py").write_text("def compute_score(**kwargs): ...\n")
+    (tmp_path / "mine.py").write_text("def compute_score(**kwargs): return 1.0\n")
     for path in ("mine.py", "file://mine.py"):
         assert dict(preflight(make(**{PATH: path})))["reward"].startswith(f"{path}:compute_score")
-    assert "built-in" in dict(preflight(make(**{PATH: None})))["reward"]
+    assert "built-in" in dict(preflight(make(**built_in)))["reward"]
     assert "; judge text" in dict(preflight(make()))["reward"]
 
 
@@ -63,7 +69,7 @@ def test_an_unknown_reward_function_suggests_the_right_one(make, tmp_path):
     error = refused(make(**{NAME: "compute_scores"}), "L35")
     assert error.where == NAME
     assert "did you mean 'compute_score'?" in str(error)
-    (tmp_path / "mine.py").write_text("import re\ncompute_score = 3\ndef my_reward(**kwargs): ...\n")
+    (tmp_path / "mine.py").write_text("import re\ncompute_score = 3\ndef my_reward(**kwargs): return 1.0\n")
     assert "my_reward" in refused(make(**{PATH: "mine.py"}), "L35").wanted
     preflight(make(**{PATH: "mine.py", NAME: "my_reward"}))
 
@@ -83,7 +89,7 @@ def test_an_unknown_reward_function_suggests_the_right_one(make, tmp_path):
 )
 @pytest.mark.parametrize("kind", ["def", "async def"])
 def test_what_a_function_of_the_users_takes(make, tmp_path, head, kwargs, code, named, kind):
-    (tmp_path / "mine.py").write_text(f"{kind} compute_score({head}): ...\n")
+    (tmp_path / "mine.py").write_text(f"{kind} compute_score({head}): return 1.0\n")
     config = with_kwargs(make(**{PATH: "mine.py"}), **kwargs)
     if code is None:
         preflight(config)
@@ -166,7 +172,7 @@ def test_settings_that_are_not_a_group_are_refused(make):
 
 @pytest.mark.parametrize("key", ["ground_truth", "solution_str", "data_source", "extra_info", "reward_router_address"])
 def test_a_setting_does_not_replace_what_verl_passes(make, tmp_path, key):
-    (tmp_path / "mine.py").write_text("def compute_score(**kwargs): ...\n")
+    (tmp_path / "mine.py").write_text("def compute_score(**kwargs): return 1.0\n")
     for path in ("pkg://sayo_verl.reward", "mine.py"):
         error = refused(with_kwargs(make(**{PATH: path}), **{key: "red"}), "L34")
         assert (error.where, error.got) == (f"{KWARGS}.{key}", "'red'")
@@ -190,13 +196,13 @@ def test_a_key_that_nothing_reads_is_refused(make, key, near):
     assert (f"did you mean {near!r}?" in str(error)) == (near is not None)
 
 
-def test_keys_of_a_manager_are_taken_with_that_manager(make, base):
+def test_keys_of_a_manager_are_taken_with_that_manager(make, base, built_in):
     for group in ("reward", "reward.custom_reward_function", "reward.reward_manager"):
         composed_keys = set(OmegaConf.select(base, group))
         assert composed_keys == set(KEYS[group]) - {"reward_kwargs"}
     preflight(add(make(**{MANAGER: "dapo"}), "reward.reward_kwargs.max_resp_len", 3))
     refused(add(make(**{MANAGER: "dapo"}), "reward.reward_kwargs.max_resp_length", 3), "L34")
-    preflight(add(make(**{MANAGER: "rate_limited", PATH: None, **GRPO}), "reward.timeout", 3))
+    preflight(add(make(**{MANAGER: "rate_limited", **built_in, **GRPO}), "reward.timeout", 3))
     refused(add(make(), "reward.timeout", 3), "L34")
 
 
@@ -270,7 +276,7 @@ def test_a_function_of_the_users_is_not_ours_and_is_loaded_once(make, tmp_path):
     assert not is_ours(make(**{PATH: "absent.py"}))
     assert not is_ours(make(**{NAME: "length_factor"}))
     count = "from pathlib import Path\nwith Path('loads').open('a') as file:\n    file.write('x')\n"
-    (tmp_path / "mine.py").write_text(count + "def compute_score(**kwargs): ...\n")
+    (tmp_path / "mine.py").write_text(count + "def compute_score(**kwargs): return 1.0\n")
     config = make(**{PATH: "mine.py"})
     preflight(config)
     assert not is_ours(config)
@@ -292,16 +298,43 @@ def test_an_unknown_manager_suggests_the_right_one(make):
     refused(make(**{MANAGER: "prime", **GRPO}), "L36")
 
 
-def test_a_reward_model_beside_our_function_is_refused(make, tmp_path):
+def test_a_reward_model_beside_our_function_is_refused(make, tmp_path, built_in):
     model = {"reward.reward_model.enable": True}
     assert refused(make(**model), "L36").where == "reward.reward_model.enable"
-    (tmp_path / "mine.py").write_text("def compute_score(**kwargs): ...\n")
+    (tmp_path / "mine.py").write_text("def compute_score(**kwargs): return 1.0\n")
     refused(make(**model, **{PATH: "mine.py"}), "L36")
     preflight(make(**model, **{PATH: "mine.py", "reward.reward_model.enable_resource_pool": True}))
-    preflight(make(**model, **{PATH: None}))
-    (tmp_path / "mine.py").write_text("def compute_score(data_source, solution_str, ground_truth, extra_info): ...\n")
+    preflight(make(**model, **built_in))
+    (tmp_path / "mine.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info): return 1.0\n"
+    )
     error = refused(make(**model, **{PATH: "mine.py", "reward.reward_model.enable_resource_pool": True}), "L35")
     assert "reward_router_address" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("source", "path", "name", "where", "named"),
+    [
+        ("importlb", "mine.py", "Mine", "source", "no such source"),
+        ("importlib", None, "Mine", "module.path", "no file is named"),
+        ("importlib", "absent.py", "Mine", "module.path", "FileNotFoundError"),
+        ("importlib", "mine.py", "Other", "name", "no such class"),
+        ("importlib", "mine.py", "Wrong", "name", "async def run_single"),
+        ("importlib", "mine.py", "Mine", None, ""),
+    ],
+)
+def test_a_manager_of_the_users_is_loaded_before_the_run(make, tmp_path, source, path, name, where, named):
+    (tmp_path / "mine.py").write_text(
+        "class Mine:\n  async def run_single(self, data): ...\nclass Wrong:\n  def run_single(self, data): ...\n"
+    )
+    keys = {"source": source, "name": name, "module.path": path}
+    config = make(**{f"reward.reward_manager.{key}": value for key, value in keys.items()})
+    if where is None:
+        preflight(config)
+        return
+    error = refused(config, "L36")
+    assert error.where == f"reward.reward_manager.{where}"
+    assert named in str(error)
 
 
 RIGHT = {"score": 2.0, "acc": 1.0, "format": 1.0}
@@ -328,11 +361,11 @@ def test_each_manager_of_verl_is_in_the_table(managers):
 
 
 @pytest.mark.parametrize("name", MANAGERS)
-def test_a_manager_hands_on_what_the_function_returns(name, make, managers, random_policy, monkeypatch):
+def test_a_manager_hands_on_what_the_function_returns(name, make, managers, random_policy, monkeypatch, built_in):
     if not MANAGERS[name]:
         error = refused(make(**{MANAGER: name}), "L36")
         assert error.where == MANAGER
-        preflight(make(**{MANAGER: name, PATH: None, **GRPO}))
+        preflight(make(**{MANAGER: name, **built_in, **GRPO}))
         return
     preflight(make(**{MANAGER: name, "ray_kwargs.ray_init.num_cpus": 100}))
     if name == "remote":
@@ -347,7 +380,16 @@ def test_rate_limited_hides_an_error(managers, random_policy):
     assert found["reward_score"] == 0.0
 
 
-def _run_manager(cls, policy, truth):
+@pytest.mark.parametrize("name", MANAGERS)
+def test_each_manager_takes_a_number_as_acc(name, managers, random_policy, monkeypatch):
+    """``sayo_verl.launch.reward_result`` relies on it."""
+    if name == "remote":
+        _stand_in_for_ray(monkeypatch)
+    found = _run_manager(managers[name], random_policy, "red", lambda **_: 0.25)
+    assert found == {"reward_score": 0.25, "reward_extra_info": {"acc": 0.25}}
+
+
+def _run_manager(cls, policy, truth, function=compute_score):
     from verl import DataProto
 
     tokenizer = AutoTokenizer.from_pretrained(policy)
@@ -365,7 +407,7 @@ def _run_manager(cls, policy, truth):
 
     async def run():
         cls._class_initialized = False
-        return await cls(config=config, tokenizer=tokenizer, compute_score=compute_score).run_single(data)
+        return await cls(config=config, tokenizer=tokenizer, compute_score=function).run_single(data)
 
     return asyncio.run(run())
 

@@ -27,18 +27,35 @@ MESSAGE = re.compile(r"SAYO-[A-Z]\d\d: .+ \| at .+ \| (.* \| )?fix: .+")
 ROWS = 16  # of a file: at least data.train_batch_size
 
 
-def write_rows(path: Path, *, boxes: list | None, question: str = "What colour?") -> Path:
+def write_rows(
+    path: Path,
+    *,
+    boxes: list | None,
+    question: str = "What colour?",
+    source: str = "sayo/scenes",
+    truth: Any = "red",
+    rows: int = ROWS,
+) -> Path:
     png = io.BytesIO()
     Image.new("RGB", (8, 8), (zlib.crc32(path.name.encode()) % 256, 0, 0)).save(png, "PNG")  # held out by name
     row = {
-        "data_source": "sayo/scenes",
+        "data_source": source,
         "prompt": [{"role": "user", "content": f"<image>{question}"}],
         "images": [{"bytes": png.getvalue(), "path": None}],
-        "reward_model": {"style": "rule", "ground_truth": "red"},
+        "reward_model": {"style": "rule", "ground_truth": truth},
         "extra_info": {"index": 0} if boxes is None else {"index": 0, "boxes": boxes},
     }
-    pq.write_table(pa.Table.from_pylist([row] * ROWS), path)
+    pq.write_table(pa.Table.from_pylist([row] * rows), path)
     return path
+
+
+def files(folder: Path, **of_rows: Any) -> dict[str, str]:
+    """Training and validation files whose rows have a box; ``of_rows`` as in ``write_rows``."""
+    boxes, n = [[[0.0, 0.0, 0.5, 0.5]]], len(list(folder.iterdir()))
+    return {
+        f"data.{split}_files": str(write_rows(folder / f"{split}-{n}.parquet", boxes=boxes, **of_rows))
+        for split in ("train", "val")
+    }
 
 
 def write_model(folder: Path, **config: Any) -> Path:
