@@ -80,6 +80,18 @@ FAMILIES = {
             ),
         ),
         Family(
+            "qwen3_5",
+            "Qwen3VLProcessor",
+            {"Qwen3_5Attention": (f"{_MODELS}.qwen3_5.modeling_qwen3_5:apply_rotary_pos_emb",)},
+            ("Qwen3_5TextModel",),
+        ),
+        Family(
+            "qwen3_5_moe",
+            "Qwen3VLProcessor",
+            {"Qwen3_5MoeAttention": (f"{_MODELS}.qwen3_5_moe.modeling_qwen3_5_moe:apply_rotary_pos_emb",)},
+            ("Qwen3_5MoeTextModel",),
+        ),
+        Family(
             "internvl",
             "InternVLProcessor",
             {
