@@ -6,6 +6,7 @@ rename modules, but a wrapped module keeps its class or gets a subclass of it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 from sayo_verl.errors import SayoError
 
@@ -112,8 +113,9 @@ def family_of(model_type: str, *, where: str) -> Family:
     """Return the facts of a model type.
 
     Raises:
-        SayoError: L18 for an unknown family.
+        SayoError: L18 for an unknown family, L75 for one that the installed transformers does not have.
     """
+    from transformers import CONFIG_MAPPING
     if model_type not in FAMILIES:
         raise SayoError(
             "L18",
@@ -122,6 +124,15 @@ def family_of(model_type: str, *, where: str) -> Family:
             got=model_type,
             wanted=" or ".join(FAMILIES),
             fix="use a supported model, or algorithm.adv_estimator=grpo",
+        )
+    if model_type not in CONFIG_MAPPING:
+        raise SayoError(
+            "L75",
+            "the installed transformers does not have this model family",
+            where=where,
+            got=f"{model_type}, transformers {version('transformers')}",
+            wanted="transformers 5.9.0, with which this version was tested",
+            fix="install the version of transformers that pyproject.toml names",
         )
     return FAMILIES[model_type]
 
