@@ -26,7 +26,7 @@ from support.engine_rows import (
     single_process_group,
     worker,
 )
-from support.family_models import TINY, TinyFamily, patches_undone, trained_lora
+from support.family_models import FULL_QWEN3_5, TINY, TinyFamily, patches_undone, trained_lora
 from support.flash_stand_in import flash_attention_on_cpu, linear_attention_of_packed_rows
 from support.sequence_parallel import Case, Outcome, run_on_two_ranks
 
@@ -136,7 +136,7 @@ class World:
 
 
 def build_world(name: str, folder: Path) -> World:
-    family, model = TINY[name], folder / name
+    family, model = {**TINY, "qwen3_5_full": FULL_QWEN3_5}[name], folder / name
     family.build(model)
     adapter, merged = trained_lora(model, folder / f"{name}-lora")
     with patches_undone():
@@ -189,7 +189,7 @@ def _process_group():
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("families")
-    return {name: build_world(name, folder) for name in TINY}
+    return {name: build_world(name, folder) for name in (*TINY, "qwen3_5_full")}
 
 
 def test_an_adapter_changes_what_is_measured(worlds):
@@ -306,6 +306,8 @@ TWO_RANKS = (
     TwoRanks("qwen2_5_vl", "ulysses-single-rows", EVERY_PASS, settings=SINGLE_ROWS),
     TwoRanks("qwen2_5_vl", "ulysses-lora-bucket", lora=True, settings=(("bucket", 64),)),
     TwoRanks("qwen2_5_vl", "data-fsdp-fused", settings=(("ulysses", False), ("strategy", "fsdp"), ("fused", True))),
+    TwoRanks("qwen3_5_full", "ulysses", EVERY_PASS),
+    TwoRanks("qwen3_5_moe", "data-fsdp2", settings=(("ulysses", False),)),
     TwoRanks("internvl", "data-fsdp2", settings=(("ulysses", False),)),
 )
 

@@ -5,7 +5,7 @@ projection must not pass for exact.
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,12 +152,13 @@ def tiny_qwen2_5_vl(folder: Path) -> None:
 QWEN3_5_LAYERS = ["full_attention", "full_attention", "linear_attention", "full_attention"]
 
 
-def tiny_qwen3_5(folder: Path) -> None:
+def tiny_qwen3_5(folder: Path, layers: Sequence[str] = QWEN3_5_LAYERS) -> None:
     """Qwen3.5: gated attention with a quarter of each head rotated, one layer of linear attention, 4 query and 2 key
     heads."""
     processor = build_processor(TinyPolicyConfig())
     config = Qwen3_5Config(
-        text_config=_qwen3_5_text(processor.tokenizer) | {"intermediate_size": 96, "num_key_value_heads": 2},
+        text_config=_qwen3_5_text(processor.tokenizer)
+        | {"intermediate_size": 96, "num_key_value_heads": 2, "layer_types": list(layers)},
         vision_config=_QWEN3_5_VISION,
         **_image_tokens(processor.tokenizer),
     )
@@ -195,6 +196,10 @@ TINY = {
     "qwen3_5_moe": TinyFamily(tiny_qwen3_5_moe, cell=32, layers=4, linear=(2,)),
     "internvl": TinyFamily(tiny_internvl, cell=64, layers=3, tiles=True, fused=(), sequence_parallel=False),
 }
+
+# verl's Ulysses exchange of linear attention lies in flash-linear-attention, which needs a GPU; that of gated full
+# attention does not
+FULL_QWEN3_5 = TinyFamily(lambda folder: tiny_qwen3_5(folder, ["full_attention"] * 4), cell=32, layers=4)
 
 
 def _text(tokenizer: Any) -> dict[str, Any]:
