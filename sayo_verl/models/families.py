@@ -116,6 +116,7 @@ def family_of(model_type: str, *, where: str) -> Family:
         SayoError: L18 for an unknown family, L75 for one that the installed transformers does not have.
     """
     from transformers import CONFIG_MAPPING
+
     if model_type not in FAMILIES:
         raise SayoError(
             "L18",

@@ -107,9 +107,10 @@ def test_layers_of_linear_attention_are_refused_by_number(make, tmp_path, model_
     assert (error.got, error.wanted) == ({0: "linear_attention"}, "one of [3, 7]")
     error = refused(make(**values, **{"algorithm.attn.region.layers": [2, 3, -3]}), "P11")
     assert error.what == "layers 2, 5 are not full-attention layers"
-    assert "probing layer index 3, 7 of 8 layers" in dict(
-        preflight(make(**values, **{"algorithm.attn.region.layers": [3, -1]}))
-    )["model"]
+    assert (
+        "probing layer index 3, 7 of 8 layers"
+        in dict(preflight(make(**values, **{"algorithm.attn.region.layers": [3, -1]})))["model"]
+    )
 
 
 def test_a_model_without_an_image_tower_is_refused(make, tmp_path):

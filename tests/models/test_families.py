@@ -226,7 +226,9 @@ def test_packed_linear_attention_without_its_package_is_wrong_in_verl(models, ro
                 report_of(built, REQUEST)
         else:
             assert report_of(built, REQUEST)["layers"] == [0, 1, 3]
-    print(f"{name} without flash-linear-attention: log-probs off by {worst[True]:.2f} packed, {worst[False]:.1e} padded")
+    print(
+        f"{name} without flash-linear-attention: log-probs off by {worst[True]:.2f} packed, {worst[False]:.1e} padded"
+    )
     assert worst[True] > 0.01
     assert worst[False] < 1e-4
 

@@ -166,7 +166,7 @@ def tiny_qwen3_5(folder: Path, layers: Sequence[str] = QWEN3_5_LAYERS) -> None:
 
 
 def tiny_qwen3_5_moe(folder: Path) -> None:
-    """Qwen3.5-MoE: as ``tiny_qwen3_5``, with 2 of 4 experts and one shared expert a token, 4 query heads on 1 key head."""
+    """Qwen3.5-MoE: as ``tiny_qwen3_5``; 2 of 4 experts and a shared one a token, 4 query heads on 1 key head."""
     processor = build_processor(TinyPolicyConfig())
     experts = {
         "moe_intermediate_size": 32,

@@ -8,6 +8,7 @@ Shape suffixes: B rows, S tokens of one row or sequence, L tokens of all sequenc
 D head dimension.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -197,7 +198,7 @@ def linear_attention_of_packed_rows() -> Iterator[None]:
                 beta=beta[:, a:b],
                 use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
             )[0]
-            for a, b in zip(ends[:-1], ends[1:], strict=True)
+            for a, b in itertools.pairwise(ends)
         ]
         return torch.cat(parts, 1), None
 
