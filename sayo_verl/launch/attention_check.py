@@ -130,13 +130,24 @@ def check_linear_attention(config: DictConfig, model: PretrainedConfig | None, *
         A line for the plan; None for a model without layers of linear attention.
 
     Raises:
-        SayoError: C10, and L75 for a transformers without this family.
+        SayoError: C10; C11 for a rollout on a CPU in another type than bfloat16; L75 for a transformers without this
+            family.
     """
     if model is None or model.model_type not in qwen3_5.MODEL_TYPES:
         return None
     family_of(model.model_type, where="actor_rollout_ref.model.path")
+    rollout, on_cpu = config.actor_rollout_ref.rollout, config.trainer.device == "cpu"
+    if on_cpu and rollout.name == "vllm" and rollout.dtype != "bfloat16":
+        raise SayoError(
+            "C11",
+            "vLLM's linear attention for CPUs takes bfloat16 only",
+            where="actor_rollout_ref.rollout.dtype",
+            got=rollout.dtype,
+            wanted="bfloat16",
+            fix="set it to bfloat16",
+        )
     packed, found = bool(config.actor_rollout_ref.model.use_remove_padding), qwen3_5.installed()
-    here = torch.cuda.is_available() or config.trainer.device == "cpu"  # else only the package can be looked for
+    here = torch.cuda.is_available() or on_cpu  # else only the package can be looked for
     if packed and not found and not here and dry_run:
         return f"packed rows need {qwen3_5.PACKAGE} on the machine of the run: {qwen3_5.INSTALL}"
     if packed and (here or not found):

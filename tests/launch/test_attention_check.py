@@ -201,6 +201,9 @@ def test_packed_rows_of_qwen3_5_need_the_kernel_that_knows_their_ends(on_gpu, mo
     assert plan["linear attention"] == "flash-linear-attention 0.6.0"
 
 
-def test_packed_rows_of_qwen3_5_are_refused_on_a_cpu(on_gpu):
-    config = on_gpu("qwen3_5", "sdpa", **{"trainer.device": "cpu"})
-    refused(config, "C10", dry_run=True)
+def test_qwen3_5_on_a_cpu_needs_padded_rows_and_rollouts_in_bfloat16(on_gpu):
+    values = {"trainer.device": "cpu", "actor_rollout_ref.rollout.dtype": "bfloat16"}
+    refused(on_gpu("qwen3_5", "sdpa", **values), "C10", dry_run=True)
+    preflight(on_gpu("qwen3_5", "sdpa", **values, **{PACKED: False}))
+    values["actor_rollout_ref.rollout.dtype"] = "float32"
+    assert "takes bfloat16 only" in refused(on_gpu("qwen3_5", "sdpa", **values, **{PACKED: False}), "C11").what

@@ -95,7 +95,11 @@ def qwen3_5(folder: Path, model_type: str = "qwen3_5", **text: Any) -> dict[str,
     """The released pattern: three layers of linear attention, then one of full attention."""
     text = {"num_hidden_layers": 8, "full_attention_interval": 4, **text}
     model = write_model(folder, model_type=model_type, text_config=text)
-    return {"actor_rollout_ref.model.path": str(model), "actor_rollout_ref.model.use_remove_padding": False}
+    return {
+        "actor_rollout_ref.model.path": str(model),
+        "actor_rollout_ref.model.use_remove_padding": False,
+        "actor_rollout_ref.rollout.dtype": "bfloat16",
+    }
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe"])
