@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 AREAS = {
     "A": "Advantages and methods",
-    "C": "InternVL on verl",
+    "C": "Model families on verl",
     "D": "Data",
     "F": "Training of the <Focus> token",
     "L": "Launch",

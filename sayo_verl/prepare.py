@@ -208,7 +208,7 @@ def _policy(parser: argparse.ArgumentParser) -> Run:
     for config, prefix in configs.items():
         add_config_flags(parser, config, prefix)
     assert isinstance(parser, Command)
-    parser.show_only("--out", "--seed", "--scenes-question-kinds")
+    parser.show_only("--out", "--family", "--seed", "--scenes-question-kinds")
 
     def run(args: argparse.Namespace) -> int:
         made = prepare_policy(args.out, *(config_from(args, config) for config in configs))

@@ -193,8 +193,9 @@ class _GradientTap(ForwardTap):
 
 
 def default_layers(model: nn.Module) -> tuple[int, ...]:
-    """floor(2 L / 3) of L decoder layers, counted from 0."""
-    return (2 * text_attention_layers(model)[1] // 3,)
+    """floor(2 L / 3) of L decoder layers, counted from 0; the nearest later one that has full attention."""
+    attention, n_layers = text_attention_layers(model)
+    return (min((n for n in attention if n >= 2 * n_layers // 3), default=max(attention)),)
 
 
 def forward_with_focus(

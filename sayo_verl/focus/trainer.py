@@ -29,7 +29,7 @@ from sayo_verl.focus.loss import (
 )
 from sayo_verl.focus.rows import FOCUS_KEY, AnchorRows, FocusCollator
 from sayo_verl.focus.token import add_focus_token
-from sayo_verl.probe.taps import check_full_attention, resolve_layers, text_attention_layers
+from sayo_verl.probe.taps import attention_kinds, check_full_attention, resolve_layers, text_attention_layers
 
 # projections of the decoder; the vision tower of Qwen2.5-VL has modules of the same names
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -51,7 +51,7 @@ def focus_layers(model: nn.Module, named: Sequence[int]) -> tuple[int, ...]:
     """
     attention, n_layers = text_attention_layers(model)
     layers = resolve_layers(named, n_layers, where="--layers") if named else default_layers(model)
-    check_full_attention(layers, attention, where="--layers")
+    check_full_attention(layers, attention_kinds(attention, n_layers), where="--layers")
     return layers
 
 

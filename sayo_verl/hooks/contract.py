@@ -262,8 +262,9 @@ def worker_report(actor: Any, request: Mapping[str, Any]) -> dict[str, Any]:
         counted from 0, the probe's path and its largest difference from the reference path, node and pid.
 
     Raises:
-        SayoError: L18 and P02 for a model family that cannot be probed, P03 and P11 for a layer that is missing or has
-            no full attention, P16, P17, P24, P29 and P31 for a path that cannot run or is wrong here.
+        SayoError: L18 and P02 for a model family that cannot be probed, C10 for packed rows that it cannot run, P03 and
+            P11 for a layer that is missing or has no full attention, P16, P17, P24, P29 and P31 for a path that cannot
+            run or is wrong here.
     """
     import socket
 
@@ -271,6 +272,7 @@ def worker_report(actor: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     from verl.utils.device import get_device_id
 
     from sayo_verl.models.families import family_of
+    from sayo_verl.models.qwen3_5 import check_packed_model
     from sayo_verl.probe.selfcheck import check_path
     from sayo_verl.probe.statistics import StatisticsRequest
     from sayo_verl.probe.taps import asked_layers, text_attention_layers
@@ -279,6 +281,7 @@ def worker_report(actor: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     (engine,) = (w.actor.engine for w in actor.worker_dict.values() if getattr(w, "actor", None) is not None)
     wanted, where = StatisticsRequest.from_wire(request), "algorithm.attn.*.layers"
     family_of(engine.model_config.hf_config.model_type, where="the loaded model")
+    check_packed_model(engine.module, packed=engine.model_config.use_remove_padding)
     _, n_layers = text_attention_layers(engine.module)
     layers = asked_layers(engine.module, wanted.layers, where=where)
     text = engine.model_config.hf_config.get_text_config()

@@ -11,7 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_kernels_available, is_torch_npu_available
 
 from sayo_verl.errors import SayoError, did_you_mean
-from sayo_verl.models.families import FAMILIES
+from sayo_verl.models import qwen3_5
+from sayo_verl.models.families import FAMILIES, family_of
 
 ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
 # attn_implementation -> the distribution and the module that transformers takes it from (its import_utils.py)
@@ -115,6 +116,43 @@ def check_attention(config: DictConfig, model: PretrainedConfig | None, *, dry_r
         return f"{name}, {FLASH[needed][0]} {version(FLASH[needed][0])}{slow}"
     dense = packed and config.trainer.device != "cpu" and name in ("sdpa", "eager")
     return name + (f", {DENSE_MASK}" if dense else "") + slow
+
+
+def check_linear_attention(config: DictConfig, model: PretrainedConfig | None, *, dry_run: bool) -> str | None:
+    """Refuse packed rows of Qwen3.5 that verl would compute wrong here, for every estimator.
+
+    Args:
+        config: the composed configuration.
+        model: the model's configuration; None if the model is not on this machine.
+        dry_run: on a machine without a GPU, report what a run will need instead of refusing what is missing here.
+
+    Returns:
+        A line for the plan; None for a model without layers of linear attention.
+
+    Raises:
+        SayoError: C10; C11 for a rollout on a CPU in another type than bfloat16; L75 for a transformers without this
+            family.
+    """
+    if model is None or model.model_type not in qwen3_5.MODEL_TYPES:
+        return None
+    family_of(model.model_type, where="actor_rollout_ref.model.path")
+    rollout, on_cpu = config.actor_rollout_ref.rollout, config.trainer.device == "cpu"
+    if on_cpu and rollout.name == "vllm" and rollout.dtype != "bfloat16":
+        raise SayoError(
+            "C11",
+            "vLLM's linear attention for CPUs takes bfloat16 only",
+            where="actor_rollout_ref.rollout.dtype",
+            got=rollout.dtype,
+            wanted="bfloat16",
+            fix="set it to bfloat16",
+        )
+    packed, found = bool(config.actor_rollout_ref.model.use_remove_padding), qwen3_5.installed()
+    here = torch.cuda.is_available() or on_cpu  # else only the package can be looked for
+    if packed and not found and not here and dry_run:
+        return f"packed rows need {qwen3_5.PACKAGE} on the machine of the run: {qwen3_5.INSTALL}"
+    if packed and (here or not found):
+        qwen3_5.check_packed_kernel(qwen3_5.kernel_of(model.model_type))
+    return f"{qwen3_5.PACKAGE} {found}" if found else "padded rows in torch, slowly; a GPU needs " + qwen3_5.PACKAGE
 
 
 def _check_implementation(config: DictConfig, name: str, model: PretrainedConfig | None) -> None:

@@ -82,7 +82,7 @@ def check_model(config: DictConfig, method: Method, folder: Path, model: Pretrai
         SayoError: L18 for an unknown family, L23 for another family's processor, L09, L25 and L27 for modes that
             verl cannot run it in, P03 for layers that do not exist, P11 for layers without full attention.
     """
-    from sayo_verl.probe.taps import describe_layers, resolve_layers
+    from sayo_verl.probe.taps import check_full_attention, describe_layers, resolve_layers
 
     family = family_of(model.model_type, where=WHERE)
     _check_modes(config, family, method)
@@ -94,16 +94,7 @@ def check_model(config: DictConfig, method: Method, folder: Path, model: Pretrai
     attention = [s.layers for s in request.statistics if s.spec.source != "hidden"]
     # one statistic at a time: methods may name the last layer by -1 and by its number
     layers = list(dict.fromkeys(n for asked in attention for n in resolve_layers(asked, n_layers, where=where)))
-    kinds = dict.fromkeys(layers, "full_attention") | {n: kind for n, kind in enumerate(_kinds(text)) if n in layers}
-    if set(kinds.values()) - {"full_attention"}:
-        raise SayoError(
-            "P11",
-            "not full-attention layers",
-            where=where,
-            got=kinds,
-            wanted="layers of type full_attention",
-            fix="name such layers",
-        )
+    check_full_attention(layers, _kinds(text), where=where)
     probed = describe_layers(layers, n_layers) if layers else "the last hidden state"
     return f"{family.model_type}, probing {probed}"
 
@@ -149,5 +140,7 @@ def _check_processor(folder: Path, family: Family) -> None:
 
 
 def _kinds(text: Any) -> list[str]:
-    """Attention type of each layer; only families that mix types say so."""
-    return list(text.layer_types or []) if "layer_types" in text.to_dict() else []
+    """Attention of each layer; only families that mix several kinds name them."""
+    from sayo_verl.probe.taps import FULL_ATTENTION
+
+    return list(getattr(text, "layer_types", None) or [FULL_ATTENTION] * text.num_hidden_layers)

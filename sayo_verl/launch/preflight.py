@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.errors import Rule, SayoError, did_you_mean, raise_first
-from sayo_verl.launch.attention_check import ATTENTION, attention_of, check_attention
+from sayo_verl.launch.attention_check import ATTENTION, attention_of, check_attention, check_linear_attention
 from sayo_verl.launch.data_check import check_data
 from sayo_verl.launch.memory_check import check_memory
 from sayo_verl.launch.method_check import check_method
@@ -263,7 +263,9 @@ def _check_model(config: DictConfig, method: Method | None, dry_run: bool) -> tu
     else:
         line = f"{path} ({check_model(config, method, folder, model) if method else model.model_type})"
     attention = check_attention(config, model, dry_run=dry_run)
-    return [("model", line), ("attention", attention)], getattr(model, "model_type", None)
+    linear = check_linear_attention(config, model, dry_run=dry_run)
+    plan = [("model", line), ("attention", attention), *([("linear attention", linear)] if linear else [])]
+    return plan, getattr(model, "model_type", None)
 
 
 def show(plan: Plan, write: Callable[[str], None] = print) -> None:

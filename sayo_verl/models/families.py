@@ -6,6 +6,7 @@ rename modules, but a wrapped module keeps its class or gets a subclass of it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 from sayo_verl.errors import SayoError
 
@@ -80,6 +81,18 @@ FAMILIES = {
             ),
         ),
         Family(
+            "qwen3_5",
+            "Qwen3VLProcessor",
+            {"Qwen3_5Attention": (f"{_MODELS}.qwen3_5.modeling_qwen3_5:apply_rotary_pos_emb",)},
+            ("Qwen3_5TextModel",),
+        ),
+        Family(
+            "qwen3_5_moe",
+            "Qwen3VLProcessor",
+            {"Qwen3_5MoeAttention": (f"{_MODELS}.qwen3_5_moe.modeling_qwen3_5_moe:apply_rotary_pos_emb",)},
+            ("Qwen3_5MoeTextModel",),
+        ),
+        Family(
             "internvl",
             "InternVLProcessor",
             {
@@ -100,8 +113,10 @@ def family_of(model_type: str, *, where: str) -> Family:
     """Return the facts of a model type.
 
     Raises:
-        SayoError: L18 for an unknown family.
+        SayoError: L18 for an unknown family, L75 for one that the installed transformers does not have.
     """
+    from transformers import CONFIG_MAPPING
+
     if model_type not in FAMILIES:
         raise SayoError(
             "L18",
@@ -110,6 +125,15 @@ def family_of(model_type: str, *, where: str) -> Family:
             got=model_type,
             wanted=" or ".join(FAMILIES),
             fix="use a supported model, or algorithm.adv_estimator=grpo",
+        )
+    if model_type not in CONFIG_MAPPING:
+        raise SayoError(
+            "L75",
+            "the installed transformers does not have this model family",
+            where=where,
+            got=f"{model_type}, transformers {version('transformers')}",
+            wanted="transformers 5.9.0, with which this version was tested",
+            fix="install the version of transformers that pyproject.toml names",
         )
     return FAMILIES[model_type]
 

@@ -36,6 +36,7 @@ ROTARY: Mapping[str, tuple[str, ...]] = {
 FLASH = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.flash))
 # called by every family's attention when a packed row holds one sequence, as in a micro-batch of one row
 FLASH_OF_ONE = ("transformers.modeling_flash_attention_utils:_flash_fn",)
+FULL_ATTENTION = "full_attention"  # as in ``layer_types`` of config.json
 DECODERS = {name for family in FAMILIES.values() for name in family.decoder}
 
 
@@ -117,25 +118,40 @@ def describe_layers(layers: Sequence[int], n_layers: int) -> str:
     return f"layer index {', '.join(map(str, layers))} of {n_layers} layers, counted from 0"
 
 
-def check_full_attention(layers: Sequence[int], attention: Mapping[int, nn.Module], *, where: str) -> None:
+def attention_kinds(attention: Mapping[int, nn.Module], n_layers: int) -> list[str]:
+    """What each layer of a model attends with, in the words of ``layer_types`` of config.json if it can be read."""
+    kinds = ["no softmax attention"] * n_layers
+    for layer, module in attention.items():
+        # only families with such layers define the attribute; it is None in a full-attention layer
+        window = vars(module).get("sliding_window")
+        kinds[layer] = FULL_ATTENTION if window is None else f"a sliding window of {window} tokens"
+    return kinds
+
+
+def check_full_attention(layers: Sequence[int], kinds: Sequence[str], *, where: str) -> None:
     """Refuse layers in which a token does not attend to all tokens before it.
+
+    Args:
+        layers: numbers from 0.
+        kinds: of each layer of the model: ``layer_types`` of config.json, or ``attention_kinds``.
+        where: names the setting.
 
     Raises:
         SayoError: P11 for a linear-attention or sliding-window layer.
     """
-    for layer in layers:
-        module = attention.get(layer)
-        # only families with such layers define the attribute; it is None in a full-attention layer
-        window = None if module is None else vars(module).get("sliding_window")
-        if module is None or window is not None:
-            raise SayoError(
-                "P11",
-                f"layer {layer} is not a full-attention layer",
-                where=where,
-                got="no softmax attention" if module is None else f"a sliding window of {window} tokens",
-                wanted=f"one of {[n for n, m in sorted(attention.items()) if vars(m).get('sliding_window') is None]}",
-                fix=f"name full-attention layers in {where}",
-            )
+    full = [layer for layer, kind in enumerate(kinds) if kind == FULL_ATTENTION]
+    others = {n: kinds[n] if n < len(kinds) else "no such layer" for n in layers if n not in full}
+    if others:
+        one = len(others) == 1
+        raise SayoError(
+            "P11",
+            f"layer{'' if one else 's'} {', '.join(map(str, others))} "
+            f"{'is not a full-attention layer' if one else 'are not full-attention layers'}",
+            where=where,
+            got=others,
+            wanted=f"one of {full}",
+            fix=f"name full-attention layers in {where}",
+        )
 
 
 def asked_layers(model: nn.Module, layers: Sequence[int], *, where: str) -> dict[int, int]:
@@ -146,7 +162,7 @@ def asked_layers(model: nn.Module, layers: Sequence[int], *, where: str) -> dict
     """
     attention, n_layers = text_attention_layers(model)
     numbers = {layer: resolve_layers([layer], n_layers, where=where)[0] for layer in layers}
-    check_full_attention(list(numbers.values()), attention, where=where)
+    check_full_attention(list(numbers.values()), attention_kinds(attention, n_layers), where=where)
     return numbers
 
 
@@ -204,8 +220,8 @@ class ForwardTap:
         *,
         with_lse: bool = False,
     ) -> None:
-        attention, _ = text_attention_layers(model)
-        check_full_attention(layers, attention, where="the layers of a statistic")
+        attention, n_layers = text_attention_layers(model)
+        check_full_attention(layers, attention_kinds(attention, n_layers), where="the layers of a statistic")
         self._modules = {layer: attention[layer] for layer in layers}
         self._norm = _FOUND[model][1].get_submodule("norm") if read_hidden else None
         targets = dict.fromkeys(t for m in self._modules.values() for t in ROTARY[str(_class_in(m, ROTARY))])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, Qwen3VLProcessor
 
 from sayo_verl.data.folder import split_files
 from sayo_verl.data.reading import decoded
@@ -61,7 +61,7 @@ def evaluate(
         tokens and on the target's, mean over the response), ``named_first`` and ``named`` (1 if the response's
         reasoning starts with, or contains, the word for the target), ``box_tokens`` (visual tokens per target box).
     """
-    model = Qwen3VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
     processor = AutoProcessor.from_pretrained(model_dir)
     files = split_files(Path(scenes))["val"] if Path(scenes).is_dir() else [Path(scenes)]
     rows = [row for file in files for row in pq.read_table(file).to_pylist()][:max_rows]
@@ -82,7 +82,7 @@ def evaluate(
 
 @torch.no_grad()
 def measure_batch(
-    model: Qwen3VLForConditionalGeneration,
+    model: PreTrainedModel,
     processor: Qwen3VLProcessor,
     rows: list[dict[str, Any]],
     *,
@@ -138,7 +138,7 @@ def measure_batch(
 
 
 def _teacher_forced(
-    model: Qwen3VLForConditionalGeneration, inputs: Any, ids_BS: torch.Tensor, valid_BT: torch.Tensor
+    model: PreTrainedModel, inputs: Any, ids_BS: torch.Tensor, valid_BT: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [B, T, D] that sampled each response token, and the attention row [B, T, S] with each as the input."""
     n_prompt = inputs["input_ids"].shape[1]

@@ -1,4 +1,4 @@
-"""A tiny but real Qwen3-VL: configuration, weights, tokenizer, image processor and chat template, built offline.
+"""A tiny but real Qwen3-VL or Qwen3.5: configuration, weights, tokenizer, image processor and chat template, built offline.
 
 All parts are ordinary transformers objects that ``AutoModelForImageTextToText`` and ``AutoProcessor`` load. The
 tokenizer is byte-level BPE, so it encodes any text. Its merges are trained on the words of the scenes, so that each of
@@ -8,14 +8,17 @@ these words is one token in its form in a text.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
+    PreTrainedModel,
     Qwen2Tokenizer,
     Qwen2VLImageProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
@@ -53,9 +56,11 @@ _WORD_ENDS = "?."
 
 @dataclass(frozen=True)
 class TinyPolicyConfig:
-    """Sizes of the tiny Qwen3-VL.
+    """Family and sizes of the tiny policy.
 
     Attributes:
+        family: ``qwen3_vl``, or ``qwen3_5``, whose layers but the last have linear attention and which has no
+            deepstack.
         hidden_size, layers, heads, kv_heads, head_dim, intermediate_size: the text model.
         vision_hidden_size, vision_depth, vision_heads: the vision tower; its MLP is twice as wide as its hidden size.
         deepstack: vision blocks whose output is also added to the first text layers.
@@ -66,6 +71,7 @@ class TinyPolicyConfig:
         seed: of the initial weights.
     """
 
+    family: Literal["qwen3_vl", "qwen3_5"] = "qwen3_vl"
     hidden_size: int = 128
     layers: int = 2
     heads: int = 4
@@ -83,7 +89,10 @@ class TinyPolicyConfig:
 
     def config_hash(self) -> str:
         """Ten hexadecimal digits, equal for equal initial weights, tokenizer, processor and template."""
-        return content_hash("policy", asdict(self), CHAT_TEMPLATE, SPECIAL_TOKENS, TAGS, task_words())
+        values = asdict(self)
+        if self.family == "qwen3_vl":  # folders that were made before there was a choice keep their names
+            del values["family"]
+        return content_hash("policy", values, CHAT_TEMPLATE, SPECIAL_TOKENS, TAGS, task_words())
 
 
 def task_words() -> tuple[str, ...]:
@@ -149,12 +158,14 @@ def build_processor(config: TinyPolicyConfig) -> Qwen3VLProcessor:
     )
 
 
-def build_model(config: TinyPolicyConfig, processor: Qwen3VLProcessor) -> Qwen3VLForConditionalGeneration:
+def build_model(config: TinyPolicyConfig, processor: Qwen3VLProcessor) -> PreTrainedModel:
     """Build the untrained model in float32 without changing the global random state."""
     tokenizer = processor.tokenizer
     token_id = tokenizer.convert_tokens_to_ids
-    spatial = config.head_dim // 6
-    text = {
+    hybrid = config.family == "qwen3_5"
+    rotated = config.head_dim // 4 if hybrid else config.head_dim  # features, as in the released models
+    spatial = rotated // 6
+    text: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -168,16 +179,17 @@ def build_model(config: TinyPolicyConfig, processor: Qwen3VLProcessor) -> Qwen3V
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10000.0,
-            # the head_dim // 2 frequencies, divided among time, height and width
-            "mrope_section": [config.head_dim // 2 - 2 * spatial, spatial, spatial],
+            # the frequencies, divided among time, height and width
+            "mrope_section": [rotated // 2 - 2 * spatial, spatial, spatial],
             "mrope_interleaved": True,
+            **({"partial_rotary_factor": rotated / config.head_dim} if hybrid else {}),
         },
         "bos_token_id": None,
         "eos_token_id": token_id(END),
         "pad_token_id": token_id(PAD),
         "tie_word_embeddings": False,
     }
-    vision = {
+    vision: dict[str, Any] = {
         "depth": config.vision_depth,
         "hidden_size": config.vision_hidden_size,
         "intermediate_size": 2 * config.vision_hidden_size,
@@ -187,10 +199,22 @@ def build_model(config: TinyPolicyConfig, processor: Qwen3VLProcessor) -> Qwen3V
         "temporal_patch_size": TEMPORAL_PATCH_SIZE,
         "out_hidden_size": config.hidden_size,
         "num_position_embeddings": 256,
-        "deepstack_visual_indexes": list(config.deepstack),
         "initializer_range": config.initializer_range,
     }
-    model_config = Qwen3VLConfig(
+    if hybrid:
+        text |= {
+            "layer_types": ["linear_attention"] * (config.layers - 1) + ["full_attention"],
+            "linear_key_head_dim": 64,  # vLLM's kernel for CPUs has none for 32
+            "linear_value_head_dim": 64,
+            "linear_num_key_heads": config.kv_heads,
+            "linear_num_value_heads": config.heads,
+        }
+    else:
+        vision["deepstack_visual_indexes"] = list(config.deepstack)
+    made, built = (
+        (Qwen3_5Config, Qwen3_5ForConditionalGeneration) if hybrid else (Qwen3VLConfig, Qwen3VLForConditionalGeneration)
+    )
+    model_config: Any = made(
         text_config=text,
         vision_config=vision,
         image_token_id=token_id(IMAGE),
@@ -201,14 +225,14 @@ def build_model(config: TinyPolicyConfig, processor: Qwen3VLProcessor) -> Qwen3V
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = Qwen3VLForConditionalGeneration(model_config).float().eval()
+        model = built(model_config).float().eval()
     model.generation_config = GenerationConfig(eos_token_id=[token_id(END)], pad_token_id=token_id(PAD))
     return model
 
 
 @torch.no_grad()
 def generate(
-    model: Qwen3VLForConditionalGeneration,
+    model: PreTrainedModel,
     inputs: Mapping[str, torch.Tensor],
     *,
     max_new_tokens: int,

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import BatchFeature, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+from transformers import BatchFeature, PreTrainedModel, Qwen3VLProcessor
 
 from sayo_verl.errors import SayoError
 from sayo_verl.reward import compute_score
@@ -149,7 +149,7 @@ def warm_up_loss(
 
 
 def greedy_rates(
-    model: Qwen3VLForConditionalGeneration,
+    model: PreTrainedModel,
     processor: Qwen3VLProcessor,
     scenes: Sequence[Scene],
     max_new_tokens: int,
@@ -173,7 +173,7 @@ def _torch_threads(n: int):
 
 
 def warm_up(
-    model: Qwen3VLForConditionalGeneration,
+    model: PreTrainedModel,
     processor: Qwen3VLProcessor,
     config: WarmupConfig,
     scene_config: SceneConfig,

@@ -153,3 +153,5 @@ def test_layers_default_to_two_thirds(folders):
     assert trainer.focus_layers(model, (0, -1)) == (0, 2)
     with pytest.raises(SayoError, match="P03"):
         trainer.focus_layers(model, (3,))
+    hybrid, _ = load(folders["qwen3_5"])  # two thirds are layer 2, which has linear attention
+    assert default_layers(hybrid) == (3,)

@@ -6,6 +6,7 @@ from importlib.metadata import requires
 import pytest
 import torch
 from omegaconf import open_dict
+from support.flash_stand_in import linear_attention_of_packed_rows
 from support.launch_config import refused, write_model
 from transformers import Qwen3VLConfig
 from verl.utils.model import update_model_config
@@ -13,6 +14,7 @@ from verl.utils.model import update_model_config
 import sayo_verl.launch.attention_check
 from sayo_verl.launch.attention_check import DENSE_MASK, INSTALL_FLASH_ATTN, SLOW_LOG_PROBS
 from sayo_verl.launch.preflight import preflight
+from sayo_verl.models import qwen3_5
 
 ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
 PACKED = "actor_rollout_ref.model.use_remove_padding"
@@ -178,3 +180,30 @@ def test_flash_attn_is_installed_by_one_command_wherever_it_is_named(repo):
     build = "FLASH_ATTENTION_FORCE_BUILD=TRUE pip_install --no-build-isolation"
     assert build.replace("pip_install", "pip install") in INSTALL_FLASH_ATTN
     assert build in (repo / "scripts" / "setup_env.sh").read_text()
+
+
+@pytest.mark.parametrize("estimator", ["attn_region", "grpo"])
+@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe"])
+def test_packed_rows_of_qwen3_5_need_the_kernel_that_knows_their_ends(on_gpu, model_type, estimator, monkeypatch):
+    error = refused(on_gpu(model_type, "sdpa", estimator), "C10")
+    assert error.got.endswith("torch_chunk_gated_delta_rule")
+    assert error.fix.endswith(f"{PACKED}=False")
+    padded = dict(preflight(on_gpu(model_type, "sdpa", estimator, **{PACKED: False})))
+    assert padded["linear attention"].startswith("padded rows in torch, slowly")
+    dry = dict(preflight(on_gpu(model_type, "sdpa", estimator), dry_run=True))
+    assert dry["linear attention"].startswith("packed rows need flash-linear-attention on the machine of the run: pip")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    refused(on_gpu(model_type, "sdpa", estimator), "C10", dry_run=True)
+    monkeypatch.setattr(qwen3_5, "installed", lambda: "0.6.0")
+    refused(on_gpu(model_type, "sdpa", estimator), "C10")  # installed, but transformers does not take it
+    with linear_attention_of_packed_rows():
+        plan = dict(preflight(on_gpu(model_type, "sdpa", estimator)))
+    assert plan["linear attention"] == "flash-linear-attention 0.6.0"
+
+
+def test_qwen3_5_on_a_cpu_needs_padded_rows_and_rollouts_in_bfloat16(on_gpu):
+    values = {"trainer.device": "cpu", "actor_rollout_ref.rollout.dtype": "bfloat16"}
+    refused(on_gpu("qwen3_5", "sdpa", **values), "C10", dry_run=True)
+    preflight(on_gpu("qwen3_5", "sdpa", **values, **{PACKED: False}))
+    values["actor_rollout_ref.rollout.dtype"] = "float32"
+    assert "takes bfloat16 only" in refused(on_gpu("qwen3_5", "sdpa", **values, **{PACKED: False}), "C11").what

@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from support.family_models import TINY
 from support.launch_config import composed
+from transformers import AutoConfig
 
 from sayo_verl.data import build as building
 from sayo_verl.data.build import BuildOptions, build
 from sayo_verl.data.rows import Example, ImageRef, Source
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.job import LOGGER_PATH, check_types, composition_error, keys_of, write_out
+from sayo_verl.launch.memory import shapes_of
 from sayo_verl.scenes import SceneConfig
 from sayo_verl.tiny.prepared import prepare_scenes
 
@@ -253,14 +257,31 @@ def test_sayos_job_rewards_accuracy_for_other_methods(repo, method, weight):
     assert OmegaConf.select(config, f"{REWARD}.accuracy_weight") == 0.5
 
 
-def test_the_job_of_one_gpu_differs_in_model_and_cards_only(repo):
+@pytest.mark.parametrize(
+    ("job", "changed"),
+    [
+        ("sayo_qwen3vl_4b", {"Qwen/Qwen3-VL-8B"}),
+        ("sayo_qwen3vl_4b_1gpu", {"Qwen/Qwen3-VL-8B", "n_gpus_per_node: 8"}),
+        ("sayo_internvl3_5_8b", {"Qwen/Qwen3-VL-8B", "exclude_modules: .*visual.*", "mm_processor_kwargs: {}"}),
+    ],
+)
+def test_sayos_other_models_differ_where_they_say(repo, job, changed):
     large, small = (
-        OmegaConf.to_yaml(composed(repo, f"+job={job}", "+method=region"), resolve=True).splitlines()
-        for job in ("sayo_qwen3vl_8b", "sayo_qwen3vl_4b_1gpu")
+        Counter(OmegaConf.to_yaml(composed(repo, f"+job={name}", "+method=region"), resolve=True).splitlines())
+        for name in ("sayo_qwen3vl_8b", job)
     )
-    different = [(a.strip(), b.strip()) for a, b in zip(large, small, strict=True) if a != b]
-    assert ("n_gpus_per_node: 8", "n_gpus_per_node: 1") in different
-    assert all("n_gpus_per_node" in a or "Qwen3-VL-8B" in a for a, _ in different)
+    gone = large - small
+    assert all(any(text in line for text in changed) for line in gone)
+    assert {text for text in changed for line in gone if text in line} == changed
+
+
+def test_the_adapter_of_internvl_leaves_out_its_tower(repo, tmp_path):
+    """Its modules have other names than Qwen's, and vLLM serves adapters of the decoder."""
+    TINY["internvl"].build(tmp_path)
+    excluded = composed(repo, "+job=sayo_internvl3_5_8b").actor_rollout_ref.model.exclude_modules
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert not shapes_of(config, lora_rank=4, target_modules="all-linear", exclude_modules=excluded).vision_trained
+    assert shapes_of(config, lora_rank=4, target_modules="all-linear").vision_trained
 
 
 def test_keys_of_overrides():

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.launch_config import refused, write_model
+from transformers import CONFIG_MAPPING
 
 from sayo_verl.launch.preflight import preflight
 from sayo_verl.methods import RegionMethod
@@ -87,6 +89,45 @@ def test_a_sliding_window_layer_is_refused(make, tmp_path):
     assert "3: 'sliding_attention'" in str(error)
     values["algorithm.attn.region.layers"] = [0, 1]
     assert "probing layer index 0, 1 of 4 layers" in dict(preflight(make(**values)))["model"]
+
+
+def qwen3_5(folder: Path, model_type: str = "qwen3_5", **text: Any) -> dict[str, Any]:
+    """The released pattern: three layers of linear attention, then one of full attention."""
+    text = {"num_hidden_layers": 8, "full_attention_interval": 4, **text}
+    model = write_model(folder, model_type=model_type, text_config=text)
+    return {
+        "actor_rollout_ref.model.path": str(model),
+        "actor_rollout_ref.model.use_remove_padding": False,
+        "actor_rollout_ref.rollout.dtype": "bfloat16",
+    }
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe"])
+def test_layers_of_linear_attention_are_refused_by_number(make, tmp_path, model_type):
+    values = qwen3_5(tmp_path / "hybrid", model_type)
+    assert f"({model_type}, probing layer index 7, the last of 8)" in dict(preflight(make(**values)))["model"]
+    error = refused(make(**values, **{"algorithm.attn.region.layers": [-1, 0]}), "P11")
+    assert error.what == "layer 0 is not a full-attention layer"
+    assert (error.got, error.wanted) == ({0: "linear_attention"}, "one of [3, 7]")
+    error = refused(make(**values, **{"algorithm.attn.region.layers": [2, 3, -3]}), "P11")
+    assert error.what == "layers 2, 5 are not full-attention layers"
+    assert (
+        "probing layer index 3, 7 of 8 layers"
+        in dict(preflight(make(**values, **{"algorithm.attn.region.layers": [3, -1]})))["model"]
+    )
+
+
+def test_a_model_without_an_image_tower_is_refused(make, tmp_path):
+    text = write_model(tmp_path / "text", model_type="qwen3_5_text", num_hidden_layers=8)
+    error = refused(make(**{"actor_rollout_ref.model.path": str(text)}), "L18")
+    assert error.got == "qwen3_5_text"
+
+
+@pytest.mark.parametrize("estimator", ["attn_region", "grpo"])
+def test_a_transformers_without_the_family_is_one_line(make, tmp_path, monkeypatch, estimator):
+    values = qwen3_5(tmp_path / "hybrid") | {"algorithm.adv_estimator": estimator}
+    monkeypatch.delitem(CONFIG_MAPPING._mapping, "qwen3_5")
+    assert refused(make(**values), "L75").got.startswith("qwen3_5, transformers ")
 
 
 def test_the_released_qwen2_5_vl_configuration_has_no_text_config(make, tmp_path):

@@ -20,11 +20,13 @@ from support.engine_rows import (
     worker,
 )
 from support.family_models import TINY, patches_undone, require_own_forwards
-from support.flash_stand_in import flash_attention_on_cpu
+from support.flash_stand_in import flash_attention_on_cpu, linear_attention_of_packed_rows
+from support.refusals import refusal
 from transformers import AutoConfig, AutoModelForImageTextToText
 from verl.models.transformers.monkey_patch import apply_monkey_patch
 
 from sayo_verl.hooks.capture import Measurement
+from sayo_verl.hooks.contract import worker_report
 from sayo_verl.models.families import FAMILIES
 from sayo_verl.models.qwen2_5_vl import guard_image_free
 from sayo_verl.probe.statistics import WIRE_PREFIX, Statistic, StatisticsRequest
@@ -72,6 +74,7 @@ def engine():
     with ExitStack() as stack:
         stack.enter_context(patches_undone())
         stack.enter_context(flash_attention_on_cpu())
+        stack.enter_context(linear_attention_of_packed_rows())
 
         def build(
             folder: Any, *, packed: bool, micro_batch: int = 2, fused: bool = False, param_dtype: str = "fp32"
@@ -82,6 +85,13 @@ def engine():
             return worker(config, dynamic=False, micro_batch=micro_batch, param_dtype=param_dtype)
 
         yield build
+
+
+def report_of(built: Any, request: StatisticsRequest) -> dict[str, Any]:
+    """What the launch handshake gets from the actor that holds this worker."""
+    held = type("ActorRolloutRefWorker", (), {})()
+    held.actor = built
+    return worker_report(SimpleNamespace(worker_dict={"actor": held}), request.to_wire())
 
 
 def unbound(output: Any, names: list[str] = MEASURED) -> dict[str, list[torch.Tensor]]:
@@ -127,9 +137,12 @@ def test_the_group_of_qwen2_5_is_not_a_power_of_two_and_its_vision_has_windows(m
 
 @pytest.mark.parametrize("name", TINY)
 def test_the_oracle_is_causal_attention(models, rows, name):
+    linear = TINY[name].linear
+    full = [layer for layer in range(TINY[name].layers) if layer not in linear]
     for truth, row in zip(eager_truth(models[name], rows[name]), rows[name], strict=True):
-        assert (truth.attention.sum(-1) - 1).abs().max() < 1e-6
-        assert truth.attention.triu(1).abs().max() == 0, "a token attends to later ones"
+        assert truth.attention[list(linear)].isnan().all()
+        assert (truth.attention[full].sum(-1) - 1).abs().max() < 1e-6
+        assert truth.attention[full].triu(1).abs().max() == 0, "a token attends to later ones"
         assert set(truth.keys["region"].tolist()) <= set(truth.keys["image"].tolist())
         sets = [set(truth.keys[k].tolist()) for k in ("image", "system", "question", "response")]
         assert sum(map(len, sets)) == len(set().union(*sets)), "sets of keys overlap"
@@ -195,6 +208,38 @@ def test_packed_qwen2_5_needs_flash_attention_whatever_is_configured(models, row
         built = worker(model_config(models["qwen2_5_vl"], packed=True, attention="sdpa"), dynamic=False)
         with pytest.raises(NameError, match="name '_flash_use_top_left_mask' is not defined"):
             log_prob_pass(built, rows["qwen2_5_vl"], None)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_packed_linear_attention_without_its_package_is_wrong_in_verl(models, rows, name):
+    """verl passes cu_seqlens to transformers' own kernel, which takes any keyword and ignores it (C10)."""
+    expected = reference_log_probs(models[name], rows[name])
+    worst = {}
+    for packed in (True, False):
+        with patches_undone():
+            built = worker(model_config(models[name], packed=packed), dynamic=False, micro_batch=4)
+            found = unbound(log_prob_pass(built, rows[name], None), ["log_probs"])["log_probs"]
+        pairs = zip(found, expected, strict=True)
+        worst[packed] = max((got[:-1] - want).abs().max().item() for got, (want, _) in pairs)
+        if packed:
+            with refusal("C10", "from one sequence into the next"):
+                report_of(built, REQUEST)
+        else:
+            assert report_of(built, REQUEST)["layers"] == [0, 1, 3]
+    print(
+        f"{name} without flash-linear-attention: log-probs off by {worst[True]:.2f} packed, {worst[False]:.1e} padded"
+    )
+    assert worst[True] > 0.01
+    assert worst[False] < 1e-4
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_the_handshake_refuses_linear_attention_by_number(models, engine, name):
+    built = engine(models[name], packed=True)
+    with refusal("P11", "layer 2 is not a full-attention layer") as caught:
+        report_of(built, StatisticsRequest((Statistic("image_mass"), Statistic("region_mass", layers=(2, 0)))))
+    assert caught.value.wanted == "one of [0, 1, 3]"
+    assert report_of(built, REQUEST)["layers"] == [0, 1, 3]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

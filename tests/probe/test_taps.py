@@ -30,6 +30,7 @@ from sayo_verl.probe import taps
 from sayo_verl.probe.taps import (
     ForwardTap,
     asked_layers,
+    attention_kinds,
     check_full_attention,
     resolve_layers,
     text_attention_layers,
@@ -320,7 +321,7 @@ def test_a_layer_without_attention_is_refused():
     assert text_attention_layers(model)[1] == LAYERS
     with refusal("P11", "layer 1 is not a full-attention layer") as caught:
         asked_layers(model, [-1, 1], where=WHERE)
-    assert caught.value.got == "no softmax attention"
+    assert caught.value.got == {1: "no softmax attention"}
     assert caught.value.wanted == "one of [0, 2]"
     with refusal("P11", "layer 1"):
         ForwardTap(model, [0, 1], Reads().attention)
@@ -341,7 +342,7 @@ def test_a_sliding_window_is_refused_by_name(name, full, monkeypatch):
     for tried in (lambda: asked_layers(model, [-1], where=WHERE), lambda: ForwardTap(model, [2], Reads().attention)):
         with refusal("P11", "layer 2 is not a full-attention layer") as caught:
             tried()
-        assert caught.value.got == "a sliding window of 4 tokens"
+        assert caught.value.got == {2: "a sliding window of 4 tokens"}
         assert caught.value.wanted == f"one of {full}"
     if full:
         assert asked_layers(model, full, where=WHERE) == {0: 0}
@@ -355,5 +356,5 @@ def test_a_sliding_window_is_refused_by_name(name, full, monkeypatch):
 @pytest.mark.parametrize("name", DECODERS)
 def test_no_window_without_the_switch(name):
     """Configurations carry sliding_window=4096 also where it is not used."""
-    modules, _ = text_attention_layers(build(name))
-    check_full_attention(range(LAYERS), modules, where=WHERE)
+    modules, n_layers = text_attention_layers(build(name))
+    check_full_attention(range(LAYERS), attention_kinds(modules, n_layers), where=WHERE)

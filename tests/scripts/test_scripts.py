@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 from support.launching import launch, plan
-from support.public_shapes import write_config
+from support.public_shapes import write_config, write_qwen3_5_9b
 
 from sayo_verl import __version__
 from sayo_verl.cli import main
@@ -125,6 +125,23 @@ def test_the_header_of_the_one_gpu_job_is_its_plan(repo, environment, tmp_path):
     assert "42 sequences of 6,610 tokens" in header
 
 
+def test_the_plan_of_qwen3_5_names_what_it_needs_and_guesses_no_memory(repo, environment, tmp_path):
+    model = write_qwen3_5_9b(tmp_path)
+    done = plan(repo, "run_qwen3_5_9b.sh", environment, MODEL_PATH=str(model))
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "(qwen3_5, probing layer index 31, the last of 32)",
+        "packed rows need flash-linear-attention on the machine of the run: pip install",
+        "not estimated: the text model has layers of linear_attention",
+        "12 prompts x 32, up to 256 tokens, temperature 1.0, top-p 0.95",
+    ):
+        assert line in done.stdout
+    linear = plan(repo, "run_qwen3_5_9b.sh", environment, "algorithm.attn.region.layers=[-1,0]", MODEL_PATH=str(model))
+    assert linear.returncode == 1
+    assert "SAYO-P11: layer 0 is not a full-attention layer" in linear.stderr
+    assert "wanted one of [3, 7, 11, 15, 19, 23, 27, 31]" in linear.stderr
+
+
 def test_every_node_must_see_the_paths_of_a_job(repo, environment, tmp_path):
     write_config("Qwen3-VL-8B", tmp_path)
     relative = os.path.relpath(tmp_path, repo)
@@ -202,7 +219,7 @@ def test_variables_mean_the_same_in_every_script(faked, tmp_path, script):
     values = ["+method=dual_released", "actor_rollout_ref.model.path=m", "sayo.data=d", "trainer.nnodes=2"]
     values += ["trainer.n_gpus_per_node=3", f"sayo.out={tmp_path}/out"]
     assert [value for value in values if f" {value}" not in command] == []
-    assert re.search(r"trainer.experiment_name=dual_released_(sayo_qwen3vl|qwen2_5vl|tiny)", command)
+    assert re.search(r"trainer.experiment_name=dual_released_(sayo_|qwen|tiny)", command)
     assert command.endswith(" trainer.save_freq=7 a='b c'"), "overrides win"
     dry = launch(copy, script, env, DRY_RUN="1", RESUME=f"{tmp_path}/old", OUT="", **given)
     for value in ("sayo.dry_run=True", f"sayo.resume={tmp_path}/old", "hydra/job_logging=none"):
@@ -274,6 +291,7 @@ def test_each_script_has_a_method_of_its_own(faked):
         (methods[script],) = re.findall(r"\+method=(\w+)", done.stdout)
         assert f"trainer.experiment_name={script[4:-3]} " in done.stdout or script[:-3] in (
             "run_qwen2_5vl_7b",
+            "run_qwen3_5_9b",
             "run_tiny",
         )
     assert methods == {
@@ -284,6 +302,9 @@ def test_each_script_has_a_method_of_its_own(faked):
         "run_grpo_qwen3vl_8b.sh": "grpo",
         "run_grpo_tiny.sh": "grpo",
         "run_qwen2_5vl_7b.sh": "dual",
+        "run_qwen3_5_9b.sh": "region",
+        "run_sayo_internvl3_5_8b.sh": "region",
+        "run_sayo_qwen3vl_4b.sh": "region",
         "run_sayo_qwen3vl_4b_1gpu.sh": "region",
         "run_sayo_qwen3vl_8b.sh": "region",
         "run_sayo_tiny.sh": "region",

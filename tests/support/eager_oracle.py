@@ -30,7 +30,37 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         eager["experts_implementation"] = "eager"
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, **eager).eval()
     require_own_forwards(model)
+    if dtype is torch.float64:
+        for module in model.modules():
+            if hasattr(module, "chunk_gated_delta_rule"):
+                module.chunk_gated_delta_rule = gated_delta_rule
     return model
+
+
+def gated_delta_rule(
+    q_BSHD: torch.Tensor, k_BSHD: torch.Tensor, v_BSHE: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, **_: Any
+) -> tuple[torch.Tensor, None]:
+    """Linear attention token by token, without an initial state (arXiv 2412.06464, equation 10); transformers computes
+    it in chunks and in float32.
+
+    Args:
+        q_BSHD, k_BSHD: queries and keys, not normalised.
+        v_BSHE: values.
+        g, beta: [B, S, H] logarithm of the decay, and the step size.
+
+    Returns:
+        ``(outputs [B, S, H, E], None)``, of the type of the values.
+    """
+    unit = [x.double() * (x.double().square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q_BSHD, k_BSHD)]
+    q, k, v = unit[0] * q_BSHD.shape[-1] ** -0.5, unit[1], v_BSHE.double()
+    state_BHDE, out = v.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[-1]), []
+    for t in range(v.shape[1]):
+        state_BHDE = state_BHDE * g[:, t].double().exp()[..., None, None]
+        known = torch.einsum("bhde,bhd->bhe", state_BHDE, k[:, t])
+        step = (v[:, t] - known) * beta[:, t].double()[..., None]
+        state_BHDE = state_BHDE + torch.einsum("bhd,bhe->bhde", k[:, t], step)
+        out.append(torch.einsum("bhde,bhd->bhe", state_BHDE, q[:, t]))
+    return torch.stack(out, 1).to(v_BSHE.dtype), None
 
 
 def inputs_of(model: PreTrainedModel, row: dict[str, Any]) -> dict[str, Any]:
@@ -64,8 +94,8 @@ class RowTruth:
     """One row, all layers.
 
     Attributes:
-        attention: float64 [L, H, S, S].
-        lse: float64 [L, H, S] log-sum-exp of the causal logits.
+        attention: float64 [L, H, S, S]; NaN in layers of linear attention.
+        lse: float64 [L, H, S] log-sum-exp of the causal logits; NaN in layers of linear attention.
         hidden: float64 [S, D], last hidden states.
         prompt: tokens of the prompt.
         keys: positions (int64) of ``image``, ``region``, ``sink``, ``system``, ``question`` and ``response``.
@@ -107,10 +137,13 @@ def eager_truth(folder: Path, rows: Sequence[dict[str, Any]], coverage: float = 
     for row in rows:
         with _log_sum_exp(model) as lse:
             out = model.model(**inputs_of(model, row), output_attentions=True)
-        layers = model.config.get_text_config().num_hidden_layers
-        assert sorted(lse) == list(range(layers))
-        assert len(out.attentions) == layers
-        attention_LHSS = torch.stack([weights[0] for weights in out.attentions])
+        kinds = getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"] * len(lse)
+        full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+        assert len(kinds) == model.config.get_text_config().num_hidden_layers
+        assert sorted(lse) == full
+        matrices = dict(zip(full, (weights[0] for weights in out.attentions), strict=True))
+        nothing = torch.full_like(matrices[full[-1]], float("nan"))
+        attention_LHSS = torch.stack([matrices.get(layer, nothing) for layer in range(len(kinds))])
         assert attention_LHSS.dtype == out.last_hidden_state.dtype == torch.float64
         image_V = (row["input_ids"][: row["prompts"].shape[0]] == model.config.image_token_id).nonzero().flatten()
         boxes = _boxes(model, row, image_V, coverage)
@@ -125,7 +158,7 @@ def eager_truth(folder: Path, rows: Sequence[dict[str, Any]], coverage: float = 
         truths.append(
             RowTruth(
                 attention_LHSS,
-                torch.stack([lse[n] for n in range(layers)]),
+                torch.stack([lse.get(n, nothing[..., 0]) for n in range(len(kinds))]),
                 out.last_hidden_state[0],
                 row["prompts"].shape[0],
                 keys,
@@ -207,7 +240,7 @@ def _occurrences(row: dict[str, Any], tokenizer: Any, text: str, line_of: str = 
 def _log_sum_exp(model: PreTrainedModel) -> Iterator[dict[int, torch.Tensor]]:
     """Collect lse [H, S] of each decoder layer from what eager attention is called with."""
     decoder = model.model.language_model
-    module = importlib.import_module(type(decoder.layers[0].self_attn).__module__)
+    module = importlib.import_module(type(decoder.layers[-1].self_attn).__module__)
     original, found = module.eager_attention_forward, {}
 
     def listening(attention: Any, query: Any, key: Any, *args: Any, scaling: float, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ projection must not pass for exact.
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,10 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
 )
@@ -51,6 +55,7 @@ class TinyFamily:
         build: writes the model and its processor into a folder.
         cell: pixels per side of a visual token; of a tile where an image becomes several (``tiles``).
         layers: decoder layers of the tiny model.
+        linear: layers of linear attention, which have no attention matrix.
         tiles: the visual tokens of an image are tiles of 2 x 2 and a thumbnail, not one grid.
         packed_needs_flash: verl replaces the text attention of packed rows by a call of flash-attn, whatever
             ``attn_implementation`` says.
@@ -61,6 +66,7 @@ class TinyFamily:
     build: Callable[[Path], None]
     cell: int
     layers: int
+    linear: tuple[int, ...] = ()
     tiles: bool = False
     packed_needs_flash: bool = False
     fused: tuple[str, ...] = ("fsdp", "fsdp2")
@@ -142,6 +148,41 @@ def tiny_qwen2_5_vl(folder: Path) -> None:
     _save(_random(Qwen2_5_VLForConditionalGeneration, config, seed=2), processor, folder)
 
 
+# The last layer reads what linear attention made of the sequence, as all but one of a released model do.
+QWEN3_5_LAYERS = ["full_attention", "full_attention", "linear_attention", "full_attention"]
+
+
+def tiny_qwen3_5(folder: Path, layers: Sequence[str] = QWEN3_5_LAYERS) -> None:
+    """Qwen3.5: gated attention with a quarter of each head rotated, one layer of linear attention, 4 query and 2 key
+    heads."""
+    processor = build_processor(TinyPolicyConfig())
+    config = Qwen3_5Config(
+        text_config=_qwen3_5_text(processor.tokenizer)
+        | {"intermediate_size": 96, "num_key_value_heads": 2, "layer_types": list(layers)},
+        vision_config=_QWEN3_5_VISION,
+        **_image_tokens(processor.tokenizer),
+    )
+    _save(_random(Qwen3_5ForConditionalGeneration, config, seed=4), processor, folder)
+
+
+def tiny_qwen3_5_moe(folder: Path) -> None:
+    """Qwen3.5-MoE: as ``tiny_qwen3_5``; 2 of 4 experts and a shared one a token, 4 query heads on 1 key head."""
+    processor = build_processor(TinyPolicyConfig())
+    experts = {
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 1,
+    }
+    config = Qwen3_5MoeConfig(
+        text_config=_qwen3_5_text(processor.tokenizer) | experts,
+        vision_config=_QWEN3_5_VISION,
+        **_image_tokens(processor.tokenizer),
+    )
+    _save(_random(Qwen3_5MoeForConditionalGeneration, config, seed=5), processor, folder)
+
+
 def tiny_internvl(folder: Path) -> None:
     """InternVL in Hugging Face format, see tests/support/tiny_internvl.py."""
     _save(AutoModelForImageTextToText.from_pretrained(save_internvl(folder, layers=3)), None, folder)
@@ -151,8 +192,14 @@ TINY = {
     "qwen3_vl": TinyFamily(tiny_qwen3_vl, cell=32, layers=3),
     "qwen3_vl_moe": TinyFamily(tiny_qwen3_vl_moe, cell=32, layers=3),
     "qwen2_5_vl": TinyFamily(tiny_qwen2_5_vl, cell=28, layers=3, packed_needs_flash=True, fused=("fsdp",)),
+    "qwen3_5": TinyFamily(tiny_qwen3_5, cell=32, layers=4, linear=(2,)),
+    "qwen3_5_moe": TinyFamily(tiny_qwen3_5_moe, cell=32, layers=4, linear=(2,)),
     "internvl": TinyFamily(tiny_internvl, cell=64, layers=3, tiles=True, fused=(), sequence_parallel=False),
 }
+
+# verl's Ulysses exchange of linear attention lies in flash-linear-attention, which needs a GPU; that of gated full
+# attention does not
+FULL_QWEN3_5 = TinyFamily(lambda folder: tiny_qwen3_5(folder, ["full_attention"] * 4), cell=32, layers=4)
 
 
 def _text(tokenizer: Any) -> dict[str, Any]:
@@ -164,6 +211,34 @@ def _text(tokenizer: Any) -> dict[str, Any]:
         "eos_token_id": tokenizer.convert_tokens_to_ids(END),
         "pad_token_id": tokenizer.convert_tokens_to_ids(PAD),
         "tie_word_embeddings": False,
+    }
+
+
+_QWEN3_5_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "patch_size": 16,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+
+
+def _qwen3_5_text(tokenizer: Any) -> dict[str, Any]:
+    return {
+        **_text(tokenizer),
+        "hidden_size": 64,
+        "num_hidden_layers": len(QWEN3_5_LAYERS),
+        "num_attention_heads": 4,
+        "head_dim": 32,
+        "layer_types": QWEN3_5_LAYERS,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "rope_parameters": _rope(mrope_section=[2, 1, 1], mrope_interleaved=True, partial_rotary_factor=0.25),
     }
 
 
@@ -206,6 +281,8 @@ _PATCHED = (
     "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe",
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
     "transformers.models.qwen2_vl.modeling_qwen2_vl",
+    "transformers.models.qwen3_5.modeling_qwen3_5",
+    "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe",
     "transformers.models.internvl.modeling_internvl",
     "transformers.integrations.flash_attention",
     "verl.models.transformers.qwen2_vl",

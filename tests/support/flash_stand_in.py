@@ -8,6 +8,7 @@ Shape suffixes: B rows, S tokens of one row or sequence, L tokens of all sequenc
 D head dimension.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -171,3 +172,41 @@ def flash_attention_on_cpu(*, float32_in_verl: bool = True) -> Iterator[FlashCal
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)
+
+
+@contextmanager
+def linear_attention_of_packed_rows() -> Iterator[None]:
+    """Install a stand-in for flash-linear-attention's kernel, which takes ``cu_seqlens`` and starts each sequence anew.
+
+    transformers' own function for a machine without the package ignores ``cu_seqlens``. A model takes the function when
+    it is built.
+    """
+    import transformers.models.qwen3_5.modeling_qwen3_5 as dense
+    import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe as moe
+
+    def chunk_gated_delta_rule(
+        q, k, v, g, beta, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False, cu_seqlens=None
+    ):
+        assert initial_state is None, "the stand-in has no initial state"
+        ends = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+        assert (ends[0], ends[-1]) == (0, q.shape[1]), "tokens outside of the sequences"
+        assert q.shape[0] == 1 or cu_seqlens is None, "the kernel takes one packed row"
+        parts = [
+            dense.torch_chunk_gated_delta_rule(
+                *(x[:, a:b] for x in (q, k, v)),
+                g=g[:, a:b],
+                beta=beta[:, a:b],
+                use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            )[0]
+            for a, b in itertools.pairwise(ends)
+        ]
+        return torch.cat(parts, 1), None
+
+    before = [(module, module.chunk_gated_delta_rule) for module in (dense, moe)]
+    try:
+        for module in (dense, moe):
+            module.chunk_gated_delta_rule = chunk_gated_delta_rule
+        yield
+    finally:
+        for module, function in before:
+            module.chunk_gated_delta_rule = function

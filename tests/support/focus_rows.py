@@ -18,7 +18,7 @@ from sayo_verl.focus.trainer import FocusConfig
 from sayo_verl.scenes import SceneConfig
 from sayo_verl.tiny.prepared import prepare_scenes
 
-FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
+FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5")
 
 
 @cache

@@ -82,4 +82,4 @@ def only(findings: list[Finding], code: str, level: str = "FAIL", says: str = ""
     return finding
 
 
-NAMES = ("qwen3_vl", "qwen2_5_vl", "internvl")
+NAMES = ("qwen3_vl", "qwen2_5_vl", "qwen3_5", "internvl")

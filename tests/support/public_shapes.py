@@ -93,3 +93,11 @@ def write_config(name: str, folder: Path) -> Path:
     values = {"model_type": kind, "text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
     (folder / "config.json").write_text(json.dumps(values))
     return folder
+
+
+def write_qwen3_5_9b(folder: Path) -> Path:
+    """A folder that holds config.json of Qwen3.5-9B, whose text sizes are the defaults of transformers."""
+    text = {"model_type": "qwen3_5_text", "max_position_embeddings": 262144}
+    values = {"model_type": "qwen3_5", "text_config": text, "vision_config": {"out_hidden_size": 4096}}
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder

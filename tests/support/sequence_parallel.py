@@ -123,7 +123,7 @@ def _merge(case: Case, parts: list[Outcome]) -> Outcome:
 
 def _run(case: Case, rank: int) -> dict[str, Outcome]:
     from support.engine_rows import fsdp1_on_cpu, log_prob_pass, model_config, worker
-    from support.flash_stand_in import flash_attention_on_cpu
+    from support.flash_stand_in import flash_attention_on_cpu, linear_attention_of_packed_rows
 
     half = len(case.rows) // 2
     rows = case.rows if case.ulysses else case.rows[rank * half : (rank + 1) * half]
@@ -138,6 +138,7 @@ def _run(case: Case, rank: int) -> dict[str, Outcome]:
     outcomes = {}
     with contextlib.ExitStack() as stack:
         calls = stack.enter_context(flash_attention_on_cpu())
+        stack.enter_context(linear_attention_of_packed_rows())
         if case.strategy == "fsdp":
             stack.enter_context(fsdp1_on_cpu())
         built = worker(

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import (
     Qwen2_5_VLTextConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3VLMoeTextConfig,
@@ -43,6 +45,14 @@ def rope(**sections: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0, **sections}
 
 
+# Qwen3.5, here without layers of linear attention: a quarter of each head is rotated
+GATED = {
+    "head_dim": 32,
+    "layer_types": ["full_attention"] * LAYERS,
+    "rope_parameters": rope(mrope_section=[2, 1, 1], mrope_interleaved=True, partial_rotary_factor=0.25),
+}
+
+
 # decoder class in FAMILIES -> its configuration; head_dim is not hidden_size / heads where a family allows it
 TEXT = {
     "Qwen3VLTextModel": lambda: Qwen3VLTextConfig(
@@ -56,6 +66,8 @@ TEXT = {
         rope_parameters=rope(mrope_section=[4, 2, 2], mrope_interleaved=True),
     ),
     "Qwen2_5_VLTextModel": lambda: Qwen2_5_VLTextConfig(**SIZES, rope_parameters=rope(mrope_section=[2, 1, 1])),
+    "Qwen3_5TextModel": lambda: Qwen3_5TextConfig(**SIZES, **GATED),
+    "Qwen3_5MoeTextModel": lambda: Qwen3_5MoeTextConfig(**SIZES, **GATED, **EXPERTS),
     "Qwen3Model": lambda: Qwen3Config(**SIZES, head_dim=16, rope_parameters=rope()),
     "Qwen3MoeModel": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16, rope_parameters=rope()),
 }
@@ -68,6 +80,8 @@ PACKAGES = {
     "Qwen3VLTextModel": "qwen3_vl",
     "Qwen3VLMoeTextModel": "qwen3_vl_moe",
     "Qwen2_5_VLTextModel": "qwen2_5_vl",
+    "Qwen3_5TextModel": "qwen3_5",
+    "Qwen3_5MoeTextModel": "qwen3_5_moe",
     "Qwen3Model": "qwen3",
     "Qwen3MoeModel": "qwen3_moe",
 }
