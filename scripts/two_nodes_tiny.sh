@@ -68,8 +68,9 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN="$(python3 -c 'import secrets; print(s
 start_node() {
   local number=$1 log="$FOLDER/node-$1.log" i
   shift
-  SAYO_MARK="$FOLDER/nodes" ray start "$@" --block --disable-usage-stats --node-name="node-$number" --node-ip-address="127.0.0.$((number + 1))" \
-    --temp-dir="$FOLDER/$number" --num-cpus=8 --num-gpus=1 --object-store-memory=250000000 >"$log" 2>&1 &
+  SAYO_MARK="$FOLDER/nodes" ray start "$@" --block --disable-usage-stats --temp-dir="$FOLDER/$number" \
+    --node-name="node-$number" --node-ip-address="127.0.0.$((number + 1))" \
+    --num-cpus=8 --num-gpus=1 --object-store-memory=250000000 >"$log" 2>&1 &
   NODES+=($!)
   for ((i = 0; i < 600; i++)); do
     ! grep -q 'Ray runtime started' "$log" || return 0

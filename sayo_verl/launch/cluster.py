@@ -21,7 +21,6 @@ from sayo_verl.errors import Rule, SayoError, raise_first
 from sayo_verl.launch.resources import CPUS_PER_DEVICE, check_ray_cpus, cluster, shared_paths
 
 CONNECT_S, ANSWER_S = 5.0, 120.0  # limits for the address, and for a node, which may have to build its environment
-SAME = "install the sayo-verl and the verl of the launcher on every node, or run from one folder that all nodes see"
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def check_cluster(config: DictConfig, variables: Mapping[str, str], packages: Se
         Names of the nodes; empty if the run joins no cluster, or joins one through a Ray Client.
 
     Raises:
-        SayoError: L80, L81, L14, L82, L83, X05.
+        SayoError: L80, L81, L14, L82, L83, X05, X06.
     """
     import ray
 
@@ -250,24 +249,56 @@ def check_nodes(
     """Refuse the first node that has another sayo-verl or verl, lacks a package of the method, or does not see a path.
 
     Raises:
-        SayoError: X05, L83, L82.
+        SayoError: X05, X06, L83, L82.
     """
     settings = {path: key for key, path in shared_paths(config)}
     rules = []
     for node, answer in zip(nodes, answers, strict=True):
         where = f"node {node.name}"
         if isinstance(answer, str):
-            what, fix = "a node cannot run the check of its installation", "repair the node, or take it out"
-            rules.append(Rule("X05", True, what, where=where, got=answer, wanted="an answer", fix=fix))
+            rules.append(
+                Rule(
+                    "X06",
+                    True,
+                    "a node cannot run a task",
+                    where=where,
+                    got=answer,
+                    fix="repair the node, or take it out of the cluster",
+                )
+            )
             continue
-        for name, own in (("sayo-verl", __version__), ("verl", version("verl"))):
-            found, what = answer[name], f"a node does not have the {name} of the launcher"
-            rules.append(Rule("X05", found != own, what, where=where, got=found, wanted=own, fix=SAME))
-        for module in answer["modules"]:
-            what = f"a node does not have {module}, which {config.algorithm.adv_estimator} needs"
-            fix = f"{dict(packages)[module]}, on every node: Ray may compute advantages on any"
-            rules.append(Rule("L83", True, what, where=where, got=f"no module {module}", fix=fix))
-        for path in answer["paths"]:
-            what, fix = "a node does not see a path of the run", "put it on a disk that every node mounts at one place"
-            rules.append(Rule("L82", True, what, where=f"{where}, {settings[path]}", got=path, fix=fix))
+        rules += [
+            Rule(
+                "X05",
+                answer[name] != own,
+                f"a node does not have the launcher's version of {name}",
+                where=where,
+                got=answer[name],
+                wanted=own,
+                fix="install the same versions on every node, or run from one folder and environment that all nodes see",
+            )
+            for name, own in (("sayo-verl", __version__), ("verl", version("verl")))
+        ]
+        rules += [
+            Rule(
+                "L83",
+                True,
+                f"a node does not have {module}, which {config.algorithm.adv_estimator} needs",
+                where=where,
+                got=f"no module {module}",
+                fix=f"{dict(packages)[module]}, on every node: Ray may compute advantages on any",
+            )
+            for module in answer["modules"]
+        ]
+        rules += [
+            Rule(
+                "L82",
+                True,
+                "a node does not see a path of the run",
+                where=f"{where}, {settings[path]}",
+                got=path,
+                fix="put it on a disk that every node mounts at the same place",
+            )
+            for path in answer["paths"]
+        ]
     raise_first(rules)

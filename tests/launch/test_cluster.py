@@ -27,7 +27,7 @@ from sayo_verl.launch.resources import describe_machines
 from sayo_verl.main_ppo import prepare_workers, worker_variables
 
 METIS = (("pymetis", "pip install pymetis"),)
-# Modules in HIDDEN are not installed as far as a node's processes can see; others come from the folder beside this file.
+# For the processes of a node, modules in HIDDEN are not installed.
 HIDE = """
     import os, sys
     class Hidden:
@@ -105,8 +105,8 @@ def test_a_node_with_the_same_packages_passes(answers, config):
 @pytest.mark.parametrize(
     ("node", "code", "says"),
     [
-        ("node-2", "X05", f"sayo-verl .*node .*node-2.* got 0.0.9, wanted {__version__} "),
-        ("node-3", "X05", "sayo-verl .*node .*node-3.* got none .*No module named 'sayo_verl'"),
+        ("node-2", "X05", f"version of sayo-verl .*node .*node-2.* got 0.0.9, wanted {__version__} "),
+        ("node-3", "X05", "version of sayo-verl .*node .*node-3.* got none .*No module named 'sayo_verl'"),
     ],
 )
 def test_a_node_with_other_packages_is_named(answers, config, node, code, says):
@@ -126,9 +126,9 @@ def test_a_node_that_does_not_see_a_path_or_has_another_verl_is_named(answers, c
     path = config.data.train_files
     with refusal("L82", f"does not see a path .*node-1.*data.train_files .*{path}"):
         check_nodes(nodes, [{**answer, "paths": [path]}], config, METIS)
-    with refusal("X05", "verl of the launcher .*node-1.* got 0.8.0, wanted "):
+    with refusal("X05", "version of verl .*node-1.* got 0.8.0, wanted "):
         check_nodes(nodes, [{**answer, "verl": "0.8.0"}], config, METIS)
-    with refusal("X05", "cannot run the check .*node-1.*NodeDiedError"):
+    with refusal("X06", "cannot run a task .*node-1.*NodeDiedError"):
         check_nodes(nodes, ["NodeDiedError: the node is dead"], config, METIS)
 
 
