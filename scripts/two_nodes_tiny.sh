@@ -23,24 +23,24 @@ check_names "$@"
 if dry_run; then exec bash scripts/run_tiny.sh "$@"; fi
 
 bash scripts/setup_env.sh cpu
-export PATH="$(bash scripts/setup_env.sh --where cpu)/bin:$PATH"
+VENV="$(bash scripts/setup_env.sh --where cpu)"
+export PATH="$VENV/bin:$PATH"
 tiny_environment
 
 FOLDER="$(mktemp -d /tmp/sayo-XXXXXX)" # short: Ray puts sockets into it, whose paths may have 107 characters
 NODES=()
 
-# Processes that were started with this in their environment, and those that they started.
+# Ids of the processes that were started with this mark in their environment, and of those that they started.
 marked() {
-  env -u SAYO_MARK grep -lzx "SAYO_MARK=$1" /proc/[0-9]*/environ 2>/dev/null | tr -dc '0-9\n'
+  env -u SAYO_MARK grep -lzx "SAYO_MARK=$1" /proc/[0-9]*/environ 2>/dev/null | tr -dc '0-9\n' || true
 }
 
-# Sends a signal to processes and waits until a mark is gone. Arguments: the mark, seconds, the signal, process ids.
+# Sends a signal to the processes whose ids come on stdin, and waits until a mark is gone. Arguments: signal, mark, seconds.
 end() {
-  local mark=$1 i tenths=$(($2 * 5)) signal=$3
-  shift 3
-  (($# == 0)) || kill -"$signal" "$@" 2>/dev/null || true
-  for ((i = 0; i < tenths; i++)); do
-    [[ -n "$(marked "$mark")" ]] || return 0
+  local i
+  xargs -r kill -"$1" 2>/dev/null || true
+  for ((i = 0; i < $3 * 5; i++)); do
+    [[ -n "$(marked "$2")" ]] || return 0
     sleep 0.2
   done
 }
@@ -49,9 +49,9 @@ stop() {
   local status=$? mark
   trap '' INT TERM
   trap - EXIT
-  end "$FOLDER/run" 20 TERM $(marked "$FOLDER/run")
-  end "$FOLDER/nodes" 15 TERM "${NODES[@]}" # they stop what they started
-  for mark in run nodes; do end "$FOLDER/$mark" 5 KILL $(marked "$FOLDER/$mark"); done
+  marked "$FOLDER/run" | end TERM "$FOLDER/run" 20
+  printf '%s\n' "${NODES[@]}" | end TERM "$FOLDER/nodes" 15 # they stop what they started
+  for mark in run nodes; do marked "$FOLDER/$mark" | end KILL "$FOLDER/$mark" 5; done
   rm -rf "$FOLDER"
   exit "$status"
 }
@@ -62,12 +62,14 @@ trap 'exit 143' TERM
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # end a node at once
 # A port that is free now; Ray chooses its other ports.
 PORT="$(python3 -c 'import socket; s = socket.create_server(("127.0.0.2", 0)); print(s.getsockname()[1])')"
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN="$(python3 -c 'import secrets; print(secrets.token_hex(32))')"
+RAY_AUTH_TOKEN="$(python3 -c 'import secrets; print(secrets.token_hex(32))')"
+export RAY_AUTH_TOKEN RAY_AUTH_MODE=token
 
 # A node with room for its half of the run. Arguments: its number, options of ray start.
 start_node() {
   local number=$1 log="$FOLDER/node-$1.log" i
   shift
+  : >"$log"
   SAYO_MARK="$FOLDER/nodes" ray start "$@" --block --disable-usage-stats --temp-dir="$FOLDER/$number" \
     --node-name="node-$number" --node-ip-address="127.0.0.$((number + 1))" \
     --num-cpus=8 --num-gpus=1 --object-store-memory=250000000 >"$log" 2>&1 &

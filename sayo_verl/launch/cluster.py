@@ -1,7 +1,7 @@
 """Checks of the Ray cluster that a run joins, before verl starts a process: its address, devices and nodes.
 
-verl builds its data plane, models and servers first, so that a node with another sayo-verl ended a run after two minutes.
-Here the launcher connects once, looks at every node and disconnects.
+verl builds its data plane, models and servers first: a node with another sayo-verl ended a run after two minutes. Here
+the launcher connects once, looks at every node and disconnects.
 """
 
 import logging
@@ -100,12 +100,12 @@ def check_cluster(config: DictConfig, variables: Mapping[str, str], packages: Se
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SayoError(
             "L80",
-            "the Ray cluster does not take this process as a driver",
+            "Ray does not connect to the cluster",
             where=f"RAY_ADDRESS={address}",
             got=" ".join(str(error).split()),
-            wanted="the token, the Python and the Ray version of the cluster, on one of its nodes",
-            fix="on every node set RAY_AUTH_MODE=token, with the same ~/.ray/auth_token (docs/multi_node.md), and "
-            "install the same environment",
+            wanted="a Ray cluster at this address, its token, and its versions of Python and Ray",
+            fix="set RAY_AUTH_MODE=token on every node, with the same ~/.ray/auth_token (docs/multi_node.md), one environment "
+            "on all, and launch on a node of the cluster",
         ) from error
     try:
         nodes = _wait_for_devices(config, address)
@@ -275,7 +275,7 @@ def check_nodes(
                 where=where,
                 got=answer[name],
                 wanted=own,
-                fix="install the same versions on every node, or run from one folder and environment that all nodes see",
+                fix="install the same versions on every node, or use one environment that all nodes mount",
             )
             for name, own in (("sayo-verl", __version__), ("verl", version("verl")))
         ]
