@@ -104,8 +104,8 @@ def check_cluster(config: DictConfig, variables: Mapping[str, str], packages: Se
             where=f"RAY_ADDRESS={address}",
             got=" ".join(str(error).split()),
             wanted="a Ray cluster at this address, its token, and its versions of Python and Ray",
-            fix="set RAY_AUTH_MODE=token on every node, with the same ~/.ray/auth_token (docs/multi_node.md), one environment "
-            "on all, and launch on a node of the cluster",
+            fix="set RAY_AUTH_MODE=token on every node, with the same ~/.ray/auth_token (docs/multi_node.md), one "
+            "environment on all, and launch on a node of the cluster",
         ) from error
     try:
         nodes = _wait_for_devices(config, address)
