@@ -17,23 +17,36 @@ PORT=${RAY_PORT:-6379}
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 read -ra OPTIONS <<<"${RAY_OPTIONS:-}"
 
-head_answers() { # within 10 minutes
+head_listens() {
+  (exec 3<>"/dev/tcp/$HEAD_IP/$PORT") 2>/dev/null
+}
+
+wait_for_head() { # 10 minutes at most
   local i
   for ((i = 0; i < 600; i++)); do
-    ! (exec 3<>"/dev/tcp/$HEAD_IP/$PORT") 2>/dev/null || return 0
+    ! head_listens || return 0
     sleep 1
   done
   echo "no Ray head answers at $HEAD_IP:$PORT" >&2
   return 1
 }
 
+NODE=''
+trap '[[ -z "$NODE" ]] || { kill "$NODE" 2>/dev/null && wait "$NODE"; } || true' EXIT
+trap 'exit 143' TERM
+
 if ((NODE_RANK > 0)); then
-  head_answers
-  exec ray start --block --address="$HEAD_IP:$PORT" "${OPTIONS[@]}"
+  wait_for_head
+  ray start --block --address="$HEAD_IP:$PORT" "${OPTIONS[@]}" &
+  NODE=$!
+  while kill -0 "$NODE" 2>/dev/null; do
+    head_listens || exit 0 # it ended with the command
+    sleep 5
+  done
+  wait "$NODE"
+  exit
 fi
 ray start --block --head --node-ip-address="$HEAD_IP" --port="$PORT" --include-dashboard=false "${OPTIONS[@]}" &
 NODE=$!
-trap 'kill "$NODE" 2>/dev/null && wait "$NODE" || true' EXIT
-trap 'exit 143' TERM
-head_answers
+wait_for_head
 RAY_ADDRESS="$HEAD_IP:$PORT" "$@" sayo.wait_for_nodes=600
