@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
@@ -21,17 +22,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 from verl.utils.device import auto_set_device
 
 from sayo_verl import __version__
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks.contract import RUN_TOKEN
+from sayo_verl.launch.cluster import check_address, check_cluster
 from sayo_verl.launch.job import check_types, composition_error, keys_of, write_out
 from sayo_verl.launch.model_check import load_config
 from sayo_verl.launch.names import check_names
-from sayo_verl.launch.preflight import preflight, show
-from sayo_verl.launch.resources import check_devices
+from sayo_verl.launch.preflight import check_estimator, preflight, show
+from sayo_verl.launch.resources import check_devices, cluster, sizes_of_ray
 from sayo_verl.launch.resume import how_to_resume, metrics_file
 from sayo_verl.launch.settings import load_methods
 from sayo_verl.launch.template_check import configure as configure_reward
@@ -82,16 +85,28 @@ class SayoTaskRunner(TaskRunnerV1.__ray_actor_class__):
         super().run(config)
 
 
-def prepare_workers(config: DictConfig) -> None:
-    """Write into the configuration what Ray's workers need: the plug-in's module, the forwarded environment, limits."""
+def worker_variables() -> dict[str, str]:
+    """Environment of Ray's workers: the plug-in's module, the run's token and what is forwarded.
+
+    Variables of a job of ``ray job submit`` reach the workers anyway, and Ray refuses a second value of them.
+    """
     modules = [m for m in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",") if m]
     if PLUGIN not in modules:
         modules.append(PLUGIN)
     env = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     env["VERL_USE_EXTERNAL_MODULES"] = ",".join(modules)
     env[RUN_TOKEN] = uuid.uuid4().hex[:16]
+    job = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env", {}).get("env_vars", {})
+    return {name: value for name, value in env.items() if job.get(name) != value}
+
+
+def prepare_workers(config: DictConfig, variables: Mapping[str, str]) -> None:
+    """Write ``variables`` and limits into the configuration, and remove what Ray refuses when the run joins a cluster."""
     with open_dict(config):
-        for name, value in env.items():
+        if cluster(config):
+            for key in sizes_of_ray(config):
+                del config.ray_kwargs.ray_init[key]
+        for name, value in variables.items():
             OmegaConf.update(config, f"ray_kwargs.ray_init.runtime_env.env_vars.{name}", value, force_add=True)
         if limit := filter_limit(config):
             OmegaConf.update(config, "trainer.v1.sampler.sampler_kwargs.filter_limit", limit, force_add=True)
@@ -154,18 +169,24 @@ def main(config: DictConfig) -> None:
     try:
         check_types(config, compose(HydraConfig.get().job.config_name))
         check_devices(config, dry_run=config.sayo.dry_run)
+        if not config.sayo.dry_run:
+            check_address(config)
         given = keys_of(HydraConfig.get().overrides.task)
         write_out(config, given)
         config.sayo.modules = load_methods(config.sayo.modules)
         internvl.configure(config, load_config(str(config.actor_rollout_ref.model.path), dry_run=True))
         plan = preflight(config, given=given, dry_run=config.sayo.dry_run)
         check_by_verl(config, dry_run=config.sayo.dry_run)
+        variables = worker_variables()
+        method = check_estimator(config)
+        packages = method.needs().packages if method else ()
+        nodes = [] if config.sayo.dry_run else check_cluster(config, variables, packages)
     except SayoError as error:
         sys.exit(str(error))
     except OmegaConfBaseException as error:  # an interpolation leads nowhere
         sys.exit(str(composition_error(error)))
     print(f"sayo-verl {__version__}: the plan")
-    show(plan)
+    show([*plan, *([("nodes", ", ".join(nodes))] if nodes else [])])
     if config.sayo.dry_run:
         absent = list(dict.fromkeys(name for name, value in plan if "NOT THERE YET" in value))
         missing = f"; still missing: {', '.join(absent)}" if absent else ""
@@ -174,7 +195,7 @@ def main(config: DictConfig) -> None:
     configure_reward(config)
     auto_set_device(config)
     write_run_card(config)
-    prepare_workers(config)
+    prepare_workers(config, variables)
     ours = select_method(config)
     atexit.register(say_how_to_resume, config)  # after the traceback of a run that failed
     run_ppo(config, task_runner_class=SayoTaskRunner if ours else TaskRunnerV1)

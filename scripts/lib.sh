@@ -66,6 +66,16 @@ place_run() {
   export METHOD NAME OUT SAYO_RESUME_COMMAND
 }
 
+# Sets the variables of a run on a CPU.
+tiny_environment() {
+  export VERL_PLATFORM=cpu
+  export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false
+  export RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+  # Two cores and half a dozen processes: no idle workers beside them, no compiler, one thread each.
+  export RAY_enable_worker_prestart=0 RAY_prestart_worker_first_driver=0
+  export TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1
+}
+
 # Makes and enters the environment of this machine, unless the active Python has the modules that are named.
 ready_python() {
   python3 -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "$@" && return

@@ -30,12 +30,7 @@ bash scripts/setup_env.sh cpu
 VENV="$(bash scripts/setup_env.sh --where cpu)"
 export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
 
-export VERL_PLATFORM=cpu
-export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false
-export RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
-# Two cores and half a dozen processes: no idle workers beside them, no compiler, one thread each.
-export RAY_enable_worker_prestart=0 RAY_prestart_worker_first_driver=0
-export TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1
+tiny_environment
 
 [[ -n "${DATA:-}" || " $*" == *"data.train_files="* ]] || DATA=$(sayo prepare synthetic --out .sayo)
 [[ -n "${MODEL_PATH:-}" ]] || MODEL_PATH=$(sayo prepare policy --out .sayo)

@@ -259,15 +259,14 @@ def worker_report(actor: Any, request: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         version of sayo-verl there, names of the engine's classes, number of decoder layers, the requested layers
-        counted from 0, the probe's path and its largest difference from the reference path, node and pid.
+        counted from 0, the probe's path and its largest difference from the reference path, Ray's id of the node, pid.
 
     Raises:
         SayoError: L18 and P02 for a model family that cannot be probed, C10 for packed rows that it cannot run, P03 and
             P11 for a layer that is missing or has no full attention, P16, P17, P24, P29 and P31 for a path that cannot
             run or is wrong here.
     """
-    import socket
-
+    import ray
     import torch
     from verl.utils.device import get_device_id
 
@@ -299,7 +298,7 @@ def worker_report(actor: Any, request: Mapping[str, Any]) -> dict[str, Any]:
         "layers": sorted(set(layers.values())),
         "path": path,
         "path_difference": difference,
-        "node": socket.gethostname(),
+        "node": ray.get_runtime_context().get_node_id(),
         "pid": os.getpid(),
     }
 

@@ -22,6 +22,7 @@ from sayo_verl.errors import SayoError
 from sayo_verl.hooks import store
 from sayo_verl.hooks.contract import worker_report
 from sayo_verl.hooks.estimator import CURRENT, AdvantageContext, timed_credit
+from sayo_verl.launch.cluster import node_name
 from sayo_verl.launch.settings import settings_from_config
 from sayo_verl.methods import Credit, Signals
 from sayo_verl.probe.statistics import INTERVENTION_KEY, REQUEST_KEY
@@ -90,7 +91,8 @@ class AttentionTrainer(PPOTrainer):
     def _handshake(self) -> None:
         """Check before step 1 that every actor worker runs this version, the mixin and a model that can be probed.
 
-        verl logs a plug-in that fails to load at DEBUG only and continues without it. This check finds such a worker.
+        verl logs a plug-in that fails to load at DEBUG only and continues without it. This check finds such a worker,
+        also on a node that joined the cluster after ``check_cluster``.
 
         Raises:
             SayoError: X03 with the first worker that differs; from a worker L18 and P02 for an unknown model, P03 and
@@ -99,6 +101,9 @@ class AttentionTrainer(PPOTrainer):
         """
         workers, request = self.actor_rollout_wg.workers, self._request.to_wire()
         reports = ray.get([worker.__ray_call__.remote(worker_report, request) for worker in workers])
+        names = {node["NodeID"]: node_name(node) for node in ray.nodes()}
+        for report in reports:
+            report["node"] = names.get(report["node"], report["node"])  # an earlier version reports the host's name
         for rank, report in enumerate(reports):
             if report["version"] != __version__ or "AttentionStatisticsMixin" not in report["engine_bases"]:
                 raise SayoError(
@@ -115,6 +120,9 @@ class AttentionTrainer(PPOTrainer):
             probed = f"probing {describe_layers(first['layers'], first['n_layers'])}, by the {first['path']} path"
         if first["path_difference"]:
             probed += f" (differs from the reference by {first['path_difference']:.0e})"
+        nodes = list(dict.fromkeys(str(report["node"]) for report in reports))
+        if len(nodes) > 1:
+            probed += f", on {len(nodes)} nodes: {'; '.join(nodes)}"
         print(
             f"sayo-verl {__version__}: handshake with {len(reports)} worker(s), engine {first['engine_bases'][0]}, "
             + probed

@@ -71,7 +71,14 @@ def check_batch_sizes(config: DictConfig) -> None:
 
 def cluster(config: DictConfig) -> str | None:
     """The address of the Ray cluster that the run joins; None if it starts one on this machine."""
-    return os.environ.get("RAY_ADDRESS") or OmegaConf.select(config, "ray_kwargs.ray_init.address") or None
+    address = os.environ.get("RAY_ADDRESS") or OmegaConf.select(config, "ray_kwargs.ray_init.address")
+    return None if address in (None, "", "local") else str(address)
+
+
+def sizes_of_ray(config: DictConfig) -> list[str]:
+    """Keys of ``ray_kwargs.ray_init`` that describe a machine. Ray refuses them when the run joins a cluster."""
+    keys = ("num_cpus", "num_gpus", "object_store_memory")
+    return [key for key in keys if OmegaConf.select(config, f"ray_kwargs.ray_init.{key}") is not None]
 
 
 def describe_machines(config: DictConfig) -> str:
@@ -79,6 +86,8 @@ def describe_machines(config: DictConfig) -> str:
     trainer = config.trainer
     if address := cluster(config):
         joined = f" of the Ray cluster at {address}"
+        if unused := sizes_of_ray(config):
+            joined += f" (its nodes have their own {', '.join(unused)}: ray_kwargs.ray_init's are not used)"
     else:
         joined = ", NEEDS RAY_ADDRESS of a Ray cluster that is up" if int(trainer.nnodes) > 1 else ""
     rollout = config.actor_rollout_ref.rollout
@@ -131,11 +140,17 @@ def check_devices(config: DictConfig, *, dry_run: bool) -> None:
         )
 
 
-def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:
+def check_ray_cpus(config: DictConfig, *, dry_run: bool, in_cluster: int | None = None) -> str:
     """Refuse too few CPUs for Ray: TransferQueue waits forever for a CPU for each of its storage units.
 
+    Args:
+        config: of the run.
+        dry_run: whether nothing is started.
+        in_cluster: free CPUs of the cluster that the run joins, when the launcher is connected to it.
+
     Returns:
-        The CPUs that Ray needs, for the plan. They are compared with this machine unless the run is ``elsewhere``.
+        The CPUs that Ray needs, for the plan. Without ``in_cluster`` they are compared with this machine, unless the
+        run is ``elsewhere``.
 
     Raises:
         SayoError: L14.
@@ -146,19 +161,24 @@ def check_ray_cpus(config: DictConfig, *, dry_run: bool) -> str:
     remote = int(config.reward.num_workers) ** 2 if config.reward.reward_manager.name == "remote" else 0
     apart = CPUS_PER_ROLLOUT_DEVICE * rollout_devices(config)
     wanted = int(storage.num_data_storage_units) + CPUS_PER_DEVICE * devices + CPUS_FIXED + remote + apart
-    found = OmegaConf.select(config, "ray_kwargs.ray_init.num_cpus") or os.cpu_count() or 1
-    unknown = elsewhere(config, dry_run=dry_run)
+    found = in_cluster or OmegaConf.select(config, "ray_kwargs.ray_init.num_cpus") or os.cpu_count() or 1
+    unknown = in_cluster is None and elsewhere(config, dry_run=dry_run)
     if int(found) < wanted and not unknown:
         raise SayoError(
             "L14",
             "Ray has too few CPUs for TransferQueue and verl's workers, and the run would hang",
-            where="ray_kwargs.ray_init.num_cpus",
+            where="ray_kwargs.ray_init.num_cpus" if in_cluster is None else f"Ray cluster {cluster(config)}",
             got=found,
             wanted=f">= {wanted} ({storage.num_data_storage_units} storage units + {CPUS_PER_DEVICE} x {devices} "
             f"devices + {CPUS_FIXED}"
             + (f" + {remote} of the reward manager remote" if remote else "")
             + (f" + {apart} for devices of rollouts only)" if apart else ")"),
-            fix=f"set ray_kwargs.ray_init.num_cpus={wanted} (logical CPUs may exceed real ones) or lower "
+            fix=(
+                f"set ray_kwargs.ray_init.num_cpus={wanted}"
+                if in_cluster is None
+                else "start its nodes with more of them (ray start --num-cpus=N)"
+            )
+            + " (logical CPUs may exceed real ones) or lower "
             "transfer_queue.backend.SimpleStorage.num_data_storage_units",
         )
     return f"Ray needs {wanted} CPUs" + (" (not checked here)" if unknown else "")

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import os
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from verl.workers.utils.padding import response_from_nested
 
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks import store
+from sayo_verl.launch.cluster import node_name
 from sayo_verl.launch.settings import method_from_config
 from sayo_verl.methods import Needs
 from sayo_verl.methods.region import EPS, RegionMethod, select_tokens
@@ -528,7 +530,8 @@ def test_the_handshake_names_a_worker_without_the_plugin(queue, config):
     trainer.actor_rollout_wg = SimpleNamespace(workers=[right])
     trainer._handshake()
     trainer.actor_rollout_wg = SimpleNamespace(workers=[right, wrong])
-    with pytest.raises(SayoError, match=r"SAYO-X03: worker 1 did not load this sayo-verl.*pid \d+.*fix: "):
+    node = re.escape(node_name(ray.nodes()[0]))
+    with pytest.raises(SayoError, match=rf"SAYO-X03: worker 1 did not load this .* at node {node}, pid \d+.*fix: "):
         trainer._handshake()
     trainer.actor_rollout_wg = SimpleNamespace(workers=[right])
     trainer._request = RegionMethod(layers=(35,)).needs().statistics

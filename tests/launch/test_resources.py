@@ -85,7 +85,7 @@ def test_the_plan_names_the_cluster_that_several_nodes_need(base, monkeypatch):
     two = changed(base, "trainer.nnodes", 2)
     assert describe_machines(two) == "2 x 1 cpu, NEEDS RAY_ADDRESS of a Ray cluster that is up"
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert describe_machines(two) == "2 x 1 cpu of the Ray cluster at 10.0.0.1:6379"
+    assert describe_machines(two).startswith("2 x 1 cpu of the Ray cluster at 10.0.0.1:6379 (its nodes have their own")
 
 
 def changed(config: DictConfig, key: str, value: Any) -> DictConfig:
