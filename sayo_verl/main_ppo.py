@@ -101,7 +101,7 @@ def worker_variables() -> dict[str, str]:
 
 
 def prepare_workers(config: DictConfig, variables: Mapping[str, str]) -> None:
-    """Write ``variables`` and limits into the configuration, and remove what Ray refuses when the run joins a cluster."""
+    """Write variables and limits into the configuration; remove what Ray refuses when the run joins a cluster."""
     with open_dict(config):
         if cluster(config):
             for key in sizes_of_ray(config):
