@@ -50,7 +50,7 @@ def build(repo, refill, *, mode="sync", **filter_groups):
         "sync": {},
         "colocate_async": {},
         "sampler": {
-            "max_off_policy_threshold": None,
+            "max_off_policy_threshold": 1,
             "max_off_policy_strategy": "drop",
             "custom_sampler": {"path": None, "name": None},
         },
@@ -108,5 +108,5 @@ def test_verls_own_buffers_poll_at_the_configured_interval(repo, monkeypatch, mo
 
 
 def test_without_the_key_the_interval_is_verls():
-    buffer = replay_buffer.ReplayBuffer("sync", OmegaConf.create({}), None, "drop", OmegaConf.create({}))
+    buffer = replay_buffer.ReplayBuffer("sync", OmegaConf.create({}), 1, "drop", OmegaConf.create({}))
     assert buffer.poll_interval == 2.0
