@@ -164,7 +164,7 @@ class _Bench:
                     weights_HTN, _ = dense(query, key, Span(0, start + S - T, T, S - T, 0, start, S), scale)
                     mean_TN = weights_HTN.mean(0).cpu()
                     for name, key_of in self.region.items():
-                        found_T = output[key_of].unbind()[by_length[S]][S - T - 1 : -1].cpu()
+                        found_T = output[key_of].unbind()[by_length[S]].cpu()
                         worst = max(worst, largest(found_T, mean_TN[:, plan.keys[name].cpu()].sum(-1)))
                     compared += 1
                 start += plan.length
@@ -181,7 +181,8 @@ class _Bench:
             self.call(None, calculate_entropy=False, **change)
             output, took = self.timed_call(None, calculate_entropy=False, **change)
             changed = torch.cat(list(output[COUNTERFACTUAL_LOG_PROBS].unbind()))
-            real = torch.cat(list(self.plain["log_probs"].unbind()))
+            whole = zip(self.plain["log_probs"].unbind(), self.rows, strict=True)  # verl's, of prompt and response
+            real = torch.cat([values[len(row["prompts"]) - 1 : -1] for values, row in whole])
             facts[kind] = {
                 "s": round(took, 3),
                 "finite": bool(changed.isfinite().all()),

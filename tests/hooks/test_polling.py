@@ -55,5 +55,5 @@ def test_verls_own_buffers_poll_at_the_configured_interval(repo, monkeypatch, mo
 
 
 def test_without_the_key_the_interval_is_verls():
-    buffer = replay_buffer.ReplayBuffer("sync", OmegaConf.create({}), None, "drop", OmegaConf.create({}))
+    buffer = replay_buffer.ReplayBuffer("sync", OmegaConf.create({}), 1, "drop", OmegaConf.create({}))
     assert buffer.poll_interval == 2.0
