@@ -4,9 +4,11 @@ import json
 
 import pytest
 from omegaconf import OmegaConf
+from support.launch_config import composed
 
 from sayo_verl.errors import SetupError
-from sayo_verl.main_ppo import SayoTaskRunner, launch, write_run_card
+from sayo_verl.launch.training_check import filter_limit
+from sayo_verl.main_ppo import SayoTaskRunner, launch, prepare_workers, write_run_card
 
 
 def test_a_task_runner_that_does_not_know_the_estimator_is_refused():
@@ -39,6 +41,14 @@ def test_a_value_that_cannot_be_used_ends_the_launcher_with_one_line(monkeypatch
     with pytest.raises(SystemExit, match=f"^SAYO-{code}") as caught:
         launch()
     assert "\n" not in str(caught.value.code)
+
+
+@pytest.mark.parametrize("enable", [True, False])
+def test_workers_get_the_limit_of_group_filtering(repo, enable):
+    config = composed(repo, "algorithm.adv_estimator=grpo", f"algorithm.filter_groups.enable={enable}")
+    prepare_workers(config)
+    assert config.trainer.v1.sampler.sampler_kwargs.get("filter_limit") == filter_limit(config)
+    assert (filter_limit(config) is not None) == enable
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,9 @@ def check_result(
 
 def _describe(result: Result) -> str:
     line = f"{', '.join(sorted(result.keys))}{' (its score)' if result.numbers else ''}; "
-    line += f"rewards of {min(result.rewards):g} to {max(result.rewards):g} for {len(result.rewards)} responses made up"
+    line += (
+        f"rewards of {min(result.rewards):g} to {max(result.rewards):g} for {len(result.rewards)} synthetic responses"
+    )
     first, n = result.raised
     return line + (f"; WARNING: {n} more calls raised an error, and verl drops such responses: {first}" if n else "")
 

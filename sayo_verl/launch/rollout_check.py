@@ -6,7 +6,7 @@ Attention is measured in the trainer's own pass over verl's token ids, whichever
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.errors import Rule, SayoError, did_you_mean, raise_first
 from sayo_verl.methods import Method
@@ -36,16 +36,17 @@ def check_rollout_engine(config: DictConfig, method: Method | None, *, dry_run: 
     """
     from verl.workers.rollout.base import _ROLLOUT_REGISTRY
 
-    name = str(config.actor_rollout_ref.rollout.name)
     known = sorted({engine for engine, _ in _ROLLOUT_REGISTRY})
+    missing = OmegaConf.is_missing(config.actor_rollout_ref.rollout, "name")  # verl has no default
+    name = "" if missing else str(config.actor_rollout_ref.rollout.name)
     if name not in known:
         raise SayoError(
             "L84",
             f"unknown rollout engine{did_you_mean(name, known)}",
             where=NAME,
-            got=name,
+            got=name or "none",
             wanted=", ".join(known),
-            fix="correct the name",
+            fix=f"set {NAME}=vllm" if missing else "correct the name",
         )
     raise_first(
         [

@@ -51,6 +51,7 @@ def test_an_engine_that_is_not_installed_is_refused_in_one_line(make, installed)
 
 def test_a_misspelt_engine_suggests_the_right_one(make):
     assert "did you mean 'sglang'?" in str(refused(make(**{NAME: "sglan"}), "L84"))
+    assert refused(make(**{NAME: "???"}), "L84").fix == f"set {NAME}=vllm"
 
 
 def test_an_engine_that_another_plugin_registered_is_left_to_it(make, monkeypatch):

@@ -129,9 +129,10 @@ def test_a_model_that_is_not_here_is_said_to_be_unchecked(make):
     assert line[-2] in ".!?" or line.endswith("[...])"), "no sentence is cut without a mark"
 
 
-def test_another_reward_function_has_no_think_block(template):
+def test_another_reward_function_has_no_think_block(template, tmp_path):
     config = template(OPENED)
-    config.reward.custom_reward_function.path = None
+    (tmp_path / "mine.py").write_text("def compute_score(**kwargs): return 1.0\n")
+    config.reward.custom_reward_function.path = "mine.py"
     assert dict(preflight(config))["template"] == "-"
     configure(config)
     assert OmegaConf.select(config, KWARGS) is None

@@ -54,7 +54,9 @@ def test_a_setting_that_defeats_the_method_is_refused(make, code, values, key):
 
 @pytest.mark.parametrize("engine", ["megatron", "veomni", "torchtitan"])
 def test_another_engine_of_verl_is_refused_although_its_configuration_has_other_keys(repo, engine):
-    config = composed(repo, f"model_engine={engine}", "actor_rollout_ref.rollout.n=4")
+    config = composed(
+        repo, f"model_engine={engine}", "actor_rollout_ref.rollout.n=4", "actor_rollout_ref.rollout.name=vllm"
+    )
     assert "fsdp_config" not in config.actor_rollout_ref.actor
     error = refused(config, "L08", dry_run=True)
     assert (error.where, error.got) == ("actor_rollout_ref.actor.strategy", engine)
