@@ -59,5 +59,5 @@ def check_packed_kernel(kernel: Callable[..., Any], *, where: str = PACKED) -> N
 def check_packed_model(model: Any, *, packed: bool) -> None:
     """``check_packed_kernel`` for each layer of linear attention of a loaded model; nothing for padded rows."""
     if packed:
-        for kernel in {getattr(module, "chunk_gated_delta_rule", None) for module in model.modules()} - {None}:
+        for kernel in {m.chunk_gated_delta_rule for m in model.modules() if hasattr(m, "chunk_gated_delta_rule")}:
             check_packed_kernel(kernel)

@@ -1,4 +1,4 @@
-"""A tiny but real Qwen3-VL or Qwen3.5: configuration, weights, tokenizer, image processor and chat template, built offline.
+"""A tiny but real Qwen3-VL or Qwen3.5, built offline: configuration, weights, tokenizer, processor and chat template.
 
 All parts are ordinary transformers objects that ``AutoModelForImageTextToText`` and ``AutoProcessor`` load. The
 tokenizer is byte-level BPE, so it encodes any text. Its merges are trained on the words of the scenes, so that each of

@@ -3,11 +3,13 @@
 A failure of a ``still_needed`` test is good news: verl fixed it, and the repair can go.
 """
 
+import importlib.util
 import inspect
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +102,12 @@ def test_offload_pinning_repair_still_needed():
 
 def test_vllm_repacks_linears_on_cpu_still_needed(stock):
     assert stock["onednn"] is True, "vLLM's CPU build no longer uses oneDNN handles"
+
+
+def test_vllm_packs_the_convolution_of_linear_attention_still_needed():
+    """In place and with another shape, on a CPU with AMX: verl's reload of the weight then fails."""
+    source = Path(importlib.util.find_spec("vllm").origin).parent / "model_executor" / "layers" / "utils.py"
+    assert "layer.weight.data = ops.causal_conv1d_weight_pack(unpacked)" in source.read_text()
 
 
 def test_equal_length_mrope_guard_still_needed(stock, plugged):

@@ -5,6 +5,7 @@ import inspect
 from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from support.engine_rows import (
 from support.family_models import TINY, patches_undone, require_own_forwards
 from support.flash_stand_in import flash_attention_on_cpu, linear_attention_of_packed_rows
 from support.refusals import refusal
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, Glm4vConfig, Glm4vForConditionalGeneration
+from transformers.integrations import flash_attention
+from transformers.models.glm4v.modeling_glm4v import Glm4vModel, Glm4vTextAttention
 from verl.models.transformers.monkey_patch import apply_monkey_patch
 
 from sayo_verl.hooks.capture import Measurement
@@ -240,6 +243,27 @@ def test_the_handshake_refuses_linear_attention_by_number(models, engine, name):
         report_of(built, StatisticsRequest((Statistic("image_mass"), Statistic("region_mass", layers=(2, 0)))))
     assert caught.value.wanted == "one of [0, 1, 3]"
     assert report_of(built, REQUEST)["layers"] == [0, 1, 3]
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_images_of_glm4v_crash_verl(packed):
+    """verl/models/transformers/glm4v.py takes the tower's output object for its tokens; the family is not supported."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    text = {**sizes, "vocab_size": 100, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64, "intermediate_size": 48}
+    config = Glm4vConfig(text_config={**text, "rope_parameters": rope, "pad_token_id": 0}, vision_config=vision)
+    config.image_token_id = 90
+    ids = torch.tensor([[1, 90, 90, 90, 90, 5]])
+    with ExitStack() as stack:
+        for owner in (Glm4vModel, Glm4vForConditionalGeneration, Glm4vTextAttention, flash_attention):
+            for name in {"forward", "_flash_attention_forward"} & vars(owner).keys():
+                stack.enter_context(mock.patch.object(owner, name, vars(owner)[name]))  # put back what verl replaces
+        model = Glm4vForConditionalGeneration(config)
+        apply_monkey_patch(model, use_remove_padding=packed, ulysses_sp_size=1)
+        pixels = {"pixel_values": torch.zeros(16, 3 * 2 * 14 * 14), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+        with pytest.raises(AttributeError, match="'BaseModelOutputWithPooling' object has no attribute 'shape'"):
+            model(input_ids=ids, position_ids=torch.arange(6).expand(4, 1, 6), use_cache=False, **pixels)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

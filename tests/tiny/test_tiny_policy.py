@@ -341,3 +341,12 @@ def test_evaluate_reports_means_over_rows(prepared, tmp_path):
     assert (first["rows"], first["samples_per_row"]) == (4, 2)
     assert 0 < first["target_attention"]["mean"] < 1
     assert first["format"]["mean"] == 0.0  # two steps of training do not teach the format
+
+
+def test_the_family_is_an_option_and_leaves_other_folders_their_names(processor):
+    hybrid = TinyPolicyConfig(family="qwen3_5")
+    assert TinyPolicyConfig().config_hash() == "f2f376f5a6", "folders of the default family are still found"
+    assert hybrid.config_hash() != TinyPolicyConfig().config_hash()
+    model = build_model(hybrid, processor)
+    assert model.config.model_type == "qwen3_5"
+    assert model.config.text_config.layer_types == ["linear_attention", "full_attention"]
