@@ -17,36 +17,50 @@ def metrics(out):
     return [json.loads(line)["data"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+OVERRIDES = [
+    "algorithm.adv_estimator=attn_mix",
+    "algorithm.attn.mix=[region,faithful,anchor,dual]",
+    "algorithm.attn.dual.intra=False",
+    "trainer.total_training_steps=2",
+    "trainer.test_freq=-1",
+    "data.train_batch_size=4",
+    "data.max_response_length=12",
+    "actor_rollout_ref.rollout.n=4",
+    # verl writes the rollouts of the first run into a folder, and takes them from there in the next
+    "trainer.experiment_name=rollouts",
+    "skip.rollout_tq.enable=True",
+    "skip.rollout_tq.steps=[1,2]",
+]
+
+
 @pytest.fixture(scope="module")
-def mixed_run(repo, random_policy, tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("e2e")
+
+
+def train(repo, script, folder, out, policy):
     """Two steps from random weights with every signal there is.
 
     SAYO's and Faithful-MR1's rewards, AT-RL's token weights and VGPO's trajectory weights.
     """
-    folder = tmp_path_factory.mktemp("e2e")
-    out = folder / "mix"
-    overrides = [
-        "algorithm.adv_estimator=attn_mix",
-        "algorithm.attn.mix=[region,faithful,anchor,dual]",
-        "algorithm.attn.dual.intra=False",
-        "trainer.total_training_steps=2",
-        "trainer.test_freq=-1",
-        "data.train_batch_size=4",
-        "data.max_response_length=12",
-        "actor_rollout_ref.rollout.n=4",
-    ]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VERL_", "RAY_", "TRANSFER_QUEUE"))}
     scenes = prepare_scenes(folder / "scenes", SceneConfig()).path
     done = subprocess.run(
-        ["bash", str(repo / "scripts" / "run_sayo_tiny.sh"), *overrides],
-        env={**inherited, "OUT": str(out), "MODEL_PATH": str(random_policy), "DATA": str(scenes)},
+        ["bash", str(repo / "scripts" / script), *OVERRIDES, f"skip.rollout_tq.dump_dir={folder}/rollouts"],
+        env={**inherited, "OUT": str(out), "MODEL_PATH": str(policy), "DATA": str(scenes)},
         capture_output=True,
         text=True,
         check=False,
         timeout=420,
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:] + (out / "train.log").read_text()[-4000:]
+    log = out / "train.log"
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:] + log.read_text()[-4000:]
     return out, done
+
+
+@pytest.fixture(scope="module")
+def mixed_run(repo, random_policy, folder):
+    return train(repo, "run_sayo_tiny.sh", folder, folder / "mix", random_policy)
 
 
 def test_all_methods_train_together_on_stock_verl(mixed_run):
