@@ -94,7 +94,7 @@ def answers(cluster):
 
 def of_nodes(answers, *names):
     """Arguments of ``check_nodes``."""
-    chosen = {node: answer for node, answer in answers.items() if any(name in node.name for name in names)}
+    chosen = {node: answers[node] for name in names for node in answers if name in node.name}
     return list(chosen), list(chosen.values())
 
 
