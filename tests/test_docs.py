@@ -42,7 +42,7 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip()
 ]
-NOT_RUN = ("pip", "source", "export", "ray")  # they install packages, enter an environment or start a cluster
+NOT_RUN = ("pip", "source")  # they would install packages or enter an environment
 
 
 @cache

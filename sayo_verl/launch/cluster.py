@@ -108,7 +108,7 @@ def check_cluster(config: DictConfig, variables: Mapping[str, str], packages: Se
             "environment on all, and launch on a node of the cluster",
         ) from error
     try:
-        nodes = _wait_for_devices(config, address)
+        nodes = wait_for_devices(config, address)
         check_ray_cpus(config, dry_run=False, in_cluster=sum(node.cpus for node in nodes))
         check_nodes(nodes, look_at(nodes, packages, [path for _, path in shared_paths(config)]), config, packages)
     finally:
@@ -133,7 +133,7 @@ def nodes_with(resource: str) -> list[Node]:
     ]
 
 
-def _wait_for_devices(config: DictConfig, address: str) -> list[Node]:
+def wait_for_devices(config: DictConfig, address: str) -> list[Node]:
     """The nodes, as soon as they have the devices of the run, but at the latest after ``sayo.wait_for_nodes`` seconds.
 
     Raises:
@@ -147,7 +147,7 @@ def _wait_for_devices(config: DictConfig, address: str) -> list[Node]:
         try:
             check_cluster_devices(config, nodes, address, resource)
         except SayoError:
-            if time.monotonic() > end:
+            if time.monotonic() >= end:
                 raise
             time.sleep(1)
         else:

@@ -22,6 +22,7 @@ from sayo_verl.launch.cluster import (
     check_nodes,
     look_at,
     nodes_with,
+    wait_for_devices,
 )
 from sayo_verl.launch.resources import describe_machines
 from sayo_verl.main_ppo import prepare_workers, worker_variables
@@ -93,7 +94,7 @@ def answers(cluster):
 
 def of_nodes(answers, *names):
     """Arguments of ``check_nodes``."""
-    chosen = {node: answer for node, answer in answers.items() if any(name in node.name for name in names)}
+    chosen = {node: answers[node] for name in names for node in answers if name in node.name}
     return list(chosen), list(chosen.values())
 
 
@@ -150,6 +151,19 @@ def test_devices_are_counted_by_node(base):
     for other in ([Node("a", "a", 8, 23)], [Node("a", "a", 4, 24), Node("b", "b", 3, 24), Node("c", "c", 3, 24)]):
         with refusal("L81", "too few free devices"):
             check_cluster_devices(config, other, "")
+
+
+def test_the_launcher_waits_for_a_node_that_joins_late(config, monkeypatch):
+    one, two = (Node(name, name, devices=1, cpus=8) for name in "ab")
+    seen = iter([[one], [one], [one, two]])
+    monkeypatch.setattr("sayo_verl.launch.cluster.nodes_with", lambda resource: next(seen))
+    monkeypatch.setattr("sayo_verl.launch.cluster.time.sleep", lambda seconds: None)
+    config.sayo.wait_for_nodes = 600
+    assert wait_for_devices(config, "") == [one, two]
+    seen = iter([[one]])
+    config.sayo.wait_for_nodes = 0
+    with refusal("L81", "got 1 node"):
+        wait_for_devices(config, "")
 
 
 def test_an_address_where_nobody_listens_is_refused_at_once(base, monkeypatch):
