@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl import __version__
 from sayo_verl.errors import Rule, SayoError, raise_first
+from sayo_verl.launch.mode_check import rollout_devices
 from sayo_verl.launch.resources import CPUS_PER_DEVICE, check_ray_cpus, cluster, shared_paths
 
 CONNECT_S, ANSWER_S = 5.0, 120.0  # limits for the address, and for a node, which may have to build its environment
@@ -157,21 +158,24 @@ def wait_for_devices(config: DictConfig, address: str) -> list[Node]:
 def check_cluster_devices(config: DictConfig, nodes: Sequence[Node], address: str, resource: str = "GPU") -> None:
     """Refuse a cluster whose nodes have too few free devices, or too few CPUs beside them.
 
-    verl places ``n_gpus_per_node`` bundles on one node, each with a device and CPUs for its processes.
+    verl places ``n_gpus_per_node`` bundles on one node, each with a device and CPUs for its processes. Devices that
+    ``separate_async`` keeps for rollouts come beside them; of these only the number is compared.
 
     Raises:
         SayoError: L81.
     """
     wanted, each = int(config.trainer.nnodes), int(config.trainer.n_gpus_per_node)
+    apart = rollout_devices(config)
     room = sum(min(node.devices // each, node.cpus // (each * CPUS_PER_DEVICE)) for node in nodes)
-    if room < wanted:
+    if room < wanted or sum(node.devices for node in nodes) < wanted * each + apart:
         free = "; ".join(f"{node.name}: {node.devices} {resource}, {node.cpus} CPUs" for node in nodes)
         raise SayoError(
             "L81",
             "the Ray cluster has too few free devices",
             where=f"trainer.nnodes={wanted}, trainer.n_gpus_per_node={each}, cluster {address}",
             got=f"{len(nodes)} node(s) that joined, free: {free}",
-            wanted=f"{wanted} x ({each} {resource}, {each * CPUS_PER_DEVICE} CPUs)",
+            wanted=f"{wanted} x ({each} {resource}, {each * CPUS_PER_DEVICE} CPUs)"
+            + (f" and {apart} {resource} for rollouts only" if apart else ""),
             fix="start again when all nodes have joined and other jobs have ended (`ray status`), wait for them with "
             "sayo.wait_for_nodes=600, or set NNODES and NGPUS_PER_NODE",
         )

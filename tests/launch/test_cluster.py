@@ -151,6 +151,11 @@ def test_devices_are_counted_by_node(base):
     for other in ([Node("a", "a", 8, 23)], [Node("a", "a", 4, 24), Node("b", "b", 3, 24), Node("c", "c", 3, 24)]):
         with refusal("L81", "too few free devices"):
             check_cluster_devices(config, other, "")
+    config.trainer.v1.trainer_mode = "separate_async"
+    config.actor_rollout_ref.rollout.nnodes, config.actor_rollout_ref.rollout.n_gpus_per_node = 1, 2
+    with refusal("L81", "and 2 GPU for rollouts only"):
+        check_cluster_devices(config, nodes, "")
+    check_cluster_devices(config, [*nodes, Node("b", "b", devices=2, cpus=4)], "")
 
 
 def test_the_launcher_waits_for_a_node_that_joins_late(config, monkeypatch):
