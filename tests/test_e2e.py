@@ -135,8 +135,8 @@ def test_two_updates_of_a_step_train_on_rollouts_of_other_devices(repo, random_p
     mode = ("+mode=separate_async_cpu", "actor_rollout_ref.actor.ppo_mini_batch_size=2")
     out, _ = train(repo, folder, folder / "separate", random_policy, *mode)
     first, second = metrics(out)
-    # Of both updates of the first step: without the old policy restored, the second would not agree with its rollouts.
-    # Rollouts of the policy itself differ by 2e-5, because vLLM samples no image placeholder; of the one before by 2e-3.
+    # A mean over both updates of the first step: the second agrees with its rollouts if the old policy was restored.
+    # Rollouts of the policy itself differ by 2e-5: vLLM samples no image placeholder. Those of the last one by 2e-3.
     assert first["training/rollout_probs_diff_mean"] < 1e-4 < 5e-4 < second["training/rollout_probs_diff_mean"]
     assert first["sayo/staleness/max"] == first["sayo/partial_rollouts"] == 0
     assert second["sayo/staleness/max"] == 1, "rollouts did not continue during the first step"
