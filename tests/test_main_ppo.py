@@ -46,7 +46,8 @@ def test_a_value_that_cannot_be_used_ends_the_launcher_with_one_line(monkeypatch
 @pytest.mark.parametrize("enable", [True, False])
 def test_workers_get_the_limit_of_group_filtering(repo, enable):
     config = composed(repo, "algorithm.adv_estimator=grpo", f"algorithm.filter_groups.enable={enable}")
-    prepare_workers(config)
+    prepare_workers(config, {"NAME": "value"})
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars == {"NAME": "value"}
     assert config.trainer.v1.sampler.sampler_kwargs.get("filter_limit") == filter_limit(config)
     assert (filter_limit(config) is not None) == enable
 

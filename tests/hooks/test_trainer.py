@@ -519,7 +519,7 @@ def test_the_handshake_names_a_worker_without_the_plugin(queue, config):
                 layer.layer_idx = i
             engine.module = torch.nn.ModuleList([decoder])
             text = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-            engine.model_config = SimpleNamespace(hf_config=Qwen3VLConfig(text_config=text))
+            engine.model_config = SimpleNamespace(hf_config=Qwen3VLConfig(text_config=text), use_remove_padding=True)
             actor = SimpleNamespace(actor=SimpleNamespace(engine=engine))
             # separate_async without rollouts on the trainer's devices has a reference worker of its own
             self.worker_dict = {"actor": actor, "ref": SimpleNamespace(actor=None), "critic": SimpleNamespace()}

@@ -6,7 +6,6 @@ import threading
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver, BucketedWeightSender
 
 from sayo_verl import main_ppo
@@ -68,12 +67,7 @@ def test_without_a_launcher_of_ours_the_address_is_verls(ends, address):
 
 
 def test_every_launch_has_a_token_of_its_own_in_all_its_processes():
-    tokens = set()
-    for _ in range(2):
-        config = OmegaConf.create({"ray_kwargs": {"ray_init": {}}})
-        main_ppo.prepare_workers(config)
-        tokens.add(config.ray_kwargs.ray_init.runtime_env.env_vars[RUN_TOKEN])
-    assert len(tokens) == 2
+    assert main_ppo.worker_variables()[RUN_TOKEN] != main_ppo.worker_variables()[RUN_TOKEN]
 
 
 def test_verl_deletes_the_socket_of_another_job_still_needed(ends):

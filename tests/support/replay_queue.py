@@ -39,7 +39,7 @@ def build(repo, refill, *, mode="sync", limit=None, **filter_groups):
         "sync": {},
         "colocate_async": {},
         "sampler": {
-            "max_off_policy_threshold": 1,
+            "max_off_policy_threshold": 1000,  # verl 0.9.0 takes no None
             "max_off_policy_strategy": "drop",
             "custom_sampler": {"path": None, "name": None},
             "sampler_kwargs": {"filter_limit": limit},
