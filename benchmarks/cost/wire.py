@@ -12,6 +12,7 @@ from sayo_verl.probe.statistics import PER_ROW, Statistic
 
 FLOAT = 4  # bytes; indices of neighbours and patches are float32 too
 LONG = 8
+SMALL = 64  # GPUs of a second run on the page, with as many rows per GPU
 
 
 class Row(NamedTuple):
@@ -116,10 +117,20 @@ def _fleet(fleet: Fleet) -> list[str]:
         f"{fleet.step_seconds:g} s. verl's own tensors of one such row, written once:",
         "",
         *table(["fields", "bytes per row", "share"], _shares(own, total)),
+        "Token ids and masks are 8 bytes x (prompt + 3 x response + both together), position_ids 4 x 8 bytes a token.",
         f"All in all {total:,} bytes a row, x {rows:,} rows = {_gb(total * rows)} a step.",
         "",
         *table(
-            ["method", "bytes per row", "x rows", "per second of the step", "share of verl's", "without pixels"],
+            [
+                "method",
+                "bytes per row",
+                f"x {rows:,} rows",
+                "per second of the step",
+                "share of verl's",
+                "without pixels",
+                f"{SMALL} GPUs: x {rows * SMALL // fleet.gpus:,} rows",
+                "per second",
+            ],
             [_fleet_row(name, needs, fleet, total, own["pixel_values"]) for name, needs in methods().items()],
         ),
     ]
@@ -132,9 +143,12 @@ def _shares(own: Mapping[str, int], total: int) -> list[list[str]]:
 
 def _fleet_row(name: str, needs: Needs, fleet: Fleet, total: int, pixels: int) -> Sequence[str]:
     one, rows = declared(needs, fleet.row), fleet.prompts * fleet.rollouts
-    per_second = one * rows / fleet.step_seconds / 1e6
     shares = [f"{100 * one / of:.3f} %" for of in (total, total - pixels)]
-    return [f"`{name}`", f"{one:,}", _gb(one * rows), f"{per_second:.2f} MB", *shares]
+    large, small = (
+        [f"{step / 1e9:.2f} GB", f"{step / fleet.step_seconds / 1e6:.2f} MB"]
+        for step in (one * rows, one * rows * SMALL // fleet.gpus)
+    )
+    return [f"`{name}`", f"{one:,}", *large, *shares, *small]
 
 
 def _gb(number: float) -> str:

@@ -152,7 +152,8 @@ def check_linear_attention(config: DictConfig, model: PretrainedConfig | None, *
         return f"packed rows need {qwen3_5.PACKAGE} on the machine of the run: {qwen3_5.INSTALL}"
     if packed and (here or not found):
         qwen3_5.check_packed_kernel(qwen3_5.kernel_of(model.model_type))
-    return f"{qwen3_5.PACKAGE} {found}" if found else "padded rows in torch, slowly; a GPU needs " + qwen3_5.PACKAGE
+    slow = f"padded rows in plain torch, slowly; {qwen3_5.PACKAGE} makes them faster on GPUs"
+    return f"{qwen3_5.PACKAGE} {found}" if found else slow
 
 
 def _check_implementation(config: DictConfig, name: str, model: PretrainedConfig | None) -> None:

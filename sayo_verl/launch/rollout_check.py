@@ -66,7 +66,7 @@ def check_rollout_engine(config: DictConfig, method: Method | None, *, dry_run: 
                 "verl's SGLang server takes no mm_processor_kwargs, so every rollout fails",
                 where="data.mm_processor_kwargs",
                 got=config.data.get("mm_processor_kwargs"),
-                fix=f"leave it out and prepare images of the wanted size, or set {NAME}=vllm",
+                fix=f"set {NAME}=vllm, or leave it out and prepare images of the wanted size (not for InternVL)",
             ),
         ]
     )

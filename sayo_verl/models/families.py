@@ -109,6 +109,16 @@ FAMILIES = {
 }
 
 
+# Families that users of verl may try -> why they are not supported; docs/probe.md says more.
+UNSUPPORTED = {
+    "glm4v": "verl 0.9.1 fails on each of its images with transformers 5.9, for every estimator",
+    "glm4v_moe": "verl does not run its vision tower for a micro-batch without an image, so FSDP would wait forever",
+    "kimi_vl": "its latent attention rotates only a part of queries and keys, and the probe reads whole ones",
+    "qwen3_5_text": "it has no images",
+    "qwen3_5_moe_text": "it has no images",
+}
+
+
 def family_of(model_type: str, *, where: str) -> Family:
     """Return the facts of a model type.
 
@@ -118,13 +128,14 @@ def family_of(model_type: str, *, where: str) -> Family:
     from transformers import CONFIG_MAPPING
 
     if model_type not in FAMILIES:
+        why = UNSUPPORTED.get(model_type)
         raise SayoError(
             "L18",
-            "attention capture does not support this model family",
+            "attention capture does not support this model family" + (f": {why}" if why else ""),
             where=where,
             got=model_type,
             wanted=" or ".join(FAMILIES),
-            fix="use a supported model, or algorithm.adv_estimator=grpo",
+            fix="use a supported model" + ("" if why else ", or algorithm.adv_estimator=grpo"),
         )
     if model_type not in CONFIG_MAPPING:
         raise SayoError(

@@ -27,7 +27,7 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from sayo_verl.models.families import FAMILIES, Family, family_of
+from sayo_verl.models.families import FAMILIES, UNSUPPORTED, Family, family_of
 from sayo_verl.probe import taps
 from sayo_verl.probe.taps import (
     ForwardTap,
@@ -191,6 +191,10 @@ def test_an_unknown_model_type_is_refused():
     assert caught.value.where == "config.json of the policy"
     assert caught.value.got == "qwen9_vl"
     assert all(model_type in caught.value.wanted for model_type in FAMILIES)
+    assert not UNSUPPORTED.keys() & FAMILIES.keys()
+    for model_type, why in UNSUPPORTED.items():
+        with refusal("L18", why):
+            family_of(model_type, where="config.json")
 
 
 # -------------------------------------------------------------------------------- what families.py says of transformers
