@@ -168,7 +168,4 @@ READS = """\
 That is what is written. A worker that runs a pass reads all fields of its rows. So the values are read once by the
 trainer and once in each later pass of workers (reference, critic, update). The counterfactual pass of `attn_faithful`
 is such a pass too. It reads verl's tensors once more: {gb} a step, most of it pixel values.
-
-Earlier versions sent the values for the whole sequence. At 4,000 visual and 500 response tokens that was nine times as
-much.
 """
