@@ -4,6 +4,7 @@ A function that is still at work costs time, and money if it asks a service. A t
 """
 
 import contextlib
+import copy
 import multiprocessing
 import os
 import signal
@@ -102,7 +103,7 @@ def _work(function: Callable[..., Any], calls: Sequence[Mapping[str, Any]], send
 
 def _returned(function: Callable[..., Any], call: Mapping[str, Any]) -> Returned:
     try:
-        value = function(**call)
+        value = function(**copy.deepcopy(dict(call)))  # calls of one row share its values
         of_dict = isinstance(value, Mapping)
         acc = value.get("acc") if of_dict else value
         return Returned(
