@@ -116,6 +116,6 @@ def _returned(function: Callable[..., Any], call: Mapping[str, Any]) -> Returned
     except BaseException as error:  # noqa: BLE001 (a user's function may raise anything, and exit; it is reported)
         return Returned(
             error=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
-            missing=str(error.name or "") if isinstance(error, ImportError) else "",
+            missing=str(error.name or "").partition(".")[0] if isinstance(error, ImportError) else "",
             unknown=isinstance(error, NotImplementedError),
         )
