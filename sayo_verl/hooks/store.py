@@ -15,6 +15,7 @@ from verl.workers.utils.padding import response_to_nested
 from sayo_verl.errors import SayoError
 from sayo_verl.methods import Needs, Signals
 from sayo_verl.probe.statistics import COUNTERFACTUAL_LOG_PROBS, PER_ROW, WIRE_PREFIX
+from sayo_verl.reward.number import number
 
 
 def fetch(batch: KVBatchMeta, fields: Sequence[str]) -> TensorDict:
@@ -47,7 +48,7 @@ def fetch_signals(batch: KVBatchMeta, needs: Needs, correct_from: float | str | 
 
     Raises:
         SayoError: A02 for a row whose statistics do not fit its response, A06 for a missing field, A17 when the reward
-            function returns no ``acc`` and the method needs it.
+            function returns no number as ``acc`` and the method needs it.
     """
     wire = {statistic: WIRE_PREFIX + statistic.key for statistic in needs.statistics.statistics}
     per_row = {name: WIRE_PREFIX + name for name in PER_ROW}
@@ -108,26 +109,28 @@ def _correct(batch: KVBatchMeta, correct_from: float | str | None) -> torch.Tens
         return ((rewards >= torch.tensor(float(correct_from))) & ~padding).float()
     out = []
     for key, info, tag in zip(batch.keys, _reward_info(batch), batch.tags, strict=True):
-        if not tag.get("is_padding", False) and "acc" not in info:
+        padding = tag.get("is_padding", False)
+        acc = 0.0 if padding else number(info.get("acc"))
+        if acc is None:
             raise SayoError(
                 "A17",
                 "the method rewards correct answers only, and the reward function does not return which are correct",
                 where=f"row {key}",
-                got=sorted(info),
+                got=f"acc {info['acc']!r:.80}" if "acc" in info else sorted(info),
                 wanted="a key 'acc' in what the reward function returns, 0 or 1",
                 fix="return {'score': ..., 'acc': ...}, as sayo_verl.reward does, or set sayo.correct_from",
             )
-        out.append(float(info.get("acc", 0.0)))
+        out.append(acc)
     return torch.tensor(out)
 
 
 def fetch_reward_parts(batch: KVBatchMeta) -> dict[str, float]:
-    """Batch means of ``accuracy`` and ``format`` from the reward function, without padding rows."""
+    """Batch means of the numbers that the reward function gives as ``acc`` and ``format``, without padding rows."""
     totals: dict[str, list[float]] = {}
     for info in _reward_info(batch):
         for key, name in (("acc", "accuracy"), ("format", "format")):
-            if key in info:
-                totals.setdefault(name, []).append(float(info[key]))
+            if (value := number(info.get(key))) is not None:
+                totals.setdefault(name, []).append(value)
     return {name: sum(values) / len(values) for name, values in totals.items()}
 
 

@@ -12,11 +12,12 @@ from typing import NamedTuple
 from sayo_verl.errors import SayoError
 
 EMPTY = ""
-_THOUGHT = "<think>\n\n</think>\n"
-# Name of a form -> how a prompt names it, and a response in it.
+# In front of an answer. A template may open <think>, so that the response has the closing tag alone, or none.
+THOUGHTS = ("<think>\n\n</think>\n", "\n</think>\n", "")
+# Name of a form -> how a prompt names it, and an answer in it.
 FORMS: dict[str, tuple[re.Pattern[str], str]] = {
-    "<answer>": (re.compile(r"<answer>"), _THOUGHT + "<answer>%s</answer>"),
-    "\\boxed{}": (re.compile(r"\\(?:boxed|fbox)\b"), _THOUGHT + "\\boxed{%s}"),
+    "<answer>": (re.compile(r"<answer>"), "<answer>%s</answer>"),
+    "\\boxed{}": (re.compile(r"\\(?:boxed|fbox)\b"), "\\boxed{%s}"),
     "####": (re.compile(r"####"), "#### %s"),
     "Answer:": (re.compile(r"(?i)\banswer:"), "Answer: %s"),
 }
@@ -46,12 +47,15 @@ def forms_in(text: str) -> tuple[str, ...]:
     return tuple(name for name, (pattern, _) in FORMS.items() if pattern.search(text))
 
 
-def check_forms(tried: Sequence[Tried], counted: Counter[Asked], *, template: str = "", fix: str = "") -> list[str]:
+def check_forms(
+    tried: Sequence[Tried], counted: Counter[Asked], *, kind: str = "training", template: str = "", fix: str = ""
+) -> list[str]:
     """Refuse prompts that ask for a form which earns nothing, while another form does.
 
     Args:
         tried: scores of some rows.
-        counted: rows of the run by data source and named forms.
+        counted: rows of the split by data source and named forms.
+        kind: of the split, for the message.
         template: a chat template of the run, which may name a form as well.
         fix: of the error.
 
@@ -73,7 +77,7 @@ def check_forms(tried: Sequence[Tried], counted: Counter[Asked], *, template: st
         if not wrong or not all(read):
             continue
         n, of, source = counted[asked], rows_of[asked[0]], asked[0]
-        share = f"{n} of {of} prompts of {source!r} ask for {' and '.join(wrong)}"
+        share = f"{n} of {of} {kind} prompts of {source!r} ask for {' and '.join(wrong)}"
         if n < SHARE * of:
             warnings.append(f"WARNING: {share}, and the reward reads {read[0]} ({rows[0].where})")
             continue

@@ -71,8 +71,9 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
             counted[split].add(found, keep_of(config))
             lines.append(f"{path}: {found}")
         plan.append((f"{split} data", "; ".join(lines)))
-    samples = [sample for of_split in counted.values() for sample in of_split.samples]
-    asked = sum((of_split.asked for of_split in counted.values()), Counter[Asked]())
+    scored = {split: counted[split] for split in SPLITS if split == "train" or validates(config)}
+    of_scored = {split: of_split.asked for split, of_split in scored.items()}
+    asked = sum(of_scored.values(), Counter[Asked]())
     silent, rows = sum(n for (_, forms), n in asked.items() if "<answer>" not in forms), asked.total()
     if silent and demands.judge is not None:
         plan.append(
@@ -83,7 +84,8 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
                 "instruction for it; scenes: `sayo prepare synthetic --prompt instruction`",
             )
         )
-    plan.append(("reward gives", check_result(config, method, samples, asked, dry_run=dry_run)))
+    samples = {split: of_split.samples for split, of_split in scored.items()}
+    plan.append(("reward gives", check_result(config, method, samples, of_scored, dry_run=dry_run)))
     complete = {split: len(there[split]) == len(files[split]) for split in SPLITS}
     if complete["train"]:
         if method is not None and method.gives:
@@ -102,6 +104,12 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
             )
         )
     return [*plan, ("held out", held), ("prompts", check_prompts(config, demands, model_type, counted))]
+
+
+def validates(config: DictConfig) -> bool:
+    """Whether verl's trainer validates at all; else no response to a validation row is scored."""
+    trainer = config.trainer
+    return int(trainer.test_freq) > 0 or bool(trainer.get("val_before_train", True))
 
 
 def files_of(config: DictConfig, split: str) -> list[str]:

@@ -46,7 +46,8 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
     """Check a composed configuration and the files it names.
 
     Args:
-        config: the full configuration of ``sayo_trainer``.
+        config: the full configuration of ``sayo_trainer``. A job's settings of ``sayo_verl.reward`` are removed if the
+            command line names another reward function.
         given: keys of the command line.
         dry_run: report missing files instead of refusing them.
 
@@ -71,7 +72,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
     check_paths(config)
     check_metrics(config)
     resumed = check_resume(config)
-    reward = check_reward(config, method, dry_run=dry_run)
+    reward = check_reward(config, method, given=given, dry_run=dry_run)
     of_model, model_type = _check_model(config, method, dry_run)
     memory = check_memory(config, method, dry_run=dry_run)
     plan: Plan = [

@@ -2,11 +2,11 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.launch.unread_keys import KWARGS, check_keys
@@ -20,12 +20,15 @@ PASSED = ("data_source", "solution_str", "ground_truth", "extra_info")
 PASSED_BESIDE_MODEL = ("reward_router_address", "reward_model_tokenizer")
 
 
-def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) -> str:
+def check_reward(
+    config: DictConfig, method: Method | None, *, given: Collection[str] = (), dry_run: bool = False
+) -> str:
     """Refuse a reward that fails later, ignores its settings, or does not depend on the answer.
 
     Args:
-        config: the composed configuration.
+        config: the composed configuration; ``_leave_out`` changes it.
         method: the run's method; None for an estimator of verl's own.
+        given: keys of the command line.
         dry_run: report a reward function that cannot be loaded here instead of refusing it.
 
     Returns:
@@ -42,6 +45,9 @@ def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) ->
     _check_manager(config)
     path, name = config.reward.custom_reward_function.path, str(config.reward.custom_reward_function.name)
     if path is None:
+        model = config.reward.reward_model
+        if model.enable:
+            return f"the score of the reward model {model.model_path}"
         return "verl's built-in rule for the data source"
     file = _file(str(path))
     if file is not None and not file.is_file():
@@ -52,8 +58,10 @@ def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) ->
             got=path,
             fix="use pkg://sayo_verl.reward or correct the path",
         )
-    kwargs = kwargs_of(config)
+    left_out, kwargs = _leave_out(config, given), kwargs_of(config)
     plan = f"{path}:{name} {kwargs or ''}".strip()
+    if left_out:
+        plan += f"; without the job's settings of sayo_verl.reward ({', '.join(left_out)})"
     module, error = _load(str(path))
     if error is not None:
         reason = f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split())[:200]}"
@@ -78,6 +86,21 @@ def check_reward(config: DictConfig, method: Method | None, *, dry_run: bool) ->
     judge = "" if "judge" in kwargs else f"judge {settings['judge']}"
     remarks = [judge, _check_correctness(settings, method), _check_tokenizer(settings["length_tokenizer"], dry_run)]
     return "; ".join([plan, *filter(None, remarks)])
+
+
+def _leave_out(config: DictConfig, given: Collection[str]) -> list[str]:
+    """Remove a job's settings of ``sayo_verl.reward`` if the command line names another function; return their names.
+
+    Hydra merges ``reward_kwargs`` of the job, and verl would pass them on.
+    """
+    if f"{FUNCTION}.path" not in given or is_ours(config):
+        return []
+    ours = inspect.signature(compute_score).parameters
+    names = [name for name in kwargs_of(config) if name in ours and f"{KWARGS}.{name}" not in given]
+    with open_dict(config):
+        for name in names:
+            del config.reward.custom_reward_function.reward_kwargs[name]
+    return names
 
 
 def _check_tokenizer(path: str | None, dry_run: bool) -> str:
@@ -214,6 +237,15 @@ def _check_manager(config: DictConfig) -> None:
             got=False,
             fix="set it to True, with nnodes and n_gpus_per_node beside it",
         )
+    if model.enable and model.model_path is None:
+        raise SayoError(
+            "L36",
+            "no reward model is named",
+            where="reward.reward_model.model_path",
+            got=None,
+            wanted="a model folder or hub name",
+            fix="set it, or set reward.reward_model.enable=False",
+        )
 
 
 def _check_own_manager(manager: DictConfig) -> None:
@@ -321,7 +353,7 @@ def _check_arguments(config: DictConfig, function: Callable[..., Any], kwargs: M
                     where=f"{KWARGS}.{key}",
                     got=kwargs[key],
                     wanted=", ".join(settable) or "none",
-                    fix="correct the name or leave it out",
+                    fix=f"correct the name or leave it out; ~{KWARGS}.{key} removes one that a job's file sets",
                 )
     unset = [
         p.name for p in parameters if p.default is p.empty and p.name in named and p.name not in (*passed, *kwargs)

@@ -5,21 +5,20 @@ keys of a function that returns a dict, and set ``acc`` to the score of a functi
 gives a score alone.
 """
 
-import copy
 import inspect
-import math
-import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
 from sayo_verl.errors import SayoError
-from sayo_verl.launch.answer_forms import EMPTY, FORMS, Asked, Tried, check_forms
+from sayo_verl.launch.answer_forms import EMPTY, FORMS, THOUGHTS, Asked, Tried, check_forms
+from sayo_verl.launch.reward_call import Returned, call_all
 from sayo_verl.launch.reward_check import FUNCTION, is_ours, kwargs_of, load_function
 from sayo_verl.methods import Method
 from sayo_verl.reward import compute_score
+from sayo_verl.reward.number import number
 from sayo_verl.reward.text import truth_text
 
 CORRECT_FROM = "sayo.correct_from"
@@ -47,6 +46,7 @@ class Result(NamedTuple):
         keys: in every ``reward_extra_info``.
         numbers: the function returned a number somewhere, so ``acc`` is the score.
         acc: every ``acc`` that was seen.
+        not_acc: the first ``acc`` that is no number.
         rewards: every reward that was seen.
         tried: scores by row and form.
         raised: text of the first error of a call, and how many of the calls raised one.
@@ -55,6 +55,7 @@ class Result(NamedTuple):
     keys: frozenset[str]
     numbers: bool
     acc: frozenset[float]
+    not_acc: str
     rewards: tuple[float, ...]
     tried: tuple[Tried, ...]
     raised: tuple[str, int]
@@ -62,8 +63,8 @@ class Result(NamedTuple):
 
 def check_correct_from(value: Any) -> None:
     """Refuse a value of ``sayo.correct_from`` that is neither null, "acc" nor a number; L86."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if value not in (None, "acc") and not number:
+    least = isinstance(value, int | float) and not isinstance(value, bool) and number(value) is not None
+    if value not in (None, "acc") and not least:
         raise SayoError(
             "L86",
             "unknown source of correctness",
@@ -75,15 +76,20 @@ def check_correct_from(value: Any) -> None:
 
 
 def check_result(
-    config: DictConfig, method: Method | None, samples: Sequence[Sample], counted: Counter[Asked], *, dry_run: bool
+    config: DictConfig,
+    method: Method | None,
+    samples: Mapping[str, Sequence[Sample]],
+    counted: Mapping[str, Counter[Asked]],
+    *,
+    dry_run: bool,
 ) -> str:
     """Check what the reward gives against what the run needs, and the form of answers.
 
     Args:
         config: the composed configuration; ``check_reward`` has passed.
         method: the run's method; None for an estimator of verl's own.
-        samples: some rows.
-        counted: rows of the run by data source and form.
+        samples: some rows of each split whose responses are scored.
+        counted: rows of these splits by data source and form.
         dry_run: report what cannot be found here instead of refusing it.
 
     Returns:
@@ -100,7 +106,7 @@ def check_result(
     function, unchecked = _callable(config)
     result = None
     if function is not None:
-        result, unchecked = _call(config, function, samples)
+        result, unchecked = _call(config, function, [sample for of_split in samples.values() for sample in of_split])
     _check_correctness(config, method, result, unchecked, dry_run=dry_run)
     if result is None:
         return f"not checked: {unchecked}"
@@ -113,16 +119,36 @@ def check_result(
         "(pkg://sayo_verl.reward reads <answer>)"
     )
     template = str(config.actor_rollout_ref.model.get("custom_chat_template") or "")
-    return "; ".join([_describe(result), *check_forms(result.tried, counted, template=template, fix=fix)])
+    said = [_describe(config, result)]
+    for split, of_split in samples.items():
+        rows = {sample.where for sample in of_split}
+        tried = [one for one in result.tried if one.where in rows]
+        kind = {"train": "training", "val": "validation"}[split]
+        said += check_forms(tried, counted[split], kind=kind, template=template, fix=fix)
+    return "; ".join(said)
 
 
-def _describe(result: Result) -> str:
-    line = f"{', '.join(sorted(result.keys))}{' (its score)' if result.numbers else ''}; "
+def _describe(config: DictConfig, result: Result) -> str:
+    line, groups = f"{', '.join(sorted(result.keys))}; ", config.algorithm.filter_groups
+    if result.numbers:
+        line = f"a number, which verl also calls acc ({_listed(result.acc)}); "
+        if groups.enable and groups.metric == "acc" and result.acc - {0.0, 1.0}:
+            line += "the group filter compares this number, with what it gives for the form; "
     line += (
         f"rewards of {min(result.rewards):g} to {max(result.rewards):g} for {len(result.rewards)} synthetic responses"
     )
     first, n = result.raised
     return line + (f"; WARNING: {n} more calls raised an error, and verl drops such responses: {first}" if n else "")
+
+
+def _listed(values: Collection[float]) -> str:
+    """The values in order; of more than six, the first three and the last.
+
+    >>> _listed({1.0, 0.5})
+    '0.5, 1'
+    """
+    said = [f"{value:g}" for value in sorted(values)]
+    return ", ".join(said if len(said) <= 6 else [*said[:3], "...", said[-1]])
 
 
 def _check_reward_model(config: DictConfig) -> None:
@@ -154,6 +180,8 @@ def _callable(config: DictConfig) -> tuple[Callable[..., Any] | None, str]:
     from verl.utils.reward_score import default_compute_score
 
     reward, manager = config.reward, config.reward.reward_manager
+    if not config.sayo.get("call_reward", True):
+        return None, "sayo.call_reward=False"
     if reward.reward_model.enable:
         return None, "the reward model starts with the run"
     if manager.source != "register":
@@ -174,86 +202,87 @@ def _callable(config: DictConfig) -> tuple[Callable[..., Any] | None, str]:
 
 
 def _call(config: DictConfig, function: Callable[..., Any], samples: Sequence[Sample]) -> tuple[Result | None, str]:
-    """Call the function as verl does, in a thread that is left behind if it takes too long."""
+    """Call the function as verl does, with some responses to each row."""
     builtin, ours = config.reward.custom_reward_function.path is None, is_ours(config)
     samples = [one for one in samples if not (builtin and one.asked[0] in _PROGRAMS)]
     if not samples:
         return None, "no row can be tried"
-    seen: list[tuple[Sample, str, Any]] = []
-    done = threading.Event()
-
-    def work() -> None:
-        for sample in samples:
-            for form, response in _responses(sample.truth, wrong=not ours):
-                try:
-                    found = function(
-                        data_source=sample.asked[0],
-                        solution_str=response,
-                        ground_truth=copy.deepcopy(sample.truth),
-                        # verl's managers add these keys
-                        extra_info={
-                            **copy.deepcopy(sample.extra_info or {}),
-                            "num_turns": 2,
-                            "rollout_reward_scores": {},
-                            "experiment_name": str(config.trainer.experiment_name),
-                        },
-                    )
-                except Exception as error:  # noqa: BLE001 (a user's function may raise anything; it is reported)
-                    found = error
-                seen.append((sample, form, found))
-        done.set()
-
-    thread = threading.Thread(target=work, daemon=True, name="sayo-reward-check")
-    thread.start()
-    thread.join(SECONDS)
-    if not done.is_set():
-        return None, f"the reward function takes more than {SECONDS:g} s for {len(seen) + 1} responses"
+    tried = [
+        (sample, form, response) for sample in samples for form, response in _responses(sample.truth, wrong=not ours)
+    ]
+    calls = [
+        {
+            "data_source": sample.asked[0],
+            "solution_str": response,
+            "ground_truth": sample.truth,
+            # verl's managers add these keys
+            "extra_info": {
+                **(sample.extra_info or {}),
+                "num_turns": 2,
+                "rollout_reward_scores": {},
+                "experiment_name": str(config.trainer.experiment_name),
+            },
+        }
+        for sample, _, response in tried
+    ]
+    found, unchecked = call_all(function, calls, SECONDS)
+    if unchecked:
+        return None, unchecked
+    seen = [(sample, form, one) for (sample, form, _), one in zip(tried, found, strict=True)]
     return _read(seen, builtin=builtin)
 
 
 def _responses(truth: Any, *, wrong: bool) -> list[tuple[str, str]]:
-    """(name, response): an empty one, each form with the ground truth if that is text, and with a wrong answer."""
-    answers = [("", truth_text(truth)), *([("wrong ", WRONG)] if wrong else [])]
-    made = [
-        (prefix + form, response.replace("%s", answer))
-        for prefix, answer in answers
-        if answer is not None
-        for form, (_, response) in FORMS.items()
+    """(form, response): an empty one, each form with the ground truth if that is text, and with a wrong answer.
+
+    The ground truth comes after each of ``THOUGHTS``: some rewards read only the response to a prompt that has opened
+    <think>.
+    """
+    answer = truth_text(truth)
+    right = [] if answer is None else [(form, THOUGHTS, answer) for form in FORMS]
+    answers = [*right, *([(f"wrong {form}", THOUGHTS[:1], WRONG) for form in FORMS] if wrong else [])]
+    return [
+        (EMPTY, ""),
+        *(
+            (form, thought + FORMS[form.removeprefix("wrong ")][1].replace("%s", answer))
+            for form, thoughts, answer in answers
+            for thought in thoughts
+        ),
     ]
-    return [(EMPTY, ""), *made]
 
 
-def _read(seen: Sequence[tuple[Sample, str, Any]], *, builtin: bool) -> tuple[Result | None, str]:
-    errors = [(sample, found) for sample, _, found in seen if isinstance(found, Exception)]
-    said = [f"{type(error).__name__}: {' '.join(str(error).split())[:150]} ({one.where})" for one, error in errors]
+def _read(seen: Sequence[tuple[Sample, str, Returned]], *, builtin: bool) -> tuple[Result | None, str]:
+    errors = [(sample, found) for sample, _, found in seen if found.error]
+    said = [f"{found.error} ({sample.where})" for sample, found in errors]
     calls, failed = (Counter(sample.where for sample, *_ in found) for found in (seen, errors))
-    for sample, error in errors if builtin else ():
+    for sample, found in errors if builtin else ():
         if failed[sample.where] == calls[sample.where]:
-            _refuse_rule(sample, error)
+            _refuse_rule(sample, found)
     if len(errors) == len(seen):
         return None, f"WARNING: the reward function raises {said[0]}"
-    keys: set[str] | None = None
-    numbers, acc, rewards = False, set(), []
+    returned = [(sample, form, found) for sample, form, found in seen if not found.error]
     scores: dict[tuple[Asked, str], dict[str, float]] = {}
-    for sample, form, found in seen:
-        if isinstance(found, Exception):
-            continue
-        info = _info(found, sample)
-        numbers |= not isinstance(found, Mapping)
-        keys = set(info) if keys is None else keys & set(info)
-        reward = float(found["score"] if isinstance(found, Mapping) else found)
-        rewards.append(reward)
-        scores.setdefault((sample.asked, sample.where), {})[form] = reward
-        if (value := _number(info.get("acc"))) is not None:
-            acc.add(value)
-    tried = tuple(Tried(asked, where, by_form) for (asked, where), by_form in scores.items())
-    raised = (said[0] if said else "", len(errors))
-    return Result(frozenset(keys or ()), numbers, frozenset(acc), tuple(rewards), tried, raised), ""
+    rewards = []
+    for sample, form, found in returned:
+        rewards.append(reward := _score(found, sample))
+        # the better of the responses of a form
+        of_row = scores.setdefault((sample.asked, sample.where), {})
+        of_row[form] = max(reward, of_row.get(form, reward))
+    gave = [found for *_, found in returned]
+    return Result(
+        keys=frozenset.intersection(*(frozenset({"acc"}) if one.keys is None else one.keys for one in gave)),
+        numbers=any(one.keys is None for one in gave),
+        acc=frozenset(one.acc for one in gave if one.acc is not None),
+        not_acc=next((one.acc_text for one in gave if one.acc_text), ""),
+        rewards=tuple(rewards),
+        tried=tuple(Tried(asked, where, by_form) for (asked, where), by_form in scores.items()),
+        raised=(said[0] if said else "", len(errors)),
+    ), ""
 
 
-def _refuse_rule(sample: Sample, error: Exception) -> None:
+def _refuse_rule(sample: Sample, found: Returned) -> None:
     """Explain an error of verl's own rules, each of which a run would meet for every response."""
-    if isinstance(error, NotImplementedError):
+    if found.unknown:
         raise SayoError(
             "L88",
             "verl has no reward for this data source",
@@ -261,44 +290,34 @@ def _refuse_rule(sample: Sample, error: Exception) -> None:
             got=sample.asked[0],
             wanted="a data source of verl.utils.reward_score.default_compute_score, such as hiyouga/geometry3k",
             fix=f"name a reward function: {FUNCTION}.path=pkg://sayo_verl.reward",
-        ) from error
+        )
     raise SayoError(
         "L87",
         "verl's reward for this data source fails",
         where=sample.where,
-        got=f"{sample.asked[0]}: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
-        fix="install the missing package, or correct the ground truth of the row"
-        if not isinstance(error, ImportError)
-        else f"pip install {error.name}",
-    ) from error
+        got=f"{sample.asked[0]}: {found.error}",
+        fix=f"pip install {found.missing}"
+        if found.missing
+        else "install the missing package, or correct the ground truth of the row",
+    )
 
 
-def _info(found: Any, sample: Sample) -> Mapping[str, Any]:
-    """``reward_extra_info`` as verl's managers make it.
+def _score(found: Returned, sample: Sample) -> float:
+    """The score that verl's managers read.
 
     Raises:
-        SayoError: L87 for a result that has no score.
+        SayoError: L87 for a result that has none.
     """
-    score = found.get("score") if isinstance(found, Mapping) else found
-    if _number(score) is None:
+    if found.score is None:
         raise SayoError(
             "L87",
             "the reward function returns no score",
             where=f"{FUNCTION}, called for {sample.where}",
-            got=f"{found!r:.80}",
+            got=found.text,
             wanted="a number, or a dict with 'score'",
             fix="return {'score': ..., 'acc': 0 or 1}",
         )
-    return found if isinstance(found, Mapping) else {"acc": found}
-
-
-def _number(value: Any) -> float | None:
-    if value is None or isinstance(value, str | bytes):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
+    return found.score
 
 
 def _check_correctness(
@@ -310,21 +329,23 @@ def _check_correctness(
     if method is None or not method.needs().correctness or known:
         return
     state = f"set {CORRECT_FROM} to the smallest reward of a correct answer"
-    what, got = "", ""
+    what, got, fix = "", "", f"return {{'score': ..., 'acc': ...}}, or {state}"
     if config.reward.reward_model.enable and config.reward.custom_reward_function.path is None:
         what, got = "a reward model gives no acc", "a score"
+        fix = f"{state}, or name a function that asks the model ({FUNCTION}.path)"
     elif result is None:
         if asked == "acc" or dry_run:
             return
         what, got = "it is unknown whether the reward gives acc", f"not called before the run: {unchecked}"
-        state = f"set {CORRECT_FROM}=acc if it returns acc, else to the smallest reward of a correct answer"
+        fix = f"set {CORRECT_FROM}=acc if it returns acc, else to the smallest reward of a correct answer"
     elif "acc" not in result.keys:
         what, got = "the reward function does not return acc", ", ".join(sorted(result.keys))
+    elif result.not_acc:
+        what, got = "acc is no number", result.not_acc
     elif result.numbers and result.acc - {0.0, 1.0}:
-        what = "the reward function returns a number only, which is not 0 or 1"
-        got = ", ".join(f"{value:g}" for value in sorted(result.acc))
+        what, got = "the reward function returns a number only, which is not 0 or 1", _listed(result.acc)
     elif any(not 0.0 <= value <= 1.0 for value in result.acc):
-        what, got = "acc is out of range", ", ".join(f"{value:g}" for value in sorted(result.acc))
+        what, got = "acc is out of range", _listed(result.acc)
     if what:
         raise SayoError(
             "L86",
@@ -332,7 +353,7 @@ def _check_correctness(
             where=f"{FUNCTION}, algorithm.adv_estimator={method.name}",
             got=got,
             wanted="acc, 1 for a correct answer and 0 for a wrong one",
-            fix=f"return {{'score': ..., 'acc': ...}}, or {state}",
+            fix=fix,
         )
 
 

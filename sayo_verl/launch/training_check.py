@@ -155,7 +155,9 @@ def filter_limit(config: DictConfig) -> dict[str, int] | None:
 
     Returns:
         ``groups`` and ``needed`` of ``sayo_verl.hooks.filter_limit.check_limit``. With ``max_num_gen_batches`` they are
-        verl's documented meaning of it: so many batches are generated for one batch of training.
+        verl's documented meaning of it: so many batches are generated for one batch of training. They have
+        ``data.gen_batch_size`` prompts if that is larger than a batch of training. verl's V1 trainer replaces it by 1
+        when it starts, and a small one is only the number of prompts that it fetches at once.
     """
     groups, v1 = config.algorithm.filter_groups, config.trainer.v1
     if not groups.enable:
@@ -164,7 +166,8 @@ def filter_limit(config: DictConfig) -> dict[str, int] | None:
     if batches <= 0:
         return {"groups": max(UNIFORM_GROUPS, UNIFORM_BATCHES * batch), "needed": 0}
     updates = int((v1.get(str(v1.trainer_mode)) or {}).get("parameter_sync_step", 1))
-    return {"groups": batches * batch, "needed": max(1, batch // updates)}
+    generated = max(batch, int(config.data.get("gen_batch_size") or 0))
+    return {"groups": batches * generated, "needed": max(1, batch // updates)}
 
 
 def describe_filter(config: DictConfig) -> str:

@@ -95,14 +95,14 @@ def test_validation_is_not_filtered(repo, queue):
     assert len(buffer.sample(global_steps=1, partition_id="val", batch_size=1)[0].keys) == 2
 
 
-def config(*, mode="sync", batch=8, **filter_groups):
+def config(*, mode="sync", batch=8, gen_batch=None, **filter_groups):
     v1 = {"trainer_mode": mode, "separate_async": {"parameter_sync_step": 4}}
     return OmegaConf.create(
         {
             "algorithm": {
                 "filter_groups": {"enable": True, "metric": "acc", "max_num_gen_batches": 0, **filter_groups}
             },
-            "data": {"train_batch_size": batch},
+            "data": {"train_batch_size": batch, "gen_batch_size": gen_batch},
             "trainer": {"v1": v1},
         }
     )
@@ -113,6 +113,8 @@ def test_the_limit_follows_verls_key_or_is_a_large_one_of_ours():
     assert filter_limit(config()) == {"groups": UNIFORM_GROUPS, "needed": 0}
     assert filter_limit(config(batch=512)) == {"groups": UNIFORM_BATCHES * 512, "needed": 0}
     assert filter_limit(config(max_num_gen_batches=10)) == {"groups": 80, "needed": 8}
+    assert filter_limit(config(max_num_gen_batches=10, batch=512, gen_batch=1536)) == {"groups": 15360, "needed": 512}
+    assert filter_limit(config(max_num_gen_batches=10, gen_batch=1)) == {"groups": 80, "needed": 8}
     assert filter_limit(config(max_num_gen_batches=10, mode="separate_async")) == {"groups": 80, "needed": 2}
 
 

@@ -379,11 +379,12 @@ def test_the_passes_of_a_later_update_run_while_verl_has_the_old_policy_restored
         group.calls.clear()
 
 
-def test_a_reward_function_that_does_not_say_what_is_right_stops_a_gated_method(queue, config):
+@pytest.mark.parametrize("info", [{}, {"acc": None}, {"acc": "yes"}, {"acc": float("nan")}])
+def test_a_reward_function_that_does_not_say_what_is_right_stops_a_gated_method(queue, config, info):
     trainer, metrics = make_trainer(config, FakeWorkerGroup()), {}
     trainer._needs = dataclasses.replace(trainer._needs, correctness=True)
-    batch, rows = put_batch("train-no-acc", [0, 1, 2, 3])
-    infos = [{"reward_extra_info": {"format": 1.0}} for _ in rows]
+    batch, rows = put_batch(f"train-no-acc-{info}", [0, 1, 2, 3])
+    infos = [{"reward_extra_info": {"format": 1.0, **info}} for _ in rows]
     fields = tu.list_of_dict_to_tensordict([{"extra_fields": info} for info in infos])
     tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
     with pytest.raises(SayoError, match=r"SAYO-A17: .*fix: .*sayo.correct_from"):
@@ -408,6 +409,14 @@ def test_a_reward_can_say_what_is_right(queue, config, correct_from):
     assert trainer._pending.signals.required("correct").tolist() == right
     batch.tags[2]["is_padding"] = True  # a padding row copies a real one
     assert store._correct(batch, correct_from).tolist() == [*right[:2], 0.0, right[3]]
+
+
+def test_reward_parts_that_are_no_numbers_are_not_averaged(queue, config):
+    batch, _ = put_batch("train-parts", [0, 1, 2, 3])
+    infos = [{"acc": None, "format": "good"}, {"acc": 1, "format": "bad"}, {"acc": "0"}, {"acc": False}]
+    fields = tu.list_of_dict_to_tensordict([{"extra_fields": {"reward_extra_info": info}} for info in infos])
+    tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+    assert store.fetch_reward_parts(batch) == {"accuracy": 0.5}
 
 
 def test_a_reward_model_returns_nothing_beside_the_score(queue, config):

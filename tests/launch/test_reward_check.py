@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 import sayo_verl.launch.reward_check
 import sayo_verl.reward
 import sayo_verl.reward.formula
+from sayo_verl.errors import SayoError
 from sayo_verl.launch.preflight import preflight
 from sayo_verl.launch.reward_check import KWARGS, is_ours
 from sayo_verl.launch.unread_keys import KEYS
@@ -206,6 +207,24 @@ def test_keys_of_a_manager_are_taken_with_that_manager(make, base, built_in):
     refused(add(make(), "reward.timeout", 3), "L34")
 
 
+def test_a_jobs_settings_of_our_function_do_not_reach_another_one(make, tmp_path):
+    (tmp_path / "geo.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info, x=0): return 1.0\n"
+    )
+    job = {"format_weight": 1.0, "accuracy_weight": 0.0}
+    config = with_kwargs(make(**{PATH: "geo.py"}), **job, x=2)
+    plan = dict(preflight(config, given={PATH, f"{KWARGS}.x"}))["reward"]
+    assert plan == (
+        "geo.py:compute_score {'x': 2}; without the job's settings of sayo_verl.reward (format_weight, accuracy_weight)"
+    )
+    assert dict(config.reward.custom_reward_function.reward_kwargs) == {"x": 2}, "the run gets the same"
+    with pytest.raises(SayoError, match=rf"SAYO-L34: .*'format_weight'.* ~{KWARGS}.format_weight removes"):
+        preflight(with_kwargs(make(**{PATH: "geo.py"}), **job), given={PATH, f"{KWARGS}.format_weight"})
+    refused(with_kwargs(make(**{PATH: "geo.py"}), **job), "L34")  # path and settings of one job's file
+    ours = with_kwargs(make(), **job | {"accuracy_weight": 1.0})
+    assert "without" not in dict(preflight(ours, given={PATH}))["reward"]
+
+
 def test_the_judge_math_without_its_package_is_refused(make, monkeypatch):
     config = with_kwargs(make(), judge="math")
     preflight(config)
@@ -299,12 +318,14 @@ def test_an_unknown_manager_suggests_the_right_one(make):
 
 
 def test_a_reward_model_beside_our_function_is_refused(make, tmp_path, built_in):
-    model = {"reward.reward_model.enable": True}
+    model = {"reward.reward_model.enable": True, "reward.reward_model.model_path": "judge"}
     assert refused(make(**model), "L36").where == "reward.reward_model.enable"
     (tmp_path / "mine.py").write_text("def compute_score(**kwargs): return 1.0\n")
     refused(make(**model, **{PATH: "mine.py"}), "L36")
     preflight(make(**model, **{PATH: "mine.py", "reward.reward_model.enable_resource_pool": True}))
-    preflight(make(**model, **built_in))
+    assert dict(preflight(make(**model, **built_in)))["reward"] == "the score of the reward model judge"
+    unnamed = make(**{"reward.reward_model.enable": True}, **built_in)
+    assert refused(unnamed, "L36").where == "reward.reward_model.model_path"
     (tmp_path / "mine.py").write_text(
         "def compute_score(data_source, solution_str, ground_truth, extra_info): return 1.0\n"
     )
