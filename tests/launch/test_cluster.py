@@ -230,7 +230,7 @@ def test_the_address_is_the_one_that_ray_uses(base, monkeypatch, given, variable
 
 def test_a_ray_that_was_started_on_this_machine_is_joined_with_the_checks(config, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server(("", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda folder: address)
         check_address(config)

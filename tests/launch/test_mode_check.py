@@ -161,7 +161,9 @@ def test_devices_of_rollouts_count_in_this_mode_only(make):
 def test_ray_needs_cpus_for_the_devices_of_rollouts(make):
     error = refused(make(**SEPARATE | {"ray_kwargs.ray_init.num_cpus": 7}), "L14")
     assert error.wanted == ">= 8 (1 storage units + 3 x 1 devices + 2 + 2 for devices of rollouts only)"
-    assert ("machines", "1 x 1 cpu and 1 x 1 for rollouts only, 2 devices in all; Ray needs 8 CPUs") in preflight(make(**SEPARATE))
+    assert ("machines", "1 x 1 cpu and 1 x 1 for rollouts only, 2 devices in all; Ray needs 8 CPUs") in preflight(
+        make(**SEPARATE)
+    )
 
 
 def test_the_mode_by_its_name_alone_is_answered_with_the_file_of_the_mode(make):

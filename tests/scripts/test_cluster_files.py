@@ -81,7 +81,7 @@ def test_a_script_has_valid_syntax(name):
 
 @pytest.fixture
 def node(tmp_path):
-    """``node.sh`` with a ``ray`` and a ``sleep`` of the test, in a process. Arguments: their code, rank, port, command."""
+    """Starts ``node.sh`` with commands of the test, such as ``ray``."""
 
     def start(fakes, rank, port, *command):
         for name, code in fakes.items():

@@ -556,11 +556,11 @@ def test_the_contract_script_empties_only_its_folder_of_a_clone(faked, tmp_path,
     (caller / "clone" / "pyproject.toml").write_text('[project]\nname = "verl"\n')
     (caller / "copy").mkdir()
     (caller / "copy" / "pyproject.toml").write_text('[project]\nname = "sayo-verl"\n')
-    code = f'#!/usr/bin/env bash\nprintf "%s|" "$@" >>{tmp_path}/called\n[[ $* != *install* ]] || exit 1\necho {tmp_path}\n'
+    code = f'printf "%s|" "$@" >>{tmp_path}/called; [[ $* != *install* ]] || exit 1; echo {tmp_path}'
     installed = copy / ".contract" / "clone" / "bin"
     installed.mkdir(parents=True)
     for python in (tmp_path / "bin" / "python", installed / "python"):
-        python.write_text(code)
+        python.write_text(f"#!/usr/bin/env bash\n{code}\n")
         python.chmod(0o755)
     command = ["bash", str(copy / "scripts" / "contract.sh"), folder]
     done = subprocess.run(command, env=env, cwd=caller, capture_output=True, text=True, check=False)
