@@ -83,7 +83,8 @@ def check_address(config: DictConfig) -> None:
             where=where,
             got=f"{address} (" + ("no cluster runs on this machine)" if nothing else f"{error})"),
             wanted="HOST:PORT as printed by `ray start --head`, or auto on one of the cluster's nodes",
-            fix="it has ended without `ray stop`: call that, or set RAY_ADDRESS=local"
+            fix="start that cluster again, or set RAY_ADDRESS=local to start one for this run (`ray stop` stops every "
+            "Ray of this machine and removes the address)"
             if where == STARTED_HERE
             else "start the cluster, or correct the address; `ray status --address=HOST:PORT` shows whether it is up",
         ) from error

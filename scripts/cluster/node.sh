@@ -36,7 +36,14 @@ wait_for_head() { # 10 minutes at most; on the first machine, while its own head
 }
 
 NODE=''
-trap '[[ -z "$NODE" ]] || { kill "$NODE" 2>/dev/null && wait "$NODE"; } || true' EXIT
+leave() {
+  local address_file="${RAY_TMPDIR:-${TMPDIR:-/tmp}}/ray/ray_current_cluster"
+  [[ -n "$NODE" ]] || return 0
+  { kill "$NODE" 2>/dev/null && wait "$NODE"; } || true
+  # Otherwise later runs on this machine would look for this cluster: only `ray stop`, which stops every Ray, removes it.
+  [[ "$(cat "$address_file" 2>/dev/null)" != "$HEAD_IP:$PORT" ]] || rm -f "$address_file"
+}
+trap leave EXIT
 trap 'exit 143' TERM
 
 if ((NODE_RANK > 0)); then

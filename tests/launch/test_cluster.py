@@ -234,7 +234,7 @@ def test_a_ray_that_was_started_on_this_machine_is_joined_with_the_checks(config
         address = f"127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda folder: address)
         check_address(config)
-    with refusal("L79", "the last `ray start` on this machine .*it has ended without `ray stop`.*RAY_ADDRESS=local"):
+    with refusal("L79", "the last `ray start` on this machine .*fix: .*RAY_ADDRESS=local"):
         check_address(config)
     assert f"of the Ray cluster at {address} that was started on this machine; RAY_ADDRESS=local" in describe_machines(
         config

@@ -87,7 +87,13 @@ def node(tmp_path):
         for name, code in fakes.items():
             (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{code}\n")
             (tmp_path / name).chmod(0o755)
-        variables = {"NODE_RANK": rank, "NNODES": "2", "HEAD_IP": "127.0.0.1", "RAY_PORT": str(port)}
+        variables = {
+            "RAY_TMPDIR": str(tmp_path / "tmp"),
+            "NODE_RANK": rank,
+            "NNODES": "2",
+            "HEAD_IP": "127.0.0.1",
+            "RAY_PORT": str(port),
+        }
         return subprocess.Popen(
             ["bash", str(FOLDER / "node.sh"), *command],
             env={**variables, "PATH": f"{tmp_path}:/usr/bin:/bin"},
@@ -128,7 +134,10 @@ def test_another_machine_leaves_after_five_failures_in_a_row(node, tmp_path):
         os.mkfifo(tmp_path / name)
     head = listener()
     port = head.getsockname()[1]
-    done = node({"ray": "exec /bin/sleep 60", "sleep": "echo >asleep; read -r _ <awake"}, "1", port)
+    address_file = tmp_path / "tmp" / "ray" / "ray_current_cluster"
+    address_file.parent.mkdir(parents=True)
+    ray = f"printf 127.0.0.1:{port} >{address_file}; exec /bin/sleep 60"
+    done = node({"ray": ray, "sleep": "echo >asleep; read -r _ <awake"}, "1", port)
     for answers in [False] * 4 + [True] + [False] * 5:  # what the probe after this sleep finds
         (tmp_path / "asleep").read_text()
         head.close()
@@ -137,3 +146,4 @@ def test_another_machine_leaves_after_five_failures_in_a_row(node, tmp_path):
         (tmp_path / "awake").write_text("\n")
     with closing(head):
         assert done.wait(timeout=20) == 0
+    assert not address_file.exists()
