@@ -34,7 +34,7 @@ from sayo_verl.launch.job import check_types, composition_error, keys_of, write_
 from sayo_verl.launch.model_check import load_config
 from sayo_verl.launch.names import check_names
 from sayo_verl.launch.preflight import check_estimator, preflight, show
-from sayo_verl.launch.resources import check_devices, cluster, sizes_of_ray
+from sayo_verl.launch.resources import STARTED_HERE, check_devices, find_cluster, sizes_of_ray
 from sayo_verl.launch.resume import how_to_resume, metrics_file
 from sayo_verl.launch.settings import load_methods
 from sayo_verl.launch.template_check import configure as configure_reward
@@ -101,11 +101,14 @@ def worker_variables() -> dict[str, str]:
 
 
 def prepare_workers(config: DictConfig, variables: Mapping[str, str]) -> None:
-    """Write variables and limits into the configuration; remove what Ray refuses when the run joins a cluster."""
+    """Write variables, limits and the checked address into the configuration; remove what Ray refuses with it."""
+    address, where = find_cluster(config)
     with open_dict(config):
-        if cluster(config):
+        if address:
             for key in sizes_of_ray(config):
                 del config.ray_kwargs.ray_init[key]
+        if not address or where != STARTED_HERE:  # with an address Ray does not look for that cluster's token
+            config.ray_kwargs.ray_init.address = address or "local"
         for name, value in variables.items():
             OmegaConf.update(config, f"ray_kwargs.ray_init.runtime_env.env_vars.{name}", value, force_add=True)
         if limit := filter_limit(config):

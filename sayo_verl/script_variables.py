@@ -8,8 +8,11 @@ BY_SCRIPT = "SAYO_RESUME_COMMAND"  # set by scripts/lib.sh
 # Names from other projects -> what the scripts read
 ELSEWHERE = {
     "MODEL": "MODEL_PATH=MODEL in front of the script",
-    **dict.fromkeys(("N_GPUS", "N_GPUS_PER_NODE"), "NGPUS_PER_NODE=N in front of the script"),
-    "N_NODES": "NNODES=N in front of the script",
+    **dict.fromkeys(
+        ("N_GPUS", "N_GPUS_PER_NODE", "NGPUS", "GPUS_PER_NODE", "NUM_GPUS_PER_NODE"),
+        "NGPUS_PER_NODE=N in front of the script",
+    ),
+    **dict.fromkeys(("N_NODES", "NODES"), "NNODES=N in front of the script"),
 }
 
 

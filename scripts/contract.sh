@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Says what another version of verl changes of the names that sayo-verl uses, and whether that version is supported.
 #
-#   bash scripts/contract.sh VERSION            a release, such as 0.9.0; or `main`, from GitHub; or a folder with a clone
+#   bash scripts/contract.sh VERSION            a release, such as 0.9.0; or `main`, from GitHub; or the folder of a clone
 #   bash scripts/contract.sh VERSION --record   write tests/hooks/contract/verl-VERSION.json, after the changes were read
 #
 # The active Python environment is the base: sayo-verl's, with any supported verl. It stays as it is. .contract/VERSION gets
@@ -10,6 +10,7 @@
 # `rm -r .contract` removes all of it.
 set -euo pipefail
 
+CALLER=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh
 help_or_go_on "$@"
@@ -17,12 +18,20 @@ MAIN=https://github.com/verl-project/verl
 
 [[ $# -ge 1 && $# -le 2 && "${2:---record}" == --record ]] ||
   refuse X07 "wrong arguments" "scripts/contract.sh $*" "bash scripts/contract.sh VERSION [--record]"
+usage() {
+  refuse X07 "$1" "scripts/contract.sh $VERSION" "name a release such as 0.9.0, or main, or the folder of a clone of verl"
+}
+VERSION=$1 NAME=$1 WANTED="verl==$1"
+FOLDER="$(cd "$CALLER" && [[ -d "$VERSION" ]] && cd -- "$VERSION" && pwd -P)" || FOLDER=''
+if [[ "$VERSION" != main && -n "$FOLDER" ]]; then
+  WANTED=$FOLDER NAME=${FOLDER##*/}
+  grep -qsE "^ *name *= *[\"']verl[\"']" "$FOLDER/pyproject.toml" "$FOLDER/setup.py" ||
+    usage "this folder is not a clone of verl ($FOLDER)"
+fi
+case "$NAME" in '' | . | .. | */*) usage "no folder and no version of this name" ;; esac # .contract/NAME is emptied
 BASE="$(python -c 'import importlib.util as u, sysconfig; assert u.find_spec("verl"); print(sysconfig.get_path("purelib"))' \
   2>/dev/null)" || refuse X07 "python has no verl" "$(command -v python || echo PATH)" "source .venv/bin/activate"
-WANTED="verl==$1" NAME=$1
-if [[ -d "$1" ]]; then
-  WANTED="$(cd "$1" && pwd)" NAME="$(basename "$1")"
-elif [[ "$1" == main ]]; then
+if [[ "$VERSION" == main ]]; then
   GIT_TERMINAL_PROMPT=0 timeout 30 git ls-remote -q "$MAIN" HEAD >/dev/null 2>&1 ||
     refuse X08 "verl's main branch is not reachable" "$MAIN" "name a clone instead: bash scripts/contract.sh FOLDER"
   WANTED="verl @ git+$MAIN@main"

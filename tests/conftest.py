@@ -52,6 +52,14 @@ def _internvl_as_it_was() -> Iterator[None]:
         modeling.InternVLModel.forward = forward.__wrapped__
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_other_ray() -> Iterator[None]:
+    """A Ray that somebody started on this machine is not joined by runs of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray._private.services.find_bootstrap_address", lambda folder: None)
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The runs of the real stack first: of two processes one does these, the other nearly all the rest."""
     items.sort(key=lambda item: item.get_closest_marker("e2e") is None)

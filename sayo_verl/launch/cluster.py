@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from sayo_verl import __version__
 from sayo_verl.errors import Rule, SayoError, raise_first
 from sayo_verl.launch.mode_check import rollout_devices
-from sayo_verl.launch.resources import CPUS_PER_DEVICE, check_ray_cpus, cluster, shared_paths
+from sayo_verl.launch.resources import CPUS_PER_DEVICE, STARTED_HERE, check_ray_cpus, find_cluster, shared_paths
 
 CONNECT_S, ANSWER_S = 5.0, 120.0  # limits for the address, and for a node, which may have to build its environment
 
@@ -47,16 +47,29 @@ def node_name(node: Mapping[str, Any]) -> str:
 
 
 def check_address(config: DictConfig) -> None:
-    """Refuse an address of a cluster where nobody listens. Ray would look for it for two minutes.
+    """Refuse an address that is not of a cluster, or where nobody listens. Ray would look for it for two minutes.
 
     Raises:
         SayoError: L79.
     """
     from ray._private.services import canonicalize_bootstrap_address
 
-    address = cluster(config)
+    address, where = find_cluster(config)
     if address is None:
         return
+    scheme, _, place_of_it = address.partition("://")
+    if place_of_it and scheme != "ray":
+        host = urlsplit(address).hostname or "HOST"
+        raise SayoError(
+            "L79",
+            "not the address of a Ray cluster",
+            where=where,
+            got=address,
+            wanted="HOST:PORT as printed by `ray start --head`, or ray://HOST:10001",
+            fix=f"that is the dashboard's address: use {host}:6379"
+            if scheme in ("http", "https")
+            else f"use {host}:6379",
+        )
     try:
         found = address if "://" in address else f"//{canonicalize_bootstrap_address(address)}"
         place = urlsplit(found)
@@ -67,10 +80,13 @@ def check_address(config: DictConfig) -> None:
         raise SayoError(
             "L79",
             "no Ray cluster answers at this address",
-            where="RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else "ray_kwargs.ray_init.address",
+            where=where,
             got=f"{address} (" + ("no cluster runs on this machine)" if nothing else f"{error})"),
             wanted="HOST:PORT as printed by `ray start --head`, or auto on one of the cluster's nodes",
-            fix="start the cluster, or correct the address; `ray status --address=HOST:PORT` shows whether it is up",
+            fix="start that cluster again, or set RAY_ADDRESS=local to start one for this run (`ray stop` stops every "
+            "Ray of this machine and removes the address)"
+            if where == STARTED_HERE
+            else "start the cluster, or correct the address; `ray status --address=HOST:PORT` shows whether it is up",
         ) from error
 
 
@@ -90,19 +106,26 @@ def check_cluster(config: DictConfig, variables: Mapping[str, str], packages: Se
     """
     import ray
 
-    address = cluster(config)
+    address, where = find_cluster(config)
     if address is None or address.startswith("ray://"):  # a Ray Client does not see the cluster's state
         return []
     given: Any = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)
     environment = given.get("runtime_env") or {}
     environment["env_vars"] = {**environment.get("env_vars", {}), **variables}
     try:
-        ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
+        # Ray looks for the token itself only if it finds the cluster itself
+        ray.init(
+            address=None if where == STARTED_HERE else address,
+            runtime_env=environment,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _temp_dir=given.get("_temp_dir"),
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SayoError(
             "L80",
             "Ray does not connect to the cluster",
-            where=f"RAY_ADDRESS={address}",
+            where=f"{where}: {address}",
             got=" ".join(str(error).split()),
             wanted="a Ray cluster at this address, its token, and its versions of Python and Ray",
             fix="set RAY_AUTH_MODE=token on every node, with the same ~/.ray/auth_token (docs/multi_node.md), one "

@@ -17,6 +17,7 @@ STRATEGY = "trainer.v1.sampler.max_off_policy_strategy"
 STALE = {"drop": "dropped", "wait": "waited for"}  # verl's strategies for stale rollouts
 ROLLOUT = "actor_rollout_ref.rollout"
 BACKEND = f"{ROLLOUT}.checkpoint_engine.backend"
+BY_FILE = f"replace {MODE}=separate_async by +mode=separate_async, which sets all of it"
 
 
 def check_mode(config: DictConfig, method: Method | None, *, here: bool) -> None:
@@ -68,8 +69,8 @@ def prompts_per_update(config: DictConfig) -> int:
     return int(config.data.train_batch_size) // max(int(step), 1)
 
 
-def describe_mode(config: DictConfig) -> str:
-    """The mode, and how far rollouts may be behind, for the plan."""
+def describe_mode(config: DictConfig, method: Method | None) -> str:
+    """The mode, how far rollouts may be behind, and what of a model is measured and sent, for the plan."""
     mode, v1 = str(config.trainer.v1.trainer_mode), config.trainer.v1
     parts = [mode]
     if mode == "separate_async":
@@ -78,7 +79,18 @@ def describe_mode(config: DictConfig) -> str:
     if mode != "sync" and v1.sampler.max_off_policy_threshold is not None:
         action = STALE[v1.sampler.max_off_policy_strategy]
         parts.append(f"groups over {v1.sampler.max_off_policy_threshold} versions old are {action}")
+    if mode != "sync" and method is not None:
+        parts.append("attention statistics are of the old policy, not of older weights that generated")
+    if mode == "separate_async" and _adapter(config):
+        parts.append("LoRA is sent merged into the model")
     return ", ".join(parts)
+
+
+def _adapter(config: DictConfig) -> bool:
+    """Whether the run trains or loads a LoRA adapter."""
+    model = config.actor_rollout_ref.model
+    rank = int((model.get("lora") or {}).get("rank") or 0) or int(model.get("lora_rank") or 0)
+    return bool(rank or model.get("lora_adapter_path"))
 
 
 def _is_registered(mode: str) -> bool:
@@ -115,7 +127,7 @@ def _rules(config: DictConfig) -> list[Rule]:
     updates = max(prompts // mini, 1) if whole else 1
     reward = config.reward.reward_model
     lora = model.get("lora") or {}
-    adapter = int(lora.get("rank") or 0) or int(model.get("lora_rank") or 0) or model.get("lora_adapter_path")
+    by_hand = rollout.checkpoint_engine.backend == "naive"  # verl's default: the file of the mode was not added
     level = os.environ.get("VERL_LOGGING_LEVEL", "INFO")
     return [
         Rule(
@@ -125,8 +137,9 @@ def _rules(config: DictConfig) -> list[Rule]:
             where=SYNC_STEP,
             got=f"{prompts} prompts, {step} updates, mini-batch {mini}",
             wanted="data.train_batch_size = parameter_sync_step x actor_rollout_ref.actor.ppo_mini_batch_size",
-            fix=f"set {SYNC_STEP}={updates} and data.train_batch_size={updates} x the mini-batch, or add "
-            "+mode=separate_async",
+            fix=BY_FILE
+            if by_hand
+            else f"set {SYNC_STEP}={updates} and data.train_batch_size={updates} x the mini-batch",
         ),
         *(
             Rule(
@@ -136,7 +149,7 @@ def _rules(config: DictConfig) -> list[Rule]:
                 where=f"{ROLLOUT}.{key}",
                 got=rollout[key],
                 wanted="at least 1",
-                fix=f"set {ROLLOUT}.nnodes and {ROLLOUT}.n_gpus_per_node",
+                fix=BY_FILE if by_hand else f"set {ROLLOUT}.nnodes and {ROLLOUT}.n_gpus_per_node",
             )
             for key in ("nnodes", "n_gpus_per_node")
         ),
@@ -147,7 +160,7 @@ def _rules(config: DictConfig) -> list[Rule]:
             where=BACKEND,
             got="naive",
             wanted="nccl, nixl, mooncake, kimi_ckpt_engine or another backend of verl; cpu_file on the CPU stack",
-            fix="set it, or add +mode=separate_async (on the CPU stack +mode=separate_async_cpu)",
+            fix=f"{BY_FILE} (on the CPU stack +mode=separate_async_cpu)",
         ),
         Rule(
             "L77",
@@ -159,7 +172,7 @@ def _rules(config: DictConfig) -> list[Rule]:
         ),
         Rule(
             "L78",
-            bool(adapter) and not lora.get("merge", False),
+            _adapter(config) and not lora.get("merge", False),
             "verl would send the base model without its adapter to the rollouts of separate_async",
             where="actor_rollout_ref.model.lora.merge",
             got=lora.get("merge", False),

@@ -102,7 +102,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
             f"{config.actor_rollout_ref.model.lora_rank or 'off'}",
         ),
         ("objective", describe_objective(config)),
-        ("trainer", describe_mode(config)),
+        ("trainer", describe_mode(config, method)),
         *([("group filter", ends)] if (ends := describe_filter(config)) else []),
         ("machines", f"{describe_machines(config)}; {cpus}"),
         *([("every node must see", ", ".join(path for _, path in shared_paths(config)))] if several else []),

@@ -15,6 +15,7 @@ from sayo_verl.models.location import is_hub_name
 # Ray CPUs that verl's processes take: a placement bundle of 3 a device (ResourcePoolManager, max_colocate_count),
 # one for TransferQueue's controller, one for the task runner.
 CPUS_PER_DEVICE, CPUS_FIXED = 3, 2
+STARTED_HERE = "the last `ray start` on this machine"
 CPUS_PER_ROLLOUT_DEVICE = 2  # of a device that separate_async keeps for rollouts (RolloutReplica.init_standalone)
 
 
@@ -69,10 +70,26 @@ def check_batch_sizes(config: DictConfig) -> None:
             )
 
 
+def find_cluster(config: DictConfig) -> tuple[str | None, str]:
+    """The Ray cluster that the run joins, found as ``ray.init`` finds it (``ray/_private/worker.py: init``).
+
+    Returns:
+        Its address, or None if the run starts one on this machine; and what names the address.
+    """
+    key = "ray_kwargs.ray_init.address"
+    given = str(OmegaConf.select(config, key) or "").strip()
+    variable = os.environ.get("RAY_ADDRESS", "").strip()
+    address, where = (variable, "RAY_ADDRESS") if variable and given in ("", "auto") else (given, key)
+    if not address:
+        from ray._private.services import find_bootstrap_address
+
+        address, where = find_bootstrap_address(OmegaConf.select(config, "ray_kwargs.ray_init._temp_dir")), STARTED_HERE
+    return (None if address in (None, "", "local") else str(address)), where
+
+
 def cluster(config: DictConfig) -> str | None:
     """The address of the Ray cluster that the run joins; None if it starts one on this machine."""
-    address = os.environ.get("RAY_ADDRESS") or OmegaConf.select(config, "ray_kwargs.ray_init.address")
-    return None if address in (None, "", "local") else str(address)
+    return find_cluster(config)[0]
 
 
 def sizes_of_ray(config: DictConfig) -> list[str]:
@@ -84,14 +101,21 @@ def sizes_of_ray(config: DictConfig) -> list[str]:
 def describe_machines(config: DictConfig) -> str:
     """Nodes and devices, and the cluster that a run on several nodes joins, for the plan."""
     trainer = config.trainer
-    if address := cluster(config):
+    address, where = find_cluster(config)
+    if address:
         joined = f" of the Ray cluster at {address}"
+        if where == STARTED_HERE:
+            joined += " that was started on this machine; RAY_ADDRESS=local starts another"
         if unused := sizes_of_ray(config):
             joined += f" (its nodes have their own {', '.join(unused)}: ray_kwargs.ray_init's are not used)"
     else:
         joined = ", NEEDS RAY_ADDRESS of a Ray cluster that is up" if int(trainer.nnodes) > 1 else ""
     rollout = config.actor_rollout_ref.rollout
-    more = f" and {rollout.nnodes} x {rollout.n_gpus_per_node} for rollouts only" if rollout_devices(config) else ""
+    more = ""
+    if apart := rollout_devices(config):
+        total = int(trainer.nnodes) * int(trainer.n_gpus_per_node) + apart
+        unit = "GPUs" if trainer.device == "cuda" else "devices"
+        more = f" and {rollout.nnodes} x {rollout.n_gpus_per_node} for rollouts only, {total} {unit} in all"
     return f"{trainer.nnodes} x {trainer.n_gpus_per_node} {trainer.device}{more}{joined}"
 
 

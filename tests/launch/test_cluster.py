@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import textwrap
+from unittest import mock
 
 import pytest
 import ray
@@ -24,7 +25,7 @@ from sayo_verl.launch.cluster import (
     nodes_with,
     wait_for_devices,
 )
-from sayo_verl.launch.resources import describe_machines
+from sayo_verl.launch.resources import describe_machines, find_cluster
 from sayo_verl.main_ppo import prepare_workers, worker_variables
 
 METIS = (("pymetis", "pip install pymetis"),)
@@ -180,9 +181,11 @@ def test_an_address_where_nobody_listens_is_refused_at_once(base, monkeypatch):
         monkeypatch.setenv("RAY_ADDRESS", address)
         with refusal("L79", f"at RAY_ADDRESS .* got {address} "):
             check_address(base)
+    monkeypatch.setenv("RAY_ADDRESS", "http://10.0.0.1:8265")
+    with refusal("L79", "at RAY_ADDRESS .*fix: that is the dashboard's address: use 10.0.0.1:6379"):
+        check_address(base)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setattr("ray._private.services.find_gcs_addresses", lambda: [])
-    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda folder: None)
     with refusal("L79", r"got auto \(no cluster runs on this machine\)"):
         check_address(base)
 
@@ -206,9 +209,45 @@ def test_a_run_that_joins_a_cluster_leaves_the_sizes_of_nodes_to_it(base, monkey
     prepare_workers(config, {"A": "1"})
     sizes = {"num_cpus", "num_gpus", "object_store_memory"} & set(config.ray_kwargs.ray_init)
     joins = address == "10.0.0.1:6379"
+    assert config.ray_kwargs.ray_init.address == (address or "local")
     assert sizes == (set() if joins else {"num_cpus", "num_gpus", "object_store_memory"})
     assert config.ray_kwargs.ray_init.runtime_env.env_vars.A == "1"
     assert ("are not used" in describe_machines(base)) == joins
+
+
+@pytest.mark.parametrize("given", [None, "", "auto", "local", " 10.0.0.2:6379 "])
+@pytest.mark.parametrize("variable", [None, "auto", "local", "10.0.0.1:6379"])
+def test_the_address_is_the_one_that_ray_uses(base, monkeypatch, given, variable):
+    config = copy.deepcopy(base)
+    OmegaConf.update(config, "ray_kwargs.ray_init.address", given, force_add=True)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable:
+        monkeypatch.setenv("RAY_ADDRESS", f" {variable} ")
+    used = variable if variable and given in (None, "", "auto") else (given or "").strip()
+    assert find_cluster(config)[0] == (None if used in ("", "local") else used)
+    assert (find_cluster(config)[1] == "RAY_ADDRESS") == bool(variable and given in (None, "", "auto"))
+
+
+def test_a_ray_that_was_started_on_this_machine_is_joined_with_the_checks(config, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.create_server(("", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda folder: address)
+        check_address(config)
+    with refusal("L79", "the last `ray start` on this machine .*fix: .*RAY_ADDRESS=local"):
+        check_address(config)
+    assert f"of the Ray cluster at {address} that was started on this machine; RAY_ADDRESS=local" in describe_machines(
+        config
+    )
+    init = mock.Mock(side_effect=ConnectionError("stop here"))
+    monkeypatch.setattr("ray.init", init)
+    with refusal("L80", f"the last `ray start` on this machine: {address}"):
+        check_cluster(config, {}, METIS)
+    assert init.call_args.kwargs["address"] is None  # Ray finds it again, and then its token
+    prepare_workers(config, {})
+    assert not {"num_cpus", "num_gpus", "object_store_memory", "address"} & set(config.ray_kwargs.ray_init)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert find_cluster(config)[0] is None
 
 
 def test_variables_of_a_submitted_job_are_not_given_twice(monkeypatch):

@@ -7,6 +7,7 @@ from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, register_trainer
 
 from sayo_verl.launch.mode_check import MODES, check_mode, prompts_per_update, rollout_devices
 from sayo_verl.launch.preflight import check_estimator, preflight
+from sayo_verl.launch.resources import describe_machines
 
 MODE, SYNC_STEP = "trainer.v1.trainer_mode", "trainer.v1.separate_async.parameter_sync_step"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -19,6 +20,8 @@ SEPARATE = {
     f"{ROLLOUT}.checkpoint_engine.custom_backend_module": "sayo_verl.hooks.cpu.weights",
     "ray_kwargs.ray_init.num_cpus": 14,
 }
+OLD = "attention statistics are of the old policy, not of older weights that generated"
+LORA = {"actor_rollout_ref.model.lora_rank": 8, "actor_rollout_ref.model.lora.merge": True}
 ESTIMATORS = ("attn_region", "grpo")
 
 
@@ -70,15 +73,19 @@ def test_an_asynchronous_mode_that_fits_passes(make, estimator, values):
     ("values", "line"),
     [
         ({}, "sync"),
-        ({MODE: "colocate_async"}, "colocate_async, groups over 8 versions old are dropped"),
+        ({MODE: "colocate_async"}, f"colocate_async, groups over 8 versions old are dropped, {OLD}"),
         (
-            SEPARATE | {"trainer.v1.sampler.max_off_policy_strategy": "wait"},
+            SEPARATE | LORA | {"trainer.v1.sampler.max_off_policy_strategy": "wait"},
             "separate_async, 2 update(s) of 8 prompts between transfers of weights, groups over 8 versions old are "
-            "waited for",
+            f"waited for, {OLD}, LoRA is sent merged into the model",
         ),
-        ({MODE: "colocate_async", "trainer.v1.sampler.max_off_policy_threshold": None}, "colocate_async"),
+        ({MODE: "colocate_async", "trainer.v1.sampler.max_off_policy_threshold": None}, f"colocate_async, {OLD}"),
+        (
+            {MODE: "colocate_async", "algorithm.adv_estimator": "grpo"},
+            "colocate_async, groups over 8 versions old are dropped",
+        ),
     ],
-    ids=["sync", "colocate_async", "separate_async", "no limit"],
+    ids=["sync", "colocate_async", "separate_async", "no limit", "grpo"],
 )
 def test_the_plan_names_the_mode_and_how_old_rollouts_may_be(make, values, line):
     assert ("trainer", line) in preflight(make(**values))
@@ -132,8 +139,7 @@ def test_verl_asserts_the_same(make, change):
 
 
 def test_an_adapter_is_sent_if_it_is_merged(make):
-    lora = {"actor_rollout_ref.model.lora_rank": 8, "actor_rollout_ref.model.lora.merge": True}
-    check_mode(make(**SEPARATE | lora), None, here=False)
+    check_mode(make(**SEPARATE | LORA), None, here=False)
 
 
 def test_verls_log_message_fails_at_its_default_level_only(make, monkeypatch):
@@ -155,7 +161,23 @@ def test_devices_of_rollouts_count_in_this_mode_only(make):
 def test_ray_needs_cpus_for_the_devices_of_rollouts(make):
     error = refused(make(**SEPARATE | {"ray_kwargs.ray_init.num_cpus": 7}), "L14")
     assert error.wanted == ">= 8 (1 storage units + 3 x 1 devices + 2 + 2 for devices of rollouts only)"
-    assert ("machines", "1 x 1 cpu and 1 x 1 for rollouts only; Ray needs 8 CPUs") in preflight(make(**SEPARATE))
+    assert ("machines", "1 x 1 cpu and 1 x 1 for rollouts only, 2 devices in all; Ray needs 8 CPUs") in preflight(
+        make(**SEPARATE)
+    )
+
+
+def test_the_mode_by_its_name_alone_is_answered_with_the_file_of_the_mode(make):
+    fix = "replace trainer.v1.trainer_mode=separate_async by +mode=separate_async, which sets all of it"
+    assert refused(make(**{MODE: "separate_async"}), "L77").fix == fix
+    assert refused(make(**SEPARATE | {SYNC_STEP: 4}), "L77").fix == (
+        f"set {SYNC_STEP}=2 and data.train_batch_size=2 x the mini-batch"
+    )
+
+
+def test_the_plan_gives_the_total_of_gpus(make):
+    config = make(**SEPARATE | {"trainer.device": "cuda", "trainer.n_gpus_per_node": 8})
+    config.actor_rollout_ref.rollout.n_gpus_per_node = 8
+    assert describe_machines(config) == "1 x 8 cuda and 1 x 8 for rollouts only, 16 GPUs in all"
 
 
 @pytest.mark.parametrize("mode", ["separate_async", "separate_async_cpu"])

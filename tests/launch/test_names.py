@@ -10,6 +10,7 @@ from support.launch_config import composed
 from sayo_verl.data.folder import split_files
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.names import BY_SCRIPT, UNREAD, refuse_names
+from sayo_verl.script_variables import ELSEWHERE
 
 
 @pytest.mark.parametrize(
@@ -26,12 +27,20 @@ def test_an_unknown_job_method_or_rl_suggests_the_right_one(repo, argument):
     refuse_names([argument], {})
 
 
-@pytest.mark.parametrize("name", UNREAD)
+@pytest.mark.parametrize("name", [*UNREAD, *ELSEWHERE])
 def test_a_variable_that_no_script_reads_is_refused(name):
     with pytest.raises(SayoError, match=f"L67: .* at {name} .* got 7 .* fix: use "):
         refuse_names([], {name: "7", BY_SCRIPT: "RESUME=..."})
     refuse_names([], {name: "7"})
     refuse_names([], {name: "", BY_SCRIPT: "RESUME=..."})
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("NODES", "NNODES"), ("NGPUS", "NGPUS_PER_NODE"), ("GPUS_PER_NODE", "NGPUS_PER_NODE")]
+)
+def test_another_name_of_a_number_of_nodes_or_devices_is_refused_with_the_right_one(name, meant):
+    with pytest.raises(SayoError, match=f"L67: .* at {name} .* use {meant}=N in front of the script, and unset {name}"):
+        refuse_names([], {name: "2", BY_SCRIPT: "RESUME=..."})
 
 
 def test_what_replaces_a_variable_is_a_key_of_the_jobs(repo):

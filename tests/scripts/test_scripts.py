@@ -532,3 +532,43 @@ def test_the_contract_script_says_what_stops_it(faked, tmp_path, arguments, pyth
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert re.search(f"SAYO-{refused}", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("clone", "clone"),
+        ("clone/sub/..", "clone"),
+        ("link", "clone"),
+        ("..", "not a clone"),
+        (".", "not a clone"),
+        ("/", "not a clone"),
+        ("copy", "not a clone"),
+        ("no/folder", "no folder and no version"),
+        ("", "no folder and no version"),
+    ],
+)
+def test_the_contract_script_empties_only_its_folder_of_a_clone(faked, tmp_path, folder, name):
+    copy, env = faked
+    caller = tmp_path / "caller"
+    (caller / "clone" / "sub").mkdir(parents=True)
+    (caller / "link").symlink_to("clone")
+    (caller / "clone" / "pyproject.toml").write_text('[project]\nname = "verl"\n')
+    (caller / "copy").mkdir()
+    (caller / "copy" / "pyproject.toml").write_text('[project]\nname = "sayo-verl"\n')
+    code = f'printf "%s|" "$@" >>{tmp_path}/called; [[ $* != *install* ]] || exit 1; echo {tmp_path}'
+    installed = copy / ".contract" / "clone" / "bin"
+    installed.mkdir(parents=True)
+    for python in (tmp_path / "bin" / "python", installed / "python"):
+        python.write_text(f"#!/usr/bin/env bash\n{code}\n")
+        python.chmod(0o755)
+    command = ["bash", str(copy / "scripts" / "contract.sh"), folder]
+    done = subprocess.run(command, env=env, cwd=caller, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    if name == "clone":
+        called = (tmp_path / "called").read_text()
+        assert f"--clear|{copy}/.contract/clone|" in called
+        assert f"--no-compile|{caller}/clone|" in called
+    else:
+        assert re.search(f"SAYO-X07: .*{name}", done.stderr), done.stderr
+        assert not (tmp_path / "called").exists()
