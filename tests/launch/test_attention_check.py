@@ -189,7 +189,7 @@ def test_packed_rows_of_qwen3_5_need_the_kernel_that_knows_their_ends(on_gpu, mo
     assert error.got.endswith("torch_chunk_gated_delta_rule")
     assert error.fix.endswith(f"{PACKED}=False")
     padded = dict(preflight(on_gpu(model_type, "sdpa", estimator, **{PACKED: False})))
-    assert padded["linear attention"].startswith("padded rows in torch, slowly")
+    assert padded["linear attention"].startswith("padded rows in plain torch, slowly")
     dry = dict(preflight(on_gpu(model_type, "sdpa", estimator), dry_run=True))
     assert dry["linear attention"].startswith("packed rows need flash-linear-attention on the machine of the run: pip")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
