@@ -1,5 +1,6 @@
 """The attention of a run: without its package, with it, and what transformers and verl do not run."""
 
+import importlib
 import sys
 from importlib.metadata import requires
 
@@ -35,6 +36,7 @@ def installed(tmp_path, monkeypatch):
             (tmp_path / "site" / folder / "__init__.py").touch()
         (tmp_path / "site" / module / "__init__.py").write_text(text)
         (tmp_path / "site" / module / "ops" / "triton" / "cross_entropy.py").touch()
+        importlib.invalidate_caches()  # an import may have found the folder missing
 
     yield install
     for name in [name for name in sys.modules if name.startswith("flash_attn")]:
