@@ -94,7 +94,10 @@ def report_of(built: Any, request: StatisticsRequest) -> dict[str, Any]:
     """What the launch handshake gets from the actor that holds this worker."""
     held = type("ActorRolloutRefWorker", (), {})()
     held.actor = built
-    return worker_report(SimpleNamespace(worker_dict={"actor": held}), request.to_wire())
+    # outside of an actor Ray would start a cluster for this call, and leave it to later tests
+    here = SimpleNamespace(get_node_id=lambda: "node")
+    with mock.patch("ray.get_runtime_context", lambda: here):
+        return worker_report(SimpleNamespace(worker_dict={"actor": held}), request.to_wire())
 
 
 def unbound(output: Any, names: list[str] = MEASURED) -> dict[str, list[torch.Tensor]]:
