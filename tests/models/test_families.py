@@ -96,7 +96,7 @@ def report_of(built: Any, request: StatisticsRequest) -> dict[str, Any]:
     held.actor = built
     # outside of an actor Ray would start a cluster for this call, and leave it to later tests
     here = SimpleNamespace(get_node_id=lambda: "node")
-    with mock.patch("ray.get_runtime_context", lambda: here):
+    with mock.patch("ray.get_runtime_context", return_value=here):
         return worker_report(SimpleNamespace(worker_dict={"actor": held}), request.to_wire())
 
 
