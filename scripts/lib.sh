@@ -76,14 +76,21 @@ tiny_environment() {
   export TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1
 }
 
-# Makes and enters the environment of this machine, unless the active Python has the modules that are named.
+# Makes an environment, or finds it, and puts its commands (sayo, ray) first. Argument: cpu, gpu, or none for the one of
+# this machine.
+enter_environment() {
+  bash scripts/setup_env.sh "$@"
+  VIRTUAL_ENV="$(bash scripts/setup_env.sh --where "$@")"
+  export PATH="$VIRTUAL_ENV/bin:$PATH" VIRTUAL_ENV
+}
+
+# Enters the environment of this machine, unless the active Python has the modules that are named.
 ready_python() {
   python3 -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "$@" && return
   local stack=() # of this machine
   [[ -z "${RAY_ADDRESS:-}" ]] || stack=(gpu)
   ! dry_run || stack=(cpu)
-  bash scripts/setup_env.sh "${stack[@]}"
-  export PATH="$(bash scripts/setup_env.sh --where "${stack[@]}")/bin:$PATH"
+  enter_environment "${stack[@]}"
 }
 
 # Refuses, before minutes are spent on an environment: unknown names of a job or a method, variables that no script

@@ -19,9 +19,7 @@ OWN_METHOD=faithful
 place_run "$@"
 if dry_run; then exec bash scripts/anchor.sh "$@"; fi
 
-bash scripts/setup_env.sh cpu
-VENV="$(bash scripts/setup_env.sh --where cpu)"
-export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
+enter_environment cpu
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 python -m sayo_verl.focus run --check configs/focus/tiny.yaml "$@" # before the policy takes its minutes

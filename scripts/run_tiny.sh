@@ -26,10 +26,7 @@ check_names "$@"
 unset VERL_FILE_LOGGER_PATH # sayo watch and sayo report look in $OUT
 if dry_run; then VERL_PLATFORM=cpu exec bash scripts/run.sh "$@"; fi
 
-bash scripts/setup_env.sh cpu
-VENV="$(bash scripts/setup_env.sh --where cpu)"
-export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
-
+enter_environment cpu
 tiny_environment
 
 [[ -n "${DATA:-}" || " $*" == *"data.train_files="* ]] || DATA=$(sayo prepare synthetic --out .sayo)

@@ -6,10 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh
 help_or_go_on "$@"
 
-bash scripts/setup_env.sh cpu
-VENV="$(bash scripts/setup_env.sh --where cpu)"
-# Tests start commands by name (sayo, ray): they have to be this environment's.
-export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
+enter_environment cpu # tests start commands by name
 
 printf '== ruff check\n'
 ruff check .

@@ -22,9 +22,7 @@ place_run "$@"
 check_names "$@"
 if dry_run; then exec bash scripts/run_tiny.sh "$@"; fi
 
-bash scripts/setup_env.sh cpu
-VENV="$(bash scripts/setup_env.sh --where cpu)"
-export PATH="$VENV/bin:$PATH"
+enter_environment cpu
 tiny_environment
 
 FOLDER="$(mktemp -d /tmp/sayo-XXXXXX)" # short: Ray puts sockets into it, whose paths may have 107 characters

@@ -34,6 +34,26 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
 
 
+# --------------------------------------------------------------------------------------------------------------- links
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of a page, as GitHub makes them."""
+    lines = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M).splitlines()
+    titles = [line.lstrip("#").strip().lower() for line in lines if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
+
+
+def test_links_lead_to_files_and_headings():
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text())]
+    local = [(page, *link.partition("#")[::2]) for page, link in links if "://" not in link]
+    assert len(local) > 50
+    for page, file, anchor in local:
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert target.exists(), f"{page}: {file}"
+        assert not anchor or anchor in headings(target), f"{page}: {file}#{anchor}"
+
+
 # ------------------------------------------------------------------------------------------------------------ commands
 COMMANDS = [
     pytest.param(line, id=f"{page}: {line[:60]}")

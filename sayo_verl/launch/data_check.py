@@ -16,7 +16,7 @@ from sayo_verl.data.contract import Demands, Keys
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.answer_forms import Asked
 from sayo_verl.launch.prompt_check import check_batch, check_prompts
-from sayo_verl.launch.reward_check import is_ours, own_settings
+from sayo_verl.launch.reward_function import is_ours, own_settings
 from sayo_verl.launch.reward_result import check_result
 from sayo_verl.launch.row_check import Counted, check_parquet
 from sayo_verl.launch.split_check import check_boxes_of_run, check_leakage

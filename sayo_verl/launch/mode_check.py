@@ -155,7 +155,7 @@ def _rules(config: DictConfig) -> list[Rule]:
         ),
         Rule(
             "L77",
-            rollout.checkpoint_engine.backend == "naive",
+            by_hand,
             "separate_async sends weights to other devices, which this backend cannot",
             where=BACKEND,
             got="naive",

@@ -1,20 +1,20 @@
-"""Checks of the reward before a run: the function, its settings, and the manager that calls it."""
+"""Checks of the reward function and its settings before a run."""
 
-import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.launch.reward_function import FUNCTION, file_of, is_ours, kwargs_of, load, own_settings
+from sayo_verl.launch.reward_manager_check import check_manager
 from sayo_verl.launch.unread_keys import KWARGS, check_keys
 from sayo_verl.methods import Method, Mix
 from sayo_verl.reward import check_settings, compute_score
 from sayo_verl.reward.formula import require_math_verify
 
-FUNCTION = "reward.custom_reward_function"
 # Keywords with which every reward manager of verl calls the function, and those added with a reward model.
 PASSED = ("data_source", "solution_str", "ground_truth", "extra_info")
 PASSED_BESIDE_MODEL = ("reward_router_address", "reward_model_tokenizer")
@@ -42,14 +42,14 @@ def check_reward(
     """
     _check_overrides(kwargs_of(config))
     check_keys(config)
-    _check_manager(config)
+    check_manager(config)
     path, name = config.reward.custom_reward_function.path, str(config.reward.custom_reward_function.name)
     if path is None:
         model = config.reward.reward_model
         if model.enable:
             return f"the score of the reward model {model.model_path}"
         return "verl's built-in rule for the data source"
-    file = _file(str(path))
+    file = file_of(str(path))
     if file is not None and not file.is_file():
         raise SayoError(
             "L19",
@@ -62,7 +62,7 @@ def check_reward(
     plan = f"{path}:{name} {kwargs or ''}".strip()
     if left_out:
         plan += f"; without the job's settings of sayo_verl.reward ({', '.join(left_out)})"
-    module, error = _load(str(path))
+    module, error = load(str(path))
     if error is not None:
         reason = f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split())[:200]}"
         if dry_run:
@@ -122,66 +122,6 @@ def _check_tokenizer(path: str | None, dry_run: bool) -> str:
     )
 
 
-def is_ours(config: DictConfig) -> bool:
-    """Whether the run's reward function is ``sayo_verl.reward``'s, under whatever path and name it is loaded."""
-    # loaded from its file it is another object with the same code
-    return getattr(load_function(config), "__code__", None) == compute_score.__code__
-
-
-def load_function(config: DictConfig) -> Callable[..., Any] | None:
-    """The run's reward function without its settings; None for verl's own, and for one that cannot be loaded."""
-    path, name = config.reward.custom_reward_function.path, config.reward.custom_reward_function.name
-    return None if path is None else getattr(_load(str(path))[0], str(name), None)
-
-
-def _file(path: str) -> Path | None:
-    """The file that a path of verl's ``load_module`` names; None for a package."""
-    return None if path.startswith("pkg://") else Path(path.removeprefix("file://"))
-
-
-def _load(path: str) -> tuple[Any, Exception | None]:
-    """The module of a reward function, or None and why it cannot be loaded; run once per state of the file."""
-    file = _file(path)
-    if file is None:
-        return _load_once(path, None)
-    if not file.is_file():
-        return None, FileNotFoundError(path)
-    return _load_once(str(file.resolve()), (file.stat().st_mtime_ns, file.stat().st_size))
-
-
-@functools.lru_cache(maxsize=4)
-def _load_once(path: str, state: tuple[int, int] | None) -> tuple[Any, Exception | None]:
-    from verl.utils.import_utils import load_module
-
-    try:
-        return load_module(path), None
-    except Exception as error:  # noqa: BLE001 (a user's module may raise anything; the caller reports it)
-        return None, error
-
-
-def own_settings(config: DictConfig) -> dict[str, Any]:
-    """Settings of ``sayo_verl.reward.compute_score`` that are checked: those of the run over the defaults."""
-    names = inspect.signature(check_settings).parameters
-    defaults = inspect.signature(compute_score).parameters
-    kwargs = kwargs_of(config)
-    return {name: kwargs.get(name, defaults[name].default) for name in names}
-
-
-def kwargs_of(config: DictConfig) -> dict[str, Any]:
-    node = OmegaConf.select(config, KWARGS)
-    kwargs = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    if not isinstance(kwargs, Mapping | None):
-        raise SayoError(
-            "L34",
-            "not a group of settings",
-            where=KWARGS,
-            got=repr(kwargs),
-            wanted="settings by name",
-            fix=f"set {KWARGS}.<name> to a value",
-        )
-    return {str(key): value for key, value in (kwargs or {}).items()}
-
-
 def _check_overrides(kwargs: Mapping[str, Any]) -> None:
     """verl lets ``reward_kwargs`` replace its own arguments: every response would have the same truth."""
     for key in kwargs:
@@ -194,83 +134,6 @@ def _check_overrides(kwargs: Mapping[str, Any]) -> None:
                 wanted="settings of the function's own",
                 fix="leave it out",
             )
-
-
-def _check_manager(config: DictConfig) -> None:
-    from verl.experimental.reward_loop.reward_manager.registry import REWARD_MANAGER
-
-    manager, model = config.reward.reward_manager, config.reward.reward_model
-    where, custom = "reward.reward_manager.name", config.reward.custom_reward_function.path is not None
-    if manager.source == "register" and manager.name not in REWARD_MANAGER:
-        raise SayoError(
-            "L36",
-            f"unknown reward manager{did_you_mean(str(manager.name), REWARD_MANAGER)}",
-            where=where,
-            got=manager.name,
-            wanted=", ".join(sorted(REWARD_MANAGER)),
-            fix="correct the name",
-        )
-    if manager.source != "register":
-        _check_own_manager(manager)
-    if manager.source == "register" and manager.name == "rate_limited" and is_ours(config):
-        raise SayoError(
-            "L36",
-            "this manager turns every error of the reward function into reward 0",
-            where=where,
-            got=manager.name,
-            fix="set it to naive; no service is called whose rate needs a limit",
-        )
-    if model.enable and is_ours(config):
-        raise SayoError(
-            "L36",
-            "sayo_verl.reward does not ask a reward model",
-            where="reward.reward_model.enable",
-            got=True,
-            fix="set it to False, or name a reward function that does",
-        )
-    if model.enable and custom and not model.enable_resource_pool:
-        raise SayoError(
-            "L36",
-            "without devices of its own the reward model gets no data source or ground truth, and "
-            "the reward function fails",
-            where="reward.reward_model.enable_resource_pool",
-            got=False,
-            fix="set it to True, with nnodes and n_gpus_per_node beside it",
-        )
-    if model.enable and model.model_path is None:
-        raise SayoError(
-            "L36",
-            "no reward model is named",
-            where="reward.reward_model.model_path",
-            got=None,
-            wanted="a model folder or hub name",
-            fix="set it, or set reward.reward_model.enable=False",
-        )
-
-
-def _check_own_manager(manager: DictConfig) -> None:
-    """Load a manager of the user's as verl does; verl would do so when the models are there."""
-    path, name = manager.module.path, str(manager.name)
-    problem, where = "", "reward.reward_manager.module.path"
-    if manager.source != "importlib":
-        problem, where = "verl knows no such source", "reward.reward_manager.source"
-    elif path is None:
-        problem = "no file is named"
-    else:
-        module, error = _load(str(path))
-        if error is not None:
-            problem = f"it cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        elif not inspect.iscoroutinefunction(getattr(getattr(module, name, None), "run_single", None)):
-            problem, where = "it has no such class with `async def run_single`", "reward.reward_manager.name"
-    if problem:
-        raise SayoError(
-            "L36",
-            f"a reward manager of your own: {problem}",
-            where=where,
-            got=OmegaConf.select(manager, where.removeprefix("reward.reward_manager.")),
-            wanted="source=importlib, the file at module.path and the class at name",
-            fix="correct it, or set reward.reward_manager.source=register and name=naive",
-        )
 
 
 def _function(module: Any, path: str, name: str) -> Callable[..., Any]:

@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.answer_forms import EMPTY, FORMS, THOUGHTS, Asked, Tried, check_forms
 from sayo_verl.launch.reward_call import Returned, call_all
-from sayo_verl.launch.reward_check import FUNCTION, is_ours, kwargs_of, load_function
+from sayo_verl.launch.reward_function import FUNCTION, is_ours, kwargs_of, load_function
+from sayo_verl.launch.training_check import check_filter_metric
 from sayo_verl.methods import Method
 from sayo_verl.reward import compute_score
 from sayo_verl.reward.number import number
@@ -96,13 +97,11 @@ def check_result(
         A line for the plan.
 
     Raises:
-        SayoError: L36 for a reward model with which verl fails, L52 for group filtering by a value that the reward does
-            not give, L86 if the method needs ``acc`` and it is missing, has other values than 0 to 1, or cannot be
-            found, L87 for a result that verl cannot use, L88 for data sources that verl has no rule for, L89 of
-            ``check_forms``.
+        SayoError: L52 for group filtering by a value that the reward does not give, L86 if the method needs ``acc``
+            and it is missing, has other values than 0 to 1, or cannot be found, L87 for a result that verl cannot
+            use, L88 for data sources that verl has no rule for, L89 of ``check_forms``.
     """
     check_correct_from(config.sayo.get("correct_from"))
-    _check_reward_model(config)
     function, unchecked = _callable(config)
     result = None
     if function is not None:
@@ -110,7 +109,7 @@ def check_result(
     _check_correctness(config, method, result, unchecked, dry_run=dry_run)
     if result is None:
         return f"not checked: {unchecked}"
-    _check_metric(config, result)
+    check_filter_metric(config, result.keys)
     fix = (
         "prepare the rows with `sayo prepare ... --prompt instruction`, or name a reward function that reads what they "
         "ask for"
@@ -149,30 +148,6 @@ def _listed(values: Collection[float]) -> str:
     """
     said = [f"{value:g}" for value in sorted(values)]
     return ", ".join(said if len(said) <= 6 else [*said[:3], "...", said[-1]])
-
-
-def _check_reward_model(config: DictConfig) -> None:
-    """Refuse a reward model without a function on devices of its own: in verl 0.9.1 each of its rollouts fails."""
-    model = config.reward.reward_model
-    if not model.enable:
-        return
-    if model.enable_resource_pool and config.reward.custom_reward_function.path is None:
-        raise SayoError(
-            "L36",
-            "verl fails at the first rollout: its agent loop reads reward_extra_info, which a reward model without a "
-            "reward function does not return",
-            where="reward.reward_model.enable_resource_pool",
-            got=True,
-            fix=f"set it to False, or name a function that asks the model ({FUNCTION}.path)",
-        )
-    if not model.enable_resource_pool and config.algorithm.filter_groups.enable:
-        raise SayoError(
-            "L52",
-            "a reward model on the devices of the policy gives its score after sampling, too late for group filtering",
-            where="algorithm.filter_groups.enable",
-            got=True,
-            fix="set it to False, or use a reward function",
-        )
 
 
 def _callable(config: DictConfig) -> tuple[Callable[..., Any] | None, str]:
@@ -354,18 +329,4 @@ def _check_correctness(
             got=got,
             wanted="acc, 1 for a correct answer and 0 for a wrong one",
             fix=fix,
-        )
-
-
-def _check_metric(config: DictConfig, result: Result) -> None:
-    """Refuse group filtering by a key that the reward does not give: verl stops at the first finished group."""
-    groups = config.algorithm.filter_groups
-    if groups.enable and groups.metric not in (known := {*result.keys, "reward"}):
-        raise SayoError(
-            "L52",
-            "the reward function does not report the metric of dynamic sampling",
-            where="algorithm.filter_groups.metric",
-            got=groups.metric,
-            wanted=", ".join(sorted(known)),
-            fix="set it to one of these",
         )

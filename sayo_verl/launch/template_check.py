@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.model_check import model_folder
-from sayo_verl.launch.reward_check import KWARGS, is_ours, kwargs_of, own_settings
+from sayo_verl.launch.reward_function import is_ours, kwargs_of, own_settings
+from sayo_verl.launch.unread_keys import KWARGS
 from sayo_verl.reward import TAGS
 
 

@@ -7,12 +7,13 @@ verl reads these settings when it first trains, after models are loaded and roll
 import contextlib
 import io
 import warnings
+from collections.abc import Collection
 from importlib.metadata import version
 
 from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.errors import Rule, SayoError, did_you_mean, raise_first
-from sayo_verl.launch.reward_check import is_ours
+from sayo_verl.launch.reward_function import is_ours
 from sayo_verl.methods import Method
 
 LOSS_MODE = "actor_rollout_ref.actor.policy_loss.loss_mode"
@@ -201,17 +202,29 @@ def _check_sampling(config: DictConfig) -> None:
             )
             for key, on in asked.items()
         )
-    if not groups.enable:
-        return
+    check_filter_metric(config, REPORTED if is_ours(config) else None)
+
+
+def check_filter_metric(config: DictConfig, keys: Collection[str] | None) -> None:
+    """Refuse group filtering by a value that the reward does not give: verl stops at the first finished group.
+
+    Args:
+        config: the composed configuration.
+        keys: what the reward function returns beside the reward; None: not known.
+
+    Raises:
+        SayoError: L52.
+    """
+    groups = config.algorithm.filter_groups
     # verl 0.9.0 looks for every metric in what the reward function returns; later "reward" is the reward itself
     own = () if version("verl") == "0.9.0" else ("reward",)
-    reported = (*REPORTED, *own) if is_ours(config) else None
-    if not groups.metric or (reported is not None and groups.metric not in reported):
+    known = None if keys is None else sorted((*keys, *own))
+    if groups.enable and (not groups.metric or (known is not None and groups.metric not in known)):
         raise SayoError(
             "L52",
             "the reward function does not report the metric of dynamic sampling",
             where="algorithm.filter_groups.metric",
             got=groups.metric,
-            wanted=", ".join(reported or ("a key that your reward function returns", *own)),
-            fix="set it to acc",
+            wanted=", ".join(known or ("a key that your reward function returns", *own)),
+            fix="set it to one of these" if known else "set it to acc",
         )

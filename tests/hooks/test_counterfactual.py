@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.engine_rows import log_prob_pass, make_rows, mixed_rows, model_config, single_process_group, worker
-from support.family_models import patches_undone
+from support.engine_rows import log_prob_pass, make_rows, mixed_rows, model_config, worker
 from transformers import Qwen3VLForConditionalGeneration
 
 from sayo_verl.errors import SayoError
@@ -18,16 +17,9 @@ from sayo_verl.vision.grids import merged_grid
 from sayo_verl.vision.intervention import KINDS, Intervention, Pixels, intervene, prompt_key
 from sayo_verl.vision.masks import box_masks
 
+pytestmark = pytest.mark.usefixtures("process_group")
 REQUEST = StatisticsRequest((Statistic("image_mass"), Statistic("image_cosine")))
 STEP = 5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _process_group():
-    single_process_group()
-    torch.set_num_threads(1)
-    with patches_undone():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,8 @@ from support.engine_rows import (
     log_prob_pass,
     make_rows,
     model_config,
-    single_process_group,
     worker,
 )
-from support.family_models import patches_undone
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.experimental.separation.engine_workers import DetachActorWorker
@@ -32,6 +30,7 @@ from sayo_verl.hooks.trainer import AttentionTrainer
 from sayo_verl.methods.faithful import FaithfulMethod
 from sayo_verl.probe.statistics import COUNTERFACTUAL_LOG_PROBS, INTERVENTION_KEY, REQUEST_KEY, WIRE_PREFIX
 
+pytestmark = pytest.mark.usefixtures("process_group")
 METHOD = FaithfulMethod()
 STEP = 3
 
@@ -91,14 +90,6 @@ class AttentionInFront(AttentionTrainer, PPOTrainerSeparateAsync):
     """The other order of the bases."""
 
     base_mode = "separate_async"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _process_group():
-    single_process_group()
-    torch.set_num_threads(1)
-    with patches_undone():
-        yield
 
 
 @pytest.fixture(scope="module")

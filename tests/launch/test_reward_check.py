@@ -15,8 +15,8 @@ import sayo_verl.reward
 import sayo_verl.reward.formula
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.preflight import preflight
-from sayo_verl.launch.reward_check import KWARGS, is_ours
-from sayo_verl.launch.unread_keys import KEYS
+from sayo_verl.launch.reward_function import is_ours
+from sayo_verl.launch.unread_keys import KEYS, KWARGS
 from sayo_verl.methods import METHODS
 from sayo_verl.reward import compute_score
 

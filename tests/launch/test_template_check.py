@@ -9,8 +9,8 @@ from support.launch_config import add, refused, with_kwargs
 from transformers import AutoTokenizer
 
 from sayo_verl.launch.preflight import preflight
-from sayo_verl.launch.reward_check import KWARGS
 from sayo_verl.launch.template_check import configure
+from sayo_verl.launch.unread_keys import KWARGS
 
 OPENED = "<think>\n"
 

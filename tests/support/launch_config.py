@@ -19,7 +19,7 @@ from PIL import Image
 import sayo_verl.launch.job  # noqa: F401 (registers the resolvers of configs/job)
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.preflight import preflight
-from sayo_verl.launch.reward_check import KWARGS
+from sayo_verl.launch.unread_keys import KWARGS
 
 MESSAGE = re.compile(r"SAYO-[A-Z]\d\d: .+ \| at .+ \| (.* \| )?fix: .+")
 
