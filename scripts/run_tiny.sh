@@ -22,6 +22,8 @@ help_or_go_on "$@"
 export JOB=tiny
 [[ -n "${OWN_METHOD:-}" ]] || METHOD=${METHOD:-region} # run_sayo_tiny.sh and run_grpo_tiny.sh have theirs
 place_run "$@"
+# A Ray of its own, whatever else runs on this machine
+[[ -n "${RAY_ADDRESS:-}" ]] || set -- ++ray_kwargs.ray_init.address=local "$@"
 check_names "$@"
 unset VERL_FILE_LOGGER_PATH # sayo watch and sayo report look in $OUT
 if dry_run; then VERL_PLATFORM=cpu exec bash scripts/run.sh "$@"; fi
