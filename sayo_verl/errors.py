@@ -17,12 +17,14 @@ AREAS = {
     "A": "Advantages and methods",
     "C": "Model families on verl",
     "D": "Data",
+    "E": "Evaluation",
     "F": "Training of the <Focus> token",
     "L": "Launch",
     "P": "Probe of attention",
     "R": "Reports",
     "T": "Tiny task",
     "V": "Boxes, grids and changed images",
+    "W": "Where a model looks: look and diagnose",
     "X": "Plug-in and verl",
 }
 
@@ -84,7 +86,7 @@ KINDS: dict[str, type[SayoError]] = {
     **dict.fromkeys("L", ConfigError),
     **dict.fromkeys("D", DataError),
     **dict.fromkeys("APV", ProbeError),
-    **dict.fromkeys("CFRTX", SetupError),
+    **dict.fromkeys("CEFRTWX", SetupError),
     **dict.fromkeys(("A05", "A12", "A13", "A14", "D20", "D46", "D57", "F05", "F21", "F23", "V04"), ConfigError),
     **dict.fromkeys(("F26", "F27", "F28", "F29", "F30", "F31", "F32"), ConfigError),
     **dict.fromkeys(("F10", "F13", "F14", "F20", "F22", "F24", "V01", "V02", "V03"), DataError),

@@ -9,11 +9,12 @@ FLOORS = """
 errors metrics command_line
 script_variables
 vision models reward metis
-probe scenes
+view probe scenes
 data
 methods inspection
 report tiny
-focus
+focus look
+diagnose
 launch
 hooks
 main_ppo plugin prepare anchoring
