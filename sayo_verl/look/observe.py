@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText
 from sayo_verl.errors import Rule, SayoError, raise_first
 from sayo_verl.look import sinks
 from sayo_verl.look.collect import MEAN, Collector, Selection
-from sayo_verl.look.prompt import Prompt, prompt_of, with_question
+from sayo_verl.look.prompt import Prompt, check_context, prompt_of, with_question
 from sayo_verl.methods.region import target_attention, token_ratio
 from sayo_verl.methods.signals import Signals
 from sayo_verl.models import processors
@@ -225,17 +225,8 @@ class Observer:
 
     def check_room(self, prompts: Sequence[Prompt], tokens: int) -> None:
         """Refuse prompts that do not leave room for so many response tokens; W05."""
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        for prompt in prompts if limit is not None else ():
-            if len(prompt.ids) + tokens > limit:
-                raise SayoError(
-                    "W05",
-                    "prompt and response are longer than the model's context",
-                    where=prompt.seen.where,
-                    got=f"{len(prompt.ids)} + {tokens} tokens, {prompt.seen.tokens} of them visual",
-                    wanted=f"at most {limit}, max_position_embeddings of config.json",
-                    fix="give smaller or fewer images, or lower --max-new-tokens",
-                )
+        for prompt in prompts:
+            check_context(self.config, prompt.seen, len(prompt.ids), tokens)
 
     @property
     def ends(self) -> list[int]:
