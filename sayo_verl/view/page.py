@@ -7,6 +7,7 @@ escapes our escaping still runs nothing.
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from html import escape
@@ -15,6 +16,10 @@ from typing import Any
 
 STATIC = Path(__file__).parent / "static"
 SCRIPTS = ("maps.js", "words.js", "heads.js", "viewer.js")  # in the order of their use, joined to one script
+
+NUMBER = re.compile(
+    r"[+-]?\d[\d.,]*(e[+-]?\d+)?( ?(%|s|ms|min|h|MB|GB|± ?[\d.]+))*"
+)  # what a table aligns to the right
 
 
 def page(title: str, body: str, *, data: Mapping[str, Any] | None = None, viewer: bool = False) -> str:
@@ -61,8 +66,7 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _cell(value: object) -> str:
-    number = isinstance(value, int | float) or str(value).strip("<b>/").lstrip("+-−")[:1].isdigit()
-    return f'<td class="number">{value}</td>' if number else f"<td>{value}</td>"
+    return f'<td class="number">{value}</td>' if NUMBER.fullmatch(str(value)) else f"<td>{value}</td>"
 
 
 def _json(value: object) -> str:
