@@ -130,7 +130,9 @@ def read_steps(run: Path | str, notes: list[str] | None = None) -> list[Recorded
             if notes is None:
                 raise
             notes.append(str(error))
-    kept, abandoned, newest = [], [], -math.inf
+    kept: list[RecordedStep] = []
+    abandoned: list[RecordedStep] = []
+    newest = -math.inf
     for one in steps:
         (kept if one.written >= newest else abandoned).append(one)
         newest = max(newest, one.written)
