@@ -137,6 +137,7 @@ def prompt_of(
         images=images,
         answer="" if truth is None else str(truth),
         region_tokens=plan.region_tokens,
+        region=plan.keys["region"][plan.image_columns].numpy(),
     )
     check_context(config, seen, len(ids_P), 1)
     notes = tuple(

@@ -10,7 +10,6 @@ from support.engine_rows import RowShape
 from support.family_models import TINY
 from support.looked import response_of, row_of, truth_of
 
-from sayo_verl.look.sinks import border_mask
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 from sayo_verl.view import maps
 from sayo_verl.vision.intervention import Intervention
@@ -53,9 +52,10 @@ def test_masses_maps_and_the_head_table_are_those_of_eager_attention(
     assert observer.layers == tuple(n for n in range(TINY[name].layers) if n not in TINY[name].linear)
     p_LHTV = truth.attention[list(observer.layers)][:, :, truth.rows_of(query_row)]
     image_V, inside_V = truth.keys["image"], torch.isin(truth.keys["image"], truth.keys["region"])
-    border_V = torch.from_numpy(np.concatenate([border_mask(tiles) for tiles in prompt.tiles]))
+    border_V = torch.from_numpy(prompt.seen.border)
     sets = {"image_mass": image_V, "region_mass": image_V[inside_V], "sink_mass": torch.tensor([0])}
     sets["border_mass"] = image_V[border_V]
+    assert prompt.seen.region.tolist() == inside_V.tolist()
     for key, columns in sets.items():
         near(seen.values[key], p_LHTV[..., columns].sum(-1).mean((0, 1)))
     p_LHTV = p_LHTV[..., image_V]
