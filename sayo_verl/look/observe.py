@@ -46,6 +46,7 @@ from sayo_verl.view.seen import HeadTable, MapSet, SeenResponse, pieces_of, word
 from sayo_verl.vision.intervention import Intervention, Pixels, intervene, prompt_key
 from sayo_verl.vision.masks import region_mask
 
+LONGEST = 1024  # tokens of an answer, if no other number is asked for
 BUDGET = 5_000_000  # bytes of all maps of a response on a page, in base64
 HEADS_SHARE = 0.25  # of the budget, for the maps of single heads
 LOGITS = 2**24  # entries [t, N] of logits at once: 64 MiB of float32
@@ -154,6 +155,11 @@ class Observer:
         check_full_attention(numbers, self._kinds, where=where)
         return numbers
 
+    @property
+    def wanted_dtype(self) -> torch.dtype | str:
+        """As asked for: float32 on a CPU, ``auto`` (that of the checkpoint) on a GPU, unless it was named."""
+        return self._dtype or (torch.float32 if self.device.type == "cpu" else "auto")
+
     @functools.cached_property
     def model(self) -> Any:
         """The weights, loaded when they are first needed, so that an engine of its own may answer before.
@@ -161,7 +167,7 @@ class Observer:
         Raises:
             SayoError: W06.
         """
-        dtype: Any = self._dtype or (torch.float32 if self.device.type == "cpu" else "auto")
+        dtype = self.wanted_dtype
         try:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 self.name, dtype=dtype, attn_implementation=self.kernel
@@ -196,20 +202,20 @@ class Observer:
 
     @torch.no_grad()
     def answer(
-        self, prompts: Sequence[Prompt], *, max_new_tokens: int = 1024, temperature: float = 0.0, seed: int = 0
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0
     ) -> list[list[int]]:
         """Answer with transformers, all prompts in one batch: response ids with the end token, if there is one.
 
         Args:
             prompts: at least one.
-            max_new_tokens: longest response.
+            max_new_tokens: longest response; None: see ``room``.
             temperature: 0 is greedy; else sampled from the whole distribution, without the model's penalties.
             seed: of the sampling.
 
         Raises:
             SayoError: W05 for prompts that leave no room for the response.
         """
-        self.check_room(prompts, max_new_tokens)
+        max_new_tokens = self.room(prompts, max_new_tokens)
         stop = without_penalties(self.generation)
         longest = max(len(prompt.ids) for prompt in prompts)
         pad = stop.pad_token_id if stop.pad_token_id is not None else self.ends[0] if self.ends else 0
@@ -242,10 +248,18 @@ class Observer:
             self.model.generation_config = given
         return [self.until_end(row[longest:].tolist()) for row in ids]
 
-    def check_room(self, prompts: Sequence[Prompt], tokens: int) -> None:
-        """Refuse prompts that do not leave room for so many response tokens; W05."""
+    def room(self, prompts: Sequence[Prompt], tokens: int | None = None) -> int:
+        """How many tokens a response may have: as many as asked for, else ``LONGEST`` or what the context leaves.
+
+        Raises:
+            SayoError: W05 for prompts that do not leave room for it.
+        """
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(len(prompt.ids) for prompt in prompts)
+        wanted = tokens or (LONGEST if limit is None else max(min(LONGEST, limit - longest), 1))
         for prompt in prompts:
-            check_context(self.config, prompt.seen, len(prompt.ids), tokens)
+            check_context(self.config, prompt.seen, len(prompt.ids), wanted)
+        return wanted
 
     @functools.cached_property
     def generation(self) -> GenerationConfig:
@@ -457,7 +471,7 @@ class Observer:
                      got=tokenizer.decode(list(ids))),
             ]
         )  # fmt: skip
-        self.check_room([prompt], len(ids))
+        self.room([prompt], len(ids))
         return torch.tensor(list(ids), dtype=torch.int64)
 
     def _words(self, pieces: Sequence[str], ids: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -570,6 +584,11 @@ class Observer:
         stored = f"{len(chosen)} of {len(self.layers)} layers"
         note = f"Maps of single words are stored of the mean and of {stored}, to keep the page small."
         return _Wanted(True, chosen, levels, (note,))
+
+    def check_maps(self, names: Sequence[str]) -> None:
+        """Refuse names of maps that this model does not have; W11, P03, P11."""
+        for name in names:
+            self._selection(name)
 
     def _selection(self, name: str) -> Selection | None:
         """The layer and head of a map's name; None for the mean.
