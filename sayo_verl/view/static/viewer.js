@@ -5,6 +5,11 @@ const FILTERS = {
   border: "without the image's border",
   steady: "without border and steady tokens",
 };
+const FACTS = { // names for readers; others are shown as they are
+  trajectory_weight: "factor of the trajectory", attention_kernel: "attention kernel", query_row: "row of a token",
+  R_a: "R_a, all tokens together", R_a_single: "R_a, mean of single tokens",
+};
+const SAID = ["image_mass", "sink_mass", "border_share", "border_chance", "region_mass", "region_share", "region_chance"]; // in the table
 const FIRST_VALUES = ["token_weight", "image_mass"]; // the tint at first, in this order
 
 class Viewer {
@@ -44,7 +49,7 @@ class Viewer {
     this.maps = maps;
     this.map = maps.keys().next().value ?? null;
     this.scaleBar = element("div", { className: "scale" });
-    this.said = element("div", { className: "said", "aria-live": "polite" });
+    this.said = element("div", { className: "said" });
     this.menu = this.select([...maps].map(([name, map]) => [name, map.label + (map.words ? "" : " (whole response only)")]),
       (name) => this.update({ map: name }));
     const filters = Object.entries(FILTERS).filter(([key]) => key !== "steady" || [...maps.values()].some((map) => map.steady));
@@ -77,7 +82,8 @@ class Viewer {
     menu.value = this.tintBy;
     this.legend = element("div");
     this.responses = element("div", { className: this.several ? "group" : "single" });
-    parts.push(element("label", { className: "tint-by" }, "Words are tinted by ", menu), this.legend, this.responses);
+    this.common = element("div");
+    parts.push(element("label", { className: "tint-by" }, "Words are tinted by ", menu), this.legend, this.responses, this.common);
     this.right.append(...parts);
     this.heads = element("div");
     this.root.querySelector(".below").prepend(this.heads);
@@ -123,6 +129,9 @@ class Viewer {
     this.boxes = responses.map((response, r) => this.words(response, r));
     this.cards = responses.map((response, r) => this.card(response, r));
     this.responses.replaceChildren(...this.cards);
+    this.common.replaceChildren(...(this.several && responses.length > 1 ? responses[0].notes : [])
+      .filter((note) => responses.every((other) => other.notes.includes(note)))
+      .map((note) => element("p", { className: "note", textContent: note })));
     this.tintWords();
     this.showHeads();
     this.show();
@@ -159,10 +168,12 @@ class Viewer {
   }
 
   card(response, r) {
-    const facts = Object.entries(response.facts).filter(([name]) => !this.several || name !== "accuracy");
+    const facts = Object.entries(response.facts).filter(([name]) =>
+      !(this.several && name === "accuracy") && !(response.maps.length && SAID.includes(name)));
     const list = facts.length ? element("dl", { className: "facts" }, ...facts.flatMap(([name, fact]) =>
-      [element("dt", { textContent: name.replaceAll("_", " ") }), element("dd", { textContent: typeof fact === "string" ? fact : digits(fact) })])) : null;
-    const notes = response.notes.map((note) => element("p", { className: "note", textContent: note }));
+      [element("dt", { textContent: FACTS[name] ?? name }), element("dd", { textContent: typeof fact === "string" ? fact : digits(fact) })])) : null;
+    const common = (note) => this.several && this.now.length > 1 && this.now.every((other) => other.notes.includes(note));
+    const notes = response.notes.filter((note) => !common(note)).map((note) => element("p", { className: "note", textContent: note }));
     if (!this.several) return element("article", {}, this.boxes[r], list, ...notes);
     const { accuracy } = response.facts;
     const verdict = typeof accuracy !== "number" ? "" : accuracy >= 1 ? "right" : accuracy > 0 ? `partly right (${digits(accuracy)})` : "wrong";
@@ -286,15 +297,15 @@ class Viewer {
     const text = response.pieces.slice(start, end).join("").trim();
     const word = w === null ? null : `\u201c${text || "\u23ce"}\u201d`;
     const title = w === null ? `The whole ${this.several ? `response ${this.chosen + 1}` : "response"}`
-      : `${word}, word ${w + 1} of ${response.words.length}${this.several ? ` of response ${this.chosen + 1}` : ""}${this.pinned ? ", pinned" : ""}`;
+      : `${word}, word ${w + 1} of ${response.words.length}${this.several ? ` of response ${this.chosen + 1}` : ""}${this.pinned?.[0] === this.chosen && this.pinned[1] === w ? ", pinned" : ""}`;
     const of = (map, a, b) => this.numbers(map, left, first ? (name) => meanOf(response.values[name], a, b) : () => null);
     const [mine, all] = [raw && of(raw, start, end), of(whole, 0, response.pieces.length)];
-    const parts = [element("h3", { textContent: title })];
+    const spoken = element("p", { "aria-live": "polite", textContent: this.sentence(mine ?? all, left, mine ? "This word" : "On average a token") });
+    const parts = [element("h3", { textContent: title }), spoken];
     if (w !== null && !raw) {
       parts.push(element("p", { className: "warn", textContent:
         `Maps of single words are not stored for ${set.label}, so the map of the whole response is shown. ${this.data.more_maps} ${set.name} stores them.` }));
     }
-    parts.push(element("p", { textContent: this.sentence(mine ?? all, left, mine ? "This word" : "On average a token") }));
     if (left) {
       parts.push(element("p", { className: "note", textContent: `${FILTERS[this.filter]}: ${[...left].filter((bit) => bit === "1").length} of ` +
         `${this.data.tokens} visual tokens are left out, and the rest is scaled to 100 %.` }));
@@ -325,13 +336,14 @@ class Viewer {
       Object.assign(rows, {
         _boxes: onBoxes, _even: whole * chance,
         "attention on the boxes": percent(onBoxes),
-        "the same, if spread evenly over the image": percent(whole * chance),
+        "if spread evenly over the image": percent(whole * chance),
         "R_a (0.5: evenly spread)": digits(density ** 2 / (density ** 2 + 1), 2),
       });
     }
     const edge = [...border].filter((bit) => bit === "1").length;
     if (!left && sum(raw) > 0 && edge < tokens) {
-      rows["the border's share of the image's attention"] = `${percent(sum(raw, border) / sum(raw))} (evenly: ${percent(edge / tokens)})`;
+      rows["attention on the image's border"] = percent((sum(raw, border) / sum(raw)) * image);
+      rows["if spread evenly over the image "] = percent((edge / tokens) * image);
     }
     const sink = measured("sink_mass");
     if (sink !== null) rows["attention on the first token"] = percent(sink);
