@@ -69,7 +69,7 @@ def _one_browser() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
-    """After all other summaries, so that it is the last line but one: a test without a browser is not skipped silently."""
+    """The last line but one, after all other summaries: how many tests were skipped because no browser was found."""
     yield
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if NO_BROWSER in str(r.longrepr)]
     if skipped:

@@ -322,14 +322,12 @@ def test_an_environment_without_playwright_is_extended(copy: Copy) -> None:
 @pytest.mark.parametrize("source", ["works", "fails", "gives a stub"])
 def test_ci_installs_a_browser_and_goes_on_without(copy: Copy, source: str) -> None:
     copy.built("cpu")
-    starts = source == "works"
+    starts, made = source == "works", copy.bin / "chromium"
     code = f"#!/bin/bash\necho apt-get $* >>{copy.calls_file.with_name('apt')}\n"
     if source == "fails":
         code += "echo 'E: no network' >&2; exit 100\n"
     else:
-        code += (
-            f"printf '#!/bin/bash\\nexit {int(not starts)}' >{copy.bin}/chromium; /bin/chmod +x {copy.bin}/chromium\n"
-        )
+        code += f"printf '#!/bin/bash\\nexit {int(not starts)}' >{made}; /bin/chmod +x {made}\n"
     assert "browser: none, and it cannot be installed here" in copy.built(script=".ci/run")
     copy.command("apt-get", code)
     output = copy.built(script=".ci/run")

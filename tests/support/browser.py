@@ -26,7 +26,7 @@ THREAD = ThreadPoolExecutor(1, thread_name_prefix="browser")
 # Run in the page. Returns problems: broken pictures, overflow, and colours that ignore the scheme.
 LOOK = """async (scheme) => {
   const found = [];
-  const name = (e) => e.tagName.toLowerCase() + (e.id ? "#" + e.id : "") + [...e.classList].map((c) => "." + c).join("");
+  const name = (e) => [e.tagName.toLowerCase() + (e.id && "#" + e.id), ...e.classList].join(".");
   for (const image of document.images) {
     await image.decode().catch(() => {});
     if (!image.naturalWidth) found.push(`image without pixels: ${name(image)} ${image.src.slice(0, 80)}`);
@@ -104,9 +104,7 @@ def problems(path: Path, width: int, scheme: str, act: Callable[[Any], None] | N
         context.set_default_timeout(60_000)
         context.route(re.compile(f"^(?!{LOCAL.pattern})"), lambda route: route.abort())
         context.on("request", lambda r: None if LOCAL.match(r.url) else found.append(f"request for {r.url}"))
-        context.on(
-            "requestfailed", lambda r: found.append(f"request failed: {r.url[:80]}") if LOCAL.match(r.url) else 0
-        )
+        context.on("requestfailed", lambda r: found.append(f"request failed: {r.url[:80]}"))
         page = context.new_page()
         page.on("console", lambda m: found.append(f"console: {m.text}") if m.type == "error" else None)
         page.on("pageerror", lambda error: found.append(f"error of a script: {error}"))
