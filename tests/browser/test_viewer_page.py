@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from support.browser import check_page
-from support.looked import EVIL, INTERNVL, looked_at, said
+from support.viewed import EVIL, INTERNVL, looked_at, said
 
 from sayo_verl.look.page import write_page
 from sayo_verl.view.figure import inline

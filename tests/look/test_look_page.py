@@ -2,7 +2,7 @@
 
 import re
 
-from support.looked import EVIL, looked_at, said
+from support.viewed import EVIL, looked_at, said
 
 from sayo_verl.look.page import write_page
 

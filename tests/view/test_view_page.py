@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-from support.looked import EVIL, INTERNVL, QWEN, looked_at, said
+from support.viewed import EVIL, INTERNVL, QWEN, looked_at, said
 
 from sayo_verl.view.figure import COLOURS, INK, inline, style
 from sayo_verl.view.maps import SPAN, Packed
