@@ -81,7 +81,7 @@ def find_model(name: str) -> Model:
     Raises:
         SayoError: E01, E02, E03.
     """
-    folder = Path(name).expanduser()
+    folder = Path(name).expanduser().absolute()
     if not folder.is_dir():
         if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name.split("/")[0]).exists():
             return Model(name, None, None)

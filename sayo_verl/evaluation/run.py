@@ -1,7 +1,7 @@
 """The whole of ``scripts/eval_lmms.sh``: plan, environment, names, merge, harness, table.
 
-Error codes: E05 the harness lacks a task, E06 vLLM without a GPU, E08 an option that does not fit, E09 a step failed, E11 no
-judge, E12 a data set that cannot be fetched. ``model``, ``sets`` and ``table`` have the others.
+Error codes: E05 the harness lacks a task, E06 vLLM without a GPU, E08 an option that does not fit, E09 a step failed,
+E11 no judge, E12 a data set that cannot be fetched. ``model``, ``sets`` and ``table`` have the others.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from sayo_verl.errors import Rule, SayoError, did_you_mean, raise_first
@@ -23,6 +23,7 @@ from sayo_verl.evaluation.sets import PROMPTS, BenchmarkSet, read_set
 from sayo_verl.evaluation.table import report
 
 ROOT = Path(__file__).resolve().parents[2]
+FIXUPS = ROOT / "scripts" / "cpu_stack_fixups.py"
 HARNESS = "lmms-eval==0.7.3"
 KERNELS = {"flash_attention_2": "FLASH_ATTN", "sdpa": None, "eager": None}  # -> vLLM's name
 # Tries the names of tasks in the harness; prints as JSON what it lacks, and the data set of each.
@@ -31,7 +32,8 @@ import json, sys
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
 index = TaskManager(include_path=sys.argv[1]).task_index
-sets = {t: load_yaml_config(index[t]["yaml_path"], mode="simple").get("dataset_path") for t in sys.argv[2:] if t in index}
+read = lambda task: load_yaml_config(index[task]["yaml_path"], mode="simple").get("dataset_path")
+sets = {task: read(task) for task in sys.argv[2:] if task in index}
 print("NAMES" + json.dumps({"known": sorted(index), "sets": sets}))
 """
 
@@ -66,7 +68,7 @@ class Plan:
 
     def generation(self, sample: int) -> str:
         """Generation settings that replace those of the tasks. vLLM starts each run alike unless it gets a seed."""
-        given = {"temperature": 0, "do_sample": False}
+        given: dict[str, object] = {"temperature": 0, "do_sample": False}
         if self.options.sampled:
             given = {"temperature": self.options.temperature, "top_p": 1.0, "do_sample": True}
             given |= {"seed": sample} if self.model_class == "vllm" else {}
@@ -75,7 +77,7 @@ class Plan:
 
     def harness(self, sample: int = 0) -> list[str]:
         """The command of the harness for one sample of every question."""
-        where = str(self.merged or self.model.name)
+        where = str(self.merged or self.model.source or self.model.name)
         if self.model_class == "vllm":
             arguments = {"model": where, "tensor_parallel_size": self.options.gpus, "dtype": "bfloat16"}
             arguments |= {"attention_backend": KERNELS[self.attention]}
@@ -105,7 +107,7 @@ class Plan:
             "pixels of an image": seen if self.model_class != "vllm" else "limits of the model's own processor",
             "sampling": f"avg@{n}, temperature {self.options.temperature}" if n else "greedy",
             "sampling of the paper": self.benchmarks.sampling,
-            "length of an answer": f"{self.options.max_new_tokens or 'limits of the tasks (direct prompts: often 16)'} tokens",
+            "tokens of an answer": self.options.max_new_tokens or "limits of the tasks (direct prompts: often 16)",
             "rows": self.options.limit or "all",
         }
 
@@ -208,7 +210,6 @@ def make_plan(argv: Sequence[str], environment: Mapping[str, str]) -> Plan:
     )
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     out = (options.out or ROOT / "outputs" / "eval" / f"{options.set.split(',')[0]}-{stamp}").expanduser().absolute()
-    model = replace(model, name=str(model.source.absolute())) if model.source and not model.shards else model
     return Plan(model, benchmarks, options, "gpu" if gpu else "cpu", model_class, attention, out)
 
 
@@ -224,7 +225,7 @@ def show(plan: Plan) -> None:
         print(f"  {b.name:<28} {how}" + ("" if b.left_out else f" ({b.prompt or 'as named'}{judged})"))
         if b.note and not b.left_out:
             print(f"  {'':<28} {b.note}")
-    print(f"\nenvironment of the harness: {plan.venv} ({constraints(plan).relative_to(ROOT)})")
+    print(f"\nenvironment of the harness: {plan.venv} ({constraints(plan.stack).relative_to(ROOT)})")
     if plan.model.shards:
         print(f"merge: {shlex.join(plan.merge())}")
     for sample in range(max(plan.options.sampled, 1)):
@@ -232,15 +233,20 @@ def show(plan: Plan) -> None:
     print(f"result: {plan.out}/results.md and results.json")
 
 
-def constraints(plan: Plan) -> Path:
+def constraints(stack: str) -> Path:
     """The pinned versions of the harness's environment."""
-    return ROOT / "configs" / f"constraints-eval-{plan.stack}.txt"
+    return ROOT / "configs" / f"constraints-eval-{stack}.txt"
+
+
+def key_of(stack: str) -> str:
+    """A hash of what decides what is installed."""
+    return hashlib.sha256(constraints(stack).read_bytes() + FIXUPS.read_bytes()).hexdigest()
 
 
 def build(plan: Plan) -> None:
     """The environment of the harness, unless it is there with these versions."""
-    pins, stamp, python = constraints(plan), plan.venv / ".sayo-eval", str(plan.venv / "bin" / "python")
-    key = hashlib.sha256(pins.read_bytes() + Path(__file__).read_bytes()).hexdigest()
+    pins, stamp, python = constraints(plan.stack), plan.venv / ".sayo-eval", str(plan.venv / "bin" / "python")
+    key = key_of(plan.stack)
     if stamp.is_file() and stamp.read_text() == key:
         return
     if plan.venv.exists() and not (plan.venv / ".sayo-eval-begun").exists():
@@ -267,7 +273,7 @@ def build(plan: Plan) -> None:
     wheels = [HARNESS, "decord"] + (["vllm"] if plan.stack == "gpu" else [])
     step(plan, "environment", [*pip, "--constraint", str(pins), *wheels])
     if plan.stack == "cpu":
-        step(plan, "environment", [python, str(ROOT / "scripts" / "cpu_stack_fixups.py")])
+        step(plan, "environment", [python, str(FIXUPS)])
     stamp.write_text(key)
 
 
@@ -339,11 +345,15 @@ def run(plan: Plan) -> None:
         step(plan, "merge", [*prefix, *plan.merge()], VERL_PLATFORM="cpu" if plan.stack == "cpu" else "")
     local = {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
     local |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if plan.options.data else {}
-    for sample in range(max(plan.options.sampled, 1)):
+    n_samples = max(plan.options.sampled, 1)
+    for sample in range(n_samples):
+        shutil.rmtree(
+            plan.out / "harness" / str(sample), ignore_errors=True
+        )  # an earlier run's result is not this one's
         print(f"answering (progress: {plan.out}/harness.log)", flush=True)
         step(plan, "harness", plan.harness(sample), **local)
     print()
-    report(plan.benchmarks, plan.facts(), plan.out)
+    report(plan.benchmarks, plan.facts(), plan.out, n_samples)
 
 
 def main() -> int:

@@ -13,13 +13,13 @@ from sayo_verl.errors import SayoError
 from sayo_verl.evaluation.sets import Benchmark, BenchmarkSet
 
 
-def report(benchmarks: BenchmarkSet, facts: Mapping[str, object], out: Path) -> None:
-    """Print the table and write both files into ``out``.
+def report(benchmarks: BenchmarkSet, facts: Mapping[str, object], out: Path, n_samples: int = 1) -> None:
+    """Print the table and write both files into ``out``, from the results of ``n_samples`` runs of the harness.
 
     Raises:
         SayoError: E10.
     """
-    samples = [_result(folder) for folder in sorted((out / "harness").iterdir(), key=lambda path: int(path.name))]
+    samples = [_result(out / "harness" / str(sample)) for sample in range(n_samples)]
     rows = [row for benchmark in benchmarks.benchmarks for row in _rows(benchmark, samples, out)]
     for row in rows:
         row["paper"] = dict(zip(benchmarks.columns, row["paper"], strict=False))
@@ -45,9 +45,9 @@ def report(benchmarks: BenchmarkSet, facts: Mapping[str, object], out: Path) -> 
         paper,
         "",
         *_markdown(
-            header + ["tasks", "metric", "prompt"],
+            [*header, "tasks", "metric", "prompt"],
             [
-                cell + [" ".join(row["tasks"]) or "-", row["metric"] or "-", row["prompt"] or "-"]
+                [*cell, " ".join(row["tasks"]) or "-", row["metric"] or "-", row["prompt"] or "-"]
                 for cell, row in zip(cells, rows, strict=True)
             ],
         ),
