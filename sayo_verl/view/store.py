@@ -198,7 +198,7 @@ def read_step(file: Path, pictures: dict[str, Image.Image] | None = None) -> Rec
             prompts=tuple(prompts),
             notes=tuple(map(str, record["notes"])),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise _invalid(file, f"{type(error).__name__}: {error}") from error
 
 
@@ -215,6 +215,7 @@ def prompt_to_json(prompt: SeenPrompt, picture: Callable[[Image.Image], str] | N
         "question": prompt.question,
         "answer": prompt.answer,
         "region_tokens": prompt.region_tokens,
+        "region": None if prompt.region is None else np.flatnonzero(prompt.region).tolist(),
         "images": [
             {
                 "picture": named(image.picture),
@@ -240,12 +241,14 @@ def prompt_from_json(record: Mapping[str, Any], picture: Callable[[str], Image.I
             raise ValueError(f"no folder for the image {name!r}")
         boxes = tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in image["boxes"])
         images.append(SeenImage(opened, tuple(Tile(*tile) for tile in image["tiles"]), boxes, tuple(image["names"])))
+    tokens = sum(image.tokens for image in images)
     return SeenPrompt(
         where=record["where"],
         question=record["question"],
         images=tuple(images),
         answer=record["answer"],
         region_tokens=int(record["region_tokens"]),
+        region=_mask(record["region"], tokens),
     )
 
 
@@ -289,10 +292,7 @@ def _map_to_json(one: MapSet) -> dict[str, Any]:
 
 def _map_from_json(record: Mapping[str, Any]) -> MapSet:
     total = Packed.from_json(record["total"])
-    steady = None
-    if record["steady"] is not None:
-        steady = np.zeros(total.shape[1], bool)
-        steady[record["steady"]] = True
+    steady = _mask(record["steady"], total.shape[1])
     words = None if record["words"] is None else Packed.from_json(record["words"])
     return MapSet(record["name"], record["label"], total, words, steady)
 
@@ -315,6 +315,15 @@ def _check(prompt: SeenPrompt, response: SeenResponse) -> None:
         rows = len(response.words)
         if one.total.shape != (1, prompt.tokens) or (one.words and one.words.shape != (rows, prompt.tokens)):
             raise ValueError(f"map {one.name!r} does not fit {prompt.tokens} visual tokens and {rows} words")
+
+
+def _mask(places: Sequence[int] | None, length: int) -> np.ndarray | None:
+    """bool [length], true at the places; None for None."""
+    if places is None:
+        return None
+    mask = np.zeros(length, bool)
+    mask[np.array(places, int)] = True
+    return mask
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:

@@ -27,7 +27,7 @@ V = 7
 def prompt_of(colour: int = 0) -> SeenPrompt:
     picture = Image.fromarray(np.full((6, 8, 3), colour, np.uint8))
     image = SeenImage(picture, TILES, ((0.1, 0.2, 0.5, 1 / 3),), ("red <b>box</b>",))
-    return SeenPrompt("row 3 of val.parquet", "What colour?", (image,), "red", 2)
+    return SeenPrompt("row 3 of val.parquet", "What colour?", (image,), "red", 2, np.arange(V) < 2)
 
 
 def response_of(pieces: tuple[str, ...] = ("The", " red", " 红", "")) -> SeenResponse:
@@ -84,6 +84,7 @@ def test_a_step_is_read_as_it_was_written(tmp_path: Path):
         wanted.answer,
         2,
     )
+    np.testing.assert_array_equal(prompt.region, wanted.region)
     same(response, response_of())
     assert empty.text == ""
 
