@@ -106,6 +106,7 @@ def _run_report(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from sayo_verl.report.curves import plot_run, plot_runs
+    from sayo_verl.report.page import write_page
     from sayo_verl.report.runs import load_run
     from sayo_verl.report.table import first_last_table
 
@@ -114,6 +115,7 @@ def _run_report(args: argparse.Namespace) -> int:
     for path, run in zip(args.runs, runs.values(), strict=True):
         console.print(first_last_table(run, k=args.window))
         console.print(f"curves   {plot_run(run, path / 'curves.png')}", soft_wrap=True, highlight=False)
+        console.print(f"page     {write_page(run, args.window)}", soft_wrap=True, highlight=False)
         for file in run.files:
             console.print(f"metrics  {file}", soft_wrap=True, highlight=False)
         for note in run.notes:
