@@ -110,7 +110,9 @@ def _run_report(args: argparse.Namespace) -> int:
     from sayo_verl.report.runs import load_run
     from sayo_verl.report.table import first_last_table
 
-    runs = {path.name: load_run(path) for path in args.runs}
+    names = [path.resolve().name for path in args.runs]
+    named = [name if names.count(name) == 1 else str(path) for name, path in zip(names, args.runs, strict=True)]
+    runs = {name: load_run(path) for name, path in zip(named, args.runs, strict=True)}
     console = Console()
     for path, run in zip(args.runs, runs.values(), strict=True):
         console.print(first_last_table(run, k=args.window))
@@ -122,6 +124,45 @@ def _run_report(args: argparse.Namespace) -> int:
             console.print(f"note     {note}", soft_wrap=True, highlight=False, markup=False)
     if len(runs) > 1:
         console.print(f"compared {plot_runs(runs, args.out)}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _compare(parser: argparse.ArgumentParser) -> Run:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--label",
+        nargs="+",
+        default=[],
+        metavar="L",
+        help="one per run, in their order; runs with one label are one group (default: runs that differ only in "
+        "the seed)",
+    )
+    parser.add_argument("--baseline", default="", metavar="L", help="label of a group (default: verl's own estimator)")
+    parser.add_argument(
+        "--window", type=int, default=5, metavar="N", help="last steps that the numbers are means of (%(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("compare.html"), metavar="FILE", help="the page (default: %(default)s)"
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
+    return _run_compare
+
+
+def _run_compare(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sayo_verl.report.compare import compare
+    from sayo_verl.report.compare_page import comparison_page, markdown, print_comparison
+    from sayo_verl.report.page import write_text
+
+    shown = compare(args.runs, args.label, args.baseline, args.window)
+    console = Console()
+    print_comparison(shown, console)
+    write_text(args.out, comparison_page(shown))
+    console.print(f"page     {args.out}", soft_wrap=True, highlight=False)
+    if args.markdown:
+        write_text(args.markdown, markdown(shown))
+        console.print(f"markdown {args.markdown}", soft_wrap=True, highlight=False)
     return 0
 
 
@@ -172,7 +213,8 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
     "inspect": ("check prepared data and draw it as the model sees it", _inspect),
     "focus": ("train a <Focus> token on annotated regions, before attn_faithful", _focus),
     "watch": ("run a training command and show its progress", _watch),
-    "report": ("table of the first and last steps of runs, and their curves", _report),
+    "report": ("table, curves and a page of runs", _report),
+    "compare": ("compare runs: seeds as mean and interval, differences, cost", _compare),
     "evaluate": ("accuracy and attention of a tiny policy on held-out scenes", _evaluate),
 }
 

@@ -27,6 +27,7 @@ from sayo_verl.view.viewer import mount
 
 PAGE_FILE = "report.html"
 MAPS_BUDGET = 6_000_000  # bytes of pictures and maps of all viewers together
+MOST_FILES = 4  # named of each split
 QUIET = 600.0  # seconds without a new line after which a run without a recorded end counts as stopped
 GRID = "display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:.6rem 1.6rem"
 RECORDS = (
@@ -147,7 +148,7 @@ def state_of(run: Run) -> tuple[str, str]:
 
 
 def _what(run: Run, config: dict[str, Any]) -> str:
-    rows = [(name, text(value)) for name, value in described(run, config)]
+    rows = [(name, f"<span>{text(value)}</span>") for name, value in described(run, config)]
     rows.append(("started", text(run.started)))
     if len(run.files) > 1 or run.seams:
         seams = ", ".join(f"after step {seam}" for seam in run.seams)
@@ -168,7 +169,9 @@ def described(run: Run, config: dict[str, Any]) -> list[tuple[str, str]]:
 
     def files(key: str) -> str:
         value = config.get(key)
-        return ", ".join(size(str(file)) for file in (value if isinstance(value, list) else [value] if value else []))
+        named = [str(file) for file in (value if isinstance(value, list) else [value] if value else [])]
+        more = f" and {len(named) - MOST_FILES} more" if len(named) > MOST_FILES else ""
+        return ", ".join(map(size, named[:MOST_FILES])) + more
 
     method = run.estimator.removeprefix("attn_")
     own = {key.removeprefix(f"algorithm.attn.{method}."): config[key] for key in config if _of(key, method)}
@@ -200,7 +203,7 @@ def _verdict(run: Run, steps: Sequence[RecordedStep], k: int) -> str:
         looked = ["No attention metric was logged, and no rollouts were recorded."]
     return (
         f"<h2>Did it get better?</h2>{bullets(verdict.outcome(run, k))}<h2>Where did the policy look?</h2>"
-        f'{bullets(looked)}<p class="note">A change counts as clear from {verdict.CLEAR:g} standard errors on, from '
+        f'{bullets(looked)}<p class="note">{text(verdict.windows(run, k))} A change counts as clear from {verdict.CLEAR:g} standard errors on, from '
         "the spread of single steps. One run cannot show that attention caused it: <code>sayo compare</code> shows "
         "runs beside a baseline.</p>"
     )

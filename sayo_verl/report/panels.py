@@ -87,7 +87,7 @@ def draw_panel(axis: Axes, panel: Panel, runs: Mapping[str, Sequence[Run]]) -> N
         axis.set_yticks([])
         return
     for seam in (seam for seeds in runs.values() if alone for run in seeds for seam in run.seams):
-        axis.axvline(seam + 0.5, color=GREY, linewidth=0.9, linestyle=(0, (6, 3)), zorder=1)
+        axis.axvline(seam + 0.5, color=GREY, linewidth=0.8, alpha=0.7, linestyle=(0, (6, 3)), zorder=1)
     if absent and panel in c.COMMON.panels:
         remarks.append(f"training: {r.NOT_MEASURED}" if alone else f"{r.NOT_MEASURED}: {', '.join(absent)}")
     elif absent:  # some runs use other methods

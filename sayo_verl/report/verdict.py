@@ -49,7 +49,7 @@ class Change:
         if math.isnan(self.error):
             return f"went from {first} to {last} (single steps, so the noise is unknown)"
         if abs(gap) < CLEAR * self.error:
-            return f"shows no clear change: {first}, then {last} (standard error of the change {self.error:.{decimals}f})"
+            return f"shows no clear change: {first}, then {last} (standard error {self.error:.{decimals}f})"
         return f"{'rose' if gap > 0 else 'fell'} from {first} to {last}"
 
 
@@ -58,7 +58,7 @@ def outcome(run: Run, k: int) -> list[str]:
     said = []
     for metric, name in ((c.SCORE, "Task reward"), (c.ACCURACY, "Accuracy on training prompts")):
         if change := Change.of(run.training(metric.name), k):
-            said.append(f"{name} {change.text()} ({_windows(change.window)}).")
+            said.append(f"{name} {change.text()}.")
     for source, series in run.validation_accuracy().items():
         (start, before), (end, after) = series[0], series[-1]
         if start == end:
@@ -78,13 +78,14 @@ def attention(run: Run, k: int) -> list[str]:
         of_region = f"; on the target, {share(region.first)} at first and {share(region.last)} at last" if region else ""
         said.append(
             f"Response tokens put {share(image.first)} of their attention on the image at first and "
-            f"{share(image.last)} at last{of_region} ({_windows(image.window)})."
+            f"{share(image.last)} at last{of_region}."
         )
     for panel in own_panels(run):
         for metric in panel.metrics[:2]:
             if metric.name != IMAGE_MASS and (change := Change.of(run.training(metric.name), k)):
                 name = metric.text[0].upper() + metric.text[1:] + (f" ({metric.unit})" if metric.unit else "")
-                said.append(f"{name}: {change.text()}{_guide(panel)}.")
+                note = f" {metric.note}" if metric.note else ""
+                said.append(f"{name} {change.text()}{_guide(panel)}.{plain(note).replace('`', '')}")
     return said
 
 
@@ -160,8 +161,12 @@ def _mean(values: Sequence[float]) -> float:
     return sum(kept) / len(kept) if kept else math.nan
 
 
-def _windows(window: int) -> str:
-    return f"means of the first and last {window} steps" if window > 1 else "the first and the last step"
+def windows(run: Run, k: int) -> str:
+    """What the numbers are, as a sentence."""
+    window = min(k, sum(step > 0 for step in run.steps) // 2)
+    if window < 2:
+        return "Numbers are of the first and the last step."
+    return f"Numbers are means of the first and the last {window} steps."
 
 
 def _guide(panel: Panel) -> str:
