@@ -34,6 +34,7 @@ from sayo_verl.launch.job import check_types, composition_error, keys_of, write_
 from sayo_verl.launch.model_check import load_config
 from sayo_verl.launch.names import check_names
 from sayo_verl.launch.preflight import check_estimator, preflight, show
+from sayo_verl.launch.record_check import is_recording
 from sayo_verl.launch.resources import STARTED_HERE, check_devices, find_cluster, sizes_of_ray
 from sayo_verl.launch.resume import how_to_resume, metrics_file
 from sayo_verl.launch.settings import load_methods
@@ -116,8 +117,11 @@ def prepare_workers(config: DictConfig, variables: Mapping[str, str]) -> None:
 
 
 def select_method(config: DictConfig) -> bool:
-    """Select the attention trainer and engine if the estimator is one of ours; return whether it is."""
-    ours = config.algorithm.adv_estimator in (*METHODS, Mix.name)
+    """Select the attention trainer and engine if attention is measured; return whether it is.
+
+    That is for the methods, and for recorded rollouts (``sayo.viz_every``) of verl's own estimators.
+    """
+    ours = config.algorithm.adv_estimator in (*METHODS, Mix.name) or is_recording(config)
     if ours:
         config.trainer.v1.trainer_mode = f"sayo_{config.trainer.v1.trainer_mode}"
         config.actor_rollout_ref.model.external_lib = ENGINE

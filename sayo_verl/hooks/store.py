@@ -91,7 +91,7 @@ def _padded(data: TensorDict, key: str) -> torch.Tensor:
     return data[key].to_padded_tensor(0.0).float()
 
 
-def _reward_info(batch: KVBatchMeta) -> list[dict[str, Any]]:
+def reward_info(batch: KVBatchMeta) -> list[dict[str, Any]]:
     """What the reward function returned besides the score, for each row; empty for a padding row and a reward model."""
     infos = []
     for row, tag in zip(fetch(batch, ["extra_fields"])["extra_fields"], batch.tags, strict=True):
@@ -108,7 +108,7 @@ def _correct(batch: KVBatchMeta, correct_from: float | str | None) -> torch.Tens
         padding = torch.tensor([bool(tag.get("is_padding", False)) for tag in batch.tags])
         return ((rewards >= torch.tensor(float(correct_from))) & ~padding).float()
     out = []
-    for key, info, tag in zip(batch.keys, _reward_info(batch), batch.tags, strict=True):
+    for key, info, tag in zip(batch.keys, reward_info(batch), batch.tags, strict=True):
         padding = tag.get("is_padding", False)
         acc = 0.0 if padding else number(info.get("acc"))
         if acc is None:
@@ -127,7 +127,7 @@ def _correct(batch: KVBatchMeta, correct_from: float | str | None) -> torch.Tens
 def fetch_reward_parts(batch: KVBatchMeta) -> dict[str, float]:
     """Batch means of the numbers that the reward function gives as ``acc`` and ``format``, without padding rows."""
     totals: dict[str, list[float]] = {}
-    for info in _reward_info(batch):
+    for info in reward_info(batch):
         for key, name in (("acc", "accuracy"), ("format", "format")):
             if (value := number(info.get(key))) is not None:
                 totals.setdefault(name, []).append(value)

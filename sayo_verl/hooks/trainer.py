@@ -3,8 +3,10 @@
 A method with a counterfactual image gets a second pass of the same responses, after the first. The method computes its
 credit in a thread while verl runs the reference and value passes, during which this process waits.
 
-It overrides four methods of verl's base trainer and calls verl's own in each: ``__init__``, ``_setup`` (handshake),
-``_compute_old_log_prob`` and ``_compute_advantage``.
+It overrides methods of verl's base trainer and calls verl's own in each: ``__init__``, ``_setup`` (handshake),
+``_compute_old_log_prob``, ``_compute_advantage``, and ``fit`` and ``prepare_step`` to record rollouts (``record``).
+
+With recorded rollouts it also trains verl's own estimators. Their batches then get verl's own passes and advantages.
 """
 
 import dataclasses
@@ -22,10 +24,12 @@ from sayo_verl.errors import SayoError
 from sayo_verl.hooks import store
 from sayo_verl.hooks.contract import worker_report
 from sayo_verl.hooks.estimator import CURRENT, AdvantageContext, timed_credit
+from sayo_verl.hooks.record import Recorder
 from sayo_verl.launch.cluster import node_name
+from sayo_verl.launch.record_check import is_recording
 from sayo_verl.launch.settings import settings_from_config
-from sayo_verl.methods import Credit, Signals
-from sayo_verl.probe.statistics import INTERVENTION_KEY, REQUEST_KEY
+from sayo_verl.methods import Credit, Method, Needs, Signals
+from sayo_verl.probe.statistics import INTERVENTION_KEY, REQUEST_KEY, StatisticsRequest
 from sayo_verl.probe.taps import describe_layers
 
 
@@ -62,13 +66,14 @@ class AttentionTrainer(PPOTrainer):
 
     base_mode: str
     actor_rollout_wg: Any
+    _recorder: Recorder | None = None  # before ``_setup``, and without recorded rollouts
 
     def __init__(self, config: DictConfig) -> None:
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.base_mode
         attn = OmegaConf.to_container(config.algorithm.attn, resolve=True)
         settings = settings_from_config(config.algorithm.adv_estimator, attn)  # type: ignore[arg-type]
-        if settings.method is None:
+        if settings.method is None and not is_recording(config):
             raise SayoError(
                 "A09",
                 "this trainer was selected for one of verl's own estimators",
@@ -76,9 +81,11 @@ class AttentionTrainer(PPOTrainer):
                 got=config.algorithm.adv_estimator,
                 fix="set trainer.v1.trainer_mode to one of verl's, such as sync; the launcher adds attention to it",
             )
-        self._method, self._spread_floor = settings.method, settings.spread_floor
-        self._needs = self._method.needs()
-        self._request = dataclasses.replace(self._needs.statistics, path=str(config.sayo.probe_path))
+        self._method: Method | None = settings.method
+        self._spread_floor = settings.spread_floor
+        self._needs = None if self._method is None else self._method.needs()
+        if self._needs is not None:
+            self._request = dataclasses.replace(self._needs.statistics, path=str(config.sayo.probe_path))
         self._log_prob_seconds = self._counterfactual_seconds = 0.0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sayo-credit")
         self._pending: PendingCredit | None = None
@@ -86,6 +93,8 @@ class AttentionTrainer(PPOTrainer):
 
     def _setup(self) -> None:
         super()._setup()
+        if is_recording(self.config):
+            self._recorder = Recorder(self.config, self._method, self._spread_floor, self.tokenizer, self.val_dataset)
         self._handshake()
 
     def _handshake(self) -> None:
@@ -99,7 +108,8 @@ class AttentionTrainer(PPOTrainer):
                 P11 for a layer that is missing or has no full attention, P16, P17, P24 and P29 for a path of the probe
                 that cannot run or is wrong there.
         """
-        workers, request = self.actor_rollout_wg.workers, self._request.to_wire()
+        request = (self._recorder.request if self._recorder else self._request).to_wire()
+        workers = self.actor_rollout_wg.workers
         reports = ray.get([worker.__ray_call__.remote(worker_report, request) for worker in workers])
         names = {node["NodeID"]: node_name(node) for node in ray.nodes()}
         for report in reports:
@@ -128,42 +138,92 @@ class AttentionTrainer(PPOTrainer):
             + probed
         )
 
+    def prepare_step(self) -> dict:
+        """verl's, which gives the step's prompts to the agent loops; held-out prompts join them."""
+        recorder = self._recorder
+        if recorder is None or not recorder.is_due(self.global_steps - 1):
+            return super().prepare_step()
+        recorder.submit(self, self.global_steps - 1)
+        metrics = super().prepare_step()
+        recorder.wait(self)  # before the engine sleeps or is interrupted; it generates the training batch meanwhile
+        return metrics
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        """verl's; then the last policy is recorded."""
+        super().fit(agent_loop_manager)
+        if self._recorder is None or not self._recorder.started:  # no step was trained
+            return
+        if self.base_mode == "separate_async" and self.current_mode.value == "rollout":  # after verl's last validation
+            self.switch_to_trainer()
+        self._recorder.submit(self, self.global_steps - 1)  # verl has counted past the last step
+        self._recorder.wait(self)
+        if self.base_mode != "separate_async":
+            self.on_sample_end()  # the engine gives its memory back to the trainer
+        self._recorder.record(self)
+
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        batch.extra_info[REQUEST_KEY] = self._request.to_wire()
-        start = time.perf_counter()
-        try:
+        if self._needs is None:
             out = super()._compute_old_log_prob(batch, metrics)
+        else:
+            start = time.perf_counter()
+            out = self._probe(batch, metrics, self._request)
+            self._log_prob_seconds = time.perf_counter() - start
+            if self._needs.intervention is not None:
+                start = time.perf_counter()
+                self._counterfactual_pass(batch, self._needs, int(self.global_steps))
+                self._counterfactual_seconds = time.perf_counter() - start
+            self._pending = self._start_credit(out)
+        if self._recorder is not None:
+            self._recorder.started = True
+            metrics.update(self._recorder.record(self))
+        return out
+
+    def _probe(self, batch: KVBatchMeta, metrics: dict, request: StatisticsRequest) -> KVBatchMeta:
+        """verl's log-prob pass with a request."""
+        batch.extra_info[REQUEST_KEY] = request.to_wire()
+        try:
+            return super()._compute_old_log_prob(batch, metrics)
         finally:
             # The reference pass of a LoRA run uses the same worker call and must not have the request.
             batch.extra_info.pop(REQUEST_KEY, None)
-            self._log_prob_seconds = time.perf_counter() - start
-        if self._needs.intervention is not None:
-            self._counterfactual_pass(batch)
-        self._pending = self._start_credit(out)
-        return out
+
+    def probe_rows(self, batch: KVBatchMeta, metrics: dict, needs: Needs, *, mask_step: int) -> None:
+        """Measure rows that are not trained on, by the passes of training.
+
+        Args:
+            batch: the rows.
+            metrics: gets verl's metrics of the pass.
+            needs: what to measure.
+            mask_step: the step on which the masks of changed images depend.
+        """
+        self._probe(batch, metrics, needs.statistics)
+        if needs.intervention is not None:
+            self._counterfactual_pass(batch, needs, mask_step)
 
     def _start_credit(self, batch: KVBatchMeta) -> PendingCredit:
         """Fetch the signals and start the credit in the thread.
 
         The fetch is not in the thread, because TransferQueue's client is not documented as thread-safe.
         """
+        assert self._method is not None
+        assert self._needs is not None
         signals, probe_seconds = store.fetch_signals(batch, self._needs, self.config.sayo.get("correct_from"))
         credit = self._thread.submit(timed_credit, self._method, signals)
         return PendingCredit(rows_of(batch), signals, probe_seconds, credit)
 
-    def _counterfactual_pass(self, batch: KVBatchMeta) -> None:
+    def _counterfactual_pass(self, batch: KVBatchMeta, needs: Needs, step: int) -> None:
         """Run a second log-prob pass of the same responses with the changed image.
 
         Workers return it under a separate name and nothing else, so the results of the first pass stay.
         """
-        assert self._needs.intervention is not None
-        start, before = time.perf_counter(), dict(batch.extra_info)
+        assert needs.intervention is not None
+        before = dict(batch.extra_info)
         batch.extra_info.update(
             {
                 INTERVENTION_KEY: {
-                    **self._needs.intervention.to_wire(),
-                    "coverage": self._request.coverage,
-                    "step": int(self.global_steps),
+                    **needs.intervention.to_wire(),
+                    "coverage": needs.statistics.coverage,
+                    "step": step,
                 },
                 "calculate_entropy": False,
                 "compute_loss": False,
@@ -175,9 +235,10 @@ class AttentionTrainer(PPOTrainer):
         finally:
             batch.extra_info.clear()
             batch.extra_info.update(before)
-            self._counterfactual_seconds = time.perf_counter() - start
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        if self._method is None or self._needs is None:
+            return super()._compute_advantage(batch, metrics)
         sessions = [key.rsplit("_", 1)[0] for key in batch.keys]
         if len(set(sessions)) != len(sessions):
             raise SayoError(

@@ -16,6 +16,7 @@ from sayo_verl.data.contract import Demands, Keys
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.answer_forms import Asked
 from sayo_verl.launch.prompt_check import check_batch, check_prompts
+from sayo_verl.launch.record_check import check_images
 from sayo_verl.launch.reward_function import is_ours, own_settings
 from sayo_verl.launch.reward_result import check_result
 from sayo_verl.launch.row_check import Counted, check_parquet
@@ -87,6 +88,8 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
     samples = {split: of_split.samples for split, of_split in scored.items()}
     plan.append(("reward gives", check_result(config, method, samples, of_scored, dry_run=dry_run)))
     complete = {split: len(there[split]) == len(files[split]) for split in SPLITS}
+    if complete["val"]:
+        check_images(config, counted["val"].with_images, counted["val"].rows)
     if complete["train"]:
         if method is not None and method.gives:
             check_boxes_of_run(counted["train"], "data.train_files", boxes=method.needs().boxes)

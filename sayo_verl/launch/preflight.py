@@ -20,6 +20,7 @@ from sayo_verl.launch.memory_check import check_memory
 from sayo_verl.launch.method_check import check_method
 from sayo_verl.launch.mode_check import check_mode, describe_mode
 from sayo_verl.launch.model_check import HDFS, check_model, load_config, model_folder, sequence_parallel
+from sayo_verl.launch.record_check import check_record, is_recording, observation, refuse_recording
 from sayo_verl.launch.resources import (
     check_batch_sizes,
     check_paths,
@@ -66,14 +67,22 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
     if method is not None:
         check_settings(config, method)
         dataclasses.replace(method.needs().statistics, path=str(config.sayo.probe_path))  # P14
+    recorded = check_record(config, method)
+    measured = method
+    if method is None and is_recording(config):  # attention is measured for verl's own estimators too
+        measured = observation(config, method)
+        try:
+            check_settings(config, measured)
+        except SayoError as error:
+            raise refuse_recording(error) from error
     check_batch_sizes(config)
     cpus = check_ray_cpus(config, dry_run=dry_run)
-    engine = check_rollout_engine(config, method, dry_run=dry_run)
+    engine = check_rollout_engine(config, measured, dry_run=dry_run)
     check_paths(config)
     check_metrics(config)
     resumed = check_resume(config)
     reward = check_reward(config, method, given=given, dry_run=dry_run)
-    of_model, model_type = _check_model(config, method, dry_run)
+    of_model, model_type = _check_model(config, measured, dry_run)
     memory = check_memory(config, method, dry_run=dry_run)
     plan: Plan = [
         ("estimator", f"{config.algorithm.adv_estimator}" + ("" if method else " (verl's own code, untouched)")),
@@ -111,6 +120,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
         ("resumes", resumed),
         ("checkpoints", describe_checkpoints(config)),
         ("metrics", str(metrics_file(config) or 'no file, nothing for sayo report: trainer.logger has no "file"')),
+        *([("viz", recorded)] if recorded else []),
     ]
     return plan
 

@@ -71,7 +71,7 @@ function draw(canvas, grid, map, top, strength) {
       const value = map[start + v];
       const cell = (row + Math.floor(v / cols)) * grid.cols + col + (v % cols);
       const t = scaled(value, top);
-      image.data.set([...colour(0.25 + 0.75 * t), 255 * Math.min(1, strength * (0.15 + 1.1 * t))], 4 * cell);
+      image.data.set([...colour(0.25 + 0.75 * t), 255 * Math.min(1, strength * (0.08 + 1.25 * t))], 4 * cell);
       if (peak < 0 || value > peak) [peak, canvas.dataset.peak] = [value, cell];
     }
   }

@@ -20,7 +20,10 @@ function digits(value, count = 3) {
   const rounded = Number(value.toPrecision(count));
   return (Math.abs(rounded) >= 1e5 || (rounded && Math.abs(rounded) < 1e-4) ? rounded.toExponential() : String(rounded)).replace("-", "\u2212");
 }
-const percent = (share) => `${digits(100 * share, share >= 0.1 ? 3 : 2)} %`;
+const percent = (share) => {
+  const size = Math.abs(100 * share);
+  return `${size >= 1e-4 ? (100 * share).toPrecision(size >= 99.95 ? 4 : size >= 10 ? 3 : 2) : size ? "under 0.0001" : 0} %`;
+};
 const shown = (value, about) => (about?.unit === "probability" ? (value === null ? digits(value) : percent(value))
   : digits(value) + (value !== null && ["nats"].includes(about?.unit) ? ` ${about.unit}` : ""));
 
@@ -45,6 +48,7 @@ function writeWords(response, label) {
     }
     box.append(word, after);
   });
+  if (!response.words.length) box.append(element("em", { textContent: "(empty response)" }));
   return box;
 }
 
@@ -52,14 +56,15 @@ function writeWords(response, label) {
 function rangeOf(name, about, responses) {
   const seen = responses.flatMap((r) => r.values[name] ?? []).filter((value) => value !== null).sort((a, b) => a - b);
   if (!seen.length) return null;
+  const gaps = responses.some((r) => !r.values[name] || r.values[name].includes(null));
   const at = (q) => seen[Math.round(q * (seen.length - 1))];
   if (name in SIGNED) {
     const middle = SIGNED[name];
     const reach = Math.max(Math.abs(at(0.99) - middle), Math.abs(at(0.01) - middle)) || 1;
-    return { low: middle - reach, middle, high: middle + reach };
+    return { low: middle - reach, middle, high: middle + reach, gaps };
   }
-  if (about.high === 0) return { low: at(0.01), middle: 0, high: 0 };
-  return { low: 0, middle: 0, high: at(0.99) || 1 };
+  if (about.high === 0) return { low: at(0.01), middle: 0, high: 0, gaps };
+  return { low: 0, middle: 0, high: at(0.99) || 1, gaps };
 }
 
 function tint(box, values, range, signed) {
@@ -83,8 +88,8 @@ function legend(name, about, range, several) {
     element("div", { className: signed ? "bar signed" : "bar" }),
     element("div", { className: "ticks" }, ...ticks),
     element("p", { className: "meta", textContent:
-      `${about.text}${about.unit && about.unit !== "probability" ? ` in ${about.unit}` : ""}. ${about.note} The scale ends at the ` +
-      `99 % quantile of ${several ? "all responses shown here" : "this response"}.` }));
+      `${about.text[0].toUpperCase()}${about.text.slice(1)}${about.unit === "nats" ? ", in nats" : ""}. ${about.note} The scale ends at the ` +
+      `99 % quantile of ${several ? "all responses here" : "this response"}.${range.gaps ? " Dotted underline: not measured." : ""}` }));
 }
 
 // The word above or below, by where the text is on the screen.
