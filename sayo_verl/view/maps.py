@@ -46,6 +46,15 @@ class Packed:
         codes = np.where(above >= 0.5, np.clip(np.rint(above), 1, levels), 0).astype(np.uint8)
         return cls((int(maps_WV.shape[0]), int(maps_WV.shape[1])), levels, high, zlib.compress(codes.tobytes(), 9))
 
+    def coarser(self, levels: int) -> "Packed":
+        """The same maps with fewer levels, so in fewer bytes. Its largest value stays exact."""
+        if levels >= self.levels:
+            return self
+        codes = np.frombuffer(zlib.decompress(self.data), np.uint8).astype(np.float64)
+        fewer = levels + (codes - self.levels) * (levels - 1) / (self.levels - 1)
+        kept = np.where((codes > 0) & (fewer >= 0.5), np.clip(np.rint(fewer), 1, levels), 0).astype(np.uint8)
+        return Packed(self.shape, levels, self.high, zlib.compress(kept.tobytes(), 9))
+
     def unpack(self) -> np.ndarray:
         """float32 [W, V]."""
         codes = np.frombuffer(zlib.decompress(self.data), np.uint8).reshape(self.shape).astype(np.float64)

@@ -95,6 +95,8 @@ class SeenPrompt:
         images: in the order of their visual tokens.
         answer: the ground truth; empty if unknown.
         region_tokens: visual tokens in the boxes, 0 without boxes.
+        region: [V] bool, the visual tokens in the boxes; None: not known, and a page says nothing about the region in
+            a map other than the default one.
     """
 
     where: str
@@ -102,6 +104,7 @@ class SeenPrompt:
     images: tuple[SeenImage, ...]
     answer: str = ""
     region_tokens: int = 0
+    region: np.ndarray | None = None
 
     @property
     def tokens(self) -> int:
@@ -112,6 +115,21 @@ class SeenPrompt:
     def chance(self) -> float:
         """Share of the visual tokens in the boxes: what a model that looks everywhere alike gives to the region."""
         return self.region_tokens / max(self.tokens, 1)
+
+    @property
+    def border(self) -> np.ndarray:
+        """[V] bool: visual tokens at the outer edge of an image."""
+        return np.concatenate([border_of(tile) for image in self.images for tile in image.tiles] or [np.zeros(0, bool)])
+
+
+def border_of(tile: Tile) -> np.ndarray:
+    """[V] bool: tokens of a tile that touch the outer edge of the image."""
+    edge_RC = np.zeros((tile.rows, tile.cols), bool)
+    edge_RC[0] |= tile.y0 == 0
+    edge_RC[-1] |= tile.y1 == 1
+    edge_RC[:, 0] |= tile.x0 == 0
+    edge_RC[:, -1] |= tile.x1 == 1
+    return edge_RC.ravel()
 
 
 @dataclass(frozen=True)
