@@ -22,8 +22,8 @@ Why not the others:
 - A correction from the expansion of log x, -(var a / mean a^2 - var v / mean v^2) / 2k, has no finite variance to rely
   on with heavy tails, and fails for the few tokens where it matters.
 
-What remains: r(t) depends on the number of *visual* tokens in the boxes in the same way. Rows with boxes of other sizes,
-or models with other grids, are compared by ``lift``, which is linear: its expectation over random boxes is 1 whatever
+What remains: r(t) depends on the number of *visual* tokens in the boxes in the same way. Rows with boxes of other sizes
+and models with other grids are compared by ``lift``, which is linear: its expectation over random boxes is 1 whatever
 their size. Means over layers and heads are taken before the ratio, so all compared values use the same layers.
 
 Intervals are percentiles of a bootstrap that draws prompts with replacement. Responses of one prompt stay together,
