@@ -35,7 +35,8 @@ class Answer:
         row: number of its row in the set; responses of a row belong together.
         sample: number of the response among those of its row.
         where, question, truth: of the row.
-        text: of the response.
+        text: of the response, without special tokens.
+        ids: of its tokens.
         accuracy: of the reward function, in [0, 1]; NaN: there is no ground truth.
         image_tokens, region_tokens: visual tokens of the images and in the boxes; 0 without boxes.
         finished: it ends with an end token.
@@ -50,6 +51,7 @@ class Answer:
     question: str
     truth: str
     text: str
+    ids: list[int]
     accuracy: float
     image_tokens: int
     region_tokens: int

@@ -5,17 +5,16 @@ Random numbers are seeded per row, so a run that was interrupted gives the same 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sayo_verl.command_line import progress_bar
-from sayo_verl.data.folder import MANIFEST, split_files
 from sayo_verl.data.reading import open_parquet, read_rows
 from sayo_verl.diagnose.answers import Answer, needs_of, read_row, usable_methods, write_row
+from sayo_verl.diagnose.config import Asked
 from sayo_verl.errors import Rule, SayoError, raise_first
 from sayo_verl.look.observe import Observer
 from sayo_verl.look.prompt import Prompt
@@ -24,49 +23,6 @@ from sayo_verl.reward import compute_score
 
 SETTINGS = "settings.json"
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is asked of a model.
-
-    Attributes:
-        data: a folder of prepared data, of which the validation rows are used, or a parquet file.
-        rows: use the first rows only; None: all.
-        samples: responses per row.
-        temperature: of the sampling; 0 is greedy.
-        max_new_tokens: longest response, with the end token.
-        seed: of the sampling.
-
-    Raises:
-        SayoError: W34 for a value out of range.
-    """
-
-    data: Path
-    rows: int | None = None
-    samples: int = 4
-    temperature: float = 1.0
-    max_new_tokens: int = 1024
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        several_greedy = self.samples > 1 and self.temperature == 0
-        wanted = {
-            "rows": (self.rows is None or self.rows >= 1, "1 or more"),
-            "samples": (self.samples >= 1 and not several_greedy, "1 or more; 1 if --temperature is 0"),
-            "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
-            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
-            "seed": (self.seed >= 0, "0 or more"),
-        }
-        raise_first(
-            Rule("W34", not right, "an option is out of range", f"--{name.replace('_', '-')}", f"give {text}",
-                 got=getattr(self, name), wanted=text)
-            for name, (right, text) in wanted.items()
-        )  # fmt: skip
-
-    def files(self) -> list[Path]:
-        prepared = self.data.is_dir() and (self.data / MANIFEST).is_file()
-        return list(split_files(self.data)["val"]) if prepared else [self.data]
 
 
 class Row(NamedTuple):
@@ -89,14 +45,14 @@ def rows_of(asked: Asked) -> Iterator[Row]:
             number += 1
 
 
-def collect(model: str, asked: Asked, out: Path, observer: Observer | None = None) -> list[Answer]:
+def collect(model: str, asked: Asked, out: Path, load: Callable[[], Observer]) -> list[Answer]:
     """The responses of a model to the rows of a set; those that ``out`` holds already are read from there.
 
     Args:
         model: folder or hub name.
         asked: which rows, and how the model answers.
         out: folder of this model's files.
-        observer: the loaded model; None: it is loaded if a row is missing.
+        load: loads the model, or returns the loaded one; called if a row is missing.
 
     Raises:
         SayoError: W30 for a set without rows, W31 for one without images, W32 if ``out`` was made with other settings,
@@ -122,8 +78,7 @@ def collect(model: str, asked: Asked, out: Path, observer: Observer | None = Non
         for row in with_image:
             file = out / f"row-{row.number:06d}.npz"
             if not file.is_file():
-                observer = observer or Observer(model)
-                write_row(file, list(_measured(observer, row, asked, needs)))
+                write_row(file, list(_measured(load(), row, asked, needs)))
             answers += read_row(file)
             progress.advance(bar)
     if not answers:
@@ -185,19 +140,15 @@ def check_settings(file: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def responses_of(observer: Observer, prompt: Prompt, row: Row, asked: Asked) -> list[list[int]]:
-    """Ids of the responses to one row."""
-    seed = int.from_bytes(hashlib.sha256(f"{asked.seed}/{row.number}".encode()).digest()[:7])
-    return observer.answer(
-        [prompt] * asked.samples, max_new_tokens=asked.max_new_tokens, temperature=asked.temperature, seed=seed
-    )
-
-
 def _measured(observer: Observer, row: Row, asked: Asked, needs: Needs) -> Iterator[Answer]:
     """The responses to one row that have more than special tokens."""
     prompt, tokenizer = observer.prompt(row.values, row.where), observer.processor.tokenizer
     special, first = set(tokenizer.all_special_ids), True
-    for sample, ids in enumerate(responses_of(observer, prompt, row, asked)):
+    seed = int.from_bytes(hashlib.sha256(f"{asked.seed}/{row.number}".encode()).digest()[:7])
+    responses = observer.answer(
+        [prompt] * asked.samples, max_new_tokens=asked.max_new_tokens, temperature=asked.temperature, seed=seed
+    )
+    for sample, ids in enumerate(responses):
         if special.issuperset(ids):
             continue
         text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -215,6 +166,7 @@ def _measured(observer: Observer, row: Row, asked: Asked, needs: Needs) -> Itera
             question=prompt.seen.question,
             truth=prompt.seen.answer,
             text=text,
+            ids=list(ids),
             accuracy=accuracy_of(row.values, text),
             image_tokens=measured.image_tokens,
             region_tokens=measured.region_tokens,

@@ -41,6 +41,7 @@ import numpy as np
 EPS = 1e-8  # eps of SAYO's equation 3
 DRAWS, LEVEL = 1000, 0.95
 Values = Sequence[float] | np.ndarray
+Prompts = Sequence[object] | np.ndarray  # names the prompt of each response
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,13 @@ def rank_bins(values_T: np.ndarray, bins: int) -> np.ndarray:
     return rank_T * bins // max(len(values_T), 1)
 
 
-def mean(values: Values, prompts: Sequence[object], *, seed: int = 0) -> Estimate:
+def mean(values: Values, prompts: Prompts, *, seed: int = 0) -> Estimate:
     """Mean over responses, with an interval over prompts. NaN values are left out."""
     values = np.asarray(values, float)
     return ratio(values, np.ones_like(values), prompts, seed=seed)
 
 
-def ratio(above: Values, below: Values, prompts: Sequence[object], *, seed: int = 0) -> Estimate:
+def ratio(above: Values, below: Values, prompts: Prompts, *, seed: int = 0) -> Estimate:
     """Sum of ``above`` over sum of ``below``, with an interval over prompts. Entries where one is NaN are left out."""
     above, below = np.asarray(above, float), np.asarray(below, float)
     kept = np.isfinite(above) & np.isfinite(below)
@@ -156,17 +157,17 @@ def ratio(above: Values, below: Values, prompts: Sequence[object], *, seed: int 
     return _interval(value, top[bottom != 0] / bottom[bottom != 0], int(kept.sum()))
 
 
-def difference(first: Values, second: Values, prompts: Sequence[object], *, seed: int = 0) -> Estimate:
+def difference(first: Values, second: Values, prompts: Prompts, *, seed: int = 0) -> Estimate:
     """Mean of ``first`` minus ``second``, paired by entry; entries where one is NaN are left out."""
     return mean(np.asarray(first, float) - np.asarray(second, float), prompts, seed=seed)
 
 
-def rank_correlation(x: Values, y: Values, prompts: Sequence[object], *, seed: int = 0) -> Estimate:
+def rank_correlation(x: Values, y: Values, prompts: Prompts, *, seed: int = 0) -> Estimate:
     """Spearman's rho over responses, ties with their mean rank. NaN if a side is constant."""
     return _resampled(np.asarray(x, float), np.asarray(y, float), prompts, _spearman, seed)
 
 
-def concordance(score: Values, correct: Values, prompts: Sequence[object], *, seed: int = 0) -> Estimate:
+def concordance(score: Values, correct: Values, prompts: Prompts, *, seed: int = 0) -> Estimate:
     """Probability that of two responses *to the same prompt* the right one has the higher score; 0.5 is chance.
 
     Difficulty cannot produce it: only pairs of a right and a wrong response of one prompt count, equal scores as half.
@@ -204,7 +205,7 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> float:
 def _resampled(
     x: np.ndarray,
     y: np.ndarray,
-    prompts: Sequence[object],
+    prompts: Prompts,
     statistic: Callable[[np.ndarray, np.ndarray], float],
     seed: int,
 ) -> Estimate:

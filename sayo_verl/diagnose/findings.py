@@ -25,6 +25,7 @@ from sayo_verl.metrics import every_metric
 
 Answers = Sequence[Answer]
 Sets = Mapping[str, Answers]  # label of a model -> its responses
+PanelText = tuple[str, str, str, tuple[float, str] | None]  # title, axes, a level with its meaning
 POSITIONS, RANKS, GROUPS = 10, 5, 5  # bins of positions, of entropy or effect, of responses
 SIZES = (1, 2, 4, 8, 16, 0)  # of the random-token test; 0: all tokens
 SELECTED = RegionMethod.entropy_fraction
@@ -75,7 +76,7 @@ class Finding:
     sentences: tuple[str, ...] = ()
     needs: str = ""
     reference: str = ""
-    panels: tuple[tuple[str, str, str, tuple[float, str] | None], ...] = ()
+    panels: tuple[PanelText, ...] = ()
     lines: tuple[Line, ...] = ()
     bars: tuple[str, ...] = ()
     grids: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -86,6 +87,20 @@ class Finding:
     left_out: str = ""
 
 
+TITLES = {  # by the name of the analysis
+    "paired": "The two models on the same questions",
+    "score_and_accuracy": "Target attention and accuracy",
+    "position": "Attention by position in the response",
+    "entropy": "Attention by entropy of the token",
+    "length": "Response length and accuracy",
+    "accumulation": "Visual forgetting",
+    "effect": "Causal effect beside attention (our reading of Faithful-MR1)",
+    "heads": "Layers and heads that look at the boxes",
+    "sinks": "Sinks",
+    "anchors": "Connectivity and anchors (our reading of AT-RL)",
+    "random_token_test": "Check of the estimate: random tokens",
+    "methods_table": "Every method's own metrics",
+}
 NO_PREFERENCE = (0.5, "no preference for the target")
 
 
@@ -149,9 +164,7 @@ def _figure(name: str, title: str, lines: Sequence[Line], panels: Sequence[Any],
 
 def paired(sets: Sets) -> Finding:
     """Two models on the same rows."""
-    title = "The two models on the same questions"
-    if len(sets) < 2:
-        return Finding("paired", title, left_out="no second model; name one with --against")
+    title = TITLES["paired"]
     values: dict[str, Callable[[Answer], float]] = {
         "accuracy": lambda a: a.accuracy,
         "R_a of single tokens": lambda a: a.score,
@@ -162,7 +175,8 @@ def paired(sets: Sets) -> Finding:
     (first, mine), (second, theirs) = sets.items()
     rows_of = [{a.row for a in answers} for answers in (mine, theirs)]
     shared = sorted(rows_of[0] & rows_of[1])
-    table, facts = [("", first, second, "difference")], {}
+    table: list[tuple[str, ...]] = [("", first, second, "difference")]
+    facts: dict[str, Estimate] = {}
     for name, value in values.items():
         means = [
             np.array([np.mean([value(a) for a in answers if a.row == row]) for row in shared])
@@ -177,13 +191,22 @@ def paired(sets: Sets) -> Finding:
         f"{'; '.join(clear)} ({first} minus {second})." if clear else "nothing whose interval excludes zero."
     )
     return Finding(
-        "paired", title, (sentence,), header=table[0], rows=table[1:], table=table, facts=facts, reference="paired by row"
+        "paired",
+        title,
+        (sentence,),
+        header=table[0],
+        rows=table[1:],
+        table=table,
+        facts=facts,
+        reference="paired by row",
     )
 
 
 def score_and_accuracy(sets: Sets) -> Finding:
     """Target attention against accuracy."""
-    lines, sentences, facts = [], [], {}
+    lines: list[Line] = []
+    sentences: list[str] = []
+    facts: dict[str, Estimate] = {}
     for i, (label, answers) in enumerate(sets.items()):
         known = [a for a in answers if a.right is not None and a.region_tokens]
         score, accuracy, prompts = (
@@ -195,8 +218,13 @@ def score_and_accuracy(sets: Sets) -> Finding:
         bins = [of_bin == k for k in range(GROUPS) if (of_bin == k).any()]
         y = [e.mean(accuracy[kept], np.array(prompts)[kept]) for kept in bins]
         lines.append(Line(0, label, [float(score[kept].mean()) for kept in bins], y, i))
-        right, wrong = (e.mean(score[accuracy >= 0.5 if r else accuracy < 0.5],
-                               np.array(prompts)[accuracy >= 0.5 if r else accuracy < 0.5]) for r in (True, False))
+        right, wrong = (
+            e.mean(
+                score[accuracy >= 0.5 if r else accuracy < 0.5],
+                np.array(prompts)[accuracy >= 0.5 if r else accuracy < 0.5],
+            )
+            for r in (True, False)
+        )
         rho = e.rank_correlation(score, accuracy, prompts)
         within = e.concordance(score, accuracy, prompts)
         facts |= {
@@ -208,7 +236,10 @@ def score_and_accuracy(sets: Sets) -> Finding:
             f"{label}/concordance within a question": within,
         }
         verdict = in_words(
-            within, 0.5, "looking at the target goes with being right", "looking at the target goes with being wrong",
+            within,
+            0.5,
+            "looking at the target goes with being right",
+            "looking at the target goes with being wrong",
             "no sign that looking at the target goes with being right, once the question is the same",
         )
         pairs = (
@@ -223,8 +254,14 @@ def score_and_accuracy(sets: Sets) -> Finding:
         )
     panel = ("Accuracy by target attention", "R_a of single tokens, mean of the response (fifths)", "accuracy", None)
     return _figure(
-        "score_accuracy", "Target attention and accuracy", lines, [panel], sentences=tuple(sentences), facts=facts,
-        needs="boxes, right answers", reference="SAYO, figure 2",
+        "score_and_accuracy",
+        TITLES["score_and_accuracy"],
+        lines,
+        [panel],
+        sentences=tuple(sentences),
+        facts=facts,
+        needs="boxes, right answers",
+        reference="SAYO, figure 2",
     )
 
 
@@ -234,7 +271,10 @@ def position(sets: Sets) -> Finding:
     def bins_of(answer: Answer) -> np.ndarray:
         return np.arange(answer.tokens) * POSITIONS // answer.tokens
 
-    panels, lines, sentences, facts = [], [], [], {}
+    panels: list[PanelText] = []
+    lines: list[Line] = []
+    sentences: list[str] = []
+    facts: dict[str, Estimate] = {}
     x = [(k + 0.5) / POSITIONS for k in range(POSITIONS)]
     boxes = any(a.region_tokens for answers in sets.values() for a in answers)
     if boxes:
@@ -245,8 +285,9 @@ def position(sets: Sets) -> Finding:
     for label, answers in sets.items():
         long = [a for a in answers if a.tokens > 1]
         what, value = ("R_a", lambda a: a.scores) if boxes else ("attention to the image", lambda a: a[IMAGE])
-        gap = e.mean([value(a)[a.tokens // 2 :].mean() - value(a)[: a.tokens // 2].mean() for a in long],
-                     prompts_of(long))
+        gap = e.mean(
+            [value(a)[a.tokens // 2 :].mean() - value(a)[: a.tokens // 2].mean() for a in long], prompts_of(long)
+        )
         facts[f"{label}/late minus early"] = gap
         verdict = in_words(gap, 0, "it rises", "it falls", "no clear change")
         sentences.append(
@@ -254,14 +295,23 @@ def position(sets: Sets) -> Finding:
             f"{gap.text(sign=True)}: {verdict}."
         )
     return _figure(
-        "position", "Attention by position in the response", lines, panels, sentences=tuple(sentences), facts=facts,
-        needs="boxes for the first panel", reference="SAYO, figure 4, left",
+        "position",
+        TITLES["position"],
+        lines,
+        panels,
+        sentences=tuple(sentences),
+        facts=facts,
+        needs="boxes for the first panel",
+        reference="SAYO, figure 4, left",
     )
 
 
 def entropy(sets: Sets) -> Finding:
     """Attention by entropy of the token."""
-    panels, lines, sentences, facts = [], [], [], {}
+    panels: list[PanelText] = []
+    lines: list[Line] = []
+    sentences: list[str] = []
+    facts: dict[str, Estimate] = {}
     x = list(range(1, RANKS + 1))
     boxes = any(a.region_tokens for answers in sets.values() for a in answers)
     axis = "fifth of the response's tokens, by entropy (5: highest)"
@@ -281,7 +331,10 @@ def entropy(sets: Sets) -> Finding:
         gap = e.difference(high, every, prompts_of(kept))
         facts[f"{label}/high-entropy minus all tokens"] = gap
         verdict = in_words(
-            gap, 0, "uncertain tokens look more at the target", "uncertain tokens look less at the target",
+            gap,
+            0,
+            "uncertain tokens look more at the target",
+            "uncertain tokens look less at the target",
             "no clear difference",
         )
         sentences.append(
@@ -292,8 +345,14 @@ def entropy(sets: Sets) -> Finding:
     if not boxes:
         sentences.append("Without boxes only the attention to the whole image is shown.")
     return _figure(
-        "entropy", "Attention by entropy of the token", lines, panels, sentences=tuple(sentences), facts=facts,
-        needs="boxes for the first panel", reference="SAYO, figures 4, right, 6 and 7",
+        "entropy",
+        TITLES["entropy"],
+        lines,
+        panels,
+        sentences=tuple(sentences),
+        facts=facts,
+        needs="boxes for the first panel",
+        reference="SAYO, figures 4, right, 6 and 7",
     )
 
 
@@ -305,7 +364,9 @@ def _selected(answer: Answer) -> np.ndarray:
 
 def random_token_test(sets: Sets) -> Finding:
     """The estimate, shown on this set."""
-    lines, sentences, facts = [], [], {}
+    lines: list[Line] = []
+    sentences: list[str] = []
+    facts: dict[str, Estimate] = {}
     for i, (label, answers) in enumerate(sets.items()):
         with_boxes = [a for a in answers if a.region_tokens]
         length = float(np.median([a.tokens for a in with_boxes]))
@@ -314,7 +375,9 @@ def random_token_test(sets: Sets) -> Finding:
         found = e.random_tokens([a.densities for a in kept], sizes)
         for j, (name, text) in enumerate((("pooled", "pooled (the paper's R_a)"), ("single", "single tokens (ours)"))):
             y = [e.mean(column, prompts_of(kept)) for column in found[name].T]
-            lines.append(Line(0, _named(label, sets) + text, range(len(sizes)), y, 2 * i + 1 - j, dashed=name == "pooled"))
+            lines.append(
+                Line(0, _named(label, sets) + text, range(len(sizes)), y, 2 * i + 1 - j, dashed=name == "pooled")
+            )
             for k, estimate in zip(sizes, y, strict=True):
                 facts[f"{label}/{name}/{k or 'all'}"] = estimate
         first, last = (lines[-2].y[k].value for k in (0, -1))
@@ -327,14 +390,23 @@ def random_token_test(sets: Sets) -> Finding:
         names = tuple(str(k or "all") for k in sizes)
     panel = ("R_a of random tokens", "tokens drawn from each response", "R_a", NO_PREFERENCE)
     return _figure(
-        "random_tokens", "Check of the estimate: random tokens", lines, [panel], sentences=tuple(sentences),
-        facts=facts, bars=names, needs="boxes", reference="ours",
+        "random_token_test",
+        TITLES["random_token_test"],
+        lines,
+        [panel],
+        sentences=tuple(sentences),
+        facts=facts,
+        bars=names,
+        needs="boxes",
+        reference="ours",
     )
 
 
 def length(sets: Sets) -> Finding:
     """Length against accuracy."""
-    lines, sentences, facts = [], [], {}
+    lines: list[Line] = []
+    sentences: list[str] = []
+    facts: dict[str, Estimate] = {}
     for i, (label, answers) in enumerate(sets.items()):
         known = [a for a in answers if a.right is not None]
         tokens, accuracy = per_response(known, lambda a: a.tokens), per_response(known, lambda a: a.accuracy)
@@ -347,8 +419,13 @@ def length(sets: Sets) -> Finding:
         cut = 1 - float(np.mean([a.finished for a in answers]))
         facts |= {f"{label}/rank correlation": rho, f"{label}/concordance within a question": within}
         facts[f"{label}/tokens"] = e.mean(tokens, prompts)
-        verdict = in_words(within, 0.5, "longer answers are more often right", "longer answers are more often wrong",
-                           "length says nothing clear about being right")
+        verdict = in_words(
+            within,
+            0.5,
+            "longer answers are more often right",
+            "longer answers are more often wrong",
+            "length says nothing clear about being right",
+        )
         sentences.append(
             f"{_named(label, sets)}Responses have {e.mean(tokens, prompts).text(1)} tokens"
             + (f"; {cut:.0%} were cut at the limit" if cut else "")
@@ -356,8 +433,16 @@ def length(sets: Sets) -> Finding:
             f"same question, the right one is longer in {percent(within)} of the pairs: {verdict}."
         )
     panel = ("Accuracy by response length", "tokens of the response (fifths)", "accuracy", None)
-    return _figure("length", "Response length and accuracy", lines, [panel], sentences=tuple(sentences), facts=facts,
-                   needs="right answers", reference="SAYO, figure 8")
+    return _figure(
+        "length",
+        TITLES["length"],
+        lines,
+        [panel],
+        sentences=tuple(sentences),
+        facts=facts,
+        needs="right answers",
+        reference="SAYO, figure 8",
+    )
 
 
 def late_and_early(answer: Answer, method: DualMethod) -> tuple[float, float]:
@@ -375,7 +460,9 @@ def accumulation(sets: Sets) -> Finding:
         "hidden-state cosine": DualMethod(),
         "attention to the image": DualMethod(score="image_mass", score_offset="none"),
     }
-    lines, sentences, facts = [], [], {}
+    lines: list[Line] = []
+    sentences: list[str] = []
+    facts: dict[str, Estimate] = {}
     for i, (label, answers) in enumerate(sets.items()):
         for j, (part, own) in enumerate(parts([a for a in answers if a.tokens > 1]).items()):
             y = []
@@ -392,14 +479,24 @@ def accumulation(sets: Sets) -> Finding:
             f"{line.y[1].text(2)} for the attention mass: {fade}."
         )
     panel = ("Late over early visual score", "", "second half / first half", (1.0, "late as early"))
-    return _figure("accumulation", "Visual forgetting", lines, [panel], sentences=tuple(sentences), facts=facts,
-                   bars=tuple(scores), needs="nothing", reference="VGPO: 0.680 in right and 0.532 in wrong answers; "
-                   "its measure is not public, this is our reading")
+    return _figure(
+        "accumulation",
+        TITLES["accumulation"],
+        lines,
+        [panel],
+        sentences=tuple(sentences),
+        facts=facts,
+        bars=tuple(scores),
+        needs="nothing",
+        reference="VGPO: 0.680 in right and 0.532 in wrong answers; its measure is not public, this is our reading",
+    )
 
 
 def anchors(sets: Sets) -> Finding:
     """AT-RL's connectivity, our reading."""
-    lines, sentences, facts, K = [], [], {}, 20
+    sentences: list[str] = []
+    facts: dict[str, Estimate] = {}
+    K = 20
     centres = [(k + 0.5) / K for k in range(K)]
 
     def d_of(answer: Answer) -> np.ndarray:
@@ -407,8 +504,10 @@ def anchors(sets: Sets) -> Finding:
 
     lines = _curves(sets, 0, lambda a: np.histogram(d_of(a), K, (0, 1))[0] / a.tokens, centres)
     for label, answers in sets.items():
-        means = {part: e.mean(per_response(own, lambda a: d_of(a).mean()), prompts_of(own))
-                 for part, own in parts(answers).items()}
+        means = {
+            part: e.mean(per_response(own, lambda a: d_of(a).mean()), prompts_of(own))
+            for part, own in parts(answers).items()
+        }
         facts |= {f"{label}/connectivity/{part}": estimate for part, estimate in means.items()}
         share = f"{AnchorMethod.anchor_share:.0%}"
         top = per_response(answers, lambda a: _top_share(d_of(a), AnchorMethod.anchor_share))
@@ -418,10 +517,22 @@ def anchors(sets: Sets) -> Finding:
             + " and ".join(f"{estimate.text()} in {part}" for part, estimate in means.items())
             + f". The {share} of tokens that look most hold {percent(e.mean(top, prompts_of(answers)))} of it."
         )
-    panel = ("Connectivity of tokens", "connectivity d: attention to the image, without the sink", "share of tokens", None)
-    return _figure("anchors", "Connectivity and anchors (our reading of AT-RL)", lines, [panel],
-                   sentences=tuple(sentences), facts=facts, needs="nothing",
-                   reference="AT-RL's formulas are not public; clusters are in the table of methods below")
+    panel = (
+        "Connectivity of tokens",
+        "connectivity d: attention to the image, without the sink",
+        "share of tokens",
+        None,
+    )
+    return _figure(
+        "anchors",
+        TITLES["anchors"],
+        lines,
+        [panel],
+        sentences=tuple(sentences),
+        facts=facts,
+        needs="nothing",
+        reference="AT-RL's formulas are not public; clusters are in the table of methods below",
+    )
 
 
 def _top_share(values: np.ndarray, share: float) -> float:
@@ -442,23 +553,40 @@ def effect(sets: Sets) -> Finding:
         rho = e.mean(per_response(answers, lambda a: e.spearman(k_of(a), a[PREDICTING])), prompts_of(answers))
         k = e.mean(per_response(answers, lambda a: k_of(a).mean()), prompts_of(answers))
         facts |= {f"{label}/rank correlation": rho, f"{label}/effect": k}
-        verdict = in_words(rho, 0, "the model looks where the image matters",
-                           "the model looks elsewhere than where the image matters",
-                           "no sign that the model looks where the image matters")
+        verdict = in_words(
+            rho,
+            0,
+            "the model looks where the image matters",
+            "the model looks elsewhere than where the image matters",
+            "no sign that the model looks where the image matters",
+        )
         sentences.append(
             f"{_named(label, sets)}Within a response, the rank correlation of a token's effect with its attention to "
             f"the image is {rho.text(2)}: {verdict}. The mean effect is {k.text()} nats per token."
         )
-    panel = ("Attention by causal effect", "fifth of the response's tokens, by effect (5: largest)",
-             "attention mass on the image", None)
-    return _figure("effect", "Causal effect beside attention (our reading of Faithful-MR1)", lines, [panel],
-                   sentences=tuple(sentences), facts=facts, needs="nothing",
-                   reference=f"changed image: {method.counterfactual.kind}, share {method.counterfactual.share}")
+    panel = (
+        "Attention by causal effect",
+        "fifth of the response's tokens, by effect (5: largest)",
+        "attention mass on the image",
+        None,
+    )
+    return _figure(
+        "effect",
+        TITLES["effect"],
+        lines,
+        [panel],
+        sentences=tuple(sentences),
+        facts=facts,
+        needs="nothing",
+        reference=f"changed image: {method.counterfactual.kind}, share {method.counterfactual.share}",
+    )
 
 
 def methods_table(sets: Sets, methods: Mapping[str, Method], left_out: Mapping[str, str]) -> Finding:
     """The metrics that each registered method gives on each prompt's responses, as in training."""
-    table, rows, facts = [("method", "metric", *sets)], [], {}
+    table: list[tuple[str, ...]] = [("method", "metric", *sets)]
+    rows: list[tuple[object, ...]] = []
+    facts: dict[str, Estimate] = {}
     for name, method in methods.items():
         found: dict[str, dict[str, Estimate]] = {}
         for label, answers in sets.items():
@@ -484,5 +612,13 @@ def methods_table(sets: Sets, methods: Mapping[str, Method], left_out: Mapping[s
             rows += [(name, metric, label, v.value, v.low, v.high) for label, v in values.items()]
     sentences = ["What each method would log for these responses, with its default settings: means over questions."]
     sentences += [f"{name} is left out: {why}." for name, why in left_out.items()]
-    return Finding("methods", "Every method's own metrics", tuple(sentences), table=table, facts=facts, rows=rows,
-                   header=("method", "metric", "model", "mean", "low", "high"), reference="docs/metrics.md")
+    return Finding(
+        "methods_table",
+        TITLES["methods_table"],
+        tuple(sentences),
+        table=table,
+        facts=facts,
+        rows=rows,
+        header=("method", "metric", "model", "mean", "low", "high"),
+        reference="docs/metrics.md",
+    )

@@ -12,8 +12,7 @@ import numpy as np
 
 from sayo_verl.diagnose import estimates as e
 from sayo_verl.diagnose.answers import Answer, per_response
-from sayo_verl.diagnose.findings import Finding, Line, Sets, in_words, percent, prompts_of
-from sayo_verl.methods import RegionMethod
+from sayo_verl.diagnose.findings import TITLES, Finding, Line, Sets, in_words, percent, prompts_of
 
 BEST = 5  # heads in the table
 SETTING = "algorithm.attn.region.layers"
@@ -31,7 +30,7 @@ def _layer_lift(answers: Sequence[Answer]) -> np.ndarray:
 
 def heads(sets: Sets) -> Finding:
     """Layers and heads, with a proposal that was checked on rows that did not make it. The first model only."""
-    title = "Layers and heads that look at the boxes"
+    title = TITLES["heads"]
     label, answers = next(iter(sets.items()))
     measured = [a for a in answers if "heads/image_mass" in a.values]
     numbers = measured[0].values["heads/layers"].astype(int)
@@ -48,8 +47,16 @@ def heads(sets: Sets) -> Finding:
             f"With {len(kept)} rows with boxes, no layer can be chosen and checked. By LocalizationHeads' criteria "
             f"without boxes (attention to the image at least the median, lowest spatial entropy): {names}."
         )
-        return Finding("heads", title, (sentence,), grids=grids, header=header, rows=rows, needs="boxes",
-                       reference="LocalizationHeads, arXiv 2503.06287")
+        return Finding(
+            "heads",
+            title,
+            (sentence,),
+            grids=grids,
+            header=header,
+            rows=rows,
+            needs="boxes",
+            reference="LocalizationHeads, arXiv 2503.06287",
+        )
     chance = per_response(kept, lambda a: a.chance)
     region_RLH, image_RLH = _stack(kept, "region_mass"), _stack(kept, "image_mass")
     lift_RLH = region_RLH / np.maximum(image_RLH, e.EPS**2) / chance[:, None, None]
@@ -64,13 +71,20 @@ def heads(sets: Sets) -> Finding:
     own, default = (e.mean(layer_RL[held, i], prompts) for i in (best, last))
     gain = e.difference(layer_RL[held, best], layer_RL[held, last], prompts)
     if best == last:
-        advice = f"The last layer, the default, is the best of half of the rows; keep it. On the other half: {own.text(2)}."
-    else:
-        verdict = in_words(gain, 0, f"set {SETTING}=[{numbers[best]}]", "keep the default, the last layer",
-                           f"no reason to change {SETTING} from the last layer")
         advice = (
-            f"Layer {numbers[best]} (from 0) looks most at the boxes on half of the rows. On the other half its attention "
-            f"on the boxes is {own.text(2)} times chance, that of the last layer {default.text(2)}, difference "
+            f"The last layer, the default, is the best of half of the rows; keep it. On the other half: {own.text(2)}."
+        )
+    else:
+        verdict = in_words(
+            gain,
+            0,
+            f"set {SETTING}=[{numbers[best]}]",
+            "keep the default, the last layer",
+            f"no reason to change {SETTING} from the last layer",
+        )
+        advice = (
+            f"Layer {numbers[best]} (from 0) looks most at the boxes on half of the rows. On the other half its "
+            f"attention on the boxes is {own.text(2)} times chance, that of the last layer {default.text(2)}, difference "
             f"{gain.text(2, sign=True)}: {verdict}."
         )
 
@@ -87,18 +101,38 @@ def heads(sets: Sets) -> Finding:
             table.append((way, str(numbers[i]), str(h), percent(hit), times.text(2), spread.text(2)))
     sentences = (
         f"{label}: {advice}" if len(sets) > 1 else advice,
-        f"A box covers {chance.mean():.1%} of the visual tokens on average, so that share of hits is chance. No method has "
-        "a setting heads=: masses are means over all heads of a layer.",
+        f"A box covers {chance.mean():.1%} of the visual tokens on average, so that share of hits is chance. No method "
+        "has a setting heads=: masses are means over all heads of a layer.",
     )
-    grids = {"attention on the boxes over chance": lift_RLH.mean(0), "box hit (share of tokens)": hit_RLH.mean(0)} | grids
+    grids = {
+        "attention on the boxes over chance": lift_RLH.mean(0),
+        "box hit (share of tokens)": hit_RLH.mean(0),
+    } | grids
     rows = [
-        (numbers[i], h, image_LH[i, h], entropy_LH[i, h], region_RLH[:, i, h].mean(), lift_RLH[:, i, h].mean(),
-         hit_RLH[:, i, h].mean())
+        (
+            numbers[i],
+            h,
+            image_LH[i, h],
+            entropy_LH[i, h],
+            region_RLH[:, i, h].mean(),
+            lift_RLH[:, i, h].mean(),
+            hit_RLH[:, i, h].mean(),
+        )
         for i, h in np.ndindex(image_LH.shape)
     ]
     facts = {f"layer {numbers[best]}, held out": own, "last layer, held out": default, "difference, held out": gain}
-    return Finding("heads", title, sentences, needs="boxes", reference="LocalizationHeads, arXiv 2503.06287", grids=grids,
-                   header=header, rows=rows, table=table, facts=facts)
+    return Finding(
+        "heads",
+        title,
+        sentences,
+        needs="boxes",
+        reference="LocalizationHeads, arXiv 2503.06287",
+        grids=grids,
+        header=header,
+        rows=rows,
+        table=table,
+        facts=facts,
+    )
 
 
 def _order(value_LH: np.ndarray) -> list[tuple[int, int]]:
@@ -109,7 +143,9 @@ def _order(value_LH: np.ndarray) -> list[tuple[int, int]]:
 
 def sinks(sets: Sets) -> Finding:
     """Attention that goes to places whatever the question is."""
-    lines, sentences, facts = [], [], {}
+    lines: list[Line] = []
+    sentences: list[str] = []
+    facts: dict[str, e.Estimate] = {}
     for i, (label, answers) in enumerate(sets.items()):
         seen = [a for a in answers if "seen/sink_mass" in a.values]
         mass = {
@@ -136,8 +172,21 @@ def sinks(sets: Sets) -> Finding:
         )
     names = ("first token", "image", "border,\nof the image's", "steady tokens,\nof the image's")
     panel = ("Where attention goes", "", "share of attention", None)
-    rows = [(line.label, name.replace("\n", " "), v.value, v.low, v.high)
-            for line in lines for name, v in zip(names, line.y, strict=True)]
-    return Finding("sinks", "Sinks", tuple(sentences), reference="mean of all layers and heads; first response of a row",
-                   needs="nothing", panels=(panel,), lines=tuple(lines), bars=names,
-                   header=("model", "place", "share", "low", "high"), rows=rows, facts=facts)
+    rows = [
+        (line.label, name.replace("\n", " "), v.value, v.low, v.high)
+        for line in lines
+        for name, v in zip(names, line.y, strict=True)
+    ]
+    return Finding(
+        "sinks",
+        TITLES["sinks"],
+        tuple(sentences),
+        reference="mean of all layers and heads; first response of a row",
+        needs="nothing",
+        panels=(panel,),
+        lines=tuple(lines),
+        bars=names,
+        header=("model", "place", "share", "low", "high"),
+        rows=rows,
+        facts=facts,
+    )
