@@ -9,6 +9,7 @@ N entries of the vocabulary, D hidden size.
 """
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +20,12 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from sayo_verl.errors import Rule, SayoError, raise_first
 from sayo_verl.look import sinks
 from sayo_verl.look.collect import MEAN, Collector, Selection
-from sayo_verl.look.prompt import Prompt, prompt_of, with_question
+from sayo_verl.look.prompt import Prompt, check_context, prompt_of, with_question
 from sayo_verl.methods.region import target_attention, token_ratio
 from sayo_verl.methods.signals import Signals
 from sayo_verl.models import processors
@@ -36,8 +37,9 @@ from sayo_verl.probe.taps import (
     FULL_ATTENTION,
     ForwardTap,
     asked_layers,
-    attention_kinds,
-    text_attention_layers,
+    check_full_attention,
+    configured_kinds,
+    resolve_layers,
 )
 from sayo_verl.view.maps import LEVELS, Packed
 from sayo_verl.view.seen import HeadTable, MapSet, SeenResponse, pieces_of, words_of
@@ -119,8 +121,8 @@ class Observer:
         kernel: ``attn_implementation`` of the model.
 
     Raises:
-        SayoError: L17, L18, L23 or D68 for a model or processor that cannot be used, W06 for weights that cannot be
-            loaded, P03 or P11 for layers that cannot be read.
+        SayoError: L17, L18, L23 or D68 for a model or processor that cannot be used, P03 or P11 for layers that cannot
+            be read.
     """
 
     def __init__(
@@ -139,28 +141,45 @@ class Observer:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         flash = self.device.type == "cuda" and find_spec("flash_attn") is not None
         self.kernel = "flash_attention_2" if flash else "sdpa"
-        chosen: Any = dtype or (torch.float32 if self.device.type == "cpu" else "auto")
+        self._dtype = dtype
+        text = self.config.get_text_config()
+        self._kinds, self.n_heads = configured_kinds(text), int(text.num_attention_heads)
+        self.readable = tuple(n for n, kind in enumerate(self._kinds) if kind == FULL_ATTENTION)
+        self.layers = self.readable if layers is None else self._numbers(layers, "--layers")
+        self._neutral: WeakKeyDictionary[Prompt, Collector] = WeakKeyDictionary()
+
+    def _numbers(self, layers: Sequence[int], where: str) -> tuple[int, ...]:
+        """Layers as numbers from 0; P03, P11."""
+        numbers = resolve_layers(layers, len(self._kinds), where=where)
+        check_full_attention(numbers, self._kinds, where=where)
+        return numbers
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The weights, loaded when they are first needed, so that an engine of its own may answer before.
+
+        Raises:
+            SayoError: W06.
+        """
+        dtype: Any = self._dtype or (torch.float32 if self.device.type == "cpu" else "auto")
         try:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                self.name, dtype=chosen, attn_implementation=self.kernel
+                self.name, dtype=dtype, attn_implementation=self.kernel
             )
-            self.model = loaded.to(self.device).eval()
+            return loaded.to(self.device).eval()
         except (OSError, ValueError, RuntimeError) as error:
             raise SayoError(
                 "W06",
                 f"the model's weights cannot be loaded ({' '.join(str(error).split())[:200]})",
                 where=f"--model {self.name}",
-                got=f"{chosen} on {self.device}",
+                got=f"{dtype} on {self.device}",
                 fix="complete the folder, or choose another --device or --dtype",
             ) from error
-        self.dtype = next(self.model.parameters()).dtype
-        attention, n_layers = text_attention_layers(self.model)
-        kinds = attention_kinds(attention, n_layers)
-        self.readable = tuple(n for n, kind in enumerate(kinds) if kind == FULL_ATTENTION)
-        asked = self.readable if layers is None else layers
-        self.layers = tuple(asked_layers(self.model, asked, where="--layers").values())
-        self.n_heads = int(self.config.get_text_config().num_attention_heads)
-        self._neutral: WeakKeyDictionary[Prompt, Collector] = WeakKeyDictionary()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.model.dtype
 
     # ------------------------------------------------------------------------------------------------ prompts
     def prompt(self, row: Mapping[str, Any], where: str) -> Prompt:
@@ -191,7 +210,7 @@ class Observer:
             SayoError: W05 for prompts that leave no room for the response.
         """
         self.check_room(prompts, max_new_tokens)
-        stop = without_penalties(self.model.generation_config)
+        stop = without_penalties(self.generation)
         longest = max(len(prompt.ids) for prompt in prompts)
         pad = stop.pad_token_id if stop.pad_token_id is not None else self.ends[0] if self.ends else 0
 
@@ -225,22 +244,21 @@ class Observer:
 
     def check_room(self, prompts: Sequence[Prompt], tokens: int) -> None:
         """Refuse prompts that do not leave room for so many response tokens; W05."""
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        for prompt in prompts if limit is not None else ():
-            if len(prompt.ids) + tokens > limit:
-                raise SayoError(
-                    "W05",
-                    "prompt and response are longer than the model's context",
-                    where=prompt.seen.where,
-                    got=f"{len(prompt.ids)} + {tokens} tokens, {prompt.seen.tokens} of them visual",
-                    wanted=f"at most {limit}, max_position_embeddings of config.json",
-                    fix="give smaller or fewer images, or lower --max-new-tokens",
-                )
+        for prompt in prompts:
+            check_context(self.config, prompt.seen, len(prompt.ids), tokens)
+
+    @functools.cached_property
+    def generation(self) -> GenerationConfig:
+        """The model's own."""
+        try:
+            return GenerationConfig.from_pretrained(self.name)
+        except OSError:  # the file is optional
+            return GenerationConfig.from_model_config(self.config)
 
     @property
     def ends(self) -> list[int]:
         """Ids of tokens that end a response."""
-        eos = self.model.generation_config.eos_token_id
+        eos = self.generation.eos_token_id
         eos = self.processor.tokenizer.eos_token_id if eos is None else eos
         return list(eos) if isinstance(eos, list | tuple) else [] if eos is None else [eos]
 
@@ -474,7 +492,7 @@ class Observer:
         if not border:
             return plan
         border_S = torch.zeros(plan.length, dtype=torch.bool)
-        border_S[plan.image_columns] = torch.from_numpy(border_of(prompt))
+        border_S[plan.image_columns] = torch.from_numpy(prompt.seen.border)
         return dataclasses.replace(plan, keys={**plan.keys, "border": border_S})
 
     def _hidden(self, prompt: Prompt, ids_S: torch.Tensor, changed: Mapping[str, torch.Tensor] | None = None) -> Any:
@@ -573,12 +591,12 @@ class Observer:
                 f"L{self.readable[-1]}H{self.n_heads - 1} for one of its heads; both count from 0",
                 fix="correct the name",
             )
-        (number,) = asked_layers(self.model, [int(match[1])], where="--maps").values()
+        (number,) = self._numbers([int(match[1])], "--maps")
         return number, head
 
     def _mean_label(self) -> str:
         layers = "all layers" if self.layers == self.readable else f"layers {', '.join(map(str, self.layers))}"
-        if self.layers == self.readable and len(self.readable) < text_attention_layers(self.model)[1]:
+        if self.layers == self.readable and len(self.readable) < len(self._kinds):
             layers = f"all {len(self.layers)} full-attention layers"
         return f"mean of {layers} and heads"
 
@@ -620,14 +638,13 @@ class Observer:
         )
 
     def _facts(self, prompt: Prompt, values: Mapping[str, np.ndarray], T: int) -> dict[str, str | float]:
-        border_V = border_of(prompt)
         image = float(values["image_mass"].mean())
         facts: dict[str, str | float] = {
             "tokens": T,
             "image_mass": image,
             "sink_mass": float(values["sink_mass"].mean()),
             "border_share": float(values["border_mass"].mean()) / image if image else 0.0,
-            "border_chance": float(border_V.mean()),
+            "border_chance": float(prompt.seen.border.mean()),
         }
         if prompt.seen.region_tokens:
             target_T = torch.from_numpy(values["region_mass"]) / prompt.seen.region_tokens
@@ -656,11 +673,6 @@ class _Wanted:
     selections: tuple[Selection, ...]
     levels: int
     notes: tuple[str, ...]
-
-
-def border_of(prompt: Prompt) -> np.ndarray:
-    """bool [V]: the outer ring of each image."""
-    return np.concatenate([sinks.border_mask(tiles) for tiles in prompt.tiles])
 
 
 def _canonical(name: str) -> str:

@@ -104,7 +104,7 @@ def prompt_of(
 
     Raises:
         SayoError: the first fault of the row by the row contract, W03 for a row without an image, W05 for a prompt that
-            is longer than the model's context, and what ``image_tiles`` and ``plan_row`` raise.
+            fills the model's context, and what ``image_tiles`` and ``plan_row`` raise.
     """
     looked = RowContract(Demands(rewarded=False, qwen_resize=family.geometry == "grid")).look(row, where)
     if looked.faults:
@@ -119,18 +119,6 @@ def prompt_of(
             fix="choose rows with an image",
         )
     ids_P, inputs, tiles = _processed(messages, pictures, where, family, config, processor, chat_template)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and len(ids_P) >= limit:
-        counts = [sum(tile.tokens for tile in of_image) for of_image in tiles]
-        sizes = ", ".join(f"{p.width} x {p.height} pixels" for p in pictures)
-        raise SayoError(
-            "W05",
-            "the prompt is longer than the model's context",
-            where=where,
-            got=f"{len(ids_P)} tokens, {sum(counts)} of them visual ({sizes})",
-            wanted=f"fewer than {limit}, max_position_embeddings of config.json",
-            fix="give smaller or fewer images, or a shorter question",
-        )
     names = info.get("box_names") or [[] for _ in pictures]
     boxes: Boxes = looked.boxes
     images = tuple(
@@ -149,7 +137,9 @@ def prompt_of(
         images=images,
         answer="" if truth is None else str(truth),
         region_tokens=plan.region_tokens,
+        region=plan.keys["region"][plan.image_columns].numpy(),
     )
+    check_context(config, seen, len(ids_P), 1)
     notes = tuple(
         _resized(picture, of_image, i, processor)
         for i, (picture, of_image) in enumerate(zip(pictures, tiles, strict=True))
@@ -164,6 +154,25 @@ def prompt_of(
         tuple(messages),
         tuple(note for note in notes if note),
     )
+
+
+def check_context(config: Any, seen: SeenPrompt, prompt_tokens: int, response_tokens: int) -> None:
+    """Refuse a prompt that leaves no room for so many response tokens.
+
+    Raises:
+        SayoError: W05.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and prompt_tokens + response_tokens > limit:
+        sizes = ", ".join(f"{image.picture.width} x {image.picture.height} pixels" for image in seen.images)
+        raise SayoError(
+            "W05",
+            "prompt and response are longer than the model's context",
+            where=seen.where,
+            got=f"{prompt_tokens} + {response_tokens} tokens, {seen.tokens} of them visual ({sizes})",
+            wanted=f"at most {limit}, max_position_embeddings of config.json",
+            fix="give smaller or fewer images or a shorter question, or lower --max-new-tokens",
+        )
 
 
 def _processed(

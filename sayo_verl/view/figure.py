@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 import matplotlib
+from cycler import cycler
 from matplotlib.figure import Figure
 
 INK, GREY, FAINT, GRID, WARN = "#1f2328", "#59636e", "#d1d9e0", "#eef0f2", "#9a3412"
@@ -36,7 +37,7 @@ def style() -> dict[str, Any]:
         "svg.fonttype": "none",
         "font.family": "DejaVu Sans",  # comes with matplotlib, so sizes are the same everywhere
         "font.size": 9,
-        "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+        "axes.prop_cycle": cycler(color=COLOURS),
         "axes.edgecolor": FAINT,
         "axes.facecolor": "none",
         "axes.spines.top": False,

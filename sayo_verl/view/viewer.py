@@ -141,7 +141,7 @@ def _figure(image: SeenImage, picture: str, grid: Mapping[str, Any], caption: st
     source = f'src="{picture}" ' if picture else ""
     return (
         f'<figure class="picture{" thumbnail" if grid["thumbnail"] else ""}"><div class="stack" '
-        f'style="aspect-ratio:{width}/{height}"><img {source}alt="{text(caption)}" width="{width}" height="{height}">'
+        f'style="aspect-ratio:{width}/{height};--ratio:{width / height:.4f}"><img {source}alt="{text(caption)}" width="{width}" height="{height}">'
         f'<canvas width="{cols}" height="{rows}"></canvas><svg viewBox="0 0 1 1" preserveAspectRatio="none" '
         f'aria-hidden="true"><g class="grid"><path class="line" d="{lines}"/>{seen}</g><g class="boxes">{boxes}</g>'
         f'</svg><div class="boxes" aria-hidden="true">{names}</div></div>'
