@@ -91,8 +91,8 @@ class Answer:
     @property
     def lift(self) -> float:
         """Attention on the boxes over chance, of the whole response; NaN without boxes."""
-        sums = (np.asarray(self[s].sum(), float) for s in (REGION, IMAGE))
-        return float(lift(*sums, self.chance)) if self.region_tokens else float("nan")
+        region, image = self[REGION].sum(), self[IMAGE].sum()
+        return float(lift(region, image, self.chance)) if self.region_tokens else float("nan")
 
     def __getitem__(self, statistic: Statistic) -> np.ndarray:
         return self.values[statistic.key].astype(float)
@@ -100,7 +100,8 @@ class Answer:
 
 def usable_methods() -> tuple[dict[str, Method], dict[str, str]]:
     """Every registered method with its default settings; and why others are left out, by name."""
-    usable, left_out = {}, {}
+    usable: dict[str, Method] = {}
+    left_out: dict[str, str] = {}
     for name, cls in METHODS.items():
         method = cls()
         missing = [pip for module, pip in method.needs().packages if importlib.util.find_spec(module) is None]
@@ -150,7 +151,8 @@ def per_response(answers: Sequence[Answer], value: Callable[[Answer], Any]) -> n
 
 def write_row(file: Path, answers: Sequence[Answer]) -> None:
     """Store the responses of one row, as a whole or not at all."""
-    facts, arrays = [], {}
+    facts: list[dict[str, Any]] = []
+    arrays: dict[str, Any] = {}
     for answer in answers:
         facts.append({f.name: getattr(answer, f.name) for f in dataclasses.fields(answer) if f.name != "values"})
         arrays |= {f"{answer.sample}/{key}": value.astype(np.float32) for key, value in answer.values.items()}

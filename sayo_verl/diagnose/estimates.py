@@ -88,13 +88,13 @@ def pooled_score(target_T: np.ndarray, image_T: np.ndarray) -> float:
     return float(token_scores(np.mean(target_T), np.mean(image_T)))
 
 
-def lift(region_mass: np.ndarray, image_mass: np.ndarray, chance: float) -> np.ndarray:
+def lift(region_mass: np.ndarray, image_mass: np.ndarray, chance: float | np.ndarray) -> np.ndarray:
     """Share of the attention on images that falls on the region, over the region's share of the visual tokens.
 
     1 is chance. Linear in the region, so it does not depend on its size in expectation. NaN without attention.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(image_mass > 0, region_mass / np.maximum(image_mass, EPS**2) / max(chance, EPS), np.nan)
+        return np.where(image_mass > 0, region_mass / np.maximum(image_mass, EPS**2) / np.maximum(chance, EPS), np.nan)
 
 
 def random_tokens(
@@ -110,7 +110,8 @@ def random_tokens(
     Returns:
         ``pooled`` and ``single``: [R, len(sizes)], the mean over the draws.
     """
-    random, out = np.random.default_rng(seed), {"pooled": [], "single": []}
+    random = np.random.default_rng(seed)
+    out: dict[str, list[list[float]]] = {"pooled": [], "single": []}
     for target_T, image_T in responses:
         n, score_T = len(target_T), token_scores(target_T, image_T)
         order_DT = random.permuted(np.tile(np.arange(n), (draws, 1)), axis=1)

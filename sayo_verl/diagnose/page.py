@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sayo_verl import __version__
 from sayo_verl.diagnose.estimates import Estimate
@@ -22,6 +23,7 @@ from sayo_verl.view.viewer import mount
 
 STYLE: Any = style()
 WIDTH, HEIGHT = 4.8, 3.1  # inches of a panel; a phone shows it whole
+LONG = 15  # rows of a table that is shown folded
 REPORT, SUMMARY = "report.html", "summary.json"
 Example = tuple[str, SeenPrompt, SeenResponse]  # what it is an example of
 
@@ -117,7 +119,12 @@ def _body(
             parts.append(f'<div style="display:flex;flex-wrap:wrap;gap:1rem 2rem">{"".join(drawn)}</div>')
         if finding.table:
             head, *rows = [[text(cell) for cell in row] for row in finding.table]
-            parts.append(table(head, rows))
+            long = len(rows) > LONG
+            parts.append(
+                f"<details><summary>{len(rows)} numbers</summary>{table(head, rows)}</details>"
+                if long
+                else table(head, rows)
+            )
         files = f"{finding.name}.csv" + (f", {finding.name}.png" if drawn else "")
         needs = f"Needs {finding.needs}. " if finding.needs not in ("", "nothing") else ""
         reference = f"{finding.reference}. " if finding.reference else ""
@@ -141,8 +148,8 @@ def _body(
         parts += [f"<p>{text(f.title)}: {text(f.left_out)}.</p>" for f in missing]
     parts.append(
         "<h2>How to read this</h2><p>R_a compares the attention of a token on a visual token of the target with that "
-        "on an average visual token of the image: 0.5 is no preference, 1 is the target alone. It is taken of each token "
-        "alone and then averaged, because R_a of pooled tokens grows with their number although nobody looks "
+        "on an average visual token of the image: 0.5 is no preference, 1 is the target alone. It is taken of each "
+        "token alone and then averaged, because R_a of pooled tokens grows with their number although nobody looks "
         "differently. Numbers in brackets are 95 % intervals from a bootstrap over questions. Many things are "
         "compared here, so one interval in twenty misses the truth. A correlation does not say what causes what.</p>"
     )
@@ -185,6 +192,8 @@ def _panel(axis: Axes, finding: Finding, n: int) -> None:
     if finding.bars:
         axis.set_xticks(range(len(finding.bars)), finding.bars)
         axis.set_xlim(-0.5, len(finding.bars) - 0.5)
+    elif all(float(x).is_integer() for line in lines for x in line.x):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.margins(y=0.16)
     axis.grid(axis="y")
     axis.set_axisbelow(True)
@@ -198,21 +207,17 @@ def _line(axis: Axes, line: Line, apart: bool, shift: float) -> None:
     """A curve with its intervals as a band; single points with bars where the places are names."""
     x = np.array(line.x, float) + (shift if apart else 0)
     y, low, high = (np.array([getattr(v, name) for v in line.y]) for name in ("value", "low", "high"))
-    colour = COLOURS[line.colour % len(COLOURS)]
-    marker: dict[str, Any] = {"marker": "o", "markersize": 4, "markerfacecolor": "#ffffff" if line.dashed else colour}
-    connected = "none" if apart and not all(name.isdigit() or name == "all" for name in _ticks(axis)) else "-"
-    axis.plot(
-        x, y, color=colour, linestyle="--" if line.dashed and not apart else connected, label=line.label, **marker
-    )
-    known = np.isfinite(low)
+    colour, known = COLOURS[line.colour % len(COLOURS)], np.isfinite(low)
+    shape: dict[str, Any] = {
+        "linestyle": "none" if apart else "--" if line.dashed else "-",
+        "color": colour,
+        "label": line.label,
+    }
+    axis.plot(x, y, marker="o", markersize=4, markerfacecolor="#ffffff" if line.dashed else colour, **shape)
     if apart:
-        axis.vlines(x[known], low[known], high[known], color=colour, linewidth=1.5)
+        axis.vlines(x[known], low[known], high[known], color=colour, linewidth=1.5, zorder=1)
     else:
         axis.fill_between(x[known], low[known], high[known], color=colour, alpha=0.15, linewidth=0)
-
-
-def _ticks(axis: Axes) -> list[str]:
-    return [label.get_text() for label in axis.get_xticklabels()]
 
 
 def _grid(axis: Axes, title: str, values_LH: np.ndarray, layers: Sequence[int]) -> None:

@@ -5,19 +5,26 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sayo_verl.diagnose import estimates as e
 from sayo_verl.diagnose import findings as f
 from sayo_verl.diagnose import layers
-from sayo_verl.diagnose.answers import IMAGE, Answer, per_response, usable_methods
+from sayo_verl.diagnose.answers import IMAGE, Answer, usable_methods
 from sayo_verl.diagnose.collect import collect, rows_of
 from sayo_verl.diagnose.config import Asked
 from sayo_verl.diagnose.page import Example, write_files
 from sayo_verl.look.observe import Observer
 
-NO_BOXES = "no row has a box"
-NO_TRUTH = "no row has a ground truth, so right and wrong are unknown"
-NO_HEADS = "no response was measured by head"
-SHORT = "every response has one token"
+ORDER: tuple[str, ...] = (
+    "paired",
+    "score_and_accuracy",
+    "position",
+    "entropy",
+    "length",
+    "accumulation",
+    "effect",
+    "heads",
+    "sinks",
+)
+ORDER += ("anchors", "random_tokens", "methods")
 
 
 def diagnose(models: Sequence[str], asked: Asked, out: Path) -> Path:
@@ -47,39 +54,10 @@ def labels_of(models: Sequence[str]) -> list[str]:
 
 def analyse(sets: f.Sets) -> list[f.Finding]:
     """Every analysis, in the order of the page; what the data do not allow says why."""
-    methods, left_out = usable_methods()
-
-    def every(test: Callable[[Answer], bool]) -> bool:
-        return all(any(test(a) for a in answers) for answers in sets.values())
-
-    def boxes(a: Answer) -> bool:
-        return a.region_tokens > 0
-
-    def truth(a: Answer) -> bool:
-        return a.right is not None
-
-    # whether the data allow it, and why not
-    with_boxes, with_truth = (every(boxes), NO_BOXES), (every(truth), NO_TRUTH)
-    scored = (every(lambda a: boxes(a) and truth(a)), NO_TRUTH if with_boxes[0] else NO_BOXES)
-    several = (every(lambda a: a.tokens > 1), SHORT)
-    plan: list[tuple[Callable[[f.Sets], f.Finding], tuple[bool, str]]] = [
-        (f.paired, (len(sets) > 1, "there is no second model; name one with --against")),
-        (f.score_and_accuracy, scored),
-        (f.position, several),
-        (f.entropy, several),
-        (f.length, with_truth),
-        (f.accumulation, several),
-        (f.effect, several),
-        (layers.heads, (every(lambda a: "heads/image_mass" in a.values), NO_HEADS)),
-        (layers.sinks, (every(lambda a: "seen/sink_mass" in a.values), NO_HEADS)),
-        (f.anchors, (True, "")),
-        (f.random_token_test, with_boxes if several[0] else several),
-    ]
-    found = [
-        analysis(sets) if possible else f.Finding(analysis.__name__, f.TITLES[analysis.__name__], left_out=why)
-        for analysis, (possible, why) in plan
-    ]
-    return [*found, f.methods_table(sets, methods, left_out)]
+    findings = {a.name: a(sets) for a in (*f.ANALYSES, layers.SINKS)}
+    own = (f.paired(sets), layers.heads(sets), f.methods_table(sets, *usable_methods()))
+    findings |= {finding.name: finding for finding in own}
+    return [findings[name] for name in ORDER]
 
 
 def what_was_run(sets: f.Sets, asked: Asked) -> list[str]:
@@ -109,22 +87,17 @@ def what_was_run(sets: f.Sets, asked: Asked) -> list[str]:
 
 
 def headline(sets: f.Sets, findings: Sequence[f.Finding]) -> list[str]:
-    """The three sentences that matter: how right and where, whether that goes together, and what stands out."""
+    """The three sentences that matter: how right and where it looks; then what differs, helps, or has an effect."""
     label, answers = next(iter(sets.items()))
-    prompts = f.prompts_of(answers)
-    accuracy = e.mean(per_response(answers, lambda a: a.accuracy), prompts)
-    lift = e.mean(per_response(answers, lambda a: a.lift), prompts)
-    image = e.mean(per_response(answers, lambda a: a[IMAGE].mean()), prompts)
-    right = "" if math.isnan(accuracy.value) else f"answers {f.percent(accuracy)} right and "
-    where = f"{label} {right}puts {f.percent(image)} of its attention on the image"
+    accuracy, lift = f.mean_of(answers, lambda a: a.accuracy), f.mean_of(answers, lambda a: a.lift)
+    right = "" if math.isnan(accuracy.value) else f"gives {f.percent(accuracy)} right answers and "
+    where = (
+        f"{label} {right}puts {f.percent(f.mean_of(answers, lambda a: a[IMAGE].mean()))} of its attention on the image"
+    )
     if not math.isnan(lift.value):
         where += f"; the boxes get {lift.text(1)} times what chance would give them"
-    by_name = {finding.name: finding for finding in findings if not finding.left_out}
-    rest = [
-        by_name[name].sentences[-1 if name == "effect" else 0]
-        for name in ("paired", "score_and_accuracy", "effect", "position")
-        if name in by_name
-    ]
+    says = {finding.name: finding.sentences[-1] for finding in findings if finding.sentences}
+    rest = [says[name] for name in ("paired", "score_and_accuracy", "effect", "position") if name in says]
     return [where + ".", *rest[:2]]
 
 
