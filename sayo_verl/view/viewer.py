@@ -81,7 +81,7 @@ def mount(
         f'<section class="viewer" id="{name}" data-island="{name}-data" aria-label="Where the model looked: '
         f'{text(prompt.where)}">\n<header><p class="where">{text(prompt.where)}</p>'
         f'<p class="question">{text(prompt.question)}</p>{answer}</header>\n'
-        f'<div class="left"><div class="pictures">{figures}</div></div>\n<div class="right"></div>\n'
+        f'<div class="left"><div class="top"><div class="pictures">{figures}</div></div></div>\n<div class="right"></div>\n'
         f'<div class="below">{noted}</div>\n<noscript><p class="warn">Heat maps need JavaScript.</p>{written}'
         "</noscript></section>\n"
     )
@@ -134,14 +134,14 @@ def _figure(image: SeenImage, picture: str, grid: Mapping[str, Any], caption: st
     for i, (x0, y0, x1, y1) in enumerate(image.boxes):
         outline = f"M{x0:.5f} {y0:.5f}H{x1:.5f}V{y1:.5f}H{x0:.5f}z"
         boxes += f'<path class="halo" d="{outline}"/><path class="box" d="{outline}"/>'
-        name = " ".join([str(i + 1), *image.names[i : i + 1]])
+        name = " ".join([str(i + 1), *([] if grid["thumbnail"] else image.names[i : i + 1])])
         place = f"left:{x0:.2%};top:{y0:.2%};max-width:{1 - x0:.2%}"
-        names += f'<span class="boxname{" inside" if y0 < 0.07 else ""}" style="{place}">{text(name)}</span>'
+        names += f'<span class="boxname{" inside" if y0 < 0.07 or grid["thumbnail"] else ""}" style="{place}">{text(name)}</span>'
     seen = f'<path class="seam" d="{seams}"/>' if len(grid["tiles"]) > 1 else ""
     source = f'src="{picture}" ' if picture else ""
     return (
         f'<figure class="picture{" thumbnail" if grid["thumbnail"] else ""}"><div class="stack" '
-        f'style="aspect-ratio:{width}/{height};--ratio:{width / height:.4f}"><img {source}alt="{text(caption)}" width="{width}" height="{height}">'
+        f'style="aspect-ratio:{width}/{height};--ratio:{width / height:.4f}"><img {source}alt="{text(f"picture, {caption}")}" width="{width}" height="{height}">'
         f'<canvas width="{cols}" height="{rows}"></canvas><svg viewBox="0 0 1 1" preserveAspectRatio="none" '
         f'aria-hidden="true"><g class="grid"><path class="line" d="{lines}"/>{seen}</g><g class="boxes">{boxes}</g>'
         f'</svg><div class="boxes" aria-hidden="true">{names}</div></div>'

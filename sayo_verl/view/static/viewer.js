@@ -9,6 +9,7 @@ const FACTS = { // names for readers; others are shown as they are
   trajectory_weight: "factor of the trajectory", attention_kernel: "attention kernel", query_row: "row of a token",
   R_a: "R_a, all tokens together", R_a_single: "R_a, mean of single tokens",
 };
+const HOW = "Point at a word, tap it, or use the arrow keys, to see where the model looked while it wrote the word. A click or Enter pins it.";
 const SAID = ["image_mass", "sink_mass", "border_share", "border_chance", "region_mass", "region_share", "region_chance"]; // in the table
 const FIRST_VALUES = ["token_weight", "image_mass"]; // the tint at first, in this order
 
@@ -55,15 +56,18 @@ class Viewer {
     const filters = Object.entries(FILTERS).filter(([key]) => key !== "steady" || [...maps.values()].some((map) => map.steady));
     const strength = element("input", { type: "range", min: "0", max: "1", step: "0.05", value: "0.8" });
     strength.addEventListener("input", () => this.update({ strength: Number(strength.value) }));
-    const controls = element("details", { className: "controls" }, element("summary", { textContent: "Map" }),
-      element("label", {}, "Layers and heads ", this.menu),
-      this.radios("Visual tokens", filters, "all", (filter) => this.update({ filter })),
-      this.radios("Colour scale", [["own", "of the word shown"], ["shared", "the same for all words"]], "own", (scale) => this.update({ scale })),
-      element("label", {}, "Strength of the map ", strength),
-      this.check("grid of visual tokens", "no-grid", this.data.tokens / this.data.grids.length <= 1200),
-      this.data.boxes ? this.check("boxes", "no-boxes", true) : null);
-    controls.open = matchMedia("(min-width: 800px)").matches;
-    this.left.append(this.scaleBar, this.said, ...(maps.size ? [controls] : []));
+    const filterMenu = this.select(filters, (filter) => this.update({ filter }));
+    const scaleMenu = this.select([["own", "ends at this word's largest values"], ["shared", "the same for all words"]], (scale) => this.update({ scale }));
+    const controls = element("div", { className: "controls" },
+      element("label", {}, element("span", { textContent: "Layers and heads" }), this.menu),
+      element("label", {}, element("span", { textContent: "Visual tokens" }), filterMenu),
+      element("label", {}, element("span", { textContent: "Colour scale" }), scaleMenu),
+      element("label", {}, element("span", { textContent: "Strength of the map" }), strength),
+      element("div", { className: "checks" }, this.check("grid", "no-grid", this.data.tokens / this.data.grids.length <= 1200),
+        this.data.boxes ? this.check("boxes", "no-boxes", true) : null));
+    this.brief = element("div", { className: "brief" });
+    this.left.querySelector(".top").append(this.brief);
+    this.left.append(this.scaleBar, ...(maps.size ? [controls] : []), this.said);
   }
 
   buildRight() {
@@ -83,7 +87,7 @@ class Viewer {
     this.legend = element("div");
     this.responses = element("div", { className: this.several ? "group" : "single" });
     this.common = element("div");
-    parts.push(element("label", { className: "tint-by" }, "Words are tinted by ", menu), this.legend, this.responses, this.common);
+    parts.push(element("p", { className: "meta", textContent: HOW }), element("label", { className: "tint-by" }, "Words are tinted by ", menu), this.legend, this.responses, this.common);
     this.right.append(...parts);
     this.heads = element("div");
     this.root.querySelector(".below").prepend(this.heads);
@@ -94,15 +98,6 @@ class Viewer {
     const menu = element("select", {}, ...options.map(([value, label]) => element("option", { value, textContent: label })));
     menu.addEventListener("change", () => change(menu.value));
     return menu;
-  }
-
-  radios(title, options, now, change) {
-    const name = `${this.root.id}-${title.replace(/\W/g, "")}`;
-    return element("fieldset", {}, element("legend", { textContent: title }), ...options.map(([value, label]) => {
-      const button = element("input", { type: "radio", name, value, checked: value === now });
-      button.addEventListener("change", () => change(value));
-      return element("label", {}, button, ` ${label}`);
-    }));
   }
 
   check(label, without, now) {
@@ -267,7 +262,8 @@ class Viewer {
   blank(why) {
     this.canvases.forEach((canvas) => canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height));
     this.scaleBar.replaceChildren();
-    this.said.replaceChildren(element("p", { className: "warn", textContent: why }));
+    this.brief.replaceChildren(element("p", { className: "warn", textContent: why }));
+    this.said.replaceChildren();
   }
 
   mark(r, w) {
@@ -301,7 +297,8 @@ class Viewer {
     const of = (map, a, b) => this.numbers(map, left, first ? (name) => meanOf(response.values[name], a, b) : () => null);
     const [mine, all] = [raw && of(raw, start, end), of(whole, 0, response.pieces.length)];
     const spoken = element("p", { "aria-live": "polite", textContent: this.sentence(mine ?? all, left, mine ? "This word" : "On average a token") });
-    const parts = [element("h3", { textContent: title }), spoken];
+    this.brief.replaceChildren(element("h3", { textContent: title }), spoken);
+    const parts = [];
     if (w !== null && !raw) {
       parts.push(element("p", { className: "warn", textContent:
         `Maps of single words are not stored for ${set.label}, so the map of the whole response is shown. ${this.data.more_maps} ${set.name} stores them.` }));
@@ -356,8 +353,11 @@ class Viewer {
     const start = `${subject} put ${percent(rows._image)} of its attention on the ${image}`;
     if (rows._boxes === undefined) return `${start}.`;
     const times = rows._boxes / rows._even;
-    return `${start}${left ? ". Of the rest, " : "; "}${percent(rows._boxes)} ${left ? "is" : "was"} on the ${boxes}. Spread evenly over the ${image} it would be ` +
-      `${percent(rows._even)}: ${times >= 1.05 ? `${digits(times, 2)} times as much as that` : times <= 0.95 ? `only ${digits(times, 2)} times that` : "about the same"}.`;
+    const ratio = times > 1.05 || times < 0.95 ? `${digits(times, 2)} times as much` : "about as much";
+    return left
+      ? `${start}. Of the part that is shown, ${percent(rows._boxes)} is on the ${boxes}; evenly spread it would be ${percent(rows._even)}. So the ${boxes} got ${ratio}.`
+      : `${start}, and ${percent(rows._boxes)} on the ${boxes}. Spread evenly over the ${image}, it would be ${percent(rows._even)} on the ${boxes}: they got ${ratio}.`
+        .replace("they got", this.data.boxes === 1 ? "it got" : "they got");
   }
 }
 
