@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sayo_verl.diagnose.estimates import lift, token_scores
+from sayo_verl.estimates import lift, token_scores
 from sayo_verl.methods import METHODS, FaithfulMethod, Method, Needs, Signals
 from sayo_verl.methods.signals import join_needs
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest, union

@@ -5,7 +5,7 @@ Random numbers are seeded per row, so a run that was interrupted gives the same 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,14 +45,13 @@ def rows_of(asked: Asked) -> Iterator[Row]:
             number += 1
 
 
-def collect(model: str, asked: Asked, out: Path, load: Callable[[], Observer]) -> list[Answer]:
+def collect(observer: Observer, asked: Asked, out: Path) -> list[Answer]:
     """The responses of a model to the rows of a set; those that ``out`` holds already are read from there.
 
     Args:
-        model: folder or hub name.
+        observer: of the model, which is loaded if a row is missing.
         asked: which rows, and how the model answers.
         out: folder of this model's files.
-        load: loads the model, or returns the loaded one; called if a row is missing.
 
     Raises:
         SayoError: W30 for a set without rows, W31 for one without images, W32 if ``out`` was made with other settings,
@@ -61,7 +60,7 @@ def collect(model: str, asked: Asked, out: Path, load: Callable[[], Observer]) -
     methods, _ = usable_methods()
     needs = needs_of(methods.values())
     out.mkdir(parents=True, exist_ok=True)
-    check_settings(out / SETTINGS, _settings(model, asked, needs))
+    check_settings(out / SETTINGS, _settings(observer.name, asked, needs))
     rows = list(rows_of(asked))
     with_image = [row for row in rows if len(row.values.get("images") or [])]
     where = str(asked.data)
@@ -74,18 +73,18 @@ def collect(model: str, asked: Asked, out: Path, load: Callable[[], Observer]) -
     )  # fmt: skip
     answers: list[Answer] = []
     with progress_bar() as progress:
-        bar = progress.add_task(f"{Path(model).name}: answering and measuring", total=len(with_image))
+        bar = progress.add_task(f"{Path(observer.name).name}: answering and measuring", total=len(with_image))
         for row in with_image:
             file = out / f"row-{row.number:06d}.npz"
             if not file.is_file():
-                write_row(file, list(_measured(load(), row, asked, needs)))
+                write_row(file, list(_measured(observer, row, asked, needs)))
             answers += read_row(file)
             progress.advance(bar)
     if not answers:
         raise SayoError(
             "W33",
             "the model gives no response that can be measured",
-            where=f"--model {model}",
+            where=f"--model {observer.name}",
             got=f"special tokens only, {len(with_image)} rows x {asked.samples} responses",
             fix="raise --max-new-tokens, or look at one row: sayo look",
         )

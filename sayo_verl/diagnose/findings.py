@@ -1,6 +1,6 @@
 """The analyses of ``sayo diagnose``: each takes the responses of one model, and is applied to one or two.
 
-A comparison of tokens uses R_a of single tokens, see ``sayo_verl.diagnose.estimates``. A response is one entry of a
+A comparison of tokens uses R_a of single tokens, see ``sayo_verl.estimates``. A response is one entry of a
 mean, whatever its length. Intervals are over prompts.
 
 Shape suffixes: T tokens, R responses, K bins, L layers, H heads.
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sayo_verl.diagnose import estimates as e
+from sayo_verl import estimates as e
 from sayo_verl.diagnose.answers import COSINE, IMAGE, PREDICTING, SINK, Answer, per_response, signals_of
-from sayo_verl.diagnose.estimates import Estimate
+from sayo_verl.estimates import Estimate
 from sayo_verl.methods import AnchorMethod, DualMethod, FaithfulMethod, Method, RegionMethod
 from sayo_verl.methods.anchor import connectivity
 from sayo_verl.methods.dual import focus_score

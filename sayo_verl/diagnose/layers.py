@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sayo_verl.diagnose import estimates as e
+from sayo_verl import estimates as e
 from sayo_verl.diagnose.answers import Answer, per_response
 from sayo_verl.diagnose.findings import (
     Analysis,

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sayo_verl import __version__
-from sayo_verl.diagnose.estimates import Estimate
+from sayo_verl.estimates import Estimate
 from sayo_verl.diagnose.findings import Finding, Line
 from sayo_verl.view.figure import COLOURS, FAINT, GREY, inline, style
 from sayo_verl.view.page import page, table, text
@@ -22,7 +22,7 @@ from sayo_verl.view.seen import SeenPrompt, SeenResponse
 from sayo_verl.view.viewer import mount
 
 STYLE: Any = style()
-WIDTH, HEIGHT = 4.8, 3.1  # inches of a panel; a phone shows it whole
+WIDTH, HEIGHT = 4.8, 3.4  # inches of a panel; a phone shows it whole
 LONG = 15  # rows of a table that is shown folded
 REPORT, SUMMARY = "report.html", "summary.json"
 Example = tuple[str, SeenPrompt, SeenResponse]  # what it is an example of
@@ -126,11 +126,9 @@ def _body(
                 else table(head, rows)
             )
         files = f"{finding.name}.csv" + (f", {finding.name}.png" if drawn else "")
-        needs = f"Needs {finding.needs}. " if finding.needs not in ("", "nothing") else ""
+        needs = f"Needs {' and '.join(finding.needs)}. " if finding.needs else ""
         reference = f"{finding.reference}. " if finding.reference else ""
-        parts.append(
-            f'<p class="note">{text(reference[:1].upper() + reference[1:] + needs)}{text(files)}</p></section>'
-        )
+        parts.append(f'<p class="note">{text(reference + needs)}Files: {text(files)}</p></section>')
     data: dict[str, Any] = {}
     if examples:
         parts.append(
@@ -200,7 +198,7 @@ def _panel(axis: Axes, finding: Finding, n: int) -> None:
     if guide is not None:
         axis.axhline(guide[0], color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1, label=guide[1])
     if len(lines) > 1 or guide is not None:
-        axis.legend(loc="best")
+        axis.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), ncols=2, borderaxespad=0)
 
 
 def _line(axis: Axes, line: Line, apart: bool, shift: float) -> None:

@@ -1,8 +1,7 @@
 """A whole diagnosis: responses of one or two models, every analysis that the data allow, the files."""
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sayo_verl.diagnose import findings as f
@@ -37,9 +36,9 @@ def diagnose(models: Sequence[str], asked: Asked, out: Path) -> Path:
     sets: dict[str, list[Answer]] = {}
     examples: list[Example] = []
     for label, model, folder in zip(labels, models, ("model", "against"), strict=False):
-        load = functools.cache(functools.partial(Observer, model))
-        sets[label] = collect(model, asked, out / folder, load)
-        examples = examples or examples_of(load, sets[label], asked)
+        observer = Observer(model)  # its weights are loaded when they are first needed
+        sets[label] = collect(observer, asked, out / folder)
+        examples = examples or examples_of(observer, sets[label], asked)
     findings = analyse(sets)
     title = f"Where {labels[0]} looks" + (f", against {labels[1]}" if len(labels) > 1 else "")
     settings = {"models": list(models), **vars(asked), "data": str(asked.data)}
@@ -101,23 +100,25 @@ def headline(sets: f.Sets, findings: Sequence[f.Finding]) -> list[str]:
     return [where + ".", *rest[:2]]
 
 
-def examples_of(load: Callable[[], Observer], answers: Sequence[Answer], asked: Asked) -> list[Example]:
+def examples_of(observer: Observer, answers: Sequence[Answer], asked: Asked) -> list[Example]:
     """Responses with the highest and the lowest target attention, among right and wrong ones."""
     scored = [a for a in answers if a.region_tokens and a.right is not None]
     chosen: dict[tuple[int, int], tuple[str, Answer]] = {}
     for right, kind in ((True, "Right"), (False, "Wrong")):
         ranked = sorted((a for a in scored if a.right is right), key=lambda a: a.score)
         for a, which in ((ranked[-1], "highest"), (ranked[0], "lowest")) if ranked else ():
-            chosen.setdefault((a.row, a.sample), (f"{kind}, {which} target attention: R_a {a.score:.2f}", a))
+            chosen.setdefault(
+                (a.row, a.sample), (f"{kind}, {which} target attention: R_a {a.score:.2f} in the last layer", a)
+            )
     if not chosen:
         return []
     rows = {row.number: row for row in rows_of(asked) if row.number in {number for number, _ in chosen}}
     found = []
     for title, a in chosen.values():
         row = rows[a.row]
-        prompt = load().prompt(row.values, row.where)
+        prompt = observer.prompt(row.values, row.where)
         facts = {"accuracy": a.accuracy}
         found.append(
-            (f"{title} ({row.where})", prompt.seen, load().observe(prompt, a.ids, maps=("mean",), facts=facts))
+            (f"{title} ({row.where})", prompt.seen, observer.observe(prompt, a.ids, maps=("mean",), facts=facts))
         )
     return found

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sayo_verl.diagnose import estimates as e
+from sayo_verl import estimates as e
 from sayo_verl.methods.region import target_attention, token_ratio
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=40)
