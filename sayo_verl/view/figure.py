@@ -28,7 +28,7 @@ ON_LIGHT, ON_DARK = "#111111", "#fefefe"
 _numbers = itertools.count(1)
 
 
-def style() -> dict[str, Any]:
+def style() -> Any:
     """Settings for ``matplotlib.rc_context`` while the figure is drawn.
 
     A figure up to 5 inches wide is readable on a phone. A wider one scrolls sideways there.
@@ -58,6 +58,7 @@ def style() -> dict[str, Any]:
         "text.color": INK,
         "legend.fontsize": 8,
         "legend.frameon": False,
+        "text.parse_math": False,  # a dollar sign of a name or a response stays one
     }
 
 
