@@ -69,6 +69,14 @@ def _focus(parser: argparse.ArgumentParser) -> Run:
     return command.run
 
 
+def _diagnose(parser: argparse.ArgumentParser) -> Run:
+    from sayo_verl.diagnose import command
+
+    parser.description = command.__doc__
+    command.add_flags(parser)
+    return command.run
+
+
 def _watch(parser: argparse.ArgumentParser) -> Run:
     parser.epilog = WATCH_EXAMPLE
     parser.add_argument("run", type=Path, help="folder of the run, for train.log and metrics.jsonl")
@@ -215,6 +223,7 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
     "watch": ("run a training command and show its progress", _watch),
     "report": ("table, curves and a page of runs", _report),
     "compare": ("compare runs: seeds as mean and interval, differences, cost", _compare),
+    "diagnose": ("where a model looks over a set of questions, and whether that helps", _diagnose),
     "evaluate": ("accuracy and attention of a tiny policy on held-out scenes", _evaluate),
 }
 

@@ -41,6 +41,7 @@ import numpy as np
 EPS = 1e-8  # eps of SAYO's equation 3
 DRAWS, LEVEL = 1000, 0.95
 Values = Sequence[float] | np.ndarray
+Prompts = Sequence[object] | np.ndarray  # names the prompt of each response
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,13 @@ def pooled_score(target_T: np.ndarray, image_T: np.ndarray) -> float:
     return float(token_scores(np.mean(target_T), np.mean(image_T)))
 
 
-def lift(region_mass: np.ndarray, image_mass: np.ndarray, chance: float) -> np.ndarray:
+def lift(region_mass: np.ndarray, image_mass: np.ndarray, chance: float | np.ndarray) -> np.ndarray:
     """Share of the attention on images that falls on the region, over the region's share of the visual tokens.
 
     1 is chance. Linear in the region, so it does not depend on its size in expectation. NaN without attention.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(image_mass > 0, region_mass / np.maximum(image_mass, EPS**2) / max(chance, EPS), np.nan)
+        return np.where(image_mass > 0, region_mass / np.maximum(image_mass, EPS**2) / np.maximum(chance, EPS), np.nan)
 
 
 def random_tokens(
@@ -109,7 +110,8 @@ def random_tokens(
     Returns:
         ``pooled`` and ``single``: [R, len(sizes)], the mean over the draws.
     """
-    random, out = np.random.default_rng(seed), {"pooled": [], "single": []}
+    random = np.random.default_rng(seed)
+    out: dict[str, list[list[float]]] = {"pooled": [], "single": []}
     for target_T, image_T in responses:
         n, score_T = len(target_T), token_scores(target_T, image_T)
         order_DT = random.permuted(np.tile(np.arange(n), (draws, 1)), axis=1)
@@ -133,13 +135,13 @@ def rank_bins(values_T: np.ndarray, bins: int) -> np.ndarray:
     return rank_T * bins // max(len(values_T), 1)
 
 
-def mean(values: Values, prompts: Sequence[object], *, seed: int = 0) -> Estimate:
+def mean(values: Values, prompts: Prompts, *, seed: int = 0) -> Estimate:
     """Mean over responses, with an interval over prompts. NaN values are left out."""
     values = np.asarray(values, float)
     return ratio(values, np.ones_like(values), prompts, seed=seed)
 
 
-def ratio(above: Values, below: Values, prompts: Sequence[object], *, seed: int = 0) -> Estimate:
+def ratio(above: Values, below: Values, prompts: Prompts, *, seed: int = 0) -> Estimate:
     """Sum of ``above`` over sum of ``below``, with an interval over prompts. Entries where one is NaN are left out."""
     above, below = np.asarray(above, float), np.asarray(below, float)
     kept = np.isfinite(above) & np.isfinite(below)
@@ -156,17 +158,17 @@ def ratio(above: Values, below: Values, prompts: Sequence[object], *, seed: int 
     return _interval(value, top[bottom != 0] / bottom[bottom != 0], int(kept.sum()))
 
 
-def difference(first: Values, second: Values, prompts: Sequence[object], *, seed: int = 0) -> Estimate:
+def difference(first: Values, second: Values, prompts: Prompts, *, seed: int = 0) -> Estimate:
     """Mean of ``first`` minus ``second``, paired by entry; entries where one is NaN are left out."""
     return mean(np.asarray(first, float) - np.asarray(second, float), prompts, seed=seed)
 
 
-def rank_correlation(x: Values, y: Values, prompts: Sequence[object], *, seed: int = 0) -> Estimate:
+def rank_correlation(x: Values, y: Values, prompts: Prompts, *, seed: int = 0) -> Estimate:
     """Spearman's rho over responses, ties with their mean rank. NaN if a side is constant."""
     return _resampled(np.asarray(x, float), np.asarray(y, float), prompts, _spearman, seed)
 
 
-def concordance(score: Values, correct: Values, prompts: Sequence[object], *, seed: int = 0) -> Estimate:
+def concordance(score: Values, correct: Values, prompts: Prompts, *, seed: int = 0) -> Estimate:
     """Probability that of two responses *to the same prompt* the right one has the higher score; 0.5 is chance.
 
     Difficulty cannot produce it: only pairs of a right and a wrong response of one prompt count, equal scores as half.
@@ -204,7 +206,7 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> float:
 def _resampled(
     x: np.ndarray,
     y: np.ndarray,
-    prompts: Sequence[object],
+    prompts: Prompts,
     statistic: Callable[[np.ndarray, np.ndarray], float],
     seed: int,
 ) -> Estimate:

@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from rich.table import Table
 
+from sayo_verl.data.messages import images_of
 from sayo_verl.focus.files import check_boxes
 from sayo_verl.focus.loss import IGNORE, forward_with_focus
-from sayo_verl.focus.rows import FOCUS_KEY, AnchorRows, FocusCollator, images_of
+from sayo_verl.focus.rows import FOCUS_KEY, AnchorRows, FocusCollator
 from sayo_verl.focus.trainer import FocusConfig, focus_layers, load_with_focus
 
 EPS = 1e-8

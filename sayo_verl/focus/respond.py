@@ -25,12 +25,14 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from sayo_verl.data.messages import images_of, messages_of
 from sayo_verl.errors import SayoError
 from sayo_verl.focus.config import BLOCK, RespondConfig
 from sayo_verl.focus.files import columns_of
-from sayo_verl.focus.rows import checked, images_of, messages_of
+from sayo_verl.focus.rows import checked
+from sayo_verl.models.sampling import without_penalties
 from sayo_verl.reward import compute_score
 
 Block = tuple[Path, int, int]  # file, first row, row after the last
@@ -91,7 +93,7 @@ def write_responses(
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.float32 if chosen.type == "cpu" else torch.bfloat16
         model: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype).to(chosen).eval()
-        model.generation_config = _without_penalties(model.generation_config)
+        model.generation_config = without_penalties(model.generation_config)
         processor: Any = AutoProcessor.from_pretrained(base)
         with Progress(console=Console(stderr=True), disable=rank != 0) as progress:
             bar = progress.add_task(f"sampling responses, {world} processes", total=rows)
@@ -164,13 +166,6 @@ def _common_schema(files: Sequence[Path | str]) -> pa.Schema:
 
 def _with_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
-
-
-def _without_penalties(given: GenerationConfig) -> GenerationConfig:
-    """The model's special tokens alone: ``generate`` takes all other values from the model's own configuration."""
-    return GenerationConfig(
-        bos_token_id=given.bos_token_id, eos_token_id=given.eos_token_id, pad_token_id=given.pad_token_id
-    )
 
 
 def _check_settings(parts: Path, settings: dict[str, Any]) -> None:

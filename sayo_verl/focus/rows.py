@@ -7,25 +7,22 @@ If it is absent or null, the target is ``<think> </think><answer> GROUND TRUTH</
 Shape suffixes: B rows, S tokens, V visual tokens of one row.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
-from sayo_verl.data.contract import Demands, RowContract, check_placeholders
-from sayo_verl.data.reading import decoded
+from sayo_verl.data.contract import Demands, RowContract
+from sayo_verl.data.messages import images_of, messages_of
 from sayo_verl.errors import SayoError
 from sayo_verl.focus.files import NEEDED, columns_of, has_boxes
 from sayo_verl.focus.loss import IGNORE, FocusBatch, target_distribution
 from sayo_verl.focus.token import focus_token_id
 from sayo_verl.models.families import FAMILIES, family_of
 from sayo_verl.probe.plan import image_tiles, plan_row
-from sayo_verl.reward.prompts import IMAGE_TAG
 
 REGION_COVERAGE = 0.5  # of a cell, for figures; the loss takes shares as they are
 FOCUS_KEY = "focus"  # of a batch: its FocusBatch
@@ -93,31 +90,6 @@ def checked(row: dict[str, Any], where: str, *, rewarded: bool) -> dict[str, Any
     if looked.faults:
         raise looked.faults[0]
     return {"images": None, "extra_info": None, **row, "_where": where}
-
-
-def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The row's prompt with its images in their places, as a chat template takes it.
-
-    Raises:
-        SayoError: D09 when the numbers of placeholders and images differ.
-    """
-    check_placeholders(row["prompt"], {IMAGE_TAG: len(row["images"] or [])}, row["_where"])
-    out = []
-    for message in row["prompt"]:
-        content = message["content"]
-        parts: list[dict[str, Any]] = content if isinstance(content, list) else []
-        for piece in re.split(f"({IMAGE_TAG})", content) if isinstance(content, str) else ():
-            if piece == IMAGE_TAG:
-                parts.append({"type": "image"})
-            elif piece:
-                parts.append({"type": "text", "text": piece})
-        out.append({"role": message["role"], "content": parts})
-    return out
-
-
-def images_of(row: dict[str, Any]) -> list[Image.Image]:
-    """The row's pictures, RGB, with the errors of ``sayo_verl.data.reading``."""
-    return [decoded(image, row["_where"]) for image in row["images"] or []]
 
 
 def response_of(row: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig, OmegaConf
@@ -82,7 +81,7 @@ def check_model(config: DictConfig, method: Method, folder: Path, model: Pretrai
         SayoError: L18 for an unknown family, L23 for another family's processor, L09, L25 and L27 for modes that
             verl cannot run it in, P03 for layers that do not exist, P11 for layers without full attention.
     """
-    from sayo_verl.probe.taps import check_full_attention, describe_layers, resolve_layers
+    from sayo_verl.probe.taps import check_full_attention, configured_kinds, describe_layers, resolve_layers
 
     family = family_of(model.model_type, where=WHERE)
     _check_modes(config, family, method)
@@ -94,7 +93,7 @@ def check_model(config: DictConfig, method: Method, folder: Path, model: Pretrai
     attention = [s.layers for s in request.statistics if s.spec.source != "hidden"]
     # one statistic at a time: methods may name the last layer by -1 and by its number
     layers = list(dict.fromkeys(n for asked in attention for n in resolve_layers(asked, n_layers, where=where)))
-    check_full_attention(layers, _kinds(text), where=where)
+    check_full_attention(layers, configured_kinds(text), where=where)
     probed = describe_layers(layers, n_layers) if layers else "the last hidden state"
     return f"{family.model_type}, probing {probed}"
 
@@ -137,10 +136,3 @@ def _check_processor(folder: Path, family: Family) -> None:
         file = folder / name
         found = json.loads(file.read_text()).get("processor_class", family.processor) if file.is_file() else None
         check_processor(found or family.processor, family, str(file))
-
-
-def _kinds(text: Any) -> list[str]:
-    """Attention of each layer; only families that mix several kinds name them."""
-    from sayo_verl.probe.taps import FULL_ATTENTION
-
-    return list(getattr(text, "layer_types", None) or [FULL_ATTENTION] * text.num_hidden_layers)

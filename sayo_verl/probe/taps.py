@@ -128,6 +128,11 @@ def attention_kinds(attention: Mapping[int, nn.Module], n_layers: int) -> list[s
     return kinds
 
 
+def configured_kinds(text: Any) -> list[str]:
+    """What each layer attends with, from the text model's config alone: only families that mix kinds name them."""
+    return list(getattr(text, "layer_types", None) or [FULL_ATTENTION] * text.num_hidden_layers)
+
+
 def check_full_attention(layers: Sequence[int], kinds: Sequence[str], *, where: str) -> None:
     """Refuse layers in which a token does not attend to all tokens before it.
 

@@ -1,7 +1,8 @@
 """Causal beside attention: the effect of a changed image on each token, against the token's attention to the image.
 
 The effect of a token is its log-probability given the real image minus that given the changed image. If attention says
-where the model *needs* the image, the two rise together.
+where the model *needs* the image, the two rise together. The token was predicted by the row before it, so its attention
+is taken from that row.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sayo_verl.estimates import Estimate, rank_correlation
 from sayo_verl.view.figure import COLOURS, GREY
@@ -40,15 +42,34 @@ class Effects:
     correlation: Estimate
 
 
+def predicting_mass(response: SeenResponse) -> np.ndarray:
+    """[T] attention to the image of the row that predicted each token; NaN for the first if its row was not measured.
+
+    Where a token's numbers are of the row in which it is the input (``query_row``), that is the row of the token before.
+    """
+    mass_T = response.values["image_mass"]
+    if response.facts.get("query_row") != "input":
+        return mass_T
+    return np.concatenate([[np.nan], mass_T[:-1]]).astype(mass_T.dtype)
+
+
+def row_in_words(response: SeenResponse) -> str:
+    """Which row the attention is of, as a sentence."""
+    if "query_row" in response.facts:
+        return "The attention is of the row that predicted the token."
+    return "The file does not say which row the attention is of; it may be the row after the one that predicted the token."
+
+
 def effects_of(step: RecordedStep, prompt: SeenPrompt, responses: Sequence[SeenResponse]) -> Effects | None:
     """None if no token has both numbers."""
     kept, mass, effect, owner = [], [], [], []
     for response in responses:
         if not {"effect", "image_mass"} <= response.values.keys():
             continue
-        both = np.isfinite(response.values["effect"]) & np.isfinite(response.values["image_mass"])
+        mass_T = predicting_mass(response)
+        both = np.isfinite(response.values["effect"]) & np.isfinite(mass_T)
         if both.any():
-            mass.append(response.values["image_mass"][both])
+            mass.append(mass_T[both])
             effect.append(response.values["effect"][both])
             owner.append(np.full(int(both.sum()), len(kept)))
             kept.append(response)
@@ -120,6 +141,7 @@ def through_training(effects: Sequence[Effects]) -> Figure:
     )
     axis.axhline(0, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
     axis.set_ylim(-1.05, 1.05)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.set_title("Through training")
     axis.set_xlabel("updates of the policy")
     axis.set_ylabel("rank correlation")
@@ -129,7 +151,7 @@ def through_training(effects: Sequence[Effects]) -> Figure:
 
 def strip(response: SeenResponse, step: int, most: int = 80) -> Figure:
     """The two numbers along the first ``most`` tokens of a response, each in a row of bars, with the tokens' texts."""
-    mass, effect = (response.values[name][:most] for name in ("image_mass", "effect"))
+    mass, effect = predicting_mass(response)[:most], response.values["effect"][:most]
     places = np.arange(len(mass))
     figure = Figure(figsize=(max(4.6, 0.17 * len(places) + 1.0), 3.0))
     width = figure.get_figwidth()
@@ -144,8 +166,6 @@ def strip(response: SeenResponse, step: int, most: int = 80) -> Figure:
     lower.set_ylabel("effect (nats)")
     texts = [piece.strip() or "·" for piece in response.pieces[:most]]
     lower.set_xticks(places, [text if len(text) < 14 else text[:12] + "…" for text in texts], rotation=90, fontsize=7)
-    for label in lower.get_xticklabels():
-        label.set_parse_math(False)  # the model's text
     lower.set_xlim(-0.7, len(places) - 0.3)
     for axis in (upper, lower):
         axis.tick_params(length=0)

@@ -78,8 +78,9 @@ def differences(shown: Comparison) -> tuple[list[str], list[list[str]]]:
     head = ["minus the baseline", *(f"{shown.groups[i].label} ({shown.pairing[i]})" for i in others)]
     rows = []
     for row in (*shown.rows, *shown.cost):
-        found = [row.differences[i] for i in others]
-        rows.append([row.text, *(_difference(one, row) for one in found)])
+        found = [_difference(row.differences[i], row) for i in others]
+        if set(found) != {_NONE}:
+            rows.append([row.text, *found])
     return head, rows
 
 

@@ -319,7 +319,7 @@ def _causal(steps: Sequence[RecordedStep]) -> str:
         parts.append(
             f"<h3>Prompt {i + 1}: {text(prompt.question)}</h3>"
             f"<p>Step {last.step}, {len(last.mass)} tokens of {len(last.responses)} responses. "
-            f"{text(causal.in_words(last.correlation))}</p>{pair}{along}"
+            f"{text(causal.in_words(last.correlation))} {text(causal.row_in_words(last.responses[0]))}</p>{pair}{along}"
         )
     if not parts:
         return (

@@ -101,7 +101,7 @@ def draw_panel(axis: Axes, panel: Panel, runs: Mapping[str, Sequence[Run]]) -> N
 
 def _draw_frame(axis: Axes, panel: Panel) -> None:
     size = 10 * min(1, 8.5 * _inches(axis) / len(panel.title))  # room for a note on its right
-    axis.set_title(panel.title, loc="left", fontsize=size, fontweight="bold", pad=7)
+    axis.set_title(panel.title, loc="left", fontsize=size, fontweight="bold", pad=7, parse_math=True)
     axis.set_ylabel(panel.unit)
     axis.grid(axis="y", color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)

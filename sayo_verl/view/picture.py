@@ -19,6 +19,11 @@ from sayo_verl.view.seen import SeenImage, SeenPrompt, SeenResponse
 from sayo_verl.view.viewer import grids_of
 
 DPI, WIDTH = 100, 16.0  # inches
+PICTURES, GAP, LINE = (
+    9.8,
+    0.6,
+    0.31,
+)  # inches: of all pictures beside the text, for the title of a word, of a line of text
 MOST_WORDS, ACROSS = 8, 4
 TOP = 0.995  # quantile at which the colour scale ends, as on the page
 BOX = "#5dfdff"
@@ -38,10 +43,11 @@ def save_png(prompt: SeenPrompt, response: SeenResponse, path: Path | str) -> No
     rows = -(-len(best) // ACROSS)
     shape = max(image.picture.height / image.picture.width for image, _ in drawn)
     # inches: the pictures beside the text, then one row per four words
-    wide = (0.6 if len(drawn) == 1 else 0.72) * WIDTH / len(drawn)
+    wide = PICTURES / len(drawn)
     high = min(wide * shape, 8.0)
+    upper = max(high, 4.5)
     small = min((WIDTH - 1.6) / ACROSS * shape, 3.2)
-    height = 0.9 + high + 0.7 + rows * (small + 0.62) + (0.5 if best else 0)
+    height = 0.8 + upper + 0.3 + (rows * (small + GAP) + 0.4 if best else 0)
     with matplotlib.rc_context({**style(), "font.size": 13}):
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
         FigureCanvasAgg(figure)
@@ -58,18 +64,18 @@ def save_png(prompt: SeenPrompt, response: SeenResponse, path: Path | str) -> No
         bar = figure.add_axes((left, 1 - 1.1 / height, 0.93 - left, 0.2 / height))
         figure.colorbar(scale, cax=bar, orientation="horizontal", ticks=[0, top / 4, top], format=_percent)
         bar.tick_params(labelsize=11)
-        lines = "\n".join(_lines(prompt, response, total_V))
-        figure.text(left, 1 - 1.85 / height, lines, va="top", linespacing=1.6)
+        bar.set_title("Attention per visual token, square-root scale", fontsize=13)
+        room = int(9 * (0.98 - left) * WIDTH), int((upper - 1.1) / LINE)  # letters and lines
+        figure.text(left, 1 - 1.75 / height, _lines(prompt, response, total_V, *room), va="top", linespacing=1.6)
         if best:
             heading = f"The {len(best)} words with most attention on the image, each on a colour scale of its own"
-            figure.text(0.025, (rows * (small + 0.62) + 0.45) / height, heading, fontsize=14, weight="bold")
+            figure.text(0.025, (rows * (small + GAP) + 0.15) / height, heading, fontsize=14, weight="bold")
         for i, w in enumerate(best):
             start, end = response.words[w]
             image, grid = max(drawn, key=lambda one: _share(one[1], words_WV[w]))
             column, row = i % ACROSS, rows - 1 - i // ACROSS
-            place = (0.025 + column * 0.95 / ACROSS, (row * (small + 0.62) + 0.1) / height)
+            place = (0.025 + column * 0.95 / ACROSS, row * (small + GAP) / height)
             axis = figure.add_axes((*place, 0.93 / ACROSS, small / height))
-            axis.set_anchor("W")
             _draw(axis, image, grid, words_WV[w], _top(words_WV[w]), names=False)
             word = textwrap.shorten("".join(response.pieces[start:end]), 24, placeholder="...") or "(space)"
             axis.set_title(f"{word}   {_percent(words_WV[w].sum())}", fontsize=13)
@@ -124,14 +130,15 @@ def _draw(
             )
     axis.set_xlim(0, picture.width)
     axis.set_ylim(picture.height, 0)
+    axis.set_anchor("NW")
     axis.set_axis_off()
     return ScalarMappable(norm, colours)
 
 
-def _lines(prompt: SeenPrompt, response: SeenResponse, total_V: np.ndarray) -> list[str]:
-    """Numbers of the whole response, and its text."""
+def _lines(prompt: SeenPrompt, response: SeenResponse, total_V: np.ndarray, letters: int, count: int) -> str:
+    """Numbers of the whole response, and as much of its text as there is room."""
     image = float(total_V.sum())
-    lines = ["Attention per visual token", f"{_percent(image)} of the attention is on the image"]
+    lines = [f"{_percent(image)} of the attention is on the image"]
     if not response.maps:
         lines = ["No map was measured"]
     elif prompt.region is not None and 0 < prompt.region_tokens < prompt.tokens:
@@ -143,8 +150,8 @@ def _lines(prompt: SeenPrompt, response: SeenResponse, total_V: np.ndarray) -> l
             f"{_percent(border)} is on the image's border",
             f"(spread evenly: {_percent(image * prompt.border.mean())})",
         ]
-    written = textwrap.shorten(response.text, 420, placeholder=" ...")
-    return [*lines, "", *textwrap.wrap(written, 44)]
+    written = textwrap.wrap(response.text, letters, max_lines=max(1, count - len(lines) - 1), placeholder=" ...")
+    return "\n".join([*lines, "", *written])
 
 
 def _share(grid: dict[str, Any], map_V: np.ndarray) -> float:

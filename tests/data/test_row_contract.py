@@ -22,9 +22,10 @@ from PIL import Image
 
 from sayo_verl.data.check import check_joined
 from sayo_verl.data.contract import Demands, RowContract
+from sayo_verl.data.messages import images_of
 from sayo_verl.data.rows import Drop, check_text
 from sayo_verl.errors import SayoError
-from sayo_verl.focus.rows import AnchorRows, images_of
+from sayo_verl.focus.rows import AnchorRows
 from sayo_verl.hooks.capture import plan_micro_batch
 from sayo_verl.inspection.audit import Audit
 from sayo_verl.launch.row_check import check_parquet
