@@ -76,6 +76,14 @@ def _focus(parser: argparse.ArgumentParser) -> Run:
     return command.run
 
 
+def _diagnose(parser: argparse.ArgumentParser) -> Run:
+    from sayo_verl.diagnose import command
+
+    parser.description = command.__doc__
+    command.add_flags(parser)
+    return command.run
+
+
 def _watch(parser: argparse.ArgumentParser) -> Run:
     parser.epilog = WATCH_EXAMPLE
     parser.add_argument("run", type=Path, help="folder of the run, for train.log and metrics.jsonl")
@@ -113,20 +121,63 @@ def _run_report(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from sayo_verl.report.curves import plot_run, plot_runs
+    from sayo_verl.report.page import write_page
     from sayo_verl.report.runs import load_run
     from sayo_verl.report.table import first_last_table
 
-    runs = {path.name: load_run(path) for path in args.runs}
+    names = [path.resolve().name for path in args.runs]
+    named = [name if names.count(name) == 1 else str(path) for name, path in zip(names, args.runs, strict=True)]
+    runs = {name: load_run(path) for name, path in zip(named, args.runs, strict=True)}
     console = Console()
     for path, run in zip(args.runs, runs.values(), strict=True):
         console.print(first_last_table(run, k=args.window))
         console.print(f"curves   {plot_run(run, path / 'curves.png')}", soft_wrap=True, highlight=False)
+        console.print(f"page     {write_page(run, args.window)}", soft_wrap=True, highlight=False)
         for file in run.files:
             console.print(f"metrics  {file}", soft_wrap=True, highlight=False)
         for note in run.notes:
             console.print(f"note     {note}", soft_wrap=True, highlight=False, markup=False)
     if len(runs) > 1:
         console.print(f"compared {plot_runs(runs, args.out)}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _compare(parser: argparse.ArgumentParser) -> Run:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--label",
+        nargs="+",
+        default=[],
+        metavar="L",
+        help="one per run, in their order; runs with one label are one group (default: runs that differ only in "
+        "the seed)",
+    )
+    parser.add_argument("--baseline", default="", metavar="L", help="label of a group (default: verl's own estimator)")
+    parser.add_argument(
+        "--window", type=int, default=5, metavar="N", help="last steps that the numbers are means of (%(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("compare.html"), metavar="FILE", help="the page (default: %(default)s)"
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
+    return _run_compare
+
+
+def _run_compare(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sayo_verl.report.compare import compare
+    from sayo_verl.report.compare_page import comparison_page, markdown, print_comparison
+    from sayo_verl.report.page import write_text
+
+    shown = compare(args.runs, args.label, args.baseline, args.window)
+    console = Console()
+    print_comparison(shown, console)
+    write_text(args.out, comparison_page(shown))
+    console.print(f"page     {args.out}", soft_wrap=True, highlight=False)
+    if args.markdown:
+        write_text(args.markdown, markdown(shown))
+        console.print(f"markdown {args.markdown}", soft_wrap=True, highlight=False)
     return 0
 
 
@@ -178,7 +229,9 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
     "look": ("draw where a model looks while it answers, as one HTML page", _look),
     "focus": ("train a <Focus> token on annotated regions, before attn_faithful", _focus),
     "watch": ("run a training command and show its progress", _watch),
-    "report": ("table of the first and last steps of runs, and their curves", _report),
+    "report": ("table, curves and a page of runs", _report),
+    "compare": ("compare runs: seeds as mean and interval, differences, cost", _compare),
+    "diagnose": ("where a model looks over a set of questions, and whether that helps", _diagnose),
     "evaluate": ("accuracy and attention of a tiny policy on held-out scenes", _evaluate),
 }
 

@@ -43,8 +43,10 @@ from sayo_verl.launch.training_check import check_by_verl, filter_limit
 from sayo_verl.methods import METHODS, Mix, own_methods
 from sayo_verl.metrics import declaration
 from sayo_verl.models import internvl
+from sayo_verl.report.page import write_page_at_end
 from sayo_verl.report.runs import run_card
 
+CLOCK = "%Y-%m-%dT%H:%M:%S%z"
 PLUGIN = "sayo_verl.plugin"
 ENGINE = "sayo_verl.hooks.engine"
 # Settings of this process that its Ray workers must share, also when they run on a cluster that is already up.
@@ -136,13 +138,18 @@ def _is_installed(name: str) -> bool:
     return True
 
 
+def metrics_of_run(config: DictConfig) -> Path | None:
+    """The metrics file that this run writes; None if it writes none."""
+    named = os.environ.get("VERL_FILE_LOGGER_PATH")
+    return Path(named) if named else metrics_file(config)
+
+
 def write_run_card(config: DictConfig) -> None:
     """What runs, with which versions: run.json and run.yaml beside metrics.jsonl, run-2.json beside metrics-2.jsonl.
 
     Nothing is written before the checks have passed, and nothing if no metrics are.
     """
-    named = os.environ.get("VERL_FILE_LOGGER_PATH")
-    metrics = Path(named) if named else metrics_file(config)
+    metrics = metrics_of_run(config)
     if metrics is None:
         return
     metrics.parent.mkdir(parents=True, exist_ok=True)
@@ -152,16 +159,48 @@ def write_run_card(config: DictConfig) -> None:
         "run_id": metrics.parent.name,
         "estimator": config.algorithm.adv_estimator,
         "total_steps": config.trainer.total_training_steps,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": time.strftime(CLOCK),
         "versions": {"sayo-verl": __version__, **{name: version(name) for name in names if _is_installed(name)}},
         "metrics": str(metrics),
         "overrides": sys.argv[1:],
         # for the report, which reads those of the built-in methods from its own file
         "methods": {name: declaration(cls) for name, cls in own_methods().items()},
+        "data": _sizes(config),
     }
     card_file.write_text(json.dumps(card, indent=1) + "\n")
     # Not resolved: ${oc.env:...} may stand for a secret
     card_file.with_suffix(".yaml").write_text(OmegaConf.to_yaml(config))
+
+
+def _sizes(config: DictConfig) -> dict[str, int]:
+    """Data file -> bytes, so that a comparison of runs sees data that changed under its name."""
+    named = [OmegaConf.select(config, f"data.{split}_files") or [] for split in ("train", "val")]
+    files = [str(file) for value in named for file in ([value] if isinstance(value, str) else value)]
+    return {file: Path(file).stat().st_size for file in files if Path(file).is_file()}
+
+
+def record_end(config: DictConfig, error: BaseException | None) -> None:
+    """Add to the run card when the run ended, and by which error; nothing for a run without metrics."""
+    metrics = metrics_of_run(config)
+    if metrics is None:
+        return
+    card = json.loads(run_card(metrics).read_text())
+    said = "" if error is None else f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+    card["ended"] = {"time": time.strftime(CLOCK), "error": said}
+    run_card(metrics).write_text(json.dumps(card, indent=1) + "\n")
+
+
+def report_at_end(config: DictConfig) -> None:
+    """Write the run's page, also of a run that failed; nothing before its first step. The exit code stays as it is."""
+    if (metrics := metrics_of_run(config)) is None:
+        return
+    try:
+        page = write_page_at_end(metrics.parent)
+    except SayoError as error:
+        print(f"the page of this run was not written: {error}", file=sys.stderr)
+    else:
+        if page:
+            print(f"page of the run: {page}", flush=True)
 
 
 def say_how_to_resume(config: DictConfig) -> None:
@@ -204,8 +243,15 @@ def main(config: DictConfig) -> None:
     write_run_card(config)
     prepare_workers(config, variables)
     ours = select_method(config)
-    atexit.register(say_how_to_resume, config)  # after the traceback of a run that failed
-    run_ppo(config, task_runner_class=SayoTaskRunner if ours else TaskRunnerV1)
+    # After the traceback of a run that failed; the last that is registered is the first that runs.
+    atexit.register(say_how_to_resume, config)
+    atexit.register(report_at_end, config)
+    try:
+        run_ppo(config, task_runner_class=SayoTaskRunner if ours else TaskRunnerV1)
+    except BaseException as error:
+        record_end(config, error)
+        raise
+    record_end(config, None)
 
 
 def launch() -> None:

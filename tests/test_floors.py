@@ -6,7 +6,7 @@ from pathlib import Path
 
 # From bottom to top. A room imports rooms of lower floors only; so there is no circle, and none within a floor.
 FLOORS = """
-errors metrics command_line
+errors metrics command_line estimates
 script_variables
 vision models reward metis
 view probe scenes

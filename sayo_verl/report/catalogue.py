@@ -70,15 +70,18 @@ def _section(estimator: str, declared: Mapping[str, Any]) -> Section:
     return Section(entries, estimator, tuple(declared["reference"]))
 
 
+# The reward function's value. Runs of different methods compare by it, because it has no term of a method.
+SCORE = Metric("critic/score/mean", "task reward")
 # verl logs here the reward from which it computes advantages: the task reward, minus the KL penalty if that is part of
 # the reward, plus the terms of a method.
-REWARD = Metric("critic/rewards/mean", "reward", live="reward")
+REWARD = Metric("critic/rewards/mean", "total reward", live="reward")
 ACCURACY = Metric("sayo/accuracy/mean", "accuracy", 0, 1, live="accuracy")
 ENTROPY = Metric("actor/entropy", "entropy", 0, unit="nats per token")
 LENGTH = Metric("response_length/mean", "response length", 0, unit="tokens", decimals=1)
 
 COMMON = Section(
     (
+        Panel("Task reward", "mean of the reward function", (SCORE,)),
         Panel("Total reward", "mean, with method's terms", (REWARD,)),
         Panel("Accuracy", "share of answers", (ACCURACY,), limits=(0, 1)),
         Panel("Entropy", "nats per token", (ENTROPY,), limits=(0, None)),

@@ -96,7 +96,7 @@ class Progress:
             return [("warning", str(error))]  # the run continues; the report will refuse the file
         validation = [value for name, value in values.items() if r.VALIDATION_ACCURACY.match(name)]
         checked = "".join(f"  validation accuracy {value:.3f}" for value in validation[:1])
-        if step == 0 or (values and all(name.startswith("val-") for name in values)):
+        if step == 0 or r.is_validation(values):
             # verl logs the validation before training separately, under the step that it starts from.
             self.phase = "first rollout"
             return [("phase", f"validated at step {step}{checked}")]

@@ -11,16 +11,18 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sayo_verl.errors import SayoError
+from sayo_verl.report.card import RUN_FILE, UNKNOWN, load_launch, run_card
 
-METRICS_FILE, LOG_FILE, RUN_FILE = "metrics.jsonl", "train.log", "run.json"
+METRICS_FILE, LOG_FILE = "metrics.jsonl", "train.log"
 METRICS_GLOB, RUN_GLOB = "metrics*.jsonl", "run*.json"
-UNKNOWN, NOT_MEASURED = "unknown", "not measured"
+NOT_MEASURED = "not measured"
 
 # verl's name is val-core/<data source>/acc/mean@<responses per prompt>; the data source may contain slashes.
 VALIDATION_ACCURACY = re.compile(r"^val-(core|aux)/(?P<source>.+)/acc(uracy)?/mean@\d+$")
@@ -42,6 +44,10 @@ class Run:
         steps: logged steps, ascending; 0 is verl's validation before training.
         series: metric name -> [(step, value)], ascending by step; NaN is kept.
         files: the metrics files read, one per attempt, in the order of the attempts.
+        data: data file -> bytes, from run.json.
+        ended: ``time`` and ``error`` (empty if there was none) of the end that the launcher recorded; empty while the
+            run goes on, and after a kill.
+        seams: steps from which a resumed attempt continues; its first step is the one after.
         notes: remarks for a reader of the numbers (truncated line, resume, NaN, missing run.json).
     """
 
@@ -55,7 +61,10 @@ class Run:
     methods: dict[str, Any]
     steps: list[int]
     series: dict[str, Series]
+    data: dict[str, Any] = field(default_factory=dict)
+    ended: dict[str, Any] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
+    seams: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def training(self, name: str) -> Series:
@@ -146,6 +155,7 @@ def load_run(path: Path | str) -> Run:
             notes.append(f"{name} changed between the attempts; the last is shown")
     records = [record for attempt in attempts for record in attempt.records]
     by_step, resume_notes = _merge([(step, values) for step, values, _ in records])
+    seams = _seams([[step for step, values, _ in a.records if not is_validation(values)] for a in attempts])
     skipped = Counter(name for _, _, names in records for name in names)
     notes += resume_notes
     notes += [f"{name}: left out, {count} values are not numbers" for name, count in skipped.items()]
@@ -156,13 +166,8 @@ def load_run(path: Path | str) -> Run:
     for name, pairs in series.items():
         if missing := nan_count(pairs):
             notes.append(f"{name}: {missing}")
-    return Run(path=path, steps=sorted(by_step), series=series, files=[a.file for a in attempts], notes=notes, **launch)
-
-
-def run_card(metrics: Path) -> Path:
-    """The launcher's record of the attempt that writes ``metrics``, such as run-2.json for metrics-2.jsonl."""
-    stem = metrics.stem.removeprefix("metrics") if metrics.stem.startswith("metrics") else f"-{metrics.stem}"
-    return metrics.with_name(f"run{stem}.json")
+    files = [a.file for a in attempts]
+    return Run(path=path, steps=sorted(by_step), series=series, files=files, seams=seams, notes=notes, **launch)
 
 
 def next_metrics_file(folder: Path) -> Path:
@@ -171,6 +176,23 @@ def next_metrics_file(folder: Path) -> Path:
     while (file := folder / f"metrics-{n}.jsonl").exists() or run_card(file).exists():
         n += 1
     return file
+
+
+def is_validation(values: Mapping[str, float]) -> bool:
+    """Whether a line is verl's validation of the weights that an attempt starts from, not a training step."""
+    return bool(values) and all(name.startswith("val-") for name in values)
+
+
+def _seams(attempts: list[list[int]]) -> list[int]:
+    """Steps that resumed attempts started from, of those whose curves remain; ``attempts`` has the training steps."""
+    starts: list[int] = []
+    newest: int | None = None
+    for steps in attempts:
+        for i, step in enumerate(steps):
+            if newest is not None and (i == 0 or step < newest):
+                starts = [start for start in starts if start < step - 1] + [step - 1]
+            newest = step
+    return starts
 
 
 @dataclass
@@ -190,7 +212,7 @@ class _Attempt:
         weights of step n.
         """
         step, values, _ = self.records[0]
-        return step < 1 or (step == 1 and not all(name.startswith("val-") for name in values))
+        return step < 1 or (step == 1 and not is_validation(values))
 
 
 def _read_attempt(file: Path) -> _Attempt:
@@ -205,7 +227,7 @@ def _read_attempt(file: Path) -> _Attempt:
             fix=f"name a run folder with {METRICS_FILE}, which a run writes in its first step",
         ) from error
     card = run_card(file)
-    launch, notes = _load_launch(card)
+    launch, notes = load_launch(card)
     records = [parse_metrics_line(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
     if tail.strip():
         try:
@@ -272,34 +294,3 @@ def _merge(records: list[tuple[int, dict[str, float]]]) -> tuple[dict[int, dict[
         by_step.setdefault(step, {}).update(values)
         newest = step
     return by_step, notes
-
-
-def _load_launch(file: Path) -> tuple[dict[str, Any], list[str]]:
-    """Read run.json and return (its fields of ``Run``, notes)."""
-    record: Any = {}
-    notes = []
-    try:
-        record = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        notes.append(f"no {file.name}: run id, estimator and versions are unknown")
-    except ValueError as error:
-        raise _damaged(file, error) from error
-    if not isinstance(record, dict):
-        raise _damaged(file, type(record).__name__)
-    launch: dict[str, Any] = {name: str(record.get(name, UNKNOWN)) for name in ("run_id", "estimator", "started")}
-    for name, kind, absent in (
-        ("total_steps", int, None),
-        ("versions", dict, {}),
-        ("overrides", list, []),
-        ("methods", dict, {}),
-    ):
-        value = launch[name] = record.get(name, absent)
-        if value is not absent and not isinstance(value, kind):
-            raise _damaged(file, f"{name}: {value!r}")
-    return launch, notes
-
-
-def _damaged(file: Path, got: object) -> SayoError:
-    return SayoError(
-        "R04", "the launcher's record is damaged", where=str(file), got=got, fix="delete it; the run is then 'unknown'"
-    )

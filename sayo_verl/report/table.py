@@ -20,7 +20,7 @@ def first_last_table(run: Run, k: int = 5) -> Table:
     with a NaN has no mean. It shows ``NaN (3 of 40)``, counted over the whole run. A NaN outside of the windows is
     shown next to the name. :func:`sayo_verl.report.catalogue.rows_of` selects the metrics.
     """
-    header, rows = _cells(run, k)
+    header, rows = first_last_cells(run, k)
     table = Table(title=escape(f"{run.run_id} ({c.estimator_of(run)})"), title_justify="left", header_style="bold")
     for i, column in enumerate(header):
         table.add_column(column, justify="right" if i else "left")
@@ -31,7 +31,7 @@ def first_last_table(run: Run, k: int = 5) -> Table:
 
 def first_last_markdown(run: Run, k: int = 5) -> str:
     """The table of :func:`first_last_table` in Markdown, padded to be readable as plain text."""
-    header, rows = _cells(run, k)
+    header, rows = first_last_cells(run, k)
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [_markdown(header, widths)]
     lines.append("|" + "|".join("-" * (width + 1) + ("-" if i == 0 else ":") for i, width in enumerate(widths)) + "|")
@@ -46,7 +46,8 @@ def _markdown(row: list[str], widths: list[int]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _cells(run: Run, k: int) -> tuple[list[str], list[list[str]]]:
+def first_last_cells(run: Run, k: int) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table, as texts."""
     steps = [step for step in run.steps if step > 0]
     window = _window(len(steps), k)
     plural = "s" if window > 1 else ""

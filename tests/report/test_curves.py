@@ -13,7 +13,8 @@ from support.report_runs import ATTENTION, GRPO, OF, OF_METHOD, OWN, R_V, cells,
 from sayo_verl.errors import SayoError
 from sayo_verl.report import catalogue as c
 from sayo_verl.report import runs as r
-from sayo_verl.report.curves import plot_run, plot_runs, running_mean
+from sayo_verl.report.curves import plot_run, plot_runs
+from sayo_verl.report.panels import running_mean
 from sayo_verl.report.runs import Run, load_run
 from sayo_verl.report.table import first_last_markdown
 
@@ -63,10 +64,10 @@ def test_figure_says_what_it_shows(tmp_path, monkeypatch):
 def test_figure_of_grpo_has_the_common_panels_and_says_not_measured(tmp_path, monkeypatch):
     run = make_run(tmp_path, GRPO, estimator="grpo")
     figure = figure_of(monkeypatch, lambda: plot_run(run, tmp_path / "x.png"))
-    assert titles_of(figure) == ["Total reward", "Accuracy", "Entropy", "Response length"]
-    assert "training: not measured" in [text.get_text() for text in figure.axes[1].texts]  # there are validation points
+    assert titles_of(figure) == ["Task reward", "Total reward", "Accuracy", "Entropy", "Response length"]
+    assert "training: not measured" in [text.get_text() for text in figure.axes[2].texts]  # there are validation points
     bare = load_run(write_run(tmp_path / "bare", line(1, **{c.REWARD.name: 1.0})))
-    assert texts_of(monkeypatch, lambda: plot_run(bare, tmp_path / "x.png")).count(r.NOT_MEASURED) == 3
+    assert texts_of(monkeypatch, lambda: plot_run(bare, tmp_path / "x.png")).count(r.NOT_MEASURED) == 4
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def test_table_has_means_of_both_ends_and_their_change(tmp_path):
     run = make_run(tmp_path / "region", ATTENTION)
     table = cells(first_last_markdown(run, k=3))
     assert table["metric"] == ["first 3 steps", "last 3 steps", "change"]
-    assert table["reward"] == ["1.020", "1.110", "+0.090"]
+    assert table["total reward"] == ["1.020", "1.110", "+0.090"]
     assert table["response length (tokens)"] == ["12.0", "12.1", "+0.1"]
     assert table["region reward r_v"] == ["0.620", "0.710", "+0.090"]
     grpo = cells(first_last_markdown(make_run(tmp_path / "grpo", GRPO)))
@@ -29,8 +29,8 @@ def test_table_has_means_of_both_ends_and_their_change(tmp_path):
 def test_windows_of_a_short_run_do_not_overlap(tmp_path):
     table = cells(first_last_markdown(make_run(tmp_path / "a", GRPO, steps=5)))
     assert table["metric"][:2] == ["first 2 steps", "last 2 steps"]
-    assert table["reward"] == ["1.015", "1.045", "+0.030"]
-    only = cells(first_last_markdown(make_run(tmp_path / "b", GRPO, steps=1)))["reward"]
+    assert table["total reward"] == ["1.015", "1.045", "+0.030"]
+    only = cells(first_last_markdown(make_run(tmp_path / "b", GRPO, steps=1)))["total reward"]
     assert only[0] == only[1] == "1.010"
     assert only[2] not in ("+0.000", "")
 
@@ -39,7 +39,7 @@ def test_nan_in_a_window_gives_nan_and_nan_elsewhere_is_noted(tmp_path):
     gaps = {c.REWARD.name: 2, "actor/entropy": 6}
     lines = [line(n, **{name: None if n == gap else 1.0 for name, gap in gaps.items()}) for n in range(1, 11)]
     table = cells(first_last_markdown(load_run(write_run(tmp_path, *lines)), k=3))
-    assert table["reward"] == ["NaN (1 of 10)", "1.000", "NaN"]
+    assert table["total reward"] == ["NaN (1 of 10)", "1.000", "NaN"]
     assert table["entropy (nats per token), NaN (1 of 10)"] == ["1.000", "1.000", "+0.000"]
 
 
@@ -58,4 +58,4 @@ def test_neutral_rows_are_shown_where_there_were_any(tmp_path):
 
 def test_a_change_that_rounds_to_nothing_has_no_sign_of_a_fall(tmp_path):
     lines = [line(n, **{c.REWARD.name: 1 - 1e-6 * n}) for n in (1, 2)]
-    assert cells(first_last_markdown(load_run(write_run(tmp_path, *lines))))["reward"][2] == "+0.000"
+    assert cells(first_last_markdown(load_run(write_run(tmp_path, *lines))))["total reward"][2] == "+0.000"

@@ -8,7 +8,7 @@ from sayo_verl.report import runs as r
 from sayo_verl.report.runs import Run, load_run
 
 OF = {section.estimator: section for section in c.OF_METHODS}
-COMMON = {c.REWARD.name: 1.0, "actor/entropy": 0.4, "response_length/mean": 12.0}  # what every run has
+COMMON = {c.SCORE.name: 0.7, c.REWARD.name: 1.0, "actor/entropy": 0.4, "response_length/mean": 12.0}  # what every run has
 PARTS = {c.ACCURACY.name: 0.5, "sayo/format/mean": 0.9, "sayo/probe_share_of_log_prob": 0.05}
 ATTENTION = COMMON | PARTS | dict.fromkeys(OF["attn_region"].names, 0.6)
 GRPO = COMMON

@@ -1,0 +1,345 @@
+"""The report of one run as one page: what was run, what it says, curves, warnings, rollouts, causal beside attention."""
+
+import math
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from sayo_verl.errors import SayoError
+from sayo_verl.report import catalogue as c
+from sayo_verl.report import causal, verdict
+from sayo_verl.report import runs as r
+from sayo_verl.report.card import load_config
+from sayo_verl.report.log import why_it_failed
+from sayo_verl.report.panels import WINDOW, panel_figure
+from sayo_verl.report.runs import Run, load_run
+from sayo_verl.report.table import first_last_cells
+from sayo_verl.view.figure import inline, style
+from sayo_verl.view.page import page, table, text
+from sayo_verl.view.seen import SeenPrompt, SeenResponse
+from sayo_verl.view.store import RecordedStep, read_steps
+from sayo_verl.view.viewer import mount
+
+PAGE_FILE = "report.html"
+MAPS_BUDGET = 6_000_000  # bytes of pictures and maps of all viewers together
+MOST_FILES = 4  # named of each split
+QUIET = 600.0  # seconds without a new line after which a run without a recorded end counts as stopped
+GRID = "display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:.6rem 1.6rem"
+RECORDS = (
+    "<code>sayo.viz_every=10</code> records them every 10 steps, <code>sayo.viz_prompts</code> says how many prompts."
+)
+
+
+def write_page(run: Run, k: int = 5, out: Path | None = None) -> Path:
+    """Write the page of a run; return its path.
+
+    Args:
+        run: the run, which may still be running.
+        k: steps in the means "first" and "last".
+        out: the file; None: report.html in the run's folder.
+
+    Raises:
+        SayoError: R07 if the file cannot be written, R04 if run.yaml is damaged.
+    """
+    recorded_notes: list[str] = []
+    steps = read_steps(run.path, recorded_notes)
+    config = load_config(run.files[-1], run.overrides)
+    viewers, data = _rollouts(steps)
+    body = "\n".join(
+        [
+            _head(run, config),
+            _verdict(run, steps, k),
+            _what(run, config),
+            _curves(run),
+            _warnings(run, recorded_notes),
+            _numbers(run, k),
+            viewers,
+            _causal(steps),
+        ]
+    )
+    file = out or run.path / PAGE_FILE
+    write_text(file, page(f"{_title(run)}: report", body, data=data, viewer=bool(data)))
+    return file
+
+
+def write_page_at_end(folder: Path) -> Path | None:
+    """Write the page when a run ends, however it ended; None for a run without a step."""
+    try:
+        run = load_run(folder)
+    except SayoError as error:
+        if error.code == "R03":
+            return None
+        raise
+    return write_page(run)
+
+
+def write_text(file: Path, content: str) -> None:
+    """Write a file as a whole, so that a reader never meets half of it.
+
+    Raises:
+        SayoError: R07.
+    """
+    temporary = file.with_name(f".{file.name}.new")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        raise SayoError(
+            "R07", "a page cannot be written", where=str(file), got=error.strerror, fix="free the disk or the folder"
+        ) from error
+
+
+def bullets(sentences: Iterable[str]) -> str:
+    """A list of sentences, which are escaped here."""
+    return "<ul>" + "".join(f"<li>{text(sentence)}</li>" for sentence in sentences) + "</ul>"
+
+
+def drawn(figures: Iterable[tuple[Any, str]]) -> str:
+    """Figures, each with its text for screen readers, beside each other where there is room."""
+    return f'<div style="{GRID}">' + "".join(inline(figure, label) for figure, label in figures) + "</div>"
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+def _title(run: Run) -> str:
+    return run.path.resolve().name if run.run_id == r.UNKNOWN else run.run_id
+
+
+def _head(run: Run, config: dict[str, Any]) -> str:
+    known = dict(described(run, config))
+    model_and_data = [known[name] for name in ("model", "training data") if name in known]
+    total = f" of {run.total_steps}" if run.total_steps else ""
+    now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    state, kind = state_of(run)
+    return (
+        f"<h1>{text(_title(run))}</h1><p><b>{text(c.estimator_of(run))}</b></p>"
+        + (f"<p>{text(' on '.join(model_and_data))}</p>" if model_and_data else "")
+        + f'<p>Step {run.steps[-1]}{total}. <span class="{kind}">{text(state)}</span></p>'
+        f'<p class="meta">This page was written at {now}. '
+        "<code>sayo report</code> writes it again, also while the run goes on.</p>"
+    )
+
+
+def state_of(run: Run) -> tuple[str, str]:
+    """How the run ended, or that it goes on: a sentence, and the class of its style."""
+    done = run.total_steps is not None and run.steps[-1] >= run.total_steps
+    if run.ended:
+        when, error = run.ended.get("time", "an unknown time"), run.ended.get("error", "")
+        if error:
+            return f"Failed at {when}: {error}", "warn"
+        return (f"Finished at {when}.", "ok") if done else (f"Ended early, without an error, at {when}.", "warn")
+    if done:
+        return "Finished.", "ok"
+    files = [file for file in [*run.files, run.path / r.LOG_FILE] if file.exists()]
+    written = max(file.stat().st_mtime for file in files)
+    quiet = time.time() - written
+    stamp = datetime.fromtimestamp(written).astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    longest = max((value for _, value in run.training("timing_s/step") if math.isfinite(value)), default=0.0)
+    if quiet < max(QUIET, 3 * longest):
+        return f"No end is recorded, and the last line is from {stamp}: probably still running.", "meta"
+    return f"No end is recorded, and the last line is from {stamp}: killed, or it hangs.", "warn"
+
+
+def _what(run: Run, config: dict[str, Any]) -> str:
+    rows = [(name, f"<span>{text(value)}</span>") for name, value in described(run, config)]
+    rows.append(("started", text(run.started)))
+    if len(run.files) > 1 or run.seams:
+        seams = ", ".join(f"after step {seam}" for seam in run.seams)
+        rows.append(("attempts", f"{len(run.files)} files; resumed {seams} (dashed vertical lines in the curves)"))
+    if run.versions:
+        rows.append(("versions", text(", ".join(f"{name} {version}" for name, version in run.versions.items()))))
+    overrides = "\n".join(map(str, run.overrides))
+    command = f"<details><summary>Overrides of the command line</summary><pre>{text(overrides)}</pre></details>"
+    missing = "" if config else '<p class="note">Model, data and settings were not recorded: no run.yaml.</p>'
+    return f"<h2>What was run</h2>{missing}{table([], rows)}{command if overrides else ''}"
+
+
+def described(run: Run, config: dict[str, Any]) -> list[tuple[str, str]]:
+    """What identifies a run, as far as it was recorded: name and value."""
+
+    def size(file: str) -> str:
+        return f"{file} ({run.data[file]:,} bytes)" if file in run.data else file
+
+    def files(key: str) -> str:
+        value = config.get(key)
+        named = [str(file) for file in (value if isinstance(value, list) else [value] if value else [])]
+        more = f" and {len(named) - MOST_FILES} more" if len(named) > MOST_FILES else ""
+        return ", ".join(map(size, named[:MOST_FILES])) + more
+
+    method = run.estimator.removeprefix("attn_")
+    own = {key.removeprefix(f"algorithm.attn.{method}."): config[key] for key in config if _of(key, method)}
+    reward = [config.get(f"reward.custom_reward_function.{key}") for key in ("path", "name")]
+    prompts, responses = config.get("data.train_batch_size"), config.get("actor_rollout_ref.rollout.n")
+    found = [
+        ("model", config.get("actor_rollout_ref.model.path")),
+        ("training data", files("data.train_files")),
+        ("held-out data", files("data.val_files")),
+        ("reward function", " ".join(str(part) for part in reward if part)),
+        ("settings of the method", ", ".join(f"{name}={value}" for name, value in own.items())),
+        ("batch", f"{prompts} prompts x {responses} responses" if prompts and responses else ""),
+        ("learning rate", config.get("actor_rollout_ref.actor.optim.lr")),
+        ("seed", config.get("data.seed")),
+    ]
+    return [(name, str(value)) for name, value in found if value not in (None, "")]
+
+
+def _of(key: str, method: str) -> bool:
+    return key.startswith(f"algorithm.attn.{method}.")
+
+
+# --------------------------------------------------------------------------------------------------------- what it says
+
+
+def _verdict(run: Run, steps: Sequence[RecordedStep], k: int) -> str:
+    looked = [*verdict.looked(steps), *verdict.attention(run, k)]
+    if not looked:
+        looked = ["No attention metric was logged, and no rollouts were recorded."]
+    return (
+        f"<h2>Did it get better?</h2>{bullets(verdict.outcome(run, k))}<h2>Where did the policy look?</h2>"
+        f'{bullets(looked)}<p class="note">{text(verdict.windows(run, k))} A change counts as clear from {verdict.CLEAR:g} standard errors on, from '
+        "the spread of single steps. One run cannot show that attention caused it: <code>sayo compare</code> shows "
+        "runs beside a baseline.</p>"
+    )
+
+
+def _curves(run: Run) -> str:
+    panels = c.panels_of([run])
+    own = {panel.title for panel in verdict.own_panels(run)}
+    parts = []
+    for title, chosen in (
+        ("Curves", [panel for panel in panels if panel in c.COMMON.panels]),
+        (f"Curves of the method: {c.estimator_of(run)}", [panel for panel in panels if panel.title in own]),
+        ("Other curves", [p for p in panels if p not in c.COMMON.panels and p.title not in own]),
+    ):
+        if chosen:
+            with matplotlib.rc_context(style()):
+                figures = [(panel_figure(p, {"": [run]}), f"{verdict.plain(p.title)} by training step") for p in chosen]
+                parts.append(f"<h2>{text(title)}</h2>" + drawn(figures))
+    parts[0] += (
+        f'<p class="note">Faint: each step. Bold: mean of the last {WINDOW} steps. Dots: validation. The total reward '
+        "has the method's own terms; the task reward can be compared across methods.</p>"
+    )
+    return "".join(parts)
+
+
+def _warnings(run: Run, recorded: Sequence[str]) -> str:
+    found = list(run.notes)
+    for metric in c.ANY_METHOD.metrics:
+        series = [value for _, value in run.training(metric.name) if math.isfinite(value)]
+        if metric.unless_zero and (total := sum(series)):
+            found.append(f"{metric.label}: {total:g} in {len(series)} steps. Such rows count as in GRPO.")
+    stale = [value for _, value in run.training("sayo/staleness/max") if math.isfinite(value)]
+    if stale and max(stale) > 0:
+        found.append(f"Rollouts were up to {max(stale):g} versions of the weights old.")
+    found += recorded
+    body = bullets(found) if found else "<p>None.</p>"
+    state, _ = state_of(run)
+    if not state.startswith("Finished") and (cause := why_it_failed(run.path / r.LOG_FILE, lines=0)):
+        body += f"<p>Errors in {text(r.LOG_FILE)}:</p><pre>{text(chr(10).join(cause))}</pre>"
+    return f"<h2>Warnings</h2>{body}"
+
+
+def _numbers(run: Run, k: int) -> str:
+    header, rows = first_last_cells(run, k)
+    seconds = [value for _, value in run.training("timing_s/step")[1:] if math.isfinite(value)]
+    cost = f"A step took {sorted(seconds)[len(seconds) // 2]:.1f} seconds (median, without the first). " if seconds else ""
+    cells = [[text(cell) for cell in row] for row in rows]
+    return (
+        f"<details><summary>All numbers and counters: first and last steps</summary><p>{cost}The probe's share, the "
+        f"counterfactual pass and neutral rows are in the table if they were logged.</p>{table(header, cells)}</details>"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- rollouts
+
+
+def by_prompt(steps: Sequence[RecordedStep]) -> list[tuple[SeenPrompt, list[tuple[RecordedStep, Any]]]]:
+    """Each recorded prompt with its steps and responses, in the order of the last step."""
+    found: dict[tuple[str, str], tuple[SeenPrompt, list[tuple[RecordedStep, Any]]]] = {}
+    for step in steps:
+        for prompt, responses in step.prompts:
+            found.setdefault(verdict.prompt_key(prompt), (prompt, []))[1].append((step, responses))
+    return list(found.values())
+
+
+def _rollouts(steps: Sequence[RecordedStep]) -> tuple[str, dict[str, Any]]:
+    title = "<h2>Rollouts of fixed held-out prompts</h2>"
+    if not steps:
+        return f"{title}<p>No rollouts were recorded. {RECORDS}</p>", {}
+    prompts, body, data = by_prompt(steps), title, {}
+    seconds = [step.seconds for step in steps if math.isfinite(step.seconds)]
+    body += (
+        f"<p>{len(prompts)} prompts at {len(steps)} points of the training. The slider, or the arrow keys on it, moves "
+        "through the training. Recording took "
+        f"{sum(seconds) / max(len(seconds), 1):.1f} seconds each time.</p>"
+    )
+    for i, (prompt, of_steps) in enumerate(prompts):
+        states: dict[str, Sequence[SeenResponse]] = {f"step {step.step}": responses for step, responses in of_steps}
+        rates = [verdict.accuracy_of(responses) for responses in states.values()]
+        right = ", ".join(f"{rate:.0%} at {name}" for name, rate in zip(states, rates, strict=True) if rate == rate)
+        shown, islands = mount(
+            f"rollouts-{i}", prompt, states, budget=MAPS_BUDGET // len(prompts), more_maps="sayo.viz_prompts"
+        )
+        body += f"<h3>Prompt {i + 1} of {len(prompts)}</h3>"
+        body += f"<p>Right answers: {right}.</p>" if right else ""
+        body += shown
+        data |= islands
+    return body, data
+
+
+def _causal(steps: Sequence[RecordedStep]) -> str:
+    title = "<h2>Causal beside attention</h2>"
+    explain = (
+        "<p>The effect of a token is its log-probability given the image minus that given a changed image, in nats. "
+        "Above 0, the token needs the image. A policy that looks where it needs to look has both rise together.</p>"
+    )
+    if not steps:
+        return f"{title}{explain}<p>Nothing was recorded. {RECORDS}</p>"
+    parts = []
+    for i, (prompt, of_steps) in enumerate(by_prompt(steps)):
+        found = [causal.effects_of(step, prompt, responses) for step, responses in of_steps]
+        effects = [one for one in found if one]
+        if not effects:
+            continue
+        last = effects[-1]
+        with matplotlib.rc_context(style()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # the browser has other fonts
+            figures = [(causal.scatter(last), "Effect of the changed image against attention to the image, per token")]
+            if len(effects) > 1:
+                figures.append((causal.through_training(effects), "Rank correlation at each recorded step"))
+            along = inline(causal.strip(last.responses[0], last.step), "Attention and effect along the tokens")
+            pair = drawn(figures)
+        parts.append(
+            f"<h3>Prompt {i + 1}: {text(prompt.question)}</h3>"
+            f"<p>Step {last.step}, {len(last.mass)} tokens of {len(last.responses)} responses. "
+            f"{text(causal.in_words(last.correlation))} {text(causal.row_in_words(last.responses[0]))}</p>{pair}{along}"
+        )
+    if not parts:
+        return (
+            f"{title}{explain}<p>The recorded rollouts have no effect of a changed image. "
+            "<code>sayo.viz_causal=true</code> measures it, with one more pass.</p>"
+        )
+    note = (
+        '<p class="note">Spearman\'s rank correlation over tokens. Its 95 % interval draws whole responses with '
+        "replacement, because tokens of one response depend on each other.</p>"
+    )
+    return title + explain + _all_prompts(steps) + "".join(parts) + note
+
+
+def _all_prompts(steps: Sequence[RecordedStep]) -> str:
+    rows = []
+    for step in steps:
+        found = [causal.effects_of(step, prompt, responses) for prompt, responses in step.prompts]
+        effects = [one for one in found if one]
+        if effects:
+            tokens, responses = sum(len(one.mass) for one in effects), sum(len(one.responses) for one in effects)
+            rows.append([step.step, tokens, responses, causal.pooled(effects).text(2)])
+    return table(["step", "tokens", "responses", "rank correlation, all prompts"], rows)
+

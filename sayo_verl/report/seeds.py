@@ -1,0 +1,54 @@
+"""Means over the seeds of a run, with intervals for few of them.
+
+With two to five seeds a bootstrap over seeds is far too narrow: of two values it can draw three means only. Student's t
+interval has its nominal coverage for normally distributed means at every number of seeds. So it is what we use, and it
+is wide for two or three seeds, as it should be.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from sayo_verl.estimates import LEVEL, Estimate
+
+
+@functools.cache
+def t_quantile(freedom: float) -> float:
+    """Half the width of the interval of ``LEVEL`` in standard errors, by Student's t.
+
+    With t = sqrt(freedom) tan(a), the angle a has the density cos(a) ** (freedom - 1), which is integrated here.
+    """
+    angles = np.linspace(0, math.pi / 2, 200_001)
+    density = np.cos(angles) ** (freedom - 1)
+    below = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(freedom) * math.tan(np.interp(LEVEL, below / below[-1], angles))
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """Mean of one value per seed, and its t interval; no interval for one seed. NaN values are left out."""
+    kept = np.array([value for value in values if math.isfinite(value)])
+    n = len(kept)
+    if n < 2:
+        return Estimate(float(kept[0]) if n else math.nan, n=n)
+    mean, half = float(kept.mean()), t_quantile(n - 1) * float(kept.std(ddof=1)) / math.sqrt(n)
+    return Estimate(mean, mean - half, mean + half, n)
+
+
+def difference_of_means(values: Sequence[float], baseline: Sequence[float]) -> Estimate:
+    """Mean of ``values`` minus that of ``baseline``, with Welch's t interval; no interval if a side has one seed."""
+    sides = [np.array([value for value in side if math.isfinite(value)]) for side in (values, baseline)]
+    sizes = [len(side) for side in sides]
+    if not all(sizes):
+        return Estimate(math.nan)
+    value = float(sides[0].mean() - sides[1].mean())
+    if min(sizes) < 2:
+        return Estimate(value, n=min(sizes))
+    parts = [float(side.var(ddof=1)) / len(side) for side in sides]
+    total = sum(parts)
+    if total == 0:
+        return Estimate(value, value, value, min(sizes))
+    freedom = total**2 / sum(part**2 / (n - 1) for part, n in zip(parts, sizes, strict=True))
+    half = t_quantile(round(freedom, 3)) * math.sqrt(total)
+    return Estimate(value, value - half, value + half, min(sizes))
