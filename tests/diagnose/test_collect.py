@@ -1,0 +1,179 @@
+"""Responses of a tiny model to drawn rows: measured once, resumed, refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from support.diagnosed import answers as invented
+from support.refusals import refusal
+
+from sayo_verl.cli import build_parser, main
+from sayo_verl.diagnose import collect as module
+from sayo_verl.diagnose.collect import accuracy_of, collect
+from sayo_verl.diagnose.config import Asked
+from sayo_verl.diagnose.run import examples_of, what_was_run
+from sayo_verl.look.observe import Observer
+
+ROWS, SAMPLES, LONGEST = 4, 2, 6
+
+
+@pytest.fixture(scope="module")
+def observer(random_policy: Path) -> Observer:
+    return Observer(str(random_policy), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def asked(scenes: Path) -> Asked:
+    return Asked(scenes, ROWS, SAMPLES, max_new_tokens=LONGEST)
+
+
+@pytest.fixture(scope="module")
+def done(observer: Observer, asked: Asked, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("done")
+    collect(observer, asked, out)
+    return out
+
+
+def arrays(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    return {file.name: dict(np.load(file)) for file in sorted(folder.glob("row-*.npz"))}
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise AssertionError("a finished row was answered again")
+
+
+def test_every_response_is_measured_once(observer: Observer, asked: Asked, done: Path):
+    answers = collect(observer, asked, done)
+    assert len(answers) == ROWS * SAMPLES
+    for a in answers:
+        assert a.image_tokens > a.region_tokens > 0
+        assert a.tokens == len(a.ids) <= LONGEST
+        assert all(np.isfinite(value).all() for value in a.values.values())
+        assert "counterfactual_log_probs" in a.values
+        assert ("heads/box_hit" in a.values) == (a.sample == 0)
+        assert a.accuracy in (0, 1)
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same(
+    observer: Observer, asked: Asked, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real, left = module.write_row, 2
+
+    def killed_while_writing(file: Path, answers: list) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            file.with_name(f".{file.name}.123").write_bytes(b"half")
+            raise KeyboardInterrupt
+        real(file, answers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_row", killed_while_writing)
+        with pytest.raises(KeyboardInterrupt):
+            collect(observer, asked, tmp_path)
+    before = arrays(tmp_path)
+    assert len(before) == 2
+    collect(observer, asked, tmp_path)
+    after, whole = arrays(tmp_path), arrays(done)
+    assert after.keys() == whole.keys()
+    for name, own in after.items():
+        assert all(np.array_equal(value, whole[name][key]) for key, value in own.items())
+
+
+def test_finished_rows_are_not_answered_again_and_fewer_may_be_used(
+    random_policy: Path, scenes: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = shutil.copytree(done, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(Observer, "answer", refuse)
+        fewer = collect(Observer(str(random_policy)), Asked(scenes, 2, SAMPLES, max_new_tokens=LONGEST), out)
+    assert len(fewer) == 2 * SAMPLES
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"samples": 1}, {"temperature": 0.5}, {"max_new_tokens": 7}])
+def test_a_folder_of_other_settings_is_refused(observer: Observer, scenes: Path, done: Path, change: dict):
+    own = {"samples": SAMPLES, "max_new_tokens": LONGEST} | change
+    with refusal("W32", f"got .*{next(iter(change))}"):
+        collect(observer, Asked(scenes, ROWS, **own), done)
+
+
+def test_a_folder_of_another_set_or_of_other_files_is_refused(observer: Observer, asked: Asked, done: Path, tmp_path):
+    other = pq.read_table(next(asked.data.glob("val-*.parquet"))).slice(0, 2)
+    pq.write_table(other, tmp_path / "other.parquet")
+    with refusal("W32", "other.parquet"):
+        collect(observer, Asked(tmp_path / "other.parquet", ROWS, SAMPLES, max_new_tokens=LONGEST), done)
+    with refusal("W32", "none of a diagnosis"):
+        collect(observer, asked, tmp_path)
+
+
+def table_with(scenes: Path, out: Path, edit: Callable[[dict], object]) -> Path:
+    """The validation rows, edited, in one file."""
+    table = pq.read_table(next(scenes.glob("val-*.parquet")))
+    rows = table.to_pylist()
+    for row in rows:
+        edit(row)
+    pq.write_table(type(table).from_pylist(rows, schema=table.schema), out)
+    return out
+
+
+def test_a_set_without_rows_or_without_images_is_refused(observer: Observer, scenes: Path, tmp_path: Path):
+    file = next(scenes.glob("val-*.parquet"))
+    pq.write_table(pq.read_table(file).slice(0, 0), tmp_path / "empty.parquet")
+    with refusal("W30", "empty.parquet"):
+        collect(observer, Asked(tmp_path / "empty.parquet"), tmp_path / "a")
+    table_with(scenes, tmp_path / "text.parquet", lambda row: row.update(images=[]))
+    with refusal("W31", "no row of the set has an image"):
+        collect(observer, Asked(tmp_path / "text.parquet"), tmp_path / "b")
+
+
+def test_a_model_that_answers_nothing_is_refused(
+    observer: Observer, asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Observer, "answer", lambda self, prompts, **_: [self.ends[:1] for _ in prompts])
+    with refusal("W33", "special tokens only"):
+        collect(observer, asked, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"rows": 0}, {"samples": 0}, {"samples": 2, "temperature": 0}, {"max_new_tokens": 0}, {"seed": -1}]
+)
+def test_options_out_of_range_are_refused(change: dict):
+    with refusal("W34"):
+        Asked(Path("x"), **change)
+
+
+def test_rows_without_a_ground_truth_have_no_accuracy():
+    assert np.isnan(accuracy_of({"reward_model": None}, "red"))
+    assert np.isnan(accuracy_of({}, "red"))
+
+
+def test_the_command_writes_a_page_with_examples(scenes: Path, random_policy: Path, done: Path, tmp_path: Path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(done, out / "model")
+    flags = ["--rows", str(ROWS), "--samples", str(SAMPLES), "--max-new-tokens", str(LONGEST), "--out", str(out)]
+    assert main(["diagnose", "--model", str(random_policy), "--data", str(scenes), *flags]) == 0
+    assert str(out / "report.html") in capsys.readouterr().out
+    html = (out / "report.html").read_text()
+    assert "highest target attention" in html
+    assert "there is no second model" in html
+    assert json.loads((out / "summary.json").read_text())["settings"]["samples"] == SAMPLES
+
+
+def test_help_fits_a_screen(capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["diagnose", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+
+
+def test_what_is_said_of_the_run_counts_rows_without_boxes_and_responses(scenes: Path, observer: Observer):
+    said = " ".join(what_was_run({"m": invented(4, boxes=False)}, Asked(scenes, 6)))
+    assert "16 responses to 4 questions, 4 of them without boxes" in said
+    assert "2 rows have no image or no response" in said
+    assert "one response only" in " ".join(what_was_run({"m": invented(1, 1)}, Asked(scenes, 1)))
+    assert examples_of(observer, invented(2, boxes=False), Asked(scenes, 2)) == []
