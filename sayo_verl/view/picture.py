@@ -143,7 +143,10 @@ def _lines(prompt: SeenPrompt, response: SeenResponse, total_V: np.ndarray, lett
         lines = ["No map was measured"]
     elif prompt.region is not None and 0 < prompt.region_tokens < prompt.tokens:
         boxes, even = float(total_V[prompt.region].sum()), image * prompt.chance
-        lines += [f"{_percent(boxes)} is on the boxes", f"(spread evenly: {_percent(even)}; {boxes / even:.2g} times)"]
+        lines += [
+            f"{_percent(boxes)} is on the boxes",
+            f"(spread evenly: {_percent(even)}; {boxes / even:.1f} times as much)",
+        ]
     if image and response.maps:
         border = float(total_V[prompt.border].sum())
         lines += [

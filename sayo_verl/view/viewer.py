@@ -81,8 +81,8 @@ def mount(
         f'<section class="viewer" id="{name}" data-island="{name}-data" aria-label="Where the model looked: '
         f'{text(prompt.where)}">\n<header><p class="where">{text(prompt.where)}</p>'
         f'<p class="question">{text(prompt.question)}</p>{answer}</header>\n'
-        f'<div class="left"><div class="top"><div class="pictures">{figures}</div></div></div>\n'
-        f'<div class="right"></div>\n'
+        f'<div class="sides"><div class="left"><div class="top"><div class="pictures">{figures}</div></div></div>\n'
+        '<div class="right"></div></div>\n'
         f'<div class="below">{noted}</div>\n<noscript><p class="warn">Heat maps need JavaScript.</p>{written}'
         "</noscript></section>\n"
     )

@@ -10,6 +10,7 @@ const FACTS = { // names for readers; others are shown as they are
   R_a: "R_a, all tokens together", R_a_single: "R_a, mean of single tokens",
 };
 const HOW = "Point at a word, tap it, or use the arrow keys, to see where the model looked while it wrote the word. A click or Enter pins it.";
+const COARSE = 100; // visual tokens of a picture below which its cells hide what is in it
 const SAID = ["image_mass", "sink_mass", "border_share", "border_chance", "region_mass", "region_share", "region_chance"]; // in the table
 const FIRST_VALUES = ["token_weight", "image_mass"]; // the tint at first, in this order
 
@@ -19,7 +20,11 @@ class Viewer {
     this.data = JSON.parse(document.getElementById(root.dataset.island).textContent);
     this.everything = this.data.states.flatMap((state) => state.responses);
     this.several = this.data.states.some((state) => state.responses.length > 1);
-    Object.assign(this, { state: 0, chosen: 0, pointed: null, pinned: null, filter: "all", scale: "own", strength: 0.8, job: 0 });
+    Object.assign(this, { state: 0, chosen: 0, pointed: null, pinned: null, filter: "all", scale: "own", job: 0 });
+    const coarse = this.data.tokens / this.data.grids.length < COARSE;
+    root.classList.toggle("coarse", coarse);
+    this.strength = coarse ? 0.5 : 0.8;
+    root.style.setProperty("--strength", this.strength);
     this.left = root.querySelector(".left");
     this.right = root.querySelector(".right");
     this.canvases = [...root.querySelectorAll("canvas")];
@@ -54,8 +59,11 @@ class Viewer {
     this.menu = this.select([...maps].map(([name, map]) => [name, map.label + (map.words ? "" : " (whole response only)")]),
       (name) => this.update({ map: name }));
     const filters = Object.entries(FILTERS).filter(([key]) => key !== "steady" || [...maps.values()].some((map) => map.steady));
-    const strength = element("input", { type: "range", min: "0", max: "1", step: "0.05", value: "0.8" });
-    strength.addEventListener("input", () => this.update({ strength: Number(strength.value) }));
+    const strength = element("input", { type: "range", min: "0", max: "1", step: "0.05", value: String(this.strength) });
+    strength.addEventListener("input", () => {
+      this.root.style.setProperty("--strength", strength.value);
+      this.update({ strength: Number(strength.value) });
+    });
     const filterMenu = this.select(filters, (filter) => this.update({ filter }));
     const scaleMenu = this.select([["own", "ends at this word's largest values"], ["shared", "the same for all words"]], (scale) => this.update({ scale }));
     const controls = element("div", { className: "controls" },
@@ -314,7 +322,7 @@ class Viewer {
     const header = [element("th", {}), ...(w === null ? [] : [element("th", { scope: "col", textContent: word })]), element("th", { scope: "col", textContent: "whole response" })];
     const body = rows.filter(([name]) => !name.startsWith("_")).map(([name, mine, all]) => element("tr", {}, element("th", { scope: "row", textContent: name }),
       ...(w === null ? [] : [element("td", { textContent: mine ?? "\u2013" })]), element("td", { textContent: all })));
-    parts.push(element("table", {}, element("thead", {}, element("tr", {}, ...header)), element("tbody", {}, ...body)));
+    parts.push(element("div", { className: "scroll" }, element("table", {}, element("thead", {}, element("tr", {}, ...header)), element("tbody", {}, ...body))));
     this.said.replaceChildren(...parts);
   }
 
