@@ -67,7 +67,7 @@ def mount(
         "values": {key: asdict(value) for key, value in TOKEN_VALUES.items()},
         "more_maps": more_maps,
         "states": [
-            {"label": label, "responses": [_response(response) for response in responses]}
+            {"label": label, "responses": [_response(*both) for both in zip(responses, states[label], strict=True)]}
             for label, responses in fitted.items()
         ],
     }
@@ -157,7 +157,8 @@ def _bits(mask_V: np.ndarray) -> str:
     return "".join(map(str, mask_V.astype(int)))
 
 
-def _response(response: SeenResponse) -> dict[str, Any]:
+def _response(response: SeenResponse, given: SeenResponse) -> dict[str, Any]:
+    """A response that fits in the page; ``given`` is the response before that."""
     return {
         "pieces": response.pieces,
         "words": response.words,
@@ -169,8 +170,9 @@ def _response(response: SeenResponse) -> dict[str, Any]:
                 "total": m.total.to_json(),
                 "words": m.words.to_json() if m.words else None,
                 "steady": None if m.steady is None else _bits(m.steady),
+                "left_out": before.words is not None and m.words is None,
             }
-            for m in response.maps
+            for m, before in zip(response.maps, given.maps, strict=True)
         ],
         "facts": {name: fact if isinstance(fact, str) else _number(fact) for name, fact in response.facts.items()},
         "notes": response.notes,
