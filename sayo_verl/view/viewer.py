@@ -20,7 +20,7 @@ from sayo_verl.view.seen import TOKEN_VALUES, HeadTable, MapSet, SeenImage, Seen
 from sayo_verl.vision.grids import token_levels
 
 BUDGET = 7_000_000
-LONGEST = 2048  # pixels of a picture's longer side on the page
+LONGEST = 1600  # pixels of a picture's longer side on the page
 SMALL = 128 * 128  # pixels up to which a picture is stored without loss
 JPEG_QUALITY = 85
 
@@ -46,7 +46,7 @@ def mount(
     """
     assert re.fullmatch(r"[A-Za-z][\w-]*", name)
     pictures = [_encoded(image.picture) for image in prompt.images]
-    fitted, notes = _fit(states, budget - sum(map(len, pictures)))
+    fitted, notes = _fit(states, budget, sum(map(len, pictures)))
     grids, figures, start = [], "", 0
     for i, (image, picture) in enumerate(zip(prompt.images, pictures, strict=True)):
         of_image = grids_of(image, start)
@@ -196,8 +196,10 @@ def _number(value: float) -> float | None:
     return float(f"{value:.4g}") if np.isfinite(value) else None
 
 
-def _fit(states: Mapping[str, Sequence[SeenResponse]], budget: int) -> tuple[dict[str, list[SeenResponse]], list[str]]:
-    """Responses whose maps take at most ``budget`` bytes of base64, and sentences about what that cost.
+def _fit(
+    states: Mapping[str, Sequence[SeenResponse]], budget: int, pictures: int
+) -> tuple[dict[str, list[SeenResponse]], list[str]]:
+    """Responses whose maps fit in ``budget`` bytes beside the pictures, and sentences about what that cost.
 
     Maps of whole responses always stay. Word maps leave from the end: last state, its last set of maps, last response.
     """
@@ -205,10 +207,10 @@ def _fit(states: Mapping[str, Sequence[SeenResponse]], budget: int) -> tuple[dic
     for levels in LEVELS:
         for responses in fitted.values():
             responses[:] = [replace(r, maps=tuple(_coarser(m, levels) for m in r.maps)) for r in responses]
-        if _bytes(fitted) <= budget:
+        if _bytes(fitted) + pictures <= budget:
             break
     left_out: dict[str, None] = {}
-    over = _bytes(fitted) - budget
+    over = _bytes(fitted) + pictures - budget
     for label, responses in reversed(fitted.items()):
         for k in reversed(range(max((len(r.maps) for r in responses), default=0))):
             for i, response in reversed(list(enumerate(responses))):
@@ -225,10 +227,12 @@ def _fit(states: Mapping[str, Sequence[SeenResponse]], budget: int) -> tuple[dic
             f"Maps are stored with {levels} levels on a logarithmic scale. A value is within {100 * step:.2g} % of the "
             f"measured one; values below 1/{SPAN:,.0f} of the largest one are zero."
         )
-    if left_out:
+    names = list(reversed(left_out))
+    if names:
         notes.append(
-            f"Maps of single words are left out, because the page would exceed {(budget) / 1e6:.1f} MB of maps: "
-            f"{'; '.join(reversed(left_out))}. Maps of whole responses are complete."
+            f"Maps of single words are left out, because pictures and maps would exceed {budget / 1e6:.1f} MB here: "
+            f"{'; '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}. Maps of whole responses "
+            "are complete."
         )
     return fitted, notes
 
