@@ -137,6 +137,7 @@ class Viewer {
       .map((note) => element("p", { className: "note", textContent: note })));
     this.tintWords();
     this.showHeads();
+    this.root.classList.toggle("short", this.right.offsetHeight < 1.5 * innerHeight);
     this.show();
   }
 
