@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 STATIC = Path(__file__).parent / "static"
-SCRIPTS = ("maps.js", "words.js", "heads.js", "viewer.js")  # in the order of their use, joined to one script
+SCRIPTS = ("maps.js", "words.js", "heads.js", "said.js", "viewer.js")  # in the order of their use, joined to one script
 
 NUMBER = re.compile(
     r"[+-]?\d[\d.,]*(e[+-]?\d+)?( ?(%|s|ms|min|h|MB|GB|± ?[\d.]+))*"

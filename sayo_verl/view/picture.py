@@ -25,7 +25,7 @@ PICTURES, GAP, LINE = (
     0.31,
 )  # inches: of all pictures beside the text, for the title of a word, of a line of text
 MOST_WORDS, ACROSS = 8, 4
-TOP = 0.995  # quantile at which the colour scale ends, as on the page
+TOP, COARSE = 0.995, 100  # as on the page: quantile at which the colour scale ends; tokens of a picture with few cells
 BOX = "#5dfdff"
 SIDE = 1200  # pixels of a picture's longer side in the figure
 
@@ -101,8 +101,10 @@ def _draw(
     """One picture with its map. Cold cells show the darkened picture."""
     picture = image.picture.convert("RGB")
     picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    # few cells cover the objects, so their colours stay
+    grey, strength = (0.0, 0.5) if grid["rows"] * grid["cols"] < COARSE else (0.8, 0.8)
     grey_RC1 = np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
-    dark_RC3 = 0.65 * (0.8 * grey_RC1 + 0.2 * np.asarray(picture, dtype=np.float32)) / 255
+    dark_RC3 = 0.65 * (grey * grey_RC1 + (1 - grey) * np.asarray(picture, dtype=np.float32)) / 255
     map_RC = np.zeros((grid["rows"], grid["cols"]))
     for start, rows, cols, row, col in grid["tiles"]:
         map_RC[row : row + rows, col : col + cols] = map_V[start : start + rows * cols].reshape(rows, cols)
@@ -110,7 +112,7 @@ def _draw(
     norm = PowerNorm(0.5, 0, top, clip=True)
     extent = (0, picture.width, picture.height, 0)
     axis.imshow(dark_RC3, extent=extent, interpolation="antialiased")
-    alpha_RC = np.clip(0.08 + 1.25 * norm(map_RC).filled(0), 0, 1) * 0.8
+    alpha_RC = np.clip(0.08 + 1.25 * norm(map_RC).filled(0), 0, 1) * strength
     axis.imshow(colours(norm(map_RC)), extent=extent, interpolation="nearest", alpha=alpha_RC)
     for i, (x0, y0, x1, y1) in enumerate(image.boxes):
         corner = (x0 * picture.width, y0 * picture.height)
@@ -143,7 +145,10 @@ def _lines(prompt: SeenPrompt, response: SeenResponse, total_V: np.ndarray, lett
         lines = ["No map was measured"]
     elif prompt.region is not None and 0 < prompt.region_tokens < prompt.tokens:
         boxes, even = float(total_V[prompt.region].sum()), image * prompt.chance
-        lines += [f"{_percent(boxes)} is on the boxes", f"(spread evenly: {_percent(even)}; {boxes / even:.2g} times)"]
+        lines += [
+            f"{_percent(boxes)} is on the boxes",
+            f"(spread evenly: {_percent(even)}; {boxes / even:.1f} times as much)",
+        ]
     if image and response.maps:
         border = float(total_V[prompt.border].sum())
         lines += [

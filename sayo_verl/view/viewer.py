@@ -20,7 +20,7 @@ from sayo_verl.view.seen import TOKEN_VALUES, HeadTable, MapSet, SeenImage, Seen
 from sayo_verl.vision.grids import token_levels
 
 BUDGET = 7_000_000
-LONGEST = 2048  # pixels of a picture's longer side on the page
+LONGEST = 1600  # pixels of a picture's longer side on the page
 SMALL = 128 * 128  # pixels up to which a picture is stored without loss
 JPEG_QUALITY = 85
 
@@ -46,7 +46,7 @@ def mount(
     """
     assert re.fullmatch(r"[A-Za-z][\w-]*", name)
     pictures = [_encoded(image.picture) for image in prompt.images]
-    fitted, notes = _fit(states, budget - sum(map(len, pictures)))
+    fitted, notes = _fit(states, budget, sum(map(len, pictures)))
     grids, figures, start = [], "", 0
     for i, (image, picture) in enumerate(zip(prompt.images, pictures, strict=True)):
         of_image = grids_of(image, start)
@@ -67,7 +67,7 @@ def mount(
         "values": {key: asdict(value) for key, value in TOKEN_VALUES.items()},
         "more_maps": more_maps,
         "states": [
-            {"label": label, "responses": [_response(response) for response in responses]}
+            {"label": label, "responses": [_response(*both) for both in zip(responses, states[label], strict=True)]}
             for label, responses in fitted.items()
         ],
     }
@@ -81,8 +81,8 @@ def mount(
         f'<section class="viewer" id="{name}" data-island="{name}-data" aria-label="Where the model looked: '
         f'{text(prompt.where)}">\n<header><p class="where">{text(prompt.where)}</p>'
         f'<p class="question">{text(prompt.question)}</p>{answer}</header>\n'
-        f'<div class="left"><div class="top"><div class="pictures">{figures}</div></div></div>\n'
-        f'<div class="right"></div>\n'
+        f'<div class="sides"><div class="left"><div class="top"><div class="pictures">{figures}</div></div></div>\n'
+        '<div class="right"></div></div>\n'
         f'<div class="below">{noted}</div>\n<noscript><p class="warn">Heat maps need JavaScript.</p>{written}'
         "</noscript></section>\n"
     )
@@ -157,7 +157,8 @@ def _bits(mask_V: np.ndarray) -> str:
     return "".join(map(str, mask_V.astype(int)))
 
 
-def _response(response: SeenResponse) -> dict[str, Any]:
+def _response(response: SeenResponse, given: SeenResponse) -> dict[str, Any]:
+    """A response that fits in the page; ``given`` is the response before that."""
     return {
         "pieces": response.pieces,
         "words": response.words,
@@ -169,8 +170,9 @@ def _response(response: SeenResponse) -> dict[str, Any]:
                 "total": m.total.to_json(),
                 "words": m.words.to_json() if m.words else None,
                 "steady": None if m.steady is None else _bits(m.steady),
+                "left_out": before.words is not None and m.words is None,
             }
-            for m in response.maps
+            for m, before in zip(response.maps, given.maps, strict=True)
         ],
         "facts": {name: fact if isinstance(fact, str) else _number(fact) for name, fact in response.facts.items()},
         "notes": response.notes,
@@ -194,8 +196,10 @@ def _number(value: float) -> float | None:
     return float(f"{value:.4g}") if np.isfinite(value) else None
 
 
-def _fit(states: Mapping[str, Sequence[SeenResponse]], budget: int) -> tuple[dict[str, list[SeenResponse]], list[str]]:
-    """Responses whose maps take at most ``budget`` bytes of base64, and sentences about what that cost.
+def _fit(
+    states: Mapping[str, Sequence[SeenResponse]], budget: int, pictures: int
+) -> tuple[dict[str, list[SeenResponse]], list[str]]:
+    """Responses whose maps fit in ``budget`` bytes beside the pictures, and sentences about what that cost.
 
     Maps of whole responses always stay. Word maps leave from the end: last state, its last set of maps, last response.
     """
@@ -203,10 +207,10 @@ def _fit(states: Mapping[str, Sequence[SeenResponse]], budget: int) -> tuple[dic
     for levels in LEVELS:
         for responses in fitted.values():
             responses[:] = [replace(r, maps=tuple(_coarser(m, levels) for m in r.maps)) for r in responses]
-        if _bytes(fitted) <= budget:
+        if _bytes(fitted) + pictures <= budget:
             break
     left_out: dict[str, None] = {}
-    over = _bytes(fitted) - budget
+    over = _bytes(fitted) + pictures - budget
     for label, responses in reversed(fitted.items()):
         for k in reversed(range(max((len(r.maps) for r in responses), default=0))):
             for i, response in reversed(list(enumerate(responses))):
@@ -223,10 +227,12 @@ def _fit(states: Mapping[str, Sequence[SeenResponse]], budget: int) -> tuple[dic
             f"Maps are stored with {levels} levels on a logarithmic scale. A value is within {100 * step:.2g} % of the "
             f"measured one; values below 1/{SPAN:,.0f} of the largest one are zero."
         )
-    if left_out:
+    names = list(reversed(left_out))
+    if names:
         notes.append(
-            f"Maps of single words are left out, because the page would exceed {(budget) / 1e6:.1f} MB of maps: "
-            f"{'; '.join(reversed(left_out))}. Maps of whole responses are complete."
+            f"Maps of single words are left out, because pictures and maps would exceed {budget / 1e6:.1f} MB here: "
+            f"{'; '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}. Maps of whole responses "
+            "are complete."
         )
     return fitted, notes
 

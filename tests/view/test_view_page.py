@@ -150,9 +150,9 @@ def test_maps_become_coarser_until_they_fit_then_word_maps_leave_from_the_last_s
     prompt = looked_at()
     states = {f"step {s}": [said(prompt, (" word",) * 60, seed=10 * s + i) for i in range(2)] for s in range(3)}
 
-    def kept(budget: int) -> tuple[list[list[int | None]], str, int]:
+    def kept(budget: int) -> tuple[list[list[int | None]], str, int, dict]:
         html, data = mount("v", prompt, states, budget=budget)
-        return [stored(data, s) for s in range(3)], html, sum(len(p["data"]) for p in packed(data))
+        return [stored(data, s) for s in range(3)], html, sum(len(p["data"]) for p in packed(data)), data
 
     picture = len(re.findall(r'src="([^"]+)"', mount("v", prompt, states)[0])[0])
     everything = kept(10**9)
@@ -166,7 +166,10 @@ def test_maps_become_coarser_until_they_fit_then_word_maps_leave_from_the_last_s
     assert fewer[0] == [[15, 15], [15, 15], [15, None]]
     assert "left out" in fewer[1]
     assert "step 2, map mean" in fewer[1]
-    none, html, _ = kept(picture + 10)
+    assert [[r["maps"][0]["left_out"] for r in s["responses"]] for s in fewer[3]["v-data"]["states"]] == [
+        [False, False], [False, False], [False, True],
+    ]  # fmt: skip
+    none, html, *_ = kept(picture + 10)
     assert none == [[None, None]] * 3
     assert "Maps of whole responses are complete" in html
 

@@ -10,6 +10,7 @@ const FACTS = { // names for readers; others are shown as they are
   R_a: "R_a, all tokens together", R_a_single: "R_a, mean of single tokens",
 };
 const HOW = "Point at a word, tap it, or use the arrow keys, to see where the model looked while it wrote the word. A click or Enter pins it.";
+const COARSE = 100; // visual tokens of a picture below which its cells hide what is in it
 const SAID = ["image_mass", "sink_mass", "border_share", "border_chance", "region_mass", "region_share", "region_chance"]; // in the table
 const FIRST_VALUES = ["token_weight", "image_mass"]; // the tint at first, in this order
 
@@ -19,7 +20,11 @@ class Viewer {
     this.data = JSON.parse(document.getElementById(root.dataset.island).textContent);
     this.everything = this.data.states.flatMap((state) => state.responses);
     this.several = this.data.states.some((state) => state.responses.length > 1);
-    Object.assign(this, { state: 0, chosen: 0, pointed: null, pinned: null, filter: "all", scale: "own", strength: 0.8, job: 0 });
+    Object.assign(this, { state: 0, chosen: 0, pointed: null, pinned: null, filter: "all", scale: "own", job: 0 });
+    const coarse = this.data.tokens / this.data.grids.length < COARSE;
+    root.classList.toggle("coarse", coarse);
+    this.strength = coarse ? 0.5 : 0.8;
+    root.style.setProperty("--strength", this.strength);
     this.left = root.querySelector(".left");
     this.right = root.querySelector(".right");
     this.canvases = [...root.querySelectorAll("canvas")];
@@ -54,8 +59,11 @@ class Viewer {
     this.menu = this.select([...maps].map(([name, map]) => [name, map.label + (map.words ? "" : " (whole response only)")]),
       (name) => this.update({ map: name }));
     const filters = Object.entries(FILTERS).filter(([key]) => key !== "steady" || [...maps.values()].some((map) => map.steady));
-    const strength = element("input", { type: "range", min: "0", max: "1", step: "0.05", value: "0.8" });
-    strength.addEventListener("input", () => this.update({ strength: Number(strength.value) }));
+    const strength = element("input", { type: "range", min: "0", max: "1", step: "0.05", value: String(this.strength) });
+    strength.addEventListener("input", () => {
+      this.root.style.setProperty("--strength", strength.value);
+      this.update({ strength: Number(strength.value) });
+    });
     const filterMenu = this.select(filters, (filter) => this.update({ filter }));
     const scaleMenu = this.select([["own", "ends at this word's largest values"], ["shared", "the same for all words"]], (scale) => this.update({ scale }));
     const controls = element("div", { className: "controls" },
@@ -129,6 +137,7 @@ class Viewer {
       .map((note) => element("p", { className: "note", textContent: note })));
     this.tintWords();
     this.showHeads();
+    this.root.classList.toggle("short", this.right.offsetHeight < 1.5 * innerHeight);
     this.show();
   }
 
@@ -251,7 +260,7 @@ class Viewer {
     Object.assign(this.root.dataset, { response: r, word: ofWord ? w : "", share: sum(raw), top, map: set.name });
     this.root.dataset.drawn ??= performance.now();
     this.drawScale(top, left, w, ofWord);
-    this.say(response, set, w, ofWord ? raw : null, whole, left);
+    say(this, response, set, w, ofWord ? raw : null, whole, left);
   }
 
   async sharedTop(set, left) {
@@ -283,81 +292,6 @@ class Viewer {
     const of = this.scale === "shared" ? "all words of this response" : ofWord ? "this word" : "the whole response";
     this.scaleBar.replaceChildren(bar, element("div", { className: "ticks" }, ...ticks), element("p", { className: "meta", textContent:
       `${left ? "Share of the rest of the image's attention" : "Attention"} per visual token, on a square-root scale that ends at the 99.5 % quantile of ${of}.` }));
-  }
-
-  // --- numbers ---
-
-  say(response, set, w, raw, whole, left) {
-    const [start, end] = w === null ? [0, response.pieces.length] : response.words[w];
-    const first = set.name === response.maps[0].name; // the numbers per token are of this map
-    const text = response.pieces.slice(start, end).join("").trim();
-    const word = w === null ? null : `\u201c${text || "\u23ce"}\u201d`;
-    const title = w === null ? `The whole ${this.several ? `response ${this.chosen + 1}` : "response"}`
-      : `${word}, word ${w + 1} of ${response.words.length}${this.several ? ` of response ${this.chosen + 1}` : ""}${this.pinned?.[0] === this.chosen && this.pinned[1] === w ? ", pinned" : ""}`;
-    const of = (map, a, b) => this.numbers(map, left, first ? (name) => meanOf(response.values[name], a, b) : () => null);
-    const [mine, all] = [raw && of(raw, start, end), of(whole, 0, response.pieces.length)];
-    const spoken = element("p", { "aria-live": "polite", textContent: this.sentence(mine ?? all, left, mine ? "This word" : "On average a token") });
-    this.brief.replaceChildren(element("h3", { textContent: title }), spoken);
-    const parts = [];
-    if (w !== null && !raw) {
-      parts.push(element("p", { className: "warn", textContent:
-        `Maps of single words are not stored for ${set.label}, so the map of the whole response is shown. ${this.data.more_maps} ${set.name} stores them.` }));
-    }
-    if (left) {
-      parts.push(element("p", { className: "note", textContent: `${FILTERS[this.filter]}: ${[...left].filter((bit) => bit === "1").length} of ` +
-        `${this.data.tokens} visual tokens are left out, and the rest is scaled to 100 %.` }));
-    }
-    const others = Object.keys(this.data.values).filter((name) => response.values[name] && !(name in { image_mass: 1, region_mass: 1, sink_mass: 1, border_mass: 1 }));
-    const rows = Object.keys(all).map((name) => [name, mine?.[name], all[name]]);
-    rows.push(...others.map((name) => [this.data.values[name].text, w === null ? null : shown(meanOf(response.values[name], start, end), this.data.values[name]),
-      shown(meanOf(response.values[name]), this.data.values[name])]).filter(([, mine, all]) => all !== digits(null)));
-    const header = [element("th", {}), ...(w === null ? [] : [element("th", { scope: "col", textContent: word })]), element("th", { scope: "col", textContent: "whole response" })];
-    const body = rows.filter(([name]) => !name.startsWith("_")).map(([name, mine, all]) => element("tr", {}, element("th", { scope: "row", textContent: name }),
-      ...(w === null ? [] : [element("td", { textContent: mine ?? "\u2013" })]), element("td", { textContent: all })));
-    parts.push(element("table", {}, element("thead", {}, element("tr", {}, ...header)), element("tbody", {}, ...body)));
-    this.said.replaceChildren(...parts);
-  }
-
-  // Rows of the table; names with _ are for the sentence only.
-  numbers(raw, left, measured) {
-    const { region, border, tokens, region_tokens: inBoxes } = this.data;
-    const map = without(raw, left);
-    const image = measured("image_mass") ?? sum(raw);
-    const rows = { _image: image, "attention on the image": percent(image) };
-    const rest = left ? [...left].filter((bit) => bit === "0").length : tokens;
-    const boxesLeft = !left ? inBoxes : [...(region ?? "")].filter((bit, v) => bit === "1" && left[v] === "0").length;
-    const onBoxes = region ? (!left && measured("region_mass")) || sum(map, region) : left ? null : measured("region_mass");
-    if (inBoxes && onBoxes !== null && boxesLeft && boxesLeft < rest) {
-      const [whole, chance] = [left ? 1 : image, boxesLeft / rest];
-      const density = onBoxes / chance / ((whole - onBoxes) / (1 - chance));
-      Object.assign(rows, {
-        _boxes: onBoxes, _even: whole * chance,
-        "attention on the boxes": percent(onBoxes),
-        "if spread evenly over the image": percent(whole * chance),
-        "R_a (0.5: evenly spread)": digits(density ** 2 / (density ** 2 + 1), 2),
-      });
-    }
-    const edge = [...border].filter((bit) => bit === "1").length;
-    if (!left && sum(raw) > 0 && edge < tokens) {
-      rows["attention on the image's border"] = percent((sum(raw, border) / sum(raw)) * image);
-      rows["if spread evenly over the image "] = percent((edge / tokens) * image);
-    }
-    const sink = measured("sink_mass");
-    if (sink !== null) rows["attention on the first token"] = percent(sink);
-    return rows;
-  }
-
-  sentence(rows, left, subject) {
-    const boxes = this.data.boxes === 1 ? "box" : "boxes";
-    const image = this.data.grids.some((grid) => grid.image) ? "images" : "image";
-    const start = `${subject} put ${percent(rows._image)} of its attention on the ${image}`;
-    if (rows._boxes === undefined) return `${start}.`;
-    const times = rows._boxes / rows._even;
-    const ratio = times > 1.05 || times < 0.95 ? `${digits(times, 2)} times as much` : "about as much";
-    return left
-      ? `${start}. Of the part that is shown, ${percent(rows._boxes)} is on the ${boxes}; evenly spread it would be ${percent(rows._even)}. So the ${boxes} got ${ratio}.`
-      : `${start}, and ${percent(rows._boxes)} on the ${boxes}. Spread evenly over the ${image}, it would be ${percent(rows._even)} on the ${boxes}: they got ${ratio}.`
-        .replace("they got", this.data.boxes === 1 ? "it got" : "they got");
   }
 }
 
