@@ -106,9 +106,10 @@ class Plan:
             "number format": "bfloat16 (fixed by the harness)",
             "pixels of an image": seen if self.model_class != "vllm" else "limits of the model's own processor",
             "sampling": f"avg@{n}, temperature {self.options.temperature}" if n else "greedy",
-            "sampling of the paper": self.benchmarks.sampling,
+            **({"sampling of the paper": self.benchmarks.sampling} if self.benchmarks.paper else {}),
             "tokens of an answer": self.options.max_new_tokens or "limits of the tasks (direct prompts: often 16)",
-            "rows": self.options.limit or "all",
+            "questions": f"the first {self.options.limit} of each task" if self.options.limit else "all",
+            **({"rows": " ".join(self.options.files)} if self.options.files else {}),
         }
 
 
@@ -147,8 +148,10 @@ def make_plan(argv: Sequence[str], environment: Mapping[str, str]) -> Plan:
     model_class = options.model_class or ("vllm" if gpu else model.harness_class())
     attention = options.attention or ("flash_attention_2" if gpu else "sdpa")
     rows = options.set == "scenes"
-    if options.data and options.data.is_dir():
-        options.data = next(iter(sorted(options.data.glob("val-*.parquet"))), options.data)
+    folder = options.data if options.data and options.data.is_dir() else None
+    options.files = sorted(folder.glob("val-*.parquet")) if folder else [options.data] if options.data else []
+    options.files = [str(file.absolute()) for file in options.files if file.is_file()]
+    counts = [options.gpus, *(n for n in (options.limit, options.max_new_tokens) if n is not None)]
     judges = {v: b.name for b in benchmarks.benchmarks if not b.left_out for v in b.judge if not environment.get(v)}
     raise_first(
         [
@@ -184,7 +187,7 @@ def make_plan(argv: Sequence[str], environment: Mapping[str, str]) -> Plan:
             ),
             Rule(
                 "E08",
-                bool(options.data) and not options.data.is_file(),
+                bool(options.data) and not options.files,
                 "there is no such parquet file",
                 "--data",
                 "give a file, or a folder with val-*.parquet",
@@ -192,10 +195,10 @@ def make_plan(argv: Sequence[str], environment: Mapping[str, str]) -> Plan:
             ),
             Rule(
                 "E08",
-                min(options.sampled, (options.limit or 1) - 1, options.gpus - 1) < 0 or options.temperature <= 0,
+                options.sampled < 0 or min(counts) < 1 or options.temperature <= 0,
                 "a number is out of range",
-                "--sampled, --limit, --gpus, --temperature",
-                "--sampled at least 1 (greedy without it), --limit and --gpus at least 1, --temperature above 0",
+                "--sampled, --limit, --gpus, --max-new-tokens, --temperature",
+                "give whole numbers of at least 1, and a temperature above 0; leave --sampled out for greedy answers",
             ),
             Rule(
                 "E11",
@@ -335,7 +338,7 @@ def run(plan: Plan) -> None:
         ROOT / "configs" / "eval" / "scenes", tasks, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
     )
     task = tasks / "sayo_rows.yaml"
-    task.write_text(task.read_text().replace("@DATA@", str(plan.options.data and plan.options.data.absolute())))
+    task.write_text(task.read_text().replace("@DATA@", json.dumps(plan.options.files)))
     build(plan)
     print("asking the harness for the tasks", flush=True)
     check_names(plan)
@@ -353,7 +356,12 @@ def run(plan: Plan) -> None:
         print(f"answering (progress: {plan.out}/harness.log)", flush=True)
         step(plan, "harness", plan.harness(sample), **local)
     print()
-    report(plan.benchmarks, plan.facts(), plan.out, n_samples)
+    facts = {
+        **plan.facts(),
+        "command": shlex.join(plan.harness()),
+        "finished": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
+    }
+    report(plan.benchmarks, facts, plan.out, n_samples)
 
 
 def main() -> int:

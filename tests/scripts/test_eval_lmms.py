@@ -202,7 +202,7 @@ def test_options_that_do_not_fit(model, rows, no_gpu, tmp_path):
             planned(model, *argv)
     with refusal("E08", "no such parquet file"):
         planned(model, "scenes", "--data", tmp_path / "absent.parquet")
-    for argv in (["--sampled", -1], ["--limit", -1], ["--gpus", 0], ["--temperature", 0]):
+    for argv in (["--sampled", -1], ["--limit", 0], ["--max-new-tokens", 0], ["--gpus", 0], ["--temperature", 0]):
         with refusal("E08", "a number is out of range"):
             planned(model, "mmstar", *argv)
     with refusal("E11", "not set: OPENAI_BASE_URL, MODEL_VERSION"):
@@ -220,7 +220,7 @@ def test_rows_go_through_the_harness_and_samples_are_averaged(tmp_path, model, r
     assert "rows of --data  62.50       8" in output
     assert [call[call.index("--seed") + 1] for call in calls(tmp_path)] == ["0", "1"]
     out = tmp_path / "out"
-    assert f'test: "{rows}"' in (out / "tasks" / "sayo_rows.yaml").read_text()
+    assert f'test: ["{rows}"]' in (out / "tasks" / "sayo_rows.yaml").read_text()
     result = json.loads((out / "results.json").read_text())
     (row,) = result["benchmarks"]
     assert row["score"] == 62.5
