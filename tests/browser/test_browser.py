@@ -75,18 +75,12 @@ def test_a_stub_is_not_a_browser(tmp_path, monkeypatch):
 
 
 def test_the_last_line_but_one_counts_what_was_not_run(request, repo):
-    class Reporter:
-        stats = {
-            "skipped": [SimpleNamespace(longrepr=("f", 1, text)) for text in (f"Skipped: {browser.NO_BROWSER}", "")]
-        }
-        said = []
-
-        def write_line(self, line, **_):
-            self.said.append(line)
-
+    said = []
+    skipped = [SimpleNamespace(longrepr=("f", 1, f"Skipped: {why}")) for why in (browser.NO_BROWSER, "another reason")]
+    reporter = SimpleNamespace(stats={"skipped": skipped}, write_line=lambda line, **_: said.append(line))
     conftest = request.config.pluginmanager.get_plugin(str(repo / "tests" / "conftest.py"))
-    hook = conftest.pytest_terminal_summary(Reporter())
+    hook = conftest.pytest_terminal_summary(reporter)
     next(hook)
-    assert Reporter.said == [], "the other summaries come first"
+    assert said == [], "the other summaries come first"
     next(hook, None)
-    assert Reporter.said == [f"1 browser tests were not run: {browser.NO_BROWSER}; as root: apt-get install chromium"]
+    assert said == [f"1 browser tests were not run: {browser.NO_BROWSER}; as root: apt-get install chromium"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from support.refusals import refusal
 
 from sayo_verl.evaluation import run as evaluation
 from sayo_verl.evaluation.model import find_model
-from sayo_verl.evaluation.run import make_plan
+from sayo_verl.evaluation.plan import Plan, make_plan
 from sayo_verl.evaluation.sets import read_set
 
 KNOWN = ["mmstar_reasoning", "chartqa", "sayo_rows", "ai2d"]
@@ -72,10 +73,10 @@ def rows(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
 
 
-def planned(*argv: object, **environment: str) -> evaluation.Plan:
+def planned(*argv: object, **environment: str) -> Plan:
     return make_plan([str(a) for a in argv], environment)
 
 
