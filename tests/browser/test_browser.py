@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import browser
@@ -71,3 +72,15 @@ def test_a_stub_is_not_a_browser(tmp_path, monkeypatch):
     (tmp_path / "chromium").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_browser.__wrapped__() is None
+
+
+def test_the_last_line_but_one_counts_what_was_not_run(request, repo):
+    said = []
+    skipped = [SimpleNamespace(longrepr=("f", 1, f"Skipped: {why}")) for why in (browser.NO_BROWSER, "another reason")]
+    reporter = SimpleNamespace(stats={"skipped": skipped}, write_line=lambda line, **_: said.append(line))
+    conftest = request.config.pluginmanager.get_plugin(str(repo / "tests" / "conftest.py"))
+    hook = conftest.pytest_terminal_summary(reporter)
+    next(hook)
+    assert said == [], "the other summaries come first"
+    next(hook, None)
+    assert said == [f"1 browser tests were not run: {browser.NO_BROWSER}; as root: apt-get install chromium"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from support.refusals import refusal
 
 from sayo_verl.evaluation import run as evaluation
 from sayo_verl.evaluation.model import find_model
-from sayo_verl.evaluation.run import make_plan
+from sayo_verl.evaluation.plan import Plan, make_plan
 from sayo_verl.evaluation.sets import read_set
 
 KNOWN = ["mmstar_reasoning", "chartqa", "sayo_rows", "ai2d"]
@@ -72,10 +73,10 @@ def rows(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
 
 
-def planned(*argv: object, **environment: str) -> evaluation.Plan:
+def planned(*argv: object, **environment: str) -> Plan:
     return make_plan([str(a) for a in argv], environment)
 
 
@@ -202,7 +203,7 @@ def test_options_that_do_not_fit(model, rows, no_gpu, tmp_path):
             planned(model, *argv)
     with refusal("E08", "no such parquet file"):
         planned(model, "scenes", "--data", tmp_path / "absent.parquet")
-    for argv in (["--sampled", -1], ["--limit", -1], ["--gpus", 0], ["--temperature", 0]):
+    for argv in (["--sampled", -1], ["--limit", 0], ["--max-new-tokens", 0], ["--gpus", 0], ["--temperature", 0]):
         with refusal("E08", "a number is out of range"):
             planned(model, "mmstar", *argv)
     with refusal("E11", "not set: OPENAI_BASE_URL, MODEL_VERSION"):
@@ -220,7 +221,7 @@ def test_rows_go_through_the_harness_and_samples_are_averaged(tmp_path, model, r
     assert "rows of --data  62.50       8" in output
     assert [call[call.index("--seed") + 1] for call in calls(tmp_path)] == ["0", "1"]
     out = tmp_path / "out"
-    assert f'test: "{rows}"' in (out / "tasks" / "sayo_rows.yaml").read_text()
+    assert f'test: ["{rows}"]' in (out / "tasks" / "sayo_rows.yaml").read_text()
     result = json.loads((out / "results.json").read_text())
     (row,) = result["benchmarks"]
     assert row["score"] == 62.5
