@@ -92,7 +92,8 @@ if missing:
 own = find_spec("sayo_verl")
 if own is None or own.origin is None or not Path(own.origin).is_relative_to(sys.argv[1]):
     sys.exit(f"sayo_verl of this checkout is not installed (found: {own and own.origin})")
-shown += ["flash-attn"] if find_spec("flash_attn") else []  # built last, unless it is left out
+# Not a reason to build anew: flash-attn is built last, unless it is left out; playwright, of the tests, is added.
+shown += [name for name in ("flash-attn", "playwright") if find_spec(name.replace("-", "_"))]
 print(", ".join([f"python {sys.version.split()[0]}"] + [f"{name} {version(name)}" for name in shown]))
 PY
 }

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from support.browser import NO_BROWSER, close_browser
 
 import sayo_verl.launch.settings  # noqa: F401 (Hydra composes algorithm.attn from it)
 
@@ -58,6 +59,23 @@ def _no_other_ray() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ray._private.services.find_bootstrap_address", lambda folder: None)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_browser() -> Iterator[None]:
+    yield
+    close_browser()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """The last line but one, after all other summaries: how many tests were skipped because no browser was found."""
+    yield
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if NO_BROWSER in str(r.longrepr)]
+    if skipped:
+        terminalreporter.write_line(
+            f"{len(skipped)} browser tests were not run: {NO_BROWSER}; as root: apt-get install chromium", yellow=True
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

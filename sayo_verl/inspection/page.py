@@ -24,16 +24,24 @@ MAP_CELLS, CELL = 24, 15  # the map of boxes: cells along a side, pixels of a ce
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e377c2", "#8c564b", "#17becf", "#bcbd22")
 SWITCHES = {"box": "boxes", "token": "visual tokens in boxes", "grid": "grid of visual tokens"}
 STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:1400px;padding:1.2em;color:#1d2429;background:#fff}
+:root{color-scheme:light dark;--ink:#1d2429;--grey:#5a6670;--faint:#ccd3d8;--paper:#fff;--fail:#b00020;--warn:#9a6200}
+:root{--much:#08519c}@media(prefers-color-scheme:dark){:root{--ink:#e3e7ea;--grey:#a4afb8;--faint:#3c464e}
+:root{--paper:#15191c;--fail:#ff8a93;--warn:#e0ac4e;--much:#6db3ff}}
+body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:1400px;padding:1.2em;color:var(--ink)}
+body,.switches{background:var(--paper)}td,.q,.row>b{overflow-wrap:anywhere}td:first-child{overflow-wrap:normal}
 h1{font-size:1.35em;overflow-wrap:anywhere}h2{font-size:1.1em;margin:1.6em 0 .4em}
-figcaption{display:table-caption;caption-side:bottom}.tile{stroke:#00a0a0;stroke-width:2}
+.tile{stroke:#00a0a0;stroke-width:2}
 table{border-collapse:collapse;font-size:14px}td{vertical-align:top;padding:.2em .9em .2em 0;white-space:pre-wrap}
-.FAIL{color:#b00020}.WARN{color:#9a6200}.meta,figcaption{color:#5a6670;font-size:12.5px;overflow-wrap:anywhere}
-.switches{position:sticky;top:0;background:#fffffff0;padding:.5em 0;z-index:1}label{margin-right:1.4em}
-.row{border-top:1px solid #ccd3d8;padding:1em 0}.q{white-space:pre-wrap;margin:.3em 0;max-width:70em}
-.side{display:flex;flex-wrap:wrap;gap:1.2em 2.5em;align-items:flex-start}figure{margin:0;display:table}
-svg{display:block;max-width:100%;height:auto;border:1px solid #ccd3d8}path{vector-effect:non-scaling-stroke;fill:none}
-.scale{display:inline-block;width:9em;height:.8em;margin:0 .5em;background:linear-gradient(90deg,#fff,#08519c)}
+.FAIL{color:var(--fail)}.WARN{color:var(--warn)}.meta,figcaption{color:var(--grey);font-size:12.5px}
+.meta,figcaption{overflow-wrap:anywhere}.switches{position:sticky;top:0;padding:.5em 0;z-index:1}
+label{margin-right:1.4em;white-space:nowrap}.row{border-top:1px solid var(--faint);padding:1em 0}
+.q{white-space:pre-wrap;margin:.3em 0;max-width:70em}
+.side{display:flex;flex-wrap:wrap;gap:1.2em 2.5em;align-items:flex-start}
+figure{margin:0;max-width:100%}figcaption{width:0;min-width:100%}
+svg{display:block;max-width:100%;height:auto;border:1px solid var(--faint)}.side>div{min-width:0}
+path{vector-effect:non-scaling-stroke;fill:none}
+.scale{display:inline-block;width:9em;height:.8em;margin:0 .5em}
+.scale{background:linear-gradient(90deg,var(--paper),var(--much))}
 .grid{stroke:#fff;stroke-opacity:.75;stroke-width:.7}.token{fill:#ffb000;fill-opacity:.3;stroke:#ff8c00}
 path.box{stroke-width:2.2}text.box{font-weight:700;paint-order:stroke;stroke:#fff;stroke-width:.2em}
 """ + "".join(f"body:has(#{name}:not(:checked)) .{name}{{display:none}}\n" for name in SWITCHES)
@@ -71,14 +79,15 @@ def _map(boxes_N4: np.ndarray) -> str:
     share_GG = covered(boxes_N4, MAP_CELLS)
     side, most = MAP_CELLS * CELL, float(share_GG.max())
     cells = "".join(
-        f'<rect x="{c * CELL}" y="{r * CELL}" width="{CELL}" height="{CELL}" fill="#08519c" '
+        f'<rect x="{c * CELL}" y="{r * CELL}" width="{CELL}" height="{CELL}" fill="var(--much)" '
         f'fill-opacity="{share / most:.3f}"><title>{share:.1%} of the boxes</title></rect>'
         for (r, c), share in np.ndenumerate(share_GG)
     )
     thirds = "".join(f"M{i * side / 3} 0v{side}M0 {i * side / 3}h{side}" for i in (1, 2))
     return (
-        f'<figure><svg id="map" viewBox="0 0 {side} {side}" width="{side}" role="img">{cells}<path stroke="#5a6670" '
-        f'stroke-dasharray="3 4" d="{thirds}"/></svg><figcaption>0 %<span class="scale"></span>{most:.1%} of the '
+        f'<figure><svg id="map" viewBox="0 0 {side} {side}" width="{side}" role="img">{cells}<path '
+        f'stroke="var(--grey)" stroke-dasharray="3 4" d="{thirds}"/></svg>'
+        f'<figcaption>0 %<span class="scale"></span>{most:.1%} of the '
         f"{len(boxes_N4)} boxes cover this place of their image</figcaption></figure>"
     )
 

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 import matplotlib
+from cycler import cycler
 from matplotlib.figure import Figure
 
 INK, GREY, FAINT, GRID, WARN = "#1f2328", "#59636e", "#d1d9e0", "#eef0f2", "#9a3412"
@@ -27,7 +28,7 @@ ON_LIGHT, ON_DARK = "#111111", "#fefefe"
 _numbers = itertools.count(1)
 
 
-def style() -> dict[str, Any]:
+def style() -> Any:
     """Settings for ``matplotlib.rc_context`` while the figure is drawn.
 
     A figure up to 5 inches wide is readable on a phone. A wider one scrolls sideways there.
@@ -36,7 +37,7 @@ def style() -> dict[str, Any]:
         "svg.fonttype": "none",
         "font.family": "DejaVu Sans",  # comes with matplotlib, so sizes are the same everywhere
         "font.size": 9,
-        "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+        "axes.prop_cycle": cycler(color=COLOURS),
         "axes.edgecolor": FAINT,
         "axes.facecolor": "none",
         "axes.spines.top": False,
@@ -57,6 +58,7 @@ def style() -> dict[str, Any]:
         "text.color": INK,
         "legend.fontsize": 8,
         "legend.frameon": False,
+        "text.parse_math": False,  # a dollar sign of a name or a response stays one
     }
 
 

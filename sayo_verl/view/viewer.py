@@ -49,7 +49,7 @@ def mount(
     fitted, notes = _fit(states, budget - sum(map(len, pictures)))
     grids, figures, start = [], "", 0
     for i, (image, picture) in enumerate(zip(prompt.images, pictures, strict=True)):
-        of_image = _grids(image, start)
+        of_image = grids_of(image, start)
         grids += [{"image": i, **grid} for grid in of_image]
         figures += "".join(
             _figure(image, picture if k == 0 else "", grid, _caption(i, len(pictures), grid))
@@ -81,7 +81,8 @@ def mount(
         f'<section class="viewer" id="{name}" data-island="{name}-data" aria-label="Where the model looked: '
         f'{text(prompt.where)}">\n<header><p class="where">{text(prompt.where)}</p>'
         f'<p class="question">{text(prompt.question)}</p>{answer}</header>\n'
-        f'<div class="left"><div class="pictures">{figures}</div></div>\n<div class="right"></div>\n'
+        f'<div class="left"><div class="top"><div class="pictures">{figures}</div></div></div>\n'
+        f'<div class="right"></div>\n'
         f'<div class="below">{noted}</div>\n<noscript><p class="warn">Heat maps need JavaScript.</p>{written}'
         "</noscript></section>\n"
     )
@@ -97,7 +98,7 @@ def _encoded(picture: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
-def _grids(image: SeenImage, start: int) -> list[dict[str, Any]]:
+def grids_of(image: SeenImage, start: int) -> list[dict[str, Any]]:
     """Each resolution of an image as one grid: rows, columns, and where the tokens of each tile are.
 
     ``tiles``: first token, rows, columns, first row, first column.
@@ -134,14 +135,16 @@ def _figure(image: SeenImage, picture: str, grid: Mapping[str, Any], caption: st
     for i, (x0, y0, x1, y1) in enumerate(image.boxes):
         outline = f"M{x0:.5f} {y0:.5f}H{x1:.5f}V{y1:.5f}H{x0:.5f}z"
         boxes += f'<path class="halo" d="{outline}"/><path class="box" d="{outline}"/>'
-        name = " ".join([str(i + 1), *image.names[i : i + 1]])
+        name = " ".join([str(i + 1), *([] if grid["thumbnail"] else image.names[i : i + 1])])
         place = f"left:{x0:.2%};top:{y0:.2%};max-width:{1 - x0:.2%}"
-        names += f'<span class="boxname{" inside" if y0 < 0.07 else ""}" style="{place}">{text(name)}</span>'
+        inside = " inside" if y0 < 0.07 or grid["thumbnail"] else ""
+        names += f'<span class="boxname{inside}" style="{place}">{text(name)}</span>'
     seen = f'<path class="seam" d="{seams}"/>' if len(grid["tiles"]) > 1 else ""
     source = f'src="{picture}" ' if picture else ""
     return (
         f'<figure class="picture{" thumbnail" if grid["thumbnail"] else ""}"><div class="stack" '
-        f'style="aspect-ratio:{width}/{height}"><img {source}alt="{text(caption)}" width="{width}" height="{height}">'
+        f'style="aspect-ratio:{width}/{height};--ratio:{width / height:.4f}">'
+        f'<img {source}alt="picture, {text(caption)}" width="{width}" height="{height}">'
         f'<canvas width="{cols}" height="{rows}"></canvas><svg viewBox="0 0 1 1" preserveAspectRatio="none" '
         f'aria-hidden="true"><g class="grid"><path class="line" d="{lines}"/>{seen}</g><g class="boxes">{boxes}</g>'
         f'</svg><div class="boxes" aria-hidden="true">{names}</div></div>'

@@ -308,6 +308,36 @@ def test_test_script_runs_everything_in_order(copy: Copy) -> None:
     assert copy.built(script=".ci/run").splitlines()[-1] == "3 passed in 0.01s"
 
 
+def test_an_environment_without_playwright_is_extended(copy: Copy) -> None:
+    copy.built("cpu")
+    (copy.venv / "mark").touch()
+    for path in copy.venv.glob("lib/*/site-packages/playwright*"):
+        shutil.rmtree(path)
+    assert "packages were changed since" in copy.built("cpu")
+    assert copy.python("import playwright") == ""
+    assert (copy.venv / "mark").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a user who is not root cannot install packages")
+@pytest.mark.parametrize("source", ["works", "fails", "gives a stub"])
+def test_ci_installs_a_browser_and_goes_on_without(copy: Copy, source: str) -> None:
+    copy.built("cpu")
+    starts, made = source == "works", copy.bin / "chromium"
+    code = f"#!/bin/bash\necho apt-get $* >>{copy.calls_file.with_name('apt')}\n"
+    if source == "fails":
+        code += "echo 'E: no network' >&2; exit 100\n"
+    else:
+        code += f"printf '#!/bin/bash\\nexit {int(not starts)}' >{made}; /bin/chmod +x {made}\n"
+    assert "browser: none, and it cannot be installed here" in copy.built(script=".ci/run")
+    copy.command("apt-get", code)
+    output = copy.built(script=".ci/run")
+    assert ("browser: installed chromium" in output) == starts
+    assert ("could not be installed" in output) != starts
+    assert ("(apt-get: E: no network)" in output) == (source == "fails")
+    assert output.splitlines()[-1] == "3 passed in 0.01s"
+    assert ("browser: found" in copy.built(script=".ci/run")) == starts
+
+
 @pytest.mark.parametrize("step", ["check", "format", "mypy"])
 def test_test_script_fails_with_its_parts(copy: Copy, step: str) -> None:
     copy.built("cpu")

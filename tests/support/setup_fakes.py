@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = "bash cat cut dirname du env find flock grep ls mkdir mv rm sed sha256sum sleep tail touch"
+TOOLS = "bash cat cut dirname du env find flock grep ls mkdir mv rm sed sha256sum sleep tail timeout touch"
 
 
 def constraints(mode: str) -> dict[str, str]:
@@ -82,6 +82,7 @@ if torch.defined != ["nms", "qnms"]: raise RuntimeError("operator torchvision::n
     for name in ("verl", "tensordict", "transfer_queue", "ray"):
         put(name, "1.0")
     put("pytest", "9.0")
+    put("playwright", "1.0")
     (site / "pytest" / "__main__.py").write_text("import sys; print('args', sys.argv[1:]); print('3 passed in 0.01s')")
     tool("ruff", 'echo "ran ruff $*"; [ "$FAKE_FAILS" != "$1" ]')
     tool("mypy", 'echo "ran mypy"; [ "$FAKE_FAILS" != mypy ]')
