@@ -582,8 +582,8 @@ class Observer:
         fitting = max(fitting, 0)
         at = np.linspace(0, len(self.layers) - 1, fitting).round().astype(int) if fitting > 1 else [-1] * fitting
         chosen = tuple((self.layers[i], None) for i in at)
-        stored = f"{len(chosen)} of {len(self.layers)} layers"
-        note = f"Maps of single words are stored of the mean and of {stored}, to keep the page small."
+        stored = f" and of {len(chosen)} of {len(self.layers)} layers" if chosen else ", not of single layers"
+        note = f"Maps of single words are stored of the mean{stored}, to keep the page small."
         return _Wanted(True, chosen, levels, (note,))
 
     def check_maps(self, names: Sequence[str]) -> None:

@@ -70,8 +70,8 @@ def test_a_picture_and_a_question_become_a_page_with_numbers_in_words(folder_of,
     assert look(folder_of("qwen3_vl"), tmp_path, *flags, "--json", written, "--heads") == 0
     ((title, [(prompt, response)], about),) = pages
     assert title == f"Where {folder_of('qwen3_vl').name} looks"
-    assert about["engine"] == "transformers"
-    assert about["attention_kernel"] == "sdpa"
+    assert about["answered by"] == "transformers"
+    assert about["attention kernel"] == "sdpa"
     assert prompt.question == "<b>what?"
     assert prompt.images[0].boxes == ((0.0, 0.0, 0.5, 1.0),)
     assert 1 <= response.facts["tokens"] <= 5
@@ -92,7 +92,7 @@ def test_rows_of_a_folder_are_measured_with_a_given_text(folder_of, pages, data,
     ((_, items, about),) = pages
     assert [prompt.where for prompt, _ in items] == [f"row {n} of val-{m}.parquet" for n, m in [(0, 0), (1, 0), (0, 2)]]
     assert {response.text for _, response in items} == {"the circle is red<|im_end|>"}
-    assert about["engine"] == "a given text"
+    assert about["answered by"] == "a given text"
     assert "temperature" not in about
     assert "may have used other tokens" in items[0][1].notes[0]
     assert [any("no boxes" in note for note in response.notes) for _, response in items] == [False, False, True]
