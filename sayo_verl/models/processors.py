@@ -35,7 +35,7 @@ def load(path: str, where: str) -> tuple[Family, Any, Any]:
             where=where,
             got=path,
             wanted="a local model folder, or a hub name such as Qwen/Qwen3-VL-8B-Instruct and access to the hub",
-            fix="correct the path or the name, or give the folder of a download",
+            fix="correct it; `sayo inspect` also works without --model, but then does not check visual tokens",
         )
     where = f"{where} {path}"
     family = family_of(model_type, where=where)

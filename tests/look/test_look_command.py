@@ -116,25 +116,17 @@ class Blocked:
         if name.split(".")[0] in ("verl", "ray", "vllm", "transfer_queue", "tensordict"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Blocked())
-from types import ModuleType
-try:
-    import sayo_verl.look.page
-except ImportError:
-    module = ModuleType("sayo_verl.look.page")
-    module.write_page = lambda path, *rest: path.write_text("page")
-    sys.modules["sayo_verl.look.page"] = module
 from sayo_verl.cli import main
-sys.exit(main(sys.argv[1:]))
+picture, out, *models = sys.argv[1:]
+for n, model in enumerate(models):
+    given = ["--image", picture, "--question", "what?", "--max-new-tokens", "3", "--out", f"{out}/{n}.html"]
+    assert main(["look", "--model", model, *given]) == 0
 """
-    out = tmp_path / "p.html"
-    for family in ("qwen3_vl", "internvl"):
-        flags = ["--model", str(folder_of(family)), "--image", str(picture), "--question", "what?", "--out", str(out)]
-        ended = subprocess.run(
-            [sys.executable, "-c", code, "look", *flags, "--max-new-tokens", "3"], capture_output=True, text=True
-        )
-        assert ended.returncode == 0, ended.stderr
-        assert out.is_file()
-        out.unlink()
+    models = [str(folder_of(family)) for family in ("qwen3_vl", "internvl")]
+    command = [sys.executable, "-c", code, str(picture), str(tmp_path), *models]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.html", "1.html"]
 
 
 @pytest.mark.parametrize(
