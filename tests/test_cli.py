@@ -29,6 +29,10 @@ def test_checking_focus_loads_no_model_library():
     assert "torch" not in loaded_after("focus", *FOCUS)
 
 
+def test_the_help_of_look_loads_no_model_library():
+    assert not loaded_after("look", "--model", "m") & {"torch", "transformers"}
+
+
 def test_help_fits_a_screen_and_names_every_command(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
@@ -43,7 +47,7 @@ def test_help_of_every_subcommand_fits_a_screen_and_the_rest_is_in_help_all(monk
     monkeypatch.setenv("COLUMNS", "80")
     prepared = [f"prepare {name}" for name in (*SOURCES, "mix", "synthetic")]
     stages = [f"focus {name}" for name in ("", "run", "train", "respond", "report")]
-    for command in ["doctor", "prepare", "inspect", "watch", "report", "evaluate", *prepared, *stages]:
+    for command in ["doctor", "prepare", "inspect", "watch", "report", "evaluate", "look", *prepared, *stages]:
         with pytest.raises(SystemExit):
             main([*command.split(), "--help"])
         lines = capsys.readouterr().out.splitlines()

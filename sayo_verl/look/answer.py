@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -104,13 +105,14 @@ def _vllm(observer: Observer, prompts: Sequence[Prompt], settings: dict[str, Any
         command = [sys.executable, "-m", "sayo_verl.look.vllm_answers", str(asked), str(answered)]
         ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **_environment(on_gpu)})
         if ended.returncode or not answered.is_file():
-            lines = [line for line in ended.stderr.splitlines() if line.strip()]
-            cause = next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no message")
+            lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()] or ["no message"]
+            # the last error only says that the engine's own process died of the first one
+            cause = next((line for line in lines if re.search(r"\w(Error|Exception): .", line)), lines[-1])
             raise SayoError(
                 "W14",
                 "vLLM did not answer",
                 where=f"--engine vllm, model {observer.name}",
-                got=f"exit status {ended.returncode}: {cause.strip()[:300]}",
+                got=f"exit status {ended.returncode}: {cause[:300]}",
                 fix="use --engine transformers, or correct what vLLM names",
             )
         results = json.loads(answered.read_text())

@@ -220,7 +220,7 @@ def run(args: argparse.Namespace) -> int:
     about = {
         "model": args.model,
         "data": ", ".join(args.image) if args.data is None else str(args.data),
-        **{name: str(value) for name, value in seen[0][1].facts.items() if name in ABOUT},
+        **{label: str(seen[0][1].facts[name]) for name, label in ABOUT.items() if name in seen[0][1].facts},
     }
     _write(args, seen, about)
     for of_prompt, one in seen:
@@ -230,7 +230,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-ABOUT = ("engine", "temperature", "seed", "dtype", "attention_kernel", "layers", "query_row")  # equal for all rows
+ABOUT = {  # facts that are equal for all rows -> their names on the page
+    "engine": "answered by",
+    "temperature": "temperature",
+    "seed": "seed",
+    "dtype": "type of numbers",
+    "attention_kernel": "attention kernel",
+    "layers": "layers of the mean",
+    "query_row": "attention row of a token",
+}
 
 
 def given_response(observer: "Observer", text: str) -> tuple[list[int], list[str]]:

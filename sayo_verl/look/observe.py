@@ -48,6 +48,7 @@ from sayo_verl.vision.masks import region_mask
 
 LONGEST = 1024  # tokens of an answer, if no other number is asked for
 BUDGET = 5_000_000  # bytes of all maps of a response on a page, in base64
+NAMES = 100  # bytes of a map besides its codes
 HEADS_SHARE = 0.25  # of the budget, for the maps of single heads
 LOGITS = 2**24  # entries [t, N] of logits at once: 64 MiB of float32
 _MAP = re.compile(r"L(\d+)(?:H(\d+))?")
@@ -376,7 +377,7 @@ class Observer:
         words = self._words(pieces, response_T.tolist())
         word_T = torch.tensor([w for w, (first, end) in enumerate(words) for _ in range(first, end)])
         length_W = torch.tensor([end - first for first, end in words], dtype=torch.float32)
-        wanted = self._wanted(maps, len(words) * V, budget)
+        wanted = self._wanted(maps, len(words), V, budget)
         packed: dict[str, Packed] = {}
 
         def pack(selection: Selection, words_WV: torch.Tensor, levels: int = wanted.levels) -> None:
@@ -417,7 +418,7 @@ class Observer:
         left = budget - sum(_size(m.total) + (_size(m.words) if m.words else 0) for m in sets.values())
         notes = [*prompt.notes, *notes, *wanted.notes]
         if heads:
-            found, note = self._head_maps(collector, prompt, set(sets), map_set, int(budget * HEADS_SHARE))
+            found, note = self._head_maps(collector, prompt, set(sets), map_set, min(int(budget * HEADS_SHARE), left))
             sets |= found
             left -= sum(_size(m.total) for m in found.values())
             notes += note
@@ -568,21 +569,21 @@ class Observer:
         self._neutral[prompt] = collector
         return collector
 
-    def _wanted(self, maps: Sequence[str] | None, cells: int, budget: int) -> "_Wanted":
+    def _wanted(self, maps: Sequence[str] | None, W: int, V: int, budget: int) -> "_Wanted":
         """Which word maps are kept, and at how many levels. A level costs its bits, and base64 a third more."""
         if maps is not None:
             selections = [s for s in (self._selection(name) for name in dict.fromkeys(map(_canonical, maps))) if s]
             return _Wanted(MEAN in maps, tuple(selections), LEVELS[0], ())
+        left = budget * (1 - HEADS_SHARE) - (len(self.layers) + 1) * (V * 4 / 3 + NAMES)
         for levels in LEVELS[:2]:
-            size = cells * (levels.bit_length() / 8) * 4 / 3
-            fitting = int(budget * (1 - HEADS_SHARE) / size) - 1
+            fitting = int(left / (W * V * levels.bit_length() / 8 * 4 / 3 + NAMES)) - 1
             if fitting >= len(self.layers):
                 return _Wanted(True, tuple((n, None) for n in self.layers), levels, ())
         fitting = max(fitting, 0)
         at = np.linspace(0, len(self.layers) - 1, fitting).round().astype(int) if fitting > 1 else [-1] * fitting
         chosen = tuple((self.layers[i], None) for i in at)
-        stored = f"{len(chosen)} of {len(self.layers)} layers"
-        note = f"Maps of single words are stored of the mean and of {stored}, to keep the page small."
+        stored = f" and of {len(chosen)} of {len(self.layers)} layers" if chosen else ", not of single layers"
+        note = f"Maps of single words are stored of the mean{stored}, to keep the page small."
         return _Wanted(True, chosen, levels, (note,))
 
     def check_maps(self, names: Sequence[str]) -> None:
@@ -707,7 +708,7 @@ def _name(selection: Selection) -> str:
 
 def _size(packed: Packed) -> int:
     """Bytes on a page: base64, and the names around it."""
-    return len(packed.data) * 4 // 3 + 100
+    return len(packed.data) * 4 // 3 + NAMES
 
 
 def _refuse_not_finite(collector: Collector, model: str) -> None:

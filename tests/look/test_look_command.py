@@ -70,8 +70,8 @@ def test_a_picture_and_a_question_become_a_page_with_numbers_in_words(folder_of,
     assert look(folder_of("qwen3_vl"), tmp_path, *flags, "--json", written, "--heads") == 0
     ((title, [(prompt, response)], about),) = pages
     assert title == f"Where {folder_of('qwen3_vl').name} looks"
-    assert about["engine"] == "transformers"
-    assert about["attention_kernel"] == "sdpa"
+    assert about["answered by"] == "transformers"
+    assert about["attention kernel"] == "sdpa"
     assert prompt.question == "<b>what?"
     assert prompt.images[0].boxes == ((0.0, 0.0, 0.5, 1.0),)
     assert 1 <= response.facts["tokens"] <= 5
@@ -92,7 +92,7 @@ def test_rows_of_a_folder_are_measured_with_a_given_text(folder_of, pages, data,
     ((_, items, about),) = pages
     assert [prompt.where for prompt, _ in items] == [f"row {n} of val-{m}.parquet" for n, m in [(0, 0), (1, 0), (0, 2)]]
     assert {response.text for _, response in items} == {"the circle is red<|im_end|>"}
-    assert about["engine"] == "a given text"
+    assert about["answered by"] == "a given text"
     assert "temperature" not in about
     assert "may have used other tokens" in items[0][1].notes[0]
     assert [any("no boxes" in note for note in response.notes) for _, response in items] == [False, False, True]
@@ -116,25 +116,17 @@ class Blocked:
         if name.split(".")[0] in ("verl", "ray", "vllm", "transfer_queue", "tensordict"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Blocked())
-from types import ModuleType
-try:
-    import sayo_verl.look.page
-except ImportError:
-    module = ModuleType("sayo_verl.look.page")
-    module.write_page = lambda path, *rest: path.write_text("page")
-    sys.modules["sayo_verl.look.page"] = module
 from sayo_verl.cli import main
-sys.exit(main(sys.argv[1:]))
+picture, out, *models = sys.argv[1:]
+for n, model in enumerate(models):
+    given = ["--image", picture, "--question", "what?", "--max-new-tokens", "3", "--out", f"{out}/{n}.html"]
+    assert main(["look", "--model", model, *given]) == 0
 """
-    out = tmp_path / "p.html"
-    for family in ("qwen3_vl", "internvl"):
-        flags = ["--model", str(folder_of(family)), "--image", str(picture), "--question", "what?", "--out", str(out)]
-        ended = subprocess.run(
-            [sys.executable, "-c", code, "look", *flags, "--max-new-tokens", "3"], capture_output=True, text=True
-        )
-        assert ended.returncode == 0, ended.stderr
-        assert out.is_file()
-        out.unlink()
+    models = [str(folder_of(family)) for family in ("qwen3_vl", "internvl")]
+    command = [sys.executable, "-c", code, str(picture), str(tmp_path), *models]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.html", "1.html"]
 
 
 @pytest.mark.parametrize(
