@@ -61,6 +61,13 @@ def _inspect(parser: argparse.ArgumentParser) -> Run:
     return command.run
 
 
+def _look(parser: argparse.ArgumentParser) -> Run:
+    from sayo_verl.look import command
+
+    command.add_flags(parser)
+    return command.run
+
+
 def _focus(parser: argparse.ArgumentParser) -> Run:
     from sayo_verl.focus import command
 
@@ -176,6 +183,7 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
     "doctor": ("check versions, device and the plug-in in a Ray worker", _doctor),
     "prepare": ("make data or the tiny policy", add_prepare),
     "inspect": ("check prepared data and draw it as the model sees it", _inspect),
+    "look": ("draw where a model looks while it answers, as one HTML page", _look),
     "focus": ("train a <Focus> token on annotated regions, before attn_faithful", _focus),
     "watch": ("run a training command and show its progress", _watch),
     "report": ("table of the first and last steps of runs, and their curves", _report),

@@ -25,6 +25,7 @@ STACK_ROOMS = {
     "hooks": "engine, trainer, store and estimators stand in for verl's",
     "launch": "the checks call what verl will call with the same settings",
     "models": "an adapter gives verl a model family that it lacks",
+    "look": "vLLM answers in a process of its own",
     "inspection": "a row is shown as verl's data set gives it to the model",
     "main_ppo": "starts verl's task runner",
 }

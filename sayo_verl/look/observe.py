@@ -46,7 +46,9 @@ from sayo_verl.view.seen import HeadTable, MapSet, SeenResponse, pieces_of, word
 from sayo_verl.vision.intervention import Intervention, Pixels, intervene, prompt_key
 from sayo_verl.vision.masks import region_mask
 
+LONGEST = 1024  # tokens of an answer, if no other number is asked for
 BUDGET = 5_000_000  # bytes of all maps of a response on a page, in base64
+NAMES = 100  # bytes of a map besides its codes
 HEADS_SHARE = 0.25  # of the budget, for the maps of single heads
 LOGITS = 2**24  # entries [t, N] of logits at once: 64 MiB of float32
 _MAP = re.compile(r"L(\d+)(?:H(\d+))?")
@@ -154,6 +156,11 @@ class Observer:
         check_full_attention(numbers, self._kinds, where=where)
         return numbers
 
+    @property
+    def wanted_dtype(self) -> torch.dtype | str:
+        """As asked for: float32 on a CPU, ``auto`` (that of the checkpoint) on a GPU, unless it was named."""
+        return self._dtype or (torch.float32 if self.device.type == "cpu" else "auto")
+
     @functools.cached_property
     def model(self) -> Any:
         """The weights, loaded when they are first needed, so that an engine of its own may answer before.
@@ -161,7 +168,7 @@ class Observer:
         Raises:
             SayoError: W06.
         """
-        dtype: Any = self._dtype or (torch.float32 if self.device.type == "cpu" else "auto")
+        dtype = self.wanted_dtype
         try:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 self.name, dtype=dtype, attn_implementation=self.kernel
@@ -196,20 +203,20 @@ class Observer:
 
     @torch.no_grad()
     def answer(
-        self, prompts: Sequence[Prompt], *, max_new_tokens: int = 1024, temperature: float = 0.0, seed: int = 0
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0
     ) -> list[list[int]]:
         """Answer with transformers, all prompts in one batch: response ids with the end token, if there is one.
 
         Args:
             prompts: at least one.
-            max_new_tokens: longest response.
+            max_new_tokens: longest response; None: see ``room``.
             temperature: 0 is greedy; else sampled from the whole distribution, without the model's penalties.
             seed: of the sampling.
 
         Raises:
             SayoError: W05 for prompts that leave no room for the response.
         """
-        self.check_room(prompts, max_new_tokens)
+        max_new_tokens = self.room(prompts, max_new_tokens)
         stop = without_penalties(self.generation)
         longest = max(len(prompt.ids) for prompt in prompts)
         pad = stop.pad_token_id if stop.pad_token_id is not None else self.ends[0] if self.ends else 0
@@ -242,10 +249,18 @@ class Observer:
             self.model.generation_config = given
         return [self.until_end(row[longest:].tolist()) for row in ids]
 
-    def check_room(self, prompts: Sequence[Prompt], tokens: int) -> None:
-        """Refuse prompts that do not leave room for so many response tokens; W05."""
+    def room(self, prompts: Sequence[Prompt], tokens: int | None = None) -> int:
+        """How many tokens a response may have: as many as asked for, else ``LONGEST`` or what the context leaves.
+
+        Raises:
+            SayoError: W05 for prompts that do not leave room for it.
+        """
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(len(prompt.ids) for prompt in prompts)
+        wanted = tokens or (LONGEST if limit is None else max(min(LONGEST, limit - longest), 1))
         for prompt in prompts:
-            check_context(self.config, prompt.seen, len(prompt.ids), tokens)
+            check_context(self.config, prompt.seen, len(prompt.ids), wanted)
+        return wanted
 
     @functools.cached_property
     def generation(self) -> GenerationConfig:
@@ -362,7 +377,7 @@ class Observer:
         words = self._words(pieces, response_T.tolist())
         word_T = torch.tensor([w for w, (first, end) in enumerate(words) for _ in range(first, end)])
         length_W = torch.tensor([end - first for first, end in words], dtype=torch.float32)
-        wanted = self._wanted(maps, len(words) * V, budget)
+        wanted = self._wanted(maps, len(words), V, budget)
         packed: dict[str, Packed] = {}
 
         def pack(selection: Selection, words_WV: torch.Tensor, levels: int = wanted.levels) -> None:
@@ -403,7 +418,7 @@ class Observer:
         left = budget - sum(_size(m.total) + (_size(m.words) if m.words else 0) for m in sets.values())
         notes = [*prompt.notes, *notes, *wanted.notes]
         if heads:
-            found, note = self._head_maps(collector, prompt, set(sets), map_set, int(budget * HEADS_SHARE))
+            found, note = self._head_maps(collector, prompt, set(sets), map_set, min(int(budget * HEADS_SHARE), left))
             sets |= found
             left -= sum(_size(m.total) for m in found.values())
             notes += note
@@ -457,7 +472,7 @@ class Observer:
                      got=tokenizer.decode(list(ids))),
             ]
         )  # fmt: skip
-        self.check_room([prompt], len(ids))
+        self.room([prompt], len(ids))
         return torch.tensor(list(ids), dtype=torch.int64)
 
     def _words(self, pieces: Sequence[str], ids: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -554,14 +569,14 @@ class Observer:
         self._neutral[prompt] = collector
         return collector
 
-    def _wanted(self, maps: Sequence[str] | None, cells: int, budget: int) -> "_Wanted":
+    def _wanted(self, maps: Sequence[str] | None, W: int, V: int, budget: int) -> "_Wanted":
         """Which word maps are kept, and at how many levels. A level costs its bits, and base64 a third more."""
         if maps is not None:
             selections = [s for s in (self._selection(name) for name in dict.fromkeys(map(_canonical, maps))) if s]
             return _Wanted(MEAN in maps, tuple(selections), LEVELS[0], ())
+        left = budget * (1 - HEADS_SHARE) - (len(self.layers) + 1) * (V * 4 / 3 + NAMES)
         for levels in LEVELS[:2]:
-            size = cells * (levels.bit_length() / 8) * 4 / 3
-            fitting = int(budget * (1 - HEADS_SHARE) / size) - 1
+            fitting = int(left / (W * V * levels.bit_length() / 8 * 4 / 3 + NAMES)) - 1
             if fitting >= len(self.layers):
                 return _Wanted(True, tuple((n, None) for n in self.layers), levels, ())
         fitting = max(fitting, 0)
@@ -570,6 +585,11 @@ class Observer:
         stored = f"{len(chosen)} of {len(self.layers)} layers"
         note = f"Maps of single words are stored of the mean and of {stored}, to keep the page small."
         return _Wanted(True, chosen, levels, (note,))
+
+    def check_maps(self, names: Sequence[str]) -> None:
+        """Refuse names of maps that this model does not have; W11, P03, P11."""
+        for name in names:
+            self._selection(name)
 
     def _selection(self, name: str) -> Selection | None:
         """The layer and head of a map's name; None for the mean.
@@ -688,7 +708,7 @@ def _name(selection: Selection) -> str:
 
 def _size(packed: Packed) -> int:
     """Bytes on a page: base64, and the names around it."""
-    return len(packed.data) * 4 // 3 + 100
+    return len(packed.data) * 4 // 3 + NAMES
 
 
 def _refuse_not_finite(collector: Collector, model: str) -> None:

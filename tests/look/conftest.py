@@ -4,10 +4,12 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.family_models import TINY, patches_undone
 
 from sayo_verl.look.observe import Observer
+from sayo_verl.view import maps
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +41,18 @@ def _own_forwards():
     """What other files' engines changed in transformers is no part of a model here."""
     with patches_undone():
         yield
+
+
+@pytest.fixture
+def unpacked(monkeypatch: pytest.MonkeyPatch):
+    """Maps as they were before they were packed, by their packed form."""
+    raw = {}
+    pack = maps.Packed.of.__func__
+
+    def of(cls, maps_WV, levels=maps.LEVELS[0]):
+        packed = pack(cls, maps_WV, levels)
+        raw[id(packed)] = packed, np.array(maps_WV, dtype=np.float64)
+        return packed
+
+    monkeypatch.setattr(maps.Packed, "of", classmethod(of))
+    return lambda packed: raw[id(packed)][1]

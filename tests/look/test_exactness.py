@@ -11,7 +11,6 @@ from support.family_models import TINY
 from support.looked import response_of, row_of, truth_of
 
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest
-from sayo_verl.view import maps
 from sayo_verl.vision.intervention import Intervention
 
 NEAR = 2e-5  # float32 against float64
@@ -21,21 +20,6 @@ def two_images(cell: int) -> RowShape:
     """Two pictures, with boxes in both."""
     boxes = [[[0.0, 0.0, 0.5, 1.0]], [[0.5, 0.0, 1.0, 1.0], [0.3, 0.3, 0.35, 0.35]]]
     return RowShape(((2 * cell, 3 * cell), (4 * cell, 2 * cell)), 9, boxes)
-
-
-@pytest.fixture
-def unpacked(monkeypatch: pytest.MonkeyPatch):
-    """Maps as they were before they were packed, by their packed form."""
-    raw = {}
-    pack = maps.Packed.of.__func__
-
-    def of(cls, maps_WV, levels=maps.LEVELS[0]):
-        packed = pack(cls, maps_WV, levels)
-        raw[id(packed)] = packed, np.array(maps_WV, dtype=np.float64)
-        return packed
-
-    monkeypatch.setattr(maps.Packed, "of", classmethod(of))
-    return lambda packed: raw[id(packed)][1]
 
 
 @pytest.mark.parametrize("query_row", ["input", "predicting"])
