@@ -98,10 +98,10 @@ def headline(sets: f.Sets, findings: Sequence[f.Finding]) -> list[str]:
     )
     if not math.isnan(lift.value):
         where += f"; the boxes get {lift.text(1)} times what chance would give them"
-    says = {}
+    says: dict[str, str] = {}
     for finding in findings:
-        own = [sentence for sentence in finding.sentences if sentence.startswith(f"{label}: ")] or finding.sentences
-        says |= {finding.name: sentence for sentence in own}  # the last of the first model
+        own = [sentence for sentence in finding.sentences if sentence.startswith(f"{label}: ")]
+        says |= {finding.name: one for one in (own or finding.sentences)[-1:]}  # noqa: B035 (at most one)
     rest = [says[name] for name in ("paired", "score_and_accuracy", "effect", "position") if name in says]
     return [where + ".", *rest[:2]]
 
