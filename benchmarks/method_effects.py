@@ -155,7 +155,8 @@ def page(
         "",
         "Same seeds, same prompts; difference of the held-out figures, mean and standard error over seeds.",
         "",
-        "| | baseline | accuracy | R_a, high-entropy tokens | target named first | entropy | step time, ratio |",
+        "| | baseline | accuracy | pooled R_a, high-entropy tokens (a) | target named first | entropy "
+        "| step time, ratio |",
         "|---|---|---|---|---|---|---|",
     ]
     for job, results in measured.items():

@@ -32,10 +32,11 @@ CONDITIONS = {
 }
 MEASURES = {
     "accuracy": "accuracy",
-    "target_attention": "R_a, high-entropy tokens",
-    "token_target_attention": "R_a of single tokens, high-entropy",
-    "token_target_attention_all": "R_a of single tokens, all",
-    "distractor_attention": "R_a of the distractor, high-entropy",
+    "target_attention": "pooled R_a, high-entropy tokens (a)",
+    "token_target_attention": "R_a of single tokens, high-entropy (b)",
+    "token_target_attention_all": "R_a of single tokens, all (b)",
+    "token_distractor_attention": "R_a of single tokens for the distractor, high-entropy (b)",
+    "distractor_attention": "pooled R_a of the distractor, high-entropy (a)",
     "named_first": "target named first",
     "named": "target named at all",
     "format": "format",
@@ -52,8 +53,10 @@ CAVEATS = """\
 - "Named first" and "named" measure what the response mentions before it answers. R_a measures where the last layer
   attends meanwhile. A policy can raise the reward by choosing what to name. Nothing here shows that heads attend
   elsewhere on the same text.
-- R_a over a set of tokens grows with their number, as it is a logarithm of a ratio of means. Compare conditions of
-  equal response length, and selected with all tokens by the R_a of single tokens only.
+- (a) Pooled R_a grows with the number of pooled tokens although the attention is the same, as it is a function of a
+  ratio of means. Longer responses pool more tokens. Compare it only between conditions of equal response length.
+- (b) The expectation of a mean over single tokens does not depend on their number. These rows can be compared with each
+  other and between conditions ([diagnose.md](diagnose.md)).
 - The selection of high-entropy tokens changes during training: once the policy is sure what to name first, other tokens
   are among the 30 % of highest entropy. R_a over selected tokens can then fall although the rewarded behaviour stays.
 - In this task a visual token is a ninth of the image, and every box is one token. The sizes of these effects do not

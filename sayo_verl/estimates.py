@@ -50,7 +50,8 @@ class Estimate:
 
     Attributes:
         value: NaN: there is nothing to average.
-        low, high: ends of the interval of ``LEVEL``; NaN: there is none, because there are fewer than two prompts.
+        low, high: ends of the interval of ``LEVEL``; NaN: there is none, because there are fewer than two prompts,
+            or because all of them agree, where a bootstrap would wrongly give an interval of no width.
         n: responses (or rows) behind it.
     """
 
@@ -229,6 +230,8 @@ def _resampled(
 def _interval(value: float, draws_D: np.ndarray, n: int) -> Estimate:
     draws_D = draws_D[np.isfinite(draws_D)]
     if not len(draws_D):
+        return Estimate(value, n=n)
+    if np.ptp(draws_D) < 1e-12:
         return Estimate(value, n=n)
     low, high = np.quantile(draws_D, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(low), float(high), n)

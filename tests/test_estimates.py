@@ -121,6 +121,10 @@ def test_one_prompt_has_a_value_and_no_interval():
     assert not estimate.excludes(0)
 
 
+def test_values_that_all_agree_have_no_interval_of_no_width():
+    assert e.mean(np.zeros(32), range(32)).text(1) == "0.0 [no interval]"
+
+
 def test_nothing_to_average_says_so():
     assert e.mean([math.nan], ["a"]).text() == "not measured"
     assert e.mean([], []).text() == "not measured"

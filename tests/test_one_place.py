@@ -56,9 +56,16 @@ NAMED_ELSEWHERE = {
         "report/catalogue.py": "an example of a label",
         "launch/reward_check.py": "its paper rewards no accuracy, which the plan says",
         "tiny/evaluate.py": "measures the tokens that it selects",
+        "diagnose/findings.py": "the share of tokens that it selects",
     },
-    "attn_anchor": {"metis.py": "the graph partition of this method"},
+    "attn_dual": {"diagnose/findings.py": "its score, late against early"},
+    "attn_anchor": {
+        "metis.py": "the graph partition of this method",
+        "diagnose/findings.py": "its connectivity",
+    },
     "attn_faithful": {
+        "diagnose/answers.py": "its changed image",
+        "diagnose/findings.py": "its causal effect",
         "cli.py": "the help of that stage's command",
         "focus/__init__.py": "the first stage of this method",
         "launch/preflight.py": "the plan says whether that stage was run",

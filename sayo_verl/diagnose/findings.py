@@ -165,7 +165,7 @@ def mean_of(answers: Answers, value: Callable[[Answer], Any]) -> Estimate:
 def in_words(estimate: Estimate, level: float, more: str, less: str, none: str) -> str:
     """A verdict: ``more`` or ``less`` only if the interval excludes ``level``."""
     if math.isnan(estimate.low):
-        return "with one question there is no interval, so this may be chance"
+        return "there is no interval, so this may be chance"
     return (more if estimate.low > level else less) if estimate.excludes(level) else none
 
 
@@ -387,8 +387,9 @@ def _effect(answers: Answers) -> Result:
         "no sign that the model looks at the image where it matters",
     )
     sentence = (
-        f"Within a response, the rank correlation of a token's effect with its attention to the image is "
-        f"{rho.text(2)}: {verdict}. The mean effect is {k.text(2)} nats per token."
+        f"How much a token depends on the image, found by changing the image, and its attention to the image have a "
+        f"rank correlation of {rho.text(2)} within a response: {verdict}. The mean effect of the change is {k.text(2)} "
+        "nats per token."
     )
     return Result((sentence,), lines, {"rank correlation": rho, "effect": k})
 

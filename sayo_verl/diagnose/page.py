@@ -126,7 +126,8 @@ def _body(
                 else table(head, rows)
             )
         files = f"{finding.name}.csv" + (f", {finding.name}.png" if drawn else "")
-        needs = f"Needs {' and '.join(finding.needs)}. " if finding.needs else ""
+        needed = [need for need in finding.needs if need in ("boxes", "a ground truth")]
+        needs = f"Needs {' and '.join(needed)}. " if needed else ""
         reference = f"{finding.reference}. " if finding.reference else ""
         parts.append(f'<p class="note">{text(reference + needs)}Files: {text(files)}</p></section>')
     data: dict[str, Any] = {}
@@ -148,7 +149,8 @@ def _body(
         "<h2>How to read this</h2><p>R_a compares the attention of a token on a visual token of the target with that "
         "on an average visual token of the image: 0.5 is no preference, 1 is the target alone. It is taken of each "
         "token alone and then averaged, because R_a of pooled tokens grows with their number although nobody looks "
-        "differently. Numbers in brackets are 95 % intervals from a bootstrap over questions. Many things are "
+        "differently. It can be below 0.5 while the boxes get more than chance in all: then a few tokens look there, "
+        "and most do not. Numbers in brackets are 95 % intervals from a bootstrap over questions. Many things are "
         "compared here, so one interval in twenty misses the truth. A correlation does not say what causes what.</p>"
     )
     return "\n".join(parts), data

@@ -81,7 +81,10 @@ def what_was_run(sets: f.Sets, asked: Asked) -> list[str]:
         sentences.append(f"{without} rows have no image or no response and are left out.")
     if any(len(answers) == 1 for answers in sets.values()):
         sentences.append("There is one response only, so there are no intervals.")
-    sentences.append("Attention is that of the last layer, mean of its heads, unless a figure says otherwise.")
+    sentences.append(
+        "Attention is that of the last layer, mean of its heads, unless a figure says otherwise. R_a is SAYO's target "
+        "attention score: 0.5 is no preference for the boxes, 1 is the boxes alone."
+    )
     return sentences
 
 
@@ -95,7 +98,10 @@ def headline(sets: f.Sets, findings: Sequence[f.Finding]) -> list[str]:
     )
     if not math.isnan(lift.value):
         where += f"; the boxes get {lift.text(1)} times what chance would give them"
-    says = {finding.name: finding.sentences[-1] for finding in findings if finding.sentences}
+    says: dict[str, str] = {}
+    for finding in findings:
+        own = [sentence for sentence in finding.sentences if sentence.startswith(f"{label}: ")]
+        says |= {finding.name: one for one in (own or finding.sentences)[-1:]}  # noqa: B035 (at most one)
     rest = [says[name] for name in ("paired", "score_and_accuracy", "effect", "position") if name in says]
     return [where + ".", *rest[:2]]
 

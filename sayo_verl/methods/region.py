@@ -135,7 +135,16 @@ class RegionMethod:
         Panel(
             "Region reward $r_v$",
             "mean, from -1 to 1",
-            (Metric("region_reward/mean", "region reward r_v", -1, 1, live="r_v"),),
+            (
+                Metric(
+                    "region_reward/mean",
+                    "region reward r_v",
+                    -1,
+                    1,
+                    live="r_v",
+                    note="With `pooling=attention` it grows with the number of pooled tokens, as R_a does.",
+                ),
+            ),
             guide=NO_PREFERENCE,
         ),
         Panel(
@@ -144,11 +153,12 @@ class RegionMethod:
             (
                 Metric(
                     "target_attention/mean",
-                    "target attention R_a, high-entropy tokens",
+                    "pooled R_a, high-entropy tokens",
                     0,
                     1,
                     live="R_a",
-                    note="It grows with the number of pooled tokens, see `selected_tokens/mean`.",
+                    note="It grows with the number of pooled tokens, `selected_tokens/mean`, although the attention is "
+                    "the same. Compare it only where that number is equal.",
                 ),
             ),
             guide=(0.5, "no preference"),
@@ -164,7 +174,8 @@ class RegionMethod:
                     0,
                     1,
                     line="high-entropy tokens",
-                    note="It can be compared with that of all tokens.",
+                    note="Its expectation does not depend on the number of tokens, so it can be compared with that of "
+                    "all tokens, and between responses of other lengths.",
                 ),
                 Metric("token_target_attention_all/mean", "R_a of single tokens, all tokens", 0, 1, line="all tokens"),
             ),

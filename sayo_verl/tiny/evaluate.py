@@ -55,11 +55,13 @@ def evaluate(
     Returns:
         ``rows``, ``samples_per_row``, and per measure ``{"mean", "se"}`` over rows, each the mean of its samples:
         ``accuracy``, ``format``, ``response_tokens`` (with the end token), ``entropy`` (nats, mean over tokens),
-        ``target_attention`` (R_a in (0, 1) over the selected tokens) and ``distractor_attention``,
-        ``token_target_attention`` and ``token_target_attention_all`` (R_a of single tokens, mean over the selected and
-        over all tokens, so that the two can be compared), ``image_mass`` and ``target_mass`` (attention on all visual
-        tokens and on the target's, mean over the response), ``named_first`` and ``named`` (1 if the response's
-        reasoning starts with, or contains, the word for the target), ``box_tokens`` (visual tokens per target box).
+        ``target_attention`` (R_a in (0, 1), pooled over the selected tokens: it grows with their number) and
+        ``distractor_attention``, ``token_target_attention`` and ``token_distractor_attention`` (R_a of single tokens,
+        mean over the selected ones) and ``token_target_attention_all`` (over all tokens). The last three can be
+        compared with each other, and between responses of other lengths. ``image_mass`` and ``target_mass``
+        (attention on all visual tokens and on the target's, mean over the response), ``named_first`` and ``named`` (1
+        if the response's reasoning starts with, or contains, the word for the target), ``box_tokens`` (visual tokens
+        per target box).
     """
     model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
     processor = AutoProcessor.from_pretrained(model_dir)
@@ -114,7 +116,10 @@ def measure_batch(
             region_mask(info[key][0], tiles, where=f"row {b}, {key}") for key in ("target_boxes", "distractor_boxes")
         )
         selected = select_tokens(entropy_T)
-        of_token_T = np.array([region_attention(visual_TV[t : t + 1], target_V) for t in range(n)])
+        of_token_T, of_distractor_T = (
+            np.array([region_attention(visual_TV[t : t + 1], region_V) for t in range(n)])
+            for region_V in (target_V, distractor_V)
+        )
         score = compute_score(row["data_source"], text, row["reward_model"]["ground_truth"], info)
         thought = text.partition("</think>")[0].removeprefix("<think>").split()
         measured.append(
@@ -126,6 +131,7 @@ def measure_batch(
                 "target_attention": region_attention(visual_TV[selected], target_V),
                 "token_target_attention": float(of_token_T[selected].mean()),
                 "token_target_attention_all": float(of_token_T.mean()),
+                "token_distractor_attention": float(of_distractor_T[selected].mean()),
                 "distractor_attention": region_attention(visual_TV[selected], distractor_V),
                 "image_mass": float(visual_TV.sum(1).mean()),
                 "target_mass": float(visual_TV[:, target_V].sum(1).mean()),
