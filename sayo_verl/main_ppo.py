@@ -43,8 +43,8 @@ from sayo_verl.launch.training_check import check_by_verl, filter_limit
 from sayo_verl.methods import METHODS, Mix, own_methods
 from sayo_verl.metrics import declaration
 from sayo_verl.models import internvl
+from sayo_verl.report.card import run_card
 from sayo_verl.report.page import write_page_at_end
-from sayo_verl.report.runs import run_card
 
 CLOCK = "%Y-%m-%dT%H:%M:%S%z"
 PLUGIN = "sayo_verl.plugin"

@@ -5,10 +5,16 @@ from pathlib import Path
 
 from sayo_verl.report import catalogue as c
 from sayo_verl.report import runs as r
+from sayo_verl.report.card import RUN_FILE
 from sayo_verl.report.runs import Run, load_run
 
 OF = {section.estimator: section for section in c.OF_METHODS}
-COMMON = {c.SCORE.name: 0.7, c.REWARD.name: 1.0, "actor/entropy": 0.4, "response_length/mean": 12.0}  # what every run has
+COMMON = {
+    c.SCORE.name: 0.7,
+    c.REWARD.name: 1.0,
+    "actor/entropy": 0.4,
+    "response_length/mean": 12.0,
+}  # what every run has
 PARTS = {c.ACCURACY.name: 0.5, "sayo/format/mean": 0.9, "sayo/probe_share_of_log_prob": 0.05}
 ATTENTION = COMMON | PARTS | dict.fromkeys(OF["attn_region"].names, 0.6)
 GRPO = COMMON
@@ -31,7 +37,7 @@ def write_run(folder: Path, *lines: str, launch: dict | None = None) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / r.METRICS_FILE).write_text("".join(lines))
     if launch is not None:
-        (folder / r.RUN_FILE).write_text(json.dumps(launch))
+        (folder / RUN_FILE).write_text(json.dumps(launch))
     return folder
 
 
