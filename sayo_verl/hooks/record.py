@@ -41,7 +41,7 @@ from sayo_verl.methods import Credit, Method, Signals, advantages
 from sayo_verl.models.families import family_of
 from sayo_verl.probe.plan import image_tiles
 from sayo_verl.probe.statistics import WIRE_PREFIX, StatisticsRequest
-from sayo_verl.probe.taps import resolve_layers
+from sayo_verl.probe.taps import describe_layers, resolve_layers
 from sayo_verl.reward.number import number
 from sayo_verl.view.maps import Packed
 from sayo_verl.view.seen import MapSet, SeenImage, SeenPrompt, SeenResponse, pieces_of, words_of
@@ -49,7 +49,6 @@ from sayo_verl.view.store import write_step
 from sayo_verl.vision.grids import Tile
 from sayo_verl.vision.masks import box_masks, check_boxes
 
-SECONDS, WAITED = "sayo/viz_seconds", "sayo/viz_wait_seconds"
 SEARCHED = 256  # rows that are searched for boxes, once enough rows with an image have been found
 MASK_STEP = 0  # changed images depend on the step; a fixed one makes their effect comparable through training
 
@@ -98,9 +97,7 @@ class Recorder:
         self._model = omega_conf_to_dataclass(config.actor_rollout_ref.model).hf_config  # as the workers load it
         n_layers = self._model.get_text_config().num_hidden_layers
         numbers = resolve_layers(self._seen.layers, n_layers, where="the recorded layers")
-        self._layers = (
-            f"{'layers' if len(numbers) > 1 else 'layer'} {', '.join(map(str, numbers))} of 0 to {n_layers - 1}"
-        )
+        self._layers = describe_layers(numbers, n_layers)
         boxes = method is not None and method.needs().boxes
         self._rows = choose_rows(dataset, int(config.sayo.viz_prompts), boxes=boxes)
         self._pictures = {row: _pictures(dataset[row], f"held-out row {row}") for row in self._rows}
@@ -161,21 +158,21 @@ class Recorder:
         self._pending.batch = batch
         self._pending.waited = time.perf_counter() - start
 
-    def record(self, trainer: Any) -> dict[str, float]:
+    def record(self, trainer: Any) -> tuple[float, float] | None:
         """Probe the finished rows, write the step's file and remove the rows from TransferQueue.
 
         Args:
             trainer: ``AttentionTrainer``; its actor has the weights to record.
 
         Returns:
-            Metrics; empty if nothing is pending.
+            Seconds of work and of waiting; None if nothing is pending.
 
         Raises:
             SayoError: A31 if the file cannot be written, A32 if the rows cannot be measured.
         """
         pending, self._pending = self._pending, None
         if pending is None or pending.batch is None:
-            return {}
+            return None
         start = time.perf_counter()
         with self._failures(pending.step):
             if trainer.reward_loop_manager.reward_loop_worker_handles is None:  # a reward model that shares devices
@@ -187,11 +184,9 @@ class Recorder:
             size = write_step(self._folder, pending.step, prompts, seconds, notes)
             tq.kv_clear(keys=batch.keys, partition_id=batch.partition_id)
         seconds = pending.seconds + time.perf_counter() - start
-        print(
-            f"sayo-verl: recorded {len(batch)} rollouts of step {pending.step}: {seconds:.1f} s and {pending.waited:.1f} s "
-            f"of waiting for them, {size:,} bytes"
-        )
-        return {SECONDS: seconds, WAITED: pending.waited}
+        cost = f"{seconds:.1f} s and {pending.waited:.1f} s of waiting for them, {size:,} bytes"
+        print(f"sayo-verl: recorded {len(pending.batch)} rollouts of step {pending.step}: {cost}")
+        return seconds, pending.waited
 
     @contextmanager
     def _failures(self, step: int) -> Iterator[None]:
@@ -283,7 +278,7 @@ class Recorder:
         row = {"input": "a token is the input", "predicting": "a token is predicted"}[self._seen.query_row]
         notes = [
             f"Generated with the weights of step {by}, measured with the weights of step {step}.",
-            f"Attention is that of {self._layers}, where {row}.",
+            f"Attention is read at {self._layers}, where {row}.",
         ]
         if self.needs.intervention is not None:
             of = (
