@@ -175,7 +175,8 @@ class AttentionTrainer(PPOTrainer):
             self._pending = self._start_credit(out)
         if self._recorder is not None:
             self._recorder.started = True
-            metrics.update(self._recorder.record(self))
+            if (spent := self._recorder.record(self)) is not None:
+                metrics["sayo/viz_seconds"], metrics["sayo/viz_wait_seconds"] = spent
         return out
 
     def _probe(self, batch: KVBatchMeta, metrics: dict, request: StatisticsRequest) -> KVBatchMeta:

@@ -1,0 +1,196 @@
+"""The viewer in a browser: the pointed word's map is drawn, the keyboard is enough, texts stay texts."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.browser import check_page
+from support.viewed import EVIL, INTERNVL, looked_at, said
+
+from sayo_verl.look.page import write_page
+from sayo_verl.view.figure import inline
+from sayo_verl.view.page import page
+from sayo_verl.view.viewer import mount
+
+WIDE = {"widths": (1280,), "schemes": ("light",)}
+PIXELS = """(canvas) => [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data]"""
+
+
+def written(folder, prompt, states, **options):
+    html, data = mount("v", prompt, states, **options)
+    path = folder / "page.html"
+    path.write_text(page("a viewer", f"<h1>A viewer</h1>{html}", data=data, viewer=True), encoding="utf-8")
+    return path
+
+
+def settled(tab, word: int | None, **more: object):
+    """Wait until a word's map (None: the whole response's) is drawn; return the viewer."""
+    named = {"word": "" if word is None else word, **more}
+    wanted = "".join(f'[data-{name}="{value}"]' for name, value in named.items())
+    tab.wait_for_selector(f".viewer[data-drawn]{wanted}", timeout=10_000)
+    return tab.locator(".viewer")
+
+
+def heat_of(tab, canvas: int = 0) -> np.ndarray:
+    """Opacity [rows, columns], which grows with attention."""
+    element = tab.locator("canvas").nth(canvas)
+    rows, cols = (int(element.get_attribute(name)) for name in ("height", "width"))
+    return np.array(element.evaluate(PIXELS)).reshape(rows, cols, 4)[..., 3]
+
+
+def ordered_like(heat_V: np.ndarray, map_V: np.ndarray) -> bool:
+    """Whether opacity never falls where attention grows."""
+    return bool((np.diff(heat_V.ravel()[np.argsort(map_V)]) >= 0).all()) and np.ptp(heat_V) > 50
+
+
+def test_pointer_and_keyboard_show_the_map_of_a_word(tmp_path):
+    prompt = looked_at()
+    answer = said(prompt, ("The", " re", "d", " box", " is", " here", ".\n"), heads=True)
+    total_V, words_WV = answer.maps[0].total.unpack()[0], answer.maps[0].words.unpack()
+
+    def use(tab):
+        settled(tab, None)
+        assert ordered_like(heat_of(tab), total_V)
+        tab.locator(".word").nth(1).hover()
+        viewer = settled(tab, 1)
+        assert ordered_like(heat_of(tab), words_WV[1])
+        assert float(viewer.get_attribute("data-share")) == pytest.approx(words_WV[1].sum(), rel=1e-4)
+        assert int(tab.locator("canvas").get_attribute("data-peak")) == words_WV[1].argmax()
+        assert "\u201cred\u201d, word 2 of 5" in tab.locator(".brief").inner_text()
+        assert f"{100 * words_WV[1].sum():#.2g}".rstrip(".") in tab.locator(".brief").inner_text()
+        tab.mouse.move(0, 0)
+        settled(tab, None)
+        tab.locator(".word").first.focus()
+        tab.keyboard.press("ArrowRight")
+        tab.keyboard.press("ArrowRight")
+        settled(tab, 2)
+        assert ordered_like(heat_of(tab), words_WV[2])
+        tab.keyboard.press("Enter")
+        assert tab.locator('.word[aria-pressed="true"]').inner_text() == "box"
+        tab.locator(".word").nth(3).hover()
+        settled(tab, 3)
+        tab.mouse.move(0, 0)
+        settled(tab, 2)
+        tab.keyboard.press("Escape")
+        settled(tab, None)
+
+    check_page(written(tmp_path, prompt, {"": [answer]}), use)
+
+
+def test_the_border_can_be_left_out(tmp_path):
+    prompt = looked_at()
+    answer = said(prompt)
+    words_WV = answer.maps[0].words.unpack()
+
+    def use(tab):
+        tab.locator(".controls select").nth(1).select_option("border")
+        tab.locator(".word").first.hover()
+        settled(tab, 0)
+        heat_RC, inside_RC = heat_of(tab), ~prompt.border.reshape(6, 8)
+        assert len(set(heat_RC[~inside_RC])) == 1
+        assert ordered_like(heat_RC[inside_RC], words_WV[0].reshape(6, 8)[inside_RC])
+        assert (
+            "24 of 48 visual tokens are left out, and the rest is scaled to 100 %" in tab.locator(".said").inner_text()
+        )
+
+    check_page(written(tmp_path, prompt, {"": [answer]}), use, **WIDE)
+
+
+def test_tiles_and_thumbnail_are_two_drawings(tmp_path):
+    prompt = looked_at(INTERNVL)
+    answer = said(prompt)
+    total_V = answer.maps[0].total.unpack()[0]
+
+    def use(tab):
+        settled(tab, None)
+        assert ordered_like(heat_of(tab, 1), total_V[-16:])
+        tiles_RC = np.block([[total_V[16 * (3 * r + c) :][:16].reshape(4, 4) for c in range(3)] for r in range(2)])
+        assert ordered_like(heat_of(tab, 0), tiles_RC.ravel())
+
+    check_page(written(tmp_path, prompt, {"": [answer]}), use, **WIDE)
+
+
+def test_a_head_is_chosen_in_the_table_and_a_missing_map_names_its_option(tmp_path):
+    prompt = looked_at()
+    answer = said(prompt, maps=("mean", "L1H2", "L2"), stored=("mean", "L1H2"), heads=True)
+
+    def use(tab):
+        tab.locator("summary").click()
+        tab.locator('td[data-layer="1"][data-head="2"]').click()
+        tab.locator(".word").nth(1).hover()
+        settled(tab, 1, map="L1H2")
+        assert ordered_like(heat_of(tab), answer.maps[1].words.unpack()[1])
+        tab.locator('td[data-layer="0"][data-head="0"]').click()
+        assert "--maps L0H0 stores it" in tab.locator(".spot").inner_text()
+        tab.keyboard.press("ArrowDown")
+        assert "Layer 1, head 0" in tab.locator(".spot").inner_text()
+        tab.locator(".controls select").first.select_option("L2")
+        tab.locator(".word").nth(1).hover()
+        settled(tab, None, map="L2")
+        assert "--maps L2 stores them" in tab.locator(".said").inner_text()
+
+    check_page(written(tmp_path, prompt, {"": [answer]}), use, **WIDE)
+
+
+def test_a_group_is_shown_through_training(tmp_path):
+    prompt = looked_at()
+    states = {
+        f"step {step}": [
+            said(prompt, seed=step + i, facts={"accuracy": float(i % 2), "reward": 0.5 * i, "advantage": i - 1.5})
+            for i in range(4 - (step == 10))
+        ]
+        for step in (0, 10, 20)
+    }
+    states["step 30"] = []
+
+    def use(tab):
+        slider = tab.locator(".states input")
+        assert slider.input_value() == "3"
+        assert "0 of 4 responses were recorded" in tab.locator("output").inner_text()
+        assert "No response was recorded here" in tab.locator(".brief").inner_text()
+        slider.focus()
+        tab.keyboard.press("ArrowLeft")
+        assert tab.locator(".verdict").all_inner_texts() == ["wrong", "right"] * 2
+        tab.locator(".card").nth(1).locator(".word").nth(2).hover()
+        settled(tab, 2, response=1)
+        assert ordered_like(heat_of(tab), states["step 20"][1].maps[0].words.unpack()[2])
+        slider.focus()
+        tab.keyboard.press("ArrowLeft")
+        assert "step 10 (2 of 4). 3 of 4 responses were recorded" in tab.locator("output").inner_text()
+        assert tab.locator(".card").count() == 3
+
+    check_page(written(tmp_path, prompt, states), use)
+
+
+def test_texts_of_a_response_stay_texts(tmp_path):
+    prompt = looked_at(text=EVIL)
+    answer = said(prompt, (EVIL, " 红", "色", "\n\n", "", " " + EVIL), facts={EVIL: EVIL}, notes=(EVIL,))
+    write_page(tmp_path / "page.html", EVIL, [(prompt, answer), (prompt, replace(answer, maps=()))], {EVIL: EVIL})
+
+    def use(tab):
+        assert tab.locator("img").count() == 2
+        assert tab.locator(".words").first.inner_text().count(EVIL) == 2
+
+    check_page(tmp_path / "page.html", use)
+
+
+def test_a_browser_without_decompression_is_told_so(tmp_path):
+    prompt = looked_at()
+    path = written(tmp_path, prompt, {"": [said(prompt)]})
+
+    def use(tab):
+        tab.add_init_script("delete window.DecompressionStream")
+        tab.reload()
+        tab.wait_for_selector(".brief .warn")
+        assert "lacks DecompressionStream" in tab.locator(".brief").inner_text()
+
+    check_page(path, use, **WIDE)
+
+
+def test_figures_are_drawn_at_each_width(tmp_path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3))
+    figure.subplots().imshow(np.eye(4))
+    (tmp_path / "page.html").write_text(page("t", inline(figure, "a table") * 2), encoding="utf-8")
+    check_page(tmp_path / "page.html")
