@@ -43,7 +43,7 @@ def test_help_of_every_subcommand_fits_a_screen_and_the_rest_is_in_help_all(monk
     monkeypatch.setenv("COLUMNS", "80")
     prepared = [f"prepare {name}" for name in (*SOURCES, "mix", "synthetic")]
     stages = [f"focus {name}" for name in ("", "run", "train", "respond", "report")]
-    for command in ["doctor", "prepare", "inspect", "watch", "report", "evaluate", *prepared, *stages]:
+    for command in ["doctor", "prepare", "inspect", "watch", "report", "compare", "evaluate", *prepared, *stages]:
         with pytest.raises(SystemExit):
             main([*command.split(), "--help"])
         lines = capsys.readouterr().out.splitlines()

@@ -25,7 +25,7 @@ def test_the_page_of_a_run_works_in_a_browser(run):
     def act(page) -> None:
         assert page.locator("section.viewer").count() == 2
         viewer = page.locator("section.viewer").first
-        slider = viewer.locator("input[type=range]").first
+        slider = viewer.locator("input[aria-label=state]")
         assert viewer.get_by_text("step 10").first.is_visible()
         slider.focus()
         page.keyboard.press("ArrowLeft")
@@ -48,7 +48,7 @@ def test_the_page_of_a_comparison_works_in_a_browser(run, tmp_path):
 
     def act(page) -> None:
         assert page.locator("section.viewer").count() == 2
-        slider = page.locator("section.viewer input[type=range]").first
+        slider = page.locator("section.viewer input[aria-label=state]").first
         before = page.locator("section.viewer").first.inner_text()
         slider.focus()
         page.keyboard.press("ArrowLeft")

@@ -84,7 +84,10 @@ def test_groups_of_one_method_are_named_by_the_settings_in_which_they_differ(tmp
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"data": "/other"}, "the data is not the same: data.train_files: /d/train.parquet (grpo) / /other/train.parquet"),
+        (
+            {"data": "/other"},
+            "the data is not the same: data.train_files: /d/train.parquet (grpo) / /other/train.parquet",
+        ),
         ({"model": "/m2"}, "the model is not the same: actor_rollout_ref.model.path: /m (grpo) / /m2 (region)"),
         ({"reward": "mine"}, "the reward function is not the same: reward.custom_reward_function.name"),
         ({"sizes": {"/d/train.parquet": 3}}, "files of the same name have different sizes"),
@@ -92,7 +95,9 @@ def test_groups_of_one_method_are_named_by_the_settings_in_which_they_differ(tmp
 )
 def test_runs_that_are_not_comparable_are_marked(tmp_path, given, said):
     sizes = {"sizes": {"/d/train.parquet": 2}} if "sizes" in given else {}
-    shown = compare([made(tmp_path / "g", "grpo", 0, 1.0, **sizes), made(tmp_path / "r", "attn_region", 0, 1.1, **given)])
+    shown = compare(
+        [made(tmp_path / "g", "grpo", 0, 1.0, **sizes), made(tmp_path / "r", "attn_region", 0, 1.1, **given)]
+    )
     (reason,) = shown.unfair
     assert said in reason
     assert "**These runs are not comparable:**" in markdown(shown)

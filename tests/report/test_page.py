@@ -110,7 +110,9 @@ def test_seams_of_attempts_that_went_back_are_kept_only_where_their_curves_remai
     attempt(tmp_path, "-2", range(7, 13), 2.0, "2026-11-26T11:00:00+0000")
     attempt(tmp_path, "-3", range(4, 6), 3.0, "2026-11-26T12:00:00+0000")
     assert load_run(tmp_path).seams == [3]
-    one_file = write_run(tmp_path / "one", *(line(n, x=1) for n in (1, 2, 3)), line(3, **{VALIDATION: 0.5}), line(4, x=1))
+    one_file = write_run(
+        tmp_path / "one", *(line(n, x=1) for n in (1, 2, 3)), line(3, **{VALIDATION: 0.5}), line(4, x=1)
+    )
     assert load_run(one_file).seams == []
     back = write_run(tmp_path / "back", *(line(n, x=1) for n in (1, 2, 3, 2, 3)))
     assert load_run(back).seams == [1]

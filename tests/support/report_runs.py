@@ -98,6 +98,8 @@ def _responses(step: int, i: int, **changes: object) -> list[SeenResponse]:
             maps=(),
             facts={"accuracy": float(n > 0), "reward": float(n > 0), "advantage": n - 1.0, "query_row": "predicting"},
         )
-        maps = MapSet("mean", "mean over layers and heads", Packed.of(maps_WV[:1]), Packed.of(maps_WV[: len(response.words)]))
+        maps = MapSet(
+            "mean", "mean over layers and heads", Packed.of(maps_WV[:1]), Packed.of(maps_WV[: len(response.words)])
+        )
         made.append(replace(response, **{"maps": (maps,), **changes}))
     return made
