@@ -52,7 +52,7 @@ def verdict(shown: Comparison) -> list[str]:
         number = f"{_difference(difference, reward).rstrip('*')}, {how}, n={difference.n}"
         way = "higher" if difference.value > 0 else "lower"
         if math.isnan(difference.low):
-            said.append(f"{group.label}: task reward {way} than {base} ({number}); one seed cannot show a difference.")
+            said.append(f"{group.label} minus {base}: task reward {number}; one seed cannot show a difference.")
         elif difference.excludes(0):
             said.append(f"{group.label}: task reward clearly {way} than {base} ({number}).")
         else:
