@@ -30,7 +30,7 @@ TYPES = {bool: "true or false", float: "a number", int: "a whole number", str: "
 RECORDING = "A few held-out prompts are rolled out, probed and saved for `sayo report` ([docs/report.md](report.md))."
 VIZ = {
     "viz_every": "record every so many steps, and the last policy; 0: off. The tiny job records every 10 steps.",
-    "viz_prompts": "how many prompts: the first held-out rows with an image, with a box if the method needs boxes. Each "
+    "viz_prompts": "how many: the first held-out rows with an image (and a box, for methods that need boxes). Each "
     "has `rollout.n` rollouts.",
     "viz_causal": "one more log-prob pass of these rollouts with a changed image, also if the method has none",
 }
