@@ -27,10 +27,12 @@ SOURCE = re.compile(r"\[(?:P|C|N|A|ours|precedent)\b[^\]]*\]")
 TYPES = {bool: "true or false", float: "a number", int: "a whole number", str: "a name", tuple[int, ...]: "a list"}
 
 # Recorded rollouts: key below sayo -> meaning
-RECORDING = "A few held-out prompts are rolled out, probed and saved for `sayo report` ([docs/report.md](report.md))."
+RECORDING = (
+    "A few held-out prompts are rolled out, probed and saved for `sayo report` ([docs/rollouts.md](rollouts.md))."
+)
 VIZ = {
     "viz_every": "record every so many steps, and the last policy; 0: off. The tiny job records every 10 steps.",
-    "viz_prompts": "how many prompts: the first held-out rows with an image, with a box if the method needs boxes. Each "
+    "viz_prompts": "how many: the first held-out rows with an image (and a box, for methods that need boxes). Each "
     "has `rollout.n` rollouts.",
     "viz_causal": "one more log-prob pass of these rollouts with a changed image, also if the method has none",
 }

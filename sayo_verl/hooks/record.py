@@ -137,12 +137,13 @@ class Recorder:
         self._pending = Pending(step, uids, time.perf_counter() - start)
 
     def wait(self, trainer: Any) -> None:
-        """Wait until all rollouts are finished.
+        """Wait until all rollouts that were submitted are finished.
 
         Raises:
             SayoError: A32 if a prompt has no rollout.
         """
-        assert self._pending is not None
+        if self._pending is None:
+            return
         start = time.perf_counter()
         batch, _ = trainer.replay_buffer.sample(
             global_steps=trainer.global_steps, partition_id="val", batch_size=len(self._rows)
@@ -177,7 +178,7 @@ class Recorder:
         with self._failures(pending.step):
             if trainer.reward_loop_manager.reward_loop_worker_handles is None:  # a reward model that shares devices
                 trainer._compute_reward_colocate(pending.batch, metrics={})
-            batch = self._padded(trainer, pending.batch)
+            batch = self._padded(trainer, pending)
             trainer.probe_rows(batch, {}, self.needs, mask_step=MASK_STEP)
             prompts, notes = self._seen_of(batch, pending)
             seconds = pending.seconds + time.perf_counter() - start
@@ -210,10 +211,12 @@ class Recorder:
                 fix=f"correct what the message names; {OFF}",
             ) from error
 
-    def _padded(self, trainer: Any, batch: KVBatchMeta) -> KVBatchMeta:
+    def _padded(self, trainer: Any, pending: Pending) -> KVBatchMeta:
         """Prompt by prompt, and as many rows as the workers can split."""
-        order = sorted(range(len(batch)), key=lambda i: (batch.keys[i].split("_")[0], _session(batch.keys[i])))
-        batch.reorder(order)
+        batch = pending.batch
+        assert batch is not None
+        places = [(pending.uids.index(key.split("_")[0]), _session(key)) for key in batch.keys]
+        batch.reorder(sorted(range(len(batch)), key=places.__getitem__))
         group, rollout = trainer.actor_rollout_wg, self._config.actor_rollout_ref.rollout
         if "actor" not in group._dispatch_info:  # as verl's _balance_batch
             group._dispatch_info["actor"] = group._query_dispatch_info("actor")
