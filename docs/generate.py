@@ -26,6 +26,16 @@ MADE = "<!-- made by `python docs/generate.py`: edit the classes in sayo_verl/me
 SOURCE = re.compile(r"\[(?:P|C|N|A|ours|precedent)\b[^\]]*\]")
 TYPES = {bool: "true or false", float: "a number", int: "a whole number", str: "a name", tuple[int, ...]: "a list"}
 
+# Recorded rollouts: key below sayo -> meaning
+RECORDING = (
+    "A few held-out prompts are rolled out, probed and saved for `sayo report` ([docs/rollouts.md](rollouts.md))."
+)
+VIZ = {
+    "viz_every": "record every so many steps, and the last policy; 0: off. The tiny job records every 10 steps.",
+    "viz_prompts": "how many: the first held-out rows with an image (and a box, for methods that need boxes). Each "
+    "has `rollout.n` rollouts.",
+    "viz_causal": "one more log-prob pass of these rollouts with a changed image, also if the method has none",
+}
 
 # ------------------------------------------------------------------------------------------------------------- settings
 
@@ -56,7 +66,8 @@ def settings_rows(instance: Any, prefix: str = "") -> Iterable[list[str]]:
 
 
 def settings_page() -> str:
-    selected = OmegaConf.load(ROOT / "sayo_verl" / "config" / "sayo_trainer.yaml").algorithm.adv_estimator
+    defaults = OmegaConf.load(ROOT / "sayo_verl" / "config" / "sayo_trainer.yaml")
+    selected = defaults.algorithm.adv_estimator
     lines = [
         "# Settings of the methods",
         "",
@@ -94,6 +105,11 @@ def settings_page() -> str:
             ],
         ),
     ]
+    lines += ["", "## Rollouts through training", "", RECORDING, ""]
+    lines += table(
+        ["key", "default", "meaning"],
+        [[f"`sayo.{key}`", f"`{json.dumps(defaults.sayo[key])}`", text] for key, text in VIZ.items()],
+    )
     for name, cls in shipped().items():
         method, reference = name.removeprefix(METHOD_PREFIX), ", ".join(cls.reference)
         lines += ["", f"## `{name}`: {reference}", "", f"Keys below `algorithm.attn.{method}`.", ""]

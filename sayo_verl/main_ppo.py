@@ -2,7 +2,8 @@
 
 It checks the run before anything is loaded (``sayo_verl.launch.preflight``). Ray's workers load the plug-in through a
 variable, so that a failure is an error. It selects verl's trainer of the chosen mode with attention. For an estimator
-of verl's own, such as ``grpo``, it selects nothing: verl's task runner, trainer and engine run as they are.
+of verl's own, such as ``grpo``, it selects nothing unless rollouts are recorded: verl's task runner, trainer and engine
+run as they are.
 """
 
 import atexit
@@ -43,8 +44,8 @@ from sayo_verl.launch.training_check import check_by_verl, filter_limit
 from sayo_verl.methods import METHODS, Mix, own_methods
 from sayo_verl.metrics import declaration
 from sayo_verl.models import internvl
+from sayo_verl.report.card import run_card
 from sayo_verl.report.page import write_page_at_end
-from sayo_verl.report.runs import run_card
 
 CLOCK = "%Y-%m-%dT%H:%M:%S%z"
 PLUGIN = "sayo_verl.plugin"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Any method, SAYO if none is named | tiny Qwen3-VL on drawn scenes | vLLM rollouts | FSDP2 | CPU
 #
-# From nothing to a table and curves on a machine without a GPU: makes the environment, the scenes and a warmed-up tiny
+# From nothing to a table, curves and a page on a machine without a GPU: makes the environment, the scenes and a warmed-up tiny
 # policy, trains on real verl + Ray + TransferQueue + FSDP2 + vLLM, and prints where the results are. What exists and is
 # valid is reused, with a message. Its values: configs/job/tiny.yaml. Variables: scripts/run.sh --help.
 #
@@ -37,5 +37,8 @@ export DATA MODEL_PATH
 
 # The launcher's last line, repeated after the report.
 trap 'grep "^to resume after step" "$OUT/train.log" | tail -n 1 || true' EXIT
-sayo watch "$OUT" -- bash scripts/run.sh "$@"
-sayo report "$OUT"
+failed=0
+sayo watch "$OUT" -- bash scripts/run.sh "$@" || failed=$?
+# Also of a run that failed, if it has a step
+((failed)) && ! grep -qs . "$OUT"/metrics*.jsonl || sayo report "$OUT"
+exit "$failed"

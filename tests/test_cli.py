@@ -47,7 +47,8 @@ def test_help_of_every_subcommand_fits_a_screen_and_the_rest_is_in_help_all(monk
     monkeypatch.setenv("COLUMNS", "80")
     prepared = [f"prepare {name}" for name in (*SOURCES, "mix", "synthetic")]
     stages = [f"focus {name}" for name in ("", "run", "train", "respond", "report")]
-    for command in ["doctor", "prepare", "inspect", "watch", "report", "evaluate", "look", *prepared, *stages]:
+    commands = ["doctor", "prepare", "inspect", "look", "watch", "report", "compare", "diagnose", "evaluate"]
+    for command in [*commands, *prepared, *stages]:
         with pytest.raises(SystemExit):
             main([*command.split(), "--help"])
         lines = capsys.readouterr().out.splitlines()

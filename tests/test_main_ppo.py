@@ -8,7 +8,14 @@ from support.launch_config import composed
 
 from sayo_verl.errors import SetupError
 from sayo_verl.launch.training_check import filter_limit
-from sayo_verl.main_ppo import SayoTaskRunner, launch, prepare_workers, write_run_card
+from sayo_verl.main_ppo import (
+    SayoTaskRunner,
+    launch,
+    prepare_workers,
+    record_end,
+    report_at_end,
+    write_run_card,
+)
 
 
 def test_a_task_runner_that_does_not_know_the_estimator_is_refused():
@@ -87,4 +94,41 @@ def test_a_run_without_a_metrics_file_leaves_no_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VERL_FILE_LOGGER_PATH", raising=False)
     write_run_card(OmegaConf.create({"trainer": {"logger": ["console"]}}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_names_the_data_and_how_the_run_ended_and_its_page_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(tmp_path / "run" / "metrics.jsonl"))
+    data = tmp_path / "train.parquet"
+    data.write_bytes(b"12345")
+    config = OmegaConf.create(
+        {
+            "algorithm": {"adv_estimator": "grpo"},
+            "trainer": {"total_training_steps": 2, "logger": ["file"]},
+            "data": {"train_files": [str(data), "hdfs://elsewhere/x.parquet"], "val_files": str(data)},
+        }
+    )
+    write_run_card(config)
+    card = tmp_path / "run" / "run.json"
+    assert json.loads(card.read_text())["data"] == {str(data): 5}
+    report_at_end(config)  # no step: no page, and no error
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "data": {"critic/score/mean": 1.0}}\n')
+    record_end(config, RuntimeError("out of memory\nTraceback"))
+    report_at_end(config)
+    assert json.loads(card.read_text())["ended"]["error"] == "RuntimeError: out of memory"
+    assert "Failed at" in (tmp_path / "run" / "report.html").read_text()
+    assert "page of the run: " in capsys.readouterr().out
+    (tmp_path / "run" / "metrics.jsonl").write_text("damaged\n")
+    report_at_end(config)
+    assert "SAYO-R01" in capsys.readouterr().err
+    record_end(config, None)
+    assert json.loads(card.read_text())["ended"]["error"] == ""
+
+
+def test_a_run_without_a_metrics_file_has_no_end_and_no_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VERL_FILE_LOGGER_PATH", raising=False)
+    config = OmegaConf.create({"trainer": {"logger": ["console"]}})
+    record_end(config, None)
+    report_at_end(config)
     assert list(tmp_path.iterdir()) == []

@@ -29,18 +29,19 @@ from tensordict import NonTensorData
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.utils import tensordict_utils as tu
+from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.rl_dataset import collate_fn
 
 from sayo_verl.data.reading import decoded
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks import record_agent, store
 from sayo_verl.hooks.estimator import timed_credit
-from sayo_verl.launch.model_check import load_config
 from sayo_verl.launch.record_check import OFF, TOP_PATCHES, observation, recorded_needs, run_folder
 from sayo_verl.methods import Credit, Method, Signals, advantages
 from sayo_verl.models.families import family_of
 from sayo_verl.probe.plan import image_tiles
 from sayo_verl.probe.statistics import WIRE_PREFIX, StatisticsRequest
+from sayo_verl.probe.taps import describe_layers, resolve_layers
 from sayo_verl.reward.number import number
 from sayo_verl.view.maps import Packed
 from sayo_verl.view.seen import MapSet, SeenImage, SeenPrompt, SeenResponse, pieces_of, words_of
@@ -48,7 +49,6 @@ from sayo_verl.view.store import write_step
 from sayo_verl.vision.grids import Tile
 from sayo_verl.vision.masks import box_masks, check_boxes
 
-METRIC = "sayo/viz_seconds"
 SEARCHED = 256  # rows that are searched for boxes, once enough rows with an image have been found
 MASK_STEP = 0  # changed images depend on the step; a fixed one makes their effect comparable through training
 
@@ -60,13 +60,15 @@ class Pending:
     Attributes:
         step: steps of training that the policy has had.
         uids: one per prompt.
-        seconds: spent so far.
+        seconds: spent so far, without waiting.
+        waited: seconds of waiting, in which the rollouts of the training batch are generated too.
         batch: the finished rows.
     """
 
     step: int
     uids: list[str]
     seconds: float
+    waited: float = 0.0
     batch: KVBatchMeta | None = None
 
 
@@ -92,7 +94,10 @@ class Recorder:
         self._config, self._folder = config, folder
         self._method, self._spread_floor, self._tokenizer, self._dataset = method, spread_floor, tokenizer, dataset
         self._seen, self.needs = observation(config, method), recorded_needs(config, method)
-        self._model = load_config(str(config.actor_rollout_ref.model.path), dry_run=False)
+        self._model = omega_conf_to_dataclass(config.actor_rollout_ref.model).hf_config  # as the workers load it
+        n_layers = self._model.get_text_config().num_hidden_layers
+        numbers = resolve_layers(self._seen.layers, n_layers, where="the recorded layers")
+        self._layers = describe_layers(numbers, n_layers)
         boxes = method is not None and method.needs().boxes
         self._rows = choose_rows(dataset, int(config.sayo.viz_prompts), boxes=boxes)
         self._pictures = {row: _pictures(dataset[row], f"held-out row {row}") for row in self._rows}
@@ -132,12 +137,13 @@ class Recorder:
         self._pending = Pending(step, uids, time.perf_counter() - start)
 
     def wait(self, trainer: Any) -> None:
-        """Wait until all rollouts are finished.
+        """Wait until all rollouts that were submitted are finished.
 
         Raises:
             SayoError: A32 if a prompt has no rollout.
         """
-        assert self._pending is not None
+        if self._pending is None:
+            return
         start = time.perf_counter()
         batch, _ = trainer.replay_buffer.sample(
             global_steps=trainer.global_steps, partition_id="val", batch_size=len(self._rows)
@@ -151,34 +157,37 @@ class Recorder:
                 fix=f"the agent loop's log has the reason (Error in _run_prompt); {OFF}",
             )
         self._pending.batch = batch
-        self._pending.seconds += time.perf_counter() - start
+        self._pending.waited = time.perf_counter() - start
 
-    def record(self, trainer: Any) -> dict[str, float]:
+    def record(self, trainer: Any) -> tuple[float, float] | None:
         """Probe the finished rows, write the step's file and remove the rows from TransferQueue.
 
         Args:
             trainer: ``AttentionTrainer``; its actor has the weights to record.
 
         Returns:
-            Metrics; empty if nothing is pending.
+            Seconds of work and of waiting; None if nothing is pending.
 
         Raises:
             SayoError: A31 if the file cannot be written, A32 if the rows cannot be measured.
         """
         pending, self._pending = self._pending, None
         if pending is None or pending.batch is None:
-            return {}
+            return None
         start = time.perf_counter()
         with self._failures(pending.step):
-            batch = self._padded(trainer, pending.batch)
+            if trainer.reward_loop_manager.reward_loop_worker_handles is None:  # a reward model that shares devices
+                trainer._compute_reward_colocate(pending.batch, metrics={})
+            batch = self._padded(trainer, pending)
             trainer.probe_rows(batch, {}, self.needs, mask_step=MASK_STEP)
             prompts, notes = self._seen_of(batch, pending)
             seconds = pending.seconds + time.perf_counter() - start
             size = write_step(self._folder, pending.step, prompts, seconds, notes)
             tq.kv_clear(keys=batch.keys, partition_id=batch.partition_id)
         seconds = pending.seconds + time.perf_counter() - start
-        print(f"sayo-verl: recorded {len(batch)} rollouts of step {pending.step}: {seconds:.1f} s, {size:,} bytes")
-        return {METRIC: seconds}
+        cost = f"{seconds:.1f} s and {pending.waited:.1f} s of waiting for them, {size:,} bytes"
+        print(f"sayo-verl: recorded {len(pending.batch)} rollouts of step {pending.step}: {cost}")
+        return seconds, pending.waited
 
     @contextmanager
     def _failures(self, step: int) -> Iterator[None]:
@@ -202,11 +211,12 @@ class Recorder:
                 fix=f"correct what the message names; {OFF}",
             ) from error
 
-    def _padded(self, trainer: Any, batch: KVBatchMeta) -> KVBatchMeta:
+    def _padded(self, trainer: Any, pending: Pending) -> KVBatchMeta:
         """Prompt by prompt, and as many rows as the workers can split."""
-        assert self._pending is None
-        order = sorted(range(len(batch)), key=lambda i: (batch.keys[i].split("_")[0], _session(batch.keys[i])))
-        batch.reorder(order)
+        batch = pending.batch
+        assert batch is not None
+        places = [(pending.uids.index(key.split("_")[0]), _session(key)) for key in batch.keys]
+        batch.reorder(sorted(range(len(batch)), key=places.__getitem__))
         group, rollout = trainer.actor_rollout_wg, self._config.actor_rollout_ref.rollout
         if "actor" not in group._dispatch_info:  # as verl's _balance_batch
             group._dispatch_info["actor"] = group._query_dispatch_info("actor")
@@ -268,7 +278,11 @@ class Recorder:
         tags = [tag for tag in batch.tags if not tag.get("is_padding", False)]
         versions = sorted({tag[name] for tag in tags for name in ("min_global_steps", "max_global_steps")}, key=str)
         by = " to ".join(str(version) for version in dict.fromkeys((versions[0], versions[-1])))
-        notes = [f"Generated by the weights after {by} steps, measured with the weights after {step}."]
+        row = {"input": "a token is the input", "predicting": "a token is predicted"}[self._seen.query_row]
+        notes = [
+            f"Generated with the weights of step {by}, measured with the weights of step {step}.",
+            f"Attention is read at {self._layers}, where {row}.",
+        ]
         if self.needs.intervention is not None:
             of = (
                 "the method's" if self._method is not None and self._method.needs().intervention else "not the method's"
@@ -284,7 +298,6 @@ class Recorder:
         item, where = self._dataset[row], f"held-out row {row}"
         (inputs,) = store.fetch(one, ["multi_modal_inputs"])["multi_modal_inputs"]
         inputs = inputs.data if isinstance(inputs, NonTensorData) else inputs
-        assert self._model is not None
         tiles = image_tiles(inputs, family_of(self._model.model_type, where=where), self._model, where=where)
         info = item["extra_info"]
         boxes = check_boxes(info.get("boxes"), len(tiles), where=where)
@@ -360,7 +373,7 @@ class Recorder:
         maps_TV = torch.zeros(T, prompt.tokens + 1)  # the last column takes the entries of no visual token (-1)
         maps_TV.scatter_(1, torch.where(index_Tk < 0, prompt.tokens, index_Tk), mass_Tk)
         words_WV = [maps_TV[first:end, :-1].mean(0) for first, end in words]
-        label = f"mean over the heads of layers {', '.join(map(str, self._seen.layers))}"
+        label = f"{self._layers}, mean over heads"
         if prompt.tokens > TOP_PATCHES:
             label += f"; of a word, the {TOP_PATCHES} most attended visual tokens of each of its tokens"
         total_1V = (sums_V / max(T, 1)).clamp(min=0)[None].numpy()

@@ -4,7 +4,8 @@ A method with a counterfactual image gets a second pass of the same responses, a
 credit in a thread while verl runs the reference and value passes, during which this process waits.
 
 It overrides methods of verl's base trainer and calls verl's own in each: ``__init__``, ``_setup`` (handshake),
-``_compute_old_log_prob``, ``_compute_advantage``, and ``fit`` and ``prepare_step`` to record rollouts (``record``).
+``_compute_old_log_prob``, ``_compute_advantage``, and ``fit``, ``step`` and ``_step_once`` to record rollouts
+(``record``).
 
 With recorded rollouts it also trains verl's own estimators. Their batches then get verl's own passes and advantages.
 """
@@ -138,15 +139,16 @@ class AttentionTrainer(PPOTrainer):
             + probed
         )
 
-    def prepare_step(self) -> dict:
-        """verl's, which gives the step's prompts to the agent loops; held-out prompts join them."""
-        recorder = self._recorder
-        if recorder is None or not recorder.is_due(self.global_steps - 1):
-            return super().prepare_step()
-        recorder.submit(self, self.global_steps - 1)
-        metrics = super().prepare_step()
-        recorder.wait(self)  # before the engine sleeps or is interrupted; it generates the training batch meanwhile
-        return metrics
+    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        """verl's step; held-out prompts are generated beside its prompts, while the engine has the step's weights."""
+        if self._recorder is not None and self._recorder.is_due(self.global_steps - 1):
+            self._recorder.submit(self, self.global_steps - 1)
+        return super().step(metrics, timing_raw)
+
+    def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
+        if self._recorder is not None:
+            self._recorder.wait(self)  # before the engine sleeps or is interrupted
+        return super()._step_once(metrics, timing_raw, sample_batch_size)
 
     def fit(self, agent_loop_manager: Any) -> None:
         """verl's; then the last policy is recorded."""
@@ -175,7 +177,8 @@ class AttentionTrainer(PPOTrainer):
             self._pending = self._start_credit(out)
         if self._recorder is not None:
             self._recorder.started = True
-            metrics.update(self._recorder.record(self))
+            if (spent := self._recorder.record(self)) is not None:
+                metrics["sayo/viz_seconds"], metrics["sayo/viz_wait_seconds"] = spent
         return out
 
     def _probe(self, batch: KVBatchMeta, metrics: dict, request: StatisticsRequest) -> KVBatchMeta:

@@ -11,6 +11,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from sayo_verl.errors import Rule, SayoError, raise_first
+from sayo_verl.launch.mode_check import MODE, MODES
 from sayo_verl.launch.resume import metrics_file
 from sayo_verl.methods import Credit, Method, Needs, Signals
 from sayo_verl.methods.base import CreditKind
@@ -147,14 +148,28 @@ def check_record(config: DictConfig, method: Method | None) -> str | None:
             got=f"{sayo.viz_every}, without sayo.out, or without file in trainer.logger",
             fix=f"set sayo.out (OUT=... for our scripts) and keep file in trainer.logger; {OFF}",
         )
-    if config.trainer.val_only:
-        raise SayoError(
-            "L92",
-            "rollouts are recorded in training, and trainer.val_only trains no step",
-            where=EVERY,
-            got=sayo.viz_every,
-            fix=f"set trainer.val_only=False; {OFF}",
-        )
+    mode = str(config.trainer.v1.trainer_mode)
+    raise_first(
+        [
+            Rule(
+                "L92",
+                bool(config.trainer.val_only),
+                "rollouts are recorded in training, and trainer.val_only trains no step",
+                where=EVERY,
+                got=sayo.viz_every,
+                fix=f"set trainer.val_only=False; {OFF}",
+            ),
+            Rule(
+                "L92",
+                mode not in MODES,
+                "rollouts are recorded by sayo-verl's trainers, and another plug-in has this one",
+                where=MODE,
+                got=mode,
+                wanted=" or ".join(MODES),
+                fix=f"choose one of them; {OFF}",
+            ),
+        ]
+    )
     needs, rollout, data = recorded_needs(config, method), config.actor_rollout_ref.rollout, config.data
     rows = int(sayo.viz_prompts) * int(rollout.n)
     passes = "a log-prob pass" if needs.intervention is None else "two log-prob passes, one with a changed image,"

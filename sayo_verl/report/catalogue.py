@@ -144,6 +144,22 @@ ANY_METHOD = Section(
             note="The credit is computed while verl runs the reference pass; this is the time that remains.",
         ),
         Metric("sayo/advantage_seconds", "advantages", 0, unit="seconds"),
+        Metric(
+            "sayo/viz_seconds",
+            "recording of held-out rollouts",
+            0,
+            unit="seconds",
+            note="Their log-prob passes and their file, in steps that record (`sayo.viz_every`).",
+        ),
+        Metric(
+            "sayo/viz_wait_seconds",
+            "waiting for held-out rollouts",
+            0,
+            unit="seconds",
+            shown=False,
+            note="The rollouts of the training batch are generated at the same time, so verl's `timing_s/gen` is "
+            "shorter.",
+        ),
         Metric("sayo/probe_seconds", "probe, mean over the workers", 0, unit="seconds", shown=False),
         Metric("sayo/credit_seconds", "the method's credit", 0, unit="seconds", shown=False),
     )

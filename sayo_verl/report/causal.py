@@ -45,7 +45,7 @@ class Effects:
 def predicting_mass(response: SeenResponse) -> np.ndarray:
     """[T] attention to the image of the row that predicted each token; NaN for the first if its row was not measured.
 
-    Where a token's numbers are of the row in which it is the input (``query_row``), that is the row of the token before.
+    Where a token's numbers are of the row in which it is the input (``query_row``), that is the row before.
     """
     mass_T = response.values["image_mass"]
     if response.facts.get("query_row") != "input":
@@ -57,12 +57,15 @@ def row_in_words(response: SeenResponse) -> str:
     """Which row the attention is of, as a sentence."""
     if "query_row" in response.facts:
         return "The attention is of the row that predicted the token."
-    return "The file does not say which row the attention is of; it may be the row after the one that predicted the token."
+    return (
+        "The file does not say which row the attention is of; it may be the row after the one that predicted the token."
+    )
 
 
 def effects_of(step: RecordedStep, prompt: SeenPrompt, responses: Sequence[SeenResponse]) -> Effects | None:
     """None if no token has both numbers."""
-    kept, mass, effect, owner = [], [], [], []
+    kept: list[SeenResponse] = []
+    mass, effect, owner = [], [], []
     for response in responses:
         if not {"effect", "image_mass"} <= response.values.keys():
             continue

@@ -52,7 +52,7 @@ def verdict(shown: Comparison) -> list[str]:
         number = f"{_difference(difference, reward).rstrip('*')}, {how}, n={difference.n}"
         way = "higher" if difference.value > 0 else "lower"
         if math.isnan(difference.low):
-            said.append(f"{group.label}: task reward {way} than {base} ({number}); one seed cannot show a difference.")
+            said.append(f"{group.label} minus {base}: task reward {number}; one seed cannot show a difference.")
         elif difference.excludes(0):
             said.append(f"{group.label}: task reward clearly {way} than {base} ({number}).")
         else:
@@ -163,8 +163,8 @@ def _curves(shown: Comparison) -> str:
     left_out = f" {more} more groups are in the tables only." if more else ""
     return (
         f"<h2>Curves</h2><p>{key}</p>{shapes}"
-        f'<p class="note">Bold: mean of the last {WINDOW} steps; over several seeds, their mean, with the 95 % interval '
-        f"shaded.{left_out}</p>"
+        f'<p class="note">Bold: mean of the last {WINDOW} steps; over several seeds, their mean; shaded: '
+        f"95 % interval.{left_out}</p>"
     )
 
 
@@ -176,7 +176,7 @@ def _side_by_side(groups: Sequence[Group]) -> tuple[str, dict[str, Any]]:
         for prompt, of_steps in by_prompt(read_steps(run.path, [])) if run else []:
             entry = recorded.setdefault((prompt.where, prompt.question), (prompt, {}))
             entry[1][group.label] = {step.step: responses for step, responses in of_steps}
-    body, data = "", {}
+    body, data = "", dict[str, Any]()
     shared = [(prompt, of_group) for prompt, of_group in recorded.values() if len(of_group) > 1]
     for i, (prompt, of_group) in enumerate(shared[:MOST_PROMPTS]):
         steps = set.intersection(*(set(steps) for steps in of_group.values()))

@@ -64,7 +64,9 @@ def _plot(runs: Mapping[str, Run], title: str, out_png: Path) -> Path:
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(style()):
         labels = (
-            [] if "" in runs else [f"{label}  ({c.estimator_of(run)}, {_steps_done(run)})" for label, run in runs.items()]
+            []
+            if "" in runs
+            else [f"{label}  ({c.estimator_of(run)}, {_steps_done(run)})" for label, run in runs.items()]
         )
         per_row = max(1, min(3, 150 // (8 + max(map(len, labels), default=0))))  # 150 characters fit in the width
         header = 0.78 + 0.2 * math.ceil(len(labels) / per_row)  # inches
@@ -105,5 +107,3 @@ def _draw_header(figure: Figure, title: str, labels: list[str], per_row: int, ti
     if labels:
         lines = [line_of(colour) for colour in COLOURS[: len(labels)]]
         figure.legend(lines, labels, loc="upper left", bbox_to_anchor=(0.006, labels_y), ncols=per_row, **shown)
-
-

@@ -124,7 +124,8 @@ def _labelled(groups: Sequence[Sequence[Member]]) -> list[Group]:
         naming = [key for key in of_method or differing if len(first.settings()[key]) <= LONGEST_NAMING]
         if naming:
             label += " " + ", ".join(f"{key.split('.')[-1]}={first.settings()[key]}" for key in naming[:2])
-        if label in [other.label for other in found] or (len(like) > 1 and not naming):
+        alike = len(like) > 1 and not naming and first.run.estimator != UNKNOWN
+        if alike or label in [other.label for other in found]:
             label += f" ({first.run.path.resolve().name})"
         found.append(Group(label, tuple(group)))
     return found

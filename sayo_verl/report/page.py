@@ -1,4 +1,4 @@
-"""The report of one run as one page: what was run, what it says, curves, warnings, rollouts, causal beside attention."""
+"""The report of one run as one page: verdict, what was run, curves, warnings, rollouts, causal beside attention."""
 
 import math
 import time
@@ -203,8 +203,9 @@ def _verdict(run: Run, steps: Sequence[RecordedStep], k: int) -> str:
         looked = ["No attention metric was logged, and no rollouts were recorded."]
     return (
         f"<h2>Did it get better?</h2>{bullets(verdict.outcome(run, k))}<h2>Where did the policy look?</h2>"
-        f'{bullets(looked)}<p class="note">{text(verdict.windows(run, k))} A change counts as clear from {verdict.CLEAR:g} standard errors on, from '
-        "the spread of single steps. One run cannot show that attention caused it: <code>sayo compare</code> shows "
+        f'{bullets(looked)}<p class="note">{text(verdict.windows(run, k))} A change counts as clear from '
+        f"{verdict.CLEAR:g} standard errors on, from the spread of single steps. One run cannot "
+        "show that attention caused it: <code>sayo compare</code> shows "
         "runs beside a baseline.</p>"
     )
 
@@ -249,11 +250,13 @@ def _warnings(run: Run, recorded: Sequence[str]) -> str:
 def _numbers(run: Run, k: int) -> str:
     header, rows = first_last_cells(run, k)
     seconds = [value for _, value in run.training("timing_s/step")[1:] if math.isfinite(value)]
-    cost = f"A step took {sorted(seconds)[len(seconds) // 2]:.1f} seconds (median, without the first). " if seconds else ""
+    cost = (
+        f"A step took {sorted(seconds)[len(seconds) // 2]:.1f} seconds (median, without the first). " if seconds else ""
+    )
     cells = [[text(cell) for cell in row] for row in rows]
     return (
-        f"<details><summary>All numbers and counters: first and last steps</summary><p>{cost}The probe's share, the "
-        f"counterfactual pass and neutral rows are in the table if they were logged.</p>{table(header, cells)}</details>"
+        f"<details><summary>All numbers and counters: first and last steps</summary><p>{cost}The table has the probe's "
+        f"share, the counterfactual pass and neutral rows if they were logged.</p>{table(header, cells)}</details>"
     )
 
 
@@ -273,7 +276,7 @@ def _rollouts(steps: Sequence[RecordedStep]) -> tuple[str, dict[str, Any]]:
     title = "<h2>Rollouts of fixed held-out prompts</h2>"
     if not steps:
         return f"{title}<p>No rollouts were recorded. {RECORDS}</p>", {}
-    prompts, body, data = by_prompt(steps), title, {}
+    prompts, body, data = by_prompt(steps), title, dict[str, Any]()
     seconds = [step.seconds for step in steps if math.isfinite(step.seconds)]
     body += (
         f"<p>{len(prompts)} prompts at {len(steps)} points of the training. The slider, or the arrow keys on it, moves "
@@ -342,4 +345,3 @@ def _all_prompts(steps: Sequence[RecordedStep]) -> str:
             tokens, responses = sum(len(one.mass) for one in effects), sum(len(one.responses) for one in effects)
             rows.append([step.step, tokens, responses, causal.pooled(effects).text(2)])
     return table(["step", "tokens", "responses", "rank correlation, all prompts"], rows)
-

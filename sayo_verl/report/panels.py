@@ -112,7 +112,7 @@ def _draw_frame(axis: Axes, panel: Panel) -> None:
 
 
 def _inches(axis: Axes) -> float:
-    figure = axis.get_figure()
+    figure = axis.get_figure(root=True)
     assert figure is not None
     return float(figure.get_figwidth() * axis.get_position().width)
 

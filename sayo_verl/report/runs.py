@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sayo_verl.errors import SayoError
-from sayo_verl.report.card import RUN_FILE, UNKNOWN, load_launch, run_card
+from sayo_verl.report.card import UNKNOWN, load_launch, run_card
 
 METRICS_FILE, LOG_FILE = "metrics.jsonl", "train.log"
 METRICS_GLOB, RUN_GLOB = "metrics*.jsonl", "run*.json"

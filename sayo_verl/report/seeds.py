@@ -20,7 +20,7 @@ def t_quantile(freedom: float) -> float:
 
     With t = sqrt(freedom) tan(a), the angle a has the density cos(a) ** (freedom - 1), which is integrated here.
     """
-    angles = np.linspace(0, math.pi / 2, 200_001)
+    angles = np.linspace(0, math.pi / 2, 20_001)
     density = np.cos(angles) ** (freedom - 1)
     below = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
     return math.sqrt(freedom) * math.tan(np.interp(LEVEL, below / below[-1], angles))
@@ -50,5 +50,5 @@ def difference_of_means(values: Sequence[float], baseline: Sequence[float]) -> E
     if total == 0:
         return Estimate(value, value, value, min(sizes))
     freedom = total**2 / sum(part**2 / (n - 1) for part, n in zip(parts, sizes, strict=True))
-    half = t_quantile(round(freedom, 3)) * math.sqrt(total)
+    half = t_quantile(round(freedom, 1)) * math.sqrt(total)
     return Estimate(value, value - half, value + half, min(sizes))

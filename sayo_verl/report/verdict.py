@@ -64,7 +64,9 @@ def outcome(run: Run, k: int) -> list[str]:
         if start == end:
             said.append(f"Validation accuracy on {source} is {after:.3f} at step {end}; it was measured once.")
         else:
-            said.append(f"Validation accuracy on {source} was {before:.3f} at step {start} and {after:.3f} at step {end}.")
+            said.append(
+                f"Validation accuracy on {source} was {before:.3f} at step {start} and {after:.3f} at step {end}."
+            )
     if not said:
         said.append("There are too few steps, or no reward was logged, to say whether the policy got better.")
     return said
@@ -75,7 +77,9 @@ def attention(run: Run, k: int) -> list[str]:
     said = []
     image, region = (Change.of(run.training(name), k) for name in (IMAGE_MASS, REGION_MASS))
     if image:
-        of_region = f"; on the target, {share(region.first)} at first and {share(region.last)} at last" if region else ""
+        of_region = (
+            f"; on the target, {share(region.first)} at first and {share(region.last)} at last" if region else ""
+        )
         said.append(
             f"Response tokens put {share(image.first)} of their attention on the image at first and "
             f"{share(image.last)} at last{of_region}."
@@ -108,13 +112,13 @@ def looked(steps: Sequence[RecordedStep]) -> list[str]:
         images = [_mean([float(np.nanmean(r.values["image_mass"])) for _, r in end if _has(r)]) for end in ends]
         if any(math.isnan(mass) for mass in images):
             return []
-        said = f"In the recorded rollouts, {share(images[0])} of the attention fell on the image {when}."
-        return [said.format(share(images[1])), "The recorded prompts have no boxes."]
+        image = f"In the recorded rollouts, {share(images[0])} of the attention fell on the image {when}."
+        return [image.format(share(images[1])), "The recorded prompts have no boxes."]
     regions = [_mean([region_share(r) for _, r in end]) for end in boxed]
     chance = _mean([p.chance for p, _ in boxed[1]])
     said = [
-        f"In the recorded rollouts, {share(regions[0])} of the attention to the image fell on the boxes {when}; looking "
-        f"everywhere alike would give {share(chance)}.".format(share(regions[1]))
+        f"In the recorded rollouts, {share(regions[0])} of the attention to the image fell on the boxes {when}; "
+        f"looking everywhere alike would give {share(chance)}.".format(share(regions[1]))
     ]
     outcomes = {
         name: [region_share(r) for _, r in boxed[1] if (float(r.facts.get("accuracy", math.nan)) >= 0.5) is right]
@@ -122,7 +126,9 @@ def looked(steps: Sequence[RecordedStep]) -> list[str]:
     }
     if all(outcomes.values()):
         right, wrong = (f"{share(_mean(o))} ({len(o)} answers)" for o in outcomes.values())
-        said.append(f"At step {last.step}, that share was {right} where the answer was right, {wrong} where it was wrong.")
+        said.append(
+            f"At step {last.step}, that share was {right} where the answer was right, {wrong} where it was wrong."
+        )
     return said
 
 
@@ -174,4 +180,3 @@ def _guide(panel: Panel) -> str:
         return ""
     level, meaning = panel.guide
     return f"; {level:g} means {meaning}"
-

@@ -8,6 +8,7 @@ from support.report_runs import VALIDATION, attempt, line, write_run
 
 from sayo_verl.errors import SayoError
 from sayo_verl.report import runs as r
+from sayo_verl.report.card import RUN_FILE, run_card
 from sayo_verl.report.log import Follower
 from sayo_verl.report.runs import load_run
 
@@ -59,7 +60,7 @@ def test_no_file_no_data_and_a_damaged_record_have_their_own_codes(tmp_path):
         load_run(write_run(tmp_path / "empty", "\n"))
     for i, damaged in enumerate(('{"run_id"', "[]", '{"total_steps": "many"}')):
         folder = write_run(tmp_path / str(i), line(1, x=1))
-        (folder / r.RUN_FILE).write_text(damaged)
+        (folder / RUN_FILE).write_text(damaged)
         with pytest.raises(SayoError, match="SAYO-R04"):
             load_run(folder)
 
@@ -149,7 +150,7 @@ def test_a_change_between_attempts_is_noted(tmp_path):
 
 def test_each_metrics_file_has_a_run_card_of_its_own():
     names = ("metrics.jsonl", "metrics-2.jsonl", "metrics_b.jsonl", "other.jsonl")
-    cards = [r.run_card(Path("out") / name).name for name in names]
+    cards = [run_card(Path("out") / name).name for name in names]
     assert cards == ["run.json", "run-2.json", "run_b.json", "run-other.json"]
 
 

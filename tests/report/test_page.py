@@ -1,0 +1,233 @@
+"""The page of a run."""
+
+import json
+import os
+import time
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.report_runs import ATTENTION, GRPO, R_V, VALIDATION, attempt, line, make_run, recorded, write_run
+
+from sayo_verl.cli import main
+from sayo_verl.errors import SayoError
+from sayo_verl.report import catalogue as c
+from sayo_verl.report import causal
+from sayo_verl.report import runs as r
+from sayo_verl.report.page import state_of, write_page, write_page_at_end
+from sayo_verl.report.runs import load_run
+from sayo_verl.report.verdict import Change
+from sayo_verl.view.store import read_steps, step_file
+
+
+class Texts(HTMLParser):
+    """Headings and texts of a page, without scripts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.headings: list[str] = []
+        self.words: list[str] = []
+        self.scripts = 0
+        self._within = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self._within = tag
+        self.scripts += tag == "script" and dict(attrs).get("type") != "application/json"
+        if tag in ("h1", "h2"):
+            self.headings.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self._within in ("h1", "h2") and self.headings:
+            self.headings[-1] += data.strip()
+        if self._within not in ("script", "style"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def page_of(folder: Path, **given: object) -> Texts:
+    return Texts(write_page(load_run(folder), **given).read_text())
+
+
+def test_the_page_says_in_this_order_what_matters(tmp_path):
+    make_run(tmp_path, ATTENTION)
+    recorded(tmp_path)
+    page = page_of(tmp_path)
+    assert page.headings == [
+        "demo",
+        "Did it get better?",
+        "Where did the policy look?",
+        "What was run",
+        "Curves",
+        "Curves of the method: attn_region: SAYO, arXiv 2602.08241",
+        "Warnings",
+        "Rollouts of fixed held-out prompts",
+        "Causal beside attention",
+    ]
+    for said in (
+        "Step 12 of 12. Finished.",
+        "Task reward rose from 0.730 to 0.800.",
+        "Region reward r_v rose from 0.630 to 0.700; 0 means no preference.",
+        "20 % of the attention to the image fell on the boxes at step 0 and 40 % at step 10; looking everywhere alike "
+        "would give 12.5 %.",
+        "Right answers: 67% at step 0, 67% at step 10.",
+        "Tokens that attend more to the image depend more on it",
+    ):
+        assert said in page.text
+
+
+def test_a_run_without_rollouts_says_which_setting_records_them(tmp_path):
+    make_run(tmp_path, GRPO, estimator="grpo")
+    page = page_of(tmp_path)
+    assert page.text.count("sayo.viz_every=10") == 2
+    assert page.scripts == 0
+    recorded(tmp_path, values={"image_mass": np.full(6, 0.1, np.float32)})
+    assert "sayo.viz_causal=true measures it" in page_of(tmp_path).text
+
+
+def test_settings_data_and_attempts_are_named(tmp_path):
+    overrides = ["algorithm.attn.region.weight=0.5", "actor_rollout_ref.model.path=/m/<b>"]
+    attempt(tmp_path, "", range(1, 6), 1.0, "2026-11-26T10:00:00+0000", overrides=overrides, data={"/d/t.parquet": 7})
+    attempt(tmp_path, "-2", range(6, 9), 2.0, "2026-11-26T11:00:00+0000", overrides=overrides, data={"/d/t.parquet": 7})
+    (tmp_path / "run-2.yaml").write_text(
+        "algorithm: {attn: {region: {weight: 0.5}}}\ndata: {train_files: [/d/t.parquet]}\n"
+        "actor_rollout_ref: {model: {path: /m/<b>}}\n"
+    )
+    page = page_of(tmp_path)
+    assert "/m/<b> on /d/t.parquet (7 bytes)" in page.text
+    assert "2 files; resumed after step 5" in page.text
+    assert "one run in several attempts" in page.text
+    assert load_run(tmp_path).seams == [5]
+
+
+def test_seams_of_attempts_that_went_back_are_kept_only_where_their_curves_remain(tmp_path):
+    attempt(tmp_path, "", range(1, 9), 1.0, "2026-11-26T10:00:00+0000")
+    attempt(tmp_path, "-2", range(7, 13), 2.0, "2026-11-26T11:00:00+0000")
+    attempt(tmp_path, "-3", range(4, 6), 3.0, "2026-11-26T12:00:00+0000")
+    assert load_run(tmp_path).seams == [3]
+    one_file = write_run(
+        tmp_path / "one", *(line(n, x=1) for n in (1, 2, 3)), line(3, **{VALIDATION: 0.5}), line(4, x=1)
+    )
+    assert load_run(one_file).seams == []
+    back = write_run(tmp_path / "back", *(line(n, x=1) for n in (1, 2, 3, 2, 3)))
+    assert load_run(back).seams == [1]
+
+
+def test_warnings_name_nan_neutral_rows_cut_files_and_left_out_metrics(tmp_path):
+    data = ATTENTION | {"sayo/neutral_rows/no_box": 2.0, "sayo/staleness/max": 3.0, "text": "no number"}
+    lines = [line(n, **data | ({R_V: None} if n == 3 else {})) for n in range(1, 5)]
+    write_run(tmp_path, *lines, '{"step": 5, "da', launch={"run_id": "demo", "estimator": "attn_region"})
+    recorded(tmp_path)
+    file = step_file(tmp_path, 10)
+    file.write_bytes(file.read_bytes()[:300])
+    text = page_of(tmp_path).text
+    for said in (
+        f"{R_V}: NaN (1 of 4)",
+        "neutral rows: no box: 8 in 4 steps",
+        "up to 3 versions of the weights old",
+        "line 5 of metrics.jsonl is truncated",
+        "text: left out, 4 values are not numbers",
+        "SAYO-A28",
+    ):
+        assert said in text
+    assert "2 prompts at 1 points of the training" in text
+
+
+def test_text_of_the_model_and_of_files_stays_text(tmp_path):
+    evil = "<script>alert(1)</script><img src=x onerror=alert(2)>$x_1"
+    run = write_run(
+        tmp_path, line(1, **ATTENTION), line(2, **{"sayo/<i>own": 1.0}), launch={"run_id": evil, "overrides": [evil]}
+    )
+    pieces = (evil, " a", " </script>", " $", "$ b", " c")
+    recorded(run, pieces=pieces, facts={"query_row": evil}, notes=(evil,))
+    page = Texts(content := write_page(load_run(run)).read_text())
+    assert page.scripts == 1  # the viewer's
+    assert page.headings[0] == evil
+    assert "<img src=x" not in content
+    assert "<i>own" not in content
+
+
+def test_a_run_in_flight_is_readable_and_its_state_is_named(tmp_path):
+    run = make_run(tmp_path, GRPO, steps=3, estimator="grpo")
+    (tmp_path / "run.json").write_text(json.dumps({"run_id": "demo", "estimator": "grpo", "total_steps": 30}))
+    assert "probably still running" in page_of(tmp_path).text
+    old = time.time() - 7200
+    os.utime(run.files[0], (old, old))
+    assert "killed, or it hangs" in state_of(load_run(tmp_path))[0]
+    ended = {"time": "2026-11-27T08:00:00+0000", "error": "OutOfMemoryError: 3 GiB"}
+    (tmp_path / "run.json").write_text(json.dumps({"total_steps": 30, "ended": ended}))
+    (tmp_path / r.LOG_FILE).write_text("SAYO-L01: the reason | at x | fix: y\n")
+    text = page_of(tmp_path).text
+    assert "Failed at 2026-11-27T08:00:00+0000: OutOfMemoryError: 3 GiB" in text
+    assert "SAYO-L01: the reason" in text
+    (tmp_path / "run.json").write_text(json.dumps({"total_steps": 3, "ended": ended | {"error": ""}}))
+    assert state_of(load_run(tmp_path)) == ("Finished at 2026-11-27T08:00:00+0000.", "ok")
+
+
+def test_a_run_of_one_step_has_a_page_and_one_without_a_step_has_none(tmp_path):
+    page = page_of(write_run(tmp_path / "one", line(1, **GRPO)))
+    assert "There are too few steps" in page.text
+    assert write_page_at_end(write_run(tmp_path / "none", "")) is None
+    with pytest.raises(SayoError, match="SAYO-R02"):
+        write_page_at_end(tmp_path / "no run")
+
+
+def test_a_page_that_cannot_be_written_is_refused_and_a_damaged_configuration_too(tmp_path):
+    run = make_run(tmp_path / "run", GRPO)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SayoError, match="SAYO-R07"):
+        write_page(run, out=tmp_path / "file" / "report.html")
+    (tmp_path / "run" / "run.yaml").write_text("a: [")
+    with pytest.raises(SayoError, match=r"SAYO-R04: .*run\.yaml"):
+        write_page(run)
+
+
+def test_the_command_writes_a_page_for_each_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/run", "b/run"):
+        Path(name).parent.mkdir()
+        make_run(Path(name), GRPO, estimator="grpo")
+    assert main(["report", "a/run", "b/run", "--out", "both.png"]) == 0
+    shown = capsys.readouterr().out
+    for file in ("a/run/report.html", "b/run/report.html", "a/run/curves.png", "both.png"):
+        assert Path(file).exists()
+        assert file in shown
+    assert main(["report", "nowhere"]) == 2
+
+
+def test_a_change_is_clear_beyond_two_standard_errors():
+    clear = Change.of([(n, n / 100) for n in range(20)], 5)
+    assert clear.text() == "rose from 0.020 to 0.170"
+    noise = Change.of([(n, float(n % 2)) for n in range(10)], 5)
+    assert "no clear change" in noise.text()
+    assert Change.of([(1, 1.0)], 5) is None
+    assert Change.of([(1, float("nan")), (2, 1.0)], 5) is None
+    assert "noise is unknown" in Change.of([(1, 0.0), (2, 1.0)], 5).text()
+
+
+def test_the_effect_of_a_token_is_set_beside_the_row_that_predicted_it(tmp_path):
+    recorded(tmp_path, (0,))
+    step = read_steps(tmp_path)[0]
+    prompt, responses = step.prompts[0]
+    found = causal.effects_of(step, prompt, responses)
+    assert found.correlation.value > 0.7
+    assert found.correlation.low > 0
+    assert (len(found.mass), len(found.responses)) == (18, 3)
+    recorded(tmp_path, (0,), facts={"query_row": "input"})
+    prompt, responses = read_steps(tmp_path)[0].prompts[0]
+    shifted = causal.predicting_mass(responses[0])
+    assert np.isnan(shifted[0])
+    assert (shifted[1:] == responses[0].values["image_mass"][:-1]).all()
+    assert len(causal.effects_of(step, prompt, responses).mass) == 15
+    assert "does not say which row" in causal.row_in_words(replace(responses[0], facts={}))
+
+
+def test_the_common_panels_begin_with_the_task_reward(tmp_path):
+    run = make_run(tmp_path, ATTENTION)
+    assert [panel.title for panel in c.panels_of([run])][:2] == ["Task reward", "Total reward"]
+    assert [metric.name for metric in c.rows_of(run)][:2] == ["critic/score/mean", "critic/rewards/mean"]
