@@ -60,15 +60,13 @@ class Pending:
     Attributes:
         step: steps of training that the policy has had.
         uids: one per prompt.
-        seconds: spent so far, without waiting.
-        waited: seconds of waiting, in which the rollouts of the training batch are generated too.
+        waited: seconds of waiting for verl's agent loops, in which those of the training batch start and generate too.
         batch: the finished rows.
     """
 
     step: int
     uids: list[str]
-    seconds: float
-    waited: float = 0.0
+    waited: float
     batch: KVBatchMeta | None = None
 
 
@@ -157,7 +155,7 @@ class Recorder:
                 fix=f"the agent loop's log has the reason (Error in _run_prompt); {OFF}",
             )
         self._pending.batch = batch
-        self._pending.waited = time.perf_counter() - start
+        self._pending.waited += time.perf_counter() - start
 
     def record(self, trainer: Any) -> tuple[float, float] | None:
         """Probe the finished rows, write the step's file and remove the rows from TransferQueue.
@@ -181,10 +179,10 @@ class Recorder:
             batch = self._padded(trainer, pending)
             trainer.probe_rows(batch, {}, self.needs, mask_step=MASK_STEP)
             prompts, notes = self._seen_of(batch, pending)
-            seconds = pending.seconds + time.perf_counter() - start
+            seconds = time.perf_counter() - start
             size = write_step(self._folder, pending.step, prompts, seconds, notes)
             tq.kv_clear(keys=batch.keys, partition_id=batch.partition_id)
-        seconds = pending.seconds + time.perf_counter() - start
+        seconds = time.perf_counter() - start
         cost = f"{seconds:.1f} s and {pending.waited:.1f} s of waiting for them, {size:,} bytes"
         print(f"sayo-verl: recorded {len(pending.batch)} rollouts of step {pending.step}: {cost}")
         return seconds, pending.waited
@@ -284,12 +282,9 @@ class Recorder:
             f"Attention is read at {self._layers}, where {row}.",
         ]
         if self.needs.intervention is not None:
-            of = (
-                "the method's" if self._method is not None and self._method.needs().intervention else "not the method's"
-            )
-            notes.append(
-                f"The changed image is {of}: {self.needs.intervention.kind}. It is the same at every recorded step."
-            )
+            own = self._method is not None and self._method.needs().intervention is not None
+            kind, of = self.needs.intervention.kind, "of the method" if own else "not of the method"
+            notes.append(f"The changed image ({kind}, {of}) is the same at every recorded step.")
         short = len(self._rows) * int(self._config.actor_rollout_ref.rollout.n) - len(tags)
         return [*notes, f"{short} rollouts failed and are missing."] if short else notes
 
