@@ -484,20 +484,21 @@ def test_report_of_a_folder_without_metrics_is_a_clear_refusal(tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    ("method", "runner", "mode", "engine"),
+    ("method", "every", "runner", "mode", "engine"),
     [
-        ("grpo", "TaskRunnerV1", "sync", None),
-        ("region", "SayoTaskRunner", "sayo_sync", "sayo_verl.hooks.engine"),
+        ("grpo", 0, "TaskRunnerV1", "sync", None),
+        ("grpo", 10, "SayoTaskRunner", "sayo_sync", "sayo_verl.hooks.engine"),
+        ("region", 0, "SayoTaskRunner", "sayo_sync", "sayo_verl.hooks.engine"),
     ],
 )
-def test_grpo_starts_verls_own_code_and_a_method_ours(
-    repo, environment, random_policy, tmp_path, monkeypatch, method, runner, mode, engine
+def test_grpo_starts_verls_own_code_and_a_method_or_a_recording_ours(
+    repo, environment, random_policy, tmp_path, monkeypatch, method, every, runner, mode, engine
 ):
     monkeypatch.setattr("verl.trainer.main_ppo.run_ppo", start := mock.Mock())
     monkeypatch.setattr("atexit.register", mock.Mock())
     given = {"JOB": "tiny", "METHOD": method, "MODEL_PATH": str(random_policy), "VERL_PLATFORM": "cpu"}
     scenes = prepare_scenes(tmp_path / "scenes", SceneConfig(n_train=16, n_val=4)).path
-    done = plan(repo, "run.sh", environment, **given, DATA=str(scenes), DRY_RUN="0")
+    done = plan(repo, "run.sh", environment, f"sayo.viz_every={every}", **given, DATA=str(scenes), DRY_RUN="0")
     assert done.returncode == 0, done.stderr
     ((config,), keywords) = start.call_args
     assert keywords["task_runner_class"].__ray_metadata__.modified_class.__name__ == runner

@@ -44,12 +44,12 @@ function numbersOf(data, raw, left, measured) {
   const onBoxes = region ? (!left && measured("region_mass")) || sum(map, region) : left ? null : measured("region_mass");
   if (inBoxes && onBoxes !== null && boxesLeft && boxesLeft < rest) {
     const [whole, chance] = [left ? 1 : image, boxesLeft / rest];
-    const density = onBoxes / chance / ((whole - onBoxes) / (1 - chance));
+    const ratio = onBoxes / (whole * chance); // SAYO's a over v: means per visual token of the boxes and of the image
     Object.assign(rows, {
       _boxes: onBoxes, _even: whole * chance,
       "attention on the boxes": percent(onBoxes),
       "if spread evenly over the image": percent(whole * chance),
-      "R_a (0.5: evenly spread)": digits(density ** 2 / (density ** 2 + 1), 2),
+      "R_a (0.5: evenly spread)": digits(ratio ** 2 / (ratio ** 2 + 1), 2),
     });
   }
   const edge = [...border].filter((bit) => bit === "1").length;
