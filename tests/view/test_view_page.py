@@ -207,6 +207,18 @@ def test_the_budget_bounds_the_whole_page():
     assert stored(data, 0) != [None]
 
 
+def test_pictures_take_half_of_the_budget_and_a_reduced_one_is_mentioned():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (1700, 1700, 3), np.uint8))
+    prompt = looked_at(images=2)
+    prompt = replace(prompt, images=tuple(replace(image, picture=noise) for image in prompt.images))
+    for budget, pixels in ((10**8, "1,600"), (2_000_000, "640")):
+        html, _ = mount("v", prompt, {"": [said(prompt)]}, budget=budget)
+        assert f"at most {pixels} pixels on the longer side" in html
+        assert "have 1700 x 1700, 1700 x 1700" in html
+        assert sum(map(len, re.findall(r'src="([^"]+)"', html))) <= budget / 2
+    assert "longer side" not in mount("v", looked_at(), {"": [said(prompt)]})[0]
+
+
 def test_a_picture_is_1600_pixels_wide(tmp_path):
     for name, prompt in {
         "one": looked_at(text="costs $5 and $6"),
