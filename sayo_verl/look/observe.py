@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from sayo_verl.errors import Rule, SayoError, raise_first
@@ -174,7 +175,7 @@ class Observer:
                 self.name, dtype=dtype, attn_implementation=self.kernel
             )
             return loaded.to(self.device).eval()
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise SayoError(
                 "W06",
                 f"the model's weights cannot be loaded ({' '.join(str(error).split())[:200]})",
@@ -436,7 +437,7 @@ class Observer:
         values = {"log_prob": log_prob_T, "entropy": entropy_T, **self._masses(collector, prompt)}
         measured = {name: value.float().cpu().numpy() for name, value in values.items()}
         if not prompt.seen.region_tokens:
-            notes.append("The prompt has no boxes, so nothing is said about a region.")
+            notes.append("The prompt has no boxes, so nothing is said about boxes.")
         return SeenResponse(
             pieces=pieces,
             words=words,
@@ -472,7 +473,8 @@ class Observer:
                      got=tokenizer.decode(list(ids))),
             ]
         )  # fmt: skip
-        self.room([prompt], len(ids))
+        shorter = "give a shorter response, a shorter question, or smaller or fewer images"
+        check_context(self.config, prompt.seen, len(prompt.ids), len(ids), fix=shorter)
         return torch.tensor(list(ids), dtype=torch.int64)
 
     def _words(self, pieces: Sequence[str], ids: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -601,24 +603,29 @@ class Observer:
             return None
         match = _MAP.fullmatch(name)
         head = int(match[2]) if match and match[2] is not None else None
-        if match is None or (head is not None and head >= self.n_heads):
+        unknown = match is None or int(match[1]) >= len(self._kinds)
+        if match is None or unknown or (head is not None and head >= self.n_heads):
             raise SayoError(
                 "W11",
                 "unknown map",
                 where="--maps",
                 got=name,
-                wanted=f"mean, L{self.readable[-1]} for a layer, or L{self.readable[-1]}H0 to "
-                f"L{self.readable[-1]}H{self.n_heads - 1} for one of its heads; both count from 0",
-                fix="correct the name",
+                wanted=f"mean, a layer (L0 to L{len(self._kinds) - 1}), or one of its heads, such as "
+                f"L{self.readable[-1]}H0 to L{self.readable[-1]}H{self.n_heads - 1}",
+                fix="correct the name; layers and heads count from 0",
             )
         (number,) = self._numbers([int(match[1])], "--maps")
         return number, head
 
     def _mean_label(self) -> str:
         layers = "all layers" if self.layers == self.readable else f"layers {', '.join(map(str, self.layers))}"
+        if self.layers == (len(self._kinds) - 1,):
+            return "last layer, mean over its heads"
+        if len(self.layers) == 1:
+            return f"layer {self.layers[0]}, mean over its heads"
         if self.layers == self.readable and len(self.readable) < len(self._kinds):
             layers = f"all {len(self.layers)} full-attention layers"
-        return f"mean of {layers} and heads"
+        return f"{layers}, mean over their heads"
 
     def _masses(self, collector: Collector, prompt: Prompt) -> dict[str, torch.Tensor]:
         """Numbers per token [T], by name in ``TOKEN_VALUES``."""
@@ -630,8 +637,8 @@ class Observer:
         self, collector: Collector, prompt: Prompt, taken: set[str], map_set: Callable[..., MapSet], budget: int
     ) -> tuple[dict[str, MapSet], list[str]]:
         """Maps of single heads, in the order of layers and heads, and a note if some were left out."""
-        by = "region_mass" if prompt.seen.region_tokens else "image_mass"
-        mass = {(n, h): float(m) for n in self.layers for h, m in enumerate(collector.tables[n][by].tolist())}
+        by, key = ("boxes", "region_mass") if prompt.seen.region_tokens else ("image", "image_mass")
+        mass = {(n, h): float(m) for n in self.layers for h, m in enumerate(collector.tables[n][key].tolist())}
         found: dict[Selection, MapSet] = {}
         used = 0
         for layer, head in sorted(mass, key=lambda s: -mass[s]):
@@ -643,9 +650,7 @@ class Observer:
             if used > budget:
                 break
             found[layer, head] = made
-        note = (
-            f"Maps are stored of the {len(found)} heads of {len(mass)} with most attention to the {by.split('_')[0]}."
-        )
+        note = f"Maps are stored of the {len(found)} heads of {len(mass)} with most attention to the {by}."
         ordered = {found[s].name: found[s] for s in sorted(found, key=lambda s: (s[0], s[1] or 0))}
         return ordered, [note] if used > budget else []
 
