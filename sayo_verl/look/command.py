@@ -240,6 +240,8 @@ def run(args: argparse.Namespace) -> int:
         "data": ", ".join(args.image) if args.data is None else str(args.data),
         **{label: _named(seen[0][1].facts[name]) for name, label in ABOUT.items() if name in seen[0][1].facts},
     }
+    if about.get("temperature") == "0":
+        about["temperature"] = "0 (greedy)"
     _write(args, seen, about)
     for of_prompt, one in seen:
         print(f"{of_prompt.where}: {' '.join(one.text.split())[:200]!r}")
