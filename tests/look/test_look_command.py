@@ -392,7 +392,7 @@ class TestVllm:
 
 
 def test_measured_responses_are_a_batch_that_methods_read(observer_of):
-    from sayo_verl.look.observe import signals
+    from sayo_verl.look.measure import signals
     from sayo_verl.methods import RegionMethod
 
     observer, method = observer_of("qwen3_vl"), RegionMethod(weight=0.5)
