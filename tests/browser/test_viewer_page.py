@@ -150,6 +150,7 @@ def test_numbers_of_tokens_stand_beside_their_own_map_only(tmp_path):
         assert f"{100 * answer.maps[0].total.unpack().sum():.1f} %" in told
         assert "R_a" not in tab.locator(".viewer").inner_text()
         assert "first token" not in told
+        assert "Attention to the boxes." in tab.locator(".legend").inner_text(), "the first tint, with boxes"
         assert "Over map mean." in tab.locator(".legend").inner_text()
         tab.locator(".controls select").first.select_option("mean")
         settled(tab, None, map="mean")
