@@ -11,6 +11,8 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+from sayo_verl.errors import Rule, raise_first
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -140,6 +142,23 @@ def config_from(args: argparse.Namespace, config: Callable[..., Config]) -> Conf
     """The dataclass from the flags that ``add_config_flags`` made."""
     values = {k.partition(".")[2]: v for k, v in vars(args).items() if k.startswith(f"{config.__name__}.")}
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def check_ranges(given: Mapping[str, object], wanted: Mapping[str, tuple[bool, str]]) -> None:
+    """Refuse options out of range.
+
+    Args:
+        given: name of the option -> its value.
+        wanted: name -> whether the value is right, and the range in words.
+
+    Raises:
+        SayoError: W34.
+    """
+    raise_first(
+        Rule("W34", not right, "an option is out of range", f"--{name.replace('_', '-')}", f"give {text}",
+             got=given[name], wanted=text)
+        for name, (right, text) in wanted.items()
+    )  # fmt: skip
 
 
 def progress_bar() -> "Progress":

@@ -6,7 +6,8 @@ from pathlib import Path
 
 # From bottom to top. A room imports rooms of lower floors only; so there is no circle, and none within a floor.
 FLOORS = """
-errors metrics command_line estimates
+errors
+metrics command_line estimates
 script_variables evaluation
 vision models reward metis
 view probe scenes

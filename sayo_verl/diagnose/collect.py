@@ -16,10 +16,10 @@ from sayo_verl.data.reading import open_parquet, read_rows
 from sayo_verl.diagnose.answers import Answer, needs_of, read_row, usable_methods, write_row
 from sayo_verl.diagnose.config import Asked
 from sayo_verl.errors import Rule, SayoError, raise_first
+from sayo_verl.look.answer import accuracy_of
 from sayo_verl.look.observe import Observer
 from sayo_verl.look.prompt import Prompt
 from sayo_verl.methods import Needs
-from sayo_verl.reward import compute_score
 
 SETTINGS = "settings.json"
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")
@@ -173,14 +173,6 @@ def _measured(observer: Observer, row: Row, asked: Asked, needs: Needs) -> Itera
             values=values,
         )
         first = False
-
-
-def accuracy_of(row: Mapping[str, Any], text: str) -> float:
-    """``acc`` of the reward function; NaN for a row without a ground truth."""
-    truth = (row.get("reward_model") or {}).get("ground_truth")
-    if truth is None:
-        return float("nan")
-    return float(compute_score(row.get("data_source") or "", text, truth, row.get("extra_info"))["acc"])
 
 
 def _seen(observer: Observer, prompt: Prompt, ids: Sequence[int]) -> dict[str, np.ndarray]:

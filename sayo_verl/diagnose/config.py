@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from sayo_verl.command_line import check_ranges
 from sayo_verl.data.folder import MANIFEST, split_files
-from sayo_verl.errors import Rule, raise_first
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,7 @@ class Asked:
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
             "seed": (self.seed >= 0, "0 or more"),
         }
-        raise_first(
-            Rule("W34", not right, "an option is out of range", f"--{name.replace('_', '-')}", f"give {text}",
-                 got=getattr(self, name), wanted=text)
-            for name, (right, text) in wanted.items()
-        )  # fmt: skip
+        check_ranges(vars(self), wanted)
 
     def files(self) -> list[Path]:
         prepared = self.data.is_dir() and (self.data / MANIFEST).is_file()

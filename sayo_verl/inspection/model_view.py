@@ -73,8 +73,9 @@ class Model:
     ) -> None:
         from sayo_verl.models import processors
 
+        fix = "correct it; `sayo inspect` also works without --model, but then does not check visual tokens"
         self.coverage = coverage
-        self.family, self.config, self.processor = processors.load(path, where)
+        self.family, self.config, self.processor = processors.load(path, where, fix)
         self.processor.chat_template = chat_template or self.processor.chat_template
         self._rows = processors.row_reader(self.family, self.processor, dict(data or {}))
 

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from sayo_verl.errors import SayoError
 from sayo_verl.look.observe import Observer
 from sayo_verl.look.prompt import Prompt
 from sayo_verl.models.internvl import one_token_per_image
+from sayo_verl.reward import compute_score
 
 ENGINES = ("auto", "transformers", "vllm")
 BATCH = 8  # prompts that transformers answers at once
@@ -35,6 +36,14 @@ def chosen_engine(engine: str, device: torch.device) -> str:
     if engine != "auto":
         return engine
     return "vllm" if device.type == "cuda" and find_spec("vllm") is not None else "transformers"
+
+
+def accuracy_of(row: Mapping[str, Any], text: str) -> float:
+    """``acc`` of the reward function; NaN for a row without a ground truth."""
+    truth = (row.get("reward_model") or {}).get("ground_truth")
+    if truth is None:
+        return float("nan")
+    return float(compute_score(row.get("data_source") or "", text, truth, row.get("extra_info"))["acc"])
 
 
 def answers(

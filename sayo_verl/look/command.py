@@ -4,13 +4,15 @@ parquet file, and its attention is measured in one pass, exactly and with its ow
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sayo_verl.command_line import progress_bar
+from sayo_verl.command_line import check_ranges, progress_bar
 from sayo_verl.errors import Rule, SayoError, raise_first
-from sayo_verl.view.seen import SeenPrompt, SeenResponse
+from sayo_verl.view.seen import MOST_BORDER, SeenPrompt, SeenResponse
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none
     from sayo_verl.look.observe import Observer
@@ -68,8 +70,15 @@ def check(args: argparse.Namespace) -> None:
     """Refuse flags that do not belong together, before a model library is loaded.
 
     Raises:
-        SayoError: W01, W04, W15, W17.
+        SayoError: W01, W04, W07, W15, W17, W34.
     """
+    wanted = {
+        "temperature": (0 <= args.temperature < float("inf"), "0 or more"),
+        "max_new_tokens": (args.max_new_tokens is None or args.max_new_tokens >= 1, "1 or more"),
+        "seed": (args.seed >= 0, "0 or more"),
+        "coverage": (0 < args.coverage <= 1, "a number above 0, at most 1"),
+    }
+    check_ranges(vars(args), wanted)
     numbers = row_ranges(args.rows or ROWS)
     several = len(numbers) > 1 or any(last is None or last - first > 1 for first, last in numbers)
     one_source = "give --image FILE --question TEXT, or --data FILE --rows 0:8"
@@ -174,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from transformers.utils import logging
 
-    from sayo_verl.look.answer import answers, chosen_engine
+    from sayo_verl.look.answer import accuracy_of, answers, chosen_engine
     from sayo_verl.look.observe import Observer
     from sayo_verl.look.prompt import row_of_images
 
@@ -208,20 +217,31 @@ def run(args: argparse.Namespace) -> int:
             settings = {name: getattr(args, name) for name in ("engine", "max_new_tokens", "temperature", "seed")}
             ids = answers(observer, prompts, **settings, tick=lambda n: progress.advance(task, n))
         measuring = progress.add_task("measuring", total=len(prompts))
-        for prompt, response in zip(prompts, ids, strict=True):
+        for prompt, (_, row), response in zip(prompts, rows, ids, strict=True):
             cut = args.response is None and bool(response) and response[-1] not in observer.ends
             more = [f"The answer was cut at {len(response)} tokens (--max-new-tokens)."] if cut else []
+            text = observer.processor.tokenizer.decode(response, skip_special_tokens=True)
+            accuracy = accuracy_of(row, text)
+            scored = {} if math.isnan(accuracy) else {"accuracy": accuracy}
             budget = PAGE_BYTES // len(prompts)
             one = observer.observe(
-                prompt, response, maps=maps, heads=args.heads, budget=budget, facts=facts, notes=[*notes, *more]
+                prompt,
+                response,
+                maps=maps,
+                heads=args.heads,
+                budget=budget,
+                facts=facts | scored,
+                notes=[*notes, *more],
             )
             seen.append((prompt.seen, one))
             progress.advance(measuring)
     about = {
         "model": args.model,
         "data": ", ".join(args.image) if args.data is None else str(args.data),
-        **{label: str(seen[0][1].facts[name]) for name, label in ABOUT.items() if name in seen[0][1].facts},
+        **{label: _named(seen[0][1].facts[name]) for name, label in ABOUT.items() if name in seen[0][1].facts},
     }
+    if about.get("temperature") == "0":
+        about["temperature"] = "0 (greedy)"
     _write(args, seen, about)
     for of_prompt, one in seen:
         print(f"{of_prompt.where}: {' '.join(one.text.split())[:200]!r}")
@@ -237,8 +257,14 @@ ABOUT = {  # facts that are equal for all rows -> their names on the page
     "dtype": "type of numbers",
     "attention_kernel": "attention kernel",
     "layers": "layers of the mean",
-    "query_row": "attention row of a token",
+    "query_row": "row of attention",
 }
+ROWS_OF_ATTENTION = {"input": "the token as input", "predicting": "the row that predicted the token"}
+
+
+def _named(fact: str | float) -> str:
+    """A fact in words."""
+    return ROWS_OF_ATTENTION.get(str(fact), f"{fact:g}" if isinstance(fact, float) else str(fact))
 
 
 def given_response(observer: "Observer", text: str) -> tuple[list[int], list[str]]:
@@ -254,13 +280,18 @@ def given_response(observer: "Observer", text: str) -> tuple[list[int], list[str
 
 
 def in_words(response: SeenResponse) -> list[str]:
-    """Three sentences: attention to the image, to the region (without boxes: the word that looked most), to sinks."""
+    """Whether the answer is right, if that is known; attention to the image, the boxes (else the top word), sinks."""
     facts, values = response.facts, response.values
 
     def share(name: str) -> str:
         return f"{100 * float(facts[name]):.1f} %"
 
-    lines = [f"Its {facts['tokens']} tokens put {share('image_mass')} of their attention on the image, on average."]
+    lines = []
+    if "accuracy" in facts:
+        accuracy = float(facts["accuracy"])
+        verdict = "right" if accuracy >= 1 else f"partly right ({accuracy:g})" if accuracy > 0 else "wrong"
+        lines.append(f"The answer is {verdict}.")
+    lines += [f"Its {facts['tokens']} tokens put {share('image_mass')} of their attention on the image, on average."]
     if "region_share" in facts:
         lines.append(
             f"Of that, {share('region_share')} went to the boxes, where looking everywhere alike would give "
@@ -272,11 +303,14 @@ def in_words(response: SeenResponse) -> list[str]:
         first, end = response.words[most]
         word = "".join(response.pieces[first:end]).strip()
         lines.append(f"The word that looked most at the image is {word!r}: {100 * means[most]:.1f} %.")
-    lines.append(
+    first_token = f"he first token got {share('sink_mass')} of all attention."
+    if float(facts["border_chance"]) > MOST_BORDER:
+        return [*lines, f"T{first_token}"]
+    border = (
         f"The border of the image got {share('border_share')} of the attention to the image, with "
-        f"{share('border_chance')} of the visual tokens; the first token got {share('sink_mass')} of all attention."
+        f"{share('border_chance')} of the visual tokens"
     )
-    return lines
+    return [*lines, f"{border}; t{first_token}"]
 
 
 def _numbers(text: str) -> list[int]:
@@ -335,7 +369,11 @@ def _write(args: argparse.Namespace, seen: Sequence[tuple[SeenPrompt, SeenRespon
         for path in (p for p in (args.out, args.json, args.png) if p is not None):
             path.parent.mkdir(parents=True, exist_ok=True)
         path = args.out
-        write_page(path, title, seen, about)
+        shown = [
+            (prompt, replace(one, facts={name: fact for name, fact in one.facts.items() if name not in ABOUT}))
+            for prompt, one in seen
+        ]
+        write_page(path, title, shown, about)
         print(f"page: {path}")
         if args.json:
             path = args.json

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sayo_verl.view.page import page, table, text
+from sayo_verl.view.page import page, text
 from sayo_verl.view.seen import SeenPrompt, SeenResponse
 from sayo_verl.view.viewer import BUDGET, mount
 
@@ -20,7 +20,8 @@ def write_page(
         items: in the order of the page. They share the budget of bytes.
         about: name -> text of the table under the heading, such as the model.
     """
-    known = table([], [(f"<b>{text(name)}</b>", text(value)) for name, value in about.items()])
+    rows = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in about.items())
+    known = f'<dl class="facts">{rows}</dl>'
     links = [f'<li><a href="#item{i}">{text(prompt.where)}</a></li>' for i, (prompt, _) in enumerate(items)]
     contents = f'<nav aria-label="prompts"><ol class="contents">{"".join(links)}</ol></nav>' if len(items) > 1 else ""
     body = f"<h1>{text(title)}</h1>\n<main>{known}{contents}"

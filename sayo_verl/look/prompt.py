@@ -4,6 +4,7 @@ Shape suffixes: P prompt tokens.
 """
 
 import dataclasses
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from sayo_verl.probe.plan import image_tiles, plan_row
 from sayo_verl.reward.prompts import IMAGE_TAG
 from sayo_verl.view.seen import SeenImage, SeenPrompt
 from sayo_verl.vision.grids import Tile
+from sayo_verl.vision.masks import check_box
 
 Boxes = list[list[list[float]]]
 
@@ -61,7 +63,7 @@ def row_of_images(images: Sequence[Path | str], question: str, boxes: Sequence[S
         boxes: shares of the first image.
 
     Raises:
-        SayoError: W02 for a file that is not such an image, W04 for an empty question.
+        SayoError: W02 for a file that is not such an image, W04 for an empty question, V01 to V03 for a wrong box.
     """
     if not question.strip():
         raise SayoError("W04", "the question is empty", where="--question", fix='ask something: --question "..."')
@@ -78,9 +80,33 @@ def row_of_images(images: Sequence[Path | str], question: str, boxes: Sequence[S
                 wanted="a JPEG, PNG or WEBP file, each side at least 28 pixels, at most 50 million pixels",
                 fix="correct the path, convert or resize the picture",
             ) from drop
+    for box in boxes:
+        _check_flag(box, stored[0]["bytes"])
     content = IMAGE_TAG * len(stored) + question
     of_image = [[list(map(float, box)) for box in boxes], *([] for _ in stored[1:])] if boxes else None
     return {"prompt": [{"role": "user", "content": content}], "images": stored, "extra_info": {"boxes": of_image}}
+
+
+def _check_flag(box: Sequence[float], picture: bytes) -> None:
+    """``check_box``; pixels get the shares that they are of this picture."""
+    width, height = Image.open(io.BytesIO(picture)).size
+    try:
+        check_box(box, where="--boxes")
+    except SayoError as error:
+        inside = (
+            error.code == "V03" and min(box) >= 0 and max(box[0], box[2]) <= width and max(box[1], box[3]) <= height
+        )
+        if not inside:
+            raise
+        shares = ",".join(f"{n / side:.4g}" for n, side in zip(box, (width, height) * 2, strict=True))
+        raise SayoError(
+            "V03",
+            "a box is not in shares of the picture",
+            where="--boxes",
+            got=",".join(f"{n:g}" for n in box),
+            wanted="numbers from 0 to 1",
+            fix=f"if these are pixels of the picture of {width} x {height}: --boxes {shares}",
+        ) from error
 
 
 def prompt_of(
@@ -156,7 +182,12 @@ def prompt_of(
     )
 
 
-def check_context(config: Any, seen: SeenPrompt, prompt_tokens: int, response_tokens: int) -> None:
+SHORTER = "give smaller or fewer images or a shorter question, or lower --max-new-tokens"
+
+
+def check_context(
+    config: Any, seen: SeenPrompt, prompt_tokens: int, response_tokens: int, *, fix: str = SHORTER
+) -> None:
     """Refuse a prompt that leaves no room for so many response tokens.
 
     Raises:
@@ -171,7 +202,7 @@ def check_context(config: Any, seen: SeenPrompt, prompt_tokens: int, response_to
             where=seen.where,
             got=f"{prompt_tokens} + {response_tokens} tokens, {seen.tokens} of them visual ({sizes})",
             wanted=f"at most {limit}, max_position_embeddings of config.json",
-            fix="give smaller or fewer images or a shorter question, or lower --max-new-tokens",
+            fix=fix,
         )
 
 

@@ -11,12 +11,13 @@ from sayo_verl.models.families import Family, check_processor, family_of
 REPLACE = "copy the processor files of the original model into the folder"
 
 
-def load(path: str, where: str) -> tuple[Family, Any, Any]:
+def load(path: str, where: str, fix: str = "correct it") -> tuple[Family, Any, Any]:
     """The family, the configuration and the processor of a model.
 
     Args:
         path: folder or hub name.
         where: names the flag or key that names the model, for messages.
+        fix: of L17.
 
     Raises:
         SayoError: L17 without a model at this path, L18 for an unknown family, L23 for the processor of another family,
@@ -35,7 +36,7 @@ def load(path: str, where: str) -> tuple[Family, Any, Any]:
             where=where,
             got=path,
             wanted="a local model folder, or a hub name such as Qwen/Qwen3-VL-8B-Instruct and access to the hub",
-            fix="correct it; `sayo inspect` also works without --model, but then does not check visual tokens",
+            fix=fix,
         )
     where = f"{where} {path}"
     family = family_of(model_type, where=where)

@@ -106,7 +106,7 @@ def resolve_layers(layers: Sequence[int], n_layers: int, *, where: str) -> tuple
             where=where,
             got=list(layers),
             wanted=f"distinct numbers within {-n_layers}..{n_layers - 1}",
-            fix=f"set {where}=[-1] for the last layer",
+            fix=f"{where} -1 is the last layer" if where.startswith("--") else f"set {where}=[-1] for the last layer",
         )
     return resolved
 

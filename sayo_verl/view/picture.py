@@ -92,7 +92,7 @@ def _drawings(prompt: SeenPrompt) -> list[tuple[SeenImage, dict[str, Any]]]:
 
 
 def _top(map_V: np.ndarray) -> float:
-    return float(np.quantile(map_V, TOP, method="higher") or map_V.max()) or 1.0
+    return max(float(np.quantile(map_V, TOP, method="higher") or map_V.max()), 2 * float(map_V.mean())) or 1.0
 
 
 def _draw(
@@ -149,7 +149,7 @@ def _lines(prompt: SeenPrompt, response: SeenResponse, total_V: np.ndarray, lett
             f"{_percent(boxes)} is on the boxes",
             f"(spread evenly: {_percent(even)}; {boxes / even:.1f} times as much)",
         ]
-    if image and response.maps:
+    if image and response.maps and prompt.has_inside:
         border = float(total_V[prompt.border].sum())
         lines += [
             f"{_percent(border)} is on the image's border",

@@ -20,7 +20,7 @@ from sayo_verl.view.seen import TOKEN_VALUES, HeadTable, MapSet, SeenImage, Seen
 from sayo_verl.vision.grids import token_levels
 
 BUDGET = 7_000_000
-LONGEST = 1600  # pixels of a picture's longer side on the page
+LONGEST = (1600, 1200, 900, 640, 400)  # pixels of a picture's longer side on the page: the first that fits
 SMALL = 128 * 128  # pixels up to which a picture is stored without loss
 JPEG_QUALITY = 85
 
@@ -40,13 +40,15 @@ def mount(
         prompt: its images are stored once.
         states: label of a state (``""``, ``step 25``) -> its responses. Several states get a slider, several responses
             are shown beside each other.
-        budget: bytes of the pictures and maps on the page. Maps become coarser until they fit. If the coarsest do not
-            fit, word maps are left out from the last state on; maps of whole responses stay. The page says so.
+        budget: bytes of the pictures and maps on the page. Pictures become smaller until they take
+            half of it, maps coarser until they fit. If the coarsest do not fit, word maps are left out from the last
+            state on; maps of whole responses stay. The page says so.
         more_maps: the option that stores further word maps, as users type it.
     """
     assert re.fullmatch(r"[A-Za-z][\w-]*", name)
-    pictures = [_encoded(image.picture) for image in prompt.images]
+    pictures, reduced = _pictures(prompt.images, budget // 2)
     fitted, notes = _fit(states, budget, sum(map(len, pictures)))
+    notes = [*reduced, *notes]
     grids, figures, start = [], "", 0
     for i, (image, picture) in enumerate(zip(prompt.images, pictures, strict=True)):
         of_image = grids_of(image, start)
@@ -63,7 +65,7 @@ def mount(
         "boxes": sum(len(image.boxes) for image in prompt.images),
         "region": None if prompt.region is None else _bits(prompt.region),
         "region_tokens": prompt.region_tokens,
-        "border": _bits(prompt.border),
+        "border": _bits(prompt.border) if prompt.has_inside else None,
         "values": {key: asdict(value) for key, value in TOKEN_VALUES.items()},
         "more_maps": more_maps,
         "states": [
@@ -89,10 +91,22 @@ def mount(
     return html, {f"{name}-data": data}
 
 
-def _encoded(picture: Image.Image) -> str:
+def _pictures(images: Sequence[SeenImage], budget: int) -> tuple[list[str], list[str]]:
+    """``data:`` URIs of pictures, in at most ``budget`` bytes if small ones fit, and a sentence if one was reduced."""
+    for longest in LONGEST:
+        pictures = [_encoded(image.picture, longest) for image in images]
+        if sum(map(len, pictures)) <= budget:
+            break
+    large = [f"{i.picture.width} x {i.picture.height}" for i in images if max(i.picture.size) > longest]
+    note = f"Pictures are shown with at most {longest:,} pixels on the longer side, to keep the page small; "
+    return pictures, [f"{note}{'those of the data have' if len(large) > 1 else 'that of the data has'} "
+                      f"{', '.join(large)}. The maps are not affected."] if large else []  # fmt: skip
+
+
+def _encoded(picture: Image.Image, longest: int) -> str:
     """A ``data:`` URI of a picture."""
     shown, out = picture.convert("RGB"), io.BytesIO()
-    shown.thumbnail((LONGEST, LONGEST))
+    shown.thumbnail((longest, longest))
     kind = "png" if shown.width * shown.height <= SMALL else "jpeg"
     shown.save(out, kind, quality=JPEG_QUALITY)
     return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
@@ -174,10 +188,17 @@ def _response(response: SeenResponse, given: SeenResponse) -> dict[str, Any]:
             }
             for m, before in zip(response.maps, given.maps, strict=True)
         ],
+        "measured": _measured(response),
         "facts": {name: fact if isinstance(fact, str) else _number(fact) for name, fact in response.facts.items()},
         "notes": response.notes,
         "heads": response.heads and _heads(response.heads),
     }
+
+
+def _measured(response: SeenResponse) -> str | None:
+    """Name of the map that the numbers per token belong to: the mean, or the only map of a recorded response."""
+    names = [m.name for m in response.maps]
+    return "mean" if "mean" in names else names[0] if len(names) == 1 else None
 
 
 def _heads(heads: HeadTable) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from support.viewed import EVIL, INTERNVL, looked_at, said
 
 from sayo_verl.look.page import write_page
 from sayo_verl.view.figure import inline
+from sayo_verl.view.maps import Packed
 from sayo_verl.view.page import page
 from sayo_verl.view.viewer import mount
+from sayo_verl.vision.grids import Tile
 
 WIDE = {"widths": (1280,), "schemes": ("light",)}
 PIXELS = """(canvas) => [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data]"""
@@ -132,6 +134,92 @@ def test_a_head_is_chosen_in_the_table_and_a_missing_map_names_its_option(tmp_pa
     check_page(written(tmp_path, prompt, {"": [answer]}), use, **WIDE)
 
 
+def test_numbers_of_tokens_stand_beside_their_own_map_only(tmp_path):
+    """With `--maps L1` the first map is not the mean, which the numbers per token belong to."""
+    prompt = looked_at()
+    answer = said(prompt, maps=("L1", "mean"), stored=("L1", "mean"))
+    tokens = len(answer.pieces)
+    mass = {"image_mass": np.full(tokens, 0.48, np.float32), "region_mass": np.linspace(0.01, 0.3, tokens)}
+    answer = replace(answer, values={**answer.values, **mass, "sink_mass": np.full(tokens, 0.4, np.float32)})
+    a, v = mass["region_mass"] / 5, mass["image_mass"] / 48
+    single = a**2 / (a**2 + v**2)
+
+    def use(tab):
+        settled(tab, None, map="L1")
+        told = tab.locator(".said").inner_text()
+        assert f"{100 * answer.maps[0].total.unpack().sum():.1f} %" in told
+        assert "R_a" not in tab.locator(".viewer").inner_text()
+        assert "first token" not in told
+        assert "Attention to the boxes." in tab.locator(".legend").inner_text(), "the first tint, with boxes"
+        assert "Over map mean." in tab.locator(".legend").inner_text()
+        tab.locator(".controls select").first.select_option("mean")
+        settled(tab, None, map="mean")
+        row = tab.locator(".said tr", has_text="R_a of single tokens, map mean")
+        assert float(row.locator("td").last.inner_text()) == pytest.approx(single.mean(), rel=0.01)
+        tab.locator(".word").nth(1).hover()
+        settled(tab, 1, map="mean")
+        assert float(row.locator("td").first.inner_text()) == pytest.approx(single[1:3].mean(), rel=0.01)
+        assert tab.locator(".viewer").inner_text().count("R_a") == 1
+
+    check_page(written(tmp_path, prompt, {"": [answer]}), use, **WIDE)
+
+
+def flat(prompt):
+    """A response whose maps are even but for one token."""
+    answer, even_V = said(prompt), np.full(prompt.tokens, 0.01)
+    even_V[0] = 0.0128
+    maps = replace(
+        answer.maps[0],
+        total=Packed.of(even_V[None]),
+        words=Packed.of(np.repeat(even_V[None], len(answer.words), 0)),
+        steady=np.zeros(prompt.tokens, bool),
+    )
+    return replace(answer, maps=(maps,), facts={"accuracy": 0.0})
+
+
+def test_a_nearly_even_map_is_said_to_be_so_and_not_stretched(tmp_path):
+    prompt = looked_at()
+
+    def use(tab):
+        viewer = settled(tab, None)
+        assert "Nearly even: the largest value is 1.3 times the mean." in tab.locator(".scale").inner_text()
+        assert float(viewer.get_attribute("data-top")) == pytest.approx(0.02, rel=0.03)
+        assert "The answer is wrong." in tab.locator(".right").inner_text()
+        tab.locator(".checks label", has_text="picture alone").locator("input").check()
+        assert not tab.locator("canvas").is_visible()
+        assert tab.locator(".stack img").evaluate("(image) => getComputedStyle(image).filter") == "none"
+
+    check_page(written(tmp_path, prompt, {"": [flat(prompt)]}), use, **WIDE)
+
+
+def test_a_small_grid_has_no_border(tmp_path):
+    prompt = looked_at((Tile(3, 3),))
+
+    def use(tab):
+        settled(tab, None)
+        assert "border" not in tab.locator(".viewer").inner_text()
+        tab.locator(".controls select").nth(1).select_option("steady")
+        tab.wait_for_selector(".said .note")
+        said_now = tab.locator(".said").inner_text()
+        assert "There are no steady tokens here." in said_now
+        assert "without steady tokens: 0 of 9" in said_now
+
+    check_page(written(tmp_path, prompt, {"": [flat(prompt)]}), use, **WIDE)
+
+
+def test_arrow_keys_reach_the_words_without_a_focus(tmp_path):
+    prompt = looked_at()
+
+    def use(tab):
+        settled(tab, None)
+        tab.keyboard.press("ArrowRight")
+        settled(tab, 0)
+        tab.keyboard.press("ArrowRight")
+        settled(tab, 1)
+
+    check_page(written(tmp_path, prompt, {"": [said(prompt)]}), use, **WIDE)
+
+
 def test_a_group_is_shown_through_training(tmp_path):
     prompt = looked_at()
     states = {
@@ -150,8 +238,8 @@ def test_a_group_is_shown_through_training(tmp_path):
         assert "No response was recorded here" in tab.locator(".brief").inner_text()
         slider.focus()
         tab.keyboard.press("ArrowLeft")
-        assert tab.locator(".verdict").all_inner_texts() == ["wrong", "right"] * 2
-        tab.locator(".card").nth(1).locator(".word").nth(2).hover()
+        assert tab.locator(".verdict").all_inner_texts() == ["right", "wrong"] * 2, "the largest advantage comes first"
+        tab.locator(".card").nth(2).locator(".word").nth(2).hover()
         settled(tab, 2, response=1)
         assert ordered_like(heat_of(tab), states["step 20"][1].maps[0].words.unpack()[2])
         slider.focus()

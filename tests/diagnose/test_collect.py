@@ -13,9 +13,10 @@ from support.refusals import refusal
 
 from sayo_verl.cli import build_parser, main
 from sayo_verl.diagnose import collect as module
-from sayo_verl.diagnose.collect import accuracy_of, collect
+from sayo_verl.diagnose.collect import collect
 from sayo_verl.diagnose.config import Asked
 from sayo_verl.diagnose.run import examples_of, what_was_run
+from sayo_verl.look.answer import accuracy_of
 from sayo_verl.look.observe import Observer
 
 ROWS, SAMPLES, LONGEST = 4, 2, 6

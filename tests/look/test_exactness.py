@@ -68,7 +68,7 @@ def test_masses_maps_and_the_head_table_are_those_of_eager_attention(
 def test_log_probs_and_entropy_are_those_of_the_whole_logits(name, observer_of, monkeypatch):
     observer = observer_of(name)
     prompt, ids = observer.prompt(row_of(two_images(TINY[name].cell)), "a row"), response_of(9)
-    monkeypatch.setattr("sayo_verl.look.observe.LOGITS", 1)  # one token at a time
+    monkeypatch.setattr("sayo_verl.look.measure.LOGITS", 1)  # one token at a time
     measured = observer.measure(prompt, ids, StatisticsRequest((Statistic("image_mass"),)))
     types = {k: v for k, v in prompt.inputs.items() if k != "mm_token_type_ids"}
     if "mm_token_type_ids" in prompt.inputs:

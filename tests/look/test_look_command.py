@@ -147,7 +147,11 @@ for n, model in enumerate(models):
         ("V02", ["--image", "PICTURE", "--question", "what?", "--boxes", "0.5,0,0.5,1"]),
         ("P03", ["--image", "PICTURE", "--question", "what?", "--layers", "7"]),
         ("P03", ["--image", "PICTURE", "--question", "what?", "--layers", "last"]),
-        ("P03", ["--image", "PICTURE", "--question", "what?", "--maps", "mean,L9"]),
+        ("W11", ["--image", "PICTURE", "--question", "what?", "--maps", "mean,L9"]),
+        ("V03", ["--image", "PICTURE", "--question", "what?", "--boxes", "10,20,60,90"]),
+        ("W34", ["--image", "PICTURE", "--question", "what?", "--max-new-tokens", "0"]),
+        ("W34", ["--image", "PICTURE", "--question", "what?", "--temperature", "nan"]),
+        ("W34", ["--image", "PICTURE", "--question", "what?", "--coverage", "5"]),
         ("W11", ["--image", "PICTURE", "--question", "what?", "--maps", "L1H9"]),
         ("W11", ["--image", "PICTURE", "--question", "what?", "--maps", "layer 1"]),
         ("W08", ["--image", "PICTURE", "--question", "what?", "--response", "<|im_end|>"]),
@@ -190,6 +194,35 @@ def test_a_folder_without_weights_is_refused_when_they_are_needed(folder_of, tmp
     observer = Observer(str(tmp_path), device="cpu")
     with refusal("W06"):
         _ = observer.model
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    with refusal("W06"):
+        _ = observer.model
+
+
+def test_fixes_name_what_the_command_takes(folder_of, picture, tmp_path, capsys):
+    for flags, said in (
+        (["--maps", "L9"], "got L9, wanted mean, a layer (L0 to L2)"),
+        (["--layers", "7"], "--layers -1 is the last layer"),
+        (["--boxes", "16,24,32,96"], "pixels of the picture of 64 x 96: --boxes 0.25,0.25,0.5,1"),
+    ):
+        assert look(folder_of("qwen3_vl"), tmp_path, "--image", picture, "--question", "what?", *flags) == 2
+        assert said in capsys.readouterr().err
+    assert look(tmp_path / "nowhere", tmp_path, "--image", picture, "--question", "what?") == 2
+    assert "inspect" not in capsys.readouterr().err
+
+
+def test_an_answer_to_a_row_with_a_ground_truth_is_scored(folder_of, pages, tmp_path, capsys):
+    row = row_of(RowShape(((96, 64),), 0, BOX))
+    truths = [{"ground_truth": "red"}, {"ground_truth": "blue"}, None]
+    rows = [{**row, "data_source": "sayo/scenes", "reward_model": truth} for truth in truths]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "val.parquet")
+    flags = ["--data", tmp_path / "val.parquet", "--rows", "0:3", "--response", "<answer>red</answer>"]
+    assert look(folder_of("qwen3_vl"), tmp_path, *flags) == 0
+    ((_, items, about),) = pages
+    assert [response.facts.get("accuracy") for _, response in items] == [1.0, 0.0, None]
+    assert about["row of attention"] == "the token as input"
+    assert "query_row" not in items[0][1].facts, "it is said once, for all rows"
+    assert "The answer is right." in capsys.readouterr().out
 
 
 def test_layers_of_linear_attention_are_left_out_and_refused_by_name(folder_of, observer_of):
@@ -207,8 +240,9 @@ def test_prompts_and_responses_beyond_the_context_are_refused(observer_of, monke
     with refusal("W05") as error:
         observer.answer([prompt], max_new_tokens=4)
     assert "6 of them visual (96 x 64 pixels)" in str(error.value)
-    with refusal("W05"):
+    with refusal("W05") as error:
         observer.observe(prompt, response_of(4))
+    assert "--max-new-tokens" not in str(error.value), "it does nothing for a given response"
     monkeypatch.setattr(observer.config.get_text_config(), "max_position_embeddings", len(prompt.ids))
     with refusal("W05"):
         observer.prompt(row_of(RowShape(((96, 64),), 0, BOX)), "a row")
@@ -358,7 +392,7 @@ class TestVllm:
 
 
 def test_measured_responses_are_a_batch_that_methods_read(observer_of):
-    from sayo_verl.look.observe import signals
+    from sayo_verl.look.measure import signals
     from sayo_verl.methods import RegionMethod
 
     observer, method = observer_of("qwen3_vl"), RegionMethod(weight=0.5)

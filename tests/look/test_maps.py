@@ -56,7 +56,7 @@ def test_a_special_token_is_a_word_of_its_own(observer, prompt):
 def test_without_a_choice_all_layers_are_kept_if_they_fit(observer, prompt):
     seen = observer.observe(prompt, response_of(20))
     assert [m.name for m in seen.maps if m.words is not None] == ["mean", "L0", "L1", "L2"]
-    assert seen.maps[0].label == "mean of all layers and heads"
+    assert seen.maps[0].label == "all layers, mean over their heads"
     assert seen.notes == ()
     assert seen.facts["layers"] == "0, 1, 2"
 
@@ -77,7 +77,7 @@ def test_the_mean_over_some_layers_is_that_of_these_layers(observer, folder_of, 
     one = observe.Observer(str(folder_of("qwen3_vl")), device="cpu", layers=[-1])
     ids = response_of(9)
     last, full = one.observe(prompt, ids, maps=["mean", "L0"]), observer.observe(prompt, ids, maps=["L2"])
-    assert last.maps[0].label == "mean of layers 2 and heads"
+    assert last.maps[0].label == "last layer, mean over its heads"
     np.testing.assert_array_equal(last.maps[0].total.unpack(), full.maps[0].total.unpack())
     assert last.maps[1].name == "L0"  # a map may be of another layer
     assert last.heads.layers == (0, 2)

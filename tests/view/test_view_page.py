@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from support.viewed import EVIL, INTERNVL, QWEN, looked_at, said
 
+from sayo_verl.view import picture
 from sayo_verl.view.figure import COLOURS, INK, inline, style
 from sayo_verl.view.maps import SPAN, Packed
 from sayo_verl.view.page import page, table, text
@@ -205,6 +206,25 @@ def test_the_budget_bounds_the_whole_page():
     html, data = mount("v", prompt, {"": [said(prompt, (" word",) * 400)]}, budget=BUDGET // 5)
     assert len(page("t", html, data=data, viewer=True).encode()) < 8e6 / 5
     assert stored(data, 0) != [None]
+
+
+def test_pictures_take_half_of_the_budget_and_a_reduced_one_is_mentioned():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (1700, 1700, 3), np.uint8))
+    prompt = looked_at(images=2)
+    prompt = replace(prompt, images=tuple(replace(image, picture=noise) for image in prompt.images))
+    for budget, pixels in ((10**8, "1,600"), (2_000_000, "640")):
+        html, _ = mount("v", prompt, {"": [said(prompt)]}, budget=budget)
+        assert f"at most {pixels} pixels on the longer side" in html
+        assert "have 1700 x 1700, 1700 x 1700" in html
+        assert sum(map(len, re.findall(r'src="([^"]+)"', html))) <= budget / 2
+    assert "longer side" not in mount("v", looked_at(), {"": [said(prompt)]})[0]
+
+
+def test_the_colours_of_a_picture_end_at_twice_the_mean_or_above():
+    even_V = np.full(100, 0.01)
+    assert picture._top(even_V) == pytest.approx(0.02)
+    even_V[:2] = 0.5
+    assert picture._top(even_V) == 0.5
 
 
 def test_a_picture_is_1600_pixels_wide(tmp_path):

@@ -47,10 +47,22 @@ function quantile(map) {
   return sorted[Math.ceil(TOP * (sorted.length - 1))] || sorted.at(-1) || 0;
 }
 
+const timesMean = (map, left) => { // the largest value over the mean of what is shown
+  const count = left ? [...left].filter((bit) => bit === "0").length : map.length;
+  const all = sum(map);
+  return all > 0 ? (map.reduce((a, b) => Math.max(a, b), 0) * count) / all : Infinity;
+};
+
+// The end of a map's colours. At least twice the mean, so that a nearly even map does not look like a peaked one.
+function topOf(map, left) {
+  const count = left ? [...left].filter((bit) => bit === "0").length : map.length;
+  return Math.max(quantile(map), (2 * sum(map)) / Math.max(count, 1));
+}
+
 async function quantileOfWords(packed, left) { // the largest of the words' own quantiles would be one odd word
   const tops = [];
   const step = Math.max(1, Math.floor(packed.shape[0] / 200)); // 200 words are enough for a scale
-  for (let w = 0; w < packed.shape[0]; w += step) tops.push(quantile(without(await rowOf(packed, w), left)));
+  for (let w = 0; w < packed.shape[0]; w += step) tops.push(topOf(without(await rowOf(packed, w), left), left));
   return tops.sort((a, b) => a - b)[Math.floor(0.95 * (tops.length - 1))];
 }
 

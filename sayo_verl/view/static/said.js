@@ -3,12 +3,14 @@
 function say(viewer, response, set, w, raw, whole, left) {
   const { data } = viewer;
   const [start, end] = w === null ? [0, response.pieces.length] : response.words[w];
-  const first = set.name === response.maps[0].name; // the numbers per token are of this map
+  const first = set.name === response.measured; // the map that the numbers per token belong to
+  const perToken = !first || left ? null : response.values;
   const text = response.pieces.slice(start, end).join("").trim();
   const word = w === null ? null : `\u201c${text || "\u23ce"}\u201d`;
   const title = w === null ? `The whole ${viewer.several ? `response ${viewer.chosen + 1}` : "response"}`
     : `${word}, word ${w + 1} of ${response.words.length}${viewer.several ? ` of response ${viewer.chosen + 1}` : ""}${viewer.pinned?.[0] === viewer.chosen && viewer.pinned[1] === w ? ", pinned" : ""}`;
-  const of = (map, a, b) => numbersOf(data, map, left, first ? (name) => meanOf(response.values[name], a, b) : () => null);
+  const of = (map, a, b) => numbersOf(data, map, left, first ? (name) => meanOf(response.values[name], a, b) : () => null,
+    perToken && [`R_a of single tokens, ${set.label} (0.5: evenly spread)`, ratioOf(data, perToken, a, b)]);
   const [mine, all] = [raw && of(raw, start, end), of(whole, 0, response.pieces.length)];
   const spoken = element("p", { "aria-live": "polite", textContent: sentenceOf(data, mine ?? all, left, mine ? "This word" : "On average a token") });
   viewer.brief.replaceChildren(element("h3", { textContent: title }), spoken);
@@ -19,7 +21,8 @@ function say(viewer, response, set, w, raw, whole, left) {
       (set.left_out ? "They were left out to keep the page small." : `${data.more_maps} ${set.name} stores them.`) }));
   }
   if (left) {
-    parts.push(element("p", { className: "note", textContent: `${FILTERS[viewer.filter]}: ${[...left].filter((bit) => bit === "1").length} of ` +
+    if (viewer.filter === "steady" && set.steady && !set.steady.includes("1")) parts.push(element("p", { className: "note", textContent: "There are no steady tokens here." }));
+    parts.push(element("p", { className: "note", textContent: `${viewer.filterNames[viewer.filter]}: ${[...left].filter((bit) => bit === "1").length} of ` +
       `${data.tokens} visual tokens are left out, and the rest is scaled to 100 %.` }));
   }
   const others = Object.keys(data.values).filter((name) => response.values[name] && !(name in { image_mass: 1, region_mass: 1, sink_mass: 1, border_mass: 1 }));
@@ -34,7 +37,7 @@ function say(viewer, response, set, w, raw, whole, left) {
 }
 
 // Rows of the table; names with _ are for the sentence only.
-function numbersOf(data, raw, left, measured) {
+function numbersOf(data, raw, left, measured, ratio) {
   const { region, border, tokens, region_tokens: inBoxes } = data;
   const map = without(raw, left);
   const image = measured("image_mass") ?? sum(raw);
@@ -44,22 +47,31 @@ function numbersOf(data, raw, left, measured) {
   const onBoxes = region ? (!left && measured("region_mass")) || sum(map, region) : left ? null : measured("region_mass");
   if (inBoxes && onBoxes !== null && boxesLeft && boxesLeft < rest) {
     const [whole, chance] = [left ? 1 : image, boxesLeft / rest];
-    const ratio = onBoxes / (whole * chance); // SAYO's a over v: means per visual token of the boxes and of the image
     Object.assign(rows, {
       _boxes: onBoxes, _even: whole * chance,
       "attention on the boxes": percent(onBoxes),
       "if spread evenly over the image": percent(whole * chance),
-      "R_a (0.5: evenly spread)": digits(ratio ** 2 / (ratio ** 2 + 1), 2),
     });
+    if (ratio && ratio[1] !== null) rows[ratio[0]] = digits(ratio[1], 2);
   }
-  const edge = [...border].filter((bit) => bit === "1").length;
-  if (!left && sum(raw) > 0 && edge < tokens) {
+  const edge = [...(border ?? "")].filter((bit) => bit === "1").length;
+  if (!left && sum(raw) > 0 && edge) {
     rows["attention on the image's border"] = percent((sum(raw, border) / sum(raw)) * image);
     rows["if spread evenly over the image "] = percent((edge / tokens) * image);
   }
   const sink = measured("sink_mass");
   if (sink !== null) rows["attention on the first token"] = percent(sink);
   return rows;
+}
+
+// Mean of SAYO's R_a of single tokens, so that a word and a response compare: R_a of pooled tokens grows with their number.
+function ratioOf({ region_tokens: inBoxes, tokens }, { region_mass: boxes, image_mass: image }, start, end) {
+  if (!inBoxes || !boxes || !image) return null;
+  return meanOf(boxes.map((mass, t) => {
+    if (mass === null || image[t] === null) return null;
+    const [a, v] = [mass / inBoxes + 1e-8, image[t] / tokens + 1e-8]; // EPS of methods/region.py
+    return a ** 2 / (a ** 2 + v ** 2);
+  }), start, end);
 }
 
 function sentenceOf(data, rows, left, subject) {

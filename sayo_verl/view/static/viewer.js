@@ -7,12 +7,11 @@ const FILTERS = {
 };
 const FACTS = { // names for readers; others are shown as they are
   trajectory_weight: "factor of the trajectory", attention_kernel: "attention kernel", query_row: "row of a token",
-  R_a: "R_a, all tokens together", R_a_single: "R_a, mean of single tokens",
 };
-const HOW = "Point at a word, tap it, or use the arrow keys, to see where the model looked while it wrote the word. A click or Enter pins it.";
+const HOW = "Point at a word, tap it, or press the right arrow key, to see where the model looked while it wrote the word. A click or Enter pins it.";
 const COARSE = 100; // visual tokens of a picture below which its cells hide what is in it
-const SAID = ["image_mass", "sink_mass", "border_share", "border_chance", "region_mass", "region_share", "region_chance"]; // in the table
-const FIRST_VALUES = ["token_weight", "image_mass"]; // the tint at first, in this order
+const SAID = ["image_mass", "sink_mass", "border_share", "border_chance", "region_mass", "region_share", "region_chance", "R_a", "R_a_single"]; // in the table
+const FIRST_VALUES = ["token_weight", "region_mass", "image_mass"]; // the tint at first, in this order
 
 class Viewer {
   constructor(root) {
@@ -58,12 +57,16 @@ class Viewer {
     this.said = element("div", { className: "said" });
     this.menu = this.select([...maps].map(([name, map]) => [name, map.label + (map.words ? "" : " (whole response only)")]),
       (name) => this.update({ map: name }));
-    const filters = Object.entries(FILTERS).filter(([key]) => key !== "steady" || [...maps.values()].some((map) => map.steady));
+    const steady = [...maps.values()].some((map) => map.steady);
+    const inside = this.data.border !== null; // a small grid has hardly any tokens inside its border
+    const filters = Object.entries(FILTERS).filter(([key]) => (key !== "steady" || steady) && (key !== "border" || inside))
+      .map(([key, label]) => [key, inside ? label : label.replace("border and ", "")]);
     const strength = element("input", { type: "range", min: "0", max: "1", step: "0.05", value: String(this.strength) });
     strength.addEventListener("input", () => {
       this.root.style.setProperty("--strength", strength.value);
       this.update({ strength: Number(strength.value) });
     });
+    this.filterNames = Object.fromEntries(filters);
     const filterMenu = this.select(filters, (filter) => this.update({ filter }));
     const scaleMenu = this.select([["own", "ends at this word's largest values"], ["shared", "the same for all words"]], (scale) => this.update({ scale }));
     const controls = element("div", { className: "controls" },
@@ -72,7 +75,7 @@ class Viewer {
       element("label", {}, element("span", { textContent: "Colour scale" }), scaleMenu),
       element("label", {}, element("span", { textContent: "Strength of the map" }), strength),
       element("div", { className: "checks" }, this.check("grid", "no-grid", this.data.tokens / this.data.grids.length <= 1200),
-        this.data.boxes ? this.check("boxes", "no-boxes", true) : null));
+        this.data.boxes ? this.check("boxes", "no-boxes", true) : null, this.alone()));
     this.brief = element("div", { className: "brief" });
     this.left.querySelector(".top").append(this.brief);
     this.left.append(this.scaleBar, ...(maps.size ? [controls] : []), this.said);
@@ -108,6 +111,12 @@ class Viewer {
     return menu;
   }
 
+  alone() { // the picture in its own colours
+    const box = element("input", { type: "checkbox" });
+    box.addEventListener("change", () => this.root.classList.toggle("alone", box.checked));
+    return element("label", {}, box, " picture alone");
+  }
+
   check(label, without, now) {
     const box = element("input", { type: "checkbox", checked: now });
     this.root.classList.toggle(without, !now);
@@ -131,7 +140,10 @@ class Viewer {
     }
     this.boxes = responses.map((response, r) => this.words(response, r));
     this.cards = responses.map((response, r) => this.card(response, r));
-    this.responses.replaceChildren(...this.cards);
+    const advantages = responses.map((response) => response.facts.advantage);
+    const ordered = this.cards.map((card, r) => [card, r]);
+    if (advantages.every((value) => typeof value === "number")) ordered.sort((a, b) => advantages[b[1]] - advantages[a[1]]);
+    this.responses.replaceChildren(...ordered.map(([card]) => card));
     this.common.replaceChildren(...(this.several && responses.length > 1 ? responses[0].notes : [])
       .filter((note) => responses.every((other) => other.notes.includes(note)))
       .map((note) => element("p", { className: "note", textContent: note })));
@@ -173,14 +185,17 @@ class Viewer {
 
   card(response, r) {
     const facts = Object.entries(response.facts).filter(([name]) =>
-      !(this.several && name === "accuracy") && !(response.maps.length && SAID.includes(name)));
+      name !== "accuracy" && !(response.maps.length && SAID.includes(name)));
     const list = facts.length ? element("dl", { className: "facts" }, ...facts.flatMap(([name, fact]) =>
       [element("dt", { textContent: FACTS[name] ?? name }), element("dd", { textContent: typeof fact === "string" ? fact : digits(fact) })])) : null;
     const common = (note) => this.several && this.now.length > 1 && this.now.every((other) => other.notes.includes(note));
     const notes = response.notes.filter((note) => !common(note)).map((note) => element("p", { className: "note", textContent: note }));
-    if (!this.several) return element("article", {}, this.boxes[r], list, ...notes);
     const { accuracy } = response.facts;
     const verdict = typeof accuracy !== "number" ? "" : accuracy >= 1 ? "right" : accuracy > 0 ? `partly right (${digits(accuracy)})` : "wrong";
+    if (!this.several) {
+      const said = verdict && element("p", { className: verdict === "right" ? "ok" : "warn", textContent: `The answer is ${verdict}.` });
+      return element("article", {}, this.boxes[r], said || null, list, ...notes);
+    }
     const choose = element("button", { type: "button", textContent: `Response ${r + 1}`, title: "shows the map of this whole response" });
     choose.addEventListener("click", () => this.update({ chosen: r, pinned: null, pointed: null }));
     const kind = verdict === "right" ? "right" : verdict ? "wrong" : "unmarked";
@@ -191,7 +206,8 @@ class Viewer {
   tintWords() {
     const about = this.data.values[this.tintBy];
     const range = about ? rangeOf(this.tintBy, about, this.everything) : null;
-    this.legend.replaceChildren(...(about ? [legend(this.tintBy, about, range, this.everything.length > 1)] : []));
+    this.legend.replaceChildren(...(about ? [legend(this.tintBy, about, range, this.everything.length > 1,
+      this.now.flatMap((r) => r.maps.filter((map) => map.name === r.measured))[0]?.label)] : []));
     this.boxes.forEach((box, r) => tint(box, about ? this.now[r].values[this.tintBy] ?? [] : null, range, this.tintBy in SIGNED));
   }
 
@@ -228,7 +244,7 @@ class Viewer {
     const { border } = this.data;
     if (this.filter === "all") return null;
     if (this.filter === "border" || !set.steady) return border;
-    return [...border].map((bit, v) => (bit === "1" || set.steady[v] === "1" ? "1" : "0")).join("");
+    return [...set.steady].map((bit, v) => (bit === "1" || border?.[v] === "1" ? "1" : "0")).join("");
   }
 
   async show() {
@@ -249,7 +265,7 @@ class Viewer {
     const whole = await rowOf(set.total, 0);
     const raw = ofWord ? await rowOf(set.words, w) : whole;
     const left = this.left_out(set);
-    const top = this.scale === "own" || !set.words ? quantile(without(raw, left)) : await this.sharedTop(set, left);
+    const top = this.scale === "own" || !set.words ? topOf(without(raw, left), left) : await this.sharedTop(set, left);
     if (job !== this.job) return; // another word was pointed at meanwhile
     const map = without(raw, left);
     this.data.grids.forEach((grid, g) => {
@@ -259,7 +275,7 @@ class Viewer {
     });
     Object.assign(this.root.dataset, { response: r, word: ofWord ? w : "", share: sum(raw), top, map: set.name });
     this.root.dataset.drawn ??= performance.now();
-    this.drawScale(top, left, w, ofWord);
+    this.drawScale(top, left, ofWord, timesMean(map, left));
     say(this, response, set, w, ofWord ? raw : null, whole, left);
   }
 
@@ -284,15 +300,29 @@ class Viewer {
     this.cards.forEach((card, c) => card.classList.toggle("chosen", c === r));
   }
 
-  drawScale(top, left, w, ofWord) {
+  drawScale(top, left, ofWord, times) {
     const stops = [0, 0.25, 0.5, 0.75, 1].map((t) => `rgb(${colour(0.25 + 0.75 * t).map(Math.round).join(" ")})`).join(",");
     const bar = element("div", { className: "bar" });
     bar.style.background = `linear-gradient(90deg, ${stops})`;
     const ticks = [0, 0.25, 1].map((share) => element("span", { textContent: (share === 1 ? "\u2265 " : "") + percent(share * top) }));
-    const of = this.scale === "shared" ? "all words of this response" : ofWord ? "this word" : "the whole response";
-    this.scaleBar.replaceChildren(bar, element("div", { className: "ticks" }, ...ticks), element("p", { className: "meta", textContent:
-      `${left ? "Share of the rest of the image's attention" : "Attention"} per visual token, on a square-root scale that ends at the 99.5 % quantile of ${of}.` }));
+    const end = this.scale === "shared" ? "the 95 % quantile of the words' own ends (of each the 99.5 % quantile of its map)"
+      : `the 99.5 % quantile of ${ofWord ? "this word" : "the whole response"}, but not below twice the mean`;
+    const even = times < 1.5 ? element("p", { textContent: `Nearly even: the largest value is ${digits(times, 2)} times the mean.` }) : null;
+    this.scaleBar.replaceChildren(...(even ? [even] : []), bar, element("div", { className: "ticks" }, ...ticks), element("p", { className: "meta", textContent:
+      `${left ? "Share of the rest of the image's attention" : "Attention"} per visual token, on a square-root scale that ends at ${end}.` }));
   }
 }
 
-document.querySelectorAll(".viewer").forEach((root) => new Viewer(root));
+const viewers = [...document.querySelectorAll(".viewer")].map((root) => new Viewer(root));
+
+// Without a focus, left and right go to the words of the viewer that is on the screen.
+document.addEventListener("keydown", (event) => {
+  if (document.activeElement !== document.body || !["ArrowLeft", "ArrowRight"].includes(event.key)) return;
+  if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  const viewer = viewers.find(({ root }) => root.getBoundingClientRect().bottom > innerHeight / 3);
+  const words = viewer?.boxes[viewer.chosen]?.querySelector('.word[tabindex="0"]');
+  if (!words) return;
+  event.preventDefault();
+  words.focus();
+  viewer.point(viewer.chosen, Number(words.dataset.w));
+});

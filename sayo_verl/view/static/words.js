@@ -78,7 +78,7 @@ function tint(box, values, range, signed) {
   }
 }
 
-function legend(name, about, range, several) {
+function legend(name, about, range, several, of) { // `of`: label of the map that attention per token belongs to
   if (!range) return element("p", { className: "meta", textContent: `${about.text}: not measured` });
   const signed = name in SIGNED;
   const reversed = !signed && about.high === 0;
@@ -88,7 +88,7 @@ function legend(name, about, range, several) {
     element("div", { className: signed ? "bar signed" : "bar" }),
     element("div", { className: "ticks" }, ...ticks),
     element("p", { className: "meta", textContent:
-      `${about.text[0].toUpperCase()}${about.text.slice(1)}${about.unit === "nats" ? ", in nats" : ""}. ${about.note} The scale ends at the ` +
+      `${about.text[0].toUpperCase()}${about.text.slice(1)}${about.unit === "nats" ? ", in nats" : ""}. ${about.note}${of && name.endsWith("_mass") ? ` Over ${of}.` : ""} The scale ends at the ` +
       `99 % quantile of ${several ? "all responses here" : "this response"}.${range.gaps ? " Dotted underline: not measured." : ""}` }));
 }
 
