@@ -10,6 +10,7 @@ from sayo_verl.diagnose.answers import IMAGE, Answer, usable_methods
 from sayo_verl.diagnose.collect import collect, rows_of, writable
 from sayo_verl.diagnose.config import Asked
 from sayo_verl.diagnose.page import Example, write_files
+from sayo_verl.estimates import FEWEST
 from sayo_verl.look.observe import LONGEST, Observer
 
 ORDER: tuple[str, ...] = (
@@ -83,8 +84,8 @@ def what_was_run(sets: f.Sets, asked: Asked) -> list[str]:
     )
     if without:
         sentences.append(f"{without} rows have no image or no response and are left out.")
-    if any(len(answers) == 1 for answers in sets.values()):
-        sentences.append("There is one response only, so there are no intervals.")
+    if any(len({a.row for a in answers}) < FEWEST for answers in sets.values()):
+        sentences.append(f"There are fewer than {FEWEST} questions, so there are no intervals.")
     sentences.append(
         "Attention is that of the last layer, mean of its heads, unless a figure says otherwise. R_a is SAYO's target "
         "attention score: 0.5 is no preference for the boxes, 1 is the boxes alone."
