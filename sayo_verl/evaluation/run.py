@@ -181,10 +181,16 @@ def run(plan: Plan) -> None:
 def main() -> int:
     """Entry point; 2 for an error."""
     try:
-        plan = make_plan(sys.argv[1:], os.environ)
+        dry = os.environ.get("DRY_RUN", "0") in ("1", "true", "yes")
+        plan = make_plan(sys.argv[1:], os.environ, dry=dry)
         show(plan)
-        if os.environ.get("DRY_RUN", "0") not in ("1", "true", "yes"):
-            run(plan)
+        if not dry:
+            try:
+                run(plan)
+            except OSError as error:
+                fix = "free space, or name a folder that can be written with --out"
+                what = f"a file cannot be read or written ({error.strerror or error})"
+                raise SayoError("E09", what, where=str(error.filename or plan.out), fix=fix) from error
     except SayoError as error:
         print(error, file=sys.stderr)
         return 2
