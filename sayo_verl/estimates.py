@@ -26,10 +26,10 @@ What remains: r(t) depends on the number of *visual* tokens in the boxes in the 
 and models with other grids are compared by ``lift``, which is linear: its expectation over random boxes is 1 whatever
 their size. Means over layers and heads are taken before the ratio, so all compared values use the same layers.
 
-Intervals are over prompts: responses of one prompt stay together, because they are not independent. From ``FEW`` prompts
-on they are percentiles of a bootstrap that draws prompts with replacement. Below, a bootstrap is too narrow: it misses a
-true mean in 46 % of the cases with two prompts and in 16 % with six. There the interval is Student's t of the jackknife
-(Tukey's pseudo-values: what the value becomes without each prompt). With fewer than three prompts there is none.
+Intervals are over prompts: responses of one prompt stay together, because they are not independent. From ``FEW``
+prompts on they are percentiles of a bootstrap that draws prompts with replacement. Below, a bootstrap is too narrow: it
+misses a true mean in 46 % of the cases with two prompts and in 16 % with six. There the interval is Student's t of the
+jackknife (Tukey's pseudo-values: what the value becomes without each prompt). With fewer than three prompts there is none.
 
 Shape suffixes: T tokens of one response, R responses, C prompts (clusters), D draws, K columns.
 """
@@ -55,7 +55,7 @@ class Estimate:
     Attributes:
         value: NaN: there is nothing to average.
         low, high: ends of the interval of ``LEVEL``; NaN: there is none, because there are fewer than
-            ``FEWEST`` prompts, or because all of them agree, where a bootstrap would wrongly give an interval of no width.
+            ``FEWEST`` prompts, or because all of them agree, where an interval would wrongly have no width.
         n: responses (or rows) behind it.
     """
 

@@ -60,8 +60,8 @@ def heads(sets: Sets) -> Finding:
             advice
             if len(kept) >= LEAST
             else f"With {len(kept)} rows with boxes no layer can be chosen and checked; {LEAST} are needed.",
-            f"The boxes cover {chance_R.mean():.1%} of the visual tokens on average, so that share of hits is chance. No "
-            "method has a setting heads=: masses are means over all heads of a layer.",
+            f"The boxes cover {chance_R.mean():.1%} of the visual tokens on average, so that share of hits is chance. "
+            "No method has a setting heads=: masses are means over all heads of a layer.",
         ]
     else:
         sentences = [f"With {len(kept)} rows with boxes no layer can be chosen and checked; {LEAST} are needed."]
@@ -143,7 +143,12 @@ def _sinks(answers: Answers) -> Result:
     sentence = (
         f"The first token gets {percent(y[0])} of the attention, the image {percent(y[1])}. Of the attention to the "
         f"image, {percent(border)} falls on its border, {verdict} the border's share of the visual tokens, "
-        f"{chance:.0%}; {percent(y[3])} falls on steady tokens, which get it whatever the question is."
+        f"{chance:.0%}; "
+        + (
+            f"{percent(y[3])} falls on steady tokens, which get it whatever the question is."
+            if y[3].value > 0
+            else "there are no steady tokens, which get it whatever the question is."
+        )
     )
     names = ("first token", "image", "border, of\nthe image's", "steady, of\nthe image's")
     facts = dict(zip(("first token", "image", "border", "steady"), y, strict=True))

@@ -103,6 +103,9 @@ def headline(sets: f.Sets, findings: Sequence[f.Finding]) -> list[str]:
     )
     if not math.isnan(lift.value):
         where += f"; the boxes get {lift.text(1)} times what chance would give them"
+        score = f.mean_of(answers, lambda a: a.score)
+        if lift.low > 1 and score.high < 0.5:
+            where += f". A few tokens look there strongly and most do not (R_a of single tokens {score.text(2)})"
     says: dict[str, str] = {}
     for finding in findings:
         own = [sentence for sentence in finding.sentences if sentence.startswith(f"{label}: ")]

@@ -11,7 +11,7 @@ from support.diagnosed import answers
 
 from sayo_verl import estimates as e
 from sayo_verl.diagnose import findings, layers
-from sayo_verl.diagnose.answers import IMAGE, needs_of, read_row, signals_of, usable_methods, write_row
+from sayo_verl.diagnose.answers import IMAGE, REGION, needs_of, read_row, signals_of, usable_methods, write_row
 from sayo_verl.diagnose.page import write_files
 from sayo_verl.diagnose.run import analyse, headline, labels_of
 from sayo_verl.methods import METHODS, Credit, DualMethod, Needs, RegionMethod
@@ -158,6 +158,18 @@ def test_without_a_ground_truth_answers_are_not_parted():
     found = {f.name: f for f in analyse({"m": answers(6, truth=False)})}
     assert "no row has a ground truth" in found["length"].left_out
     assert {line.label for line in found["position"].lines} == {"all answers"}
+
+
+def test_boxes_over_chance_with_a_low_score_are_explained_at_once():
+    own = []
+    for a in answers(40, looks=lambda row, right: 0.05):
+        region = a.values[REGION.key].copy()
+        region[0] = 1.0  # one token looks at the boxes alone
+        image = a.values[IMAGE.key] + (np.arange(a.tokens) == 0)
+        own.append(dataclasses.replace(a, values={**a.values, REGION.key: region, IMAGE.key: image}))
+    first = headline({"m": own}, analyse({"m": own}))[0]
+    assert "A few tokens look there strongly and most do not (R_a of single tokens 0." in first
+    assert "A few tokens" not in headline({"m": answers(40)}, [])[0]
 
 
 def test_one_response_has_values_and_no_interval():
