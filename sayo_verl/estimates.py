@@ -29,7 +29,7 @@ their size. Means over layers and heads are taken before the ratio, so all compa
 Intervals are over prompts: responses of one prompt stay together, because they are not independent. From ``FEW``
 prompts on they are percentiles of a bootstrap that draws prompts with replacement. Below, a bootstrap is too narrow: it
 misses a true mean in 46 % of the cases with two prompts and in 16 % with six. There the interval is Student's t of the
-jackknife (Tukey's pseudo-values: what the value becomes without each prompt). With fewer than three prompts there is none.
+jackknife (Tukey's pseudo-values, from the value without each prompt). With fewer than three prompts there is none.
 
 Shape suffixes: T tokens of one response, R responses, C prompts (clusters), D draws, K columns.
 """

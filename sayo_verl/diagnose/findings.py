@@ -313,7 +313,8 @@ def _random_tokens(answers: Answers) -> Result:
     sentence = (
         f"Of the same {len(kept)} responses, the pooled R_a rises from {one.value:.3f} for one random token to "
         f"{every.value:.3f} for all tokens, although they are the same tokens. R_a of single tokens changes by "
-        f"{lines[0].y[-1].text(sign=True)}. The pooled number depends on how many tokens are pooled, so this page takes R_a of each token alone and averages it."
+        f"{lines[0].y[-1].text(sign=True)}. The pooled number depends on how many "
+        "tokens are pooled, so this page takes R_a of each token alone and averages it."
     )
     return Result((sentence,), tuple(lines), facts, tuple(str(k or "all") for k in sizes))
 
