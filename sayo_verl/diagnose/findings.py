@@ -313,7 +313,8 @@ def _random_tokens(answers: Answers) -> Result:
     sentence = (
         f"Of the same {len(kept)} responses, the pooled R_a rises from {one.value:.3f} for one random token to "
         f"{every.value:.3f} for all tokens, although they are the same tokens. R_a of single tokens changes by "
-        f"{lines[0].y[-1].text(sign=True)}. So this page compares single tokens."
+        f"{lines[0].y[-1].text(sign=True)}. The pooled number depends on how many "
+        "tokens are pooled, so this page takes R_a of each token alone and averages it."
     )
     return Result((sentence,), tuple(lines), facts, tuple(str(k or "all") for k in sizes))
 
@@ -365,8 +366,8 @@ def _anchors(answers: Answers) -> Result:
     facts["share of the most connected tokens"] = top = mean_of(answers, top_share)
     listed = " and ".join(f"{facts[part].text(2)} in {part}" for part in parts(answers))
     sentence = (
-        f"Mean connectivity is {listed}. The {AnchorMethod.anchor_share:.0%} of a response's tokens that look most "
-        f"hold {percent(top)} of it."
+        f"Mean connectivity is {listed}. The {AnchorMethod.anchor_share:.0%} of a response's tokens with the highest "
+        f"connectivity have {percent(top)} of the sum over all its tokens."
     )
     return Result((sentence,), lines, facts)
 

@@ -21,6 +21,7 @@ CLASSES = {
     "qwen2_5_vl": "qwen2_5_vl",
     "internvl": "internvl_hf",
 }
+KNOWN_CLASSES = ", ".join(dict.fromkeys(CLASSES.values()))
 FOLD = "peft.PeftModel.from_pretrained(model, ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
 
 
@@ -62,7 +63,8 @@ class Model:
         """
         if self.model_type not in CLASSES:
             got = f"model_type {self.model_type}" if self.source else f"{self.name}, a name of the hub"
-            fix = "give --model-class NAME (python -m lmms_eval models lists them)"
+            fix = f"name the class: --model-class, such as {KNOWN_CLASSES}"
+            fix += "" if self.source else "; or download the model and name its folder"
             wanted = "model_type " + ", ".join(CLASSES)
             raise SayoError(
                 "E07",

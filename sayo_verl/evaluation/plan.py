@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sayo_verl.errors import Rule, raise_first
-from sayo_verl.evaluation.model import Model, find_model
-from sayo_verl.evaluation.sets import PROMPTS, BenchmarkSet, read_set
+from sayo_verl.errors import Rule, did_you_mean, raise_first
+from sayo_verl.evaluation.model import CLASSES, KNOWN_CLASSES, Model, find_model
+from sayo_verl.evaluation.sets import PROMPTS, BenchmarkSet, known_tasks, read_set
 
 ROOT = Path(__file__).resolve().parents[2]
 HARNESS = "lmms-eval==0.7.3"
@@ -33,6 +33,7 @@ class Plan:
     model_class: str
     attention: str
     out: Path
+    notes: tuple[str, ...] = ()  # of a dry run: what is still missing for the run itself
 
     @property
     def venv(self) -> Path:
@@ -45,9 +46,14 @@ class Plan:
         """Where verl's merger puts the model."""
         return self.out / "model" if self.model.shards else None
 
+    @property
+    def merging(self) -> Path:
+        """Where the merger writes; it is renamed to ``merged`` at the end, so an interrupted merge is not used."""
+        return self.out / "model.part"
+
     def merge(self) -> list[str]:
         """The command of verl's merger."""
-        flags = ["--backend", "fsdp", "--local_dir", str(self.model.shards), "--target_dir", str(self.merged)]
+        flags = ["--backend", "fsdp", "--local_dir", str(self.model.shards), "--target_dir", str(self.merging)]
         return ["python3", "-m", "verl.model_merger", "merge", *flags]
 
     def generation(self, sample: int) -> str:
@@ -79,6 +85,12 @@ class Plan:
         command += ["--limit", str(self.options.limit)] if self.options.limit else []
         return [*command, "--output_path", str(self.out / "harness" / str(sample))]
 
+    def _limits(self) -> str:
+        if self.options.set == "scenes":
+            return "256, of the task in configs/eval/scenes"
+        direct = any(b.prompt == "direct" for b in self.benchmarks.benchmarks if not b.left_out)
+        return "limits of the tasks" + (" (direct prompts: often 16)" if direct else "")
+
     def facts(self) -> dict[str, object]:
         """What decides the scores, in words; printed, and kept beside them."""
         n, pixels = self.options.sampled, self.model.pixels
@@ -91,7 +103,7 @@ class Plan:
             "pixels of an image": seen if self.model_class != "vllm" else "limits of the model's own processor",
             "sampling": f"avg@{n}, temperature {self.options.temperature}" if n else "greedy",
             **({"sampling of the paper": self.benchmarks.sampling} if self.benchmarks.paper else {}),
-            "tokens of an answer": self.options.max_new_tokens or "limits of the tasks (direct prompts: often 16)",
+            "tokens of an answer": self.options.max_new_tokens or self._limits(),
             "questions": f"the first {self.options.limit} of each task" if self.options.limit else "all",
             **({"rows": " ".join(self.options.files)} if self.options.files else {}),
         }
@@ -116,8 +128,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_plan(argv: Sequence[str], environment: Mapping[str, str]) -> Plan:
+def make_plan(argv: Sequence[str], environment: Mapping[str, str], *, dry: bool = False) -> Plan:
     """Everything that can be known, and refused, before anything is built or loaded.
+
+    Args:
+        argv: arguments of the script.
+        environment: its variables.
+        dry: a missing GPU or judge is a note, because the run may be elsewhere and later.
 
     Raises:
         SayoError: E01 to E08, E11.
@@ -129,6 +146,12 @@ def make_plan(argv: Sequence[str], environment: Mapping[str, str]) -> Plan:
     gpu = listed is not None and listed.stdout.startswith("GPU")
     benchmarks = read_set(options.set, prompt=options.prompt, judged=not options.no_judged)
     model = find_model(options.model)
+    needs_gpu = options.model_class == "vllm" or options.attention == "flash_attention_2"
+    unknown_class = options.model_class is None and model.model_type not in CLASSES
+    notes: list[str] = []
+    if dry and not gpu and (needs_gpu or unknown_class):
+        notes.append("nvidia-smi lists no GPU here, and the run as planned needs one")
+        gpu = True
     model_class = options.model_class or ("vllm" if gpu else model.harness_class())
     attention = options.attention or ("flash_attention_2" if gpu else "sdpa")
     rows = options.set == "scenes"
@@ -137,14 +160,30 @@ def make_plan(argv: Sequence[str], environment: Mapping[str, str]) -> Plan:
     options.files = [str(file.absolute()) for file in options.files if file.is_file()]
     counts = [options.gpus, *(n for n in (options.limit, options.max_new_tokens) if n is not None)]
     judges = {v: b.name for b in benchmarks.benchmarks if not b.left_out for v in b.judge if not environment.get(v)}
+    unset = f"not set: {', '.join(judges)}"
+    if dry and judges:
+        notes.append(f"{unset}; the judge of {', '.join(sorted(set(judges.values())))} needs them (or: --no-judged)")
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = (options.out or ROOT / "outputs" / "eval" / f"{options.set.split(',')[0]}-{stamp}").expanduser().absolute()
+    paths = {"MODEL": str(model.source or model.name), "--out": str(out)}
+    split = next((name for name, path in paths.items() if set(path) & set(",'\"{}")), "")
+    own_class = CLASSES.get(model.model_type or "", "NAME")
     raise_first(
         [
+            Rule(
+                "E08",
+                bool(split),
+                "the harness takes its settings as one text, which this path would split",
+                split,
+                "rename the folder, or name it by a link: no comma, quote or brace",
+                got=paths.get(split),
+            ),
             Rule(
                 "E06",
                 model_class == "vllm" and not gpu,
                 "vLLM runs the harness on GPUs, and nvidia-smi lists none",
                 "--model-class",
-                "leave it out: transformers runs the model on a CPU",
+                f"run it on GPUs, or name a class for a CPU: --model-class {own_class} (known: {KNOWN_CLASSES})",
             ),
             Rule(
                 "E08",
@@ -186,18 +225,16 @@ def make_plan(argv: Sequence[str], environment: Mapping[str, str]) -> Plan:
             ),
             Rule(
                 "E11",
-                bool(judges),
+                bool(judges) and not dry,
                 "an LLM judges these benchmarks, and it is not configured",
                 "environment",
                 "set them for an OpenAI-compatible server, or leave these benchmarks out: --no-judged",
-                got=f"not set: {', '.join(judges)}",
+                got=unset,
                 wanted=f"for {', '.join(sorted(set(judges.values())))}",
             ),
         ]
     )
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = (options.out or ROOT / "outputs" / "eval" / f"{options.set.split(',')[0]}-{stamp}").expanduser().absolute()
-    return Plan(model, benchmarks, options, "gpu" if gpu else "cpu", model_class, attention, out)
+    return Plan(model, benchmarks, options, "gpu" if gpu else "cpu", model_class, attention, out, tuple(notes))
 
 
 def show(plan: Plan) -> None:
@@ -206,18 +243,29 @@ def show(plan: Plan) -> None:
     for name, value in plan.facts().items():
         print(f"  {name:<22} {value}")
     print("\nbenchmarks")
+    columns, known = plan.benchmarks.columns, known_tasks()
+    if columns:
+        print(f"  {'':<28} the paper's numbers are of {', '.join(columns)}")
     for b in plan.benchmarks.benchmarks:
         judged = f", judged by an LLM ({' '.join(b.judge)})" if b.judge else ", judged by a rule" if b.prompt else ""
+        prompt = "the rows' own prompts" if plan.options.set == "scenes" else b.prompt or "as named"
         how = f"left out: {b.left_out}" if b.left_out else f"{' '.join(b.tasks)} {b.metric}"
-        print(f"  {b.name:<28} {how}" + ("" if b.left_out else f" ({b.prompt or 'as named'}{judged})"))
-        if b.note and not b.left_out:
-            print(f"  {'':<28} {b.note}")
+        print(f"  {b.name:<28} {how}" + ("" if b.left_out else f" ({prompt}{judged})"))
+        lines = [] if not b.numbers else ["paper: " + ", ".join(f"{number:.2f}" for number in b.numbers)]
+        lines += [b.note] if b.note and not b.left_out else []
+        if not b.metric and not b.left_out and b.name not in known:
+            near = did_you_mean(b.name, known)
+            lines.append(f"not a task of configs/eval{near}; the harness checks the name when it is installed")
+        for line in lines:
+            print(f"  {'':<28} {line}")
     print(f"\nenvironment of the harness: {plan.venv} ({constraints(plan.stack).relative_to(ROOT)})")
     if plan.model.shards:
         print(f"merge: {shlex.join(plan.merge())}")
     for sample in range(max(plan.options.sampled, 1)):
         print(f"run: {shlex.join(plan.harness(sample))}")
     print(f"result: {plan.out}/results.md and results.json")
+    for note in plan.notes:
+        print(f"before the run: {note}")
 
 
 def constraints(stack: str) -> Path:

@@ -84,6 +84,13 @@ def read_set(name: str, *, prompt: str, judged: bool) -> BenchmarkSet:
     return BenchmarkSet(name, **{**content, "columns": tuple(content["columns"])}, benchmarks=benchmarks)
 
 
+def known_tasks() -> list[str]:
+    """Tasks of the harness that the files of configs/eval name."""
+    contents = [tomllib.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.toml"))]
+    hows = [entry[p] for content in contents for entry in content["benchmark"] for p in PROMPTS if p in entry]
+    return sorted({task for how in hows for task in how["tasks"]})
+
+
 def _benchmark(entry: dict, prompt: str, judged: bool) -> Benchmark:
     name, numbers, note = entry["name"], tuple(entry.get("numbers", ())), entry.get("note", "")
     if "missing" in entry:

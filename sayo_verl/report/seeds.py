@@ -5,25 +5,12 @@ interval has its nominal coverage for normally distributed means at every number
 is wide for two or three seeds, as it should be.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from sayo_verl.estimates import LEVEL, Estimate
-
-
-@functools.cache
-def t_quantile(freedom: float) -> float:
-    """Half the width of the interval of ``LEVEL`` in standard errors, by Student's t.
-
-    With t = sqrt(freedom) tan(a), the angle a has the density cos(a) ** (freedom - 1), which is integrated here.
-    """
-    angles = np.linspace(0, math.pi / 2, 20_001)
-    density = np.cos(angles) ** (freedom - 1)
-    below = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(freedom) * math.tan(np.interp(LEVEL, below / below[-1], angles))
+from sayo_verl.estimates import Estimate, t_quantile
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:

@@ -11,7 +11,7 @@ from support.diagnosed import answers
 
 from sayo_verl import estimates as e
 from sayo_verl.diagnose import findings, layers
-from sayo_verl.diagnose.answers import IMAGE, needs_of, read_row, signals_of, usable_methods, write_row
+from sayo_verl.diagnose.answers import IMAGE, REGION, needs_of, read_row, signals_of, usable_methods, write_row
 from sayo_verl.diagnose.page import write_files
 from sayo_verl.diagnose.run import analyse, headline, labels_of
 from sayo_verl.methods import METHODS, Credit, DualMethod, Needs, RegionMethod
@@ -126,6 +126,12 @@ def test_a_layer_that_looks_there_on_the_choosing_rows_alone_is_not_proposed():
     assert "no reason to change algorithm.attn.region.layers" in says
 
 
+def test_chance_does_not_propose_a_layer_on_few_rows():
+    result = layers.heads({"m": answers(15, 1, lift_of_layers=lambda row: [1.0, 3.0, 1.0])})
+    assert "no layer can be chosen and checked; 16 are needed" in result.sentences[0]
+    assert "Boxes over chance" in result.grids
+
+
 def test_the_last_layer_is_kept_if_it_looks_most():
     says, _ = advice(lambda row: [1.0, 1.0, 3.0])
     assert "keep it" in says
@@ -154,6 +160,18 @@ def test_without_a_ground_truth_answers_are_not_parted():
     assert {line.label for line in found["position"].lines} == {"all answers"}
 
 
+def test_boxes_over_chance_with_a_low_score_are_explained_at_once():
+    own = []
+    for a in answers(40, looks=lambda row, right: 0.05):
+        region = a.values[REGION.key].copy()
+        region[0] = 1.0  # one token looks at the boxes alone
+        image = a.values[IMAGE.key] + (np.arange(a.tokens) == 0)
+        own.append(dataclasses.replace(a, values={**a.values, REGION.key: region, IMAGE.key: image}))
+    first = headline({"m": own}, analyse({"m": own}))[0]
+    assert "A few tokens look there strongly and most do not (R_a of single tokens 0." in first
+    assert "A few tokens" not in headline({"m": answers(40)}, [])[0]
+
+
 def test_one_response_has_values_and_no_interval():
     own = answers(1, 1)
     found = analyse({"m": own})
@@ -179,7 +197,8 @@ class OwnMethod:
 
 
 def test_metrics_of_every_registered_method_appear_and_a_missing_package_leaves_one_out(monkeypatch):
-    monkeypatch.setitem(METHODS, "attn_own", OwnMethod)
+    ours = {name: cls for name, cls in METHODS.items() if cls.__module__.startswith("sayo_verl.methods.")}
+    monkeypatch.setattr("sayo_verl.diagnose.answers.METHODS", {**ours, "attn_own": OwnMethod})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     methods, left_out = usable_methods()
     assert list(left_out) == ["attn_anchor"]

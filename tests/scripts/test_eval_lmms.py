@@ -160,6 +160,32 @@ def test_every_benchmark_of_a_set_has_a_task_or_a_reason(name, prompt):
     assert not any(b.judge for b in read_set(name, prompt=prompt, judged=False).benchmarks if not b.left_out)
 
 
+def test_a_dry_run_does_not_stop_for_what_can_be_known_or_set_later(no_gpu, model, capsys):
+    for argv in (["Qwen/Qwen3-VL-8B-Instruct", "sayo"], [model, "sayo", "--model-class", "vllm"]):
+        plan = make_plan([str(a) for a in argv], {}, dry=True)
+        evaluation.show(plan)
+        output = capsys.readouterr().out
+        assert "attention_backend=FLASH_ATTN" in output
+        assert "before the run: nvidia-smi lists no GPU here" in output
+        assert "before the run: not set: OPENAI_API_KEY, OPENAI_BASE_URL, MODEL_VERSION; the judge of CharXiv" in output
+        assert "the paper's numbers are of Qwen3-VL-4B, SAYO-Qwen-4B" in output
+        assert "paper: 75.16, 80.51, 75.55, 83.06, 73.22, 76.88" in output
+    assert make_plan([str(model), "sayo"], {}, dry=True).model_class == "qwen3_vl"
+
+
+def test_a_dry_run_says_that_a_misspelt_task_is_unknown(no_gpu, model, rows, capsys):
+    evaluation.show(make_plan([str(model), "chartqaa,ai2d"], {}, dry=True))
+    output = capsys.readouterr().out
+    assert "not a task of configs/eval (did you mean 'chartqa'?); the harness checks the name" in output
+    assert output.count("not a task of") == 1
+    evaluation.show(make_plan([str(model), "scenes", "--data", str(rows)], {}))
+    output = capsys.readouterr().out
+    assert "the rows' own prompts" in output
+    assert "often 16" not in output
+    assert "256, of the task" in output
+    assert "max_new_tokens: 256" in (evaluation.ROOT / "configs" / "eval" / "scenes" / "sayo_rows.yaml").read_text()
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -206,6 +232,11 @@ def test_options_that_do_not_fit(model, rows, no_gpu, tmp_path):
     for argv in (["--sampled", -1], ["--limit", 0], ["--max-new-tokens", 0], ["--gpus", 0], ["--temperature", 0]):
         with refusal("E08", "a number is out of range"):
             planned(model, "mmstar", *argv)
+    with refusal("E08", "no comma, quote or brace"):
+        planned(model, "mmstar", "--out", tmp_path / "a,b")
+    with refusal("E08", "at MODEL"):
+        planned(model.rename(tmp_path / "it's"), "mmstar")
+    (tmp_path / "it's").rename(model)
     with refusal("E11", "not set: OPENAI_BASE_URL, MODEL_VERSION"):
         planned(model, "sayo", OPENAI_API_KEY="key")
     with refusal("E11", "MathVerse-V"):
@@ -306,6 +337,43 @@ def test_the_environment_is_built_with_pinned_versions_and_rebuilt_when_they_cha
     monkeypatch.setattr(evaluation.sys, "version_info", (3, 12, 0))
     with refusal("E09", "pinned for Python 3.11"):
         evaluation.build(plan)
+
+
+def test_a_folder_that_cannot_be_written_is_named(model, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval_lmms.sh", str(model), "mmstar", "--out", "/proc/nope"])
+    assert evaluation.main() == 2
+    assert "SAYO-E09: a file cannot be read or written" in capsys.readouterr().err
+
+
+def test_another_checkpoint_or_an_interrupted_merge_is_merged_again(tmp_path, checkpoint, no_gpu, monkeypatch):
+    plan, merged = planned(checkpoint, "mmstar", "--out", tmp_path / "out"), []
+
+    def step(plan, name, command, **environment):
+        target = Path(command[command.index("--target_dir") + 1])
+        folder_of(target, config__json={})
+        if "interrupted" in merged:
+            raise KeyboardInterrupt
+        merged.append(command[command.index("--local_dir") + 1])
+
+    monkeypatch.setattr(evaluation, "step", step)
+    evaluation.merge(plan)
+    evaluation.merge(plan)
+    assert merged == [str(checkpoint)]
+    other = shutil.copytree(checkpoint, tmp_path / "global_step_8" / "actor")
+    plan = planned(other, "mmstar", "--out", tmp_path / "out")
+    merged.append("interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.merge(plan)
+    merged.remove("interrupted")
+    evaluation.merge(plan)
+    assert merged == [str(checkpoint), str(other)]
+    (other / "model_world_size_2_rank_1.pt").write_text("trained further")
+    evaluation.merge(plan)
+    assert merged[2:] == [str(other)]
+    assert not plan.merging.exists()
+    folder_of(tmp_path / "mine" / "model")
+    with refusal("E09", "not made by this script"):
+        evaluation.merge(planned(checkpoint, "mmstar", "--out", tmp_path / "mine"))
 
 
 def test_a_foreign_folder_is_not_made_an_environment(tmp_path, model):
