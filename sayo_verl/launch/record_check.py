@@ -59,11 +59,18 @@ class Observation:
         return tuple(self.statistic(name) for name in ("image_mass", "region_mass", "sink_mass"))
 
     @property
+    def predicting(self) -> Statistic:
+        """Attention to the image of the row that sampled a token: the row of its effect."""
+        return Statistic("image_mass", self.layers, "predicting")
+
+    @property
     def patch_sums(self) -> Statistic:
         return self.statistic("patch_sums")
 
     def needs(self) -> Needs:
         statistics = (*self.masses, self.top_index, self.top_mass, self.patch_sums)
+        if self.intervention is not None and self.predicting not in statistics:
+            statistics = (*statistics, self.predicting)
         return Needs(StatisticsRequest(statistics, coverage=self.coverage), intervention=self.intervention)
 
     def credit(self, signals: Signals) -> Credit:

@@ -13,8 +13,8 @@ from sayo_verl.estimates import Estimate
 from sayo_verl.report import catalogue as c
 from sayo_verl.report.compare import Comparison, Row
 from sayo_verl.report.groups import Group
-from sayo_verl.report.page import by_prompt, drawn
-from sayo_verl.report.panels import WINDOW, panel_figure
+from sayo_verl.report.panels import WINDOW, drawn, panel_figure
+from sayo_verl.report.recorded import by_prompt
 from sayo_verl.report.verdict import plain
 from sayo_verl.view.figure import COLOURS, style
 from sayo_verl.view.page import page, table, text

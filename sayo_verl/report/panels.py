@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, product
 from typing import Any
 
@@ -18,8 +18,9 @@ from sayo_verl.report import catalogue as c
 from sayo_verl.report import runs as r
 from sayo_verl.report.runs import Run, Series
 from sayo_verl.report.seeds import over_seeds
-from sayo_verl.view.figure import COLOURS, GREY, GRID, WARN
+from sayo_verl.view.figure import COLOURS, GREY, GRID, WARN, inline
 
+BESIDE = "display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:.6rem 1.6rem"
 WINDOW = 5  # steps of the running mean
 SECOND: dict[str, Any] = {"linewidth": 1.2, "linestyle": (0, (4, 2))}
 BAND: dict[str, Any] = {"alpha": 0.16, "linewidth": 0}
@@ -252,3 +253,8 @@ def _set_limits(axis: Axes, limits: tuple[float | None, float | None], *, above:
     ticks = [tick for tick in axis.yaxis.get_major_locator().tick_values(low, high) if low <= tick <= high]
     axis.set_yticks(ticks)
     axis.set_ylim(low - (below + margin) * (high - low), high + (above + margin) * (high - low))
+
+
+def drawn(figures: Iterable[tuple[Any, str]]) -> str:
+    """Figures, each with its text for screen readers, beside each other where there is room."""
+    return f'<div style="{BESIDE}">' + "".join(inline(figure, label) for figure, label in figures) + "</div>"
