@@ -109,6 +109,25 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     assert 88 <= covered <= 100
 
 
+@pytest.mark.parametrize("prompts", [3, 4, 6, 9, 12])
+def test_few_prompts_do_not_make_intervals_too_narrow(prompts):
+    """5 % of 300 intervals may miss the null; 27 misses are three standard deviations more."""
+    random, missed = np.random.default_rng(prompts), {"mean": 0, "ratio": 0, "rank correlation": 0}
+    names = np.repeat(np.arange(prompts), 8)
+    for _ in range(300):
+        x, y = (np.repeat(random.normal(size=prompts), 8) + random.normal(size=8 * prompts) for _ in range(2))
+        missed["mean"] += e.mean(x, names).excludes(0)
+        missed["ratio"] += e.ratio(x, 2 + random.random(x.size), names).excludes(0)
+        if prompts < e.FEW:
+            missed["rank correlation"] += e.rank_correlation(x, y, names).excludes(0)
+    assert max(missed.values()) <= (27 if prompts < e.FEW else 40), missed
+
+
+@pytest.mark.parametrize("estimate", [e.mean([0.1, 0.9], [0, 1]), e.rank_correlation(range(8), range(8), [0, 1] * 4)])
+def test_two_prompts_have_no_interval(estimate):
+    assert math.isnan(estimate.low)
+
+
 def test_responses_of_one_prompt_are_no_independent_evidence():
     values = np.random.default_rng(0).normal(size=20)
     once, copied = e.mean(values, range(20)), e.mean(np.repeat(values, 50), np.repeat(range(20), 50))

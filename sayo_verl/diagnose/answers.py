@@ -8,10 +8,13 @@ import functools
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -156,19 +159,32 @@ def write_row(file: Path, answers: Sequence[Answer]) -> None:
     for answer in answers:
         facts.append({f.name: getattr(answer, f.name) for f in dataclasses.fields(answer) if f.name != "values"})
         arrays |= {f"{answer.sample}/{key}": value.astype(np.float32) for key, value in answer.values.items()}
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    with scratch.open("wb") as out:
+    with whole(file) as out:
         np.savez_compressed(out, facts=np.array(json.dumps(facts)), **arrays)
-    scratch.replace(file)
 
 
-def read_row(file: Path) -> list[Answer]:
-    """The reverse of ``write_row``."""
-    with np.load(file) as stored:
-        facts = json.loads(str(stored["facts"]))
-        values: list[dict[str, np.ndarray]] = [{} for _ in facts]
-        for name in stored.files:
-            sample, _, key = name.partition("/")
-            if key:
-                values[[fact["sample"] for fact in facts].index(int(sample))][key] = stored[name]
-    return [Answer(**fact, values=of) for fact, of in zip(facts, values, strict=True)]
+@contextmanager
+def whole(file: Path) -> Iterator[IO[bytes]]:
+    """A file to write into, which gets its name when it is complete and is removed otherwise."""
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with scratch.open("wb") as out:
+            yield out
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def read_row(file: Path) -> list[Answer] | None:
+    """The reverse of ``write_row``; None for a missing or damaged file, whose row is measured again."""
+    try:
+        with np.load(file) as stored:
+            facts = json.loads(str(stored["facts"]))
+            values: list[dict[str, np.ndarray]] = [{} for _ in facts]
+            for name in stored.files:
+                sample, _, key = name.partition("/")
+                if key:
+                    values[[fact["sample"] for fact in facts].index(int(sample))][key] = stored[name]
+        return [Answer(**fact, values=of) for fact, of in zip(facts, values, strict=True)]
+    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
+        return None

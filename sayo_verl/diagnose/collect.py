@@ -5,7 +5,9 @@ Random numbers are seeded per row, so a run that was interrupted gives the same 
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import numpy as np
 
 from sayo_verl.command_line import progress_bar
 from sayo_verl.data.reading import open_parquet, read_rows
-from sayo_verl.diagnose.answers import Answer, needs_of, read_row, usable_methods, write_row
+from sayo_verl.diagnose.answers import Answer, needs_of, read_row, usable_methods, whole, write_row
 from sayo_verl.diagnose.config import Asked
 from sayo_verl.errors import Rule, SayoError, raise_first
 from sayo_verl.look.observe import Observer
@@ -22,6 +24,7 @@ from sayo_verl.methods import Needs
 from sayo_verl.reward import compute_score
 
 SETTINGS = "settings.json"
+ROW_FILE = re.compile(r"row-\d{6}\.npz")
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 
 
@@ -55,12 +58,12 @@ def collect(observer: Observer, asked: Asked, out: Path) -> list[Answer]:
 
     Raises:
         SayoError: W30 for a set without rows, W31 for one without images, W32 if ``out`` was made with other settings,
-            W33 if the model writes no response, and the first fault of a row.
+            W33 if the model writes no response, W36 for a folder that cannot be written, and the first fault of a row.
     """
     methods, _ = usable_methods()
     needs = needs_of(methods.values())
-    out.mkdir(parents=True, exist_ok=True)
-    check_settings(out / SETTINGS, _settings(observer.name, asked, needs))
+    settings = _settings(observer.name, asked, needs)
+    check_settings(out, settings)
     rows = list(rows_of(asked))
     with_image = [row for row in rows if len(row.values.get("images") or [])]
     where = str(asked.data)
@@ -76,9 +79,11 @@ def collect(observer: Observer, asked: Asked, out: Path) -> list[Answer]:
         bar = progress.add_task(f"{Path(observer.name).name}: answering and measuring", total=len(with_image))
         for row in with_image:
             file = out / f"row-{row.number:06d}.npz"
-            if not file.is_file():
-                write_row(file, list(_measured(observer, row, asked, needs)))
-            answers += read_row(file)
+            stored = read_row(file)
+            if stored is None:
+                stored = list(_measured(observer, row, asked, needs))
+                _store(file, stored, settings)
+            answers += stored
             progress.advance(bar)
     if not answers:
         raise SayoError(
@@ -108,25 +113,29 @@ def _settings(model: str, asked: Asked, needs: Needs) -> dict[str, Any]:
     }
 
 
-def check_settings(file: Path, settings: Mapping[str, Any]) -> None:
-    """Check that a folder was made with these settings; the first call writes them there.
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Check that the measured rows of a folder were made with these settings.
+
+    Settings without a measured row are those of a run that failed before its first one: they bind nobody.
 
     Raises:
         SayoError: W32 for other settings, or for a folder with files of something else.
     """
-    if not file.is_file():
-        if any(file.parent.iterdir()):
-            raise SayoError(
-                "W32",
-                "the folder holds files, but none of a diagnosis",
-                where=str(file.parent),
-                wanted=f"an empty folder, or one with {SETTINGS}",
-                fix="choose another --out",
-            )
-        scratch = file.with_name(f".{file.name}")
-        scratch.write_text(json.dumps(settings, indent=1))
-        scratch.replace(file)
-    found = json.loads(file.read_text())
+    file = folder / SETTINGS
+    with writable(folder):
+        names = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.exists() else []
+    rows = [name for name in names if ROW_FILE.fullmatch(name)]
+    if not rows and set(names) <= {SETTINGS}:
+        return
+    found = _read_settings(file) if rows else None
+    if found is None:
+        raise SayoError(
+            "W32",
+            "the folder holds files, but none of a diagnosis",
+            where=str(folder),
+            wanted=f"an empty folder, or one with a readable {SETTINGS}",
+            fix="choose another --out",
+        )
     changed = {name: found.get(name) for name, value in settings.items() if found.get(name) != value}
     if changed:
         raise SayoError(
@@ -135,8 +144,41 @@ def check_settings(file: Path, settings: Mapping[str, Any]) -> None:
             where=str(file),
             got={name: settings[name] for name in changed},
             wanted=changed,
-            fix=f"give those settings, or another --out; to start over: rm -r {file.parent}",
+            fix=f"give those settings, or another --out; to start over: rm -r {folder}",
         )
+
+
+def _read_settings(file: Path) -> dict[str, Any] | None:
+    """None for a missing or invalid file."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _store(file: Path, answers: Sequence[Answer], settings: Mapping[str, Any]) -> None:
+    """Write the file of a row; the first row of a folder brings the settings with it."""
+    with writable(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if _read_settings(file.with_name(SETTINGS)) != settings:
+            with whole(file.with_name(SETTINGS)) as out:
+                out.write(json.dumps(settings, indent=1).encode())
+        write_row(file, answers)
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """W36 for what the file system raises while results are written into a folder."""
+    try:
+        yield
+    except OSError as error:
+        raise SayoError(
+            "W36",
+            f"the results cannot be written ({error.strerror or error})",
+            where=str(folder),
+            fix="free space, or name a folder that can be written with --out; finished rows are kept",
+        ) from error
 
 
 def _measured(observer: Observer, row: Row, asked: Asked, needs: Needs) -> Iterator[Answer]:

@@ -1,4 +1,4 @@
-"""``sayo diagnose``: answer the rows of a set, measure where the model looks, and write a report.
+"""Answers the rows of a set, measures where the model looks, and writes a report.
 
 Nothing is trained. The data are rows of docs/data.md; without boxes, what needs them is left out. An interrupted run
 goes on where it was when the same command is given again. docs/diagnose.md says how to read the result.
@@ -38,9 +38,8 @@ def add_flags(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--max-new-tokens",
         type=int,
-        default=defaults.max_new_tokens,
         metavar="N",
-        help="longest response (default: %(default)s)",
+        help="longest response (default: 1024, or what the context leaves)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: %(default)s)")
     parser.add_argument(

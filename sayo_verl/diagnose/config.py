@@ -16,7 +16,7 @@ class Asked:
         rows: use the first rows only; None: all.
         samples: responses per row.
         temperature: of the sampling; 0 is greedy.
-        max_new_tokens: longest response, with the end token.
+        max_new_tokens: longest response, with the end token; None: what the context leaves, at most ``LONGEST``.
         seed: of the sampling.
 
     Raises:
@@ -27,7 +27,7 @@ class Asked:
     rows: int | None = None
     samples: int = 4
     temperature: float = 1.0
-    max_new_tokens: int = 1024
+    max_new_tokens: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -36,7 +36,7 @@ class Asked:
             "rows": (self.rows is None or self.rows >= 1, "1 or more"),
             "samples": (self.samples >= 1 and not several_greedy, "1 or more; 1 if --temperature is 0"),
             "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
-            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
+            "max_new_tokens": (self.max_new_tokens is None or self.max_new_tokens >= 1, "1 or more"),
             "seed": (self.seed >= 0, "0 or more"),
         }
         raise_first(
@@ -46,5 +46,18 @@ class Asked:
         )  # fmt: skip
 
     def files(self) -> list[Path]:
-        prepared = self.data.is_dir() and (self.data / MANIFEST).is_file()
-        return list(split_files(self.data)["val"]) if prepared else [self.data]
+        """The parquet files.
+
+        Raises:
+            SayoError: W35 if there is no such file, or a folder is not one of `sayo prepare`.
+        """
+        if self.data.is_dir() and (self.data / MANIFEST).is_file():
+            return list(split_files(self.data)["val"])
+        raise_first(
+            [
+                Rule("W35", not self.data.is_file(), "there are no rows at this path", "--data", "correct the path",
+                     got=f"{self.data}, {'a folder without ' + MANIFEST if self.data.is_dir() else 'no such file'}",
+                     wanted="a parquet file, or a folder of `sayo prepare`")
+            ]
+        )  # fmt: skip
+        return [self.data]

@@ -26,7 +26,7 @@ from sayo_verl.diagnose.findings import (
 )
 
 BEST = 5  # heads in the table
-LEAST = 4  # rows with boxes, two to choose and two to check
+LEAST = 16  # rows with boxes: with fewer to choose and to check, chance proposes a layer too often
 SETTING = "algorithm.attn.region.layers"
 TITLE, REFERENCE = "Layers and heads that look at the boxes", "LocalizationHeads, arXiv 2503.06287"
 COLUMNS = ("image_mass", "spatial_entropy", "region_mass", "box_hit")
@@ -39,7 +39,7 @@ def heads(sets: Sets) -> Finding:
     if not measured:
         return Finding("heads", TITLE, left_out="no response was measured by head")
     kept = [a for a in measured if a.region_tokens]
-    boxes = len(kept) >= LEAST
+    boxes = len(kept) >= 2  # one to choose, one to show
     used = kept if boxes else measured
     numbers = used[0].values["heads/layers"].astype(int)
     values = {n: np.array([a.values[f"heads/{n}"] for a in used], float) for n in COLUMNS[: 4 if boxes else 2]}
@@ -55,9 +55,12 @@ def heads(sets: Sets) -> Finding:
         # heads taken together, as a method does
         layer_RL = e.lift(values["region_mass"].mean(-1), image_RLH.mean(-1), chance_R[:, None])
         advice, facts = _layer(layer_RL, image_RLH.mean(-1), numbers, prompts_of(kept))
+        facts = facts if len(kept) >= LEAST else {}
         sentences = [
-            advice,
-            f"A box covers {chance_R.mean():.1%} of the visual tokens on average, so that share of hits is chance. No "
+            advice
+            if len(kept) >= LEAST
+            else f"With {len(kept)} rows with boxes no layer can be chosen and checked; {LEAST} are needed.",
+            f"The boxes cover {chance_R.mean():.1%} of the visual tokens on average, so that share of hits is chance. No "
             "method has a setting heads=: masses are means over all heads of a layer.",
         ]
     else:

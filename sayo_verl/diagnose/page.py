@@ -149,8 +149,8 @@ def _body(
         "<h2>How to read this</h2><p>R_a compares the attention of a token on a visual token of the target with that "
         "on an average visual token of the image: 0.5 is no preference, 1 is the target alone. It is taken of each "
         "token alone and then averaged, because R_a of pooled tokens grows with their number although nobody looks "
-        "differently. It can be below 0.5 while the boxes get more than chance in all: then a few tokens look there, "
-        "and most do not. Numbers in brackets are 95 % intervals from a bootstrap over questions. Many things are "
+        "differently. Numbers in brackets are 95 % intervals over questions: a bootstrap, or Student's t of the "
+        "jackknife below 10 questions. Many things are "
         "compared here, so one interval in twenty misses the truth. A correlation does not say what causes what.</p>"
     )
     return "\n".join(parts), data

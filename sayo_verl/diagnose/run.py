@@ -7,10 +7,11 @@ from pathlib import Path
 from sayo_verl.diagnose import findings as f
 from sayo_verl.diagnose import layers
 from sayo_verl.diagnose.answers import IMAGE, Answer, usable_methods
-from sayo_verl.diagnose.collect import collect, rows_of
+from sayo_verl.diagnose.collect import collect, rows_of, writable
 from sayo_verl.diagnose.config import Asked
 from sayo_verl.diagnose.page import Example, write_files
-from sayo_verl.look.observe import Observer
+from sayo_verl.estimates import FEWEST
+from sayo_verl.look.observe import LONGEST, Observer
 
 ORDER: tuple[str, ...] = (
     "paired",
@@ -32,6 +33,7 @@ def diagnose(models: Sequence[str], asked: Asked, out: Path) -> Path:
     Returns:
         The page.
     """
+    asked.files()  # a wrong path is named before a model is opened
     labels = labels_of(models)
     sets: dict[str, list[Answer]] = {}
     examples: list[Example] = []
@@ -42,7 +44,10 @@ def diagnose(models: Sequence[str], asked: Asked, out: Path) -> Path:
     findings = analyse(sets)
     title = f"Where {labels[0]} looks" + (f", against {labels[1]}" if len(labels) > 1 else "")
     settings = {"models": list(models), **vars(asked), "data": str(asked.data)}
-    return write_files(out, title, what_was_run(sets, asked), headline(sets, findings), findings, examples, settings)
+    with writable(out):
+        return write_files(
+            out, title, what_was_run(sets, asked), headline(sets, findings), findings, examples, settings
+        )
 
 
 def labels_of(models: Sequence[str]) -> list[str]:
@@ -73,14 +78,14 @@ def what_was_run(sets: f.Sets, asked: Asked) -> list[str]:
     total = sum(1 for _ in rows_of(asked))
     without = total - len({a.row for answers in sets.values() for a in answers})
     how = "greedy" if asked.temperature == 0 else f"temperature {asked.temperature:g}"
+    longest = asked.max_new_tokens or f"{LONGEST} (or what the model's context leaves)"
     sentences.append(
-        f"Data: {asked.data}, {asked.samples} responses each, {how}, at most {asked.max_new_tokens} tokens, seed "
-        f"{asked.seed}."
+        f"Data: {asked.data}, {asked.samples} responses each, {how}, at most {longest} tokens, seed {asked.seed}."
     )
     if without:
         sentences.append(f"{without} rows have no image or no response and are left out.")
-    if any(len(answers) == 1 for answers in sets.values()):
-        sentences.append("There is one response only, so there are no intervals.")
+    if any(len({a.row for a in answers}) < FEWEST for answers in sets.values()):
+        sentences.append(f"There are fewer than {FEWEST} questions, so there are no intervals.")
     sentences.append(
         "Attention is that of the last layer, mean of its heads, unless a figure says otherwise. R_a is SAYO's target "
         "attention score: 0.5 is no preference for the boxes, 1 is the boxes alone."

@@ -45,9 +45,14 @@ class Plan:
         """Where verl's merger puts the model."""
         return self.out / "model" if self.model.shards else None
 
+    @property
+    def merging(self) -> Path:
+        """Where the merger writes; it is renamed to ``merged`` at the end, so an interrupted merge is not used."""
+        return self.out / "model.part"
+
     def merge(self) -> list[str]:
         """The command of verl's merger."""
-        flags = ["--backend", "fsdp", "--local_dir", str(self.model.shards), "--target_dir", str(self.merged)]
+        flags = ["--backend", "fsdp", "--local_dir", str(self.model.shards), "--target_dir", str(self.merging)]
         return ["python3", "-m", "verl.model_merger", "merge", *flags]
 
     def generation(self, sample: int) -> str:

@@ -19,6 +19,7 @@ from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.evaluation.plan import HARNESS, ROOT, Plan, constraints, make_plan, show
 from sayo_verl.evaluation.table import report
 
+MERGED = ".sayo-merged"  # which checkpoint the merged model was made of
 FIXUPS = ROOT / "scripts" / "cpu_stack_fixups.py"
 # Tries the names of tasks in the harness; prints as JSON what it lacks, and the data set of each.
 NAMES = """
@@ -121,6 +122,31 @@ def check_names(plan: Plan) -> None:
                 )
 
 
+def merge(plan: Plan) -> None:
+    """Merge the checkpoint, unless the folder of the result holds this one already.
+
+    Raises:
+        SayoError: E09.
+    """
+    if plan.merged is None or plan.model.shards is None:
+        return
+    files = [(file.name, file.stat()) for file in sorted(plan.model.shards.iterdir())]
+    key = json.dumps([str(plan.model.shards.resolve()), *((name, s.st_size, s.st_mtime_ns) for name, s in files)])
+    stamp = plan.merged / MERGED
+    if stamp.is_file() and stamp.read_text() == key:
+        return
+    if plan.merged.exists() and not stamp.is_file():
+        fix = "move it away, or choose another --out"
+        raise SayoError("E09", "the folder was not made by this script", where=str(plan.merged), fix=fix)
+    print(f"merging {plan.model.shards}", flush=True)
+    for folder in (plan.merging, plan.merged):
+        shutil.rmtree(folder, ignore_errors=True)
+    prefix = ["bash", "-c", 'source scripts/lib.sh && ready_python sayo_verl verl && exec "$@"', "merge"]
+    step(plan, "merge", [*prefix, *plan.merge()], VERL_PLATFORM="cpu" if plan.stack == "cpu" else "")
+    (plan.merging / MERGED).write_text(key)
+    plan.merging.rename(plan.merged)
+
+
 def run(plan: Plan) -> None:
     """Build, check, merge, answer, report."""
     plan.out.mkdir(parents=True, exist_ok=True)
@@ -133,10 +159,7 @@ def run(plan: Plan) -> None:
     build(plan)
     print("asking the harness for the tasks", flush=True)
     check_names(plan)
-    if plan.merged is not None and not (plan.merged / "config.json").is_file():
-        print(f"merging {plan.model.shards}", flush=True)
-        prefix = ["bash", "-c", 'source scripts/lib.sh && ready_python sayo_verl verl && exec "$@"', "merge"]
-        step(plan, "merge", [*prefix, *plan.merge()], VERL_PLATFORM="cpu" if plan.stack == "cpu" else "")
+    merge(plan)
     local = {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
     local |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if plan.options.data else {}
     n_samples = max(plan.options.sampled, 1)

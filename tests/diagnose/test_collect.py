@@ -13,9 +13,9 @@ from support.refusals import refusal
 
 from sayo_verl.cli import build_parser, main
 from sayo_verl.diagnose import collect as module
-from sayo_verl.diagnose.collect import accuracy_of, collect
+from sayo_verl.diagnose.collect import accuracy_of, collect, rows_of
 from sayo_verl.diagnose.config import Asked
-from sayo_verl.diagnose.run import examples_of, what_was_run
+from sayo_verl.diagnose.run import diagnose, examples_of, what_was_run
 from sayo_verl.look.observe import Observer
 
 ROWS, SAMPLES, LONGEST = 4, 2, 6
@@ -110,6 +110,78 @@ def test_a_folder_of_another_set_or_of_other_files_is_refused(observer: Observer
         collect(observer, asked, tmp_path)
 
 
+def test_a_run_that_measured_nothing_does_not_block_the_next_one(
+    observer: Observer, asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "diagnosis" / "model"
+    with refusal("W05", "longer than the model's context"):
+        collect(observer, Asked(asked.data, ROWS, SAMPLES, max_new_tokens=10**6), out)
+    with refusal("W35", "/nope"):
+        diagnose([observer.name], Asked(Path("/nope")), tmp_path / "diagnosis")
+    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_row", refuse)
+        with pytest.raises(AssertionError):
+            collect(observer, asked, out)
+    assert len(collect(observer, Asked(asked.data, 1, 1, max_new_tokens=LONGEST), out)) == 1
+
+
+def test_a_response_is_as_long_as_the_context_leaves_if_no_length_is_given(
+    observer: Observer, asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    limit = observer.config.get_text_config().max_position_embeddings
+    prompt = observer.prompt(next(rows_of(asked)).values, "row 0")
+    room = 5
+    monkeypatch.setattr(observer.config.get_text_config(), "max_position_embeddings", len(prompt.ids) + room)
+    assert limit > len(prompt.ids) + room
+    (answer,) = collect(observer, Asked(asked.data, 1, 1), tmp_path)
+    assert answer.tokens <= room
+    assert "what the model's context leaves" in " ".join(what_was_run({"m": [answer]}, Asked(asked.data, 1, 1)))
+
+
+def test_damaged_files_are_measured_again_and_left_over_ones_do_not_matter(
+    observer: Observer, asked: Asked, done: Path, tmp_path: Path
+):
+    out = shutil.copytree(done, tmp_path / "out")
+    whole = (out / "row-000001.npz").read_bytes()
+    (out / "row-000001.npz").write_bytes(whole[: len(whole) // 2])
+    (out / "row-000002.npz").write_bytes(b"")
+    (out / ".settings.json").write_text("{")
+    collect(observer, asked, out)
+    after, before = arrays(out), arrays(done)
+    assert all(np.array_equal(value, before[name][key]) for name, own in after.items() for key, value in own.items())
+    (out / "settings.json").write_text("{")
+    with refusal("W32", "a readable settings.json"):
+        collect(observer, asked, out)
+    left = tmp_path / "killed"
+    left.mkdir()
+    (left / ".settings.json").write_text("{")
+    assert collect(observer, Asked(asked.data, 1, 1, max_new_tokens=LONGEST), left)
+
+
+def test_a_folder_that_cannot_be_written_and_a_full_disk_are_named(
+    observer: Observer, asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with refusal("W36", "/proc/nope"):
+        collect(observer, asked, Path("/proc/nope/model"))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with refusal("W36", "No space left on device"):
+        collect(observer, asked, tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["settings.json"]
+
+
+@pytest.mark.parametrize("name", ["/nope", "/nope.parquet", "empty"])
+def test_data_that_are_not_there_are_named(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with refusal("W35", "there are no rows at this path"):
+        Asked(Path(name)).files()
+
+
 def table_with(scenes: Path, out: Path, edit: Callable[[dict], object]) -> Path:
     """The validation rows, edited, in one file."""
     table = pq.read_table(next(scenes.glob("val-*.parquet")))
@@ -175,5 +247,5 @@ def test_what_is_said_of_the_run_counts_rows_without_boxes_and_responses(scenes:
     said = " ".join(what_was_run({"m": invented(4, boxes=False)}, Asked(scenes, 6)))
     assert "16 responses to 4 questions, 4 of them without boxes" in said
     assert "2 rows have no image or no response" in said
-    assert "one response only" in " ".join(what_was_run({"m": invented(1, 1)}, Asked(scenes, 1)))
+    assert "fewer than 3 questions" in " ".join(what_was_run({"m": invented(1, 1)}, Asked(scenes, 1)))
     assert examples_of(observer, invented(2, boxes=False), Asked(scenes, 2)) == []

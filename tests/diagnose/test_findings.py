@@ -126,6 +126,12 @@ def test_a_layer_that_looks_there_on_the_choosing_rows_alone_is_not_proposed():
     assert "no reason to change algorithm.attn.region.layers" in says
 
 
+def test_chance_does_not_propose_a_layer_on_few_rows():
+    result = layers.heads({"m": answers(15, 1, lift_of_layers=lambda row: [1.0, 3.0, 1.0])})
+    assert "no layer can be chosen and checked; 16 are needed" in result.sentences[0]
+    assert "Boxes over chance" in result.grids
+
+
 def test_the_last_layer_is_kept_if_it_looks_most():
     says, _ = advice(lambda row: [1.0, 1.0, 3.0])
     assert "keep it" in says
@@ -179,7 +185,8 @@ class OwnMethod:
 
 
 def test_metrics_of_every_registered_method_appear_and_a_missing_package_leaves_one_out(monkeypatch):
-    monkeypatch.setitem(METHODS, "attn_own", OwnMethod)
+    ours = {name: cls for name, cls in METHODS.items() if cls.__module__.startswith("sayo_verl.methods.")}
+    monkeypatch.setattr("sayo_verl.diagnose.answers.METHODS", {**ours, "attn_own": OwnMethod})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     methods, left_out = usable_methods()
     assert list(left_out) == ["attn_anchor"]

@@ -308,6 +308,37 @@ def test_the_environment_is_built_with_pinned_versions_and_rebuilt_when_they_cha
         evaluation.build(plan)
 
 
+def test_another_checkpoint_or_an_interrupted_merge_is_merged_again(tmp_path, checkpoint, no_gpu, monkeypatch):
+    plan, merged = planned(checkpoint, "mmstar", "--out", tmp_path / "out"), []
+
+    def step(plan, name, command, **environment):
+        target = Path(command[command.index("--target_dir") + 1])
+        folder_of(target, config__json={})
+        if "interrupted" in merged:
+            raise KeyboardInterrupt
+        merged.append(command[command.index("--local_dir") + 1])
+
+    monkeypatch.setattr(evaluation, "step", step)
+    evaluation.merge(plan)
+    evaluation.merge(plan)
+    assert merged == [str(checkpoint)]
+    other = shutil.copytree(checkpoint, tmp_path / "global_step_8" / "actor")
+    plan = planned(other, "mmstar", "--out", tmp_path / "out")
+    merged.append("interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.merge(plan)
+    merged.remove("interrupted")
+    evaluation.merge(plan)
+    assert merged == [str(checkpoint), str(other)]
+    (other / "model_world_size_2_rank_1.pt").write_text("trained further")
+    evaluation.merge(plan)
+    assert merged[2:] == [str(other)]
+    assert not plan.merging.exists()
+    folder_of(tmp_path / "mine" / "model")
+    with refusal("E09", "not made by this script"):
+        evaluation.merge(planned(checkpoint, "mmstar", "--out", tmp_path / "mine"))
+
+
 def test_a_foreign_folder_is_not_made_an_environment(tmp_path, model):
     (tmp_path / "mine").mkdir()
     status, output = script(model, "chartqa", tmp_path=tmp_path, SAYO_EVAL_VENV=str(tmp_path / "mine"))

@@ -34,7 +34,7 @@ def test_the_gpu_stack_is_built_under_its_constraints_and_flash_attn_after_torch
         "trying all imports",
         "[4/4]",
         "flash-attn==2.8.3 (built for torch",
-        "flash-attn 2.8.3)",
+        "flash-attn 2.8.3",
     ):
         assert part in output
     base, packages, flash = with_nvcc.calls
@@ -94,7 +94,7 @@ def test_flash_attn_that_is_installed_needs_no_nvcc_after_a_change_of_the_projec
 def test_a_wheel_of_flash_attn_needs_no_nvcc(copy: Copy) -> None:
     copy.venv = copy.root / ".venv-gpu"
     wheel = "/wheels/flash_attn-2.8.3+cu13torch2.11-cp311-cp311-linux_x86_64.whl"
-    assert "flash-attn 2.8.3)" in copy.built("gpu", SAYO_FLASH_ATTN=wheel)
+    assert "flash-attn 2.8.3" in copy.built("gpu", SAYO_FLASH_ATTN=wheel)
     assert copy.calls[-1].endswith(f"--constraint configs/constraints-gpu.txt {wheel}")
 
 
