@@ -158,7 +158,10 @@ def remarks(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
         for group in groups:
             for member in group.members:
                 if member.config:
-                    values.setdefault(_short(member.settings().get(key, "not set")), []).append(group.label)
+                    value = member.settings().get(key, "not set")
+                    values.setdefault(value.strip("[]'") if _matches(key, DATA) else _short(value), []).append(
+                        group.label
+                    )
         sides = (f"{value} ({', '.join(dict.fromkeys(labels))})" for value, labels in values.items())
         return f"{key}: {' / '.join(sides)}"
 

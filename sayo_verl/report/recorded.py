@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import matplotlib
@@ -23,7 +23,7 @@ RECORDS = (
 
 def by_prompt(steps: Sequence[RecordedStep]) -> list[tuple[SeenPrompt, list[tuple[RecordedStep, Any]]]]:
     """Each recorded prompt with its steps and responses, in the order of the last step."""
-    found: dict[tuple[str, str], tuple[SeenPrompt, list[tuple[RecordedStep, Any]]]] = {}
+    found: dict[Hashable, tuple[SeenPrompt, list[tuple[RecordedStep, Any]]]] = {}
     for step in steps:
         for prompt, responses in step.prompts:
             found.setdefault(verdict.prompt_key(prompt), (prompt, []))[1].append((step, responses))
@@ -65,9 +65,8 @@ def _advantage(response: SeenResponse) -> float:
 
 def credited(responses: Sequence[SeenResponse], step: int) -> str:
     """What the method credited, in words; empty if advantages or accuracies were not recorded."""
-    known = [(float(r.facts["accuracy"]) >= 0.5, _advantage(r)) for r in responses if "accuracy" in r.facts]
-    known = [(right, value) for right, value in known if math.isfinite(value)]
-    right, wrong = ([value for is_right, value in known if is_right is side] for side in (True, False))
+    known = [(verdict.is_right(r), _advantage(r)) for r in responses]
+    right, wrong = ([v for is_right, v in known if is_right is side and math.isfinite(v)] for side in (True, False))
     parts = []
     if wrong:
         parts.append(f"Wrong answers with a positive advantage: {sum(v > 0 for v in wrong)} of {len(wrong)}.")

@@ -172,7 +172,7 @@ def test_a_run_in_flight_is_readable_and_its_state_is_named(tmp_path):
 
 def test_a_run_of_one_step_has_a_page_and_one_without_a_step_has_none(tmp_path):
     page = page_of(write_run(tmp_path / "one", line(1, **GRPO)))
-    assert "There are too few steps" in page.text
+    assert "Cannot be told: 1 training steps are too few (10 are needed)." in page.text
     assert write_page_at_end(write_run(tmp_path / "none", "")) is None
     with pytest.raises(SayoError, match="SAYO-R02"):
         write_page_at_end(tmp_path / "no run")
