@@ -159,9 +159,8 @@ def remarks(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
             for member in group.members:
                 if member.config:
                     value = member.settings().get(key, "not set")
-                    values.setdefault(value.strip("[]'") if _matches(key, DATA) else _short(value), []).append(
-                        group.label
-                    )
+                    shown = value.strip("[]'") if _matches(key, DATA) else _short(value)
+                    values.setdefault(shown, []).append(group.label)
         sides = (f"{value} ({', '.join(dict.fromkeys(labels))})" for value, labels in values.items())
         return f"{key}: {' / '.join(sides)}"
 

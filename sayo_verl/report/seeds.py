@@ -16,9 +16,10 @@ SAME = 1e-12  # values closer than this are equal
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
-    """Mean of one value per seed, and its t interval; none for one seed or seeds that agree exactly. NaN values are left out.
+    """Mean of one value per seed, and its t interval; none for one seed or seeds that agree exactly.
 
-    Seeds that agree exactly are no sign of certainty: a rate of few responses, or one run that was copied.
+    NaN values are left out. Seeds that agree exactly are no sign of certainty: it may be a rate of few responses, or one
+    run that was copied.
     """
     kept = np.array([value for value in values if math.isfinite(value)])
     n = len(kept)

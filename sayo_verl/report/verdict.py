@@ -136,6 +136,8 @@ def looked(steps: Sequence[RecordedStep]) -> list[str]:
 
 def region_share(response: SeenResponse) -> float:
     """Share of a response's attention to the image that fell on the boxes; NaN without any."""
+    if not {"region_mass", "image_mass"} <= response.values.keys():
+        return math.nan
     region, image = (float(np.nansum(response.values[name])) for name in ("region_mass", "image_mass"))
     return region / image if image > 0 else math.nan
 
