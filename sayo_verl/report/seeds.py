@@ -18,7 +18,7 @@ SAME = 1e-12  # values closer than this are equal
 def over_seeds(values: Sequence[float]) -> Estimate:
     """Mean of one value per seed, and its t interval; none for one seed or seeds that agree exactly.
 
-    NaN values are left out. Seeds that agree exactly are no sign of certainty: it may be a rate of few responses, or one
+    NaN values are left out. Seeds that agree exactly are no sign of certainty: it may be a rate of few responses, or a
     run that was copied.
     """
     kept = np.array([value for value in values if math.isfinite(value)])
