@@ -92,7 +92,7 @@ def causal_section(steps: Sequence[RecordedStep]) -> str:
         "<p>The effect of a token is its log-probability given the image minus that given a changed image, in nats. "
         "Its dependence on the image is how far that is from 0: exp(-effect) - 1 + effect, an estimate of the "
         "divergence. In a policy that looks where it needs to look, attention to the image and dependence "
-        "rise together. The attention is that of the position whose output the token was sampled from.</p>"
+        "rise together. The attention to compare is that of the position whose output the token was sampled from.</p>"
     )
     if not steps:
         return f"{title}{explain}<p>Nothing was recorded. {RECORDS}</p>"
