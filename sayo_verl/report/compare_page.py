@@ -88,7 +88,7 @@ def tables(shown: Comparison) -> Iterator[tuple[str, list[str], list[list[str]]]
     """Title, header and rows of every table."""
     yield "Final table", header(shown, "metric"), cells(shown, shown.rows)
     if len(shown.groups) > 1:
-        yield "Differences (* interval without 0)", *differences(shown)
+        yield "Differences (*: the interval does not contain 0)", *differences(shown)
     if shown.cost:
         yield "Cost per step (median)", header(shown, ""), cells(shown, shown.cost)
 

@@ -182,7 +182,7 @@ def windows(run: Run, k: int) -> str:
     """What the numbers are, as a sentence."""
     window = min(k, sum(step > 0 for step in run.steps) // 2)
     if window < 2:
-        return "Numbers are of the first and the last step."
+        return "The numbers are those of the first and of the last training step."
     return f"Numbers are means of the first and the last {window} steps."
 
 
