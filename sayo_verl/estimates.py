@@ -43,6 +43,7 @@ import numpy as np
 
 EPS = 1e-8  # eps of SAYO's equation 3
 DRAWS, LEVEL = 1000, 0.95
+MOST_DEPENDENCE = 10.0  # nats
 FEW, FEWEST = 10, 3  # prompts: below the first no bootstrap, below the second no interval
 Values = Sequence[float] | np.ndarray
 Prompts = Sequence[object] | np.ndarray  # names the prompt of each response
@@ -191,6 +192,36 @@ def concordance(score: Values, correct: Values, prompts: Prompts, *, seed: int =
         pairs.append(float(gap.size))
     with_pairs = [i for i, n in enumerate(pairs) if n]
     return ratio([won[i] for i in with_pairs], [pairs[i] for i in with_pairs], with_pairs, seed=seed)
+
+
+def dependence(effect_T: np.ndarray) -> np.ndarray:
+    """How much each token depends on the image: exp(-d) - 1 + d of its effect d, at most ``MOST_DEPENDENCE``, [T].
+
+    d is the log-probability given the image minus that given a changed image. The number is the k3 estimate of the
+    divergence between the two distributions, as ``methods.faithful.causal_effect`` with its default. It is 0 if the
+    change makes no difference, and positive whichever way it goes.
+    """
+    with np.errstate(over="ignore"):
+        return np.clip(np.expm1(-effect_T) + effect_T, 0, MOST_DEPENDENCE)
+
+
+def attention_by_effect(
+    masses: Sequence[np.ndarray], effects: Sequence[np.ndarray], prompts: Prompts, *, seed: int = 0
+) -> Estimate:
+    """Rank correlation of attention and dependence on the image within a response, mean over responses.
+
+    Within a response, because differences between responses and prompts would count as agreement of tokens.
+
+    Args:
+        masses: attention to the image of the row that *sampled* each token, [T] of each response.
+        effects: see ``dependence``; entries where one is NaN are left out.
+        prompts: of each response.
+    """
+    found = []
+    for mass_T, effect_T in zip(masses, effects, strict=True):
+        both = np.isfinite(mass_T) & np.isfinite(effect_T)
+        found.append(spearman(mass_T[both], dependence(effect_T[both])))
+    return mean(found, prompts, seed=seed)
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sayo_verl import estimates as e
+from sayo_verl.methods.faithful import FaithfulMethod, causal_effect
 from sayo_verl.methods.region import target_attention, token_ratio
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=40)
@@ -188,3 +189,13 @@ def test_concordance_of_what_decides_is_one_and_without_pairs_there_is_none():
     correct = np.array([1.0, 0.0, 1.0, 0.0])
     assert e.concordance(correct, correct, "aabb").value == 1
     assert math.isnan(e.concordance(correct, np.ones(4), "aabb").value)
+
+
+def test_the_dependence_of_a_report_is_the_causal_effect_of_a_diagnosis():
+    delta_T = np.linspace(-15, 15, 301)
+    zeros_1T = torch.zeros(1, 301, dtype=torch.float64)
+    wanted = causal_effect(torch.from_numpy(delta_T)[None], zeros_1T, zeros_1T == 0, FaithfulMethod.k_max)[0]
+    np.testing.assert_allclose(e.dependence(delta_T), wanted.numpy())
+    masses = [np.array([0.1, 0.2, 0.3, np.nan]), np.array([0.3, 0.2, 0.1])]
+    effects = [np.array([0.0, -1.0, 2.0, 9.0]), np.array([0.0, 1.0, 2.0])]
+    assert e.attention_by_effect(masses, effects, [0, 1]).value == pytest.approx(0)  # of 1 and -1, not of pooled tokens

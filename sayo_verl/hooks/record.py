@@ -323,7 +323,7 @@ class Recorder:
         info: Mapping[str, Any],
     ) -> dict[str, str | float]:
         """Numbers of row n."""
-        facts: dict[str, str | float] = {"reward": float(reward_B[n])}
+        facts: dict[str, str | float] = {"reward": float(reward_B[n]), "query_row": self._seen.query_row}
         if (accuracy := number(info.get("acc"))) is not None:
             facts["accuracy"] = accuracy
         for term in credit.terms:
@@ -358,6 +358,7 @@ class Recorder:
         unchanged = self.needs.intervention is not None and self.needs.intervention.kind == "region"
         if changed is not None and not (unchanged and not prompt.region_tokens):
             values["effect"] = signals.log_probs[n, :T] - changed[n, :T]
+            values["predicting_mass"] = signals[self._seen.predicting][n, :T]
         if credit.token_weight is not None:
             values["token_weight"] = credit.token_weight[n, :T]
         if advantage is not None:

@@ -120,7 +120,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
         ("resumes", resumed),
         ("checkpoints", describe_checkpoints(config)),
         ("metrics", str(metrics_file(config) or 'no file, nothing for sayo report: trainer.logger has no "file"')),
-        *([("recorded", recorded)] if recorded else []),
+        ("recorded", recorded),
     ]
     return plan
 

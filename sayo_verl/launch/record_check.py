@@ -59,11 +59,18 @@ class Observation:
         return tuple(self.statistic(name) for name in ("image_mass", "region_mass", "sink_mass"))
 
     @property
+    def predicting(self) -> Statistic:
+        """Attention to the image of the row that sampled a token: the row of its effect."""
+        return Statistic("image_mass", self.layers, "predicting")
+
+    @property
     def patch_sums(self) -> Statistic:
         return self.statistic("patch_sums")
 
     def needs(self) -> Needs:
         statistics = (*self.masses, self.top_index, self.top_mass, self.patch_sums)
+        if self.intervention is not None and self.predicting not in statistics:
+            statistics = (*statistics, self.predicting)
         return Needs(StatisticsRequest(statistics, coverage=self.coverage), intervention=self.intervention)
 
     def credit(self, signals: Signals) -> Credit:
@@ -117,7 +124,7 @@ def recorded_steps(config: DictConfig) -> str:
     return f"{', '.join(steps[:-1])} and {steps[-1]} steps"
 
 
-def check_record(config: DictConfig, method: Method | None) -> str | None:
+def check_record(config: DictConfig, method: Method | None) -> str:
     """Check the settings of recording.
 
     Args:
@@ -125,7 +132,7 @@ def check_record(config: DictConfig, method: Method | None) -> str | None:
         method: the run's method; None for an estimator of verl's own.
 
     Returns:
-        A line for the plan; None if nothing is recorded.
+        A line for the plan.
 
     Raises:
         SayoError: L90 for an invalid value, L91 without a folder of the run, L92 for settings under which nothing can
@@ -138,7 +145,7 @@ def check_record(config: DictConfig, method: Method | None) -> str | None:
         for key, least, wanted in (("viz_every", 0, "0 (off) or a number of steps"), ("viz_prompts", 1, "1 or more"))
     )  # fmt: skip
     if not is_recording(config):
-        return None
+        return f"nothing; {EVERY}=10 records {sayo.viz_prompts} held-out prompts"
     folder = run_folder(config)
     if folder is None:
         raise SayoError(
@@ -172,10 +179,13 @@ def check_record(config: DictConfig, method: Method | None) -> str | None:
     )
     needs, rollout, data = recorded_needs(config, method), config.actor_rollout_ref.rollout, config.data
     rows = int(sayo.viz_prompts) * int(rollout.n)
+    trained = int(data.train_batch_size) * int(rollout.n)
+    share = 100 * rows * (1 if needs.intervention is None else 2) / trained
     passes = "a log-prob pass" if needs.intervention is None else "two log-prob passes, one with a changed image,"
     return (
         f"{sayo.viz_prompts} held-out prompts x {rollout.n} rollouts of the policy after {recorded_steps(config)}, "
-        f"in {folder / FOLDER}; each time {passes} of {rows} rows (training: {data.train_batch_size * rollout.n})"
+        f"in {folder / FOLDER}; each time {passes} of {rows} rows, about {share:.0f} % of "
+        f"one training log-prob pass ({trained} rows)"
     )
 
 

@@ -1,8 +1,9 @@
-"""Causal beside attention: the effect of a changed image on each token, against the token's attention to the image.
+"""Causal beside attention: how much each token depends on the image, against its attention to the image.
 
-The effect of a token is its log-probability given the real image minus that given the changed image. If attention says
-where the model *needs* the image, the two rise together. The token was predicted by the row before it, so its attention
-is taken from that row.
+The effect of a token is its log-probability given the real image minus that given the changed image. Its dependence is
+``estimates.dependence`` of the effect. If attention says where the model *needs* the image, attention and dependence
+rise together. A token was sampled by the row before it, so its attention is that of this row. ``sayo diagnose`` uses
+the same estimate.
 """
 
 from collections.abc import Sequence
@@ -12,12 +13,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sayo_verl.estimates import Estimate, rank_correlation
+from sayo_verl.estimates import Estimate, attention_by_effect, dependence
 from sayo_verl.view.figure import COLOURS, GREY
 from sayo_verl.view.seen import SeenPrompt, SeenResponse
 from sayo_verl.view.store import RecordedStep
 
 MOST_POINTS = 1200  # of a scatter, so that the page stays small
+UNKNOWN_ROW = (
+    "The recorded files do not say at which position the attention was read. It may be that after the token, which "
+    "says nothing about why the token was chosen. So no correlation is shown. Runs of this version record the position."
+)
 
 
 @dataclass(frozen=True)
@@ -28,75 +33,76 @@ class Effects:
         step: updates of the policy.
         prompt: the prompt.
         responses: those with tokens that have both numbers.
-        mass, effect: of all these tokens.
-        owner: index of each token's response.
-        correlation: Spearman's, with a bootstrap over responses.
+        masses, effects: [T] of each of these responses, the tokens that have both.
+        correlation: mean over responses of Spearman's correlation within one, with an interval over responses.
     """
 
     step: int
     prompt: SeenPrompt
     responses: tuple[SeenResponse, ...]
-    mass: np.ndarray
-    effect: np.ndarray
-    owner: np.ndarray
+    masses: tuple[np.ndarray, ...]
+    effects: tuple[np.ndarray, ...]
     correlation: Estimate
 
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.masses))
 
-def predicting_mass(response: SeenResponse) -> np.ndarray:
-    """[T] attention to the image of the row that predicted each token; NaN for the first if its row was not measured.
 
-    Where a token's numbers are of the row in which it is the input (``query_row``), that is the row before.
+def predicting_mass(response: SeenResponse) -> np.ndarray | None:
+    """[T] attention to the image of the row that sampled each token; None: nobody knows which row was read.
+
+    Where only the row of the token as input was read, that row samples the next token, and the first token has NaN.
     """
-    mass_T = response.values["image_mass"]
-    if response.facts.get("query_row") != "input":
-        return mass_T
-    return np.concatenate([[np.nan], mass_T[:-1]]).astype(mass_T.dtype)
+    row, values = response.facts.get("query_row"), response.values
+    if "predicting_mass" in values:
+        return values["predicting_mass"]
+    if row not in ("input", "predicting") or "image_mass" not in values:
+        return None
+    mass_T = values["image_mass"]
+    return mass_T if row == "predicting" else np.concatenate([[np.nan], mass_T[:-1]]).astype(mass_T.dtype)
 
 
-def row_in_words(response: SeenResponse) -> str:
-    """Which row the attention is of, as a sentence."""
-    if "query_row" in response.facts:
-        return "The attention is of the row that predicted the token."
-    return (
-        "The file does not say which row the attention is of; it may be the row after the one that predicted the token."
-    )
+def is_row_unknown(step: RecordedStep) -> bool:
+    """Whether effects were recorded, but not at which row the attention was read."""
+    measured = [r for _, responses in step.prompts for r in responses if "effect" in r.values]
+    return bool(measured) and all(predicting_mass(response) is None for response in measured)
 
 
 def effects_of(step: RecordedStep, prompt: SeenPrompt, responses: Sequence[SeenResponse]) -> Effects | None:
     """None if no token has both numbers."""
     kept: list[SeenResponse] = []
-    mass, effect, owner = [], [], []
+    masses, effects = [], []
     for response in responses:
-        if not {"effect", "image_mass"} <= response.values.keys():
-            continue
         mass_T = predicting_mass(response)
+        if mass_T is None or "effect" not in response.values:
+            continue
         both = np.isfinite(response.values["effect"]) & np.isfinite(mass_T)
         if both.any():
-            mass.append(mass_T[both])
-            effect.append(response.values["effect"][both])
-            owner.append(np.full(int(both.sum()), len(kept)))
+            masses.append(mass_T[both])
+            effects.append(response.values["effect"][both])
             kept.append(response)
     if not kept:
         return None
-    m, e, o = (np.concatenate(part) for part in (mass, effect, owner))
-    return Effects(step.step, prompt, tuple(kept), m, e, o, rank_correlation(m, e, o.tolist()))
+    correlation = attention_by_effect(masses, effects, range(len(kept)))
+    return Effects(step.step, prompt, tuple(kept), tuple(masses), tuple(effects), correlation)
 
 
-def pooled(effects: Sequence[Effects]) -> Estimate:
-    """The correlation over all tokens of several prompts, with a bootstrap over responses."""
-    owner = [f"{i}.{k}" for i, one in enumerate(effects) for k in one.owner]
-    return rank_correlation(
-        np.concatenate([one.mass for one in effects]), np.concatenate([one.effect for one in effects]), owner
-    )
+def over_prompts(effects: Sequence[Effects]) -> Estimate:
+    """The correlation within a response, mean over all responses of several prompts, with an interval over prompts."""
+    masses = [mass_T for one in effects for mass_T in one.masses]
+    found = [effect_T for one in effects for effect_T in one.effects]
+    owner = [i for i, one in enumerate(effects) for _ in one.masses]
+    return attention_by_effect(masses, found, owner)
 
 
 def in_words(correlation: Estimate) -> str:
     """A sentence about a rank correlation."""
     if np.isnan(correlation.value):
-        return "The rank correlation is not defined, because one of the two is the same for all tokens."
+        return "The rank correlation is not defined: responses are too short, or one of the two numbers is constant."
     number = f"rank correlation {correlation.text(2)}"
     if np.isnan(correlation.low):
-        return f"The {number}: one response gives no interval."
+        return f"The {number}, from too few responses for an interval, so it may be chance."
     if not correlation.excludes(0):
         return f"Attention does not clearly say where the image matters: {number}."
     way = "more" if correlation.value > 0 else "less"
@@ -104,18 +110,20 @@ def in_words(correlation: Estimate) -> str:
 
 
 def scatter(one: Effects) -> Figure:
-    """Effect against attention mass, one point per token, in one colour per response (up to seven)."""
+    """Dependence against attention mass, one point per token, in one colour per response (up to seven)."""
     figure = Figure(figsize=(4.6, 3.0))
     figure.subplots_adjust(left=0.155, right=0.97, top=0.9, bottom=0.16)
     axis = figure.subplots()
-    shown = np.arange(len(one.mass))
+    x, y = np.concatenate(one.masses), dependence(np.concatenate(one.effects))
+    owner = np.repeat(np.arange(len(one.masses)), list(map(len, one.masses)))
+    shown = np.arange(len(x))
     if len(shown) > MOST_POINTS:
         shown = np.random.default_rng(0).choice(shown, MOST_POINTS, replace=False)
     for i in range(len(one.responses)):
-        of_response = shown[one.owner[shown] == i]
+        of_response = shown[owner[shown] == i]
         axis.plot(
-            one.mass[of_response],
-            one.effect[of_response],
+            x[of_response],
+            y[of_response],
             linestyle="",
             marker="o",
             markersize=3,
@@ -124,10 +132,10 @@ def scatter(one: Effects) -> Figure:
             color=COLOURS[i % len(COLOURS)],
         )
     axis.axhline(0, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
-    some = f", {MOST_POINTS} of {len(one.mass)} tokens" if len(shown) < len(one.mass) else ""
+    some = f", {MOST_POINTS} of {len(x)} tokens" if len(shown) < len(x) else ""
     axis.set_title(f"Step {one.step}: one point per token{some}")
     axis.set_xlabel("attention to the image (probability)")
-    axis.set_ylabel("effect of the changed image (nats)")
+    axis.set_ylabel("dependence on the image (nats)")
     axis.tick_params(length=0)
     return figure
 
@@ -154,7 +162,9 @@ def through_training(effects: Sequence[Effects]) -> Figure:
 
 def strip(response: SeenResponse, step: int, most: int = 80) -> Figure:
     """The two numbers along the first ``most`` tokens of a response, each in a row of bars, with the tokens' texts."""
-    mass, effect = predicting_mass(response)[:most], response.values["effect"][:most]
+    mass_T = predicting_mass(response)
+    assert mass_T is not None
+    mass, effect = mass_T[:most], response.values["effect"][:most]
     places = np.arange(len(mass))
     figure = Figure(figsize=(max(4.6, 0.17 * len(places) + 1.0), 3.0))
     width = figure.get_figwidth()

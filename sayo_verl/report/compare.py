@@ -19,7 +19,12 @@ from sayo_verl.report import catalogue as c
 from sayo_verl.report.groups import Group, group_runs, read_member, remarks
 from sayo_verl.report.runs import UNKNOWN, Run
 from sayo_verl.report.seeds import difference_of_means, over_seeds
+from sayo_verl.report.verdict import prompt_key, region_share
+from sayo_verl.view.seen import SeenPrompt, SeenResponse
+from sayo_verl.view.store import read_steps
 
+ON_BOXES = "attention on the boxes, share of the attention to the image"
+CHANCE = "the same if every visual token got the same attention"
 PAIRED, UNPAIRED = "paired by seed", "unpaired"
 COST = (
     Metric("timing_s/step", "a step", unit="seconds", decimals=2),
@@ -153,6 +158,10 @@ def compare(paths: Sequence[Path], labels: Sequence[str] = (), baseline: str = "
     first, *others = [row(metric, mean) for metric in _compared(groups)]
     validation = [row(Metric(source, f"validation accuracy, {source}"), validated) for source in sources]
     rows = [first, *validation, *others]
+    recorded, recorded_notes = looked(runs := [member.run for member in members])
+    rows += [row(Metric(n, n), lambda run, n: recorded[run.path].get(n, math.nan)) for n in (ON_BOXES, CHANCE)]
+    if any(not run.training(c.SCORE.name) for run in runs):
+        recorded_notes.append("Some runs have no training step with a task reward.")
     cost = [row(metric, _median) for metric in COST]
     return Comparison(
         tuple(groups),
@@ -163,8 +172,42 @@ def compare(paths: Sequence[Path], labels: Sequence[str] = (), baseline: str = "
         tuple(_measured(cost)),
         pairing,
         tuple(unfair),
-        (*window_notes, *notes),
+        (*window_notes, *recorded_notes, *notes),
     )
+
+
+def looked(runs: Sequence[Run]) -> tuple[dict[Path, dict[str, float]], list[str]]:
+    """Where each run looked at the last step that all runs with boxes recorded, and remarks.
+
+    Returns:
+        By folder of the run ``ON_BOXES`` and ``CHANCE``, means over responses with boxes; empty without any.
+    """
+    found: dict[Path, dict[int, list[tuple[SeenPrompt, SeenResponse]]]] = {run.path: {} for run in runs}
+    for run in runs:
+        for step in read_steps(run.path, []):
+            pairs = [(p, r) for p, responses in step.prompts for r in responses]
+            if boxed := [(p, r) for p, r in pairs if p.region_tokens and math.isfinite(region_share(r))]:
+                found[run.path][step.step] = boxed
+    with_boxes = [set(steps) for steps in found.values() if steps]
+    common = set.intersection(*with_boxes) if with_boxes else set()
+    values: dict[Path, dict[str, float]] = {path: {} for path in found}
+    if not common:
+        return values, []
+    last, read, shown = max(common), set(), set()
+    for path, steps in found.items():
+        if pairs := steps.get(last, []):
+            values[path] = {
+                ON_BOXES: sum(region_share(r) for _, r in pairs) / len(pairs),
+                CHANCE: sum(p.chance for p, _ in pairs) / len(pairs),
+            }
+            read |= {(r.facts.get("query_row", UNKNOWN), *(one.label for one in r.maps)) for _, r in pairs}
+            shown.add(frozenset(prompt_key(p) for p, _ in pairs))
+    notes = [f"Attention on the boxes is that of the recorded held-out prompts at step {last}."]
+    if len(read) > 1:
+        notes.append("It was read at different layers or positions, so the runs cannot be compared by it.")
+    if len(shown) > 1:
+        notes.append("The recorded prompts are not the same, so the runs cannot be compared by attention on the boxes.")
+    return values, notes
 
 
 def window_mean(run: Run, name: str, steps: tuple[int, int]) -> float:

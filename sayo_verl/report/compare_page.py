@@ -1,7 +1,7 @@
 """A comparison of runs for a terminal, as Markdown, and as a page."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -13,9 +13,9 @@ from sayo_verl.estimates import Estimate
 from sayo_verl.report import catalogue as c
 from sayo_verl.report.compare import Comparison, Row
 from sayo_verl.report.groups import Group
-from sayo_verl.report.page import by_prompt, drawn
-from sayo_verl.report.panels import WINDOW, panel_figure
-from sayo_verl.report.verdict import plain
+from sayo_verl.report.panels import WINDOW, drawn, panel_figure
+from sayo_verl.report.recorded import by_prompt
+from sayo_verl.report.verdict import plain, prompt_key
 from sayo_verl.view.figure import COLOURS, style
 from sayo_verl.view.page import page, table, text
 from sayo_verl.view.seen import SeenPrompt, SeenResponse
@@ -41,10 +41,10 @@ def intro(shown: Comparison) -> list[str]:
 
 def verdict(shown: Comparison) -> list[str]:
     """The difference in task reward to the baseline, as sentences."""
-    said = []
+    said = ["These runs are not comparable (reasons above)."] if shown.unfair else []
     reward = next((row for row in shown.rows if row.text == c.SCORE.label), None)
     if reward is None:
-        return ["The task reward (critic/score/mean) was not measured in the last steps that all runs have."]
+        return [*said, "The task reward (critic/score/mean) was not measured in the last steps that all runs have."]
     base = shown.groups[shown.baseline].label
     for group, difference, how in zip(shown.groups, reward.differences, shown.pairing, strict=True):
         if difference is None or math.isnan(difference.value):
@@ -88,7 +88,7 @@ def tables(shown: Comparison) -> Iterator[tuple[str, list[str], list[list[str]]]
     """Title, header and rows of every table."""
     yield "Final table", header(shown, "metric"), cells(shown, shown.rows)
     if len(shown.groups) > 1:
-        yield "Differences (* interval without 0)", *differences(shown)
+        yield "Differences (*: the interval does not contain 0)", *differences(shown)
     if shown.cost:
         yield "Cost per step (median)", header(shown, ""), cells(shown, shown.cost)
 
@@ -170,11 +170,11 @@ def _curves(shown: Comparison) -> str:
 
 def _side_by_side(groups: Sequence[Group]) -> tuple[str, dict[str, Any]]:
     """Viewers of prompts that several groups recorded at the same step; the slider moves between the groups."""
-    recorded: dict[tuple[str, str], tuple[SeenPrompt, dict[str, dict[int, Sequence[SeenResponse]]]]] = {}
+    recorded: dict[Hashable, tuple[SeenPrompt, dict[str, dict[int, Sequence[SeenResponse]]]]] = {}
     for group in groups:
         run = next((run for run in group.runs if (run.path / "rollouts").is_dir()), None)
         for prompt, of_steps in by_prompt(read_steps(run.path, [])) if run else []:
-            entry = recorded.setdefault((prompt.where, prompt.question), (prompt, {}))
+            entry = recorded.setdefault(prompt_key(prompt), (prompt, {}))
             entry[1][group.label] = {step.step: responses for step, responses in of_steps}
     body, data = "", dict[str, Any]()
     shared = [(prompt, of_group) for prompt, of_group in recorded.values() if len(of_group) > 1]
@@ -185,7 +185,11 @@ def _side_by_side(groups: Sequence[Group]) -> tuple[str, dict[str, Any]]:
         states = {f"{label}, step {max(steps)}": responses[max(steps)] for label, responses in of_group.items()}
         shown, islands = mount(f"beside-{i}", prompt, states, budget=MAPS_BUDGET // MOST_PROMPTS)
         body, data = body + shown, data | islands
-    title = "<h2>The same prompt in the groups</h2><p>One run per group. The slider moves between the groups.</p>"
+    left_out = len(recorded) - len(shared)
+    said = f" {left_out} prompts are left out: other groups have other pictures, grids or boxes." if left_out else ""
+    title = (
+        f"<h2>The same prompt in the groups</h2><p>One run per group. The slider moves between the groups.{said}</p>"
+    )
     return (title + body, data) if body else ("", {})
 
 

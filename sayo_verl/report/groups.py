@@ -158,7 +158,9 @@ def remarks(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
         for group in groups:
             for member in group.members:
                 if member.config:
-                    values.setdefault(_short(member.settings().get(key, "not set")), []).append(group.label)
+                    value = member.settings().get(key, "not set")
+                    shown = value.strip("[]'") if _matches(key, DATA) else _short(value)
+                    values.setdefault(shown, []).append(group.label)
         sides = (f"{value} ({', '.join(dict.fromkeys(labels))})" for value, labels in values.items())
         return f"{key}: {' / '.join(sides)}"
 

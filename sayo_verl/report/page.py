@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -12,27 +11,21 @@ import matplotlib
 
 from sayo_verl.errors import SayoError
 from sayo_verl.report import catalogue as c
-from sayo_verl.report import causal, verdict
 from sayo_verl.report import runs as r
+from sayo_verl.report import verdict
 from sayo_verl.report.card import load_config
 from sayo_verl.report.log import why_it_failed
-from sayo_verl.report.panels import WINDOW, panel_figure
+from sayo_verl.report.panels import WINDOW, drawn, panel_figure
+from sayo_verl.report.recorded import causal_section, rollouts
 from sayo_verl.report.runs import Run, load_run
 from sayo_verl.report.table import first_last_cells
-from sayo_verl.view.figure import inline, style
+from sayo_verl.view.figure import style
 from sayo_verl.view.page import page, table, text
-from sayo_verl.view.seen import SeenPrompt, SeenResponse
 from sayo_verl.view.store import RecordedStep, read_steps
-from sayo_verl.view.viewer import mount
 
 PAGE_FILE = "report.html"
-MAPS_BUDGET = 6_000_000  # bytes of pictures and maps of all viewers together
 MOST_FILES = 4  # named of each split
 QUIET = 600.0  # seconds without a new line after which a run without a recorded end counts as stopped
-GRID = "display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:.6rem 1.6rem"
-RECORDS = (
-    "<code>sayo.viz_every=10</code> records them every 10 steps, <code>sayo.viz_prompts</code> says how many prompts."
-)
 
 
 def write_page(run: Run, k: int = 5, out: Path | None = None) -> Path:
@@ -49,7 +42,7 @@ def write_page(run: Run, k: int = 5, out: Path | None = None) -> Path:
     recorded_notes: list[str] = []
     steps = read_steps(run.path, recorded_notes)
     config = load_config(run.files[-1], run.overrides)
-    viewers, data = _rollouts(steps)
+    viewers, data = rollouts(steps)
     body = "\n".join(
         [
             _head(run, config),
@@ -59,7 +52,7 @@ def write_page(run: Run, k: int = 5, out: Path | None = None) -> Path:
             _warnings(run, recorded_notes),
             _numbers(run, k),
             viewers,
-            _causal(steps),
+            causal_section(steps),
         ]
     )
     file = out or run.path / PAGE_FILE
@@ -98,11 +91,6 @@ def write_text(file: Path, content: str) -> None:
 def bullets(sentences: Iterable[str]) -> str:
     """A list of sentences, which are escaped here."""
     return "<ul>" + "".join(f"<li>{text(sentence)}</li>" for sentence in sentences) + "</ul>"
-
-
-def drawn(figures: Iterable[tuple[Any, str]]) -> str:
-    """Figures, each with its text for screen readers, beside each other where there is room."""
-    return f'<div style="{GRID}">' + "".join(inline(figure, label) for figure, label in figures) + "</div>"
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -258,90 +246,3 @@ def _numbers(run: Run, k: int) -> str:
         f"<details><summary>All numbers and counters: first and last steps</summary><p>{cost}The table has the probe's "
         f"share, the counterfactual pass and neutral rows if they were logged.</p>{table(header, cells)}</details>"
     )
-
-
-# ------------------------------------------------------------------------------------------------------------- rollouts
-
-
-def by_prompt(steps: Sequence[RecordedStep]) -> list[tuple[SeenPrompt, list[tuple[RecordedStep, Any]]]]:
-    """Each recorded prompt with its steps and responses, in the order of the last step."""
-    found: dict[tuple[str, str], tuple[SeenPrompt, list[tuple[RecordedStep, Any]]]] = {}
-    for step in steps:
-        for prompt, responses in step.prompts:
-            found.setdefault(verdict.prompt_key(prompt), (prompt, []))[1].append((step, responses))
-    return list(found.values())
-
-
-def _rollouts(steps: Sequence[RecordedStep]) -> tuple[str, dict[str, Any]]:
-    title = "<h2>Rollouts of fixed held-out prompts</h2>"
-    if not steps:
-        return f"{title}<p>No rollouts were recorded. {RECORDS}</p>", {}
-    prompts, body, data = by_prompt(steps), title, dict[str, Any]()
-    seconds = [step.seconds for step in steps if math.isfinite(step.seconds)]
-    body += (
-        f"<p>{len(prompts)} prompts at {len(steps)} points of the training. The slider, or the arrow keys on it, moves "
-        "through the training. Recording took "
-        f"{sum(seconds) / max(len(seconds), 1):.1f} seconds each time.</p>"
-    )
-    for i, (prompt, of_steps) in enumerate(prompts):
-        states: dict[str, Sequence[SeenResponse]] = {f"step {step.step}": responses for step, responses in of_steps}
-        rates = [verdict.accuracy_of(responses) for responses in states.values()]
-        right = ", ".join(f"{rate:.0%} at {name}" for name, rate in zip(states, rates, strict=True) if rate == rate)
-        shown, islands = mount(
-            f"rollouts-{i}", prompt, states, budget=MAPS_BUDGET // len(prompts), more_maps="sayo.viz_prompts"
-        )
-        body += f"<h3>Prompt {i + 1} of {len(prompts)}</h3>"
-        body += f"<p>Right answers: {right}.</p>" if right else ""
-        body += shown
-        data |= islands
-    return body, data
-
-
-def _causal(steps: Sequence[RecordedStep]) -> str:
-    title = "<h2>Causal beside attention</h2>"
-    explain = (
-        "<p>The effect of a token is its log-probability given the image minus that given a changed image, in nats. "
-        "Above 0, the token needs the image. A policy that looks where it needs to look has both rise together.</p>"
-    )
-    if not steps:
-        return f"{title}{explain}<p>Nothing was recorded. {RECORDS}</p>"
-    parts = []
-    for i, (prompt, of_steps) in enumerate(by_prompt(steps)):
-        found = [causal.effects_of(step, prompt, responses) for step, responses in of_steps]
-        effects = [one for one in found if one]
-        if not effects:
-            continue
-        last = effects[-1]
-        with matplotlib.rc_context(style()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from")  # the browser has other fonts
-            figures = [(causal.scatter(last), "Effect of the changed image against attention to the image, per token")]
-            if len(effects) > 1:
-                figures.append((causal.through_training(effects), "Rank correlation at each recorded step"))
-            along = inline(causal.strip(last.responses[0], last.step), "Attention and effect along the tokens")
-            pair = drawn(figures)
-        parts.append(
-            f"<h3>Prompt {i + 1}: {text(prompt.question)}</h3>"
-            f"<p>Step {last.step}, {len(last.mass)} tokens of {len(last.responses)} responses. "
-            f"{text(causal.in_words(last.correlation))} {text(causal.row_in_words(last.responses[0]))}</p>{pair}{along}"
-        )
-    if not parts:
-        return (
-            f"{title}{explain}<p>The recorded rollouts have no effect of a changed image. "
-            "<code>sayo.viz_causal=true</code> measures it, with one more pass.</p>"
-        )
-    note = (
-        '<p class="note">Spearman\'s rank correlation over tokens. Its 95 % interval draws whole responses with '
-        "replacement, because tokens of one response depend on each other.</p>"
-    )
-    return title + explain + _all_prompts(steps) + "".join(parts) + note
-
-
-def _all_prompts(steps: Sequence[RecordedStep]) -> str:
-    rows = []
-    for step in steps:
-        found = [causal.effects_of(step, prompt, responses) for prompt, responses in step.prompts]
-        effects = [one for one in found if one]
-        if effects:
-            tokens, responses = sum(len(one.mass) for one in effects), sum(len(one.responses) for one in effects)
-            rows.append([step.step, tokens, responses, causal.pooled(effects).text(2)])
-    return table(["step", "tokens", "responses", "rank correlation, all prompts"], rows)

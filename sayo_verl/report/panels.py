@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, product
 from typing import Any
 
@@ -18,8 +18,9 @@ from sayo_verl.report import catalogue as c
 from sayo_verl.report import runs as r
 from sayo_verl.report.runs import Run, Series
 from sayo_verl.report.seeds import over_seeds
-from sayo_verl.view.figure import COLOURS, GREY, GRID, WARN
+from sayo_verl.view.figure import COLOURS, GREY, GRID, WARN, inline
 
+BESIDE = "display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:.6rem 1.6rem"
 WINDOW = 5  # steps of the running mean
 SECOND: dict[str, Any] = {"linewidth": 1.2, "linestyle": (0, (4, 2))}
 BAND: dict[str, Any] = {"alpha": 0.16, "linewidth": 0}
@@ -78,7 +79,7 @@ def draw_panel(axis: Axes, panel: Panel, runs: Mapping[str, Sequence[Run]]) -> N
         kinds |= _draw_run(axis, panel, seeds, colour, shade, faint=len(runs) - len(absent))
         for run, metric in product(seeds, panel.every):
             if missing := r.nan_count(run.training(metric.name)):
-                name = metric.line if metric in panel.metrics else metric.label
+                name = _plain(metric.line) if metric in panel.metrics else metric.label
                 of_seed = label if len(seeds) == 1 else f"{label} ({run.path.name})"
                 remarks.append(f"{of_seed}, {name}: {missing}" if label else f"{name}: {missing}")
     kinds = dict(sorted(kinds.items(), key=lambda kind: kind[0].startswith("validation")))
@@ -129,7 +130,7 @@ def _draw_run(
         elif several:
             _draw_seeds(axis, several, colour, style, faint=faint)
         if several:
-            kinds[metric.line] = line_of(shade, **style)
+            kinds[_plain(metric.line)] = line_of(shade, **style)
     if panel.band and _draw_band(axis, seeds, panel.band, colour, faint=faint):
         kinds["smallest to largest"] = Patch(color=shade, **BAND)
     validation = [run.validation_accuracy() if c.ACCURACY in panel.metrics else {} for run in seeds]
@@ -252,3 +253,13 @@ def _set_limits(axis: Axes, limits: tuple[float | None, float | None], *, above:
     ticks = [tick for tick in axis.yaxis.get_major_locator().tick_values(low, high) if low <= tick <= high]
     axis.set_yticks(ticks)
     axis.set_ylim(low - (below + margin) * (high - low), high + (above + margin) * (high - low))
+
+
+def _plain(name: str) -> str:
+    """A name without mathematical markup, which pages do not draw."""
+    return name.replace("$", "")
+
+
+def drawn(figures: Iterable[tuple[Any, str]]) -> str:
+    """Figures, each with its text for screen readers, beside each other where there is room."""
+    return f'<div style="{BESIDE}">' + "".join(inline(figure, label) for figure, label in figures) + "</div>"

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +56,8 @@ class Change:
 def outcome(run: Run, k: int) -> list[str]:
     """Sentences about task reward, accuracy and validation accuracy."""
     said = []
+    if (steps := sum(step > 0 for step in run.steps)) < 2 * k:
+        said.append(f"Cannot be told: {steps} training steps are too few ({2 * k} are needed).")
     for metric, name in ((c.SCORE, "Task reward"), (c.ACCURACY, "Accuracy on training prompts")):
         if change := Change.of(run.training(metric.name), k):
             said.append(f"{name} {change.text()}.")
@@ -68,7 +70,7 @@ def outcome(run: Run, k: int) -> list[str]:
                 f"Validation accuracy on {source} was {before:.3f} at step {start} and {after:.3f} at step {end}."
             )
     if not said:
-        said.append("There are too few steps, or no reward was logged, to say whether the policy got better.")
+        said.append("Cannot be told: no reward was logged.")
     return said
 
 
@@ -121,7 +123,7 @@ def looked(steps: Sequence[RecordedStep]) -> list[str]:
         f"looking everywhere alike would give {share(chance)}.".format(share(regions[1]))
     ]
     outcomes = {
-        name: [region_share(r) for _, r in boxed[1] if (float(r.facts.get("accuracy", math.nan)) >= 0.5) is right]
+        name: [region_share(r) for _, r in boxed[1] if is_right(r) is right]
         for name, right in (("right", True), ("wrong", False))
     }
     if all(outcomes.values()):
@@ -134,6 +136,8 @@ def looked(steps: Sequence[RecordedStep]) -> list[str]:
 
 def region_share(response: SeenResponse) -> float:
     """Share of a response's attention to the image that fell on the boxes; NaN without any."""
+    if not {"region_mass", "image_mass"} <= response.values.keys():
+        return math.nan
     region, image = (float(np.nansum(response.values[name])) for name in ("region_mass", "image_mass"))
     return region / image if image > 0 else math.nan
 
@@ -153,9 +157,16 @@ def accuracy_of(responses: Sequence[SeenResponse]) -> float:
     return _mean([float(r.facts["accuracy"]) for r in responses if "accuracy" in r.facts])
 
 
-def prompt_key(prompt: SeenPrompt) -> tuple[str, str]:
-    """What makes two recorded prompts of different steps or runs the same."""
-    return prompt.where, prompt.question
+def is_right(response: SeenResponse) -> bool | None:
+    """Whether the answer is right; None if nobody knows."""
+    accuracy = float(response.facts.get("accuracy", math.nan))
+    return None if math.isnan(accuracy) else accuracy >= 0.5
+
+
+def prompt_key(prompt: SeenPrompt) -> Hashable:
+    """What makes two recorded prompts of different steps or runs the same: also pictures, grids and boxes."""
+    images = tuple((hash(i.picture.tobytes()), i.picture.size, i.tiles, i.boxes) for i in prompt.images)
+    return prompt.where, prompt.question, images
 
 
 def _has(response: SeenResponse) -> bool:
@@ -171,7 +182,7 @@ def windows(run: Run, k: int) -> str:
     """What the numbers are, as a sentence."""
     window = min(k, sum(step > 0 for step in run.steps) // 2)
     if window < 2:
-        return "Numbers are of the first and the last step."
+        return "The numbers are those of the first and of the last training step."
     return f"Numbers are means of the first and the last {window} steps."
 
 

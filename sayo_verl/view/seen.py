@@ -59,6 +59,13 @@ TOKEN_VALUES: Mapping[str, TokenValue] = {
         None,
         "Log-probability with the real image minus that with the changed image.",
     ),
+    "predicting_mass": TokenValue(
+        "attention to the image, where the token was predicted",
+        "probability",
+        0,
+        1,
+        "Of the position before the token, whose output the token was sampled from. It belongs to the token's effect.",
+    ),
     "token_weight": TokenValue("factor of the method", "factor", 0, None, "1 is GRPO."),
     "advantage": TokenValue("advantage", "", None, None, "What the policy gradient multiplies."),
 }

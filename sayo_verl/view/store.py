@@ -16,6 +16,7 @@ import json
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,10 +310,19 @@ def _heads_from_json(record: Mapping[str, Any]) -> HeadTable:
 
 def _check(prompt: SeenPrompt, response: SeenResponse) -> None:
     """Raise ValueError unless the lengths fit, which a file that was edited may break."""
+    for name in {"accuracy", "reward", "advantage"} & response.facts.keys():
+        if isinstance(response.facts[name], str):
+            raise ValueError(f"{name} is not a number: {response.facts[name]!r}")
     if any(len(values_T) != len(response.pieces) for values_T in response.values.values()):
         raise ValueError("values and pieces differ in length")
     for one in response.maps:
         rows = len(response.words)
+        for packed in (one.total, one.words):
+            if packed is not None:
+                try:
+                    packed.unpack()
+                except zlib.error as error:
+                    raise ValueError(f"map {one.name!r}: {error}") from error
         if one.total.shape != (1, prompt.tokens) or (one.words and one.words.shape != (rows, prompt.tokens)):
             raise ValueError(f"map {one.name!r} does not fit {prompt.tokens} visual tokens and {rows} words")
 

@@ -31,6 +31,7 @@ from sayo_verl.hooks.record import Recorder, choose_rows
 from sayo_verl.methods.faithful import FaithfulMethod
 from sayo_verl.methods.region import RegionMethod
 from sayo_verl.probe.statistics import INTERVENTION_KEY, REQUEST_KEY, WIRE_PREFIX
+from sayo_verl.report import causal
 from sayo_verl.view.store import read_steps
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -270,6 +271,17 @@ def test_recorded_numbers_are_those_that_training_measures_for_the_same_rows(mak
         }.items():
             np.testing.assert_array_equal(response.values[name], values[n, :T], err_msg=name)
         np.testing.assert_array_equal(response.values["advantage"], advantage[n])
+        # the report sets the effect beside the row that sampled the token, whichever row the method reads
+        mass_T, row = response.values["image_mass"], response.facts["query_row"]
+        predicting_T = causal.predicting_mass(response)
+        assert row == ("input" if isinstance(method, RegionMethod) else "predicting")
+        if row == "input":
+            np.testing.assert_allclose(predicting_T[1:], mass_T[:-1], rtol=1e-5)
+            assert np.isfinite(predicting_T[0])
+        else:
+            np.testing.assert_array_equal(predicting_T, mass_T)
+        of_prompt = step.prompts[n // N]
+        assert causal.effects_of(step, *of_prompt).tokens == sum(len(r.pieces) for r in of_prompt[1])
         assert "effect" in response.values, "also of a method without a changed image"
 
 

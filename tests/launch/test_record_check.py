@@ -37,7 +37,8 @@ def test_the_plan_says_what_is_recorded_where_and_what_it_costs(recording, tmp_p
     plan = dict(preflight(config))
     assert plan["recorded"] == (
         "2 held-out prompts x 4 rollouts of the policy after 0, 5, 10 and 12 steps, in "
-        f"{tmp_path}/run/rollouts; each time two log-prob passes, one with a changed image, of 8 rows (training: 64)"
+        f"{tmp_path}/run/rollouts; each time two log-prob passes, one with a changed image, of 8 rows, "
+        "about 25 % of one training log-prob pass (64 rows)"
     )
     assert "probing layer index 3, the last of 4" in plan["model"]
     assert select_method(config)
@@ -47,7 +48,7 @@ def test_the_plan_says_what_is_recorded_where_and_what_it_costs(recording, tmp_p
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_recording_is_off_unless_a_job_turns_it_on(make, repo, estimator):
     config = make(**{"algorithm.adv_estimator": estimator})
-    assert "recorded" not in dict(preflight(config))
+    assert dict(preflight(config))["recorded"] == "nothing; sayo.viz_every=10 records 2 held-out prompts"
     assert select_method(config) == (estimator != "grpo"), "verl's own code for its own estimators"
     jobs = {
         file.stem: OmegaConf.load(file).get("sayo", {}).get("viz_every", 0)

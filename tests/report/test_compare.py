@@ -1,10 +1,12 @@
 """Comparison of runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support import report_runs
 from support.report_runs import ATTENTION, GRPO, VALIDATION, cells, line, recorded, write_run
 
 from sayo_verl.cli import main
@@ -54,7 +56,7 @@ def test_runs_that_differ_only_in_the_seed_are_one_group_with_mean_and_interval(
     assert "| task reward | 2.000 [-0.484, 4.484] |" in table  # mean and t interval of 1, 2, 3
     assert "Means of the training steps 4 to 8." in table
     assert "| validation accuracy, sayo/scenes | 1.000" in table
-    assert "| a step (seconds) | 2.00 [2.00, 2.00] |" in table
+    assert "| a step (seconds) | 2.00 |" in table
 
 
 def test_equal_seeds_are_paired(six):
@@ -186,3 +188,30 @@ def test_labels_are_escaped_everywhere(six):
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     print_comparison(shown, console)
     assert evil in console.export_text()
+
+
+def test_where_the_runs_looked_is_compared_with_chance_beside(six):
+    for run in (six[0], six[3]):
+        recorded(run)
+    shown = compare([six[0], six[3]])
+    table = markdown(shown)
+    assert "| attention on the boxes, share of the attention to the image | 0.400 | 0.400 |" in table
+    assert "| the same if every visual token got the same attention | 0.125 | 0.125 |" in table
+    assert "Attention on the boxes is that of the recorded held-out prompts at step 10." in shown.notes
+    recorded(six[3], facts={"query_row": "input"})
+    assert "It was read at different layers or positions" in " ".join(compare([six[0], six[3]]).notes)
+
+
+def test_prompts_with_other_boxes_are_not_shown_under_each_others_maps(six, monkeypatch):
+    recorded(six[0])
+    made_prompt = report_runs._prompt
+
+    def moved(i):
+        image = made_prompt(i).images[0]
+        return replace(made_prompt(i), images=(replace(image, boxes=((0.5, 0.5, 1.0, 1.0),)),))
+
+    monkeypatch.setattr(report_runs, "_prompt", moved)
+    recorded(six[3])
+    shown = compare([six[0], six[3]])
+    assert 'class="viewer"' not in comparison_page(shown)
+    assert "The recorded prompts are not the same" in " ".join(shown.notes)

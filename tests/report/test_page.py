@@ -77,6 +77,7 @@ def test_the_page_says_in_this_order_what_matters(tmp_path):
         "would give 12.5 %.",
         "Right answers: 67% at step 0, 67% at step 10.",
         "Tokens that attend more to the image depend more on it",
+        "At step 10: Wrong answers with a positive advantage: 0 of 1. Right answers with a negative one: 0 of 2.",
     ):
         assert said in page.text
 
@@ -171,7 +172,7 @@ def test_a_run_in_flight_is_readable_and_its_state_is_named(tmp_path):
 
 def test_a_run_of_one_step_has_a_page_and_one_without_a_step_has_none(tmp_path):
     page = page_of(write_run(tmp_path / "one", line(1, **GRPO)))
-    assert "There are too few steps" in page.text
+    assert "Cannot be told: 1 training steps are too few (10 are needed)." in page.text
     assert write_page_at_end(write_run(tmp_path / "none", "")) is None
     with pytest.raises(SayoError, match="SAYO-R02"):
         write_page_at_end(tmp_path / "no run")
@@ -216,15 +217,23 @@ def test_the_effect_of_a_token_is_set_beside_the_row_that_predicted_it(tmp_path)
     prompt, responses = step.prompts[0]
     found = causal.effects_of(step, prompt, responses)
     assert found.correlation.value > 0.7
-    assert found.correlation.low > 0
-    assert (len(found.mass), len(found.responses)) == (18, 3)
+    assert (found.tokens, len(found.responses)) == (18, 3)
     recorded(tmp_path, (0,), facts={"query_row": "input"})
     prompt, responses = read_steps(tmp_path)[0].prompts[0]
     shifted = causal.predicting_mass(responses[0])
     assert np.isnan(shifted[0])
     assert (shifted[1:] == responses[0].values["image_mass"][:-1]).all()
-    assert len(causal.effects_of(step, prompt, responses).mass) == 15
-    assert "does not say which row" in causal.row_in_words(replace(responses[0], facts={}))
+    assert causal.effects_of(step, prompt, responses).tokens == 15
+    measured = replace(responses[0], values=responses[0].values | {"predicting_mass": np.full(6, 0.5, np.float32)})
+    assert (causal.predicting_mass(measured) == 0.5).all()
+
+
+def test_without_the_row_of_the_attention_no_correlation_is_shown(tmp_path):
+    make_run(tmp_path, ATTENTION)
+    recorded(tmp_path, (0,), facts={})
+    page = page_of(tmp_path)
+    assert "do not say at which position the attention was read" in page.text
+    assert "rank correlation" not in page.text
 
 
 def test_the_common_panels_begin_with_the_task_reward(tmp_path):

@@ -124,6 +124,18 @@ def _edited(file: Path) -> None:
     file.write_text(json.dumps(record))
 
 
+def _accuracy_in_words(file: Path) -> None:
+    record = json.loads(file.read_text())
+    record["prompts"][0]["responses"][0]["facts"]["accuracy"] = "yes"
+    file.write_text(json.dumps(record))
+
+
+def _cut_map(file: Path) -> None:
+    record = json.loads(file.read_text())
+    record["prompts"][0]["responses"][0]["maps"][0]["words"]["data"] = "AAAA"
+    file.write_text(json.dumps(record))
+
+
 def _without_image(file: Path) -> None:
     next((file.parent / "images").iterdir()).unlink()
 
@@ -139,6 +151,8 @@ def _a_folder(file: Path) -> None:
         ("A27", _a_folder),
         ("A28", _cut),
         ("A28", _edited),
+        ("A28", _accuracy_in_words),
+        ("A28", _cut_map),
         ("A29", _of_another_schema),
         ("A30", _without_image),
     ],
