@@ -116,6 +116,20 @@ def compare(paths: Sequence[Path], labels: Sequence[str] = (), baseline: str = "
         ]
     )
     members = [read_member(path) for path in paths]
+    untrained = [str(m.run.path) for m in members if m.run.steps[-1] < 1]
+    raise_first(
+        [
+            Rule(
+                "R12",
+                bool(untrained),
+                "a run has no training step to compare",
+                where=", ".join(untrained),
+                got="validation before training only",
+                wanted="metrics of one training step or more",
+                fix="leave it out, or wait until it has trained",
+            )
+        ]
+    )
     groups = group_runs(members, labels)
     names = [group.label for group in groups]
     raise_first(
@@ -141,7 +155,7 @@ def compare(paths: Sequence[Path], labels: Sequence[str] = (), baseline: str = "
         return window_mean(run, name, steps)
 
     def validated(run: Run, source: str) -> float:
-        return _last_until(run.validation_accuracy().get(source, []), steps[1])
+        return dict(run.validation_accuracy().get(source, [])).get(validated_at[source], math.nan)
 
     def difference(i: int, values: list[list[float]]) -> Estimate:
         if pairing[i] != PAIRED:
@@ -154,14 +168,15 @@ def compare(paths: Sequence[Path], labels: Sequence[str] = (), baseline: str = "
         differences = [None if i == chosen else difference(i, values) for i in range(len(groups))]
         return Row(metric.label, metric.decimals, tuple(map(over_seeds, values)), tuple(differences))
 
-    sources = dict.fromkeys(chain(*(run.validation_accuracy() for group in groups for run in group.runs)))
+    runs = [member.run for member in members]
+    validated_at, validation_notes = _common_validation(runs, steps[1])
     first, *others = [row(metric, mean) for metric in _compared(groups)]
-    validation = [row(Metric(source, f"validation accuracy, {source}"), validated) for source in sources]
+    validation = [row(Metric(source, f"validation accuracy, {source}"), validated) for source in validated_at]
     rows = [first, *validation, *others]
-    recorded, recorded_notes = looked(runs := [member.run for member in members])
+    recorded, recorded_notes = looked(runs)
     rows += [row(Metric(n, n), lambda run, n: recorded[run.path].get(n, math.nan)) for n in (ON_BOXES, CHANCE)]
     if any(not run.training(c.SCORE.name) for run in runs):
-        recorded_notes.append("Some runs have no training step with a task reward.")
+        recorded_notes.append("Some runs have no task reward.")
     cost = [row(metric, _median) for metric in COST]
     return Comparison(
         tuple(groups),
@@ -172,7 +187,7 @@ def compare(paths: Sequence[Path], labels: Sequence[str] = (), baseline: str = "
         tuple(_measured(cost)),
         pairing,
         tuple(unfair),
-        (*window_notes, *recorded_notes, *notes),
+        (*window_notes, *validation_notes, *recorded_notes, *notes),
     )
 
 
@@ -247,8 +262,19 @@ def _measured(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if any(not math.isnan(cell.value) for cell in row.cells)]
 
 
-def _last_until(series: Sequence[tuple[int, float]], last: int) -> float:
-    return next((value for step, value in reversed(series) if step <= last), math.nan)
+def _common_validation(runs: Sequence[Run], last: int) -> tuple[dict[str, int], list[str]]:
+    """Data source -> the last step, up to ``last``, at which all runs with this source were validated; and remarks."""
+    validations = [run.validation_accuracy() for run in runs]
+    at, notes = {}, []
+    for source in dict.fromkeys(chain(*validations)):
+        steps = [{step for step, _ in own[source] if step <= last} for own in validations if source in own]
+        common = set.intersection(*steps)
+        if common:
+            at[source] = max(common)
+        if not common or any(max(own) != max(common) for own in steps):
+            chosen = f"step {at[source]}, the last that they have in common" if common else "no step in common"
+            notes.append(f"The runs were validated on {source} at different steps: {chosen}.")
+    return at, notes
 
 
 def _median(run: Run, name: str) -> float:

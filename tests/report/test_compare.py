@@ -1,6 +1,7 @@
 """Comparison of runs."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,3 +216,20 @@ def test_prompts_with_other_boxes_are_not_shown_under_each_others_maps(six, monk
     shown = compare([six[0], six[3]])
     assert 'class="viewer"' not in comparison_page(shown)
     assert "The recorded prompts are not the same" in " ".join(shown.notes)
+
+
+def test_validation_is_compared_at_the_last_step_that_all_runs_have(tmp_path):
+    runs = []
+    for name, steps in (("a", (0, 3, 6)), ("b", (0, 3, 8))):
+        lines = [line(n, **GRPO | ({VALIDATION: 0.1 * n} if n in steps else {})) for n in range(9)]
+        runs.append(write_run(tmp_path / name, *lines, launch={"estimator": "grpo", "run_id": name}))
+    shown = compare(runs, labels=["a", "b"])
+    assert "| validation accuracy, sayo/scenes | 0.300 | 0.300 |" in re.sub(" +", " ", markdown(shown))
+    told = "The runs were validated on sayo/scenes at different steps: step 3, the last that they have in common."
+    assert told in shown.notes
+
+
+def test_a_run_with_validation_alone_is_refused(tmp_path, six):
+    only = write_run(tmp_path / "only", line(0, **{VALIDATION: 0.5}), launch={"estimator": "grpo", "run_id": "only"})
+    with pytest.raises(SayoError, match=r"R12: a run has no training step to compare .*only"):
+        compare([*six, only])
