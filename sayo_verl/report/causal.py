@@ -102,7 +102,7 @@ def in_words(correlation: Estimate) -> str:
         return "The rank correlation is not defined: responses are too short, or one of the two numbers is constant."
     number = f"rank correlation {correlation.text(2)}"
     if np.isnan(correlation.low):
-        return f"The {number}, from too few responses for an interval, so it may be chance."
+        return f"The {number}: there are too few responses that differ, so it may be chance."
     if not correlation.excludes(0):
         return f"Attention does not clearly say where the image matters: {number}."
     way = "more" if correlation.value > 0 else "less"

@@ -19,6 +19,10 @@ MAPS_BUDGET = 6_000_000  # bytes of pictures and maps of all viewers together
 RECORDS = (
     "<code>sayo.viz_every=10</code> records them every 10 steps, <code>sayo.viz_prompts</code> says how many prompts."
 )
+ROWS = {  # which row of attention was recorded
+    "input": "The attention of a token is that of the row in which the token is the input.",
+    "predicting": "The attention of a token is that of the row whose output the token was sampled from.",
+}
 
 
 def by_prompt(steps: Sequence[RecordedStep]) -> list[tuple[SeenPrompt, list[tuple[RecordedStep, Any]]]]:
@@ -39,12 +43,15 @@ def rollouts(steps: Sequence[RecordedStep]) -> tuple[str, dict[str, Any]]:
         f"<p>{len(prompts)} prompts at {len(steps)} points of the training. The slider, or the arrow keys on it, moves "
         f"through the training. Cards are in the order of their advantage. {_seconds(steps)}</p>"
     )
+    rows = {str(r.facts["query_row"]) for s in steps for _, rs in s.prompts for r in rs if "query_row" in r.facts}
+    body += "".join(f"<p>{ROWS[row]}</p>" for row in sorted(rows & ROWS.keys()))
     for i, (prompt, of_steps) in enumerate(prompts):
         states: dict[str, Sequence[SeenResponse]] = {
             f"step {step.step}": sorted(responses, key=_advantage, reverse=True) for step, responses in of_steps
         }
         rates = [verdict.accuracy_of(responses) for responses in states.values()]
-        right = ", ".join(f"{rate:.0%} at {name}" for name, rate in zip(states, rates, strict=True) if rate == rate)
+        named = zip(states, rates, strict=True)
+        right = ", ".join(f"{100 * rate:.0f} % at {name}" for name, rate in named if rate == rate)
         shown, islands = mount(
             f"rollouts-{i}", prompt, states, budget=MAPS_BUDGET // len(prompts), more_maps="sayo.viz_prompts"
         )
@@ -69,10 +76,10 @@ def credited(responses: Sequence[SeenResponse], step: int) -> str:
     right, wrong = ([v for is_right, v in known if is_right is side and math.isfinite(v)] for side in (True, False))
     parts = []
     if wrong:
-        parts.append(f"Wrong answers with a positive advantage: {sum(v > 0 for v in wrong)} of {len(wrong)}.")
+        parts.append(f"{sum(v > 0 for v in wrong)} of {len(wrong)} wrong answers have a positive advantage")
     if right:
-        parts.append(f"Right answers with a negative one: {sum(v < 0 for v in right)} of {len(right)}.")
-    return f"At step {step}: {' '.join(parts)}" if parts else ""
+        parts.append(f"{sum(v < 0 for v in right)} of {len(right)} right answers have a negative advantage")
+    return f"At step {step}, {' and '.join(parts)}." if parts else ""
 
 
 def _seconds(steps: Sequence[RecordedStep]) -> str:

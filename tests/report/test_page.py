@@ -75,9 +75,9 @@ def test_the_page_says_in_this_order_what_matters(tmp_path):
         "Region reward r_v rose from 0.630 to 0.700; 0 means no preference.",
         "20 % of the attention to the image fell on the boxes at step 0 and 40 % at step 10; looking everywhere alike "
         "would give 12.5 %.",
-        "Right answers: 67% at step 0, 67% at step 10.",
+        "Right answers: 67 % at step 0, 67 % at step 10.",
         "Tokens that attend more to the image depend more on it",
-        "At step 10: Wrong answers with a positive advantage: 0 of 1. Right answers with a negative one: 0 of 2.",
+        "At step 10, 0 of 1 wrong answers have a positive advantage and 0 of 2 right answers have",
     ):
         assert said in page.text
 

@@ -185,7 +185,7 @@ class Viewer {
 
   card(response, r) {
     const facts = Object.entries(response.facts).filter(([name]) =>
-      name !== "accuracy" && !(response.maps.length && SAID.includes(name)));
+      name !== "accuracy" && !(response.maps.length && SAID.includes(name)) && !(this.several && name === "query_row"));
     const list = facts.length ? element("dl", { className: "facts" }, ...facts.flatMap(([name, fact]) =>
       [element("dt", { textContent: FACTS[name] ?? name }), element("dd", { textContent: typeof fact === "string" ? fact : digits(fact) })])) : null;
     const common = (note) => this.several && this.now.length > 1 && this.now.every((other) => other.notes.includes(note));
