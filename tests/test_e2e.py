@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 
+import numpy as np
 import pytest
 
 from sayo_verl.scenes import SceneConfig
 from sayo_verl.tiny.prepared import prepare_scenes
+from sayo_verl.view.store import read_steps
 
 pytestmark = pytest.mark.e2e
 
@@ -100,15 +102,31 @@ def test_all_methods_train_together_on_stock_verl(mixed_run):
 
 def test_the_run_names_its_results(mixed_run):
     out, done = mixed_run
-    for file in ("curves.png", "metrics.jsonl", "run.json", "train.log"):
+    for file in ("curves.png", "metrics.jsonl", "report.html", "run.json", "train.log"):
         assert (out / file).stat().st_size > 0
-    assert str(out / "curves.png") in done.stdout
-    assert str(out / "metrics.jsonl") in done.stdout
-    assert "target attention" in done.stdout
+    for file in ("curves.png", "metrics.jsonl", "report.html"):
+        assert str(out / file) in done.stdout
+    assert "pooled R_a" in done.stdout
     card = json.loads((out / "run.json").read_text())
     assert card["estimator"] == "attn_mix"
     assert card["versions"]["verl"] == "0.9.1"
     assert "handshake with 1 worker(s), engine SayoFSDPEngine" in (out / "train.log").read_text()
+
+
+def test_the_run_records_rollouts_before_training_and_after_the_last_step(mixed_run):
+    out, _ = mixed_run
+    first, last = read_steps(out)
+    assert (first.step, last.step) == (0, len(metrics(out)))
+    for step in (first, last):
+        assert len(step.prompts) == 2
+        for prompt, responses in step.prompts:
+            assert prompt.region_tokens > 0
+            for response in responses:
+                image_mass_T = response.values["image_mass"]
+                total = float(response.maps[0].total.unpack().sum())
+                assert total == pytest.approx(float(image_mass_T.mean()), rel=0.02)  # codes of 255 levels
+                assert np.isfinite(response.values["effect"]).all()
+                assert np.isfinite(response.values["advantage"]).all()
 
 
 SAME = re.compile(r"(sayo|critic|actor|rollout_corr|response_length|training/rollout)\b")
