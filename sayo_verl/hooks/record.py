@@ -44,7 +44,7 @@ from sayo_verl.probe.statistics import WIRE_PREFIX, StatisticsRequest
 from sayo_verl.probe.taps import describe_layers, resolve_layers
 from sayo_verl.reward.number import number
 from sayo_verl.view.maps import Packed
-from sayo_verl.view.seen import MapSet, SeenImage, SeenPrompt, SeenResponse, pieces_of, words_of
+from sayo_verl.view.seen import MapSet, SeenImage, SeenPrompt, SeenResponse, pieces_of, special_tokens, words_of
 from sayo_verl.view.store import write_step
 from sayo_verl.vision.grids import Tile
 from sayo_verl.vision.masks import box_masks, check_boxes
@@ -364,7 +364,7 @@ class Recorder:
         if advantage is not None:
             values["advantage"] = advantage[n, :T]
         pieces = pieces_of(self._tokenizer, ids)
-        words = words_of(pieces)
+        words = words_of(pieces, special_tokens(self._tokenizer, ids))
         index_Tk, mass_Tk = signals[self._seen.top_index][n, :T].long(), signals[self._seen.top_mass][n, :T]
         maps_TV = torch.zeros(T, prompt.tokens + 1)  # the last column takes the entries of no visual token (-1)
         maps_TV.scatter_(1, torch.where(index_Tk < 0, prompt.tokens, index_Tk), mass_Tk)

@@ -5,7 +5,6 @@ Shape suffixes: T response tokens, W words, V visual tokens, L layers, H query h
 
 import dataclasses
 import functools
-import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,9 @@ from sayo_verl.look.collect import MEAN, Collector, Selection
 from sayo_verl.look.measure import Measurer
 from sayo_verl.look.prompt import Prompt, with_question
 from sayo_verl.methods.region import target_attention, token_ratio
-from sayo_verl.probe.taps import (
-    ForwardTap,
-)
+from sayo_verl.probe.taps import ForwardTap
 from sayo_verl.view.maps import LEVELS, Packed
-from sayo_verl.view.seen import HeadTable, MapSet, SeenResponse, pieces_of, words_of
+from sayo_verl.view.seen import HeadTable, MapSet, SeenResponse, pieces_of, special_tokens, words_of
 
 BUDGET = 5_000_000  # bytes of all maps of a response on a page, in base64
 NAMES = 100  # bytes of a map besides its codes
@@ -72,7 +69,7 @@ class Observer(Measurer):
         response_T = self._response(prompt, response_ids)
         T, V = len(response_T), prompt.seen.tokens
         pieces = pieces_of(self.processor.tokenizer, response_T.tolist())
-        words = self._words(pieces, response_T.tolist())
+        words = words_of(pieces, special_tokens(self.processor.tokenizer, response_T.tolist()))
         word_T = torch.tensor([w for w, (first, end) in enumerate(words) for _ in range(first, end)])
         length_W = torch.tensor([end - first for first, end in words], dtype=torch.float32)
         wanted = self._wanted(maps, len(words), V, budget)
@@ -144,14 +141,6 @@ class Observer(Measurer):
             notes=tuple(notes),
             heads=self._head_table(collector, prompt, layers),
         )
-
-    def _words(self, pieces: Sequence[str], ids: Sequence[int]) -> tuple[tuple[int, int], ...]:
-        """As ``words_of``; a special token, such as the one that ends the response, is a word of its own."""
-        special = set(self.processor.tokenizer.all_special_ids)
-        starts = {first for first, _ in words_of(pieces)}
-        starts |= {t for t in range(len(ids)) if ids[t] in special or (t > 0 and ids[t - 1] in special)}
-        bounds = [*sorted(starts), len(ids)]
-        return tuple(itertools.pairwise(bounds))
 
     def _neutral_pass(self, prompt: Prompt, layers: Sequence[int]) -> Collector:
         """The attention of the last prompt token, for a neutral question and the same images; kept per prompt."""

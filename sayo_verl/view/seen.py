@@ -4,7 +4,7 @@ Shape suffixes: T response tokens, W words, V visual tokens of all images of a p
 H query heads.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,14 +220,30 @@ def pieces_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     return tuple(pieces)
 
 
-def words_of(pieces: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Group tokens into words: a word starts at a text with white space before it, or at one of a script without it."""
+def words_of(pieces: Sequence[str], alone: Collection[int] = ()) -> tuple[tuple[int, int], ...]:
+    """Group tokens into words: a word starts at a text with white space before it, or at one of a script without it.
+
+    Args:
+        pieces: T texts.
+        alone: positions of tokens that are words of their own, such as special tokens.
+    """
     starts = [
         t
         for t, piece in enumerate(pieces)
-        if t == 0 or piece[:1].isspace() or pieces[t - 1][-1:].isspace() or _no_spaces(piece)
+        if t == 0
+        or piece[:1].isspace()
+        or pieces[t - 1][-1:].isspace()
+        or _no_spaces(piece)
+        or t in alone
+        or t - 1 in alone
     ]
     return tuple(zip(starts, [*starts, len(pieces)][1:], strict=True))
+
+
+def special_tokens(tokenizer: Any, ids: Sequence[int]) -> frozenset[int]:
+    """Positions of the tokenizer's special tokens."""
+    special = set(tokenizer.all_special_ids)
+    return frozenset(t for t, token in enumerate(ids) if token in special)
 
 
 def _no_spaces(piece: str) -> bool:

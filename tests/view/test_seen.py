@@ -37,6 +37,12 @@ def test_a_word_starts_after_white_space_and_at_a_script_without_it():
     assert words_of(["红", "色", "的"]) == ((0, 1), (1, 2), (2, 3))
 
 
+def test_a_special_token_is_a_word_of_its_own():
+    pieces = ["red", ".", "</think>", "<answer>", "red", "<|im_end|>"]
+    assert words_of(pieces) == ((0, 6),)
+    assert words_of(pieces, alone={2, 3, 5}) == ((0, 2), (2, 3), (3, 4), (4, 5), (5, 6))
+
+
 @pytest.mark.parametrize("levels", LEVELS)
 def test_a_packed_map_is_as_exact_as_its_levels(levels: int):
     maps_WV = (np.random.default_rng(0).random((5, 40)) ** 8).astype(np.float32)
