@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sayo_verl import estimates as e
-from sayo_verl.diagnose.answers import Answer, per_response
-from sayo_verl.diagnose.findings import (
+from sayo_verl.diagnose.analysis import (
     Analysis,
     Answers,
     Finding,
@@ -24,6 +23,7 @@ from sayo_verl.diagnose.findings import (
     percent,
     prompts_of,
 )
+from sayo_verl.diagnose.answers import Answer, per_response
 
 BEST = 5  # heads in the table
 LEAST = 16  # rows with boxes: with fewer to choose and to check, chance proposes a layer too often

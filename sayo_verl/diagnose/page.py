@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sayo_verl import __version__
-from sayo_verl.diagnose.findings import Finding, Line
+from sayo_verl.diagnose.analysis import Finding, Line
 from sayo_verl.estimates import Estimate
 from sayo_verl.view.figure import COLOURS, FAINT, GREY, inline, style
 from sayo_verl.view.page import page, table, text

@@ -24,7 +24,6 @@ import ray
 import torch
 import transfer_queue as tq
 from omegaconf import DictConfig
-from PIL import Image
 from tensordict import NonTensorData
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
@@ -32,10 +31,10 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.rl_dataset import collate_fn
 
-from sayo_verl.data.reading import decoded
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks import record_agent, store
 from sayo_verl.hooks.estimator import timed_credit
+from sayo_verl.hooks.held_out import choose_rows, pictures_of, question_of
 from sayo_verl.launch.record_check import OFF, TOP_PATCHES, observation, recorded_needs, run_folder
 from sayo_verl.methods import Credit, Method, Signals, advantages
 from sayo_verl.models.families import family_of
@@ -49,7 +48,6 @@ from sayo_verl.view.store import write_step
 from sayo_verl.vision.grids import Tile
 from sayo_verl.vision.masks import box_masks, check_boxes
 
-SEARCHED = 256  # rows that are searched for boxes, once enough rows with an image have been found
 MASK_STEP = 0  # changed images depend on the step; a fixed one makes their effect comparable through training
 
 
@@ -98,7 +96,7 @@ class Recorder:
         self._layers = describe_layers(numbers, n_layers)
         boxes = method is not None and method.needs().boxes
         self._rows = choose_rows(dataset, int(config.sayo.viz_prompts), boxes=boxes)
-        self._pictures = {row: _pictures(dataset[row], f"held-out row {row}") for row in self._rows}
+        self._pictures = {row: pictures_of(dataset[row], f"held-out row {row}") for row in self._rows}
         self._pending: Pending | None = None
         self.started = False
 
@@ -306,7 +304,7 @@ class Recorder:
         region = _region(boxes, tiles, self.request.coverage, where) if boxes else None
         return SeenPrompt(
             where=f"{where} (extra_info.index {info.get('index', 'absent')})",
-            question=_text(item["raw_prompt"]),
+            question=question_of(item["raw_prompt"]),
             images=images,
             answer=str((item.get("reward_model") or {}).get("ground_truth", "")),
             region_tokens=0 if region is None else int(region.sum()),
@@ -377,66 +375,6 @@ class Recorder:
         longest = int(self._config.data.max_response_length)
         cut = (f"The response has the largest length, {longest} tokens, and may be cut.",) if longest <= T else ()
         return SeenResponse(pieces, words, {k: v.float().numpy() for k, v in values.items()}, (maps,), facts, cut)
-
-
-def choose_rows(dataset: Any, n: int, *, boxes: bool) -> list[int]:
-    """The first n rows with an image, or fewer where there are fewer.
-
-    Args:
-        dataset: verl's, whose rows have ``raw_prompt``.
-        n: how many.
-        boxes: rows that also have a box come first, of the first ``SEARCHED`` rows.
-
-    Raises:
-        SayoError: A32 if no row has an image.
-    """
-    found: list[int] = []
-    preferred: list[int] = []
-    for row in range(len(dataset)):
-        if len(preferred if boxes else found) >= n or (len(found) >= n and row >= SEARCHED):
-            break
-        item = dataset[row]
-        if _image_parts(item["raw_prompt"]):
-            found.append(row)
-            if any(of_image for of_image in item["extra_info"].get("boxes") or ()):
-                preferred.append(row)
-    if not found:
-        raise SayoError(
-            "A32",
-            "no held-out row has an image, so no rollout can be recorded",
-            where="data.val_files",
-            got=f"{len(dataset)} rows that verl has kept",
-            fix=f"name other rows; {OFF}",
-        )
-    chosen = [*preferred, *(row for row in found if row not in preferred)] if boxes else found
-    return sorted(chosen[:n])
-
-
-def _image_parts(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The parts of a prompt that are images."""
-    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
-    return [part for content in contents for part in content if part.get("type") == "image"]
-
-
-def _pictures(item: Mapping[str, Any], where: str) -> list[Image.Image]:
-    """The stored images of a row, RGB."""
-    pictures = []
-    for part in _image_parts(item["raw_prompt"]):
-        if part.get("bytes") is not None:
-            pictures.append(decoded({"bytes": part["bytes"]}, where))
-        elif isinstance(part["image"], Image.Image):
-            pictures.append(part["image"].convert("RGB"))
-        else:
-            pictures.append(decoded(part["image"], where))
-    return pictures
-
-
-def _text(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The text of the last turn of the user."""
-    content = next(message["content"] for message in reversed(messages) if message["role"] == "user")
-    if isinstance(content, str):
-        return content.strip()
-    return "".join(part["text"] for part in content if part.get("type") == "text").strip()
 
 
 def _region(boxes: Sequence[Any], tiles: Sequence[tuple[Tile, ...]], coverage: float, where: str) -> np.ndarray:
