@@ -181,14 +181,20 @@ def _sizes(config: DictConfig) -> dict[str, int]:
 
 
 def record_end(config: DictConfig, error: BaseException | None) -> None:
-    """Add to the run card when the run ended, and by which error; nothing for a run without metrics."""
+    """Add to the run card when the run ended, and by which error; nothing for a run without metrics.
+
+    A card that cannot be read or written is a message: the error that ended the run has to be the last.
+    """
     metrics = metrics_of_run(config)
     if metrics is None:
         return
-    card = json.loads(run_card(metrics).read_text())
     said = "" if error is None else f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
-    card["ended"] = {"time": time.strftime(CLOCK), "error": said}
-    run_card(metrics).write_text(json.dumps(card, indent=1) + "\n")
+    try:
+        card = json.loads(run_card(metrics).read_text())
+        card["ended"] = {"time": time.strftime(CLOCK), "error": said}
+        run_card(metrics).write_text(json.dumps(card, indent=1) + "\n")
+    except (OSError, ValueError) as cannot:
+        print(f"the end of this run was not recorded in {run_card(metrics)}: {cannot}", file=sys.stderr)
 
 
 def report_at_end(config: DictConfig) -> None:

@@ -123,6 +123,9 @@ def test_the_card_names_the_data_and_how_the_run_ended_and_its_page_is_written(t
     assert "SAYO-R01" in capsys.readouterr().err
     record_end(config, None)
     assert json.loads(card.read_text())["ended"]["error"] == ""
+    card.write_text("{cut")
+    record_end(config, RuntimeError("out of memory"))  # does not hide the error that ended the run
+    assert "the end of this run was not recorded" in capsys.readouterr().err
 
 
 def test_a_run_without_a_metrics_file_has_no_end_and_no_page(tmp_path, monkeypatch):
