@@ -6,15 +6,11 @@ of verl's own, such as ``grpo``, it selects nothing unless rollouts are recorded
 run as they are.
 """
 
-import atexit
 import json
 import os
 import sys
-import time
 import uuid
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, distribution, version
-from pathlib import Path
 
 import hydra
 import ray
@@ -31,23 +27,20 @@ from sayo_verl import __version__
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks.contract import RUN_TOKEN
 from sayo_verl.launch.cluster import check_address, check_cluster
+from sayo_verl.launch.ending import at_end, record_end
 from sayo_verl.launch.job import check_types, composition_error, keys_of, write_out
 from sayo_verl.launch.model_check import load_config
 from sayo_verl.launch.names import check_names
 from sayo_verl.launch.preflight import check_estimator, preflight, show
 from sayo_verl.launch.record_check import is_recording
 from sayo_verl.launch.resources import STARTED_HERE, check_devices, find_cluster, sizes_of_ray
-from sayo_verl.launch.resume import how_to_resume, metrics_file
+from sayo_verl.launch.run_card import write_run_card
 from sayo_verl.launch.settings import load_methods
 from sayo_verl.launch.template_check import configure as configure_reward
 from sayo_verl.launch.training_check import check_by_verl, filter_limit
-from sayo_verl.methods import METHODS, Mix, own_methods
-from sayo_verl.metrics import declaration
+from sayo_verl.methods import METHODS, Mix
 from sayo_verl.models import internvl
-from sayo_verl.report.card import run_card
-from sayo_verl.report.page import write_page_at_end
 
-CLOCK = "%Y-%m-%dT%H:%M:%S%z"
 PLUGIN = "sayo_verl.plugin"
 ENGINE = "sayo_verl.hooks.engine"
 # Settings of this process that its Ray workers must share, also when they run on a cluster that is already up.
@@ -131,91 +124,6 @@ def select_method(config: DictConfig) -> bool:
     return ours
 
 
-def _is_installed(name: str) -> bool:
-    try:
-        distribution(name)
-    except PackageNotFoundError:  # vllm or sglang: one engine is enough
-        return False
-    return True
-
-
-def metrics_of_run(config: DictConfig) -> Path | None:
-    """The metrics file that this run writes; None if it writes none."""
-    named = os.environ.get("VERL_FILE_LOGGER_PATH")
-    return Path(named) if named else metrics_file(config)
-
-
-def write_run_card(config: DictConfig) -> None:
-    """What runs, with which versions: run.json and run.yaml beside metrics.jsonl, run-2.json beside metrics-2.jsonl.
-
-    Nothing is written before the checks have passed, and nothing if no metrics are.
-    """
-    metrics = metrics_of_run(config)
-    if metrics is None:
-        return
-    metrics.parent.mkdir(parents=True, exist_ok=True)
-    card_file = run_card(metrics)
-    names = ("verl", "torch", "transformers", "vllm", "sglang", "ray", "tensordict", "TransferQueue")
-    card = {
-        "run_id": metrics.parent.name,
-        "estimator": config.algorithm.adv_estimator,
-        "total_steps": config.trainer.total_training_steps,
-        "started": time.strftime(CLOCK),
-        "versions": {"sayo-verl": __version__, **{name: version(name) for name in names if _is_installed(name)}},
-        "metrics": str(metrics),
-        "overrides": sys.argv[1:],
-        # for the report, which reads those of the built-in methods from its own file
-        "methods": {name: declaration(cls) for name, cls in own_methods().items()},
-        "data": _sizes(config),
-    }
-    card_file.write_text(json.dumps(card, indent=1) + "\n")
-    # Not resolved: ${oc.env:...} may stand for a secret
-    card_file.with_suffix(".yaml").write_text(OmegaConf.to_yaml(config))
-
-
-def _sizes(config: DictConfig) -> dict[str, int]:
-    """Data file -> bytes, so that a comparison of runs sees data that changed under its name."""
-    named = [OmegaConf.select(config, f"data.{split}_files") or [] for split in ("train", "val")]
-    files = [str(file) for value in named for file in ([value] if isinstance(value, str) else value)]
-    return {file: Path(file).stat().st_size for file in files if Path(file).is_file()}
-
-
-def record_end(config: DictConfig, error: BaseException | None) -> None:
-    """Add to the run card when the run ended, and by which error; nothing for a run without metrics.
-
-    A card that cannot be read or written is a message: the error that ended the run has to be the last.
-    """
-    metrics = metrics_of_run(config)
-    if metrics is None:
-        return
-    said = "" if error is None else f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
-    try:
-        card = json.loads(run_card(metrics).read_text())
-        card["ended"] = {"time": time.strftime(CLOCK), "error": said}
-        run_card(metrics).write_text(json.dumps(card, indent=1) + "\n")
-    except (OSError, ValueError) as cannot:
-        print(f"the end of this run was not recorded in {run_card(metrics)}: {cannot}", file=sys.stderr)
-
-
-def report_at_end(config: DictConfig) -> None:
-    """Write the run's page, also of a run that failed; nothing before its first step. The exit code stays as it is."""
-    if (metrics := metrics_of_run(config)) is None:
-        return
-    try:
-        page = write_page_at_end(metrics.parent)
-    except SayoError as error:
-        print(f"the page of this run was not written: {error}", file=sys.stderr)
-    else:
-        if page:
-            print(f"page of the run: {page}", flush=True)
-
-
-def say_how_to_resume(config: DictConfig) -> None:
-    """Print, as the last line, how to resume the last checkpoint; nothing if there is none."""
-    if line := how_to_resume(config):
-        print(line, flush=True)
-
-
 @hydra.main(config_path="config", config_name="sayo_trainer", version_base=None)
 def main(config: DictConfig) -> None:
     """Check, plan, run."""
@@ -250,9 +158,7 @@ def main(config: DictConfig) -> None:
     write_run_card(config)
     prepare_workers(config, variables)
     ours = select_method(config)
-    # After the traceback of a run that failed; the last that is registered is the first that runs.
-    atexit.register(say_how_to_resume, config)
-    atexit.register(report_at_end, config)
+    at_end(config)
     try:
         run_ppo(config, task_runner_class=SayoTaskRunner if ours else TaskRunnerV1)
     except BaseException as error:

@@ -7,15 +7,10 @@ from omegaconf import OmegaConf
 from support.launch_config import composed
 
 from sayo_verl.errors import SetupError
+from sayo_verl.launch.ending import record_end, report_at_end
+from sayo_verl.launch.run_card import write_run_card
 from sayo_verl.launch.training_check import filter_limit
-from sayo_verl.main_ppo import (
-    SayoTaskRunner,
-    launch,
-    prepare_workers,
-    record_end,
-    report_at_end,
-    write_run_card,
-)
+from sayo_verl.main_ppo import SayoTaskRunner, launch, prepare_workers
 
 
 def test_a_task_runner_that_does_not_know_the_estimator_is_refused():

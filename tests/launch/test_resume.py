@@ -316,7 +316,7 @@ def test_the_last_line_says_how_to_resume_what_can_be_resumed(make, tmp_path, mo
 
 
 def test_a_resumed_run_keeps_the_run_card_of_the_first(make, tmp_path, monkeypatch):
-    from sayo_verl.main_ppo import write_run_card
+    from sayo_verl.launch.run_card import write_run_card
 
     for name, total in (("metrics.jsonl", 4), ("metrics-2.jsonl", 8)):
         monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(tmp_path / name))
