@@ -6,13 +6,17 @@ writes the step into the tracker. A kill in between leaves files that are missin
 """
 
 import json
+import os
 import re
+import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 TRACKER, FINGERPRINT = "latest_checkpointed_iteration.txt", "sayo.json"
+SCHEMA = 1  # of sayo.json; a number per incompatible change
 # Contents of a checkpoint -> how verl's FSDP files of it begin.
 STATE = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
 LOADER, QUEUE = "data.pt", "transfer_queue"
@@ -28,7 +32,7 @@ class Expected:
         devices: of the trainer: each state has one file per device. None: as many as the files say.
         parts: subfolders with states, such as ``("actor", "critic")``.
         fsdp: whether verl's FSDP saved it; the files of other strategies are not checked.
-        queue: whether it was saved in an asynchronous mode, with the prompts in flight.
+        queue: whether it was saved in an asynchronous mode, with the prompts in flight. A ``sayo.json`` knows better.
     """
 
     devices: int | None = None
@@ -116,7 +120,8 @@ def judge(folder: Path, expected: Expected | None = None, *, tracked: bool = Fal
     """Judge one ``global_step_<n>`` folder; arguments as of ``judge_checkpoints``."""
     shards = [match for file in folder.glob("*/*.pt") if (match := _SHARD.fullmatch(file.name))]
     devices = frozenset(int(match[2]) for match in shards)
-    expected = expected or _recorded(folder) or _apparent(folder)
+    recorded = _recorded(folder)
+    expected = expected or recorded or _apparent(folder)
     wanted = [LOADER]
     if expected.fsdp:
         world = expected.devices or max(devices, default=1)
@@ -127,11 +132,33 @@ def judge(folder: Path, expected: Expected | None = None, *, tracked: bool = Fal
             for rank in range(world)
         ]
     damage = {name: found for name in wanted if (found := _damage(folder / name))}
-    if expected.queue and not (folder / QUEUE).is_dir():
+    if (recorded or expected).queue and not (folder / QUEUE).is_dir():
         damage[QUEUE] = "missing"
     # verl's retention deletes the folder of each part and leaves the rest. It saves ``data.pt`` after the parts.
     removed = LOADER not in damage and not any((folder / part).exists() for part in expected.parts)
     return Checkpoint(folder, step_of(folder), damage, devices, tracked, removed)
+
+
+def write_fingerprint(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write ``sayo.json`` of a checkpoint that is about to be saved; nobody ever reads half of it.
+
+    An abandoned attempt may have left a complete checkpoint of the same step, which verl overwrites file by file. What
+    verl saves last is removed here, so that a kill in between does not leave a mixture that looks complete.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LOADER).unlink(missing_ok=True)
+    record = {**record, "step": step_of(folder), "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    temporary = folder / f".{FINGERPRINT}.new"
+    with temporary.open("w") as file:
+        file.write(json.dumps(record, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / FINGERPRINT)
+    of_folder = os.open(folder, os.O_RDONLY)  # the new name is on the disk too
+    try:
+        os.fsync(of_folder)
+    finally:
+        os.close(of_folder)
 
 
 def summary(damage: dict[str, str]) -> str:
