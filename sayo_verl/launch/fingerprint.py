@@ -33,6 +33,7 @@ from sayo_verl.models.location import is_hub_name
 
 PACKAGES = ("verl", "torch", "transformers", "vllm", "sglang", "ray", "tensordict", "TransferQueue")
 ACTOR, MODEL, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.model", "actor_rollout_ref.rollout"
+ESTIMATOR = "algorithm.adv_estimator"
 OPTIMIZER = ("lr", "weight_decay", "betas", "optimizer", "optimizer_impl", "override_optimizer_config")
 # What must be the same, by the name that sayo.resume_anyway accepts -> patterns of its settings.
 COMPARED: dict[str, tuple[str, ...]] = {
@@ -233,11 +234,13 @@ def _compare(start: Path, now: Mapping[str, Any], accepted: tuple[str, ...]) -> 
     if "fingerprint" in accepted:
         return "; not compared with its fingerprint (sayo.resume_anyway)"
     before = _read(start)
-    found = {
-        name: listed
-        for name in COMPARED
-        if (listed := differences(before["compared"].get(name, {}), now["compared"][name]))
-    }
+    found = {}
+    for name, new in now["compared"].items():
+        old = before["compared"].get(name, {})
+        if old.get(ESTIMATOR) != new.get(ESTIMATOR):  # settings of one method alone say nothing more
+            old, new = ({key: value for key, value in side.items() if key in old and key in new} for side in (old, new))
+        if listed := differences(old, new):
+            found[name] = listed
     if refused := [name for name in found if name not in accepted]:
         listing = "; ".join(f"{name}: {_list(found[name])}" for name in refused)
         no_effect = " (verl restores the saved optimizer: a new value would have no effect)"
