@@ -88,7 +88,7 @@ COMPARED: dict[str, tuple[str, ...]] = {
         f"{ACTOR}.strategy",
         f"{ACTOR}.freeze_vision_tower",
     ),
-    "seed": ("*.seed", "*_seed"),
+    "seed": ("*.seed", "*_seed", "sayo.repeatable_rollouts"),
     "batch": (
         "data.train_batch_size",
         "data.gen_batch_size",
