@@ -123,7 +123,7 @@ SAID = (
     f"{ROLLOUT}.top_k",
     *(f"{ACTOR}.optim.{key}" for key in ("lr_scheduler_type", "lr_warmup_steps*", "min_lr_ratio", "num_cycles")),
 )
-SECRET = re.compile(r"key$|token$|secret|password|credential", re.IGNORECASE)
+SECRET = re.compile(r"^reward\..*(key$|token$|secret|password|credential)", re.IGNORECASE)
 # Files of a model's folder that decide what the model sees.
 SMALL = ("config.json", "*token*.json", "vocab*", "merges.txt", "*processor_config.json", "chat_template*", "*.py")
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
@@ -206,7 +206,8 @@ def versions() -> dict[str, str]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """``key old -> new`` of values that differ; what was not found on one of the machines is not compared."""
-    pairs = [(key, old.get(key, "absent"), new.get(key, "absent")) for key in dict.fromkeys((*new, *old))]
+    keys = sorted(new.keys() | old.keys(), key=lambda key: (key != ESTIMATOR, key))
+    pairs = [(key, old.get(key, "absent"), new.get(key, "absent")) for key in keys]
     return [
         f"{k} {_short(was)} -> {_short(now)}" for k, was, now in pairs if was != now and NOT_FOUND not in (was, now)
     ]
@@ -262,32 +263,41 @@ def _compare(start: Path, now: Mapping[str, Any], accepted: tuple[str, ...]) -> 
 def _read(start: Path) -> dict[str, Any]:
     """The record beside a checkpoint."""
     file = start / FINGERPRINT
-    fix = "resume another checkpoint (trainer.resume_mode=resume_path), or, if you know that method, data and model "
-    fix += "are the same, sayo.resume_anyway=[fingerprint]"
-
-    def unusable(what: str, got: object, wanted: object = None) -> SayoError:
-        return SayoError("L95", what, where=str(file), got=got, wanted=wanted, fix=fix)
-
     try:
         record = json.loads(file.read_bytes())
     except FileNotFoundError as error:
-        raise unusable("this checkpoint has no fingerprint, so it may be of another run", "no such file") from error
+        raise _unusable(
+            file, "this checkpoint has no fingerprint, so it may be of another run", "no such file"
+        ) from error
     except OSError as error:
-        raise unusable("the fingerprint cannot be read", error.strerror) from error
+        raise _unusable(file, "the fingerprint cannot be read", error.strerror) from error
     except ValueError as error:
-        raise unusable("the fingerprint is damaged", error) from error
+        raise _unusable(file, "the fingerprint is damaged", error) from error
     schema = record.get("schema") if isinstance(record, dict) else None
     if not isinstance(schema, int) or isinstance(schema, bool):
-        raise unusable("the fingerprint is damaged", f"schema {schema!r}", SCHEMA)
+        raise _unusable(file, "the fingerprint is damaged", f"schema {schema!r}", SCHEMA)
     if schema > SCHEMA:
-        raise unusable("the fingerprint is of a newer sayo-verl", f"schema {schema}", f"{SCHEMA} or older")
+        raise _unusable(file, "the fingerprint is of a newer sayo-verl", f"schema {schema}", f"{SCHEMA} or older")
     parts = [record.get("compared"), record.get("said")]
     flat = [part for part in parts if isinstance(part, dict)]
     if len(flat) < 2 or not all(isinstance(of_name, dict) for of_name in flat[0].values()):
-        raise unusable("the fingerprint is damaged", "no settings")
+        raise _unusable(file, "the fingerprint is damaged", "no settings")
     if record.get("step") != int(start.name.rpartition("_")[2]):
-        raise unusable("the fingerprint is of another checkpoint", f"step {record.get('step')!r}", start.name)
+        raise _unusable(file, "the fingerprint is of another checkpoint", f"step {record.get('step')!r}", start.name)
     return dict(record)
+
+
+def _unusable(file: Path, what: str, got: object, wanted: object = None) -> SayoError:
+    """L95: a checkpoint has no fingerprint that can be compared."""
+    return SayoError(
+        "L95",
+        what,
+        where=str(file),
+        got=got,
+        wanted=wanted,
+        fix="resume another checkpoint (trainer.resume_mode=resume_path), or, if you know that method, data and model are "
+        "the same, sayo.resume_anyway=[fingerprint]",
+    )
 
 
 def _list(found: list[str]) -> str:
@@ -315,8 +325,6 @@ def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
             resolved = OmegaConf.select(config, key, throw_on_missing=False)
             resolved = OmegaConf.to_container(resolved, resolve=True) if OmegaConf.is_config(resolved) else resolved
             hidden = SECRET.search(key) or "oc.env" in str(value)
-            # verl names of fields end in _key as well
-            hidden = hidden and not fnmatch(key, "data.*_key")
             yield key, f"sha256 {_digest(str(resolved).encode())}" if hidden and resolved is not None else resolved
 
 
@@ -403,7 +411,7 @@ def _model(key: str, path: str) -> Flat:
     weights = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern) if file.is_file()})
     total = sum(file.stat().st_size for file in weights)
     digest = _digest(b"".join(_sampled(file) for file in weights))
-    return found | {f"{key}: weights": f"{len(weights)} files, {total} bytes, sha256 of samples {digest}"}
+    return found | {f"{key}: weights": f"{total} bytes in {len(weights)} files, sha256 of samples {digest}"}
 
 
 def _sampled(file: Path) -> bytes:

@@ -184,7 +184,7 @@ def test_other_weights_of_the_same_shape_are_another_model(config, tmp_path, at)
     content = bytearray(file.read_bytes())
     content[at : at + 300] = b"x" * len(content[at : at + 300])
     file.write_bytes(content)
-    assert "weights 1 files, 5000 bytes" in refused(config).got
+    assert "weights 5000 bytes in 1 files" in refused(config).got
 
 
 def test_another_template_is_another_model(config, tmp_path):
