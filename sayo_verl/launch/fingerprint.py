@@ -295,8 +295,8 @@ def _unusable(file: Path, what: str, got: object, wanted: object = None) -> Sayo
         where=str(file),
         got=got,
         wanted=wanted,
-        fix="resume another checkpoint (trainer.resume_mode=resume_path), or, if you know that method, data and model are "
-        "the same, sayo.resume_anyway=[fingerprint]",
+        fix="resume another checkpoint (trainer.resume_mode=resume_path), or, if you know that method, data and model "
+        "are the same, sayo.resume_anyway=[fingerprint]",
     )
 
 
