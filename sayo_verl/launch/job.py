@@ -49,7 +49,7 @@ def keys_of(overrides: Sequence[str]) -> set[str]:
         if key in ("sayo.out", "sayo.resume"):
             folders.append(text)
         value = OverridesParser.create().parse_override(override).value() if text.startswith("{") else None
-        found |= {leaf for leaf, _ in _leaves(value, f"{key}.")} if isinstance(value, dict) else {key}
+        found |= {leaf for leaf, _ in leaves(value, f"{key}.")} if isinstance(value, dict) else {key}
     if len(folders) > 1:
         raise SayoError(
             "L68",
@@ -73,7 +73,7 @@ def check_types(config: DictConfig, defaults: DictConfig) -> None:
         SayoError: L73.
     """
     plain: Any = [OmegaConf.to_container(part, resolve=False) for part in (config, defaults)]
-    values, expected = (dict(_leaves(part)) for part in plain)
+    values, expected = (dict(leaves(part)) for part in plain)
     for key, default in expected.items():
         value = values.get(key)
         if isinstance(default, bool | int | float) and isinstance(value, str) and not value.startswith("${"):
@@ -87,11 +87,11 @@ def check_types(config: DictConfig, defaults: DictConfig) -> None:
             )
 
 
-def _leaves(part: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(part: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of nested values."""
     for key, value in part.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

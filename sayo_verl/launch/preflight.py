@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from sayo_verl.errors import Rule, SayoError, did_you_mean, raise_first
 from sayo_verl.launch.attention_check import ATTENTION, attention_of, check_attention, check_linear_attention
 from sayo_verl.launch.data_check import check_data
-from sayo_verl.launch.fingerprint import place_fingerprint
+from sayo_verl.launch.fingerprint_check import place_fingerprint
 from sayo_verl.launch.memory_check import check_memory
 from sayo_verl.launch.method_check import check_method
 from sayo_verl.launch.mode_check import check_mode, describe_mode

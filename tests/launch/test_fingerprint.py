@@ -12,8 +12,10 @@ from support.saved import save
 
 from sayo_verl.errors import SayoError
 from sayo_verl.launch import fingerprint as f
+from sayo_verl.launch import fingerprint_check
 from sayo_verl.launch.checkpoints import FINGERPRINT, SCHEMA
-from sayo_verl.launch.fingerprint import NAMES, fingerprint_of, place_fingerprint
+from sayo_verl.launch.fingerprint import fingerprint_of
+from sayo_verl.launch.fingerprint_check import NAMES, place_fingerprint
 
 ADVANTAGE = "algorithm.adv_estimator"
 LR = "actor_rollout_ref.actor.optim.lr"
@@ -101,7 +103,7 @@ def test_what_is_not_on_this_machine_is_not_compared(config):
 def test_a_run_that_saves_no_checkpoint_reads_no_data(config, tmp_path, monkeypatch):
     config.trainer.default_local_dir = str(tmp_path / "new")
     config.trainer.save_freq = -1
-    monkeypatch.setattr(f, "fingerprint_of", None)
+    monkeypatch.setattr(fingerprint_check, "fingerprint_of", None)
     assert place_fingerprint(config) == ""
 
 
@@ -151,6 +153,14 @@ def test_all_differences_are_listed_with_the_words_that_accept_them(config):
 
 def named(error: SayoError) -> list[str]:
     return error.fix.partition("resume_anyway=[")[2].partition("]")[0].split(",")
+
+
+def test_a_long_list_of_differences_is_counted(config):
+    for n in range(10):
+        add(config, f"reward.custom_reward_function.reward_kwargs.weight_{n}", n)
+    error = refused(config)
+    assert error.got.count("absent -> ") == 8
+    assert error.got.endswith(" and 2 more")
 
 
 def _box(rows):
