@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 from support.launching import launch, plan
 from support.public_shapes import write_config, write_qwen3_5_9b
+from support.saved import save
 
 from sayo_verl import __version__
 from sayo_verl.cli import main
@@ -155,16 +156,7 @@ def test_every_node_must_see_the_paths_of_a_job(repo, environment, tmp_path):
 
 def saved(out, step, world):
     """The run folder of an earlier attempt with a checkpoint, as far as its files are looked at."""
-    actor = out / "checkpoints" / f"global_step_{step}" / "actor"
-    actor.mkdir(parents=True)
-    for name in [
-        f"{state}_world_size_{world}_rank_{rank}.pt"
-        for state in ("model", "optim", "extra_state")
-        for rank in range(world)
-    ]:
-        (actor / name).write_bytes(b"saved")
-    (actor.parent / "data.pt").write_bytes(b"saved")
-    (out / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step))
+    save(out / "checkpoints", step, tracker=step, world=world)
     (out / "metrics.jsonl").write_text('{"step": 1, "data": {}}\n')
     (out / "run.json").write_text("{}")
     return str(out)
@@ -175,8 +167,10 @@ def test_resume_goes_on_in_the_folder_of_the_run_with_files_of_its_own(repo, env
     old = saved(tmp_path / "old run", 2, world=8)
     (tmp_path / "old run" / "run-2.json").write_text("{}")  # an attempt that logged no step
     done = plan(repo, script, environment, RESUME=old, OUT="")
+    assert "SAYO-L95: this checkpoint has no fingerprint" in done.stderr
+    done = plan(repo, script, environment, "sayo.resume_anyway=[fingerprint]", RESUME=old, OUT="")
     assert done.returncode == 0, done.stderr
-    assert f"global_step_2 of ?, from {old}/checkpoints\n" in done.stdout
+    assert f"global_step_2 of ?, from {old}/checkpoints; not compared" in done.stdout
     assert f"{old}/metrics-3.jsonl\n" in done.stdout
     done = plan(repo, script, environment, OUT=old)
     assert re.search(r"SAYO-L15: .* got .*old run/metrics.jsonl.* fix: .*RESUME=", done.stderr)
