@@ -5,6 +5,7 @@ cause, because verl reports later errors and Ray repeats an error in each proces
 """
 
 import re
+import traceback
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -86,6 +87,35 @@ def why_it_failed(log: Path, *, offset: int = 0, lines: int = 30) -> list[str]:
     if final.exception != first.exception:
         shown += [f"the last traceback: {final.exception}", final.place]
     return shown + [f"the log ends with: {t}" for t in list(last)[-1:] if t not in (first.exception, final.exception)]
+
+
+def describe_exception(error: BaseException) -> tuple[str, str]:
+    """The first cause of an exception in one line, and the place that raised it; see ``first_exception``.
+
+    Of a ``SayoError``, in this or another process, the line is its own.
+    """
+    text = "".join(traceback.format_exception(error))
+    said, place = first_exception(text)
+    if own := [match[1] for line in text.splitlines() if (match := _ERROR.search(clean_log_line(line.encode())))]:
+        return own[-1], place
+    return (said or " ".join(f"{type(error).__name__}: {error}".split()))[:300], place
+
+
+def first_exception(text: str) -> tuple[str, str]:
+    """The first exception of a chain of tracebacks and the line of code that raised it.
+
+    Args:
+        text: formatted exceptions, also those of Ray, which hold the tracebacks of other processes.
+
+    Returns:
+        ``("ValueError: ...", "reward.py, line 3, in compute_score")``; empty strings without a traceback. The place is
+        the last one outside of installed packages, if there is one.
+    """
+    reader = _Traceback()
+    for line in text.splitlines():
+        if cause := reader.new_cause(clean_log_line(line.encode())):
+            return cause.exception, cause.place.removeprefix("  at ")
+    return "", ""
 
 
 _FRAME = re.compile(r'^\s+File "(?P<file>.+)", line (?P<line>\d+), in (?P<name>.+)$')
