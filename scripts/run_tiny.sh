@@ -35,9 +35,10 @@ tiny_environment
 [[ -n "${MODEL_PATH:-}" ]] || MODEL_PATH=$(sayo prepare policy --out .sayo)
 export DATA MODEL_PATH
 
-# The launcher's last line, repeated after the report.
-trap 'grep "^to resume after step" "$OUT/train.log" | tail -n 1 || true' EXIT
+# The launcher's last lines, repeated after the report: how to resume, and why the run failed.
 failed=0
+trap 'grep "^to resume after step" "$OUT/train.log" | tail -n 1 || true
+  ((!failed)) || tail -n 3 "$OUT/train.log" | grep "^SAYO-" | tail -n 1 || true' EXIT
 sayo watch "$OUT" -- bash scripts/run.sh "$@" || failed=$?
 # Also of a run that failed, if it has a step
 ((failed)) && ! grep -qs . "$OUT"/metrics*.jsonl || sayo report "$OUT"

@@ -11,6 +11,7 @@ from typing import Any
 
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks.rollout_errors import broken_image, row_name
+from sayo_verl.report.causes import one_line
 
 ALLOWED = "_sayo_bad_rows"  # attribute of the training data set: rows that may be left out
 LEFT_OUT = "sayo_left_out"  # key of extra_info, which the trainer removes: rows in whose place this one is
@@ -40,7 +41,8 @@ def name_bad_images(rl_dataset: ModuleType) -> None:
 
     @functools.wraps(read)
     def __getitem__(self: Any, item: int) -> dict:
-        allowed, left_out = int(getattr(self, ALLOWED, 0)), []
+        allowed = int(getattr(self, ALLOWED, 0))
+        left_out: list[str] = []
         while True:
             row, image = _read(read, self, (item + len(left_out)) % len(self))
             if image is None:
@@ -60,7 +62,7 @@ def _read(read: Any, dataset: Any, item: int) -> tuple[dict, str | None]:
     try:
         row = read(dataset, item)
     except OSError as error:
-        return dataset.dataframe[item], f"{type(error).__name__}: {' '.join(str(error).split()).split(' <_io')[0]}"[:300]
+        return dataset.dataframe[item], one_line(error)
     # Paths are decoded by the agent loop only, which notes what fails.
     return row, broken_image(row["raw_prompt"], paths=False)
 
@@ -68,7 +70,7 @@ def _read(read: Any, dataset: Any, item: int) -> tuple[dict, str | None]:
 def take_left_out(batch: Any) -> list[str]:
     """Remove ``LEFT_OUT`` from a batch of prompts, and return the rows that were left out."""
     found: list[str] = []
-    for info in batch["extra_info"] if "extra_info" in batch else ():
+    for info in batch["extra_info"] if "extra_info" in batch.keys() else ():
         info = getattr(info, "data", info)
         if isinstance(info, dict):
             found += info.pop(LEFT_OUT, [])

@@ -17,11 +17,10 @@ from typing import Any
 
 from PIL import Image
 
-from sayo_verl.data.images import DAMAGE
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks import board
 from sayo_verl.hooks.contract import RUN_TOKEN
-from sayo_verl.report.log import describe_exception
+from sayo_verl.report.causes import describe_exception, one_line
 
 TOPIC = "failed_rollouts"
 MOST = 20  # distinct errors that a worker keeps
@@ -75,6 +74,8 @@ def note(split: str, error: BaseException, row: str, step: int, messages: Any) -
         step: training step.
         messages: of the prompt, whose images are decoded to see whether one is the cause.
     """
+    from sayo_verl.data.images import DAMAGE  # takes 0.3 s, and every process of a run loads this module
+
     said, place = describe_exception(error)
     broken = broken_image(messages) if isinstance(getattr(error, "cause", error), DAMAGE) else None
     image, known = broken or "", _errors.setdefault(split, {})
@@ -106,12 +107,15 @@ def failures(split: str) -> Failures:
 
 
 def row_name(row: Mapping[str, Any]) -> str:
-    """A row by what a user knows: ``row 17 of 'scenes' (extra_info.index)``."""
-    info = row.get("extra_info")
-    index = info.get("index") if isinstance(info, Mapping) else None
-    source = row.get("data_source")
+    """A row by what a user knows: ``row 17 of 'scenes' (extra_info.index; id train-4)``."""
+    found = row.get("extra_info")
+    info: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+    index, source, name = info.get("index"), row.get("data_source"), info.get("id")
     of = f" of {str(source)!r}" if source is not None else ""
-    return f"row {index}{of} (extra_info.index)" if index is not None else f"a row{of} without extra_info.index"
+    named = f"; id {name}" if name is not None else ""
+    if index is None:
+        return f"a row{of} without extra_info.index{named}"
+    return f"row {index}{of} (extra_info.index{named})"
 
 
 def broken_image(messages: Any, *, paths: bool = True) -> str | None:
@@ -121,6 +125,8 @@ def broken_image(messages: Any, *, paths: bool = True) -> str | None:
         messages: verl's ``raw_prompt``: images are opened pictures or paths. Web addresses are not read.
         paths: read files as well.
     """
+    from sayo_verl.data.images import DAMAGE
+
     for picture, name in _images(messages):
         try:
             if isinstance(picture, Image.Image):
@@ -129,8 +135,7 @@ def broken_image(messages: Any, *, paths: bool = True) -> str | None:
                 with Image.open(picture.removeprefix("file://")) as opened:
                     opened.load()
         except (*DAMAGE, Image.DecompressionBombError) as error:
-            said = " ".join(str(error).split()).split(" <_io")[0]
-            return f"{name}: {type(error).__name__}: {said}"[:300]
+            return f"{name}: {one_line(error)}"
     return None
 
 

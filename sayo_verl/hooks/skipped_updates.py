@@ -58,15 +58,17 @@ def count_skipped_updates(fsdp_engine: ModuleType) -> None:
 
 def skipped_updates() -> int:
     """Updates that the run skipped since its start. Every worker counts all of them."""
+    if not os.environ.get(RUN_TOKEN):
+        return 0
     return max((message["skipped"] for message in board.read(f"{TOPIC}/")), default=0)
 
 
 def _not_finite(module: Any) -> str:
     """The first parameters whose gradient on this device is not finite, and how many more there are."""
     bad = (name for name, parameter in module.named_parameters() if not _finite(parameter.grad))
-    first = list(itertools.islice(bad, NAMED))
+    first = [name.replace("_fsdp_wrapped_module.", "") for name in itertools.islice(bad, NAMED)]
     more = sum(1 for _ in bad)
-    return ", ".join(name.replace("_fsdp_wrapped_module.", "") for name in first) + (f" and {more} more" if more else "")
+    return ", ".join(first) + (f" and {more} more" if more else "")
 
 
 def _finite(gradient: Any) -> bool:

@@ -19,9 +19,25 @@ from sayo_verl.hooks import bad_images
 from sayo_verl.hooks.bad_images import bad_image, take_left_out
 from sayo_verl.hooks.rollout_errors import Failures, RolloutError, failures
 from sayo_verl.hooks.skipped_updates import skipped_updates
+from sayo_verl.report.causes import NOTE
 
 # What verl raises if every rollout of a batch failed (``ReplayBuffer.sample``).
 NOTHING_LEFT = "no materializable trajectories"
+PHASES = {
+    "prepare_step": "reading of prompts",
+    "sample": "rollouts",
+    "_compute_reward_colocate": "rewards",
+    "_compute_old_log_prob": "log-probs",
+    "_compute_ref_log_prob": "log-probs of the reference",
+    "_compute_values": "values",
+    "_compute_advantage": "advantages",
+    "_update_critic": "update of the critic",
+    "_update_actor": "update of the actor",
+    "_save_checkpoint": "saving",
+    "on_step_end": "weights to the rollout engine",
+    "_validate": "validation",
+    "_compute_metrics": "metrics",
+}
 # Where verl replaces failed groups it would do so without end: groups that may fail since the last batch, in batches.
 MOST_BATCHES = 2
 
@@ -53,7 +69,15 @@ def guard_steps(trainer_base: ModuleType) -> None:
     """
     cls: Any = trainer_base.PPOTrainer
     step, validate, fetch = cls.step, cls._validate, cls._fetch_one_gen_batch
-    dataloader, buffer = cls._init_dataloader, cls._build_replay_buffer
+    dataloader, buffer, fit = cls._init_dataloader, cls._build_replay_buffer, cls.fit
+
+    @functools.wraps(fit)
+    def guarded_fit(self: Any, agent_loop_manager: Any) -> None:
+        try:
+            fit(self, agent_loop_manager)
+        except Exception as error:
+            error.add_note(f"{NOTE}{int(self.global_steps)}{_phase_of(error)}")
+            raise
 
     @functools.wraps(buffer)
     def _build_replay_buffer(self: Any) -> Any:
@@ -105,7 +129,8 @@ def guard_steps(trainer_base: ModuleType) -> None:
         _say(self, new, "this validation's")
         return {**metrics, "sayo/failed_rollouts/val": float(new.total)} if metrics else metrics
 
-    cls.step, cls._validate, cls._fetch_one_gen_batch = guarded_step, _validate, _fetch_one_gen_batch
+    cls.fit, cls.step, cls._validate = guarded_fit, guarded_step, _validate
+    cls._fetch_one_gen_batch = _fetch_one_gen_batch
     cls._init_dataloader, cls._build_replay_buffer = _init_dataloader, _build_replay_buffer
 
 
@@ -161,6 +186,15 @@ def all_failed(failed: Failures, step: int, replaced: int = 0) -> SayoError:
     )
 
 
+def _phase_of(error: BaseException) -> str:
+    """``", update of the actor"`` by the method of the trainer that raised; empty if it is none of ``PHASES``."""
+    frames, trace = [], error.__traceback__
+    while trace is not None:
+        frames.append(trace.tb_frame.f_code.co_name)
+        trace = trace.tb_next
+    return next((f", {PHASES[name]}" for name in frames if name in PHASES), "")
+
+
 def _seen(trainer: Any) -> Seen:
     return trainer.__dict__.setdefault("_sayo_seen", Seen())
 
@@ -206,7 +240,7 @@ def _say(trainer: Any, new: Failures, whose: str) -> None:
         said.add((error.error, error.place))
         at = f" at {error.place}" if error.place else ""
         print(
-            f"warning: {new.total} of {whose} rollouts failed and are left out; {error.error}, first of {error.row}{at} "
-            "(sayo/failed_rollouts counts them)",
+            f"warning: {new.total} of {whose} rollouts failed and are left out (sayo/failed_rollouts counts them); "
+            f"{error.error}, first of {error.row}{at}",
             file=sys.stderr,
         )

@@ -5,7 +5,6 @@ cause, because verl reports later errors and Ray repeats an error in each proces
 """
 
 import re
-import traceback
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -61,7 +60,8 @@ def why_it_failed(log: Path, *, offset: int = 0, lines: int = 30) -> list[str]:
         lines: number of lines to return if the log contains no cause.
 
     Returns:
-        The distinct SAYO-… errors (the first three). Without any, the first exception of any process, the last one if
+        The log's last line if it is a SAYO-… error, which the launcher prints. Else the distinct SAYO-… errors (the
+        first three). Without any, the first exception of any process, the last one if
         it differs (the first may have been handled), each with the line of code that raised it, and the log's last
         line. Without any exception, the last meaningful lines. Of a chain of exceptions the first counts.
     """
@@ -77,6 +77,8 @@ def why_it_failed(log: Path, *, offset: int = 0, lines: int = 30) -> list[str]:
                 causes.append(cause)
             if not _NOISE.search(text) and (not last or last[-1] != text):
                 last.append(text)
+    if last and _ERROR.match(last[-1]):  # the launcher's last line
+        return [last[-1]]
     if errors:
         return list(errors)[:3]
     causes = [cause for cause in causes if not cause.skipped]
@@ -89,16 +91,10 @@ def why_it_failed(log: Path, *, offset: int = 0, lines: int = 30) -> list[str]:
     return shown + [f"the log ends with: {t}" for t in list(last)[-1:] if t not in (first.exception, final.exception)]
 
 
-def describe_exception(error: BaseException) -> tuple[str, str]:
-    """The first cause of an exception in one line, and the place that raised it; see ``first_exception``.
-
-    Of a ``SayoError``, in this or another process, the line is its own.
-    """
-    text = "".join(traceback.format_exception(error))
-    said, place = first_exception(text)
-    if own := [match[1] for line in text.splitlines() if (match := _ERROR.search(clean_log_line(line.encode())))]:
-        return own[-1], place
-    return (said or " ".join(f"{type(error).__name__}: {error}".split()))[:300], place
+def sayo_errors(text: str) -> list[str]:
+    """The SAYO-… lines of a text with tracebacks, in its order."""
+    lines = (clean_log_line(line.encode()) for line in text.splitlines())
+    return [match[1] for line in lines if (match := _ERROR.search(line))]
 
 
 def first_exception(text: str) -> tuple[str, str]:
