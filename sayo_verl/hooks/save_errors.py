@@ -41,7 +41,9 @@ def guard_save(trainer_base: ModuleType) -> None:
         try:
             save(self)
         except Exception as error:
-            if before is not None and tracker.read_bytes() != before:
+            if before is None:
+                tracker.unlink(missing_ok=True)
+            elif tracker.read_bytes() != before:
                 spare.replace(tracker)
             if (named := save_error(error, folder, step, before)) is not None:
                 raise named from error

@@ -10,7 +10,8 @@ It wraps verl's base trainer, for estimators of verl's own too. It reads what wo
 
 import functools
 import sys
-from dataclasses import dataclass, field
+import traceback
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -48,6 +49,7 @@ class Seen:
 
     Attributes:
         failed: rollouts, by split.
+        counts: rollouts of each error, by split, error, place and row.
         said: errors of rollouts that were printed.
         skipped: updates.
         bad_rows: rows left out for their image.
@@ -55,6 +57,7 @@ class Seen:
     """
 
     failed: dict[str, int] = field(default_factory=dict)
+    counts: dict[tuple[str, ...], int] = field(default_factory=dict)
     said: set[tuple[str, str]] = field(default_factory=set)
     skipped: int = 0
     bad_rows: set[str] = field(default_factory=set)
@@ -188,11 +191,12 @@ def all_failed(failed: Failures, step: int, replaced: int = 0) -> SayoError:
 
 def _phase_of(error: BaseException) -> str:
     """``", update of the actor"`` by the method of the trainer that raised; empty if it is none of ``PHASES``."""
-    frames, trace = [], error.__traceback__
-    while trace is not None:
-        frames.append(trace.tb_frame.f_code.co_name)
-        trace = trace.tb_next
-    return next((f", {PHASES[name]}" for name in frames if name in PHASES), "")
+    found: list[str] = []
+    raised: BaseException | None = error
+    while raised is not None:
+        found += [frame.name for frame in traceback.extract_tb(raised.__traceback__)]
+        raised = raised.__cause__
+    return next((f", {PHASES[name]}" for name in found if name in PHASES), "")
 
 
 def _seen(trainer: Any) -> Seen:
@@ -205,10 +209,15 @@ def _allowed(trainer: Any) -> int:
 
 def _new(trainer: Any, split: str) -> Failures:
     """Failed rollouts since the last call; rows with a bad image are counted or end the run."""
-    seen, found = _seen(trainer), failures(split)
+    seen, found, errors = _seen(trainer), failures(split), []
     total = found.total - seen.failed.get(split, 0)
     seen.failed[split] = found.total
-    new = Failures(total, found.errors if total else ())
+    for error in found.errors:
+        key = (split, error.error, error.place, error.row)
+        if count := error.count - seen.counts.get(key, 0):
+            seen.counts[key] = error.count
+            errors.append(replace(error, count=count))
+    new = Failures(total, tuple(errors))
     for error in new.errors if split == "train" else ():
         if error.image:
             _leave_out(trainer, error.row, error.image)

@@ -152,4 +152,4 @@ def _room(config: DictConfig, folder: Path, *, dry_run: bool) -> str:
 
 
 def _size(size: float) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
