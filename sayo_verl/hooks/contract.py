@@ -201,8 +201,6 @@ CONTRACT = (
     Seam("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._materialize_batch", "overrides",
          "called once a batch, at the end of sample()"),
     # first causes (sayo_verl/hooks: rollout_errors, bad_images, skipped_updates, step_guard, save_errors)
-    Seam("verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ", "relies on",
-         "inherits _run_agent_loop; a group with a failed session has the status failure, other sessions are kept"),
     Seam("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.sample", "relies on",
          "raises RuntimeError 'no materializable trajectories' if every rollout of a batch failed"),
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._fetch_one_gen_batch", "overrides",

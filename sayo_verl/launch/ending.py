@@ -56,14 +56,22 @@ def first_cause(error: BaseException) -> str:
     step = note_of_step(error)
     if said.startswith("SAYO-"):
         return said.replace(" | fix:", f" | {step} | fix:", 1) if step else said
+    when, where = f" {step}" if step else "", place or "the launcher"
     if problem := os_problem(said):
-        code, what, fix = "X26", problem, "free space, or name a folder that this user can write"
-    elif said.rpartition(":")[0].split(":")[0].rsplit(".", 1)[-1] in DEAD:
-        code, what = "X25", "a process of the run died"
-        fix = "read its last lines above; if the kernel killed it for memory (dmesg), lower what the plan lists"
-    else:
-        code, what, fix = "X25", "an exception ended the run", "correct what it names; the traceback is above"
-    return str(SayoError(code, what + (f" {step}" if step else ""), where=place or "the launcher", got=said, fix=fix))
+        fix = "free space, or name a folder that this user can write"
+        return str(SayoError("X26", f"{problem}{when}", where=where, got=said, fix=fix))
+    died = said.partition(":")[0].rpartition(".")[2] in DEAD
+    return str(
+        SayoError(
+            "X25",
+            f"a process of the run died{when}" if died else f"an exception ended the run{when}",
+            where=where,
+            got=said,
+            fix="read its last lines above; if the kernel killed it for memory (dmesg), lower what the plan lists"
+            if died
+            else "correct what it names; the traceback is above",
+        )
+    )
 
 
 def end_output_of_workers() -> None:
@@ -82,7 +90,7 @@ def say_the_cause() -> None:
 
 def report_at_end(config: DictConfig) -> None:
     """Write the run's page, also of a run that failed; nothing before its first step. The exit code stays as it is."""
-    if (metrics := metrics_of_run(config)) is None:
+    if (metrics := metrics_of_run(config)) is None or not metrics.exists():
         return
     try:
         page = write_page_at_end(metrics.parent)

@@ -96,9 +96,7 @@ def test_a_reward_that_is_not_finite_ends_its_rollout(reward, refused):
 
     if not refused:
         return score()
-    with pytest.raises(
-        SayoError, match=r"^SAYO-A33: the reward function returned a score"
-    ) as caught:
+    with pytest.raises(SayoError, match=r"^SAYO-A33: the reward function returned a score") as caught:
         score()
     assert caught.value.where == NAME
 

@@ -47,7 +47,7 @@ def test_a_disk_without_room_for_two_checkpoints_is_refused(run):
     assert "22.9 MiB free, a checkpoint takes about 11." in caught.value.got
     plan = dict(preflight(run(free=3 * 12 * NUMBERS)))
     assert "a checkpoint takes about 11." in plan["disk"]
-    assert plan["disk"].endswith("WARNING: all 10 are kept, 114.5 MiB: set trainer.max_actor_ckpt_to_keep=2")
+    assert plan["disk"].endswith("WARNING: all 10 are kept, 114.4 MiB: set trainer.max_actor_ckpt_to_keep=2")
     assert "disk" not in dict(preflight(run(free=0, **{"trainer.save_freq": -1})))
     (line,) = check_disk(run(free=0), dry_run=True)
     assert "WARNING: a run is refused" in line[1]
