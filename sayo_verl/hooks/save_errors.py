@@ -1,7 +1,7 @@
 """A checkpoint that cannot be saved: the reason, the free space, and the last one that is whole.
 
 verl writes the tracker in place. If that fails, it is empty, and no checkpoint is found any more. Here it gets its old
-text back. torch names a full disk as "unexpected pos" or "failed writing file".
+text back. torch names a full disk as "iostream error" or "unexpected pos".
 """
 
 import functools
@@ -16,7 +16,7 @@ from sayo_verl.launch.resume import TRACKER
 from sayo_verl.report.causes import describe_exception, os_problem
 
 # What torch says where a file could not be written to its end.
-TORCH_SAYS = ("unexpected pos", "failed writing file", "PytorchStreamWriter failed")
+TORCH_SAYS = ("iostream error", "unexpected pos", "failed writing file", "PytorchStreamWriter failed")
 LITTLE = 64 * 2**20  # bytes: less free space explains such a message
 
 

@@ -39,8 +39,11 @@ def note_of_step(error: BaseException) -> str:
 
 
 def os_problem(said: str) -> str | None:
-    """What an ``OSError`` means for a run, by its number in ``[Errno 28] No space left on device``; None if nothing."""
-    found = re.search(r"\[Errno (\d+)\]", said)
+    """What an ``OSError`` means for a run, by its number in ``[Errno 28] No space left on device``; None if nothing.
+
+    Libraries in Rust, such as safetensors, write ``(os error 28)``.
+    """
+    found = re.search(r"(?:\[Errno|\(os error) (\d+)[\])]", said)
     return PROBLEMS.get(int(found[1])) if found else None
 
 

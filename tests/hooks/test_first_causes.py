@@ -121,6 +121,8 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "/x/model.pt")
         (OSError(errno.EROFS, "Read-only file system"), 2**40, "the file system is read-only"),
         (RuntimeError("[enforce fail at inline_container.cc:862] . unexpected pos 2156160 vs 2156048"), 0, "is full"),
         (RuntimeError("[enforce fail at inline_container.cc:862] . unexpected pos 2156160 vs 2156048"), 2**40, None),
+        (RuntimeError("basic_ios::clear: iostream error"), 0, "is full"),
+        (RuntimeError("SafetensorError: I/O error: No space left on device (os error 28)"), 2**40, "is full"),
         (RuntimeError("CUDA error"), 0, None),
     ],
 )
