@@ -10,10 +10,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from sayo_verl.errors import SayoError
-from sayo_verl.hooks import board, skipped_updates
+from sayo_verl.hooks import board, skipped_updates, store
 from sayo_verl.hooks.bad_images import ALLOWED, LEFT_OUT, name_bad_images, take_left_out
 from sayo_verl.hooks.contract import RUN_TOKEN
 from sayo_verl.hooks.save_errors import guard_save, save_error
+from sayo_verl.methods import Needs
+from sayo_verl.methods.random_signals import random_signals
+from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 from sayo_verl.report.causes import describe_exception
 
 
@@ -162,3 +165,20 @@ def test_a_tracker_that_could_not_be_written_gets_its_text_back(tmp_path, before
     PPOTrainer()._save_checkpoint()
     assert tracker.read_text() == "4"
     assert [path.name for path in tmp_path.iterdir()] == [tracker.name]
+
+
+def test_a_number_that_is_not_finite_is_named_by_layer_token_and_row_of_data(monkeypatch):
+    signals = random_signals(Needs(StatisticsRequest((Statistic("region_mass", layers=(-1,)),))), 3, 12, 9)
+    ((statistic, values),) = signals.statistics.items()
+    (row, token), *_ = (signals.response_mask.bool() & (signals.image_tokens > 0)[:, None]).nonzero().tolist()
+    values[row, token] = float("nan")
+    with pytest.raises(SayoError, match=r"^SAYO-A03: 1 of \d+ values of region_mass.*\(layer -1\) are not") as caught:
+        signals.check()
+    assert statistic.layers == (-1,)
+    assert caught.value.where == f"row {row} of the batch, response token {token}; 1 such rows"
+    batch = SimpleNamespace(partition_id="train", keys=[f"u_{n}_0" for n in range(12)], tags=[{}] * 12)
+    data = {"extra_info": [{"index": 4}], "data_source": ["scenes"]}
+    monkeypatch.setattr(store, "fetch", lambda one, fields: data if one.keys == [f"u_{row}_0"] else None)
+    named = store.name_row(caught.value, batch)
+    assert named.where == f"{caught.value.where}: row 4 of 'scenes' (extra_info.index), rollout {row}"
+    assert store.name_row(SayoError("A01", "x", where="y", fix="z"), batch).where == "y"
