@@ -41,7 +41,12 @@ class SayoError(RuntimeError):
         fix: an instruction the reader can follow.
         got: what was found, if that helps.
         wanted: what is accepted, if that helps.
+
+    Attributes:
+        row: index in the batch, of an error whose row of data the trainer can name.
     """
+
+    row: int | None = None
 
     def __new__(cls, code: str = "", *_: object, **__: object) -> "SayoError":
         return super().__new__(kind_of(code) if cls is SayoError else cls)

@@ -13,8 +13,18 @@ import os
 
 import wrapt
 
+from sayo_verl.hooks import (
+    bad_images,
+    filter_limit,
+    fingerprint,
+    record_agent,
+    rollout_errors,
+    save_errors,
+    sglang,
+    skipped_updates,
+    step_guard,
+)
 from sayo_verl.hooks import contract as compat
-from sayo_verl.hooks import filter_limit, fingerprint, record_agent, sglang
 from sayo_verl.hooks.estimator import register_estimators
 from sayo_verl.models import internvl, qwen2_5_vl
 
@@ -31,6 +41,12 @@ wrapt.register_post_import_hook(compat.guard_weight_socket, compat.WEIGHT_TRANSF
 wrapt.register_post_import_hook(fingerprint.save_beside_checkpoints, "verl.trainer.ppo.v1.trainer_base")
 wrapt.register_post_import_hook(compat.guard_saved_weights, "verl.utils.fsdp_utils")
 wrapt.register_post_import_hook(sglang.mask_placeholders, "verl.workers.rollout.sglang_rollout.async_sglang_server")
+wrapt.register_post_import_hook(rollout_errors.report_rollout_errors, "verl.experimental.agent_loop.agent_loop")
+wrapt.register_post_import_hook(step_guard.guard_steps, "verl.trainer.ppo.v1.trainer_base")
+wrapt.register_post_import_hook(save_errors.guard_save, "verl.trainer.ppo.v1.trainer_base")
+wrapt.register_post_import_hook(step_guard.stop_endless_refill, "verl.trainer.ppo.v1.replay_buffer")
+wrapt.register_post_import_hook(bad_images.name_bad_images, "verl.utils.dataset.rl_dataset")
+wrapt.register_post_import_hook(skipped_updates.count_skipped_updates, "verl.workers.engine.fsdp.transformer_impl")
 wrapt.register_post_import_hook(record_agent.register, "verl.experimental.agent_loop.agent_loop")
 internvl.activate()
 qwen2_5_vl.activate()

@@ -37,13 +37,16 @@ export DATA MODEL_PATH
 
 failed=0
 LOGGED=$(stat -c %s "$OUT/train.log" 2>/dev/null || echo 0) # by earlier attempts
-# The launcher's last line, repeated after the report. A launcher that was killed with signal 9 printed none.
-say_how_to_resume() {
-  local tracker="$OUT/checkpoints/latest_checkpointed_iteration.txt"
-  tail -c "+$((LOGGED + 1))" "$OUT/train.log" | grep "^to resume after step" | tail -n 1 && return
-  [[ "$failed" != 137 || ! -s "$tracker" ]] || echo "to resume after step $(<"$tracker"): $SAYO_RESUME_COMMAND"
+# The launcher's last lines, repeated after the report: how to resume, and why the run failed. A launcher that was killed
+# with signal 9 printed none.
+say_last() {
+  local tracker="$OUT/checkpoints/latest_checkpointed_iteration.txt" log
+  log=$(tail -c "+$((LOGGED + 1))" "$OUT/train.log")
+  grep "^to resume after step" <<<"$log" | tail -n 1 ||
+    [[ "$failed" != 137 || ! -s "$tracker" ]] || echo "to resume after step $(<"$tracker"): $SAYO_RESUME_COMMAND"
+  ((!failed)) || tail -n 3 <<<"$log" | grep "^SAYO-" | tail -n 1 || true
 }
-trap say_how_to_resume EXIT
+trap say_last EXIT
 sayo watch "$OUT" -- bash scripts/run.sh "$@" || failed=$?
 # Also of a run that failed, if it has a step
 ((failed)) && ! grep -qs . "$OUT"/metrics*.jsonl || sayo report "$OUT"

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from support.launch_config import composed
 
 from sayo_verl.errors import SetupError
-from sayo_verl.launch.ending import record_end, report_at_end
+from sayo_verl.launch.ending import record_end, report_at_end, say_the_cause
 from sayo_verl.launch.run_card import write_run_card
 from sayo_verl.launch.training_check import filter_limit
 from sayo_verl.main_ppo import SayoTaskRunner, launch, prepare_workers
@@ -110,9 +110,13 @@ def test_the_card_names_the_data_and_how_the_run_ended_and_its_page_is_written(t
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "data": {"critic/score/mean": 1.0}}\n')
     record_end(config, RuntimeError("out of memory\nTraceback"))
     report_at_end(config)
-    assert json.loads(card.read_text())["ended"]["error"] == "RuntimeError: out of memory"
+    ended = json.loads(card.read_text())["ended"]["error"]
+    assert ended.startswith("SAYO-X25: an exception ended the run | at the launcher | got RuntimeError: out of memory")
+    say_the_cause()
+    said = capsys.readouterr()
+    assert said.err == f"{ended}\n"
     assert "Failed at" in (tmp_path / "run" / "report.html").read_text()
-    assert "page of the run: " in capsys.readouterr().out
+    assert "page of the run: " in said.out
     (tmp_path / "run" / "metrics.jsonl").write_text("damaged\n")
     report_at_end(config)
     assert "SAYO-R01" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from transfer_queue import KVBatchMeta
 from verl.workers.utils.padding import response_to_nested
 
 from sayo_verl.errors import SayoError
+from sayo_verl.hooks.rollout_errors import row_name
 from sayo_verl.methods import Needs, Signals
 from sayo_verl.probe.statistics import COUNTERFACTUAL_LOG_PROBS, PER_ROW, WIRE_PREFIX
 from sayo_verl.reward.number import number
@@ -132,6 +133,18 @@ def fetch_reward_parts(batch: KVBatchMeta) -> dict[str, float]:
             if (value := number(info.get(key))) is not None:
                 totals.setdefault(name, []).append(value)
     return {name: sum(values) / len(values) for name, values in totals.items()}
+
+
+def name_row(error: SayoError, batch: KVBatchMeta) -> SayoError:
+    """The same error, with the row of data of ``error.row`` and its rollout; unchanged if there is no such row."""
+    if error.row is None:
+        return error
+    key = batch.keys[error.row]
+    one = KVBatchMeta(partition_id=batch.partition_id, keys=[key], tags=[batch.tags[error.row]])
+    data = fetch(one, ["extra_info", "data_source"])
+    found = {name: getattr(data[name][0], "data", data[name][0]) for name in ("extra_info", "data_source")}
+    where = f"{error.where}: {row_name(found)}, rollout {key.rsplit('_', 2)[1]}"
+    return SayoError(error.code, error.what, where=where, got=error.got, wanted=error.wanted, fix=error.fix)
 
 
 def staleness(batch: KVBatchMeta, step: int) -> dict[str, float]:

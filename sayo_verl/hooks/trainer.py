@@ -261,6 +261,8 @@ class AttentionTrainer(PPOTrainer):
         token = CURRENT.set(context)
         try:
             out = super()._compute_advantage(batch, metrics)
+        except SayoError as error:
+            raise store.name_row(error, batch) from error
         finally:
             CURRENT.reset(token)
         if context.reward is None:

@@ -1,46 +1,96 @@
-"""What a run leaves when it ends: the end in its card, its page, and the command that resumes it."""
+"""What a run leaves when it ends: the end in its card, its page, the command that resumes it, and the first cause.
+
+The last line of a run that failed is its first cause. Ray's traceback, which has many lines, comes before it.
+"""
 
 import atexit
 import json
 import sys
 import time
 
+import ray
 from omegaconf import DictConfig
 
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.resume import how_to_resume
 from sayo_verl.launch.run_card import CLOCK, metrics_of_run
 from sayo_verl.report.card import run_card
+from sayo_verl.report.causes import describe_exception, note_of_step, os_problem
 from sayo_verl.report.page import write_page_at_end
+
+DEAD = ("ActorDiedError", "ActorUnavailableError", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError")
+_last_line: list[str] = []
 
 
 def at_end(config: DictConfig) -> None:
-    """Make this process say at its end, after any traceback, where the page is and how to resume."""
+    """Make this process say at its end, after any traceback, where the page is, how to resume, and the first cause."""
     # The last that is registered is the first that runs.
+    atexit.register(say_the_cause)
     atexit.register(say_how_to_resume, config)
     atexit.register(report_at_end, config)
+    atexit.register(end_output_of_workers)
 
 
 def record_end(config: DictConfig, error: BaseException | None) -> None:
     """Add to the run card when the run ended, and by which error; nothing for a run without metrics.
 
-    A card that cannot be read or written is a message: the error that ended the run has to be the last.
+    The error is also the last line that this process prints. A card that cannot be read or written is a message before.
     """
+    line = "" if error is None else first_cause(error)
+    if line and isinstance(error, Exception):
+        _last_line[:] = [line]
     metrics = metrics_of_run(config)
     if metrics is None:
         return
-    said = "" if error is None else f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
     try:
         card = json.loads(run_card(metrics).read_text())
-        card["ended"] = {"time": time.strftime(CLOCK), "error": said}
+        card["ended"] = {"time": time.strftime(CLOCK), "error": line}
         run_card(metrics).write_text(json.dumps(card, indent=1) + "\n")
     except (OSError, ValueError) as cannot:
         print(f"the end of this run was not recorded in {run_card(metrics)}: {cannot}", file=sys.stderr)
 
 
+def first_cause(error: BaseException) -> str:
+    """One SAYO line for an exception that ended a run: its own, X26 for one of the disk, else X25."""
+    said, place = describe_exception(error)
+    step = note_of_step(error)
+    if said.startswith("SAYO-"):
+        return said.replace(" | fix:", f" | {step} | fix:", 1) if step else said
+    when, where = f" {step}" if step else "", place or "the launcher"
+    if problem := os_problem(said):
+        fix = "free space, or name a folder that this user can write"
+        return str(SayoError("X26", f"{problem}{when}", where=where, got=said, fix=fix))
+    died = said.partition(":")[0].rpartition(".")[2] in DEAD
+    return str(
+        SayoError(
+            "X25",
+            f"a process of the run died{when}" if died else f"an exception ended the run{when}",
+            where=where,
+            got=said,
+            fix="read its last lines above; if the kernel killed it for memory (dmesg), lower what the plan lists"
+            if died
+            else "correct what it names; the traceback is above",
+        )
+    )
+
+
+def end_output_of_workers() -> None:
+    """Print what Ray has collected of its workers' output, so that nothing of it follows."""
+    if ray.is_initialized():
+        time.sleep(0.5)  # its thread reads five times a second
+        ray.shutdown()
+
+
+def say_the_cause() -> None:
+    """Print the first cause of a failed run."""
+    sys.stdout.flush()
+    for line in _last_line:
+        print(line, file=sys.stderr, flush=True)
+
+
 def report_at_end(config: DictConfig) -> None:
     """Write the run's page, also of a run that failed; nothing before its first step. The exit code stays as it is."""
-    if (metrics := metrics_of_run(config)) is None:
+    if (metrics := metrics_of_run(config)) is None or not metrics.exists():
         return
     try:
         page = write_page_at_end(metrics.parent)
@@ -52,6 +102,6 @@ def report_at_end(config: DictConfig) -> None:
 
 
 def say_how_to_resume(config: DictConfig) -> None:
-    """Print, as the last line, how to resume the last checkpoint; nothing if there is none."""
+    """Print how to resume the last checkpoint; nothing if there is none."""
     if line := how_to_resume(config):
         print(line, flush=True)

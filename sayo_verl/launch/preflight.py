@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from sayo_verl.errors import Rule, SayoError, did_you_mean, raise_first
 from sayo_verl.launch.attention_check import ATTENTION, attention_of, check_attention, check_linear_attention
 from sayo_verl.launch.data_check import check_data
+from sayo_verl.launch.disk_check import check_disk
 from sayo_verl.launch.fingerprint_check import place_fingerprint
 from sayo_verl.launch.memory_check import check_memory
 from sayo_verl.launch.method_check import check_method
@@ -82,6 +83,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
     check_paths(config)
     check_metrics(config)
     resumed = check_resume(config)
+    disk = check_disk(config, dry_run=dry_run)
     reward = check_reward(config, method, given=given, dry_run=dry_run)
     of_model, model_type = _check_model(config, measured, dry_run)
     memory = check_memory(config, method, dry_run=dry_run)
@@ -120,6 +122,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
         ("length", _length(config, of_data)),
         ("resumes", resumed + place_fingerprint(config, dry_run=dry_run)),
         ("checkpoints", describe_checkpoints(config)),
+        *disk,
         ("metrics", str(metrics_file(config) or 'no file, nothing for sayo report: trainer.logger has no "file"')),
         ("recorded", recorded),
     ]

@@ -28,6 +28,7 @@ class Counted:
         with_boxes: rows with a box; None where boxes are not looked at.
         with_images: rows with an image.
         decoded: images that were decoded.
+        undecoded: images of rows beyond the sample.
         remote: images of web addresses, which are not read.
         narrow: rows that verl's length filter drops for the shape of an image.
         asked: rows by data source and the forms of an answer that the prompt names.
@@ -40,6 +41,7 @@ class Counted:
     with_boxes: int | None = None
     with_images: int = 0
     decoded: int = 0
+    undecoded: int = 0
     remote: int = 0
     narrow: int = 0
     asked: Counter[Asked] = field(default_factory=Counter)
@@ -51,6 +53,7 @@ class Counted:
     def __str__(self) -> str:
         text = f"{self.rows} rows" + (f", {self.with_boxes} with boxes" if self.with_boxes is not None else "")
         text += f", {self.decoded} images decoded"
+        text += f", {self.undecoded} NOT decoded (sayo.preflight_images)" if self.undecoded else ""
         text += f", {self.remote} images of web addresses not read" if self.remote else ""
         return text + (f", {self.narrow} rows too narrow for Qwen's resize" if self.narrow else "")
 
@@ -112,6 +115,7 @@ def check_parquet(
             counted.with_boxes = (counted.with_boxes or 0) + any(looked.boxes)
         counted.with_images += bool(images)
         counted.remote += looked.headers.count(None)
+        counted.undecoded += 0 if row in sampled else len(images) - looked.headers.count(None)
         for i, image in enumerate(images if row in sampled else []):
             counted.decoded += read_image(image, f"{path} row {row}, images[{i}]") is not None
         if row in spread_over:

@@ -24,6 +24,7 @@ from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.launch.method_check import own_code
 from sayo_verl.methods import METHODS, PREFIX, RESERVED, Method, Mix
 from sayo_verl.methods.group import SPREAD_FLOOR
+from sayo_verl.report.causes import describe_exception
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,16 @@ def load_methods(modules: Sequence[str]) -> list[str]:
             else:
                 found.append(name)
                 importlib.import_module(name)
-        except (ImportError, OSError, SyntaxError) as error:
+        except SayoError:  # of register_method
+            raise
+        except Exception as error:  # the user's code
+            said, place = describe_exception(error)
+            known = isinstance(error, ImportError | OSError | SyntaxError)
             raise SayoError(
                 "L29",
                 "a module with a user's method cannot be loaded",
                 where="sayo.modules",
-                got=f"{name}: {error}",
+                got=f"{name}: {error if known else f'{said} at {place}'}",
                 wanted="an importable module or the path of a .py file",
                 fix="correct it; see docs/add_a_method.md",
             ) from error

@@ -96,14 +96,17 @@ def advantages(
         read = torch.where(response_mask.bool(), column, torch.ones_like(column))
         bad = ~torch.isfinite(read) | (read < 0)
         if bad.any():
-            raise SayoError(
+            row = int(bad.any(-1).nonzero()[0])
+            error = SayoError(
                 "A11",
                 f"{int(bad.sum())} values of the {name} are negative or not finite",
-                where=f"row {int(bad.any(-1).nonzero()[0])}",
+                where=f"row {row} of the batch",
                 got=read[bad][:3].tolist(),
                 wanted="finite, 0 or more, so that no advantage changes its sign",
                 fix="correct the method's credit()",
             )
+            error.row = row
+            raise error
         advantage = advantage * read
     return advantage, reward
 
@@ -175,14 +178,16 @@ def group_advantage(
         reward_B = reward_B + torch.where(term.valid, term.weight * term.value, torch.zeros_like(reward_B))
     if not torch.isfinite(reward_B).all():
         row = int((~torch.isfinite(reward_B)).nonzero()[0])
-        raise SayoError(
+        error = SayoError(
             "A03",
             "a reward is not finite",
-            where=f"row {row}, uid {uid[row]}",
+            where=f"row {row} of the batch, uid {uid[row]}",
             got=float(reward_B[row]),
             wanted="a finite number",
             fix="check the reward function; one such reward would poison its whole group",
         )
+        error.row = row
+        raise error
 
     advantage_B = torch.empty_like(reward_B)
     for rows in group_rows(uid):

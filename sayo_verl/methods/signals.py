@@ -199,14 +199,16 @@ class Signals:
                     )
         valid = self.response_mask.bool() & ~self.is_padding[:, None]
         on_image = valid & (self.image_tokens > 0)[:, None]
-        _check_range("entropy", self.entropy[valid], 0.0, float("inf"))
-        _check_range("log_probs", self.log_probs[valid], float("-inf"), 0.0)
+        _check_range("entropy", self.entropy, valid, 0.0, float("inf"))
+        _check_range("log_probs", self.log_probs, valid, float("-inf"), 0.0)
         if self.counterfactual_log_probs is not None:
-            _check_range("counterfactual_log_probs", self.counterfactual_log_probs[on_image], float("-inf"), 0.0)
+            changed = self.counterfactual_log_probs
+            _check_range("counterfactual_log_probs", changed, on_image, float("-inf"), 0.0)
         if self.correct is not None:
-            _check_range("correct", self.correct[~self.is_padding], 0.0, 1.0)
+            _check_range("correct", self.correct, ~self.is_padding, 0.0, 1.0)
         for statistic, values in self.statistics.items():
-            _check_range(statistic.key, values[on_image], statistic.spec.low, statistic.spec.high)
+            spec, of = statistic.spec, f"{statistic.key} (layer {', '.join(map(str, statistic.layers))})"
+            _check_range(of, values, on_image, spec.low, spec.high)
 
 
 def _no_signal(where: str) -> SayoError:
@@ -220,17 +222,33 @@ def _no_signal(where: str) -> SayoError:
     )
 
 
-def _check_range(name: str, values: torch.Tensor, low: float, high: float) -> None:
-    """Raises: SayoError A03."""
+def _check_range(name: str, values: torch.Tensor, read: torch.Tensor, low: float, high: float) -> None:
+    """Check the numbers that a method reads.
+
+    Args:
+        values: [B, ...].
+        read: bool [B] or [B, T], which of them.
+
+    Raises:
+        SayoError: A03; its ``row`` is the first row with such a number.
+    """
     slack = 1e-3  # softmax in float32 over long rows; bf16 models round entropy below zero
-    bad = ~torch.isfinite(values) | (values < low - slack) | (values > high + slack)
-    if bad.any():
-        raise SayoError(
-            "A03",
-            f"{int(bad.sum())} of {bad.numel()} values of {name} are not finite or out of range",
-            where="the response tokens of the log-prob pass",
-            got=values[bad][:3].tolist(),
-            wanted=f"finite, in [{low}, {high}]",
-            fix="a NaN here is a row that the probe never computed or a policy that diverged; look at "
-            "actor/grad_norm and lower the learning rate, or report the batch",
-        )
+    outside = ~torch.isfinite(values) | (values < low - slack) | (values > high + slack)
+    bad = outside & read.reshape(*read.shape, *[1] * (values.ndim - read.ndim))
+    if not bad.any():
+        return
+    at = bad.nonzero()
+    token = f", response token {int(at[0, 1])}" if bad.ndim > 1 else ""
+    rows = len(set(at[:, 0].tolist()))
+    error = SayoError(
+        "A03",
+        f"{len(at)} of {int(read.sum()) * bad[0].numel() // read[0].numel()} values of {name} are not finite or out of "
+        "range",
+        where=f"row {int(at[0, 0])} of the batch{token}; {rows} such rows",
+        got=values[bad][:3].tolist(),
+        wanted=f"finite, in [{low}, {high}]",
+        fix="a NaN here is a row that the probe never computed or a policy that diverged; look at "
+        "actor/grad_norm and lower the learning rate, or report the batch",
+    )
+    error.row = int(at[0, 0])
+    raise error

@@ -110,6 +110,10 @@ ANY_METHOD = Section(
                 ("no_box", "no box"),
             )
         ),
+        Metric("sayo/failed_rollouts", "failed rollouts", 0, decimals=1, unless_zero=True),
+        Metric("sayo/failed_rollouts/val", "failed rollouts of a validation", 0, decimals=1, unless_zero=True),
+        Metric("sayo/skipped_updates", "skipped updates", 0, decimals=1, unless_zero=True),
+        Metric("sayo/left_out_rows", "rows left out for their image", 0, decimals=1, unless_zero=True),
         Panel(
             "Staleness of rollouts",
             "versions of the weights",

@@ -60,7 +60,8 @@ def why_it_failed(log: Path, *, offset: int = 0, lines: int = 30) -> list[str]:
         lines: number of lines to return if the log contains no cause.
 
     Returns:
-        The distinct SAYO-… errors (the first three). Without any, the first exception of any process, the last one if
+        The log's last line if it is a SAYO-… error, which the launcher prints. Else the distinct SAYO-… errors (the
+        first three). Without any, the first exception of any process, the last one if
         it differs (the first may have been handled), each with the line of code that raised it, and the log's last
         line. Without any exception, the last meaningful lines. Of a chain of exceptions the first counts.
     """
@@ -76,6 +77,8 @@ def why_it_failed(log: Path, *, offset: int = 0, lines: int = 30) -> list[str]:
                 causes.append(cause)
             if not _NOISE.search(text) and (not last or last[-1] != text):
                 last.append(text)
+    if last and _ERROR.match(last[-1]):  # the launcher's last line
+        return [last[-1]]
     if errors:
         return list(errors)[:3]
     causes = [cause for cause in causes if not cause.skipped]
@@ -86,6 +89,29 @@ def why_it_failed(log: Path, *, offset: int = 0, lines: int = 30) -> list[str]:
     if final.exception != first.exception:
         shown += [f"the last traceback: {final.exception}", final.place]
     return shown + [f"the log ends with: {t}" for t in list(last)[-1:] if t not in (first.exception, final.exception)]
+
+
+def sayo_errors(text: str) -> list[str]:
+    """The SAYO-… lines of a text with tracebacks, in its order."""
+    lines = (clean_log_line(line.encode()) for line in text.splitlines())
+    return [match[1] for line in lines if (match := _ERROR.search(line))]
+
+
+def first_exception(text: str) -> tuple[str, str]:
+    """The first exception of a chain of tracebacks and the line of code that raised it.
+
+    Args:
+        text: formatted exceptions, also those of Ray, which hold the tracebacks of other processes.
+
+    Returns:
+        ``("ValueError: ...", "reward.py, line 3, in compute_score")``; empty strings without a traceback. The place is
+        the last one outside of installed packages, if there is one.
+    """
+    reader = _Traceback()
+    for line in text.splitlines():
+        if cause := reader.new_cause(clean_log_line(line.encode())):
+            return cause.exception, cause.place.removeprefix("  at ")
+    return "", ""
 
 
 _FRAME = re.compile(r'^\s+File "(?P<file>.+)", line (?P<line>\d+), in (?P<name>.+)$')

@@ -170,8 +170,8 @@ class _Display:
             self._say(f"stopped: {reached}, exit code {code}; log: {progress.log}", "yellow")
         else:
             self._say(f"the run failed: {reached}, exit code {code}", "bold red")
-            self._console.print(Text("\n".join(why_it_failed(progress.log, offset=log_offset))), soft_wrap=True)
             self._say(f"log: {progress.log}")
+            self._console.print(Text("\n".join(why_it_failed(progress.log, offset=log_offset))), soft_wrap=True)
 
     def _say(self, line: str, style: str = "") -> None:
         self._last_line = time.monotonic()

@@ -157,10 +157,17 @@ def test_a_method_whose_package_is_missing_is_refused(make, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("file", "says"), [("absent.py", "absent.py"), ("broken.py", "invalid syntax"), ("no.such.module", "No module")]
+    ("file", "says"),
+    [
+        ("absent.py", "absent.py"),
+        ("broken.py", "invalid syntax"),
+        ("wrong.py", "wrong.py: ZeroDivisionError: division by zero at "),
+        ("no.such.module", "No module"),
+    ],
 )
 def test_a_users_module_that_cannot_be_loaded_is_refused(tmp_path, file, says):
     (tmp_path / "broken.py").write_text("def :")
+    (tmp_path / "wrong.py").write_text("x = 1 / 0")
     with pytest.raises(SayoError, match=r"^SAYO-L29: ") as caught:
         load_methods([str(tmp_path / file) if file.endswith(".py") else file])
     assert says in str(caught.value)

@@ -1,0 +1,61 @@
+"""The last line of a failed run is its first cause."""
+
+import errno
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from sayo_verl.errors import SayoError
+from sayo_verl.launch.ending import first_cause
+from sayo_verl.report.log import why_it_failed
+
+OURS = SayoError("A03", "a reward is not finite", where="row 2", fix="look")
+
+
+def of_worker(error: BaseException, *, note: str = "") -> BaseException:
+    """The error as Ray raises it in the process that waits: its text holds the traceback of the worker."""
+    name = f"{type(error).__module__.removeprefix('builtins').lstrip('.')}.{type(error).__name__}".lstrip(".")
+    text = "Traceback (most recent call last):\n" + '  File "/home/me/reward.py", line 3, in compute_score\n    x\n'
+    return RayTaskError(
+        "f", f"{text}{name}: {error}\n{note}", error, proctitle="w", pid=1, ip="i"
+    ).as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OURS, r"SAYO-A03: a reward is not finite | at row 2 | fix: look"),
+        (of_worker(OURS), r"SAYO-A03: a reward is not finite | at row 2 | fix: look"),
+        (
+            of_worker(OURS, note="in step 3, advantages"),
+            "SAYO-A03: a reward is not finite | at row 2 | in step 3, advantages | fix: look",
+        ),
+        (
+            of_worker(KeyError("answer"), note="in step 3, update of the actor"),
+            "SAYO-X25: an exception ended the run in step 3, update of the actor | at /home/me/reward.py, line 3, in "
+            "compute_score | got KeyError: 'answer' | fix: correct what it names; the traceback is above",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/metrics.jsonl"),
+            "SAYO-X26: the disk is full | at the launcher | got OSError: [Errno 28] No space left on device: "
+            "'/x/metrics.jsonl' | fix: free space, or name a folder that this user can write",
+        ),
+        (ValueError(), "SAYO-X25: an exception ended the run | at the launcher | got ValueError: | fix: correct"),
+    ],
+)
+def test_one_line_names_the_innermost_cause_its_place_and_step(error, line):
+    assert first_cause(error).startswith(line)
+    assert "\n" not in first_cause(error)
+
+
+def test_a_dead_process_is_named_as_one():
+    line = first_cause(ActorDiedError())
+    assert line.startswith("SAYO-X25: a process of the run died")
+    assert "dmesg" in line
+
+
+def test_the_cause_that_the_launcher_prints_last_is_the_only_one_shown(tmp_path):
+    log = tmp_path / "train.log"
+    rows = "".join(f"(w pid={n}) sayo_verl.errors.E: SAYO-X09: row {n} | at x | fix: y\n" for n in range(5))
+    log.write_text(f"{rows}to resume after step 2: bash x\nSAYO-X23: all rollouts of step 3 failed | at r | fix: y\n")
+    assert why_it_failed(log) == ["SAYO-X23: all rollouts of step 3 failed | at r | fix: y"]
