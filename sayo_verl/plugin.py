@@ -14,7 +14,7 @@ import os
 import wrapt
 
 from sayo_verl.hooks import contract as compat
-from sayo_verl.hooks import filter_limit, record_agent, sglang
+from sayo_verl.hooks import filter_limit, record_agent, redacted_output, sglang
 from sayo_verl.hooks.estimator import register_estimators
 from sayo_verl.models import internvl, qwen2_5_vl
 
@@ -31,6 +31,7 @@ wrapt.register_post_import_hook(compat.guard_weight_socket, compat.WEIGHT_TRANSF
 wrapt.register_post_import_hook(compat.guard_saved_weights, "verl.utils.fsdp_utils")
 wrapt.register_post_import_hook(sglang.mask_placeholders, "verl.workers.rollout.sglang_rollout.async_sglang_server")
 wrapt.register_post_import_hook(record_agent.register, "verl.experimental.agent_loop.agent_loop")
+wrapt.register_post_import_hook(redacted_output.redact_prints, "verl.trainer.main_ppo")
 internvl.activate()
 qwen2_5_vl.activate()
 register_estimators()

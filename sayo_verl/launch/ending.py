@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.resume import how_to_resume
 from sayo_verl.launch.run_card import CLOCK, metrics_of_run
+from sayo_verl.redact import redact
 from sayo_verl.report.card import run_card
 from sayo_verl.report.page import write_page_at_end
 
@@ -29,7 +30,7 @@ def record_end(config: DictConfig, error: BaseException | None) -> None:
     metrics = metrics_of_run(config)
     if metrics is None:
         return
-    said = "" if error is None else f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+    said = "" if error is None else redact(f"{type(error).__name__}: {error}".strip().splitlines()[0])[:300]
     try:
         card = json.loads(run_card(metrics).read_text())
         card["ended"] = {"time": time.strftime(CLOCK), "error": said}
@@ -54,4 +55,4 @@ def report_at_end(config: DictConfig) -> None:
 def say_how_to_resume(config: DictConfig) -> None:
     """Print, as the last line, how to resume the last checkpoint; nothing if there is none."""
     if line := how_to_resume(config):
-        print(line, flush=True)
+        print(redact(line), flush=True)
