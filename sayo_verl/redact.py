@@ -1,29 +1,29 @@
 """Secrets in what sayo-verl writes and prints: their values become ``<redacted>``.
 
 A secret is recognised by the name in front of it (``WANDB_API_KEY=``, ``'auth_token': ``), by its place in an address
-(``https://user:password@host``), by its form (``hf_...``, ``sk-...``), or because an environment variable or an argument
-of this process with such a name has the same value. A secret under a plain name and without such a form is not found:
-docs/security.md says so. Imports the standard library only, since errors are redacted too.
+(``https://user:password@host``), by its form (``hf_...``, ``sk-...``), or because a variable of the environment or an
+argument of this process with such a name has the same value. A secret under a plain name and without such a form is not
+found: docs/security.md says so. Imports the standard library only, since errors are redacted too.
 """
 
 import os
 import re
 import sys
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 REDACTED = "<redacted>"
 _LEAST = 8  # characters of a value that is searched for everywhere
 _ALWAYS = {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials", "authorization"}
 _ALWAYS |= {"apikey", "apitoken", "authtoken", "accesstoken", "accesskey"}
-# In front of "key" or "token", in lower case: a column, a mapping, or a token of a text. Of other names one is redacted.
-_PLAIN = set(
-    "image images prompt video videos audio audios response reward fn input output message messages sort group cache "
-    "parent teacher row column record sample metric setting unknown pad eos bos sep unk cls mask focus special vision "
-    "next first last new per stop start end query a the one each every visual".split()
+# Words in front of "key" or "token": of a column, a mapping or a token of a text. Behind other words it is a secret.
+_PLAIN = re.compile(
+    "images?|prompt|videos?|audios?|response|reward|fn|input|output|messages?|sort|group|cache|parent|teacher|row|column"
+    "|record|metric|pad|eos|bos|sep|unk|cls|mask|focus|special|vision|next|first|last|new|per|a|the"
 )
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-# A name, then = or : (also behind a closing quote), then a reference, a text in quotes, or what has no space or bracket.
+# A name, = or : (also behind a closing quote), and a reference, a text in quotes, or what has no space or bracket.
 _PAIR = re.compile(
     r"""(?P<name>[A-Za-z_][\w.-]*)(?P<between>\\?["']?\s*[=:]\s*)"""
     r"""(?P<value>\$\{[^}]*\}|\\"(?:(?!\\").)*\\"|"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'"""
@@ -42,16 +42,16 @@ def is_secret(name: str) -> bool:
     """Whether a value under this name is a secret; of a dotted name the last part counts.
 
     An environment variable (in capitals) with the word KEY or TOKEN is one. A setting is one if it ends in key or
-    token, unless the word before is among those of columns and texts, such as ``image_key`` and ``pad_token``.
+    token, except for a column or a token of a text, such as ``image_key`` and ``pad_token``.
     """
     last = name.rpartition(".")[2]
     words = [word for word in _WORDS.findall(last) if not word.isdigit()]
     low = [word.lower() for word in words]
-    if _ALWAYS & {*low, *map("".join, zip(low, low[1:], strict=False))}:
+    if _ALWAYS & {*low, *map("".join, pairwise(low))}:
         return True
     if last.isupper():
         return bool({"key", "token"} & set(low))
-    return bool(low) and low[-1] in ("key", "token") and not (len(low) > 1 and low[-2] in _PLAIN)
+    return bool(low) and low[-1] in ("key", "token") and not (len(low) > 1 and _PLAIN.fullmatch(low[-2]))
 
 
 def redact(text: str) -> str:

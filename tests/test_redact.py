@@ -17,9 +17,8 @@ from sayo_verl.launch.run_card import write_run_card
 from sayo_verl.redact import REDACTED, is_secret, redact, redact_override, redact_values
 
 NAMES = st.sampled_from(
-    "WANDB_API_KEY HF_TOKEN token OPENAI_KEY AWS_SECRET_ACCESS_KEY db_password auth_token api-key apiKey "
-    "GOOGLE_APPLICATION_CREDENTIALS MY_KEY_2 Authorization".split()
-)
+    ("WANDB_API_KEY", "HF_TOKEN", "token", "OPENAI_KEY", "AWS_SECRET_ACCESS_KEY", "db_password", "api-key", "apiKey")
+) | st.sampled_from(("auth_token", "GOOGLE_APPLICATION_CREDENTIALS", "MY_KEY_2", "Authorization"))
 CANARY = st.text(string.ascii_letters + string.digits + "_-+/=.", min_size=4).map("canary{}".format)
 SHAPES = (
     "{name}={value}",

@@ -1,7 +1,7 @@
 """verl's printed configuration without secrets.
 
-``verl.trainer.main_ppo`` prints Ray's settings in the launcher, and the whole resolved configuration in the task runner.
-Both go to train.log. What verl passes to trackers such as W&B is not changed.
+``verl.trainer.main_ppo`` prints Ray's settings in the launcher, and the whole resolved configuration in the task
+runner. Both go to train.log. What verl passes to trackers such as W&B is not changed.
 """
 
 import pprint
