@@ -43,6 +43,7 @@ class Demands:
         judge: of ``sayo_verl.reward``, if that is the reward function; None: another one, which may grade anything.
         qwen_resize: images go through Qwen's resize, as in verl's own data set class.
         headers: read the header of every image.
+        web: images may be web addresses.
         keys: names of columns.
     """
 
@@ -51,6 +52,7 @@ class Demands:
     judge: str | None = "text"
     qwen_resize: bool = True
     headers: bool = True
+    web: bool = True
     keys: Keys = field(default=Keys())
 
     def columns(self) -> tuple[str, ...]:
@@ -120,7 +122,7 @@ class RowContract:
             looked.attempt(_check_lists, info, len(images), where)
         for i, image in enumerate(images if demands.headers else []):
             place = f"{where}, images[{i}]"
-            header = looked.attempt(read_image, image, place, decode=False)
+            header = looked.attempt(read_image, image, place, decode=False, web=demands.web)
             looked.headers.append(header)
             if header and demands.qwen_resize:
                 looked.attempt(_check_ratio, header, place)
