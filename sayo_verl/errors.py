@@ -13,6 +13,8 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from sayo_verl.redact import redact
+
 AREAS = {
     "A": "Advantages and methods",
     "C": "Model families on verl",
@@ -62,7 +64,7 @@ class SayoError(RuntimeError):
         if found:
             parts.append(", ".join(found))
         parts.append(f"fix: {fix}")
-        super().__init__(" | ".join(parts))
+        super().__init__(redact(" | ".join(parts)))
 
     def __reduce__(self):
         # Ray pickles errors between processes; keyword-only arguments need a hand

@@ -18,6 +18,7 @@ from sayo_verl.hooks import (
     filter_limit,
     fingerprint,
     record_agent,
+    redacted_output,
     rollout_errors,
     save_errors,
     sglang,
@@ -48,6 +49,7 @@ wrapt.register_post_import_hook(step_guard.stop_endless_refill, "verl.trainer.pp
 wrapt.register_post_import_hook(bad_images.name_bad_images, "verl.utils.dataset.rl_dataset")
 wrapt.register_post_import_hook(skipped_updates.count_skipped_updates, "verl.workers.engine.fsdp.transformer_impl")
 wrapt.register_post_import_hook(record_agent.register, "verl.experimental.agent_loop.agent_loop")
+wrapt.register_post_import_hook(redacted_output.redact_prints, "verl.trainer.main_ppo")
 internvl.activate()
 qwen2_5_vl.activate()
 register_estimators()

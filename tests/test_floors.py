@@ -6,6 +6,7 @@ from pathlib import Path
 
 # From bottom to top. A room imports rooms of lower floors only; so there is no circle, and none within a floor.
 FLOORS = """
+redact
 errors
 metrics command_line estimates
 script_variables evaluation

@@ -19,8 +19,8 @@ from sayo_verl.reward.prompts import IMAGE_TAG
 from sayo_verl.vision.masks import check_boxes, not_an_image
 
 PREPARE = "prepare the data again, with `sayo prepare`"
-# Data sources for which verl's own reward function evaluates the model's text or runs it as a program.
-EVALUATED = ("codecontests", "apps", "codeforces", "taco")
+PROGRAMS = ("codecontests", "apps", "codeforces", "taco")  # verl's own reward function runs the response as a program
+RUNS_TEXT = "for this data source verl's own reward function runs the model's text as code"
 MESSAGES = "a list of {role, content}, content a text"
 
 
@@ -43,6 +43,7 @@ class Demands:
         judge: of ``sayo_verl.reward``, if that is the reward function; None: another one, which may grade anything.
         qwen_resize: images go through Qwen's resize, as in verl's own data set class.
         headers: read the header of every image.
+        web: images may be web addresses.
         keys: names of columns.
     """
 
@@ -51,6 +52,7 @@ class Demands:
     judge: str | None = "text"
     qwen_resize: bool = True
     headers: bool = True
+    web: bool = True
     keys: Keys = field(default=Keys())
 
     def columns(self) -> tuple[str, ...]:
@@ -120,7 +122,7 @@ class RowContract:
             looked.attempt(_check_lists, info, len(images), where)
         for i, image in enumerate(images if demands.headers else []):
             place = f"{where}, images[{i}]"
-            header = looked.attempt(read_image, image, place, decode=False)
+            header = looked.attempt(read_image, image, place, decode=False, web=demands.web)
             looked.headers.append(header)
             if header and demands.qwen_resize:
                 looked.attempt(_check_ratio, header, place)
@@ -215,9 +217,15 @@ def check_data_source(name: Any, where: str) -> None:
     text = name.lower() if isinstance(name, str) else ""
     missing, fix = "a row has no data source", "name the kind of data; verl's metrics are kept by it"
     raise_first([Rule("D66", not text.strip(), missing, where, fix, repr(name)[:80], wanted="a name")])
-    runs, rename = text.startswith("numina") or text in EVALUATED, "rename the data source, such as my/name"
-    what = "for this data source verl's own reward function evaluates the model's text as code"
-    raise_first([Rule("D66", runs, what, where, rename, got=name, wanted="any other name")])
+    rename = "rename the data source, such as my/name"
+    raise_first([Rule("D66", runs_text(name), RUNS_TEXT, where, rename, got=name, wanted="any other name")])
+
+
+def runs_text(data_source: Any) -> bool:
+    """Whether verl's own reward function runs the model's text as code: for math of Numina with ``eval``
+    (CVE-2026-6878), for programs because that is their task."""
+    text = data_source.lower() if isinstance(data_source, str) else ""
+    return text.startswith("numina") or text in PROGRAMS
 
 
 def _check_only_images(media: Mapping[str, int], where: str) -> None:

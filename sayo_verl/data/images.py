@@ -30,6 +30,7 @@ from sayo_verl.data.rows import Drop, ImageRef
 from sayo_verl.errors import SayoError
 
 MAX_PIXELS = 50_000_000
+MAX_BYTES = 4 * MAX_PIXELS  # of an encoded picture: what a bomb unpacks to is not kept in memory
 MIN_SIDE = 28  # pixels: a visual token of Qwen2.5-VL; one of Qwen3-VL has 32
 MAX_RATIO = 200.0  # of the longer side to the shorter one: Qwen's resize refuses more
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")  # of JPEG, PNG, WEBP
@@ -63,7 +64,7 @@ def image_bytes(ref: ImageRef) -> bytes:
     """The encoded bytes of an image.
 
     Raises:
-        Drop: ``image_missing``, ``image_unreadable``.
+        Drop: ``image_missing``, ``image_unreadable``, ``image_too_large`` for more than ``MAX_BYTES``.
         SayoError: D40 for a web address or a name that no file can have, D41 for a damaged or encrypted zip file.
     """
     if ref.data is not None:
@@ -71,7 +72,7 @@ def image_bytes(ref: ImageRef) -> bytes:
     path, name = os.fspath(ref.path or ""), ref.member or os.fspath(ref.path or "")
     try:
         with open(path, "rb") if ref.member is None else _open_member(path, ref.member) as file:
-            return file.read()
+            data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, ValueError) or _URL.search(name):
             where, got = f"image {ascii(ref.key)[:160]}", ascii(name)[:160]
@@ -80,6 +81,9 @@ def image_bytes(ref: ImageRef) -> bytes:
         if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | KeyError):
             raise Drop("image_missing", name) from error
         raise Drop("image_unreadable", f"{name}: {_one_line(error)}") from error
+    if len(data) > MAX_BYTES:
+        raise Drop("image_too_large", f"{name}: more than {MAX_BYTES:,} bytes")
+    return data
 
 
 def _open_member(path: str, member: str) -> IO[bytes]:

@@ -22,6 +22,11 @@ import ijson
 
 from sayo_verl.errors import SayoError
 
+MAX_LINE = 64 * 2**20  # bytes of a line, which is in memory as a whole
+# Bytes that a packed file may hold: JSON of repeated records packs to a hundredth, a bomb to a thousandth.
+MAX_UNPACKED, MAX_RATIO = 2**28, 250
+# Levels that one piece of 64 KiB opens more than it closes. ijson's memory grows with the square of the depth.
+MAX_DEPTH = 1000
 _MARK = b"\xef\xbb\xbf"  # UTF-8 with a byte order mark
 
 
@@ -37,7 +42,7 @@ def json_items(path: Path, prefix: str = "") -> Iterator[tuple[Any, Any]]:
         if kind != wanted:
             fix = "name a file of the published format; one JSON value a line is another format"
             raise SayoError("D47", "the JSON is of another kind", where=str(path), got=kind, wanted=wanted, fix=fix)
-        found = (ijson.items if prefix else ijson.kvitems)(file, prefix, use_float=True)
+        found = (ijson.items if prefix else ijson.kvitems)(_Shallow(file), prefix, use_float=True)
         try:
             for last, value in enumerate(found) if prefix else found:
                 yield last, value
@@ -49,7 +54,11 @@ def json_items(path: Path, prefix: str = "") -> Iterator[tuple[Any, Any]]:
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Number (from 1) and value of each line that is not blank; D47, D48 as ``json_items``."""
     with _opened(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+            if len(line) > MAX_LINE:
+                what, got = "a line is too long for a record", f"more than {MAX_LINE:,} bytes"
+                fix = "write one JSON object on each line, and name images instead of storing them in it"
+                raise SayoError("D47", what, where=f"{path} line {number}", got=got, fix=fix)
             if number == 1 and line.strip().startswith(b"["):
                 fix = "write one JSON object on each line"
                 raise SayoError("D47", "the file is a JSON array", where=str(path), got="[", fix=fix)
@@ -84,15 +93,47 @@ def _not_json(error: Exception, where: str) -> SayoError:
     return SayoError("D47", f"this is not JSON ({message})", where=where, wanted="complete JSON in UTF-8", fix=fix)
 
 
+class _Shallow:
+    """A file of JSON for ijson; ValueError for what is nested as no record is."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        if data.count(b"[") + data.count(b"{") - data.count(b"]") - data.count(b"}") > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} levels")
+        return data
+
+
+class _Bounded(io.RawIOBase):
+    """A file that is unpacked while it is read, up to a limit."""
+
+    def __init__(self, file: IO[bytes], limit: int) -> None:
+        self._file, self._limit, self._left = file, limit, limit
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        self._left -= len(data)
+        if self._left < 0:
+            raise OSError(f"it unpacks to more than {self._limit:,} bytes, far more than JSON does")
+        return len(data)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """The unpacked bytes of a file behind its byte order mark."""
     try:
         with open(path, "rb") as raw:
             first, file = raw.read(2), cast(IO[bytes], raw)
+            limit = max(MAX_UNPACKED, MAX_RATIO * raw.seek(0, io.SEEK_END))
             raw.seek(0)
             if first == b"\x1f\x8b":
-                file = cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+                file = cast(IO[bytes], _Bounded(cast(IO[bytes], gzip.GzipFile(fileobj=raw)), limit))
             elif first == b"PK":
                 archive = zipfile.ZipFile(raw)
                 names = [name for name in archive.namelist() if not name.startswith("__MACOSX/") and ".json" in name]
@@ -101,7 +142,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
                     raise SayoError(
                         "D48", "the zip file has not one file of JSON", where=str(path), got=got, fix=unpack
                     )
-                file = archive.open(names[0])
+                file = cast(IO[bytes], _Bounded(archive.open(names[0]), limit))
             file = cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, file)))
             mark = cast(io.BufferedReader, file).peek(4)[:4]
             if mark[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in mark:

@@ -16,6 +16,8 @@ from PIL import Image
 from sayo_verl.data.images import DAMAGE, orientation_of
 from sayo_verl.errors import SayoError
 
+# Formats that are opened. Of the others that Pillow knows, EPS starts another program (Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _FIX = "store the encoded image as {'bytes': ...}, or its path alone: a text, or {'image': path}"
 
 
@@ -108,12 +110,20 @@ def image_source(image: Any, where: str) -> bytes | Path | str:
     return path
 
 
-def read_image(image: Any, where: str, *, decode: bool = True) -> Header | None:
-    """The header of an image of a row; None for a web address. Errors of ``image_source``, and D07 for a header or,
-    with ``decode``, pixels that cannot be read."""
+def read_image(image: Any, where: str, *, decode: bool = True, web: bool = True) -> Header | None:
+    """The header of an image of a row; None for a web address. Errors of ``image_source``, D07 for a header or, with
+    ``decode``, pixels that cannot be read, and D79 for a web address if ``web`` is false."""
     with _opened(image, where) as picture:
         if picture is None:
-            return None
+            if web:
+                return None
+            raise SayoError(
+                "D79",
+                "an image is a web address, which verl would fetch in every rollout, from inside your network",
+                where=where,
+                got=f"{image!s:.200}",
+                fix="download the images and store their bytes; or allow it with sayo.web_images=True",
+            )
         if decode:
             picture.load()
         frames = getattr(picture, "n_frames", 1)  # only formats that can be animated have it
@@ -136,7 +146,10 @@ def _opened(image: Any, where: str) -> Iterator[Image.Image | None]:
     if isinstance(source, str):
         yield None
         return
-    with _decodable(where), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+    with (
+        _decodable(where),
+        Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture,
+    ):
         yield picture
 
 

@@ -38,6 +38,7 @@ def demands_of(config: DictConfig, method: Method | None) -> Demands:
         judge=own_settings(config)["judge"] if is_ours(config) else None,
         qwen_resize=data.custom_cls.path is None,
         headers=int(config.sayo.preflight_images) > 0,
+        web=bool(config.sayo.web_images),
         keys=Keys(data.prompt_key, data.image_key, data.get("video_key", "videos"), data.get("audio_key", "audios")),
     )
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.resume import how_to_resume
 from sayo_verl.launch.run_card import CLOCK, metrics_of_run
+from sayo_verl.redact import redact
 from sayo_verl.report.card import run_card
 from sayo_verl.report.causes import describe_exception, note_of_step, os_problem
 from sayo_verl.report.page import write_page_at_end
@@ -36,7 +37,7 @@ def record_end(config: DictConfig, error: BaseException | None) -> None:
 
     The error is also the last line that this process prints. A card that cannot be read or written is a message before.
     """
-    line = "" if error is None else first_cause(error)
+    line = "" if error is None else redact(first_cause(error))
     if line and isinstance(error, Exception):
         _last_line[:] = [line]
     metrics = metrics_of_run(config)
@@ -104,4 +105,4 @@ def report_at_end(config: DictConfig) -> None:
 def say_how_to_resume(config: DictConfig) -> None:
     """Print how to resume the last checkpoint; nothing if there is none."""
     if line := how_to_resume(config):
-        print(line, flush=True)
+        print(redact(line), flush=True)

@@ -41,6 +41,7 @@ from sayo_verl.methods import METHODS, Method, Mix, own_methods
 from sayo_verl.methods.faithful import FaithfulMethod
 from sayo_verl.models.location import is_hub_name, why_absent
 from sayo_verl.probe.statistics import check_lse_path
+from sayo_verl.redact import redact
 
 Plan = list[tuple[str, str]]
 
@@ -284,11 +285,12 @@ def _check_model(config: DictConfig, method: Method | None, dry_run: bool) -> tu
 
 
 def show(plan: Plan, write: Callable[[str], None] = print) -> None:
-    """Print the plan as aligned lines. A terminal gets wrapped lines; a log, which is searched, one line per entry."""
+    """Print the plan as aligned lines, without secrets. A terminal gets wrapped lines; a log, which is searched, one
+    line per entry."""
     indent = 4 + max(len(name) for name, _ in plan)
     columns = max(shutil.get_terminal_size().columns, indent + 40) if sys.stdout.isatty() else sys.maxsize
     for name, value in plan:
-        lines = textwrap.wrap(value, columns - indent, break_long_words=False, break_on_hyphens=False) or [""]
+        lines = textwrap.wrap(redact(value), columns - indent, break_long_words=False, break_on_hyphens=False) or [""]
         for n, line in enumerate(lines):
             write(f"  {'' if n else name}".ljust(indent) + line)
 

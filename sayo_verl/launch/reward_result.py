@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from sayo_verl.data.contract import PROGRAMS, RUNS_TEXT, runs_text
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.answer_forms import EMPTY, FORMS, THOUGHTS, Asked, Tried, check_forms
 from sayo_verl.launch.reward_call import Returned, call_all
@@ -27,8 +28,6 @@ SECONDS = 10.0  # for all calls; a function that takes longer is not checked
 ROWS = 2  # tried of each data source and form of prompt, in each file
 SOURCES = 16  # data sources and forms of which rows are kept
 WRONG = "no such answer 73519"
-# verl's rules that run a response as a program
-_PROGRAMS = ("codecontests", "apps", "codeforces", "taco")
 
 
 class Sample(NamedTuple):
@@ -97,11 +96,13 @@ def check_result(
         A line for the plan.
 
     Raises:
-        SayoError: L52 for group filtering by a value that the reward does not give, L86 if the method needs ``acc``
-            and it is missing, has other values than 0 to 1, or cannot be found, L87 for a result that verl cannot
-            use, L88 for data sources that verl has no rule for, L89 of ``check_forms``.
+        SayoError: D78 for verl's own rules that run the response as code, L52 for group filtering by a value that the
+            reward does not give, L86 if the method needs ``acc`` and it is missing, has other values than 0 to 1, or
+            cannot be found, L87 for a result that verl cannot use, L88 for data sources that verl has no rule for, L89
+            of ``check_forms``.
     """
     check_correct_from(config.sayo.get("correct_from"))
+    _check_rules(config, counted)
     function, unchecked = _callable(config)
     result = None
     if function is not None:
@@ -150,6 +151,29 @@ def _listed(values: Collection[float]) -> str:
     return ", ".join(said if len(said) <= 6 else [*said[:3], "...", said[-1]])
 
 
+def _check_rules(config: DictConfig, counted: Mapping[str, Collection[Asked]]) -> None:
+    """Refuse data sources for which verl's own rule runs the response as code in a worker of the run; D78.
+
+    Programs may run in a sandbox, which verl uses for these data sources only.
+    """
+    reward = config.reward
+    if reward.custom_reward_function.path is not None or reward.reward_model.enable:
+        return
+    sandbox = OmegaConf.select(config, "reward.sandbox_fusion.url")
+    for split, of_split in counted.items():
+        for source, _ in of_split:
+            if runs_text(source) and not (source in PROGRAMS and sandbox):
+                raise SayoError(
+                    "D78",
+                    RUNS_TEXT,
+                    where=f"data.{split}_files, data_source",
+                    got=source,
+                    wanted="another data source, or a reward function that is named",
+                    fix=f"name one: {FUNCTION}.path=pkg://sayo_verl.reward"
+                    + ("; or run the programs elsewhere: reward.sandbox_fusion.url=..." if source in PROGRAMS else ""),
+                )
+
+
 def _callable(config: DictConfig) -> tuple[Callable[..., Any] | None, str]:
     """The function with the settings of the run, or None and why it is not called before the run."""
     from verl.utils.reward_score import default_compute_score
@@ -179,7 +203,7 @@ def _callable(config: DictConfig) -> tuple[Callable[..., Any] | None, str]:
 def _call(config: DictConfig, function: Callable[..., Any], samples: Sequence[Sample]) -> tuple[Result | None, str]:
     """Call the function as verl does, with some responses to each row."""
     builtin, ours = config.reward.custom_reward_function.path is None, is_ours(config)
-    samples = [one for one in samples if not (builtin and one.asked[0] in _PROGRAMS)]
+    samples = [one for one in samples if not (builtin and one.asked[0] in PROGRAMS)]
     if not samples:
         return None, "no row can be tried"
     tried = [

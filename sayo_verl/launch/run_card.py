@@ -12,6 +12,7 @@ from sayo_verl.launch.fingerprint import versions
 from sayo_verl.launch.resume import metrics_file
 from sayo_verl.methods import own_methods
 from sayo_verl.metrics import declaration
+from sayo_verl.redact import redact_override, redact_values
 from sayo_verl.report.card import run_card
 
 CLOCK = "%Y-%m-%dT%H:%M:%S%z"
@@ -26,7 +27,7 @@ def metrics_of_run(config: DictConfig) -> Path | None:
 def write_run_card(config: DictConfig) -> None:
     """What runs, with which versions: run.json and run.yaml beside metrics.jsonl, run-2.json beside metrics-2.jsonl.
 
-    Nothing is written before the checks have passed, and nothing if no metrics are.
+    Nothing is written before the checks have passed, and nothing if no metrics are. Secrets are redacted.
     """
     metrics = metrics_of_run(config)
     if metrics is None:
@@ -40,14 +41,15 @@ def write_run_card(config: DictConfig) -> None:
         "started": time.strftime(CLOCK),
         "versions": versions(),
         "metrics": str(metrics),
-        "overrides": sys.argv[1:],
+        "overrides": [redact_override(argument) for argument in sys.argv[1:]],
         # for the report, which reads those of the built-in methods from its own file
         "methods": {name: declaration(cls) for name, cls in own_methods().items()},
         "data": _sizes(config),
     }
     card_file.write_text(json.dumps(card, indent=1) + "\n")
     # Not resolved: ${oc.env:...} may stand for a secret
-    card_file.with_suffix(".yaml").write_text(OmegaConf.to_yaml(config))
+    settings = redact_values(OmegaConf.to_container(config, resolve=False))
+    card_file.with_suffix(".yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
 
 
 def _sizes(config: DictConfig) -> dict[str, int]:

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from sayo_verl.errors import SayoError
+from sayo_verl.redact import redact_override, redact_values
 
 RUN_FILE = "run.json"
 UNKNOWN = "unknown"
@@ -54,6 +55,8 @@ def load_launch(file: Path) -> tuple[dict[str, Any], list[str]]:
         value = launch[name] = record.get(name, absent)
         if value is not absent and not isinstance(value, kind):
             raise _damaged(file, f"{name}: {value!r}")
+    # once more: older versions wrote secrets
+    launch["overrides"] = [redact_override(str(override)) for override in launch["overrides"]]
     return launch, notes
 
 
@@ -68,14 +71,14 @@ def load_config(metrics: Path, overrides: Sequence[str]) -> dict[str, Any]:
     file = run_card(metrics).with_suffix(".yaml")
     if not file.exists():
         pairs = (override.lstrip("+").partition("=") for override in overrides if "=" in override)
-        return {key: value for key, _, value in pairs}
+        return {key: redact_values(value, key) for key, _, value in pairs}
     try:
         config = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise _damaged(file, error) from error
     if not isinstance(config, dict):
         raise _damaged(file, type(config).__name__)
-    return dict(_flat(config))
+    return dict(_flat(redact_values(config)))
 
 
 def _flat(config: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,6 +15,7 @@ from qwen_vl_utils.vision_process import to_rgb
 from support.pictures import dropped, encoded, kept, picture, png_header, translucent
 from support.refusals import refusal
 
+from sayo_verl.data import images
 from sayo_verl.data.images import Stored, image_bytes, store_image
 from sayo_verl.data.rows import Drop, ImageRef
 
@@ -218,6 +219,24 @@ def test_members_that_lead_out_and_archives_that_are_none(member, tmp_path):
     for name in ("b.zip", "missing.zip"):
         with refusal("D41", "cannot be read"):
             image_bytes(ImageRef("a", path=tmp_path / name, member="a.jpg"))
+
+
+def test_a_picture_of_too_many_bytes_is_left_out_and_a_link_in_an_archive_is_not_followed(tmp_path, monkeypatch):
+    link = zipfile.ZipInfo("link.png")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(link, "/etc/passwd")
+        archive.writestr("bomb.png", b"\0" * 1_000_000)
+    assert image_bytes(ImageRef("a", path=tmp_path / "a.zip", member="link.png")) == b"/etc/passwd"
+    monkeypatch.setattr(images, "MAX_BYTES", 1000)
+    (tmp_path / "large.png").write_bytes(b"\0" * 1001)
+    for ref in (
+        ImageRef("a", path=tmp_path / "a.zip", member="bomb.png"),
+        ImageRef("a", path=tmp_path / "large.png"),
+    ):
+        with pytest.raises(Drop) as caught:
+            image_bytes(ref)
+        assert caught.value.reason == "image_too_large"
 
 
 def test_a_forked_process_does_not_share_the_position_in_an_archive(tmp_path):

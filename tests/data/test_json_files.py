@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.refusals import refusal
 
+from sayo_verl.data import json_files
 from sayo_verl.data.json_files import json_items, json_lines, json_records
 from sayo_verl.errors import SayoError
 
@@ -136,3 +137,33 @@ def test_deep_brackets_half_surrogates_and_an_array_for_lines_are_one_error(tmp_
     ]:
         with refusal("D47", says):
             list(read(written(tmp_path, text)))
+
+
+def test_a_line_without_an_end_is_refused_before_it_is_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_files, "MAX_LINE", 1000)
+    assert list(json_lines(written(tmp_path, b'{"a": 1}\n' + b" " * 900 + b"\n2"))) == [(1, {"a": 1}), (3, 2)]
+    with refusal("D47", "too long") as caught:
+        list(json_lines(written(tmp_path, b'{"a": 1}\n"' + b"x" * 2000)))
+    assert caught.value.where.endswith("line 2")
+
+
+def test_a_packed_file_that_unpacks_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_files, "MAX_UNPACKED", 1000)
+    plain = written(tmp_path, b'{"a": "' + b"x" * 2_000_000 + b'"}\n')
+    assert len(list(json_lines(plain))) == 1  # it takes the room that the file has
+    (tmp_path / "p.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    with zipfile.ZipFile(tmp_path / "p.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(plain, "a.json")
+    for path in (tmp_path / "p.gz", tmp_path / "p.zip"):
+        for read in (json_items, json_lines):
+            with refusal("D48", "unpacks to more than"):
+                list(read(path))
+
+
+@pytest.mark.parametrize("level", [b"[", b'{"a":'])
+def test_a_value_of_a_hundred_thousand_levels_is_refused(tmp_path, level):
+    deep = level * 100_000
+    with refusal("D47", "nested more than"):
+        list(json_items(written(tmp_path, b'{"a":' + deep)))
+    with refusal("D47", "not JSON"):
+        list(json_lines(written(tmp_path, b'{"a":' + deep)))

@@ -200,14 +200,25 @@ GEO3K = "hiyouga/geometry3k"
         (GEO3K, "42", BOXED, "a number, which verl also calls acc (0, 0.1, 0.9, 1); rewards of 0 to 1"),
         ("math_dapo", "42", "", "acc, pred, score; rewards of -1 to 1"),
         ("lighteval/MATH", "42", BOXED, "a number, which verl also calls acc (0, 1); rewards of 0 to 1"),
-        ("numina_cn_k12", "42", "", "a number, which verl also calls acc (0, 1); rewards of 0 to 1"),
         ("searchR1_nq", {"target": ["a"]}, "", "a number, which verl also calls acc (0); rewards of 0 to 0"),
-        ("apps", "{}", "", "not checked: no row can be tried"),
     ],
 )
 def test_rules_of_verl_are_called_for_their_data_sources(make, tmp_path, source, truth, question, says):
     rows = files(tmp_path, source=source, truth=truth, question=question)
     assert line(make(**{PATH: None}, **rows, **GRPO)).startswith(says)
+
+
+@pytest.mark.parametrize("source", ["numina_cn_k12", "apps"])
+def test_a_rule_of_verl_that_runs_the_response_as_code_is_refused_and_not_called(make, tmp_path, source):
+    rows = files(tmp_path, source=source, truth="42")
+    assert refused(make(**{PATH: None}, **rows, **GRPO), "D78").got == source
+    assert line(make(**rows, **GRPO))  # a reward function that is named does not call it
+
+
+def test_programs_may_run_in_a_sandbox(make, tmp_path):
+    rows = files(tmp_path, source="apps", truth="{}")
+    sandbox = {"reward.sandbox_fusion.url": "http://sandbox.example"}
+    assert line(make(**{PATH: None}, **sandbox, **rows, **GRPO)).startswith("not checked: no row can be tried")
 
 
 def test_a_data_source_that_verl_does_not_know_is_refused(make, tmp_path):

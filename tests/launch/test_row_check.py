@@ -237,8 +237,17 @@ def test_every_form_that_verl_opens_passes(check, image, attention, tmp_path, mo
     assert isinstance(verl_opens(image), Image.Image)
 
 
-def test_an_image_of_a_web_address_is_not_read_and_counted(check):
-    assert "1 images of web addresses not read" in check(row(images=["https://example.org/a.png"]))
+@pytest.mark.parametrize("address", ["https://example.org/a.png", "http://169.254.169.254/"])
+def test_an_image_of_a_web_address_is_refused_unless_it_is_allowed(check, address):
+    assert "1 images of web addresses not read" in check(row(images=[address]))
+    with refusal("D79", "sayo.web_images=True"):
+        check(row(images=[address]), web=False)
+
+
+@pytest.mark.parametrize("start", [b"%!PS-Adobe-3.0 EPSF-3.0", b"SIMPLE  =                    T", b"<svg/>"])
+def test_a_picture_of_a_format_that_runs_a_program_or_is_no_picture_is_not_opened(check, start):
+    with refusal("D07", "cannot identify"):
+        check(row(images=[{"bytes": start + b" " * 3000}]))
 
 
 def test_a_column_that_datasets_marks_as_images_is_opened_as_datasets_does(tmp_path, monkeypatch):
