@@ -38,9 +38,7 @@ def kill():
 def digest(value):
     """A short name of a row's value: equal values have equal names."""
     if isinstance(value, torch.Tensor):
-        content = (
-            value.detach().contiguous().view(torch.uint8) if value.dim() else value.detach()[None].view(torch.uint8)
-        )
+        content = torch.atleast_1d(value.detach()).contiguous().view(torch.uint8)
         return f"{tuple(value.shape)} {hashlib.sha256(content.numpy().tobytes()).hexdigest()[:16]}"
     if isinstance(value, dict):
         return {key: digest(value[key]) for key in sorted(value)}
