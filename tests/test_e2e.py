@@ -78,7 +78,9 @@ def train(repo, folder, out, policy, *more, script="run_sayo_tiny.sh", killed=Fa
         timeout=420,
     )
     log = out / "train.log"
-    assert (done.returncode != 0) == killed, done.stdout[-4000:] + done.stderr[-4000:] + log.read_text()[-4000:]
+    assert (done.returncode != 0) == killed, (
+        done.stdout[-4000:] + done.stderr[-4000:] + (log.read_text()[-4000:] if log.exists() else "")
+    )
     return out, done
 
 
