@@ -28,6 +28,7 @@ from sayo_verl.errors import SayoError
 from sayo_verl.hooks.contract import RUN_TOKEN
 from sayo_verl.launch.cluster import check_address, check_cluster
 from sayo_verl.launch.ending import at_end, record_end
+from sayo_verl.launch.folder_lock import hold_folders
 from sayo_verl.launch.job import check_types, composition_error, keys_of, write_out
 from sayo_verl.launch.model_check import load_config
 from sayo_verl.launch.names import check_names
@@ -142,6 +143,8 @@ def main(config: DictConfig) -> None:
         method = check_estimator(config)
         packages = method.needs().packages if method else ()
         nodes = [] if config.sayo.dry_run else check_cluster(config, variables, packages)
+        if not config.sayo.dry_run:
+            hold_folders(config)
     except SayoError as error:
         sys.exit(str(error))
     except OmegaConfBaseException as error:  # an interpolation leads nowhere

@@ -17,8 +17,10 @@ from sayo_verl.hooks import (
     bad_images,
     filter_limit,
     fingerprint,
+    queue_name,
     record_agent,
     redacted_output,
+    repeat,
     rollout_errors,
     save_errors,
     sglang,
@@ -40,6 +42,8 @@ compat.guard_equal_length_mrope()
 # After the import of verl's module, which takes seconds that most processes do not need.
 wrapt.register_post_import_hook(compat.guard_weight_socket, compat.WEIGHT_TRANSFER)
 wrapt.register_post_import_hook(fingerprint.save_beside_checkpoints, "verl.trainer.ppo.v1.trainer_base")
+for of_queue in ("transfer_queue.interface", "transfer_queue.storage.clients.ray_storage_client"):
+    wrapt.register_post_import_hook(queue_name.separate_queues, of_queue)
 wrapt.register_post_import_hook(compat.guard_saved_weights, "verl.utils.fsdp_utils")
 wrapt.register_post_import_hook(sglang.mask_placeholders, "verl.workers.rollout.sglang_rollout.async_sglang_server")
 wrapt.register_post_import_hook(rollout_errors.report_rollout_errors, "verl.experimental.agent_loop.agent_loop")
@@ -50,6 +54,8 @@ wrapt.register_post_import_hook(bad_images.name_bad_images, "verl.utils.dataset.
 wrapt.register_post_import_hook(skipped_updates.count_skipped_updates, "verl.workers.engine.fsdp.transformer_impl")
 wrapt.register_post_import_hook(record_agent.register, "verl.experimental.agent_loop.agent_loop")
 wrapt.register_post_import_hook(redacted_output.redact_prints, "verl.trainer.main_ppo")
+wrapt.register_post_import_hook(repeat.seed_requests, "verl.experimental.agent_loop.agent_loop")
+wrapt.register_post_import_hook(repeat.order_batches, "verl.trainer.ppo.v1.trainer_base")
 internvl.activate()
 qwen2_5_vl.activate()
 register_estimators()

@@ -27,7 +27,7 @@ place_run "$@"
 check_names "$@"
 
 ready_python sayo_verl verl
-export VERL_USE_EXTERNAL_MODULES=sayo_verl.plugin
+export VERL_USE_EXTERNAL_MODULES=${VERL_USE_EXTERNAL_MODULES:+$VERL_USE_EXTERNAL_MODULES,}sayo_verl.plugin
 
 GIVEN=(trainer.experiment_name="$NAME")
 [[ -z "${MODEL_PATH:-}" ]] || GIVEN+=(actor_rollout_ref.model.path="$(quoted "$MODEL_PATH")")

@@ -78,8 +78,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
         )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The runs of the real stack first: of two processes one does these, the other nearly all the rest."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Nightly tests run only where -m names them, whatever else -m says.
+
+    The runs of the real stack come first: of two processes one does these, the other nearly all the rest.
+    """
+    if "nightly" not in config.option.markexpr:
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if item not in nightly]
     items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
 
 

@@ -81,6 +81,9 @@ CONTRACT = (
          "pads with to_padded_tensor in batch.keys order and calls the registered estimator"),
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._step_once", "overrides",
          "old_log_prob comes before advantage; nothing before it lets the rollout engine sleep"),
+    # Rollouts that repeat (sayo_verl/hooks/repeat.py)
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._fetch_one_gen_batch", "overrides",
+         "names each prompt by a random uid; a step may fetch several times"),
     # Recorded rollouts (sayo_verl/hooks/record.py)
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer.fit", "overrides",
          "counts global_steps past the last step; ends without on_train_end after it"),
@@ -88,14 +91,15 @@ CONTRACT = (
          "starts while the rollout engine is awake with the weights of the step before"),
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._validate", "overrides",
          "how prompts of the partition val are submitted, awaited and cleared; returns the metrics"),
-    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._balance_batch", "relies on",
-         "_dispatch_info of the worker group"),
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._balance_batch", "overrides",
+         "follows the sampling of a batch, and depends on its order; _dispatch_info of the worker group"),
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_reward_colocate", "calls",
          "rewards of any partition; a reward model without its own devices passes only raw_prompt to the function"),
     Seam("verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ.__ray_actor_class__._run_prompt", "relies on",
          "validate selects the partition val; __rollout_n__ and agent_name of a row are read"),
     Seam("verl.experimental.agent_loop.agent_loop:AgentLoopWorker._run_agent_loop", "overrides",
-         "gives sampling parameters and the row's fields to the registered loop; an exception is a failed session"),
+         "looks agent_name up in _agent_loop_registry and gives sampling parameters and the row's fields to run; an "
+         "exception is a failed session"),
     Seam("verl.trainer.ppo.padding_utils:upsample_batch_to_divisible_size", "calls", "pads in the batch's partition"),
     Seam("verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync", "overrides", "base of the sayo_sync mode"),
     Seam("verl.trainer.ppo.v1.trainer_colocate_async:PPOTrainerColocateAsync", "overrides",
@@ -194,6 +198,12 @@ CONTRACT = (
          "builds the sender's address from Ray's job id, which is 01000000 in every Ray that a job starts"),
     Seam("verl.workers.rollout.vllm_rollout.utils:vLLMColocateWorkerExtension._get_zmq_handle", "relies on",
          "builds the same address for the receiver"),
+    # One TransferQueue per job (sayo_verl/hooks/queue_name.py)
+    Seam("transfer_queue.interface:_init_from_existing", "overrides",
+         "ray.get_actor by a fixed name and namespace; joins the queue of another job on the cluster"),
+    Seam("transfer_queue.interface:init", "overrides",
+         "TransferQueueController.options(name=..., namespace=...), the namespace a keyword"),
+    Seam("transfer_queue.interface:close", "relies on", "kills the controller, also one that another job uses"),
     # Sampling
     Seam("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.__init__", "overrides",
          "poll_interval has no configuration key; only with VERL_PLATFORM=cpu"),

@@ -23,6 +23,7 @@ from sayo_verl.launch.method_check import check_method
 from sayo_verl.launch.mode_check import check_mode, describe_mode
 from sayo_verl.launch.model_check import HDFS, check_model, load_config, model_folder, sequence_parallel
 from sayo_verl.launch.record_check import check_record, is_recording, observation, refuse_recording
+from sayo_verl.launch.repeat_check import check_repeatable
 from sayo_verl.launch.resources import (
     check_batch_sizes,
     check_paths,
@@ -70,6 +71,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
     if method is not None:
         check_settings(config, method)
         dataclasses.replace(method.needs().statistics, path=str(config.sayo.probe_path))  # P14
+    repeats = check_repeatable(config)
     recorded = check_record(config, method)
     measured = method
     if method is None and is_recording(config):  # attention is measured for verl's own estimators too
@@ -108,6 +110,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
             f"{config.data.train_batch_size} prompts x {rollout.n}, up to {config.data.max_response_length} "
             f"tokens, temperature {rollout.temperature}, top-p {rollout.top_p}",
         ),
+        *([("rollouts repeat", repeats)] if repeats else []),
         ("engine", engine),
         (
             "update",
