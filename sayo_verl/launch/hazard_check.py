@@ -47,7 +47,8 @@ def check_hazards(config: DictConfig, method: Method | None, *, here: bool) -> N
     Raises:
         SayoError: L76 for a checkpoint folder that may be left without a complete checkpoint, X30 for a dashboard on
             all addresses, X31 for code of a model, X32 for a correction that verl leaves out, X33 for a chat template
-            that is a path, X34 for a tracker that cannot start, X35 for a run without a step.
+            that is a path, X34 for a tracker that cannot start, X35 for a run without a
+            step, X36 for equal responses.
     """
     raise_first([*_rules(config, method), *_of_trackers(config, here=here)])
 
@@ -132,6 +133,14 @@ def _rules(config: DictConfig, method: Method | None) -> list[Rule]:
             where=f"{CORRECTION}.{asked[0] if asked else ''}",
             got=f"{correction.get(asked[0]) if asked else ''}, with {LOG_PROBS}=False",
             fix=f"set {LOG_PROBS}=True, or leave the correction out",
+        ),
+        Rule(
+            "X36",
+            bool(config.actor_rollout_ref.rollout.get("full_determinism", False)),
+            "verl's V1 trainer would give all responses of a prompt one seed: they are equal, and every advantage is 0",
+            where="actor_rollout_ref.rollout.full_determinism",
+            got=True,
+            fix="leave it out; sayo.repeatable_rollouts=True makes rollouts repeatable",
         ),
         Rule(
             "X33",
