@@ -75,7 +75,8 @@ def check_processor(model: str) -> Finding:
     return Finding(
         "job.processor",
         "processor",
-        f"{type(processor).__name__} for {family.model_type}: {grid}, image token {config.image_token_id}, as the weights",
+        f"{type(processor).__name__} for {family.model_type}: {grid}, image token {config.image_token_id}: as the "
+        "weights",
         "",
         True,
     )

@@ -306,7 +306,7 @@ def look_at(
     modules, names = [module for module, _ in packages], list(own_versions())
     refs = [
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
-            modules, local, list(own_versions()), plugin
+            modules, local, names, plugin
         )
         for node in nodes
     ]

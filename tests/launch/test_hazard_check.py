@@ -6,7 +6,7 @@ import pytest
 from omegaconf import DictConfig, open_dict
 from support.launch_config import add, refused
 
-from sayo_verl.launch.hazard_check import CORRECTION, DASHBOARD, KEEP, LOG_PROBS, LOGGER, TEMPLATE, TRUST
+from sayo_verl.launch.hazard_check import CORRECTION, DASHBOARD, KEEP, LOG_PROBS, LOGGER, TEMPLATE, TRUST, check_hazards
 from sayo_verl.launch.preflight import preflight
 
 SAVES = {"trainer.save_freq": 5}
@@ -65,7 +65,7 @@ def test_a_correction_without_the_log_probs_that_it_needs_is_refused(make, key, 
 
 def test_a_path_as_the_chat_template_is_refused(make):
     assert "chat_template.jinja" in refused(make(**{TEMPLATE: "/shared/template.jinja"}), "X33").fix
-    preflight(make(**{TEMPLATE: "{% for m in messages %}{{ m.content }}{% endfor %}"}))
+    check_hazards(make(**{TEMPLATE: "{% for m in messages %}{{ m.content }}{% endfor %}"}), None, here=True)
 
 
 def test_a_logger_that_cannot_start_is_refused(make, monkeypatch, tmp_path):
