@@ -17,41 +17,10 @@ from sayo_verl.prepare import add_prepare
 
 
 def _doctor(parser: argparse.ArgumentParser) -> Run:
-    parser.epilog = DOCTOR_EXAMPLE
-    parser.add_argument(
-        "--stack", choices=("cpu", "gpu"), help="whose pinned versions to check (default: those of the installed torch)"
-    )
-    parser.add_argument(
-        "--job",
-        nargs="+",
-        default=[],
-        metavar=("SCRIPT", "OVERRIDE"),
-        help="a script of a job: also its dry run and its memory on this machine",
-    )
-    return _run_doctor
+    from sayo_verl.doctor import command
 
-
-def _run_doctor(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
-    from sayo_verl.launch.doctor import examine
-
-    job = f", a dry run of {' '.join(args.job)}" if args.job else ""
-    print(f"checking versions, device, probe, a Ray worker{job}: about half a minute", file=sys.stderr, flush=True)
-    findings = examine(args.stack, args.job)
-    # as wide as the terminal; in a file every finding keeps to one line
-    console = Console() if sys.stdout.isatty() else Console(width=10_000)
-    table = Table(title=f"sayo-verl {__version__}", title_justify="left", expand=console.is_terminal)
-    for column in ("", "what", "found", "wanted"):
-        table.add_column(column, overflow="fold")
-    for finding in findings:
-        table.add_row("ok" if finding.right else "NO", finding.name, finding.found, finding.wanted)
-    console.print(table)
-    wrong = [finding for finding in findings if not finding.right]
-    for finding in wrong:
-        console.print(f"{finding.name}: {finding.fix}", markup=False, soft_wrap=True)
-    return 1 if wrong else 0
+    command.add_flags(parser)
+    return command.run
 
 
 def _inspect(parser: argparse.ArgumentParser) -> Run:
@@ -214,16 +183,12 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-DOCTOR_EXAMPLE = """a job, with variables in front and overrides after the script, as when it runs:
-  METHOD=grpo NGPUS_PER_NODE=4 \\
-    sayo doctor --job scripts/run_sayo_qwen3vl_8b.sh sayo.gpu_memory_gib=48
-"""
 WATCH_EXAMPLE = """example:
   sayo watch outputs/mine -- \\
     env OUT=outputs/mine bash scripts/run_sayo_qwen3vl_8b.sh
 """
 COMMANDS: dict[str, tuple[str, AddFlags]] = {
-    "doctor": ("check versions, device and the plug-in in a Ray worker", _doctor),
+    "doctor": ("check versions, machine, plug-in and Ray; a job, a cluster, a run folder", _doctor),
     "prepare": ("make data or the tiny policy", add_prepare),
     "inspect": ("check prepared data and draw it as the model sees it", _inspect),
     "look": ("draw where a model looks while it answers, as one HTML page", _look),

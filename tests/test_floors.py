@@ -19,7 +19,7 @@ focus look
 diagnose
 launch
 hooks
-main_ppo plugin prepare anchoring
+main_ppo plugin prepare anchoring doctor
 cli
 """
 STACK = {"verl", "ray", "vllm", "transfer_queue"}
@@ -29,6 +29,7 @@ STACK_ROOMS = {
     "models": "an adapter gives verl a model family that it lacks",
     "look": "vLLM answers in a process of its own",
     "inspection": "a row is shown as verl's data set gives it to the model",
+    "doctor": "asks verl's registries and Ray what a run would find there",
     "main_ppo": "starts verl's task runner",
 }
 

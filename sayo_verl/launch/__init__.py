@@ -1,1 +1,1 @@
-"""All that happens before a run: settings, checks of model, data, reward and memory, the plan, the doctor."""
+"""All that happens before a run: settings, checks of model, data, reward and memory, the plan."""

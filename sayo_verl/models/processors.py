@@ -58,6 +58,9 @@ def load(path: str, where: str, fix: str = "correct it") -> tuple[Family, Any, A
         images, vision = processor.image_processor, config.vision_config
         got = {"patch_size": images.patch_size, "merge_size": images.merge_size}
         wanted = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
+    token = getattr(processor, "image_token_id", None)
+    if token is not None:
+        got, wanted = {**got, "image_token_id": token}, {**wanted, "image_token_id": config.image_token_id}
     if got != wanted:
         raise SayoError(
             "D68",

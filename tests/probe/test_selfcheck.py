@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sayo_verl.doctor import packages as doctor
 from sayo_verl.errors import SayoError
-from sayo_verl.launch import doctor
 from sayo_verl.probe import reference, selfcheck
 from sayo_verl.probe.taps import FLASH, FLASH_OF_ONE
 

@@ -476,7 +476,7 @@ def test_doctor_finds_this_installation_right():
 
 
 def test_doctor_says_what_is_wrong(monkeypatch):
-    from sayo_verl.launch import doctor
+    from sayo_verl.doctor import packages as doctor
 
     monkeypatch.setattr(doctor, "version", lambda name: "0.0.1")
     findings = doctor.check_versions("cpu")

@@ -1,6 +1,9 @@
 """What `sayo doctor` finds on machines of other kinds: nvidia-smi, compiler and shared memory are stood in for."""
 
+import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,11 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.launch_config import composed
+from support.saved import save
 from triton.runtime import build
 
 from sayo_verl.cli import build_parser, main
+from sayo_verl.doctor import command, computer, packages, ray_child
+from sayo_verl.doctor import job as job_module
+from sayo_verl.doctor.finding import Finding
 from sayo_verl.errors import SayoError
-from sayo_verl.launch import doctor, machine
+from sayo_verl.launch import machine
 from sayo_verl.launch.attention_check import INSTALL_FLASH_ATTN
 from sayo_verl.launch.preflight import preflight, show
 from sayo_verl.probe import selfcheck
@@ -49,7 +56,7 @@ def torch_of(monkeypatch, cuda, sees=False):
 def test_a_driver_too_old_for_torchs_cuda_is_named(nvidia_smi, monkeypatch, driver, cuda, oldest):
     nvidia_smi(H100.format(driver), H100.format(driver))
     torch_of(monkeypatch, cuda)
-    device, memory = doctor.check_device("gpu")
+    device, memory = computer.check_device("gpu")
     assert not device.right
     assert f"2 x NVIDIA H100 80GB HBM3, of which torch 2.11.0+cu{cuda.replace('.', '')} sees none" in device.found
     assert f"driver {driver} is too old for torch's CUDA {cuda}" in device.found
@@ -67,7 +74,7 @@ def test_cards_that_torch_does_not_see_although_the_driver_is_new_enough(nvidia_
         raise RuntimeError("No CUDA GPUs are available")
 
     monkeypatch.setattr(torch.cuda, "init", init)
-    device, _ = doctor.check_device("gpu")
+    device, _ = computer.check_device("gpu")
     assert not device.right
     assert "No CUDA GPUs are available (driver 580.95.05, CUDA 13.0, CUDA_VISIBLE_DEVICES 7)" in device.found
 
@@ -76,7 +83,7 @@ def test_cards_that_torch_does_not_see_although_the_driver_is_new_enough(nvidia_
 def test_a_build_of_torch_for_cpus_beside_cards_is_wrong_for_the_gpu_stack_only(nvidia_smi, monkeypatch, stack):
     nvidia_smi(H100.format("580.95.05"))
     torch_of(monkeypatch, None)
-    device, _ = doctor.check_device(stack)
+    device, _ = computer.check_device(stack)
     assert "it is a build for CPUs" in device.found
     assert device.right == (stack == "cpu")
 
@@ -86,8 +93,9 @@ def test_cards_that_torch_sees_are_shown_with_their_memory(nvidia_smi, monkeypat
     torch_of(monkeypatch, "13.0", sees=True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda n: "NVIDIA H100 80GB HBM3")
-    device, memory = doctor.check_device("gpu")
+    device, driver, memory = computer.check_device("gpu")
     assert device.right
+    assert (driver.right, driver.found) == (True, "580.95.05, for torch's CUDA 13.0")
     assert device.found == "2 x NVIDIA H100 80GB HBM3"
     assert memory.found == "0: 79.6 GiB, 0.4 in use; 1: 140.4 GiB, 0.0 in use"
 
@@ -102,10 +110,10 @@ def test_cards_that_torch_sees_are_shown_with_their_memory(nvidia_smi, monkeypat
 )
 def test_an_nvidia_smi_that_does_not_list_cards_is_reported(nvidia_smi, lines, status):
     nvidia_smi(*lines, status=status)
-    (device,) = doctor.check_device("gpu")
+    (device,) = computer.check_device("gpu")
     assert not device.right
     assert f"nvidia-smi fails: {lines[0]}" in device.found
-    assert doctor.check_device("cpu")[0].right  # which does not use them
+    assert computer.check_device("cpu")[0].right  # which does not use them
 
 
 def test_a_card_without_memory_of_its_own_has_no_memory_line(nvidia_smi, monkeypatch):
@@ -113,15 +121,18 @@ def test_a_card_without_memory_of_its_own_has_no_memory_line(nvidia_smi, monkeyp
     torch_of(monkeypatch, "13.0", sees=True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda n: "NVIDIA GB10")
-    (device,) = doctor.check_device("gpu")
+    device, driver = computer.check_device("gpu")
     assert device.right
+    assert driver.right
     assert device.found == "1 x NVIDIA GB10"
 
 
 @pytest.mark.usefixtures("nvidia_smi")
-def test_without_nvidia_smi_there_is_no_accelerator():
-    (device,) = doctor.check_device("gpu")
+@pytest.mark.parametrize("stack", ["cpu", "gpu"])
+def test_without_an_accelerator_only_the_cpu_stack_is_right(stack):
+    (device,) = computer.check_device(stack)
     assert device.found.startswith("no accelerator")
+    assert device.right == (stack == "cpu")
 
 
 # ------------------------------------------------------------ compiler, flash-attn, shared memory
@@ -131,7 +142,7 @@ def test_without_nvidia_smi_there_is_no_accelerator():
 def test_no_compiler_and_no_headers(monkeypatch, tmp_path):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(machine.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
-    found = doctor.check_build()
+    found = computer.check_build()
     assert not found.right
     assert found.found == f"missing: a C compiler (gcc, clang or CC), {tmp_path / 'Python.h'}"
     (tmp_path / "Python.h").touch()
@@ -139,9 +150,9 @@ def test_no_compiler_and_no_headers(monkeypatch, tmp_path):
         (tmp_path / "bin" / name).symlink_to("/bin/bash")
         if name == "mycc":
             monkeypatch.setenv("CC", "mycc")
-        assert doctor.check_build().right
+        assert computer.check_build().right
         (tmp_path / "bin" / name).unlink()
-        assert not doctor.check_build().right
+        assert not computer.check_build().right
 
 
 def unbuildable(cause):
@@ -159,7 +170,7 @@ def test_what_triton_raises_without_a_compiler_is_one_line(monkeypatch):
     headers = subprocess.CalledProcessError(1, ["gcc", "main.c"])
     for cause in (tritons.value, headers, FileNotFoundError("ptxas")):
         monkeypatch.setattr(selfcheck, "kernels", lambda path, device, cause=cause: unbuildable(cause))
-        found = doctor.check_probe()
+        found = packages.check_probe()
         assert not found.right
         assert "SAYO-P29: the probe's kernels cannot be built or started on this machine" in found.found
         assert f"got {type(cause).__name__}: " in found.found
@@ -173,19 +184,19 @@ def test_out_of_memory_in_the_comparison_is_no_build_that_failed(monkeypatch):
 
 
 def test_flash_attn_is_wanted_in_verls_version(monkeypatch):
-    found = doctor.check_flash_attn()
+    found = computer.check_flash_attn()
     assert not found.right
     assert (found.found, found.wanted) == ("flash-attn is not installed", "==2.8.3")
     assert INSTALL_FLASH_ATTN in found.fix
     assert "attn_implementation=sdpa" in found.fix
     monkeypatch.setattr("sayo_verl.launch.attention_check.flash_attn_problem", lambda: None)
     for there, right in (("2.8.3", True), ("2.8.3+cu13torch2.11", True), ("2.7.4", False)):
-        monkeypatch.setattr(doctor, "version", lambda name, there=there: there)
-        assert doctor.check_flash_attn().right == right
+        monkeypatch.setattr(computer, "version", lambda name, there=there: there)
+        assert computer.check_flash_attn().right == right
     monkeypatch.setattr(
         "sayo_verl.launch.attention_check.flash_attn_problem", lambda: "flash-attn 2.8.3 does not import (why)"
     )
-    found = doctor.check_flash_attn()
+    found = computer.check_flash_attn()
     assert not found.right
     assert "does not import (why)" in found.found
 
@@ -197,7 +208,7 @@ def test_flash_attn_is_wanted_in_verls_version(monkeypatch):
 def test_shared_memory_must_hold_rays_object_store(monkeypatch, free, memory, right, wanted):
     monkeypatch.setattr(machine.os, "statvfs", lambda path: SimpleNamespace(f_bavail=int(free // 4096), f_frsize=4096))
     monkeypatch.setattr(machine.os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else int(memory))
-    found = doctor.check_shared_memory()
+    found = computer.check_shared_memory()
     assert found.right == right
     assert found.wanted.startswith(f"at least {wanted}")
     assert "--shm-size" in found.fix
@@ -225,34 +236,34 @@ def job(tmp_path, text, status=0):
 
 
 def test_a_job_is_looked_at_with_its_memory_and_its_cards(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "cards", lambda: [machine.Card("H100", "580.1", 81559, 0)] * 4)
-    passed, *memory, cards = doctor.check_job(job(tmp_path, PLAN))
+    monkeypatch.setattr(job_module, "cards", lambda: [machine.Card("H100", "580.1", 81559, 0)] * 4)
+    passed, *memory, cards = job_module.check_job(job(tmp_path, PLAN))
     assert passed.right
     assert [line.found for line in memory] == [
         "by arithmetic, in GiB of 79.6 (nvidia-smi)",
         "update 74.1: weights 30.1 - TIGHT, 93% of the card",
     ]
     assert (cards.found, cards.right) == ("needs 8 GPUs on each node, found 4", False)
-    monkeypatch.setattr(doctor, "cards", lambda: [machine.Card("H100", "580.1", 81559, 0)] * 8)
-    assert doctor.check_job(job(tmp_path, PLAN))[-1].right
+    monkeypatch.setattr(job_module, "cards", lambda: [machine.Card("H100", "580.1", 81559, 0)] * 8)
+    assert job_module.check_job(job(tmp_path, PLAN))[-1].right
 
 
 def test_a_job_that_is_refused_is_reported_with_its_fix(tmp_path):
     said = SayoError("L60", "update needs more memory than a GPU has", where="there", fix="use more GPUs")
-    (found,) = doctor.check_job(job(tmp_path, f"{said}\nanother line", status=1))
+    (found,) = job_module.check_job(job(tmp_path, f"{said}\nanother line", status=1))
     assert not found.right
     assert (found.found, found.fix) == (str(said), "use more GPUs")
-    (absent,) = doctor.check_job(str(tmp_path / "absent.sh"))
+    (absent,) = job_module.check_job(str(tmp_path / "absent.sh"))
     assert "No such file" in absent.found
 
 
 def test_a_job_gets_the_overrides_after_its_script_and_the_variables_in_front(tmp_path, monkeypatch):
     script = tmp_path / "job.sh"
     script.write_text('echo "  machines  1 x $NGPUS_PER_NODE cuda"\necho "  memory per GPU  $*"\n')
-    monkeypatch.setattr(doctor, "cards", lambda: [])
+    monkeypatch.setattr(job_module, "cards", lambda: [])
     monkeypatch.setenv("NGPUS_PER_NODE", "1")
     args = build_parser().parse_args(["doctor", "--job", str(script), "sayo.gpu_memory_gib=24", "a.b=1"])
-    findings = doctor.check_job(*args.job)
+    findings = job_module.check_job(*args.job)
     assert [line.found for line in findings[1:]] == [
         "sayo.gpu_memory_gib=24 a.b=1",
         "needs 1 GPU on each node, found 0",
@@ -266,42 +277,187 @@ def test_help_of_doctor_shows_a_job_with_variables_in_front(capsys):
     assert "METHOD=grpo NGPUS_PER_NODE=4 \\ sayo doctor --job scripts/run_sayo_qwen3vl_8b.sh sayo." in shown
 
 
-def test_the_report_keeps_a_finding_to_a_line_where_there_is_no_terminal(monkeypatch, capsys):
-    long = doctor.Finding("job", "x " * 200 + "end", "y " * 200, False, "z " * 200)
-    monkeypatch.setattr(doctor, "examine", lambda stack, job: [long])
+LONG = Finding("job.plan", "job", "x " * 200 + "end", "y " * 200, False, "z " * 200)
+FINE = Finding("version.torch", "torch", "2.13.0", "==2.13.0", True, "never shown")
+
+
+def test_the_report_has_a_line_per_finding_and_ends_with_the_result(monkeypatch, capsys):
+    monkeypatch.setattr(command, "examine", lambda *args, **kwargs: [FINE, LONG])
     assert main(["doctor", "--job", "some.sh"]) == 1
     said = capsys.readouterr()
     assert "dry run of some.sh" in said.err
-    assert [line for line in said.out.splitlines() if "x x" in line and "end" in line and "y y" in line]
+    shown = said.out.splitlines()
+    assert [line for line in shown if line.startswith("  NO  job ") and "end" in line and "y y" in line]
+    assert "never shown" not in said.out
+    assert re.fullmatch(r"2 checks in \d+ s, 1 problem: job", shown[-1])
+    monkeypatch.setattr(command, "examine", lambda *args, **kwargs: [FINE])
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.endswith("s, no problem\n")
+
+
+def test_json_is_one_object_with_stable_ids(monkeypatch, capsys):
+    monkeypatch.setattr(command, "examine", lambda *args, **kwargs: [FINE, LONG])
+    assert main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["schema"], report["ok"]) == (1, False)
+    assert [finding["id"] for finding in report["findings"]] == ["version.torch", "job.plan"]
+    assert report["findings"][1].keys() == {"id", "group", "name", "found", "wanted", "right", "fix"}
+
+
+def test_help_fits_a_small_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["doctor", "--help"])
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) <= 24
+    assert max(map(len, shown)) <= 80
+
+
+# ------------------------------------------------------------ memory, disks, ports
+
+
+def test_memory_disks_and_folders_that_cannot_take_a_run_are_named(monkeypatch, tmp_path):
+    assert computer.check_memory().found.endswith("GiB available")
+    usage = SimpleNamespace(total=100 * 2**30, free=4 * 2**30)
+    monkeypatch.setattr(computer.shutil, "disk_usage", lambda place: usage)
+    assert [finding.right for finding in computer.check_disks(tmp_path / "a" / "b")] == [False, False]
+    usage.free *= 2
+    out, tmp = computer.check_disks(tmp_path / "a" / "b")
+    assert (out.right, tmp.right, out.found) == (True, True, "8.0 of 100.0 GiB free")
+    monkeypatch.setattr(computer.os, "access", lambda place, mode: False)
+    assert f"{tmp_path} cannot be written" in computer.check_disks(tmp_path / "a")[0].found
+
+
+def test_a_port_that_another_program_holds_is_named_and_a_rays_is_right(monkeypatch):
+    monkeypatch.setattr(computer, "_ray_here", lambda: None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr(computer, "PORTS", {port: "Ray's head"})
+        found = computer.check_ports()
+        assert (found.right, found.found) == (False, f"{port} (Ray's head) taken")
+        monkeypatch.setattr(computer, "_ray_here", lambda: "10.0.0.1:6379")
+        assert computer.check_ports().right
+    assert "free" in computer.check_ports().found
+
+
+# ------------------------------------------------------------ Ray, METIS, processors, run folders
+
+
+def test_what_ray_listens_on_is_right_with_a_token_only():
+    nodes = [["a Ray worker", packages.plugin_state()]]
+    heard = {"raylet": ["::"], "agent": ["10.0.0.1", "127.0.0.1"]}
+    for token in (True, False):
+        worker, found = ray_child.of_result({"nodes": nodes, "listening": heard, "token": token})
+        assert worker.right
+        assert found.right == token
+        assert found.found.startswith(
+            "on all addresses: raylet; on one: agent on 10.0.0.1; token authentication o"
+            if token
+            else "on all addresses: raylet; on one: agent on 10.0.0.1; token authentication O"
+        )
+
+
+def test_a_node_with_other_versions_or_without_the_plug_in_is_named():
+    broken = {"version": "0.0.9", "estimators": "ImportError: no", "different": "torch 2.1, here 2.13.0"}
+    versions, plugin = ray_child.of_result({"nodes": [["host (10.0.0.2)", broken]]})
+    assert (versions.right, versions.id, versions.found) == (False, "ray.versions_1", "torch 2.1, here 2.13.0")
+    assert not plugin.right
+    assert "host (10.0.0.2)" in plugin.name
+
+
+def test_a_ray_that_does_not_start_is_a_finding(monkeypatch):
+    dead = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.exit('no Ray here')"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    (found,) = ray_child.findings(dead, None)
+    assert (found.right, found.found) == (False, "no Ray here")
+
+
+def test_a_cluster_that_does_not_answer_is_a_finding():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    (found,) = ray_child.of_result(ray_child.joined(address))
+    assert not found.right
+    assert "SAYO-L79: no Ray cluster answers at this address | at --address" in found.found
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "used"),
+    [
+        (None, None, None),
+        (None, "10.0.0.1:6379", "10.0.0.1:6379"),
+        ("local", "10.0.0.1:6379", None),
+        ("auto", None, "auto"),
+    ],
+)
+def test_the_cluster_is_that_of_the_option_or_the_variable(monkeypatch, given, variable, used):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert command.cluster_address(given) == used
+
+
+def test_metis_is_tried_and_its_absence_is_right(monkeypatch):
+    assert packages.check_metis().right
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    found = packages.check_metis()
+    assert found.right
+    assert "only attn_anchor needs METIS" in found.found
+
+
+def test_a_model_without_its_processor_is_named(tmp_path):
+    found = job_module.check_processor(str(tmp_path))
+    assert not found.right
+    assert found.found.startswith("SAYO-L17")
+
+
+def test_the_checkpoints_of_a_run_are_judged(tmp_path):
+    run = tmp_path / "run"
+    assert job_module.check_run(run)[0].found == "no such folder"
+    save(run / "checkpoints", 2, 4, tracker=4)
+    *each, resume = job_module.check_run(run)
+    assert all(finding.right for finding in each)
+    assert resume.right
+    (run / "metrics.jsonl").write_text('{"step": 5, "data": {"critic/score/mean": 1.0}}\n')
+    assert "1 of 5 steps would be trained again" in job_module.check_run(run)[-1].found
+    (run / "checkpoints" / "global_step_4" / "data.pt").unlink()
+    two, four, resume = job_module.check_run(run)
+    assert (two.right, four.right, four.id) == (True, False, "run.global_step_4")
+    assert not resume.right
+    assert resume.fix.startswith("echo -n 2 > ")
 
 
 # ------------------------------------------------------------ versions
 
 
 def wanted_of(stack):
-    return {name: str(requirement.specifier) for name, requirement in doctor.pinned(stack).items()}
+    return {name: str(requirement.specifier) for name, requirement in packages.pinned(stack).items()}
 
 
 def test_the_gpu_stack_is_compared_with_the_constraints_of_the_clone(repo):
     wanted = wanted_of("gpu")
     lines = (repo / "configs" / "constraints-gpu.txt").read_text().splitlines()
-    for name in doctor.SHOWN:
+    for name in packages.SHOWN:
         assert f"{name}{wanted[name.lower()]}" in lines
 
 
 def test_without_a_clone_the_gpu_stack_has_the_pins_of_the_packages(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "CONSTRAINTS", tmp_path / "none.txt")
+    monkeypatch.setattr(packages, "CONSTRAINTS", tmp_path / "none.txt")
     wanted = wanted_of("gpu")
     assert wanted["verl"] == "==0.9.1"
     assert wanted["torch"] == "==2.11.0"
     assert wanted["transferqueue"].startswith(">=")
-    assert all(name.lower() in wanted for name in doctor.SHOWN)
+    assert all(name.lower() in wanted for name in packages.SHOWN)
 
 
 def test_nvcc_must_be_of_torchs_cuda_and_is_looked_for_only_where_flash_attn_is_absent(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "find_nvcc", lambda: None)
+    monkeypatch.setattr(computer, "find_nvcc", lambda: None)
     torch_of(monkeypatch, "13.0")
-    (found,) = doctor.check_nvcc()
+    (found,) = computer.check_nvcc()
     assert (found.right, found.found) == (False, "not found")
     monkeypatch.undo()
     torch_of(monkeypatch, "13.0")
@@ -311,28 +467,17 @@ def test_nvcc_must_be_of_torchs_cuda_and_is_looked_for_only_where_flash_attn_is_
     for release, right in (("13.2", True), ("12.8", False)):
         nvcc.write_text(f"#!/bin/bash\necho 'Cuda compilation tools, release {release}, V{release}.86'\n")
         nvcc.chmod(0o755)
-        (found,) = doctor.check_nvcc()
+        (found,) = computer.check_nvcc()
         assert (found.right, found.found) == (right, f"{nvcc}, CUDA {release}")
         assert found.wanted.startswith("nvcc of CUDA 13")
     monkeypatch.setattr("sayo_verl.launch.attention_check.flash_attn_problem", lambda: None)
-    assert doctor.check_nvcc() == []
+    assert computer.check_nvcc() == []
 
 
 def test_the_plan_of_a_shipped_job_is_read(repo, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}:/usr/bin:/bin")
     lines: list[str] = []
     show(preflight(composed(repo, "+job=sayo_qwen3vl_8b", "+method=region"), dry_run=True), lines.append)
-    findings = doctor.check_job(job(tmp_path, "\n".join(lines)))
+    findings = job_module.check_job(job(tmp_path, "\n".join(lines)))
     assert [finding.name for finding in findings[:2]] == ["job", "job, memory per GPU"]
     assert findings[-1].found == "needs 8 GPUs on each node, found 0"
-
-
-def test_the_gpu_stack_is_looked_at_more_closely(monkeypatch):
-    for name in ("check_versions", "check_device"):
-        monkeypatch.setattr(doctor, name, lambda stack: [])
-    for name in ("check_probe", "check_ray_worker"):
-        monkeypatch.setattr(doctor, name, lambda: SimpleNamespace(name="other"))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    names = {"flash-attn", "nvcc", "C compiler", "/dev/shm"}
-    assert names < {finding.name for finding in doctor.examine()}
-    assert not names & {finding.name for finding in doctor.examine("cpu")}
