@@ -22,7 +22,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 MUTATED = ("sayo_verl/methods/*.py", "sayo_verl/probe/reference.py")
-TESTS = ("tests/methods", "tests/probe/test_probe.py", "tests/probe/test_measure.py", "tests/probe/test_probe_limits.py")
+TESTS = (
+    "tests/methods",
+    "tests/launch/test_method_settings.py",  # of the registry
+    "tests/probe/test_probe.py",
+    "tests/probe/test_measure.py",
+    "tests/probe/test_probe_limits.py",
+    "tests/probe/test_place.py",
+    "tests/probe/test_probe_fast_tiles.py::test_stretches_cover_what_is_marked_in_whole_tiles_and_visit_no_key_twice",
+)
 PROBE_FUNCTIONS = ("attention_masses", "attention_profile")
 TRIAL = "sayo_verl.methods.random_signals."
 COPIED = ("sayo_verl", "tests", "configs", "docs", "recipe", "benchmarks", "scripts")
@@ -64,7 +72,12 @@ def lay_out(folder: Path) -> None:
 
 
 class _WithoutWords(ast.NodeTransformer):
-    """Leaves only the code of a SayoError."""
+    """Leaves only the code of a SayoError, and of a setting's rule whether it holds."""
+
+    def visit_Tuple(self, node: ast.Tuple) -> ast.AST:
+        if len(node.elts) == 2 and isinstance(node.elts[0], ast.Compare | ast.BoolOp):
+            return self.visit(node.elts[0])
+        return self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         if getattr(node.func, "id", "") == "SayoError":
