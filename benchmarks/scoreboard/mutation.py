@@ -1,9 +1,9 @@
 """Mutation score of the methods and of the reference probe: do their tests notice a changed line?
 
-mutmut makes one small change at a time (an operator, a number, a condition, an argument) and runs the tests that reach the
-changed function. A mutant is killed when a test fails or does not end. The sample is drawn with a seed, because all mutants
-would take hours. Two kinds of mutants are not drawn, because no result of a run depends on them: those of the words of error
-messages, and those of methods/random_signals.py, which makes the batch of a trial.
+mutmut makes one small change at a time (an operator, a number, a condition, an argument) and runs the tests that reach
+the changed function. A mutant is killed when a test fails or does not end. The sample is drawn with a seed, because all
+mutants would take hours. Two kinds of mutants are not drawn, because no result of a run depends on them: those of the
+words of error messages, and those of methods/random_signals.py, which makes the batch of a trial.
 
 mutmut is no dependency of the project: ``pip install mutmut==3.8.1``, as scripts/nightly.sh does.
 """
@@ -45,8 +45,8 @@ def available() -> bool:
 def lay_out(folder: Path) -> None:
     """Copy the project and write mutmut's settings, so that the checkout stays as it is.
 
-    mutmut leaves decorated functions alone, and the two functions of the reference probe are decorated: in the copy the same
-    decorator is applied below them.
+    mutmut leaves decorated functions alone, and the two functions of the reference probe are decorated. In the copy the
+    same decorator is applied below them.
     """
     for name in COPIED:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -123,15 +123,17 @@ def measure(sample: int, seed: int, folder: Path | None = None) -> dict[str, Any
         folder: where to work; a second call with the same folder runs nothing that has run.
 
     Returns:
-        passed, of: mutants killed, and run. Beside them the number of mutants to draw from, the seed, and the survivors,
-        each with its change as a diff.
+        passed, of: mutants killed, and run. Beside them the number of mutants to draw from, the seed, and the
+        survivors, each with its change as a diff.
     """
     with tempfile.TemporaryDirectory() as temporary:
         work = folder or Path(temporary)
         if not (work / "setup.cfg").exists():
             lay_out(work)
         if not (work / "mutants" / "mutmut-stats.json").exists():
-            first = _mutmut(work, "run", "--max-children", "1", "nothing of this name")  # makes mutants, runs the tests once
+            first = _mutmut(
+                work, "run", "--max-children", "1", "nothing of this name"
+            )  # makes mutants, runs the tests once
             if not (work / "mutants" / "mutmut-stats.json").exists():
                 raise RuntimeError(f"mutmut: {(first.stderr or first.stdout).strip()[-800:]}")
         everything = candidates(work / "mutants")

@@ -1,7 +1,8 @@
 """A pytest plug-in that writes what a run of tests showed, and the call that runs tests with it.
 
-The JSON file has the outcome of each test, the values that tests recorded (``record_property``), and the number of cases that
-hypothesis executed. ``FUZZ_FACTOR`` multiplies the cases of each property test and draws them at random, for nightly runs.
+The JSON file has the outcome of each test, the values that tests recorded (``record_property``), and the number of
+cases that hypothesis executed. ``SCOREBOARD_FUZZ_FACTOR`` multiplies the cases of each property test and draws them at
+random, for nightly runs.
 """
 
 import json
@@ -47,8 +48,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     if report.when == "teardown":
         text = getattr(item, "hypothesis_statistics", "")
-        counts = re.findall(r"(\d+) (?:passing|failing|invalid) examples", text)
-        report.user_properties.append((CASES, sum(map(int, counts))))
+        counts = re.findall(r"(\d+) passing, (\d+) failing, and (\d+) invalid test cases", text)
+        report.user_properties.append((CASES, sum(int(count) for phase in counts for count in phase)))
     return report
 
 
@@ -110,9 +111,25 @@ def run_tests(selection: Sequence[str], *options: str, factor: int = 1, processe
         file = Path(folder) / "tally.json"
         paths = [str(ROOT / "benchmarks"), str(ROOT), os.environ.get("PYTHONPATH", "")]
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "scoreboard.tally", "-n", str(processes), *options, *selection],
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "scoreboard.tally",
+                "-n",
+                str(processes),
+                *options,
+                *selection,
+            ],
             cwd=ROOT,
-            env={**os.environ, FILE: str(file), FACTOR: str(factor), "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            env={
+                **os.environ,
+                FILE: str(file),
+                FACTOR: str(factor),
+                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            },
             capture_output=True,
             text=True,
             check=False,
