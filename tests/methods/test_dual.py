@@ -263,6 +263,9 @@ def test_rows_that_do_not_count_are_left_out_of_their_group():
     assert torch.equal(trajectory[counted], others)
     assert trajectory[2] == 1
     assert (token[2] == 1).all()
+    mask[2] = 0  # without a token it does not count, whatever the caller says
+    for counted_ in (None, torch.ones(4, dtype=torch.bool)):
+        assert torch.equal(dual_grained_factors(score, mask, ["a"] * 4, RELEASED, counted_)[1], trajectory)
 
 
 # ---------------------------------------------------------------------------------------------------------- the method
