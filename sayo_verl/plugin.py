@@ -14,7 +14,7 @@ import os
 import wrapt
 
 from sayo_verl.hooks import contract as compat
-from sayo_verl.hooks import filter_limit, record_agent, sglang
+from sayo_verl.hooks import filter_limit, fingerprint, record_agent, sglang
 from sayo_verl.hooks.estimator import register_estimators
 from sayo_verl.models import internvl, qwen2_5_vl
 
@@ -28,6 +28,7 @@ wrapt.register_post_import_hook(filter_limit.stop_endless_filtering, "verl.train
 compat.guard_equal_length_mrope()
 # After the import of verl's module, which takes seconds that most processes do not need.
 wrapt.register_post_import_hook(compat.guard_weight_socket, compat.WEIGHT_TRANSFER)
+wrapt.register_post_import_hook(fingerprint.save_beside_checkpoints, "verl.trainer.ppo.v1.trainer_base")
 wrapt.register_post_import_hook(compat.guard_saved_weights, "verl.utils.fsdp_utils")
 wrapt.register_post_import_hook(sglang.mask_placeholders, "verl.workers.rollout.sglang_rollout.async_sglang_server")
 wrapt.register_post_import_hook(record_agent.register, "verl.experimental.agent_loop.agent_loop")

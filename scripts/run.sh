@@ -6,7 +6,7 @@
 #   MODEL_PATH=MODEL    a folder or a name of the hub        actor_rollout_ref.model.path
 #   DATA=FOLDER         a folder of `sayo prepare`           sayo.data, or data.train_files and data.val_files
 #   OUT=FOLDER          of a new run                         sayo.out; outputs/<name>/<time> if it is not set
-#   RESUME=FOLDER       of a run to resume                   sayo.resume
+#   RESUME=FOLDER       of a run to resume (docs/resume.md)  sayo.resume
 #   NNODES=N            with RAY_ADDRESS=... of the cluster  trainer.nnodes
 #   NGPUS_PER_NODE=N                                         trainer.n_gpus_per_node
 #   DRY_RUN=1           compose, check, print the plan; needs no GPU and writes no file

@@ -35,9 +35,15 @@ tiny_environment
 [[ -n "${MODEL_PATH:-}" ]] || MODEL_PATH=$(sayo prepare policy --out .sayo)
 export DATA MODEL_PATH
 
-# The launcher's last line, repeated after the report.
-trap 'grep "^to resume after step" "$OUT/train.log" | tail -n 1 || true' EXIT
 failed=0
+LOGGED=$(stat -c %s "$OUT/train.log" 2>/dev/null || echo 0) # by earlier attempts
+# The launcher's last line, repeated after the report. A launcher that was killed with signal 9 printed none.
+say_how_to_resume() {
+  local tracker="$OUT/checkpoints/latest_checkpointed_iteration.txt"
+  tail -c "+$((LOGGED + 1))" "$OUT/train.log" | grep "^to resume after step" | tail -n 1 && return
+  [[ "$failed" != 137 || ! -s "$tracker" ]] || echo "to resume after step $(<"$tracker"): $SAYO_RESUME_COMMAND"
+}
+trap say_how_to_resume EXIT
 sayo watch "$OUT" -- bash scripts/run.sh "$@" || failed=$?
 # Also of a run that failed, if it has a step
 ((failed)) && ! grep -qs . "$OUT"/metrics*.jsonl || sayo report "$OUT"

@@ -148,8 +148,8 @@ CONTRACT = (
     # Resuming (sayo_verl/launch/resume.py)
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._load_checkpoint", "relies on",
          "where each resume_mode looks; silent if the tracker or data.pt is missing"),
-    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._save_checkpoint", "relies on",
-         "actor, critic, data.pt, and the tracker last"),
+    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._save_checkpoint", "overrides",
+         "actor, critic, data.pt, transfer_queue, and the tracker last; guarded in hooks/fingerprint.py"),
     Seam("verl.utils.checkpoint.checkpoint_manager:find_latest_ckpt_path", "relies on", "how a tracker is read"),
     Seam("verl.utils.checkpoint.fsdp_checkpoint_manager:FSDPCheckpointManager.load_checkpoint", "relies on",
          "names of the files per state, world size and rank; loads load_contents and nothing else"),

@@ -14,8 +14,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from sayo_verl.data.folder import split_files
 from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.launch.checkpoints import TRACKER
 from sayo_verl.launch.names import nothing_to_resume
-from sayo_verl.launch.resume import TRACKER
 from sayo_verl.report.runs import next_metrics_file
 
 SPLITS = ("train", "val")
@@ -189,6 +189,8 @@ def _place_data(config: DictConfig, given: Collection[str]) -> None:
 def _place_output(config: DictConfig, given: Collection[str]) -> None:
     resumed = config.sayo.resume is not None
     out = config.sayo.resume if resumed else config.sayo.out
+    if isinstance(path := config.trainer.resume_from_path, str):
+        config.trainer.resume_from_path = _absolute(path)  # without a slash at its end, where verl reads the step
     if out is None:
         return
     folder = Path(_absolute(str(out)))

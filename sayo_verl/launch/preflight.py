@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from sayo_verl.errors import Rule, SayoError, did_you_mean, raise_first
 from sayo_verl.launch.attention_check import ATTENTION, attention_of, check_attention, check_linear_attention
 from sayo_verl.launch.data_check import check_data
+from sayo_verl.launch.fingerprint import place_fingerprint
 from sayo_verl.launch.memory_check import check_memory
 from sayo_verl.launch.method_check import check_method
 from sayo_verl.launch.mode_check import check_mode, describe_mode
@@ -117,7 +118,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
         *([("every node must see", ", ".join(path for _, path in shared_paths(config)))] if several else []),
         *memory,
         ("length", _length(config, of_data)),
-        ("resumes", resumed),
+        ("resumes", resumed + place_fingerprint(config, dry_run=dry_run)),
         ("checkpoints", describe_checkpoints(config)),
         ("metrics", str(metrics_file(config) or 'no file, nothing for sayo report: trainer.logger has no "file"')),
         ("recorded", recorded),

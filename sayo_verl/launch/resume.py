@@ -13,13 +13,19 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.launch.checkpoints import (
+    STATE,
+    TRACKER,
+    Expected,
+    judge,
+    judge_checkpoints,
+    newest_complete,
+    step_folders,
+    step_of,
+    summary,
+)
 
 MODES = ("disable", "auto", "resume_path")
-TRACKER = "latest_checkpointed_iteration.txt"
-# Contents of a checkpoint -> how verl's FSDP files of it begin.
-STATE = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
-_FOLDER = re.compile(r"global_step_(\d+)")
-_SHARD = re.compile(r"(model|optim|extra_state)_world_size_(\d+)_rank_(\d+)\.pt")
 
 
 def metrics_file(config: DictConfig) -> Path | None:
@@ -65,8 +71,8 @@ def check_resume(config: DictConfig) -> str:
             left to train.
     """
     folder = Path(str(config.trainer.default_local_dir))
-    start = _start(config, folder)
-    steps = _checkpoints(folder)
+    start = start_of(config)
+    steps = step_folders(folder)
     # The checkpoints are another run's: this one starts anew or from another folder.
     if steps and (start is None or start.parent.resolve() != folder.resolve()):
         raise SayoError(
@@ -80,9 +86,9 @@ def check_resume(config: DictConfig) -> str:
     if start is None:
         return "no: a new run"
     _check_files(config, start)
-    for key in _parts(config).values():
+    for key in parts_of(config).values():
         _check_contents(config, key)
-    step, total = _step(start), config.trainer.total_training_steps
+    step, total = step_of(start), config.trainer.total_training_steps
     if total is not None and step >= int(total) and not config.trainer.val_only:
         raise SayoError(
             "L48",
@@ -92,14 +98,16 @@ def check_resume(config: DictConfig) -> str:
             wanted=f"more than {step}",
             fix="raise it",
         )
-    return f"{start.name} of {total or '?'}, from {start.parent}"
+    newest = newest_complete(judge_checkpoints(start.parent, _expected(config)))
+    newer = f"; global_step_{newest.step} is newer and complete (resume_path)" if newest and newest.step > step else ""
+    return f"{start.name} of {total or '?'}, from {start.parent}{newer}"
 
 
 def describe_checkpoints(config: DictConfig) -> str:
     """Where and how often checkpoints are saved and whether a run can be resumed from them, for the plan."""
     if int(config.trainer.save_freq) <= 0:
         return "none (trainer.save_freq): a run that stops cannot be resumed"
-    lacking = [name for key in _parts(config).values() for name in _lacking(config, f"{key}.save_contents")]
+    lacking = [name for key in parts_of(config).values() for name in _lacking(config, f"{key}.save_contents")]
     no_resume = f"; these cannot be resumed: save_contents lack {', '.join(lacking)}" if lacking else ""
     return f"{config.trainer.default_local_dir}, every {config.trainer.save_freq} steps{no_resume}"
 
@@ -126,14 +134,15 @@ def how_to_resume(config: DictConfig) -> str | None:
     total = config.trainer.total_training_steps
     done = (
         f" (all {total} steps are done: raise trainer.total_training_steps)"
-        if total is not None and _step(start) >= int(total)
+        if total is not None and step_of(start) >= int(total)
         else ""
     )
-    return f"to resume after step {_step(start)}{done}: {command}"
+    return f"to resume after step {step_of(start)}{done}: {command}"
 
 
-def _start(config: DictConfig, folder: Path) -> Path | None:
-    """The checkpoint that verl would load, or None for a new run."""
+def start_of(config: DictConfig) -> Path | None:
+    """The checkpoint that verl would load, or None for a new run; raises L43 and L44 as ``check_resume`` does."""
+    folder = Path(str(config.trainer.default_local_dir))
     mode, path = str(config.trainer.resume_mode), config.trainer.resume_from_path
     if mode not in MODES:
         raise SayoError(
@@ -169,7 +178,7 @@ def _start(config: DictConfig, folder: Path) -> Path | None:
 
 def _tracked(folder: Path, config: DictConfig) -> Path | None:
     """The checkpoint that the tracker of ``folder`` names; None if there is neither a tracker nor a checkpoint."""
-    tracker, steps = folder / TRACKER, _checkpoints(folder)
+    tracker, steps = folder / TRACKER, step_folders(folder)
     if not tracker.exists():
         if not steps:
             return None
@@ -205,20 +214,12 @@ def _no_start(config: DictConfig, tracker: Path, what: str, got: str | None) -> 
     )
 
 
-def _whole(config: DictConfig, tracker: Path) -> str:
-    return ", ".join(str(_step(f)) for f in _checkpoints(tracker.parent) if not _missing(config, f)) or "none exists"
+def _whole(config: DictConfig, beside: Path) -> str:
+    found = judge_checkpoints(beside.parent, _expected(config))
+    return ", ".join(str(checkpoint.step) for checkpoint in found if checkpoint.complete) or "none exists"
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """The ``global_step_<n>`` folders, ascending by number."""
-    return sorted((f for f in folder.glob("global_step_*") if _FOLDER.fullmatch(f.name) and f.is_dir()), key=_step)
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.rpartition("_")[2])
-
-
-def _parts(config: DictConfig) -> dict[str, str]:
+def parts_of(config: DictConfig) -> dict[str, str]:
     """Subfolder of a checkpoint -> key of its settings."""
     from verl.trainer.ppo.utils import need_critic
 
@@ -228,47 +229,35 @@ def _parts(config: DictConfig) -> dict[str, str]:
         return parts | ({"critic": "critic.checkpoint"} if need_critic(config) else {})
 
 
-def _devices(config: DictConfig) -> int:
+def devices_of(config: DictConfig) -> int:
     return int(config.trainer.nnodes) * int(config.trainer.n_gpus_per_node)
 
 
-def _missing(config: DictConfig, start: Path) -> list[str]:
-    """Files that verl would load from a checkpoint and that are missing or empty (an interrupted save).
-
-    The files of other strategies than FSDP are not checked.
-    """
-    wanted = ["data.pt"]
-    if config.actor_rollout_ref.actor.strategy in ("fsdp", "fsdp2"):
-        world = _devices(config)
-        wanted += [
-            f"{part}/{state}_world_size_{world}_rank_{rank}.pt"
-            for part in _parts(config)
-            for state in STATE.values()
-            for rank in range(world)
-        ]
-    return [name for name in wanted if not (start / name).is_file() or (start / name).stat().st_size == 0]
+def _expected(config: DictConfig) -> Expected:
+    """What this run would load."""
+    fsdp = config.actor_rollout_ref.actor.strategy in ("fsdp", "fsdp2")
+    return Expected(devices_of(config), tuple(parts_of(config)), fsdp)
 
 
 def _check_files(config: DictConfig, start: Path) -> None:
-    missing = _missing(config, start)
-    if not missing:
+    found = judge(start, _expected(config))
+    if found.complete:
         return
-    saved = {int(match[2]) for file in start.glob("*/*.pt") if (match := _SHARD.fullmatch(file.name))}
-    if saved and _devices(config) not in saved:
+    if found.devices and devices_of(config) not in found.devices:
         raise SayoError(
             "L45",
             "the checkpoint was saved on another number of devices, and verl does not redistribute it",
             where=str(start),
-            got=f"files of {', '.join(map(str, sorted(saved)))} devices",
-            wanted=f"{_devices(config)} (trainer.nnodes x trainer.n_gpus_per_node)",
+            got=f"files of {', '.join(map(str, sorted(found.devices)))} devices",
+            wanted=f"{devices_of(config)} (trainer.nnodes x trainer.n_gpus_per_node)",
             fix="resume on as many devices as before",
         )
-    others = " and ".join([missing[0], *([f"{len(missing) - 1} more"] if missing[1:] else [])])
+    removed = "verl removed its weights (trainer.max_actor_ckpt_to_keep); " if found.removed else ""
     raise SayoError(
         "L46",
-        "the checkpoint is incomplete: the missing parts would start anew",
+        "the checkpoint is incomplete: the missing parts would start anew, or verl fails minutes later",
         where=str(start),
-        got=f"missing or empty: {others}",
+        got=f"{removed}{summary(found.damage)}",
         fix=f"resume a complete one with trainer.resume_mode=resume_path trainer.resume_from_path={start.parent}"
         f"/global_step_<n> (complete: {_whole(config, start)}), or begin a new run in a new output folder; one from "
         "saved Hugging Face weights has actor_rollout_ref.model.path=<checkpoint>/actor/huggingface",

@@ -4,26 +4,17 @@ import json
 import os
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from sayo_verl import __version__
+from sayo_verl.launch.fingerprint import versions
 from sayo_verl.launch.resume import metrics_file
 from sayo_verl.methods import own_methods
 from sayo_verl.metrics import declaration
 from sayo_verl.report.card import run_card
 
 CLOCK = "%Y-%m-%dT%H:%M:%S%z"
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        distribution(name)
-    except PackageNotFoundError:  # vllm or sglang: one engine is enough
-        return False
-    return True
 
 
 def metrics_of_run(config: DictConfig) -> Path | None:
@@ -42,13 +33,12 @@ def write_run_card(config: DictConfig) -> None:
         return
     metrics.parent.mkdir(parents=True, exist_ok=True)
     card_file = run_card(metrics)
-    names = ("verl", "torch", "transformers", "vllm", "sglang", "ray", "tensordict", "TransferQueue")
     card = {
         "run_id": metrics.parent.name,
         "estimator": config.algorithm.adv_estimator,
         "total_steps": config.trainer.total_training_steps,
         "started": time.strftime(CLOCK),
-        "versions": {"sayo-verl": __version__, **{name: version(name) for name in names if _is_installed(name)}},
+        "versions": versions(),
         "metrics": str(metrics),
         "overrides": sys.argv[1:],
         # for the report, which reads those of the built-in methods from its own file

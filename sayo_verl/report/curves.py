@@ -45,8 +45,7 @@ def plot_runs(runs: Mapping[str, Run], out_png: Path | str) -> Path:
 
 
 def _steps(run: Run) -> str:
-    resumed = "".join(f", resumed after {seam}" for seam in run.seams)
-    return _steps_done(run) + resumed
+    return _steps_done(run) + "".join(f", resumed after step {seam}" for seam in run.seams)
 
 
 def _steps_done(run: Run) -> str:

@@ -17,6 +17,8 @@ NEUTRAL = (
     "*seed",
     "sayo.out",
     "sayo.resume",
+    "sayo.resume_anyway",
+    "sayo.fingerprint",
     "sayo.viz_*",
     "sayo.preflight_*",
     "sayo.gpu_memory_gib",

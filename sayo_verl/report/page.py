@@ -106,10 +106,11 @@ def _head(run: Run, config: dict[str, Any]) -> str:
     total = f" of {run.total_steps}" if run.total_steps else ""
     now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     state, kind = state_of(run)
+    resumed = f", {run.resumed()}" if run.resumed() else ""
     return (
         f"<h1>{text(_title(run))}</h1><p><b>{text(c.estimator_of(run))}</b></p>"
         + (f"<p>{text(' on '.join(model_and_data))}</p>" if model_and_data else "")
-        + f'<p>Step {run.steps[-1]}{total}. <span class="{kind}">{text(state)}</span></p>'
+        + f'<p>Step {run.steps[-1]}{total}{resumed}. <span class="{kind}">{text(state)}</span></p>'
         f'<p class="meta">This page was written at {now}. '
         "<code>sayo report</code> writes it again, also while the run goes on.</p>"
     )
@@ -138,9 +139,9 @@ def state_of(run: Run) -> tuple[str, str]:
 def _what(run: Run, config: dict[str, Any]) -> str:
     rows = [(name, f"<span>{text(value)}</span>") for name, value in described(run, config)]
     rows.append(("started", text(run.started)))
-    if len(run.files) > 1 or run.seams:
-        seams = ", ".join(f"after step {seam}" for seam in run.seams)
-        rows.append(("attempts", f"{len(run.files)} files; resumed {seams} (dashed vertical lines in the curves)"))
+    if run.resumed():
+        files = ", ".join(file.name for file in run.files)
+        rows.append(("attempts", text(f"{run.resumed()}: dashed vertical lines in the curves. Metrics: {files}")))
     if run.versions:
         rows.append(("versions", text(", ".join(f"{name} {version}" for name, version in run.versions.items()))))
     overrides = "\n".join(map(str, run.overrides))
@@ -211,9 +212,10 @@ def _curves(run: Run) -> str:
             with matplotlib.rc_context(style()):
                 figures = [(panel_figure(p, {"": [run]}), f"{verdict.plain(p.title)} by training step") for p in chosen]
                 parts.append(f"<h2>{text(title)}</h2>" + drawn(figures))
+    seams = f" Dashed vertical lines: {run.resumed()}." if run.seams else ""
     parts[0] += (
         f'<p class="note">Faint: each step. Bold: mean of the last {WINDOW} steps. Dots: validation. The total reward '
-        "has the method's own terms; the task reward can be compared across methods.</p>"
+        f"has the method's own terms; the task reward can be compared across methods.{seams}</p>"
     )
     return "".join(parts)
 

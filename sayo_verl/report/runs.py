@@ -48,6 +48,8 @@ class Run:
         ended: ``time`` and ``error`` (empty if there was none) of the end that the launcher recorded; empty while the
             run goes on, and after a kill.
         seams: steps from which a resumed attempt continues; its first step is the one after.
+        attempts: how often the run was started, of those that logged a step.
+        discarded: training steps of an earlier attempt that a later one discarded, most of them trained again.
         notes: remarks for a reader of the numbers (truncated line, resume, NaN, missing run.json).
     """
 
@@ -65,11 +67,22 @@ class Run:
     ended: dict[str, Any] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     seams: list[int] = field(default_factory=list)
+    attempts: int = 1
+    discarded: int = 0
     notes: list[str] = field(default_factory=list)
 
     def training(self, name: str) -> Series:
         """The (step, value) pairs of ``name`` in training steps (without step 0); empty if it was not measured."""
         return [(step, value) for step, value in self.series.get(name, []) if step > 0]
+
+    def resumed(self) -> str:
+        """``"resumed after step 20 (2 attempts)"``; empty for a run that was started once."""
+        if not self.seams and self.attempts < 2:
+            return ""
+        again = {0: "", 1: "; 1 step of an earlier attempt was discarded"}.get(
+            self.discarded, f"; {self.discarded} steps of earlier attempts were discarded"
+        )
+        return f"resumed after step {', '.join(map(str, self.seams))} ({self.attempts} attempts{again})"
 
     def validation_accuracy(self) -> dict[str, Series]:
         """Data source -> (step, value) of verl's validation accuracy, from val-core if present, else val-aux."""
@@ -154,8 +167,8 @@ def load_run(path: Path | str) -> Run:
         if any(attempt.launch[name] != launch[name] for attempt in attempts if attempt.has_card):
             notes.append(f"{name} changed between the attempts; the last is shown")
     records = [record for attempt in attempts for record in attempt.records]
-    by_step, resume_notes = _merge([(step, values) for step, values, _ in records])
-    seams = _seams([[step for step, values, _ in a.records if not is_validation(values)] for a in attempts])
+    by_step, discarded, resume_notes = _merge([(step, values) for step, values, _ in records])
+    seams, starts = _seams([[step for step, values, _ in a.records if not is_validation(values)] for a in attempts])
     skipped = Counter(name for _, _, names in records for name in names)
     notes += resume_notes
     notes += [f"{name}: left out, {count} values are not numbers" for name, count in skipped.items()]
@@ -167,7 +180,17 @@ def load_run(path: Path | str) -> Run:
         if missing := nan_count(pairs):
             notes.append(f"{name}: {missing}")
     files = [a.file for a in attempts]
-    return Run(path=path, steps=sorted(by_step), series=series, files=files, seams=seams, notes=notes, **launch)
+    return Run(
+        path=path,
+        steps=sorted(by_step),
+        series=series,
+        files=files,
+        seams=seams,
+        attempts=max(len(files), starts),
+        discarded=discarded,
+        notes=notes,
+        **launch,
+    )
 
 
 def next_metrics_file(folder: Path) -> Path:
@@ -183,16 +206,21 @@ def is_validation(values: Mapping[str, float]) -> bool:
     return bool(values) and all(name.startswith("val-") for name in values)
 
 
-def _seams(attempts: list[list[int]]) -> list[int]:
-    """Steps that resumed attempts started from, of those whose curves remain; ``attempts`` has the training steps."""
+def _seams(attempts: list[list[int]]) -> tuple[list[int], int]:
+    """Steps that resumed attempts started from, of those whose curves remain, and how many attempts there were.
+
+    ``attempts`` has the training steps of each file. One file holds several if another logger appended to it.
+    """
     starts: list[int] = []
+    count = 1
     newest: int | None = None
     for steps in attempts:
         for i, step in enumerate(steps):
-            if newest is not None and (i == 0 or step < newest):
+            if newest is not None and (i == 0 or step <= newest):
                 starts = [start for start in starts if start < step - 1] + [step - 1]
+                count += 1
             newest = step
-    return starts
+    return starts, count
 
 
 @dataclass
@@ -277,20 +305,29 @@ def nan_count(series: Series) -> str:
     return f"NaN ({missing} of {len(series)})" if missing else ""
 
 
-def _merge(records: list[tuple[int, dict[str, float]]]) -> tuple[dict[int, dict[str, float]], list[str]]:
-    """Merge records in file order into step -> values; later lines replace earlier ones."""
+def _merge(records: list[tuple[int, dict[str, float]]]) -> tuple[dict[int, dict[str, float]], int, list[str]]:
+    """Merge records in file order into step -> values; later lines replace earlier ones.
+
+    Returns:
+        The values, the number of training lines that were discarded, and notes.
+    """
     by_step: dict[int, dict[str, float]] = {}
-    notes, newest = [], None
+    notes, newest, discarded = [], None, 0
     for step, values in records:
+        training = not is_validation(values)
         if newest is not None and step < newest:
-            # The weights of the steps after `step` were discarded, so their numbers belong to no curve.
-            abandoned = [old for old in by_step if old > step]
             notes.append(f"goes back from step {newest} to step {step} (a resumed run); the later lines win")
-            for old in abandoned:
-                del by_step[old]
         elif step in by_step and values.keys() & by_step[step].keys():
             notes.append(f"step {step} is logged twice; the later line wins")
-        # By name, because after a resume verl logs a validation line under a step that has its training line.
+        # The weights of these steps were discarded, so their numbers belong to no curve. A validation line is of the
+        # weights that an attempt starts from; the training line of that step remains.
+        for old in [old for old in by_step if old > step or (training and old == step)]:
+            was = by_step.pop(old)
+            discarded += not is_validation(was)
+            if old == step and is_validation(
+                was
+            ):  # of the weights before this step, such as step 1 of verl's own loggers
+                by_step[old] = was
         by_step.setdefault(step, {}).update(values)
         newest = step
-    return by_step, notes
+    return by_step, discarded, notes

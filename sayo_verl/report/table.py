@@ -21,7 +21,11 @@ def first_last_table(run: Run, k: int = 5) -> Table:
     shown next to the name. :func:`sayo_verl.report.catalogue.rows_of` selects the metrics.
     """
     header, rows = first_last_cells(run, k)
-    table = Table(title=escape(f"{run.run_id} ({c.estimator_of(run)})"), title_justify="left", header_style="bold")
+    table = Table(
+        title=escape(", ".join(filter(None, (f"{run.run_id} ({c.estimator_of(run)})", run.resumed())))),
+        title_justify="left",
+        header_style="bold",
+    )
     for i, column in enumerate(header):
         table.add_column(column, justify="right" if i else "left")
     for row in rows:

@@ -191,6 +191,13 @@ def test_checkpoints_elsewhere_are_found_and_a_named_checkpoint_is_not_looked_fo
     assert written(**{"sayo.resume": "run"} | named).trainer.resume_mode == "resume_path"
 
 
+@pytest.mark.parametrize("given", ["old/global_step_2/", "old/global_step_2", "./old//global_step_2//"])
+def test_a_named_checkpoint_may_end_in_a_slash(written, tmp_path, given):
+    """verl reads the step from the end of the path."""
+    named = {"trainer.resume_mode": "resume_path", "trainer.resume_from_path": given}
+    assert written(**named).trainer.resume_from_path == f"{tmp_path}/old/global_step_2"
+
+
 def test_paths_of_data_and_model_become_absolute(written, tmp_path):
     (tmp_path / "model").mkdir()
     named = {"data.train_files": ["a b.parquet", "/c.parquet", "hdfs://d/e.parquet"], "data.val_files": "~/f.parquet"}

@@ -101,7 +101,9 @@ def test_settings_data_and_attempts_are_named(tmp_path):
     )
     page = page_of(tmp_path)
     assert "/m/<b> on /d/t.parquet (7 bytes)" in page.text
-    assert "2 files; resumed after step 5" in page.text
+    assert "Step 8, resumed after step 5 (2 attempts)." in page.text
+    assert "Dashed vertical lines: resumed after step 5 (2 attempts)." in page.text
+    assert "Metrics: metrics.jsonl, metrics-2.jsonl" in page.text
     assert "one run in several attempts" in page.text
     assert load_run(tmp_path).seams == [5]
 
@@ -110,7 +112,11 @@ def test_seams_of_attempts_that_went_back_are_kept_only_where_their_curves_remai
     attempt(tmp_path, "", range(1, 9), 1.0, "2026-11-26T10:00:00+0000")
     attempt(tmp_path, "-2", range(7, 13), 2.0, "2026-11-26T11:00:00+0000")
     attempt(tmp_path, "-3", range(4, 6), 3.0, "2026-11-26T12:00:00+0000")
-    assert load_run(tmp_path).seams == [3]
+    run = load_run(tmp_path)
+    assert (run.seams, run.attempts) == ([3], 3)
+    assert run.discarded == 11  # 7 and 8 of the first attempt, 7 to 12 of the second, 4 to 6 of the first
+    assert run.resumed() == "resumed after step 3 (3 attempts; 11 steps of earlier attempts were discarded)"
+    assert [value for _, value in run.series["x"]] == [1.0, 1.0, 1.0, 3.0, 3.0]
     one_file = write_run(
         tmp_path / "one", *(line(n, x=1) for n in (1, 2, 3)), line(3, **{VALIDATION: 0.5}), line(4, x=1)
     )

@@ -154,6 +154,17 @@ def test_each_metrics_file_has_a_run_card_of_its_own():
     assert cards == ["run.json", "run-2.json", "run_b.json", "run-other.json"]
 
 
+def test_a_step_that_is_trained_again_keeps_nothing_of_the_attempt_before(tmp_path):
+    """Killed in step 4 after the checkpoint of step 2; the validation of step 3 was not repeated."""
+    lines = [line(n, x=n, y=n) for n in (1, 2)] + [line(3, x=3, **{VALIDATION: 0.1}), line(2, **{VALIDATION: 0.5})]
+    run = load_run(write_run(tmp_path, *lines, line(3, x=30), line(4, x=40)))
+    assert run.series["x"] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
+    assert run.series[VALIDATION] == [(2, 0.5)]
+    assert run.series["y"] == [(1, 1.0), (2, 2.0)]
+    assert (run.seams, run.attempts, run.discarded) == ([2], 2, 1)
+    assert run.resumed() == "resumed after step 2 (2 attempts; 1 step of an earlier attempt was discarded)"
+
+
 def test_a_step_logged_twice_is_noted(tmp_path):
     run = load_run(write_run(tmp_path, line(1, x=1), line(1, x=2), line(2, x=3)))
     assert run.series["x"] == [(1, 2.0), (2, 3.0)]

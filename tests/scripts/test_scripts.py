@@ -386,6 +386,22 @@ def test_the_tiny_scripts_last_line_says_how_to_resume(faked, tmp_path, status):
     assert "actor_rollout_ref.model.path=made sayo.data=made" in done.stdout
 
 
+@pytest.mark.parametrize(("status", "expected"), [("137", "to resume after step 4: RESUME="), ("1", "made")])
+def test_the_tiny_script_says_how_to_resume_after_a_kill_that_the_launcher_did_not_see(
+    faked, tmp_path, status, expected
+):
+    """The line of an earlier attempt is not repeated, and a refusal is not followed by the command that was refused."""
+    copy, env = faked
+    out = tmp_path / "out"
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("4")
+    (out / "train.log").write_text("to resume after step 2: an old command\n")
+    (tmp_path / "bin" / "python3").write_text("#!/bin/sh\necho made\n")
+    done = launch(copy, "run_sayo_tiny.sh", {**env, "OUT": str(out)}, FAKE_STATUS=status)
+    assert done.returncode == int(status)
+    assert done.stdout.splitlines()[-1].startswith(expected)
+
+
 def test_the_tiny_script_takes_files_of_its_own_and_stops_where_nothing_could_be_prepared(faked, tmp_path):
     copy, env = faked
     (tmp_path / "out").mkdir()
