@@ -28,7 +28,7 @@ from sayo_verl.errors import SayoError
 from sayo_verl.hooks.contract import RUN_TOKEN
 from sayo_verl.launch.cluster import check_address, check_cluster
 from sayo_verl.launch.ending import at_end, record_end
-from sayo_verl.launch.job import check_types, composition_error, keys_of, write_out
+from sayo_verl.launch.job import check_added, check_types, composition_error, keys_of, write_out
 from sayo_verl.launch.model_check import load_config
 from sayo_verl.launch.names import check_names
 from sayo_verl.launch.preflight import check_estimator, preflight, show
@@ -128,7 +128,9 @@ def select_method(config: DictConfig) -> bool:
 def main(config: DictConfig) -> None:
     """Check, plan, run."""
     try:
-        check_types(config, compose(HydraConfig.get().job.config_name))
+        defaults = compose(HydraConfig.get().job.config_name)
+        check_added(keys_of(HydraConfig.get().overrides.task), defaults)
+        check_types(config, defaults)
         check_devices(config, dry_run=config.sayo.dry_run)
         if not config.sayo.dry_run:
             check_address(config)

@@ -3,12 +3,16 @@
 The short settings are ``sayo.data``, ``sayo.out`` and ``sayo.resume``; ``write_out`` replaces them by verl's own.
 """
 
+import difflib
+import inspect
 import os
+import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
@@ -29,6 +33,24 @@ OmegaConf.register_new_resolver("sayo.quotient", lambda whole, parts: whole // p
 OmegaConf.register_new_resolver(
     "sayo.choose", lambda got, match, then, otherwise: then if got == match else otherwise, replace=True
 )
+# Settings of verl whose default is null and that no dataclass of verl describes -> their types
+NUMBERS = dict.fromkeys(
+    (
+        "data.gen_batch_size",
+        "data.val_batch_size",
+        "data.seed",
+        "trainer.total_training_steps",
+        "trainer.max_actor_ckpt_to_keep",
+        "trainer.max_critic_ckpt_to_keep",
+        "ray_kwargs.ray_init.num_cpus",
+    ),
+    int | None,
+)
+OPTIONAL = (int | None, float | None)
+WHOLE = (int, int | None)
+MAY_BE_NULL = ("trainer.v1.sampler.max_off_policy_threshold",)  # a number by default; null turns it off
+# How near an added key must be to one that exists, and groups whose keys verl passes on to other packages.
+NEARLY, FREE = 0.85, ("_kwargs", "override_config", "attn")
 COMPUTED = (
     "actor_rollout_ref.rollout.max_model_len",
     "reward.custom_reward_function.reward_kwargs.accuracy_weight",
@@ -63,7 +85,9 @@ def keys_of(overrides: Sequence[str]) -> set[str]:
 
 
 def check_types(config: DictConfig, defaults: DictConfig) -> None:
-    """Refuse text where the default is a number, or true or false. verl would fail late, or take "no" as true.
+    """Refuse text or null for a number, and text for true or false. verl would fail late, or take "no" as true.
+
+    The type is that of the default, or that of the field of verl's dataclass if the default is null.
 
     Args:
         config: the composed configuration.
@@ -73,27 +97,77 @@ def check_types(config: DictConfig, defaults: DictConfig) -> None:
         SayoError: L73.
     """
     plain: Any = [OmegaConf.to_container(part, resolve=False) for part in (config, defaults)]
-    values, expected = (dict(_leaves(part)) for part in plain)
-    for key, default in expected.items():
-        value = values.get(key)
-        if isinstance(default, bool | int | float) and isinstance(value, str) and not value.startswith("${"):
+    values, fields = dict(_leaves(plain[0])), _fields(plain[1])
+    for key, default in _leaves(plain[1]):
+        value, field = values.get(key), fields.get(key, NUMBERS.get(key))
+        text = isinstance(value, str) and not value.startswith("${")
+        number = isinstance(default, bool | int | float) or (default is None and field in OPTIONAL)
+        whole = field in WHOLE and isinstance(value, float) and not value.is_integer()
+        absent = key in values and value is None and not isinstance(default, bool) and _needs_value(key, default, field)
+        if (number and text) or whole or absent:
+            example = "" if default is None else f", such as {default}"
             raise SayoError(
                 "L73",
                 "a value of the wrong type",
                 where=key,
-                got=repr(value),
-                wanted="true or false" if isinstance(default, bool) else f"a number, such as {default}",
+                got="null" if absent else repr(value),
+                wanted="true or false"
+                if isinstance(default, bool)
+                else f"{'an integer' if field in WHOLE else 'a number'}{example}",
                 fix="correct it",
             )
 
 
-def _leaves(part: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested values."""
+def _needs_value(key: str, default: Any, field: Any) -> bool:
+    """Whether null in place of the default, a number, would be a failure of verl or of our checks."""
+    if not isinstance(default, int | float) or key in MAY_BE_NULL:
+        return False
+    return field in (int, float) or (field is None and key.partition(".")[0] in ("data", "trainer", "sayo"))
+
+
+def _fields(part: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> type of the field, for groups that verl makes a dataclass of (``_target_``)."""
+    target = part.get("_target_")
+    try:
+        hints = typing.get_type_hints(get_class(target)) if target else {}
+    except ImportError:  # an engine that is not installed
+        hints = {}
+    found = {f"{prefix}{name}": hint for name, hint in hints.items() if name in part}
     for key, value in part.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+            found |= _fields(value, f"{prefix}{key}.")
+    return found
+
+
+def check_added(given: Collection[str], defaults: DictConfig) -> None:
+    """Refuse a key that a "+" adds beside one of nearly the same name: nothing would read it.
+
+    Args:
+        given: keys of the command line.
+        defaults: the configuration without overrides.
+
+    Raises:
+        SayoError: L70.
+    """
+    plain: Any = OmegaConf.to_container(defaults, resolve=False)
+    for key in sorted(given):
+        group, path = plain, key.split(".")
+        for depth, part in enumerate(path):
+            if not isinstance(group, Mapping) or not group:
+                break
+            if part not in group:
+                known = list(_of_ray_init() if path[:depth] == ["ray_kwargs", "ray_init"] else group)
+                near = difflib.get_close_matches(part, known, n=1, cutoff=NEARLY)
+                if near and near[0] != part and not any(name.endswith(FREE) for name in path[1:depth]):
+                    raise _unknown(".".join(path[: depth + 1]), f" (did you mean {near[0]!r}?)", part, None)
+                break
+            group = group[part]
+
+
+def _of_ray_init() -> list[str]:
+    import ray
+
+    return list(inspect.signature(ray.init).parameters)
 
 
 def composition_error(error: Exception) -> SayoError:
@@ -108,14 +182,27 @@ def composition_error(error: Exception) -> SayoError:
         )
     beside = [str(key) for key in cause.parent_node or () if key != "hydra"]
     hint = did_you_mean(str(cause.key), beside)
+    return _unknown(str(cause.full_key), hint, cause.key, None if hint or not beside else ", ".join(beside))
+
+
+def _unknown(where: str, hint: str, got: Any, wanted: str | None) -> SayoError:
     return SayoError(
         "L70",
         f"unknown setting{hint}",
-        where=str(cause.full_key),
-        got=cause.key,
-        wanted=None if hint or not beside else ", ".join(beside),
+        where=where,
+        got=got,
+        wanted=wanted,
         fix="correct the name; a + in front of the override adds a setting that does not exist yet",
     )
+
+
+def _leaves(part: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested values."""
+    for key, value in part.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def write_out(config: DictConfig, given: Collection[str]) -> None:

@@ -17,6 +17,7 @@ from sayo_verl.errors import Rule, SayoError, did_you_mean, raise_first
 from sayo_verl.launch.attention_check import ATTENTION, attention_of, check_attention, check_linear_attention
 from sayo_verl.launch.data_check import check_data
 from sayo_verl.launch.fingerprint import place_fingerprint
+from sayo_verl.launch.hazard_check import check_hazards, describe_model_code
 from sayo_verl.launch.memory_check import check_memory
 from sayo_verl.launch.method_check import check_method
 from sayo_verl.launch.mode_check import check_mode, describe_mode
@@ -76,6 +77,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
             check_settings(config, measured)
         except SayoError as error:
             raise refuse_recording(error) from error
+    check_hazards(config, measured, here=not elsewhere(config, dry_run=dry_run))
     check_batch_sizes(config)
     cpus = check_ray_cpus(config, dry_run=dry_run)
     engine = check_rollout_engine(config, measured, dry_run=dry_run)
@@ -90,6 +92,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
         ("method", _describe(method) if method else "-"),
         *([("not used", ", ".join(unused))] if unused else []),
         *of_model,
+        *([("model's code", code)] if (code := describe_model_code(config)) else []),
         *(of_data := check_data(config, method, model_type, dry_run=dry_run)),
     ]
     rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor

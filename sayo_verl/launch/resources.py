@@ -39,6 +39,15 @@ def check_batch_sizes(config: DictConfig) -> None:
             wanted="a whole number of at least 1",
             fix="correct it",
         )
+    if int(actor.ppo_mini_batch_size) > prompts:
+        raise SayoError(
+            "L22",
+            "the mini-batch of the update is larger than the batch; verl would fill it with rows that hold nothing",
+            where="actor_rollout_ref.actor.ppo_mini_batch_size",
+            got=f"{actor.ppo_mini_batch_size} prompts, of a batch of {prompts}",
+            wanted="at most data.train_batch_size",
+            fix="lower it, or raise data.train_batch_size",
+        )
     devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
     mini = int(actor.ppo_mini_batch_size) * int(rollout.n)
     multiple = math.lcm(devices, mini)

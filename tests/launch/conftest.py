@@ -30,6 +30,7 @@ def make(base: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         "reward.custom_reward_function.path": "pkg://sayo_verl.reward",
         "trainer.default_local_dir": str(tmp_path / "checkpoints"),
         "data.train_batch_size": ROWS,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": ROWS,
         "sayo.preflight_prompts": 0,  # the folder of the model holds no processor
     }
 

@@ -21,7 +21,7 @@ from sayo_verl.data import build as building
 from sayo_verl.data.build import BuildOptions, build
 from sayo_verl.data.rows import Example, ImageRef, Source
 from sayo_verl.errors import SayoError
-from sayo_verl.launch.job import LOGGER_PATH, check_types, composition_error, keys_of, write_out
+from sayo_verl.launch.job import LOGGER_PATH, check_added, check_types, composition_error, keys_of, write_out
 from sayo_verl.launch.memory import shapes_of
 from sayo_verl.scenes import SceneConfig
 from sayo_verl.tiny.prepared import prepare_scenes
@@ -344,3 +344,54 @@ def test_text_in_place_of_a_number_or_a_switch_is_refused(repo, override, wanted
 def test_the_values_of_every_job_have_the_types_of_verls_defaults(repo, job):
     for method in ("region", "dual", "grpo"):
         check_types(composed(repo, f"+job={job}", f"+method={method}"), composed(repo))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("trainer.total_training_steps", "ten", "got 'ten', wanted an integer "),
+        ("trainer.total_training_steps", 2.5, "got 2.5, wanted an integer "),
+        ("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu", "a", "got 'a', wanted an integer "),
+        ("actor_rollout_ref.rollout.n", None, "got null, wanted an integer, such as 1 "),
+        ("data.train_batch_size", None, "got null, wanted a number, such as 1024 "),
+    ],
+)
+def test_the_type_of_a_number_is_known_where_the_default_or_the_value_is_null(repo, base, key, value, says):
+    config = copy.deepcopy(base)
+    OmegaConf.update(config, key, value)
+    with pytest.raises(SayoError, match=rf"^SAYO-L73: .* at {key} \| {says}"):
+        check_types(config, composed(repo))
+
+
+def test_null_is_left_alone_where_it_has_a_meaning(repo, base):
+    config = copy.deepcopy(base)
+    for key in (
+        "trainer.v1.sampler.max_off_policy_threshold",
+        "algorithm.attn.spread_floor",
+        "actor_rollout_ref.rollout.max_model_len",
+        "data.seed",
+    ):
+        OmegaConf.update(config, key, None)
+    check_types(config, composed(repo))
+
+
+@pytest.mark.parametrize(
+    ("key", "where", "near"),
+    [
+        ("trainer.total_traning_steps", "trainer.total_traning_steps", "total_training_steps"),
+        ("trainr.nnodes", "trainr", "trainer"),
+        ("data.train_batchsize", "data.train_batchsize", "train_batch_size"),
+        ("actor_rollout_ref.rollout.temprature", "actor_rollout_ref.rollout.temprature", "temperature"),
+        ("ray_kwargs.ray_init.num_gpuss", "ray_kwargs.ray_init.num_gpuss", "num_gpus"),
+    ],
+)
+def test_an_added_key_beside_one_of_nearly_the_same_name_is_refused(repo, key, where, near):
+    with pytest.raises(SayoError, match=rf"^SAYO-L70: unknown setting \(did you mean '{near}'\?\) \| at {where} "):
+        check_added([key], composed(repo))
+
+
+def test_keys_that_may_be_added_pass(repo):
+    keys = ["ray_kwargs.ray_init._temp_dir", "ray_kwargs.ray_init.num_gpus", "trainer.nnodes", "sayo.out"]
+    keys += ["actor_rollout_ref.model.override_config.attn_implementation", "data.mm_processor_kwargs.max_patches"]
+    keys += ["ray_kwargs.ray_init.runtime_env.env_vars.NCCL_DEBUG", "actor_rollout_ref.rollout.engine_kwargs.vllm.x"]
+    check_added(keys, composed(repo))

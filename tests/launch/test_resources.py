@@ -41,6 +41,14 @@ def test_the_update_counts_the_rows_of_a_mini_batch(make):
     preflight(make(**{**rows, "data.train_batch_size": 3}, **{LOG_PROB_MICRO: 16, micro: 4}))
 
 
+def test_a_mini_batch_larger_than_the_batch_is_refused(make):
+    mini = "actor_rollout_ref.actor.ppo_mini_batch_size"
+    error = refused(
+        make(**{"data.train_batch_size": 8, mini: 9, "actor_rollout_ref.actor.use_dynamic_bsz": True}), "L22"
+    )
+    assert (error.where, error.got) == (mini, "9 prompts, of a batch of 8")
+
+
 def test_too_few_cpus_for_ray_are_refused(make, monkeypatch):
     wanted = 1 + CPUS_PER_DEVICE + CPUS_FIXED  # one storage unit, one device
     error = refused(make(**{"ray_kwargs.ray_init.num_cpus": wanted - 1}), "L14")
