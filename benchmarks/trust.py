@@ -85,7 +85,7 @@ def main() -> int:
     """Measure, store, write the page."""
     args = parse()
     wrong = cases.problems()
-    if wrong:
+    if wrong and not args.page_only:
         print("the tables of benchmarks/scoreboard are wrong:", *wrong, sep="\n  ", file=sys.stderr)
         return 1
     stored = json.loads(args.raw.read_text()) if args.raw.exists() else {"full_run": None, "figures": {}}

@@ -58,6 +58,8 @@ def _open(figures: dict[str, Any]) -> list[str]:
     """Open cases, and figures that were not measured."""
     lines = [f"- {line}" for line in cases.open_cases()]
     lines += [f"- {name}: not run ({f['not_run']})" for name, f in cases.table("faults").items() if "not_run" in f]
+    waiting = [(figure.title, figures.get(name)) for name, figure in FIGURES.items()]
+    lines += [f"- {title}: {result_cell(found)}" for title, found in waiting if not found or "not_measured" in found]
     return ["## Open", "", *(lines or ["Nothing is open."]), ""]
 
 
@@ -66,7 +68,7 @@ def result_cell(figure: dict[str, Any] | None) -> str:
     if figure is None:
         return "not measured"
     if "not_measured" in figure:
-        return f"not measured: {figure['not_measured']}"
+        return f"not measured ({figure['not_measured']})"
     count = f"{figure['passed']:,} of {figure['of']:,}" if "of" in figure else ""
     return "; ".join(filter(None, [count, figure.get("value", "")]))
 
