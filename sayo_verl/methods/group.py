@@ -175,7 +175,7 @@ def group_advantage(
                 wanted=f"({B},)",
                 fix="reduce the term over tokens first",
             )
-        reward_B = reward_B + torch.where(term.valid, term.weight * term.value, torch.zeros_like(reward_B))
+        reward_B = reward_B + torch.where(term.valid, term.weight * term.value.detach(), torch.zeros_like(reward_B))
     if not torch.isfinite(reward_B).all():
         row = int((~torch.isfinite(reward_B)).nonzero()[0])
         error = SayoError(
@@ -194,7 +194,7 @@ def group_advantage(
         index_G = torch.tensor(rows, device=reward_B.device)
         value_G, full_G = task_reward.detach()[index_G], torch.ones_like(index_G, dtype=torch.bool)
         for term in applied:
-            valid_G, term_G = term.valid[index_G], term.weight * term.value[index_G]
+            valid_G, term_G = term.valid[index_G], term.weight * term.value.detach()[index_G]
             carriers = int(valid_G.sum())
             if carriers == 0 or carriers == 1 < len(rows):
                 continue

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from datasets import Value
 from hypothesis import given, settings
@@ -61,9 +62,12 @@ def test_worker_processes_make_the_rows_of_one_process(tmp_path, monkeypatch):
 
 def test_rows_go_into_several_files_with_small_row_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHARD_ROWS", 10)
+    monkeypatch.setattr(module, "GROUP_ROWS", 4)
     made = build(Made([example(n) for n in range(25)]), tmp_path / "out", dataclasses.replace(FIFTH, val_share=0))
     assert [file.name for file in made.files["train"]] == [f"train-0000{i}.parquet" for i in range(3)]
     assert ids(made.folder) == [f"e{n}" for n in range(25)]
+    first = pq.ParquetFile(made.files["train"][0]).metadata
+    assert [first.row_group(n).num_rows for n in range(first.num_row_groups)] == [4, 4, 2]
 
 
 def test_the_messages_columns_and_fields_of_a_source_are_kept(tmp_path):

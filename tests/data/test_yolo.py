@@ -101,6 +101,7 @@ def test_own_questions_and_absent_objects(tmp_path):
         ({}, {**DATA, "train": "pictures"}, "D93", "is missing.*pictures"),
         ({}, {**DATA, "names": 3}, "D58", "names"),
         ({}, "names: [a\n  b: {", "D93", "no YAML"),
+        ({}, "names: !!python/object/apply:os.getcwd []", "D93", "wanted a class"),  # tags are not read
         (
             {"images/other/a.jpg": "x"},
             {"names": ["dog"], "train": "images/other"},

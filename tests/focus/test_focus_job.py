@@ -134,6 +134,7 @@ def test_a_wrong_setting_of_any_step_is_refused_before_the_first(job, tmp_path, 
         "base: m\ntrain: {stepz: 3}",
         "train: {steps: 3}",
         "base: m\ntrain: {lora_rank: 1}\nall_weights: {x: 1}",
+        "base: !!python/object/apply:os.getcwd []",
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, text):

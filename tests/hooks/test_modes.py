@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support.eager_oracle import RowTruth, difference, eager_truth, reference_log_probs
+from support.eager_oracle import RowTruth, difference, eager_truth, reference_log_probs, signed_difference
 from support.engine_rows import (
     free_port,
     fsdp1_on_cpu,
@@ -176,6 +176,17 @@ def statistics_error(
     return together.max().item(), together.mean().item()
 
 
+def signed_mean(values: Any, request: StatisticsRequest, truth: list[RowTruth]) -> float:
+    """Mean signed difference over all attention masses that are asked for."""
+    masses = [statistic for statistic in request.statistics if statistic.name.endswith("_mass")]
+    found = [
+        signed_difference(statistic, got, want)
+        for statistic in masses
+        for got, want in zip(values[WIRE_PREFIX + statistic.key], truth, strict=True)
+    ]
+    return torch.cat(found).mean().item()
+
+
 def unbound(output: Any) -> dict[str, list[torch.Tensor]]:
     return {key: list(output[key].unbind()) for key in output.keys() if isinstance(output[key], torch.Tensor)}
 
@@ -214,7 +225,7 @@ def test_the_modes_cover_every_pair(name):
 
 
 @pytest.mark.parametrize(("name", "mode"), [(name, mode) for name in TINY for mode in covering(TINY[name])], ids=str)
-def test_a_mode(worlds, name, mode):
+def test_a_mode(worlds, name, mode, record_property):
     world = worlds[name]
     with ExitStack() as stack:
         stack.enter_context(patches_undone())
@@ -261,8 +272,11 @@ def test_a_mode(worlds, name, mode):
     log_probs = log_prob_error(plain, world.log_probs[mode.lora])
     largest, mean = statistics_error(probed, request, world.rows, world.truth[mode.lora])
     print(f"{name} {mode}: log-probs {log_probs:.1e}; statistics largest {largest:.1e}, mean {mean:.1e}")
+    signed = signed_mean(probed, request, world.truth[mode.lora])
+    record_property("numerics", [name, largest, signed])  # benchmarks/trust.py
     assert log_probs < LOG_PROB_TOLERANCE
     assert largest < TOLERANCE
+    assert abs(signed) < TOLERANCE / 10
 
 
 # ---- two ranks

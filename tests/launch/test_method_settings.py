@@ -190,6 +190,8 @@ def test_a_method_of_ones_own_is_known_under_its_name(tmp_path, monkeypatch):
     assert method is not None
     assert (method.name, vars(method)["weight"], vars(method)["coverage"]) == ("attn_mine", 0.25, 1.0)
     assert load_methods([str(tmp_path / "mine.py")])  # a second time does nothing
+    assert "attn_mine" in sayo_verl.methods.own_methods()
+    assert "attn_region" not in sayo_verl.methods.own_methods()
 
 
 @pytest.mark.parametrize("name", ["attn_region", "attn_mix", "attn_spread_floor", "mine", None])

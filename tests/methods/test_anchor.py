@@ -325,6 +325,11 @@ def test_top_and_rest_share_the_response_between_them():
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
+def test_settings_at_the_ends_of_their_ranges_are_taken():
+    AnchorMethod(strength=0.0, neighbours=1, parts=2, weight_min=0.0, weight_max=1.0, seed=0, time_limit=600.0)
+    AnchorMethod(strength=1.0, parts=64, weight_min=1.0)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

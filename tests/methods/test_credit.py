@@ -58,6 +58,7 @@ def test_the_floor_is_relative_to_large_rewards_and_absolute_for_small_ones():
     assert (ours([1000.0, 1000.0005], "aa") == 0).all()
     assert (ours([1000.0, 1000.01], "aa") != 0).all()
     assert (ours([0.0, 5e-7], "aa") == 0).all()
+    assert (ours([0.0, 1.5e-6], "aa") != 0).all()
     assert (ours([0.0, 5e-6], "aa") != 0).all()
     assert (ours([0.0, 5e-6], "aa", spread_floor=1e-3) == 0).all()
 

@@ -117,7 +117,7 @@ configs = st.builds(
     schedule=st.sampled_from(["linear", "exponential", "step"]),
     intra=st.booleans(),
     inter=st.booleans(),
-    score_offset=st.sampled_from(["cosine", "minmax"]),
+    score_offset=st.sampled_from(["cosine", "minmax", "none"]),
     position=st.sampled_from(["one_based", "zero_based"]),
     trajectory_score=st.sampled_from(["sum", "normalised_sum", "mean"]),
     clamp=st.sampled_from(["none", "released"]),
@@ -263,6 +263,9 @@ def test_rows_that_do_not_count_are_left_out_of_their_group():
     assert torch.equal(trajectory[counted], others)
     assert trajectory[2] == 1
     assert (token[2] == 1).all()
+    mask[2] = 0  # without a token it does not count, whatever the caller says
+    for counted_ in (None, torch.ones(4, dtype=torch.bool)):
+        assert torch.equal(dual_grained_factors(score, mask, ["a"] * 4, RELEASED, counted_)[1], trajectory)
 
 
 # ---------------------------------------------------------------------------------------------------------- the method

@@ -105,6 +105,39 @@ def test_advantages_are_finite_and_zero_outside_the_mask_and_inputs_stay(method,
         assert torch.equal(value.nan_to_num(-7), signals[statistic].nan_to_num(-7)), statistic.key
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # a metric is read of it
+@every_way
+def test_inputs_with_a_gradient_or_of_other_strides_give_the_same_bits(method):
+    signals, reward = made(method, (3, 8, 6, 2, False))
+
+    def other(value):
+        strided = value.transpose(0, 1).contiguous().transpose(0, 1)
+        return strided.requires_grad_() if value.is_floating_point() else strided
+
+    changed = dataclasses.replace(
+        signals,
+        statistics={statistic: other(value) for statistic, value in signals.statistics.items()},
+        **{name: other(v) for name, v in vars(signals).items() if isinstance(v, torch.Tensor) and v.ndim == 2},
+    )
+    assert any(not value.is_contiguous() for value in (changed.response_mask, *changed.statistics.values()))
+    advantage, _ = run(method, changed, reward.clone().requires_grad_())
+    assert not advantage.requires_grad
+    assert torch.equal(bits(advantage), bits(run(method, signals, reward)[0]))
+
+
+@pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)  # not anchor's rest: a response may be anchors alone
+@PROPERTY
+@given(batch=batches)
+def test_no_response_loses_all_of_its_weight(method, batch):
+    signals, _ = made(method, batch)
+    credit, mask = method.credit(signals), signals.response_mask.bool()
+    some = mask.any(-1)
+    if credit.token_weight is not None:
+        assert (credit.token_weight.where(mask, torch.zeros(())).sum(-1)[some] > 0).all()
+    if credit.trajectory_weight is not None:
+        assert (credit.trajectory_weight[some] > 0).all()
+
+
 @every_way
 @PROPERTY
 @given(batch=batches, data=st.data())

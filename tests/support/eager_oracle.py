@@ -295,6 +295,11 @@ def difference(statistic: Any, values: torch.Tensor, row: dict[str, Any], truth:
     return ((got - wanted).abs() / scale).flatten()
 
 
+def signed_difference(statistic: Any, values: torch.Tensor, truth: RowTruth) -> torch.Tensor:
+    """Measured minus true value of a statistic that is an attention mass, flat; a mean far from 0 is a bias."""
+    return (values.double() - _expected(statistic, truth)).flatten()
+
+
 def _expected(statistic: Any, truth: RowTruth) -> torch.Tensor:
     """float64 [T], [T, H] or [T, k]."""
     layers, rows = list(statistic.layers), truth.rows_of(statistic.query_row)
