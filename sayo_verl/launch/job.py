@@ -118,15 +118,6 @@ def check_types(config: DictConfig, defaults: DictConfig) -> None:
             )
 
 
-def leaves(part: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested values."""
-    for key, value in part.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _needs_value(key: str, default: Any, field: Any) -> bool:
     """Whether null in place of the default, a number, would be a failure of verl or of our checks."""
     if not isinstance(default, int | float) or key in MAY_BE_NULL:
