@@ -26,9 +26,11 @@ from verl.utils.device import auto_set_device
 from sayo_verl import __version__
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks.contract import RUN_TOKEN
+from sayo_verl.hooks.watchdog import Watchdog
 from sayo_verl.launch.cluster import check_address, check_cluster
 from sayo_verl.launch.ending import at_end, record_end
 from sayo_verl.launch.job import check_types, composition_error, keys_of, write_out
+from sayo_verl.launch.limits import read_limits
 from sayo_verl.launch.model_check import load_config
 from sayo_verl.launch.names import check_names
 from sayo_verl.launch.preflight import check_estimator, preflight, show
@@ -129,6 +131,7 @@ def main(config: DictConfig) -> None:
     """Check, plan, run."""
     try:
         check_types(config, compose(HydraConfig.get().job.config_name))
+        read_limits(config)
         check_devices(config, dry_run=config.sayo.dry_run)
         if not config.sayo.dry_run:
             check_address(config)
@@ -160,7 +163,8 @@ def main(config: DictConfig) -> None:
     ours = select_method(config)
     at_end(config)
     try:
-        run_ppo(config, task_runner_class=SayoTaskRunner if ours else TaskRunnerV1)
+        with Watchdog(config, variables[RUN_TOKEN]) as watchdog:
+            run_ppo(config, task_runner_class=watchdog.runner(SayoTaskRunner if ours else TaskRunnerV1))
     except BaseException as error:
         record_end(config, error)
         raise
@@ -175,6 +179,9 @@ def launch() -> None:
         main()
     except (ConfigCompositionException, MissingConfigException, OverrideParseException) as error:
         sys.exit(str(composition_error(error)))
+    except KeyboardInterrupt:  # before training; the watchdog takes it then
+        print("sayo-verl: stopped by SIGINT", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

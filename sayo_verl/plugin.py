@@ -14,7 +14,7 @@ import os
 import wrapt
 
 from sayo_verl.hooks import contract as compat
-from sayo_verl.hooks import filter_limit, record_agent, sglang
+from sayo_verl.hooks import filter_limit, phases, record_agent, reward_limit, sglang
 from sayo_verl.hooks.estimator import register_estimators
 from sayo_verl.models import internvl, qwen2_5_vl
 
@@ -25,6 +25,11 @@ if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
     platform.activate()
     wrapt.register_post_import_hook(polling.read_poll_interval, "verl.trainer.ppo.v1.replay_buffer")
 wrapt.register_post_import_hook(filter_limit.stop_endless_filtering, "verl.trainer.ppo.v1.replay_buffer")
+wrapt.register_post_import_hook(phases.tell_rollouts, "verl.trainer.ppo.v1.replay_buffer")
+wrapt.register_post_import_hook(phases.tell_steps, phases.TRAINERS[0])
+for trainer in phases.TRAINERS:
+    wrapt.register_post_import_hook(phases.tell_timers, trainer)
+wrapt.register_post_import_hook(reward_limit.limit_rewards, "verl.experimental.reward_loop.reward_loop")
 compat.guard_equal_length_mrope()
 # After the import of verl's module, which takes seconds that most processes do not need.
 wrapt.register_post_import_hook(compat.guard_weight_socket, compat.WEIGHT_TRANSFER)

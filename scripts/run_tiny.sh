@@ -38,7 +38,7 @@ export DATA MODEL_PATH
 # The launcher's last line, repeated after the report.
 trap 'grep "^to resume after step" "$OUT/train.log" | tail -n 1 || true' EXIT
 failed=0
-sayo watch "$OUT" -- bash scripts/run.sh "$@" || failed=$?
+run_to_its_end sayo watch "$OUT" -- bash scripts/run.sh "$@" || failed=$?
 # Also of a run that failed, if it has a step
 ((failed)) && ! grep -qs . "$OUT"/metrics*.jsonl || sayo report "$OUT"
 exit "$failed"

@@ -14,6 +14,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from sayo_verl.data.folder import split_files
 from sayo_verl.errors import SayoError, did_you_mean
+from sayo_verl.launch.limits import LIMITS
 from sayo_verl.launch.names import nothing_to_resume
 from sayo_verl.launch.resume import TRACKER
 from sayo_verl.report.runs import next_metrics_file
@@ -76,6 +77,8 @@ def check_types(config: DictConfig, defaults: DictConfig) -> None:
     values, expected = (dict(_leaves(part)) for part in plain)
     for key, default in expected.items():
         value = values.get(key)
+        if key in LIMITS:
+            continue  # a number or off, with a check of their own
         if isinstance(default, bool | int | float) and isinstance(value, str) and not value.startswith("${"):
             raise SayoError(
                 "L73",
