@@ -4,11 +4,14 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
+import time
 
 import numpy as np
 import pytest
 
+from sayo_verl.launch.reaper import end_processes, processes_with
 from sayo_verl.scenes import SceneConfig
 from sayo_verl.tiny.prepared import prepare_scenes
 from sayo_verl.view.store import read_steps
@@ -162,3 +165,28 @@ def test_two_updates_of_a_step_train_on_rollouts_of_other_devices(repo, random_p
         assert step["actor/grad_norm"] > 0
         assert step["sayo/counterfactual_effect/mean"] > 0
         assert step["sayo/staleness/max"] == step["training/off_policy/trajectory_staleness_worst/max"]
+
+
+def test_a_worker_that_hangs_ends_the_run_with_its_name_and_nothing_is_left(repo, random_policy, folder):
+    out, scenes = folder / "hung", prepare_scenes(folder / "scenes", SceneConfig()).path
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VERL_", "RAY_", "TRANSFER_QUEUE"))}
+    script = subprocess.Popen(
+        ["bash", str(repo / "scripts/run_tiny.sh"), *OVERRIDES[4:], "sayo.step_limit=15"],
+        env={**inherited, "OUT": str(out), "MODEL_PATH": str(random_policy), "DATA": str(scenes)},
+        stdout=subprocess.DEVNULL,
+    )
+    mark, end = f"OUT={out}", time.monotonic() + 300
+    try:
+        while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 2:
+            assert script.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        (worker,) = (pid for pid, name in processes_with(mark).items() if "WorkerDict" in name)
+        os.kill(worker, signal.SIGSTOP)
+        assert script.wait(60) == 1
+        assert not processes_with(mark)
+    finally:
+        end_processes(mark)
+        script.wait()
+    last = (out / "train.log").read_text().splitlines()[-1]
+    assert re.match(rf"SAYO-X11: .* of step \d+ .*WorkerDict\S* \(pid {worker} on .*\): stopped", last)

@@ -213,3 +213,18 @@ def test_only_the_processes_with_the_mark_are_ended():
     finally:
         spared.kill()
         spared.wait()
+
+
+def test_the_run_ends_if_the_command_that_shows_it_is_killed(dog, monkeypatch):
+    ended = []
+    read_end, _ = os.pipe()
+    dog._signals, dog._watcher = read_end, os.getppid() + 10**7
+
+    def end(last, cause, code):
+        ended.append((last, code))
+        dog._done.set()
+
+    monkeypatch.setattr(dog, "_end", end)
+    dog._listen()
+    assert ended[0][0].startswith("SAYO-X14: `sayo watch`")
+    assert ended[0][1] == 129
