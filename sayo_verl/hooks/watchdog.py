@@ -29,7 +29,7 @@ from sayo_verl.hooks.phases import START, TOPIC
 from sayo_verl.hooks.processes import ANSWER_S, SERVER, Actor, activity_of, actors_of_this_job
 from sayo_verl.launch.ending import record_end, report_at_end, say_how_to_resume
 from sayo_verl.launch.limits import OFF, read_limits
-from sayo_verl.launch.reaper import end_processes, start_reaper
+from sayo_verl.launch.reaper import announce_end, end_processes, start_reaper
 
 LOOK_S, HEALTH_S = 5.0, 10.0  # between two looks at the processes, and between two questions to vLLM's servers
 DEAD_S = 30.0  # in which verl can end a run whose process died by itself, with its own message
@@ -100,6 +100,7 @@ class Watchdog:
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # the other thread ends this process; what verl raises now is a consequence
         self._done.set()
+        announce_end()
         signal.set_wakeup_fd(-1)
         for signum in SIGNALS:  # so that a signal ends this process while it writes its page
             if signal.getsignal(signum) is _taken:
@@ -132,8 +133,7 @@ class Watchdog:
                     "`sayo watch`, which started this run, has ended",
                     where=f"process {self._watcher}",
                     got="it was killed",
-                    fix="start the script again with RESUME; without `sayo watch` a run needs none: "
-                    "`bash scripts/run.sh` with nohup",
+                    fix="start the script again with RESUME=FOLDER; to run without `sayo watch`, call scripts/run.sh",
                 )
                 self._end(str(error), str(error), GONE)
 

@@ -13,6 +13,7 @@ import sys
 import time
 
 GRACE_S = 5.0  # from SIGTERM to SIGKILL
+ORDERLY_S = 30.0  # for what is left of a run that ended by itself; verl's task runner takes some seconds
 # They end the processes that they started. Ended first, they make others abort with a stack of C++.
 LAST = ("raylet", "gcs_server")
 _OPEN: list[int] = []  # write ends of the pipes of reapers
@@ -43,9 +44,11 @@ def end_processes(mark: str, grace_s: float = GRACE_S, spared: tuple[int, ...] =
     end = time.monotonic() + grace_s
     while time.monotonic() < end and any(name not in LAST for name in processes_with(mark, spared).values()):
         time.sleep(0.1)
-    for _ in range(20):  # those that start a process while they are ended
+    seen_none = 0
+    for _ in range(30):
         left = processes_with(mark, spared)
-        if not left:
+        seen_none = 0 if left else seen_none + 1
+        if seen_none == 3:  # once is not enough: a raylet that dies may be starting an agent
             break
         for pid in left:
             _signal(pid, signal.SIGKILL)
@@ -78,13 +81,21 @@ def start_reaper(name: str, value: str) -> int:
     return process.pid
 
 
+def announce_end() -> None:
+    """Tell the reapers that this process ends by itself, so that its processes get the time that they need."""
+    for write_end in _OPEN:
+        os.write(write_end, b"1")
+
+
 def main(read_end: int, mark: str) -> None:
     """Wait until the launcher has ended, give its processes a moment to end by themselves, and end the rest."""
-    os.read(read_end, 1)
-    end = time.monotonic() + GRACE_S
+    announced = os.read(read_end, 1)
+    while os.read(read_end, 1):
+        pass
+    end = time.monotonic() + (ORDERLY_S if announced else GRACE_S)
     while time.monotonic() < end and processes_with(mark):
         time.sleep(0.2)
-    if processes_with(mark) and (found := end_processes(mark)):
+    if processes_with(mark) and (found := end_processes(mark, grace_s=1.0)):
         names = ", ".join(f"{name} ({pid})" for pid, name in found.items())
         with contextlib.suppress(OSError):  # nobody may read standard error any more
             print(f"sayo-verl: ended {len(found)} processes that the run left: {names}", file=sys.stderr, flush=True)
