@@ -26,10 +26,12 @@ from verl.utils.device import auto_set_device
 from sayo_verl import __version__
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks.contract import RUN_TOKEN
+from sayo_verl.hooks.watchdog import Watchdog
 from sayo_verl.launch.cluster import check_address, check_cluster
 from sayo_verl.launch.ending import at_end, record_end
 from sayo_verl.launch.folder_lock import hold_folders
 from sayo_verl.launch.job import check_added, check_types, composition_error, keys_of, write_out
+from sayo_verl.launch.limits import read_limits
 from sayo_verl.launch.model_check import load_config
 from sayo_verl.launch.names import check_names
 from sayo_verl.launch.preflight import check_estimator, preflight, show
@@ -130,12 +132,13 @@ def main(config: DictConfig) -> None:
     """Check, plan, run."""
     try:
         defaults = compose(HydraConfig.get().job.config_name)
-        check_added(keys_of(HydraConfig.get().overrides.task), defaults)
+        given = keys_of(HydraConfig.get().overrides.task)
+        check_added(given, defaults)
         check_types(config, defaults)
+        read_limits(config)
         check_devices(config, dry_run=config.sayo.dry_run)
         if not config.sayo.dry_run:
             check_address(config)
-        given = keys_of(HydraConfig.get().overrides.task)
         write_out(config, given)
         config.sayo.modules = load_methods(config.sayo.modules)
         internvl.configure(config, load_config(str(config.actor_rollout_ref.model.path), dry_run=True))
@@ -165,7 +168,8 @@ def main(config: DictConfig) -> None:
     ours = select_method(config)
     at_end(config)
     try:
-        run_ppo(config, task_runner_class=SayoTaskRunner if ours else TaskRunnerV1)
+        with Watchdog(config, variables[RUN_TOKEN]) as watchdog:
+            run_ppo(config, task_runner_class=watchdog.runner(SayoTaskRunner if ours else TaskRunnerV1))
     except BaseException as error:
         record_end(config, error)
         raise
@@ -180,6 +184,9 @@ def launch() -> None:
         main()
     except (ConfigCompositionException, MissingConfigException, OverrideParseException) as error:
         sys.exit(str(composition_error(error)))
+    except KeyboardInterrupt:  # before training; the watchdog takes it then
+        print("sayo-verl: stopped by SIGINT", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

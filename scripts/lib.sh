@@ -84,6 +84,25 @@ enter_environment() {
   export PATH="$VIRTUAL_ENV/bin:$PATH" VIRTUAL_ENV
 }
 
+# Runs a command to its end and returns its exit code. INT, TERM and HUP end the command, then this script with 130, 143 or
+# 129. It runs in the background, because bash handles no signal while a command runs in front; Ctrl-C does not reach it
+# there, so that it gets TERM.
+run_to_its_end() {
+  local child status=0 stopped=0
+  "$@" &
+  child=$!
+  trap 'stopped=130; kill -TERM "$child" 2>/dev/null || true' INT
+  trap 'stopped=143; kill -TERM "$child" 2>/dev/null || true' TERM
+  trap 'stopped=129; kill -TERM "$child" 2>/dev/null || true' HUP
+  while kill -0 "$child" 2>/dev/null; do # a signal ends wait, not the command
+    status=0
+    wait "$child" || status=$?
+  done
+  trap - INT TERM HUP
+  ((!stopped)) || exit "$stopped"
+  return "$status"
+}
+
 # Enters the environment of this machine, unless the active Python has the modules that are named.
 ready_python() {
   python3 -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "$@" && return

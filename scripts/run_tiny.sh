@@ -47,7 +47,7 @@ say_last() {
   ((!failed)) || tail -n 3 <<<"$log" | grep "^SAYO-" | tail -n 1 || true
 }
 trap say_last EXIT
-sayo watch "$OUT" -- bash scripts/run.sh "$@" || failed=$?
+run_to_its_end sayo watch "$OUT" -- bash scripts/run.sh "$@" || failed=$?
 # Also of a run that failed, if it has a step
 ((failed)) && ! grep -qs . "$OUT"/metrics*.jsonl || sayo report "$OUT"
 exit "$failed"

@@ -4,7 +4,9 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from support.equal_runs import first_difference, tampered, wait_for_end
 
+from sayo_verl.launch.reaper import end_processes, processes_with
 from sayo_verl.scenes import SceneConfig
 from sayo_verl.tiny.prepared import prepare_scenes
 from sayo_verl.view.store import read_steps
@@ -278,3 +281,28 @@ def test_a_run_that_is_repeated_has_the_very_same_numbers(mixed_run, repo, rando
     train(repo, folder, out, random_policy, *REPEATED, SAYO_OBSERVED=str(out / "observed"))
     last = [run / "checkpoints" / "global_step_4" for run in (mixed_run[0], out)]
     assert first_difference(observed_of(mixed_run[0]), observed_of(out), after=0, checkpoints=last) is None
+
+
+def test_a_worker_that_hangs_ends_the_run_with_its_name_and_nothing_is_left(repo, random_policy, folder):
+    out, scenes = folder / "hung", prepare_scenes(folder / "scenes", SceneConfig()).path
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VERL_", "RAY_", "TRANSFER_QUEUE"))}
+    script = subprocess.Popen(
+        ["bash", str(repo / "scripts/run_tiny.sh"), *OVERRIDES[4:], "sayo.step_limit=15"],
+        env={**inherited, "OUT": str(out), "MODEL_PATH": str(random_policy), "DATA": str(scenes)},
+        stdout=subprocess.DEVNULL,
+    )
+    mark, end = f"OUT={out}", time.monotonic() + 300
+    try:
+        while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 2:
+            assert script.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        (worker,) = (pid for pid, name in processes_with(mark).items() if "WorkerDict" in name)
+        os.kill(worker, signal.SIGSTOP)
+        assert script.wait(60) == 1
+        assert not processes_with(mark)
+    finally:
+        end_processes(mark)
+        script.wait()
+    last = (out / "train.log").read_text().splitlines()[-1]
+    assert re.match(rf"SAYO-X11: .* of step \d+ .*WorkerDict\S* \(pid {worker} on .*\): stopped", last)

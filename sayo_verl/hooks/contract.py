@@ -84,6 +84,18 @@ CONTRACT = (
     # Rollouts that repeat (sayo_verl/hooks/repeat.py)
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._fetch_one_gen_batch", "overrides",
          "names each prompt by a random uid; a step may fetch several times"),
+    # The watchdog (sayo_verl/hooks/phases.py, watchdog.py, reward_limit.py)
+    Seam("verl.utils.debug.performance:marked_timer", "overrides",
+         "wraps each phase of a step, by the names that watchdog.PHASES knows; imported into each trainer's module"),
+    Seam("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._sync_metadata_from_transfer_queue", "overrides",
+         "called in each poll while the trainer waits for rollouts"),
+    Seam("verl.experimental.reward_loop.reward_loop:RewardLoopWorker._init_reward_fn", "overrides",
+         "builds the reward manager of a worker, with compute_score and is_async_reward_score"),
+    Seam("verl.experimental.reward_loop.reward_manager.naive:NaiveRewardManager.run_single", "relies on",
+         "reads compute_score and is_async_reward_score at each call"),
+    Seam("verl.trainer.main_ppo:run_ppo", "calls", "starts Ray, then calls remote() of the class of the task runner"),
+    Seam("verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMHttpServer.get_server_address", "calls",
+         "address of vLLM's HTTP server, whose /health asks the engine"),
     # Recorded rollouts (sayo_verl/hooks/record.py)
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer.fit", "overrides",
          "counts global_steps past the last step; ends without on_train_end after it"),

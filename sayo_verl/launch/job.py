@@ -19,6 +19,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from sayo_verl.data.folder import split_files
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.launch.checkpoints import TRACKER
+from sayo_verl.launch.limits import LIMITS
 from sayo_verl.launch.names import nothing_to_resume
 from sayo_verl.report.runs import next_metrics_file
 
@@ -99,6 +100,8 @@ def check_types(config: DictConfig, defaults: DictConfig) -> None:
     plain: Any = [OmegaConf.to_container(part, resolve=False) for part in (config, defaults)]
     values, fields = dict(leaves(plain[0])), _fields(plain[1])
     for key, default in leaves(plain[1]):
+        if key in LIMITS:
+            continue  # a number or off, with a check of their own
         value, field = values.get(key), fields.get(key, NUMBERS.get(key))
         text = isinstance(value, str) and not value.startswith("${")
         number = isinstance(default, bool | int | float) or (default is None and field in OPTIONAL)

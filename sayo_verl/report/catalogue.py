@@ -164,6 +164,14 @@ ANY_METHOD = Section(
             note="The rollouts of the training batch are generated at the same time, so verl's `timing_s/gen` is "
             "shorter.",
         ),
+        Metric(
+            "sayo/reward_timeouts",
+            "reward calls over their limit",
+            0,
+            decimals=0,
+            unless_zero=True,
+            note="Calls of the reward function that took longer than `sayo.reward_limit` ([running](running.md)).",
+        ),
         Metric("sayo/probe_seconds", "probe, mean over the workers", 0, unit="seconds", shown=False),
         Metric("sayo/credit_seconds", "the method's credit", 0, unit="seconds", shown=False),
     )

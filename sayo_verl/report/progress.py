@@ -17,7 +17,7 @@ _PACE_STEPS = 10  # recent steps used for the ETA
 
 @dataclass(frozen=True)
 class Pace:
-    """Intervals in seconds: reading the files, a heartbeat, a warning of a stall."""
+    """Intervals in seconds: reading the files, a heartbeat, a warning of a stall (at least three steps long)."""
 
     poll: float = 0.2
     heartbeat: float = 20.0
@@ -34,7 +34,7 @@ class Progress:
         self._shown = headlines([])
         self._methods: dict[str, Any] = {}  # the user's own, from the card
         self._seen: set[str] = set()
-        self.started = self.changed = self.step_started = time.monotonic()
+        self.started = self.changed = self.logged = self.step_started = time.monotonic()
         self._log = Follower(self.log, log_offset)
         self._file = metrics
         self._rank = -1
@@ -51,12 +51,17 @@ class Progress:
         records = self._file.new_lines()
         for raw in records:
             events += self._read_step(raw, now)
-        if records or self._log.offset != log_size:
+        if self._log.offset != log_size:
+            self.logged = now
+        # Not a log line: verl prints one a minute while it waits for ever
+        if any(kind != "warning" for kind, _ in events):
             self.changed = now
-        if now - max(self.changed, self._stall_warned) >= self.pace.stall:
+        if now - max(self.changed, self._stall_warned) >= max(self.pace.stall, 3 * self._seconds_per_step()):
             self._stall_warned = now
-            quiet = duration(now - self.changed)
-            events.append(("warning", f"no log line and no step for {quiet}; the run may hang, see {self.log}"))
+            quiet, line = duration(now - self.changed), duration(now - self.logged)
+            events.append(
+                ("warning", f"no step for {quiet} (last log line {line} ago); the run may hang, see {self.log}")
+            )
         return events
 
     def _read_card(self) -> list[tuple[str, str]]:
@@ -113,10 +118,16 @@ class Progress:
 
     def eta(self) -> str:
         """Remaining time at the pace of the last steps; unknown after the first step, which includes the warm-up."""
-        (begin, first), (end, last) = self._step_times[0], self._step_times[-1]
-        if last <= first or self.total is None:
+        if not (seconds := self._seconds_per_step()) or self.total is None:
             return "ETA unknown"
-        return f"ETA {duration((end - begin) / (last - first) * max(0, self.total - last))}"
+        return f"ETA {duration(seconds * max(0, self.total - self.step))}"
+
+    def _seconds_per_step(self) -> float:
+        """Over the last steps; 0 before the second."""
+        if len(self._step_times) < 2:
+            return 0.0
+        (begin, first), (end, last) = self._step_times[0], self._step_times[-1]
+        return (end - begin) / (last - first) if last > first else 0.0
 
 
 def duration(seconds: float) -> str:

@@ -26,6 +26,8 @@ from sayo_verl.report.log import Follower, why_it_failed
 from sayo_verl.report.progress import Pace, Progress, duration
 
 LOGGER_PATH = "VERL_FILE_LOGGER_PATH"
+WATCHED_BY = "SAYO_WATCHED_BY"  # process id of this process: the launcher ends if this process is killed
+GROUP_S = 20.0  # from a signal to the process to the same signal to its group, if it has not ended
 
 
 def run_and_watch(
@@ -55,6 +57,7 @@ def run_and_watch(
     run_dir.mkdir(parents=True, exist_ok=True)
     environment = {"PYTHONUNBUFFERED": "1", **(os.environ if env is None else env)}
     # The file that verl's file logger will write; a resumed run has a separate one.
+    environment[WATCHED_BY] = str(os.getpid())
     log_file, metrics_file = run_dir / r.LOG_FILE, Path(environment.get(LOGGER_PATH) or run_dir / r.METRICS_FILE)
     old_log, old_metrics = (file.stat().st_size if file.exists() else 0 for file in (log_file, metrics_file))
     with log_file.open("ab") as log:
@@ -86,9 +89,9 @@ def watch(
 ) -> int:
     """Show the progress of a running training process until it ends.
 
-    Ctrl-C, SIGTERM and SIGHUP are passed to its process group, and this function waits for its end. A second signal
-    kills the group. This works only in the main thread, because Python delivers signals only there. If watching fails,
-    the run is stopped.
+    Ctrl-C, SIGTERM and SIGHUP are passed to the process, which ends its own, and after 20 s to its process group. This
+    function waits for its end. A second signal kills the group. This works only in the main thread, because Python
+    delivers signals only there. If watching fails, the run is stopped. What is left of the group then gets SIGTERM.
 
     Args:
         run_dir: folder of train.log and metrics.jsonl.
@@ -106,7 +109,7 @@ def watch(
     display = _Display(console or Console(), progress)
     with _signals_passed_to(process) as received, display.live or contextlib.nullcontext():
         try:
-            shown = 0
+            shown, first = 0, 0.0
             while True:
                 # before the files are read, so that its last output is read too
                 ended = process.poll() is not None
@@ -114,7 +117,11 @@ def watch(
                 for signum in received[shown:]:
                     done = "killed the run" if shown else "passed to the run, waiting for its end (again: kill it)"
                     display.warn(f"{signal.Signals(signum).name}: {done}")
-                    shown += 1
+                    shown, first = shown + 1, first or time.monotonic()
+                if first and time.monotonic() - first > GROUP_S:
+                    # The leader alone, such as a shell that waits for a command, may not pass it on
+                    _signal_group(process, received[0])
+                    first = time.monotonic()
                 if ended:
                     break
                 with contextlib.suppress(TimeoutExpired):
@@ -123,6 +130,7 @@ def watch(
             if process.poll() is None:
                 _signal_group(process, signal.SIGTERM)
                 process.wait()
+            _end_group(process)
     code = process.returncode if process.returncode >= 0 else 128 - process.returncode
     display.conclude(code, stopped=bool(received), log_offset=log_offset)
     return code
@@ -150,7 +158,7 @@ class _Display:
         progress, now = self._progress, time.monotonic()
         if self.live is None and not ended and now - self._last_line >= progress.pace.heartbeat:
             doing = f"step {progress.of_total(progress.step + 1)}" if progress.step else progress.phase
-            self._say(f"still in: {doing}; last log line {duration(now - progress.changed)} ago")
+            self._say(f"still in: {doing}; last log line {duration(now - progress.logged)} ago")
 
     def warn(self, line: str) -> None:
         """Print a line that stays on the screen."""
@@ -195,7 +203,7 @@ class _Display:
 
 @contextlib.contextmanager
 def _signals_passed_to(process: Popen) -> Iterator[list[int]]:
-    """Pass Ctrl-C, SIGTERM and SIGHUP to the process group, and yield the list of received signals."""
+    """Pass Ctrl-C, SIGTERM and SIGHUP to the process, and yield the list of received signals."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -203,7 +211,10 @@ def _signals_passed_to(process: Popen) -> Iterator[list[int]]:
 
     def pass_on(signum: int, _: FrameType | None) -> None:
         # No printing here, because another print may be in progress.
-        _signal_group(process, signal.SIGKILL if received else signum)
+        if received:
+            _signal_group(process, signal.SIGKILL)
+        else:
+            process.send_signal(signum)
         received.append(signum)
 
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -227,3 +238,10 @@ def _signal_group(process: Popen, signum: int) -> None:
             process.send_signal(signum)  # a group signal would also reach this process
         else:
             os.killpg(group, signum)
+
+
+def _end_group(process: Popen) -> None:
+    """SIGTERM to the processes that a process has left in its own group; it has ended and was reaped."""
+    if process.pid != os.getpgrp():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)  # the number stays taken while the group has a process
