@@ -35,7 +35,7 @@ from sayo_verl.models import internvl, qwen2_5_vl
 
 TRAINER, BUFFER = "verl.trainer.ppo.v1.trainer_base", "verl.trainer.ppo.v1.replay_buffer"
 AGENT_LOOP = "verl.experimental.agent_loop.agent_loop"
-# (module of verl, what runs after its import). The import of verl's modules takes seconds that most processes do not need.
+# (module of verl, what runs after its import). That import takes seconds, which most processes do not need.
 GUARDS = (
     # A wait or a loop without an end
     (BUFFER, filter_limit.stop_endless_filtering),

@@ -52,7 +52,9 @@ def record_end(config: DictConfig, error: BaseException | None) -> None:
 
 
 def first_cause(error: BaseException) -> str:
-    """One SAYO line for an exception that ended a run: its own, X26 for one of the disk, else X25."""
+    """One line for what ended a run: of a SAYO error its own, X26 for one of the disk, else X25; a signal's name."""
+    if isinstance(error, SystemExit):  # of the watchdog, with its line
+        return str(error)
     said, place = describe_exception(error)
     step = note_of_step(error)
     if said.startswith("SAYO-"):
