@@ -3,7 +3,7 @@
 It checks the run before anything is loaded (``sayo_verl.launch.preflight``). Ray's workers load the plug-in through a
 variable, so that a failure is an error. It selects verl's trainer of the chosen mode with attention. For an estimator
 of verl's own, such as ``grpo``, it selects nothing unless rollouts are recorded: verl's task runner, trainer and engine
-run as they are.
+run, with the guards of ``sayo_verl.plugin`` around them.
 """
 
 import json
