@@ -222,7 +222,7 @@ def resume(repo, random_policy, folder):
 CONTROLS = {
     "data position": "step 3: prompts",
     "step number": "step 3: step number",
-    "worker RNG": "checkpoint: LR schedule and worker RNG (/rng/cpu)",
+    "worker RNG": "checkpoint: worker RNG (/cpu)",
     "optimizer": "step 4: ",
     "LR schedule": "step 3: metrics: actor/lr",
     "one weight": "step 3: ",
@@ -252,7 +252,7 @@ def of_controls(whole, killed, names):
     ],
 )
 def test_a_killed_run_resumes_to_the_very_numbers_of_one_that_was_not(mixed_run, killed_run, resume, point, names):
-    """Prompts, tokens, rewards, statistics, advantages, metrics of steps 3 and 4, then weights, moments and RNG.
+    """Prompts, tokens, rewards, statistics, advantages, metrics of steps 3 and 4, then weights, moments, LR and RNG.
 
     The controls show that the comparison finds what a resume can lose. "nothing" is the same checkpoint untouched: the
     way in which controls are run is not the cause of a difference.
@@ -263,10 +263,11 @@ def test_a_killed_run_resumes_to_the_very_numbers_of_one_that_was_not(mixed_run,
     assert steps == (["global_step_2", "global_step_4"] if point == "save" else ["global_step_2"])
     assert (killed / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "2"
     again = resume(killed, of_controls(whole, killed, names))
-    last = whole / "checkpoints" / "global_step_4"
+    last, start = whole / "checkpoints" / "global_step_4", killed / "checkpoints" / "global_step_2"
 
-    def difference(folder, checkpoints, after=2):
-        return first_difference(observed_of(whole), folder, after=after, checkpoints=(last, checkpoints / last.name))
+    def difference(folder, checkpoints):
+        compared = (last, checkpoints / last.name, start)
+        return first_difference(observed_of(whole), folder, after=2, checkpoints=compared)
 
     assert first_difference(observed_of(whole), observed_of(killed), after=0) == "number of steps", "the first two"
     assert difference(observed_of(again), killed / "checkpoints") is None

@@ -28,7 +28,7 @@ FIELDS = {
 }
 NOT_A_RESULT = {"uid", "metrics", "sayo_probe_seconds"}  # a name and times
 LATER = ("advantages", "returns", "token_level_rewards")
-PARTS = {"model": "weights", "optim": "optimizer moments", "extra_state": "LR schedule and worker RNG"}
+PARTS = {"model": "weights", "optim": "optimizer moments", "extra_state": "LR schedule"}
 
 
 def first_difference(one: Path, two: Path, *, after: int, checkpoints=None) -> str | None:
@@ -37,7 +37,9 @@ def first_difference(one: Path, two: Path, *, after: int, checkpoints=None) -> s
     Args:
         one, two: folders of ``observed_run``, of one label each.
         after: steps up to this one are not compared.
-        checkpoints: two ``global_step_<n>`` folders, compared last.
+        checkpoints: two ``global_step_<n>`` folders, compared last, and the one that the second run started from. verl
+            does not seed the workers, so their random state differs between any two starts. No step draws from it: a
+            resumed run saves the state that it has loaded.
     """
     steps = [_steps(one, after), _steps(two, 0)]
     for step, (a, b) in enumerate(zip(*steps, strict=False), after + 1):
@@ -77,11 +79,17 @@ def _of_step(a, b):
     return f"metrics: {', '.join(sorted(differ))}" if differ else None
 
 
-def _of_checkpoints(one: Path, two: Path):
+def _of_checkpoints(one: Path, two: Path, start: Path | None = None):
     for name, what in PARTS.items():
         files = [next((folder / "actor").glob(f"{name}_world_size_1_rank_0.pt")) for folder in (one, two)]
-        if where := _where(*(torch.load(file, weights_only=False) for file in files)):
+        states = [torch.load(file, weights_only=False) for file in files]
+        rng = [state.pop("rng", None) for state in states] if name == "extra_state" else []
+        if where := _where(*states):
             return f"checkpoint: {what} ({where})"
+    if start:
+        loaded = torch.load(start / "actor" / files[1].name, weights_only=False)["rng"]
+        if where := _where(loaded, rng[1]):
+            return f"checkpoint: worker RNG ({where})"
     states = [torch.load(folder / "data.pt", weights_only=False) for folder in (one, two)]
     return None if _same(*states) else "checkpoint: loader state"
 

@@ -136,6 +136,7 @@ def repeat_with_controls():
         rows = self.train_dataset.dataframe
         for label, checkpoint, changed in json.loads(os.environ["SAYO_CONTROLS"]):
             LABEL["now"] = label
+            (FOLDER / label).mkdir(parents=True)
             os.environ["VERL_FILE_LOGGER_PATH"] = str(FOLDER / label / "metrics.jsonl")
             with open_dict(self.config):
                 self.config.trainer.resume_mode = "resume_path"
