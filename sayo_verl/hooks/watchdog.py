@@ -32,6 +32,7 @@ from sayo_verl.launch.limits import OFF, read_limits
 from sayo_verl.launch.reaper import announce_end, end_processes, start_reaper
 
 LOOK_S, HEALTH_S = 5.0, 10.0  # between two looks at the processes, and between two questions to vLLM's servers
+CLOSE_S = 60.0  # for the page and the last lines
 DEAD_S = 30.0  # in which verl can end a run whose process died by itself, with its own message
 WATCHER = "SAYO_WATCHED_BY"  # process id of `sayo watch`, which starts the launcher
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -247,15 +248,36 @@ class Watchdog:
         """End this process and the run's others on this machine. The main thread stays where it is."""
         if not self._ending.acquire(blocking=False):
             return  # run_ppo has returned
-        record_end(self.config, SystemExit(cause))
-        for say in (report_at_end, say_how_to_resume):
-            say(self.config)
-        sys.stdout.flush()
-        end_processes(f"{RUN_TOKEN}={self.token}", spared=(self._reaper,))
-        print(last, file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        os._exit(code)
+        try:
+            # In a thread with a limit: the disk or the pipe of the output may be what hangs
+            closing = threading.Thread(target=self._close, args=(cause,), daemon=True, name="sayo _close")
+            closing.start()
+            closing.join(CLOSE_S)
+            end_processes(f"{RUN_TOKEN}={self.token}", spared=(self._reaper,))
+            _say(last)
+        finally:
+            os._exit(code)
+
+    def _close(self, cause: str) -> None:
+        """Record the end, write the page, say how to resume; one that fails does not stop the others."""
+        for step in (
+            lambda: record_end(self.config, SystemExit(cause)),
+            lambda: report_at_end(self.config),
+            lambda: say_how_to_resume(self.config),
+        ):
+            try:
+                step()
+            except Exception as error:  # noqa: BLE001 (the process ends; the cause is the last line)
+                _say(f"sayo-verl: {type(error).__name__} at the end of the run: {error}")
+
+
+def _say(line: str) -> None:
+    """Print to the error output, also if nobody reads the output any more."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            if stream is sys.stderr:
+                print(line, file=stream)
+            stream.flush()
 
 
 def _taken(*_: Any) -> None:

@@ -1,5 +1,6 @@
 """Limits of time of a run: ``sayo.step_limit``, ``sayo.start_limit`` and ``sayo.reward_limit``."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -36,10 +37,10 @@ class Limits:
             step_seconds: durations of the last steps; empty in the first step, which compiles and warms up.
         """
         step = self.step_s
-        if step == 0:
-            step = max(LEAST_S, STEPS * median(step_seconds)) if step_seconds else self.start_s
+        if step == 0 and step_seconds:
+            step = max(LEAST_S, STEPS * median(step_seconds))
         if phase in LONG or not step_seconds:
-            return None if step is None or self.start_s is None else max(step, self.start_s)
+            return None if self.start_s is None else max(step or 0.0, self.start_s)
         return step
 
 
@@ -58,7 +59,7 @@ def _seconds(key: str, value: object, *, auto: bool) -> float | None:
         return None
     if auto and value == AUTO:
         return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise SayoError(
             "X10",
             "not a limit of time",

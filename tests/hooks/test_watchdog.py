@@ -51,8 +51,15 @@ def test_limits_can_be_off(off):
     assert read_limits(OmegaConf.create({})) == limits, "a run of verl's own launcher has none"
 
 
+def test_one_limit_that_is_off_leaves_the_other():
+    assert Limits(None, 3600.0, 300.0).of_phase("start", []) == 3600
+    assert Limits(None, 3600.0, 300.0).of_phase("gen", [1.0]) is None
+    assert Limits(0.0, None, 300.0).of_phase("gen", []) is None
+    assert Limits(0.0, None, 300.0).of_phase("gen", [1.0]) == 600
+
+
 @pytest.mark.parametrize("key", ["step_limit", "start_limit", "reward_limit"])
-@pytest.mark.parametrize("value", [0, -1, "soon", True, None])
+@pytest.mark.parametrize("value", [0, -1, "soon", True, None, float("inf"), float("nan")])
 def test_a_limit_that_is_no_time_is_refused(key, value):
     with pytest.raises(SayoError) as caught:
         read_limits(config(**{key: value}))
@@ -228,3 +235,38 @@ def test_the_run_ends_if_the_command_that_shows_it_is_killed(dog, monkeypatch):
     dog._listen()
     assert ended[0][0].startswith("SAYO-X14: `sayo watch`")
     assert ended[0][1] == 129
+
+
+ENDING = """
+import os, signal, subprocess, sys, threading
+from omegaconf import OmegaConf
+from sayo_verl.hooks import watchdog
+
+def fail(config):
+    raise OSError(28, "No space left on device")
+
+watchdog.report_at_end = fail
+watchdog.say_how_to_resume = lambda config: print("to resume", flush=True)
+config = OmegaConf.create({"sayo": {}, "trainer": {"logger": ["console"]}})
+with watchdog.Watchdog(config, "token-of-" + str(os.getpid())):
+    child = subprocess.Popen(["sleep", "60"])
+    print(child.pid, file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait(40)
+"""
+
+
+@pytest.mark.parametrize("reader", ["that listens", "that has gone"])
+def test_a_signal_ends_the_run_although_its_page_cannot_be_written_and_nobody_reads_its_output(reader):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    launcher = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", ENDING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    if reader == "that has gone":
+        launcher.stdout.close()
+    child = int(launcher.stderr.readline())
+    said = launcher.stderr.read().decode().splitlines()
+    assert launcher.wait(30) == 143
+    assert gone(child)
+    assert "OSError at the end of the run: [Errno 28]" in said[0]
+    assert said[-1] == "sayo-verl: stopped by SIGTERM"
