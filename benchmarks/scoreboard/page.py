@@ -75,6 +75,7 @@ def result_cell(figure: dict[str, Any] | None) -> str:
 
 def _board(figures: dict[str, Any]) -> list[str]:
     rows = []
+    measured = sum(name in figures and "not_measured" not in figures[name] for name in FIGURES)
     for name, figure in FIGURES.items():
         found = figures.get(name)
         command = figure.command or COMMAND.format(name=name)
@@ -86,7 +87,11 @@ def _board(figures: dict[str, Any]) -> list[str]:
                 *((found or {}).get(key, "") for key in ("date", "version")),
             ]
         )
-    return ["## Twelve figures", "", *table(["figure", "result", "command", "date", "version"], rows)]
+    return [
+        f"## Twelve figures, {measured} measured",
+        "",
+        *table(["figure", "result", "command", "date", "version"], rows),
+    ]
 
 
 def _families(figure: dict[str, Any] | None) -> list[str]:

@@ -90,7 +90,10 @@ def _is_ours(folder: Path) -> bool:
 
 def no_prepared_folder(folder: Path) -> SayoError:
     """D56: there is no such folder, or it has no manifest."""
-    fix = "name a folder that `sayo prepare` made; a build that was interrupted starts again"
+    fix = (
+        "name a folder that `sayo prepare` made (a build that was interrupted starts again); for parquet files of your "
+        "own, data.train_files=FILE data.val_files=FILE"
+    )
     return SayoError("D56", "there is no prepared folder", where=str(folder), wanted=MANIFEST, fix=fix)
 
 

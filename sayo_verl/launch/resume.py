@@ -49,7 +49,7 @@ def check_metrics(config: DictConfig) -> None:
     if file is not None and file.exists() and file.stat().st_size > 0:
         raise SayoError(
             "L15",
-            "the metrics file belongs to another run and would be overwritten",
+            "the metrics file belongs to a run that was started before, and would be overwritten",
             where="VERL_FILE_LOGGER_PATH",
             got=file,
             fix="choose a new output folder (OUT=...); to resume that run, RESUME=<its folder> for our scripts, or "
