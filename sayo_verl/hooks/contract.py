@@ -83,17 +83,15 @@ CONTRACT = (
          "old_log_prob comes before advantage; nothing before it lets the rollout engine sleep"),
     # Rollouts that repeat (sayo_verl/hooks/repeat.py)
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._fetch_one_gen_batch", "overrides",
-         "names each prompt by a random uid; a step may fetch several times"),
+         "every training row comes through it, extra_info as in the data set; names each prompt by a random uid; "
+         "a step may fetch several times"),
     # The watchdog (sayo_verl/hooks/phases.py, watchdog.py, reward_limit.py)
-    Seam("verl.utils.debug.performance:marked_timer", "overrides",
+    Seam("verl.utils.debug:marked_timer", "overrides",
          "wraps each phase of a step, by the names that watchdog.PHASES knows; imported into each trainer's module"),
     Seam("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._sync_metadata_from_transfer_queue", "overrides",
          "called in each poll while the trainer waits for rollouts"),
     Seam("verl.experimental.reward_loop.reward_loop:RewardLoopWorker._init_reward_fn", "overrides",
          "builds the reward manager of a worker, with compute_score and is_async_reward_score"),
-    Seam("verl.experimental.reward_loop.reward_manager.naive:NaiveRewardManager.run_single", "relies on",
-         "reads compute_score and is_async_reward_score at each call"),
-    Seam("verl.trainer.main_ppo:run_ppo", "calls", "starts Ray, then calls remote() of the class of the task runner"),
     Seam("verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMHttpServer.get_server_address", "calls",
          "address of vLLM's HTTP server, whose /health asks the engine"),
     # Recorded rollouts (sayo_verl/hooks/record.py)
@@ -153,7 +151,8 @@ CONTRACT = (
     Seam("verl.workers.utils.padding:response_to_nested", "calls", "inverse of padding"),
     Seam("verl.utils.transferqueue_utils:tqbridge", "relies on",
          "stores every tensor of a worker's output under its key and passes extra_info into the worker's batch"),
-    Seam("verl.trainer.main_ppo:run_ppo", "calls", "initialises Ray with runtime_env and runs the task runner"),
+    Seam("verl.trainer.main_ppo:run_ppo", "calls",
+         "initialises Ray with runtime_env, then calls remote() of the class of the task runner"),
     Seam("verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__", "overrides", "the plain class behind the actor"),
     Seam("verl.single_controller.ray.base:create_colocated_worker_cls", "relies on",
          "actors keep their workers in worker_dict"),
@@ -178,7 +177,8 @@ CONTRACT = (
          "its registry REWARD_MANAGER has the valid values of reward.reward_manager.name"),
     Seam("verl.experimental.reward_loop.reward_manager.naive:NaiveRewardManager.run_single", "relies on",
          "the keywords of a reward function; the response is decoded without special tokens; an error reaches the row; "
-         "acc is the score of a function that returns a number"),
+         "acc is the score of a function that returns a number; reads compute_score and is_async_reward_score at each "
+         "call"),
     Seam("verl.experimental.reward_loop.reward_loop:RewardLoopWorker.compute_score_disrm", "relies on",
          "a reward model gives reward_score and no reward_extra_info"),
     Seam("verl.experimental.agent_loop.agent_loop:AgentLoopWorker._compute_score", "overrides",
@@ -226,8 +226,6 @@ CONTRACT = (
     # first causes (sayo_verl/hooks: rollout_errors, bad_images, skipped_updates, step_guard, save_errors)
     Seam("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.sample", "relies on",
          "raises RuntimeError 'no materializable trajectories' if every rollout of a batch failed"),
-    Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._fetch_one_gen_batch", "overrides",
-         "every training row comes through it, extra_info as in the data set"),
     Seam("verl.workers.engine.fsdp.transformer_impl:FSDPEngine.optimizer_step", "overrides",
          "returns the norm of the gradients as a number, and skips the update if it is not finite"),
     Seam("verl.trainer.ppo.v1.trainer_base:PPOTrainer._build_replay_buffer", "overrides",
