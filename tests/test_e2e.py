@@ -165,14 +165,18 @@ def test_two_nodes_train_on_the_same_rollouts_with_the_same_statistics(mixed_run
     assert "num_cpus, num_gpus, object_store_memory" in log, "sizes of a machine are not for a cluster"
     assert log.count("Injected 16 cached trajectories") == 2
     for one, two in zip(metrics(mixed_run[0])[:2], metrics(out), strict=True):
-        assert one.keys() == two.keys()
+        assert one.keys() - {"timing_s/save_checkpoint"} == two.keys()
         compared = {key: one[key] for key in one if SAME.match(key) and not TIMES.search(key)}
         assert len(compared) > 70
         assert {key: two[key] for key in compared} == pytest.approx(compared, rel=1e-5, abs=1e-5)
 
 
 def test_two_updates_of_a_step_train_on_rollouts_of_other_devices(repo, random_policy, folder):
-    mode = ("+mode=separate_async_cpu", "actor_rollout_ref.actor.ppo_mini_batch_size=2")
+    mode = (
+        "+mode=separate_async_cpu",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        "actor_rollout_ref.actor.optim.lr_warmup_steps=-1",  # none: an update has to change the policy visibly
+    )
     out, _ = train(repo, folder, folder / "separate", random_policy, *mode)
     first, second = metrics(out)
     # A mean over both updates of the first step: the second agrees with its rollouts if the old policy was restored.

@@ -48,6 +48,7 @@ def through(make, random_policy, tmp_path):
                 "sayo.preflight_prompts": 8,
                 "actor_rollout_ref.model.use_remove_padding": False,
                 "data.train_batch_size": 2,
+                "actor_rollout_ref.actor.ppo_mini_batch_size": 2,
                 "data.train_files": write_sizes(tmp_path / "some.parquet", *sizes, text=text),
             }
             | values

@@ -124,7 +124,7 @@ def test_a_weight_that_would_poison_or_turn_a_sign_is_refused(kind, bad):
     (token if kind == "token" else trajectory)[1] = bad
     with refusal("A11", kind) as caught:
         advantages(torch.zeros(2), torch.ones(2, 2), ["a", "a"], Credit((), token, trajectory))
-    assert caught.value.where == "row 1"
+    assert caught.value.where == "row 1 of the batch"
 
 
 @pytest.mark.parametrize("credit", [Credit((), torch.ones(2)), Credit((), None, torch.ones(2, 2))])
