@@ -12,7 +12,7 @@ import torch
 from support.report_runs import GRPO, OF_METHOD, line, make_run, write_run
 
 from sayo_verl.errors import SayoError
-from sayo_verl.hooks import step_guard, store
+from sayo_verl.hooks import phases, step_guard, store
 from sayo_verl.hooks import trainer as trainer_of_ours
 from sayo_verl.hooks.estimator import CURRENT, AdvantageContext, make_estimator
 from sayo_verl.methods import METHODS
@@ -38,7 +38,7 @@ def logged_names() -> set[str]:
             CURRENT.reset(token)
         found |= {f"sayo/{name}" for name in context.metrics}
     source = Path(trainer_of_ours.__file__).read_text()
-    found |= set(re.findall(r'metrics\["(sayo/[a-z_]+)"\]', source))
+    found |= set(re.findall(r'metrics\["(sayo/[a-z_]+)"\]', source + Path(phases.__file__).read_text()))
     found |= set(re.findall(r'"(sayo/[a-z_/]+)"', Path(step_guard.__file__).read_text()))
     assert 'f"sayo/{name}/mean": value for name, value in store.fetch_reward_parts(batch)' in source
     stale = store.staleness(SimpleNamespace(tags=[{"min_global_steps": 0, "max_global_steps": 0}]), 1)
