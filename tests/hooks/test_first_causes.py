@@ -66,7 +66,7 @@ def test_the_next_good_row_takes_the_place_of_a_bad_one_and_says_so():
     row = data[1]
     assert row["extra_info"]["index"] == 0
     left_out = row["extra_info"][LEFT_OUT]
-    assert [line.split(" (")[0] for line in left_out] == ["row 1 of 's'", "row 2 of 's'"]
+    assert [(row.position, row.name.split(" (")[0]) for row in left_out] == [(1, "row 1 of 's'"), (2, "row 2 of 's'")]
     assert take_left_out({"extra_info": [row["extra_info"], {"index": 4}]}) == left_out
     assert row["extra_info"] == {"index": 0}
     assert data.dataframe[0]["extra_info"] == {"index": 0}
