@@ -7,7 +7,7 @@ read. verl decodes it there next, so this costs nothing.
 
 import functools
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks.rollout_errors import broken_image, row_name
@@ -15,6 +15,14 @@ from sayo_verl.report.causes import one_line
 
 ALLOWED = "_sayo_bad_rows"  # attribute of the training data set: rows that may be left out
 LEFT_OUT = "sayo_left_out"  # key of extra_info, which the trainer removes: rows in whose place this one is
+
+
+class LeftOut(NamedTuple):
+    """A row that was left out: its position in the data, its name as ``row_name`` gives it, its image and error."""
+
+    position: int
+    name: str
+    image: str
 
 
 def bad_image(row: str, image: str, allowed: int = 0, left_out: int = 0) -> SayoError:
@@ -42,14 +50,15 @@ def name_bad_images(rl_dataset: ModuleType) -> None:
     @functools.wraps(read)
     def __getitem__(self: Any, item: int) -> dict:
         allowed = int(getattr(self, ALLOWED, 0))
-        left_out: list[str] = []
+        left_out: list[LeftOut] = []
         while True:
-            row, image = _read(read, self, (item + len(left_out)) % len(self))
+            position = (item + len(left_out)) % len(self)
+            row, image = _read(read, self, position)
             if image is None:
                 break
             if len(left_out) >= min(allowed, len(self) - 1):
                 raise bad_image(row_name(row), image, allowed)
-            left_out.append(f"{row_name(row)}: {image}")
+            left_out.append(LeftOut(position, row_name(row), image))
         if left_out:
             row["extra_info"] = {**row["extra_info"], LEFT_OUT: left_out}
         return row
@@ -67,9 +76,9 @@ def _read(read: Any, dataset: Any, item: int) -> tuple[dict, str | None]:
     return row, broken_image(row["raw_prompt"], paths=False)
 
 
-def take_left_out(batch: Any) -> list[str]:
+def take_left_out(batch: Any) -> list[LeftOut]:
     """Remove ``LEFT_OUT`` from a batch of prompts, and return the rows that were left out."""
-    found: list[str] = []
+    found: list[LeftOut] = []
     for info in batch["extra_info"] if "extra_info" in batch.keys() else ():
         info = getattr(info, "data", info)
         if isinstance(info, dict):

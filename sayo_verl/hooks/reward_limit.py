@@ -84,6 +84,10 @@ def _in_thread(function: Callable[..., Any], kwargs: dict[str, Any]) -> Future:
     def call() -> None:
         try:
             future.set_result(function(**kwargs))
+        except StopIteration as error:  # a future cannot hold it
+            raised = RuntimeError("StopIteration in the reward function")
+            raised.__cause__ = error
+            future.set_exception(raised)
         except BaseException as error:  # noqa: BLE001 (it is raised where the result is awaited)
             future.set_exception(error)
 

@@ -23,7 +23,7 @@ from sayo_verl.hooks.contract import RUN_TOKEN
 from sayo_verl.report.causes import describe_exception, one_line
 
 TOPIC = "failed_rollouts"
-MOST = 20  # distinct errors that a worker keeps
+MOST = 20  # errors that a worker keeps by their message; those after are kept by type and place
 
 
 @dataclass
@@ -34,9 +34,10 @@ class RolloutError:
         error: ``"ZeroDivisionError: division by zero"``, or the line of a ``SayoError``.
         place: file, line and function that raised it; empty if unknown.
         row: of the data.
-        step: training step.
+        step: training step. ``error`` and ``row`` are the first of the last step that had the error.
         image: the image that cannot be decoded, if that is the cause.
         count: rollouts that it ended.
+        kind: ``error`` of the first one; only its type if the worker had ``MOST`` messages before.
     """
 
     error: str
@@ -45,6 +46,12 @@ class RolloutError:
     step: int
     image: str = ""
     count: int = 1
+    kind: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells it from other errors: kind and place; row and image if an image is the cause."""
+        return (self.kind, self.place, *([self.row, self.image] if self.image else []))
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Failures:
 
     Attributes:
         total: rollouts.
-        errors: by error, place and bad image, in no order.
+        errors: by key, in no order.
     """
 
     total: int
@@ -78,12 +85,11 @@ def note(split: str, error: BaseException, row: str, step: int, messages: Any) -
 
     said, place = describe_exception(error)
     broken = broken_image(messages) if isinstance(getattr(error, "cause", error), DAMAGE) else None
-    image, known = broken or "", _errors.setdefault(split, {})
-    key = (said, place, *([row] if image else []))
-    if key in known:
-        known[key].count += 1
-    elif len(known) < MOST:
-        known[key] = RolloutError(said, place, row, step, image)
+    known = _errors.setdefault(split, {})
+    new = RolloutError(said, place, row, step, broken or "", kind=said)
+    if new.key not in known and len(known) >= MOST and not new.image:
+        new.kind = said.partition(":")[0]
+    _add(known, new)
     _total[split] = _total.get(split, 0) + 1
     if not os.environ.get(RUN_TOKEN):  # verl's own launcher: nobody reads the board
         return
@@ -98,12 +104,18 @@ def failures(split: str) -> Failures:
     messages = board.read(f"{TOPIC}/{split}/")
     merged: dict[tuple[str, ...], RolloutError] = {}
     for entry in (RolloutError(**error) for message in messages for error in message["errors"]):
-        key = (entry.error, entry.place, *([entry.row] if entry.image else []))
-        if key in merged:
-            merged[key].count += entry.count
-        else:
-            merged[key] = entry
+        _add(merged, entry)
     return Failures(sum(message["failed"] for message in messages), tuple(merged.values()))
+
+
+def _add(known: dict[tuple[str, ...], RolloutError], new: RolloutError) -> None:
+    """Add an error to those of the same key."""
+    old = known.get(new.key)
+    if old is not None and old.step >= new.step:
+        old.count += new.count
+        return
+    new.count += old.count if old is not None else 0
+    known[new.key] = new
 
 
 def row_name(row: Mapping[str, Any]) -> str:

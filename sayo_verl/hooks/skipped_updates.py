@@ -18,6 +18,7 @@ from sayo_verl.hooks.contract import RUN_TOKEN
 TOPIC = "skipped_updates"
 MOST_IN_A_ROW = 3
 NAMED = 3  # parameters of a message
+_skipped = [0]  # of this process, in which the actor and the critic may each have an engine
 
 
 def count_skipped_updates(fsdp_engine: ModuleType) -> None:
@@ -38,15 +39,15 @@ def count_skipped_updates(fsdp_engine: ModuleType) -> None:
             self._sayo_skipped_in_a_row = 0
             return norm
         self._sayo_skipped_in_a_row = in_a_row + 1
-        self._sayo_skipped = self.__dict__.get("_sayo_skipped", 0) + 1
+        _skipped[0] += 1
         if os.environ.get(RUN_TOKEN):
-            board.put(f"{TOPIC}/{os.uname().nodename}-{os.getpid()}", {"skipped": self._sayo_skipped})
+            board.put(f"{TOPIC}/{os.uname().nodename}-{os.getpid()}", {"skipped": _skipped[0]})
         if in_a_row + 1 >= MOST_IN_A_ROW:
             raise SayoError(
                 "A34",
                 f"the gradient was not finite in {MOST_IN_A_ROW} updates in a row, and verl skipped them",
                 where=named or "gradients that are finite on this device",
-                got=f"a norm of {norm}; {self._sayo_skipped} skipped updates since the start",
+                got=f"a norm of {norm}; {_skipped[0]} skipped updates of this process since the start",
                 wanted="a finite norm",
                 fix="resume from a checkpoint before the first one (sayo/skipped_updates), with a lower "
                 "actor_rollout_ref.actor.optim.lr; if it happens in step 1, look at the model's weights and rewards",

@@ -11,6 +11,7 @@ It wraps verl's base trainer, for estimators of verl's own too. It reads what wo
 import functools
 import sys
 import traceback
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -49,18 +50,18 @@ class Seen:
 
     Attributes:
         failed: rollouts, by split.
-        counts: rollouts of each error, by split, error, place and row.
+        counts: rollouts of each error, by split and key of the error.
         said: errors of rollouts that were printed.
         skipped: updates.
-        bad_rows: rows left out for their image.
+        bad_rows: rows left out for their image: positions in the data, or row and image.
         new_bad_rows: of them, since the last step.
     """
 
     failed: dict[str, int] = field(default_factory=dict)
     counts: dict[tuple[str, ...], int] = field(default_factory=dict)
-    said: set[tuple[str, str]] = field(default_factory=set)
+    said: set[tuple[str, ...]] = field(default_factory=set)
     skipped: int = 0
-    bad_rows: set[str] = field(default_factory=set)
+    bad_rows: set[Hashable] = field(default_factory=set)
     new_bad_rows: int = 0
 
 
@@ -97,7 +98,7 @@ def guard_steps(trainer_base: ModuleType) -> None:
     def _fetch_one_gen_batch(self: Any) -> Any:
         batch = fetch(self)
         for row in take_left_out(batch):
-            _leave_out(self, *row.split(": ", 1))
+            _leave_out(self, row.name, row.image, row.position)
         return batch
 
     @functools.wraps(step)
@@ -213,7 +214,7 @@ def _new(trainer: Any, split: str) -> Failures:
     total = found.total - seen.failed.get(split, 0)
     seen.failed[split] = found.total
     for error in found.errors:
-        key = (split, error.error, error.place, error.row)
+        key = (split, *error.key)
         if count := error.count - seen.counts.get(key, 0):
             seen.counts[key] = error.count
             errors.append(replace(error, count=count))
@@ -224,18 +225,25 @@ def _new(trainer: Any, split: str) -> Failures:
     return new
 
 
-def _leave_out(trainer: Any, row: str, image: str) -> None:
+def _leave_out(trainer: Any, row: str, image: str, position: int | None = None) -> None:
     """Count a row with a bad image.
+
+    Args:
+        trainer: verl's.
+        row: its name, which other rows may have too.
+        image: the image and its error.
+        position: of the row in the data; None for a row that only the agent loop decodes.
 
     Raises:
         SayoError: X24 over ``sayo.bad_rows``.
     """
     seen, allowed = _seen(trainer), _allowed(trainer)
-    if row in seen.bad_rows:
+    identity = (row, image) if position is None else position
+    if identity in seen.bad_rows:
         return
     if len(seen.bad_rows) >= allowed:
         raise bad_image(row, image, allowed, len(seen.bad_rows))
-    seen.bad_rows.add(row)
+    seen.bad_rows.add(identity)
     seen.new_bad_rows += 1
     print(f"warning: left out {row}, {len(seen.bad_rows)} of {allowed} (sayo.bad_rows): {image}", file=sys.stderr)
 
@@ -244,9 +252,9 @@ def _say(trainer: Any, new: Failures, whose: str) -> None:
     """Print each error of a rollout once."""
     said = _seen(trainer).said
     for error in new.errors:
-        if (error.error, error.place) in said:
+        if error.key[:2] in said:
             continue
-        said.add((error.error, error.place))
+        said.add(error.key[:2])
         at = f" at {error.place}" if error.place else ""
         print(
             f"warning: {new.total} of {whose} rollouts failed and are left out (sayo/failed_rollouts counts them); "

@@ -16,7 +16,7 @@ from sayo_verl.launch.resume import how_to_resume
 from sayo_verl.launch.run_card import CLOCK, metrics_of_run
 from sayo_verl.redact import redact
 from sayo_verl.report.card import run_card
-from sayo_verl.report.causes import describe_exception, note_of_step, os_problem
+from sayo_verl.report.causes import HANDLING, describe_exception, note_of_step, os_problem
 from sayo_verl.report.page import write_page_at_end
 
 DEAD = ("ActorDiedError", "ActorUnavailableError", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError")
@@ -60,7 +60,7 @@ def first_cause(error: BaseException) -> str:
     if said.startswith("SAYO-"):
         return said.replace(" | fix:", f" | {step} | fix:", 1) if step else said
     when, where = f" {step}" if step else "", place or "the launcher"
-    if problem := os_problem(said):
+    if problem := os_problem(said.partition(HANDLING)[0]):
         fix = "free space, or name a folder that this user can write"
         return str(SayoError("X26", f"{problem}{when}", where=where, got=said, fix=fix))
     died = said.partition(":")[0].rpartition(".")[2] in DEAD

@@ -24,6 +24,7 @@ class Returned(NamedTuple):
     Attributes:
         score: the number, or ``score`` of the dict; None if that is no number.
         text: the value, shortened.
+        unusable: why verl cannot use the score, such as numpy.float32; "" if it can.
         keys: of a dict; None for another value.
         acc: ``acc`` of the dict, or the number; None if it is missing or no number.
         acc_text: ``acc`` of the dict if it is no number, shortened.
@@ -34,6 +35,7 @@ class Returned(NamedTuple):
 
     score: float | None = None
     text: str = ""
+    unusable: str = ""
     keys: frozenset[str] | None = None
     acc: float | None = None
     acc_text: str = ""
@@ -101,14 +103,27 @@ def _work(function: Callable[..., Any], calls: Sequence[Mapping[str, Any]], send
     thread.join()
 
 
+def _unusable(score: Any) -> str:
+    """The error of verl's agent loop, which assigns the score to an element of a tensor; "" if it has none."""
+    import torch
+
+    try:
+        torch.zeros(1)[-1] = score
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def _returned(function: Callable[..., Any], call: Mapping[str, Any]) -> Returned:
     try:
         value = function(**copy.deepcopy(dict(call)))  # calls of one row share its values
         of_dict = isinstance(value, Mapping)
         acc = value.get("acc") if of_dict else value
+        score = value.get("score") if of_dict else value
         return Returned(
-            score=number(value.get("score") if of_dict else value),
+            score=number(score),
             text=f"{value!r:.80}",
+            unusable=_unusable(score),
             keys=frozenset(map(str, value)) if of_dict else None,
             acc=number(acc),
             acc_text=f"{acc!r:.80}" if of_dict and "acc" in value and number(acc) is None else "",

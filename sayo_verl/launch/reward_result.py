@@ -316,6 +316,15 @@ def _score(found: Returned, sample: Sample) -> float:
             wanted="a number, or a dict with 'score'",
             fix="return {'score': ..., 'acc': 0 or 1}",
         )
+    if found.unusable:
+        raise SayoError(
+            "L87",
+            "verl cannot use the score of the reward function",
+            where=f"{FUNCTION}, called for {sample.where}",
+            got=f"{found.text}: {found.unusable}",
+            wanted="a number of Python",
+            fix="return float(...) of the score",
+        )
     return found.score
 
 

@@ -4,10 +4,14 @@ import errno
 import re
 import traceback
 
-from sayo_verl.report.log import clean_log_line, first_exception, sayo_errors
+from sayo_verl.errors import SayoError
+from sayo_verl.report.log import clean_log_line, first_exception
 
 # How the note begins that the trainer adds to an exception; Python prints it below the exception.
 NOTE = "in step "
+HANDLING = "; raised while handling "
+# Errors of a connection, whose numbers tell nothing about a disk.
+_NETWORK = re.compile(r"Connect|Socket|HTTP|URL|SSL|Proxy|Timeout")
 # Numbers of operating system errors -> what they mean for a run.
 PROBLEMS = {
     errno.ENOSPC: "the disk is full",
@@ -22,13 +26,16 @@ PROBLEMS = {
 def describe_exception(error: BaseException) -> tuple[str, str]:
     """The first cause of an exception in one line, and the place that raised it; see ``first_exception``.
 
-    Of a ``SayoError``, in this or another process, the line is its own.
+    Of a ``SayoError``, in this or another process, the line is its own, and the place is empty: the line names it. An
+    exception that was handled follows the one that was raised meanwhile.
     """
-    text = "".join(traceback.format_exception(error))
-    said, place = first_exception(text)
-    if own := sayo_errors(text):
-        return own[-1], place
-    return (said or " ".join(f"{type(error).__name__}: {error}".split()))[:300], place
+    found = first_exception("".join(traceback.format_exception(error)))
+    if found.ours:
+        return found.ours, ""
+    if isinstance(error, SayoError):  # it was never raised
+        return str(error), ""
+    said = (found.exception or " ".join(f"{type(error).__name__}: {error}".split()))[:300]
+    return said + (f"{HANDLING}{found.handled[:200]}" if found.handled else ""), found.place
 
 
 def note_of_step(error: BaseException) -> str:
@@ -41,8 +48,12 @@ def note_of_step(error: BaseException) -> str:
 def os_problem(said: str) -> str | None:
     """What an ``OSError`` means for a run, by its number in ``[Errno 28] No space left on device``; None if nothing.
 
+    A number in an error of a connection means nothing.
+
     Libraries in Rust, such as safetensors, write ``(os error 28)``.
     """
+    if _NETWORK.search(said.partition(":")[0]):
+        return None
     found = re.search(r"(?:\[Errno|\(os error) (\d+)[\])]", said)
     return PROBLEMS.get(int(found[1])) if found else None
 

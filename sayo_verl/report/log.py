@@ -6,9 +6,10 @@ cause, because verl reports later errors and Ray repeats an error in each proces
 
 import re
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # Ray and vLLM put "(Name pid=12, ip=10.0.0.1) " before each line, nested if one runs within the other.
@@ -91,27 +92,44 @@ def why_it_failed(log: Path, *, offset: int = 0, lines: int = 30) -> list[str]:
     return shown + [f"the log ends with: {t}" for t in list(last)[-1:] if t not in (first.exception, final.exception)]
 
 
-def sayo_errors(text: str) -> list[str]:
-    """The SAYO-… lines of a text with tracebacks, in its order."""
-    lines = (clean_log_line(line.encode()) for line in text.splitlines())
-    return [match[1] for line in lines if (match := _ERROR.search(line))]
+class Chain(NamedTuple):
+    """What ``first_exception`` finds.
+
+    Attributes:
+        exception: ``"ValueError: ..."``; empty without a traceback.
+        place: ``"reward.py, line 3, in compute_score"``, the last one outside of installed packages if there is one.
+        ours: the line of the last ``SayoError`` that it caused, or its own line; empty if there is none.
+        handled: the exception that was being handled when it was raised; empty if there was none.
+    """
+
+    exception: str
+    place: str
+    ours: str
+    handled: str
 
 
-def first_exception(text: str) -> tuple[str, str]:
-    """The first exception of a chain of tracebacks and the line of code that raised it.
+def first_exception(text: str) -> Chain:
+    """The first exception of a chain of tracebacks, without exceptions that were handled.
 
     Args:
         text: formatted exceptions, also those of Ray, which hold the tracebacks of other processes.
-
-    Returns:
-        ``("ValueError: ...", "reward.py, line 3, in compute_score")``; empty strings without a traceback. The place is
-        the last one outside of installed packages, if there is one.
     """
+    lines = [clean_log_line(line.encode()) for line in text.splitlines()]
+    start = max((n for n, line in enumerate(lines) if line.startswith(_HANDLING)), default=0)
+    handled, cause = (_first(part) for part in (lines[:start], lines[start:]))
+    ours = [match[2] for line in lines[start:] if (match := _OURS.search(line))]
+    return Chain(
+        cause.exception if cause else "",
+        cause.place.removeprefix("  at ") if cause else "",
+        ours[-1] if ours else "",
+        handled.exception if handled else "",
+    )
+
+
+def _first(lines: Sequence[str]) -> "_Cause | None":
     reader = _Traceback()
-    for line in text.splitlines():
-        if cause := reader.new_cause(clean_log_line(line.encode())):
-            return cause.exception, cause.place.removeprefix("  at ")
-    return "", ""
+    causes = [cause for line in lines if (cause := reader.new_cause(line))]
+    return causes[0] if causes else None
 
 
 _FRAME = re.compile(r'^\s+File "(?P<file>.+)", line (?P<line>\d+), in (?P<name>.+)$')
@@ -119,12 +137,19 @@ _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(: .*)?$")
 _INSTALLED = re.compile(r"/(site|dist)-packages/|/lib/python3\.\d+/|^<")
 
 
-_CHAIN = ("The above exception was the direct cause of", "During handling of the above exception")
+_CAUSED, _HANDLING = "The above exception was the direct cause of", "During handling of the above exception"
+# The line of a ``SayoError``: its class is at the start, or the text of another exception begins with it.
+_OURS = re.compile(r"^([A-Za-z_][\w.]*): (?:[\w.]*Error(?:: |\(['\"]))?(SAYO-[A-Z][0-9][0-9]: .*)")
+# A wrapper of ours around verl's code is the place of an error only if it raised it.
+_WRAPPER = "/sayo_verl/hooks/"
 
 
 @dataclass
 class _Cause:
-    """The first exception of a chain and the place that raised it; ``skipped`` if verl only skipped a sample."""
+    """The first exception of a chain and the place that raised it; ``skipped`` if verl only skipped a sample.
+
+    An exception that was handled where another was raised is not the first.
+    """
 
     exception: str
     place: str
@@ -137,15 +162,18 @@ class _Traceback:
 
     frames: list[re.Match[str]] = field(default_factory=list)
     cause: _Cause | None = None
-    chained: bool = False
+    chain: str = ""
 
     def new_cause(self, text: str) -> _Cause | None:
         """Read the next line; return the cause if the line ends the first traceback of a chain, else None."""
-        # Ray prints the traceback of the other process below this line, and that exception is the cause.
-        if text.startswith(("Traceback (most recent call last)", "ray.exceptions.RayTaskError(", "ray::")):
+        # Ray and PyTorch print the traceback of the other process below these lines; that exception is the cause.
+        of_other = text.startswith(("ray.exceptions.", "ray::")) and "ray::" in text
+        if text.startswith(("Traceback (most recent call last)", "ray.exceptions.RayTaskError(")) or of_other:
             self.frames = []
-        elif text.startswith(_CHAIN):
-            self.chained = True
+        elif text.startswith("Original Traceback (most recent call last)"):
+            self.frames, self.chain = [], text
+        elif text.startswith((_CAUSED, _HANDLING)):
+            self.chain = text
         elif frame := _FRAME.match(text):
             self.frames.append(frame)
         elif self.frames and _EXCEPTION.match(text):
@@ -153,16 +181,23 @@ class _Traceback:
             # verl's length filter catches errors of a sample and prints them with "Error processing one of the
             # samples, skipping...". Ray may separate the two, so the traceback is recognised by its first frame.
             skipped = frames[0]["name"] == "doc2len" and frames[0]["file"].endswith("rl_dataset.py")
-            if self.chained and self.cause:
+            chain, self.chain = self.chain, ""
+            if chain and self.cause:
                 self.cause.skipped |= skipped
-                self.chained = False
+                if not chain.startswith(_CAUSED):
+                    self.cause.exception, self.cause.place = text, _place(frames)
                 return None
-            own = [frame for frame in frames if not _INSTALLED.search(frame["file"])]
-            place = (own or frames)[-1]
-            where = f"  at {place['file']}, line {place['line']}, in {place['name']}"
-            self.cause, self.chained = _Cause(text, where, skipped), False
+            self.cause = _Cause(text, _place(frames), skipped)
             return self.cause
         return None
+
+
+def _place(frames: list[re.Match[str]]) -> str:
+    """The last frame of the user's code, else the last one."""
+    passed = [frame for frame in frames[:-1] if _WRAPPER not in frame["file"]] + frames[-1:]
+    own = [frame for frame in passed if not _INSTALLED.search(frame["file"])]
+    place = (own or passed)[-1]
+    return f"  at {place['file']}, line {place['line']}, in {place['name']}"
 
 
 def _lines_from(log: Path, offset: int) -> Iterator[tuple[str, str]]:

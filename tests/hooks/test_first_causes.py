@@ -66,7 +66,7 @@ def test_the_next_good_row_takes_the_place_of_a_bad_one_and_says_so():
     row = data[1]
     assert row["extra_info"]["index"] == 0
     left_out = row["extra_info"][LEFT_OUT]
-    assert [line.split(" (")[0] for line in left_out] == ["row 1 of 's'", "row 2 of 's'"]
+    assert [(row.position, row.name.split(" (")[0]) for row in left_out] == [(1, "row 1 of 's'"), (2, "row 2 of 's'")]
     assert take_left_out({"extra_info": [row["extra_info"], {"index": 4}]}) == left_out
     assert row["extra_info"] == {"index": 0}
     assert data.dataframe[0]["extra_info"] == {"index": 0}
@@ -80,6 +80,7 @@ def engine(monkeypatch):
     """verl's rule: an update whose gradient is not finite is skipped."""
     stored = {}
     monkeypatch.setenv(RUN_TOKEN, "mine")
+    monkeypatch.setattr(skipped_updates, "_skipped", [0])
     monkeypatch.setattr(board, "put", lambda topic, message: stored.update({topic: message}))
     monkeypatch.setattr(board, "read", lambda topic: [m for t, m in stored.items() if t.startswith(topic)])
 
@@ -91,15 +92,25 @@ def engine(monkeypatch):
             return float(torch.stack([grad.norm() for grad in grads]).norm())
 
     skipped_updates.count_skipped_updates(SimpleNamespace(FSDPEngine=FSDPEngine))
-    engine = FSDPEngine()
+    actor, critic = FSDPEngine(), FSDPEngine()
 
-    def step(value):
+    def step(value, engine=actor):
         for parameter in engine.module.parameters():
             parameter.grad = torch.ones_like(parameter)
         engine.module[1].weight.grad[0, 1] = value
         return engine.optimizer_step()
 
+    step.critic = critic
     return step
+
+
+def test_skipped_updates_of_two_engines_of_a_process_are_added(engine):
+    nan = float("nan")
+    for given in (nan, 1.0, nan):
+        engine(given)
+    assert skipped_updates.skipped_updates() == 2
+    engine(nan, engine.critic)
+    assert skipped_updates.skipped_updates() == 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -110,7 +121,7 @@ def test_skipped_updates_are_counted_and_the_third_in_a_row_names_the_parameter(
     with pytest.raises(SayoError, match=r"^SAYO-A34: the gradient was not finite in 3 updates in a row") as caught:
         engine(value)
     assert caught.value.where == "1.weight"
-    assert caught.value.got.endswith("5 skipped updates since the start")
+    assert caught.value.got.endswith("5 skipped updates of this process since the start")
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "/x/model.pt")

@@ -49,6 +49,13 @@ async def coroutine(data_source, solution_str, ground_truth, extra_info):
     return {"score": 1.0}
 
 
+def test_a_function_that_raises_stop_iteration_is_not_a_hang(posted):
+    (error,) = call(lambda **_: next(iter([])), "right", limit_s=5)
+    assert isinstance(error, RuntimeError)
+    assert str(error) == "StopIteration in the reward function"
+    assert not posted
+
+
 @pytest.mark.parametrize("function", [sync, coroutine])
 def test_a_call_that_hangs_is_an_error_of_its_row_and_counted(function, posted):
     started = time.monotonic()

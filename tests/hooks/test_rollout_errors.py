@@ -13,7 +13,7 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks import board, rollout_errors, step_guard
-from sayo_verl.hooks.bad_images import LEFT_OUT
+from sayo_verl.hooks.bad_images import LEFT_OUT, LeftOut
 from sayo_verl.hooks.contract import RUN_TOKEN
 
 ROW = {"data_source": "scenes", "extra_info": {"index": 7, "id": "train-7"}, "raw_prompt": []}
@@ -193,6 +193,54 @@ def test_a_batch_whose_rollouts_all_failed_ends_with_the_first_error(messages):
     assert error.__notes__ == ["in step 3, update of the actor"]
 
 
+def test_an_error_after_many_messages_is_named_with_its_row_and_place(messages):
+    def parse(row):
+        raise ValueError(f"cannot parse {row['extra_info']['index']}")
+
+    one = trainer(nothing_left)
+    for n in range(2 * rollout_errors.MOST):
+        fail(1, {**ROW, "extra_info": {"index": n}}, parse)
+    step_guard._new(one, "train")
+    fail(2, run=lambda row: {}["answer"])
+    fail(1, {**ROW, "extra_info": {"index": 99}}, parse)
+    with pytest.raises(SayoError, match=r"^SAYO-X23") as caught:
+        one.step({}, {})
+    assert caught.value.where.startswith(__file__)
+    assert caught.value.got.startswith(f"2 x KeyError: 'answer', first of {NAME}; 1 x ValueError: cannot parse ")
+    assert len(rollout_errors.failures("train").errors) == rollout_errors.MOST + 2
+
+
+def test_an_image_error_after_many_messages_counts(messages, tmp_path):
+    def parse(row):
+        raise ValueError(f"cannot parse {row['extra_info']['index']}")
+
+    for n in range(rollout_errors.MOST):
+        fail(1, {**ROW, "extra_info": {"index": n}}, parse)
+    one, paths = trainer(bad_rows=2), [tmp_path / f"{n}.png" for n in range(3)]
+    for path in paths:  # rows that have no index, and so one name
+        path.write_text("no image")
+        prompt = [{"content": [{"type": "image", "image": str(path)}]}]
+        fail(
+            2, {"data_source": "vqa: a", "extra_info": {}, "raw_prompt": prompt}, lambda row: Image.open("/absent.png")
+        )
+    with pytest.raises(SayoError, match=r"^SAYO-X24: too many rows") as caught:
+        one.step({}, {})
+    assert str(paths[-1]) in caught.value.got
+
+
+def test_an_error_of_a_second_worker_counts_once(messages):
+    def post(worker, row, count, step):
+        error = {"error": "KeyError: 'a'", "place": "p", "row": row, "step": step, "count": count, "kind": "KeyError"}
+        board.put(f"failed_rollouts/train/{worker}", {"failed": count, "errors": [error]})
+
+    one = trainer(bad_rows=2)
+    post("b", "row 5", 8, 1)
+    assert [error.count for error in step_guard._new(one, "train").errors] == [8]
+    post("a", "row 9", 1, 2)
+    (error,) = step_guard._new(one, "train").errors
+    assert (error.count, error.row) == (1, "row 9")
+
+
 def test_errors_of_verl_itself_stay_as_they_are(messages):
     fail(1)
     with pytest.raises(RuntimeError, match=r"^CUDA"):
@@ -212,7 +260,7 @@ def test_a_validation_names_the_error_of_its_rollouts(messages):
 
 
 def test_rows_that_the_data_set_left_out_are_counted_up_to_the_limit(messages, capsys):
-    rows = [{"index": 1}, {"index": 2, LEFT_OUT: [f"{NAME}: images[0] (x.png): OSError: cut"]}]
+    rows = [{"index": 1}, {"index": 2, LEFT_OUT: [LeftOut(7, NAME, "images[0] (x.png): OSError: cut")]}]
     one = trainer(bad_rows=1, rows=rows)
     assert one._fetch_one_gen_batch() == {"extra_info": [{"index": 1}, {"index": 2}]}  # as the file has it
     metrics: dict[str, float] = {}
@@ -221,10 +269,13 @@ def test_rows_that_the_data_set_left_out_are_counted_up_to_the_limit(messages, c
     assert (
         f"warning: left out {NAME}, 1 of 1 (sayo.bad_rows): images[0] (x.png): OSError: cut" in capsys.readouterr().err
     )
-    rows[0][LEFT_OUT] = ["row 9 of 'scenes' (extra_info.index): images[0] (y.png): OSError: cut"]
+    rows[0][LEFT_OUT] = [LeftOut(7, NAME, "images[0] (x.png): OSError: cut")]  # the same row in the next epoch
+    one._fetch_one_gen_batch()
+    rows[0][LEFT_OUT] = [LeftOut(9, NAME, "images[0] (y.png): OSError: cut")]  # another row of the same name
     with pytest.raises(SayoError, match=r"^SAYO-X24: too many rows") as caught:
         one._fetch_one_gen_batch()
-    assert caught.value.where.startswith("row 9 of 'scenes'")
+    assert caught.value.where == NAME
+    assert caught.value.got.startswith("images[0] (y.png)")
     assert caught.value.wanted == "at most 1 such rows (sayo.bad_rows)"
 
 

@@ -1,13 +1,14 @@
 """The last line of a failed run is its first cause."""
 
 import errno
+import re
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.ending import first_cause
-from sayo_verl.report.log import why_it_failed
+from sayo_verl.report.log import first_exception, why_it_failed
 
 OURS = SayoError("A03", "a reward is not finite", where="row 2", fix="look")
 
@@ -46,6 +47,69 @@ def of_worker(error: BaseException, *, note: str = "") -> BaseException:
 def test_one_line_names_the_innermost_cause_its_place_and_step(error, line):
     assert first_cause(error).startswith(line)
     assert "\n" not in first_cause(error)
+
+
+def without_parser():
+    try:
+        import fast_parser_xyz  # noqa: F401
+    except ImportError:
+        return 1 / 0
+
+
+def with_a_handled_error_of_ours():
+    try:
+        raise OURS
+    except SayoError:
+        return {}["answer"]
+
+
+def quoting_ours():
+    raise RuntimeError("judge said:\nSAYO-D01: not mine | at z | fix: q")
+
+
+def ours_because_of_another():
+    try:
+        return 1 / 0
+    except ZeroDivisionError as error:
+        raise OURS from error
+
+
+def wrapped_ours():
+    try:
+        raise OURS
+    except SayoError as error:
+        raise RuntimeError("no batch") from error
+
+
+def refused_connection():
+    raise ConnectionError(errno.EACCES, "Permission denied on http://x")
+
+
+@pytest.mark.parametrize(
+    ("run", "begins"),
+    [
+        (
+            without_parser,
+            "SAYO-X25: .*, in without_parser | got ZeroDivisionError: division by zero; raised while hand",
+        ),
+        (with_a_handled_error_of_ours, "SAYO-X25: .* | got KeyError: 'answer'; raised while handling "),
+        (quoting_ours, "SAYO-X25: .* | got RuntimeError: judge said: | "),
+        (ours_because_of_another, "SAYO-A03: "),
+        (wrapped_ours, "SAYO-A03: "),
+        (refused_connection, "SAYO-X25: .* | got ConnectionError: [Errno 13] Permission denied on http://x | "),
+    ],
+)
+def test_an_exception_that_was_handled_is_not_the_cause(run, begins):
+    with pytest.raises(Exception, match=r".") as caught:
+        run()
+    assert re.match(re.escape(begins).replace(r"\.\*", ".*"), first_cause(caught.value)), first_cause(caught.value)
+
+
+def test_a_wrapper_of_ours_around_verls_code_is_not_the_place():
+    frames = ["/x/site-packages/verl/loop.py", "/me/sayo_verl/hooks/rollout_errors.py", "/x/site-packages/verl/base.py"]
+    text = "".join(f'  File "{file}", line 1, in f\n' for file in frames)
+    found = first_exception(f"Traceback (most recent call last):\n{text}TypeError: no number\n")
+    assert found.place.startswith(frames[-1])
 
 
 def test_a_dead_process_is_named_as_one():

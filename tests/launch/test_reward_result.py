@@ -135,6 +135,17 @@ def test_a_result_without_a_score_is_refused(with_reward, found):
     assert "row 0" in error.where
 
 
+@pytest.mark.parametrize("found", ["np.float32(1)", "{'score': np.float32(1), 'acc': 1.0}", "np.float64(1)"])
+def test_a_score_that_verl_cannot_assign_is_refused(with_reward, found):
+    config = with_reward(f"import numpy as np; return {found}")
+    if "float64" in found:
+        assert "a number" in line(config)
+        return
+    error = refused(config, "L87")
+    assert "TypeError: can't assign a numpy.float32" in error.got
+    assert error.fix == "return float(...) of the score"
+
+
 def test_errors_of_a_function_are_shown(with_reward):
     config = with_reward("return 1 / len(solution_str)")
     assert "more calls raised an error, and verl drops such responses: ZeroDivisionError" in line(config)

@@ -132,6 +132,10 @@ HIDING = [
             FATAL + AND_THEN + traceback("RuntimeError: no batch", ("/home/u/job.py", 8, "main")),
             [*HIDING, "the log ends with: RuntimeError: no batch"],
         ),
+        (
+            "During handling of the above exception, another exception occurred:\n\n" + FATAL,
+            ["ZeroDivisionError: division by zero", "  at /home/u/r.py, line 3, in score"],
+        ),
         (HANDLED, HIDING[:2]),
     ],
 )
