@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.launch.checkpoints import FINGERPRINT, SCHEMA
-from sayo_verl.launch.fingerprint import COMPARED, ESTIMATOR, MODEL, NOT_FOUND, fingerprint_of
+from sayo_verl.launch.fingerprint import COMPARED, ESTIMATOR, MODEL, fingerprint_of
+from sayo_verl.launch.fingerprint_files import comparable
 from sayo_verl.launch.resume import start_of
 
 NAMES = (*COMPARED, "fingerprint")  # of sayo.resume_anyway
@@ -48,11 +49,9 @@ def place_fingerprint(config: DictConfig, *, dry_run: bool = False) -> str:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """``key old -> new`` of values that differ; what was not found on one of the machines is not compared."""
-    keys = sorted(new.keys() | old.keys(), key=lambda key: (key != ESTIMATOR, key))
+    keys = sorted(comparable(old, new), key=lambda key: (key != ESTIMATOR, key))
     pairs = [(key, old.get(key, "absent"), new.get(key, "absent")) for key in keys]
-    return [
-        f"{k} {_short(was)} -> {_short(now)}" for k, was, now in pairs if was != now and NOT_FOUND not in (was, now)
-    ]
+    return [f"{key} {_short(was)} -> {_short(now)}" for key, was, now in pairs if was != now]
 
 
 def _accepted(config: DictConfig) -> tuple[str, ...]:
