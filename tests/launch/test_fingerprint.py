@@ -1,6 +1,7 @@
 """A checkpoint of another run is refused with the differences; what may differ is said."""
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pyarrow as pa
@@ -163,6 +164,41 @@ def test_length_and_versions_may_change_and_are_named(config, monkeypatch):
 def test_settings_of_methods_that_do_not_run_and_limits_of_time_may_change(config):
     values = {"algorithm.attn.dual.beta": 0.9, "algorithm.filter_groups.max_num_gen_batches": 7, "critic.optim.lr": 1.0}
     assert place_fingerprint(changed(config, **values)) == ""
+
+
+def test_a_setting_of_a_newer_version_may_have_its_default(config):
+    add(config, "algorithm.new_setting", False)
+    assert "algorithm.new_setting absent -> false" in refused(config).got
+    defaults = config.copy()
+    assert "does not know: algorithm.new_setting false" in place_fingerprint(config, defaults=defaults, dry_run=True)
+    config.algorithm.new_setting = True
+    with pytest.raises(SayoError, match=r"algorithm\.new_setting absent -> true"):
+        place_fingerprint(config, defaults=defaults)
+
+
+PINNED = {  # one setting of each pattern that no other test changes
+    "method": """policy_loss.loss_mode clip_ratio_high tau_pos loss_agg_mode loss_scale_factor entropy_coeff
+        kl_loss_coef ppo_epochs""",
+    "data": """data.filter_overlong_prompts data.max_prompt_length data.truncation data.prompt_key data.custom_cls.name
+        data.apply_chat_template_kwargs.thinking data.mm_processor_kwargs.fps trainer.v1.sampler.custom_sampler.name""",
+    "reward": "reward.reward_manager.name reward.reward_model.enable",
+    "model": "model.lora_alpha model.target_modules model.exclude_modules model.custom_chat_template strategy "
+    "freeze_vision_tower",
+    "seed": "sayo.repeatable_rollouts",
+    "batch": "data.gen_batch_size ppo_mini_batch_size",
+    "optimizer": "optim.weight_decay optim.betas optim.optimizer optim.optimizer_impl optim.override_optimizer_config",
+}
+
+
+def test_every_pattern_compares_a_setting_and_none_is_lost(config):
+    for key in ("data.apply_chat_template_kwargs.thinking", "data.mm_processor_kwargs.fps"):
+        add(config, key, 1)
+    changed(config, **{"critic.enable": True})
+    known = [key for key, _ in f.settings_of(config)]
+    assert not [p for patterns in f.COMPARED.values() for p in patterns if not any(fnmatch(key, p) for key in known)]
+    compared = fingerprint_of(config)["compared"]
+    for name, ends in PINNED.items():
+        assert not [end for end in ends.split() if not any(key.endswith(end) for key in compared[name])], name
 
 
 def test_what_is_not_on_this_machine_is_not_compared(config):
