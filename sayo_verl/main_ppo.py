@@ -142,7 +142,7 @@ def main(config: DictConfig) -> None:
         write_out(config, given)
         config.sayo.modules = load_methods(config.sayo.modules)
         internvl.configure(config, load_config(str(config.actor_rollout_ref.model.path), dry_run=True))
-        plan = preflight(config, given=given, dry_run=config.sayo.dry_run)
+        plan = preflight(config, given=given, defaults=defaults, dry_run=config.sayo.dry_run)
         check_by_verl(config, dry_run=config.sayo.dry_run)
         variables = worker_variables()
         method = check_estimator(config)

@@ -8,6 +8,7 @@ writes the step into the tracker. A kill in between leaves files that are missin
 import json
 import os
 import re
+import shutil
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ SCHEMA = 1  # of sayo.json; a number per incompatible change
 # Contents of a checkpoint -> how verl's FSDP files of it begin.
 STATE = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
 LOADER, QUEUE = "data.pt", "transfer_queue"
+LAST_OF_QUEUE = f"{QUEUE}/metadata.json"  # written last by TransferQueue, which then moves the folder into place
 _FOLDER = re.compile(r"global_step_(\d+)")
 _SHARD = re.compile(r"(model|optim|extra_state)_world_size_(\d+)_rank_(\d+)\.pt")
 
@@ -132,8 +134,8 @@ def judge(folder: Path, expected: Expected | None = None, *, tracked: bool = Fal
             for rank in range(world)
         ]
     damage = {name: found for name in wanted if (found := _damage(folder / name))}
-    if (recorded or expected).queue and not (folder / QUEUE).is_dir():
-        damage[QUEUE] = "missing"
+    if (recorded or expected).queue and not (folder / LAST_OF_QUEUE).is_file():
+        damage[LAST_OF_QUEUE if (folder / QUEUE).is_dir() else QUEUE] = "missing"
     # verl's retention deletes the folder of each part and leaves the rest. It saves ``data.pt`` after the parts.
     removed = LOADER not in damage and not any((folder / part).exists() for part in expected.parts)
     return Checkpoint(folder, step_of(folder), damage, devices, tracked, removed)
@@ -147,6 +149,8 @@ def write_fingerprint(folder: Path, record: Mapping[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / LOADER).unlink(missing_ok=True)
+    if (folder / QUEUE).exists():
+        shutil.rmtree(folder / QUEUE)
     record = {**record, "step": step_of(folder), "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     temporary = folder / f".{FINGERPRINT}.new"
     with temporary.open("w") as file:

@@ -4,29 +4,22 @@
 verl saves. Values of environment variables and of secrets are stored as digests.
 """
 
-import functools
-import hashlib
 import inspect
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl import __version__
 from sayo_verl.launch.checkpoints import SCHEMA
+from sayo_verl.launch.fingerprint_files import digest, of_code, of_data, of_model
 from sayo_verl.launch.job import leaves
-from sayo_verl.launch.model_check import HDFS, model_folder
 from sayo_verl.launch.resume import devices_of, parts_of
-from sayo_verl.launch.reward_function import file_of
 from sayo_verl.methods import METHODS, PREFIX, Mix
-from sayo_verl.models.location import is_hub_name
 
 PACKAGES = ("verl", "torch", "transformers", "vllm", "sglang", "ray", "tensordict", "TransferQueue")
 ACTOR, MODEL, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.model", "actor_rollout_ref.rollout"
@@ -56,11 +49,10 @@ COMPARED: dict[str, tuple[str, ...]] = {
         "reward.custom_reward_function.*",
         "reward.reward_manager.*",
         "reward.reward_model.enable",
-        "reward.reward_model.model_path",
     ),
     "data": (
         "data.shuffle",
-        "data.sampler.*",
+        "trainer.v1.sampler.custom_sampler.*",
         "data.train_max_samples",
         "data.filter_overlong_prompts",
         "data.max_prompt_length",
@@ -78,7 +70,6 @@ COMPARED: dict[str, tuple[str, ...]] = {
                 "lora_alpha",
                 "target_modules",
                 "exclude_modules",
-                "lora_adapter_path",
                 "custom_chat_template",
             )
         ),
@@ -97,15 +88,23 @@ COMPARED: dict[str, tuple[str, ...]] = {
     # verl restores these with the optimizer, so another value has no effect.
     "optimizer": tuple(f"{part}.optim.{key}" for part in (ACTOR, "critic") for key in OPTIMIZER),
 }
-# Limits of time and effort, and what is compared as a file.
+# Limits of time and effort.
 IGNORED = (
     "*._target_",
     "algorithm.filter_groups.max_*",
     "algorithm.attn.*.time_limit",
     "algorithm.attn.*.processes",
-    "reward.reward_manager._target_",
-    "reward.custom_reward_function.path",
 )
+# Settings that name a file with code, by the name of the difference. The file is compared, not its path.
+CODE = {
+    "reward": ("reward.custom_reward_function.path", "reward.reward_manager.module.path"),
+    "data": ("data.custom_cls.path", "trainer.v1.sampler.custom_sampler.path"),
+}
+# Settings that name a model or a part of one, likewise.
+MODELS = {
+    "model": (f"{MODEL}.path", f"{MODEL}.lora_adapter_path", f"{MODEL}.tokenizer_path", f"{MODEL}.hf_config_path"),
+    "reward": ("reward.reward_model.model_path",),
+}
 # Differences that a resume may have; the plan names them.
 SAID = (
     "trainer.total_training_steps",
@@ -120,18 +119,13 @@ SAID = (
     *(f"{ACTOR}.optim.{key}" for key in ("lr_scheduler_type", "lr_warmup_steps*", "min_lr_ratio", "num_cycles")),
 )
 SECRET = re.compile(r"^reward\..*(key$|token$|secret|password|credential)", re.IGNORECASE)
-# Files of a model's folder that decide what the model sees.
-SMALL = ("config.json", "*token*.json", "vocab*", "merges.txt", "*processor_config.json", "chat_template*", "*.py")
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
-BLOCK, BLOCKS = 1 << 20, 16  # bytes; of a file of weights these many are read
-NOT_FOUND = "not on this machine"
 
 Flat = dict[str, Any]
 
 
 def fingerprint_of(config: DictConfig) -> dict[str, Any]:
     """The record of a run: ``schema``, ``compared`` (name -> settings and files), ``said``, ``saved``."""
-    settings = dict(_settings(config))
+    settings = dict(settings_of(config))
     left_out = (*IGNORED, *_unused_methods(config))
 
     def chosen(patterns: tuple[str, ...]) -> Flat:
@@ -145,11 +139,12 @@ def fingerprint_of(config: DictConfig) -> dict[str, Any]:
     for name in ("seed", "optimizer"):
         compared[name] = {key: value for key, value in compared[name].items() if not key.startswith(elsewhere)}
     compared["method"] |= _own_code(config)
-    compared["reward"] |= _reward(config)
-    compared["data"] |= _data(config)
-    compared["model"] |= _model(f"{MODEL}.path", str(config.actor_rollout_ref.model.path))
-    if critic:
-        compared["model"] |= _model("critic.model.path", str(OmegaConf.select(config, "critic.model.path")))
+    compared["data"] |= of_data(config.data.train_files)
+    for name, keys in CODE.items():
+        compared[name] |= {key: of_code(path) for key, path in _named(config, keys).items()}
+    for name, keys in MODELS.items():
+        for key, path in _models(config, keys, critic=critic).items():
+            compared[name] |= of_model(key, path)
     return {
         "schema": SCHEMA,
         "compared": compared,
@@ -181,7 +176,7 @@ def _matches(key: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch(key, pattern) for pattern in patterns)
 
 
-def _settings(config: DictConfig) -> Iterator[tuple[str, Any]]:
+def settings_of(config: DictConfig) -> Iterator[tuple[str, Any]]:
     """(dotted key, resolved value) of the settings that are compared or named."""
     patterns = (*(pattern for patterns in COMPARED.values() for pattern in patterns), *SAID)
     raw: Any = OmegaConf.to_container(config, resolve=False)
@@ -190,7 +185,7 @@ def _settings(config: DictConfig) -> Iterator[tuple[str, Any]]:
             resolved = OmegaConf.select(config, key, throw_on_missing=False)
             resolved = OmegaConf.to_container(resolved, resolve=True) if OmegaConf.is_config(resolved) else resolved
             hidden = SECRET.search(key) or "oc.env" in str(value)
-            yield key, f"sha256 {_digest(str(resolved).encode())}" if hidden and resolved is not None else resolved
+            yield key, f"sha256 {digest(str(resolved).encode())}" if hidden and resolved is not None else resolved
 
 
 def _unused_methods(config: DictConfig) -> tuple[str, ...]:
@@ -209,80 +204,19 @@ def _own_code(config: DictConfig) -> Flat:
     mix = (config.algorithm.get("attn") or {}).get("mix") or []
     used = [PREFIX + node for node in mix] if name == Mix.name else [name]
     own = [METHODS[each] for each in used if each in METHODS and not METHODS[each].__module__.startswith("sayo_verl.")]
-    return {f"code of {cls.__name__}": _digest(Path(inspect.getfile(cls)).read_bytes()) for cls in own}
+    return {f"code of {cls.__name__}": digest(Path(inspect.getfile(cls)).read_bytes()) for cls in own}
 
 
-def _reward(config: DictConfig) -> Flat:
-    """The reward function: the digest of its file, or the name of its package."""
-    path = OmegaConf.select(config, "reward.custom_reward_function.path")
-    if path is None:
-        return {"reward function": "verl's own"}
-    file = file_of(str(path))
-    if file is None:
-        return {"reward function": str(path)}
-    return {"reward function: file": f"sha256 {_digest(file.read_bytes())}" if file.is_file() else NOT_FOUND}
+def _named(config: DictConfig, keys: Sequence[str]) -> dict[str, str]:
+    """Setting -> the path it names, without those that name none."""
+    return {key: str(path) for key in keys if (path := OmegaConf.select(config, key)) is not None}
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-def _data(config: DictConfig) -> Flat:
-    """The training files in their order: rows, bytes and the digest of all bytes."""
-    named = config.data.train_files
-    files = [named] if isinstance(named, str) else list(named or [])
-    with ThreadPoolExecutor(4) as pool:  # hashlib releases the interpreter
-        found = list(pool.map(_data_file, map(str, files)))
-    return {f"data.train_files[{n}]": value for n, value in enumerate(found)}
-
-
-def _data_file(name: str) -> str:
-    file = Path(name).expanduser()
-    if not file.is_file():
-        return NOT_FOUND
-    state = file.stat()
-    rows = ""
-    try:
-        rows = f"{pq.read_metadata(file).num_rows} rows, "
-    except (pa.ArrowException, OSError):  # JSON, or a file that check_data has refused
-        rows = ""
-    return f"{rows}{state.st_size} bytes, sha256 {_whole(str(file), state.st_size, state.st_mtime_ns)}"
-
-
-@functools.lru_cache
-def _whole(file: str, size: int, changed: int) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
-
-
-def _model(key: str, path: str) -> Flat:
-    """The small files of a model by digest, and its weights by size and sampled blocks; of the hub, the revision."""
-    if path.startswith(HDFS):
-        return {key: path}
-    folder = model_folder(path, dry_run=True)
-    if folder is None:
-        return {f"{key}: {'revision' if is_hub_name(path) else 'weights'}": NOT_FOUND}
-    small = sorted({file for pattern in SMALL for file in folder.glob(pattern) if file.is_file()})
-    found: Flat = {f"{key}: {file.name}": f"sha256 {_digest(file.read_bytes())}" for file in small}
-    if is_hub_name(path):  # verl downloads the weights later
-        return found | {f"{key}: revision": folder.name}
-    weights = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern) if file.is_file()})
-    total = sum(file.stat().st_size for file in weights)
-    digest = _digest(b"".join(_sampled(file) for file in weights))
-    return found | {f"{key}: weights": f"{total} bytes in {len(weights)} files, sha256 of samples {digest}"}
-
-
-def _sampled(file: Path) -> bytes:
-    """The digest of evenly spread blocks of a file, the first and the last included; of all bytes if it is small."""
-    size, hashed = file.stat().st_size, hashlib.sha256()
-    with file.open("rb") as opened:
-        if size <= BLOCK * BLOCKS:
-            hashed.update(opened.read())
-        else:
-            for n in range(BLOCKS):
-                opened.seek(n * (size - BLOCK) // (BLOCKS - 1))
-                hashed.update(opened.read(BLOCK))
-    return hashed.digest()
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
+def _models(config: DictConfig, keys: Sequence[str], *, critic: bool) -> dict[str, str]:
+    """``_named`` for the models that the run loads."""
+    named = _named(config, (*keys, *(["critic.model.path"] if critic and f"{MODEL}.path" in keys else [])))
+    if not OmegaConf.select(config, "reward.reward_model.enable"):
+        named.pop("reward.reward_model.model_path", None)
+    own = named.get(f"{MODEL}.path")
+    repeated = (f"{MODEL}.tokenizer_path", f"{MODEL}.hf_config_path")  # null means the model's own
+    return {key: path for key, path in named.items() if key not in repeated or path != own}

@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.launch.checkpoints import FINGERPRINT, SCHEMA
-from sayo_verl.launch.fingerprint import COMPARED, ESTIMATOR, MODEL, NOT_FOUND, fingerprint_of
+from sayo_verl.launch.fingerprint import COMPARED, ESTIMATOR, MODEL, fingerprint_of, settings_of
+from sayo_verl.launch.fingerprint_files import comparable
 from sayo_verl.launch.resume import start_of
 
 NAMES = (*COMPARED, "fingerprint")  # of sayo.resume_anyway
@@ -20,11 +21,13 @@ MOST = 8  # differences named of each kind
 LONGEST = 70  # characters of a value in a message
 
 
-def place_fingerprint(config: DictConfig, *, dry_run: bool = False) -> str:
+def place_fingerprint(config: DictConfig, *, defaults: DictConfig | None = None, dry_run: bool = False) -> str:
     """Compare a run with the checkpoint that it resumes, and put its own record into ``sayo.fingerprint``.
 
     Args:
         config: the checked configuration, before the launcher changes it for verl.
+        defaults: the configuration without a command line; a setting that the checkpoint does not know may have its
+            default.
         dry_run: compare only, and only what is on this machine.
 
     Returns:
@@ -39,7 +42,7 @@ def place_fingerprint(config: DictConfig, *, dry_run: bool = False) -> str:
     if start is None and (dry_run or int(config.trainer.save_freq) <= 0):
         return ""
     now = fingerprint_of(config)
-    remark = "" if start is None else _compare(start, now, accepted)
+    remark = "" if start is None else _compare(start, now, accepted, dict(settings_of(defaults)) if defaults else {})
     if not dry_run:
         with open_dict(config):
             config.sayo.fingerprint = json.dumps(now)
@@ -48,11 +51,9 @@ def place_fingerprint(config: DictConfig, *, dry_run: bool = False) -> str:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """``key old -> new`` of values that differ; what was not found on one of the machines is not compared."""
-    keys = sorted(new.keys() | old.keys(), key=lambda key: (key != ESTIMATOR, key))
+    keys = sorted(comparable(old, new), key=lambda key: (key != ESTIMATOR, key))
     pairs = [(key, old.get(key, "absent"), new.get(key, "absent")) for key in keys]
-    return [
-        f"{k} {_short(was)} -> {_short(now)}" for k, was, now in pairs if was != now and NOT_FOUND not in (was, now)
-    ]
+    return [f"{key} {_short(was)} -> {_short(now)}" for key, was, now in pairs if was != now]
 
 
 def _accepted(config: DictConfig) -> tuple[str, ...]:
@@ -72,16 +73,19 @@ def _accepted(config: DictConfig) -> tuple[str, ...]:
     )
 
 
-def _compare(start: Path, now: Mapping[str, Any], accepted: tuple[str, ...]) -> str:
+def _compare(start: Path, now: Mapping[str, Any], accepted: tuple[str, ...], defaults: Mapping[str, Any]) -> str:
     """What differs from the record beside ``start`` and may."""
     if "fingerprint" in accepted:
         return "; not compared with its fingerprint (sayo.resume_anyway)"
     before = _read(start)
-    found = {}
+    found, unknown = {}, []
     for name, new in now["compared"].items():
         old = before["compared"].get(name, {})
         if old.get(ESTIMATOR) != new.get(ESTIMATOR):  # settings of one method alone say nothing more
             old, new = ({key: value for key, value in side.items() if key in old and key in new} for side in (old, new))
+        added = [key for key in new if key not in old and key in defaults and defaults[key] == new[key]]
+        unknown += [f"{key} {_short(new[key])}" for key in added]
+        new = {key: value for key, value in new.items() if key not in added}
         if listed := differences(old, new):
             found[name] = listed
     if refused := [name for name in found if name not in accepted]:
@@ -97,6 +101,8 @@ def _compare(start: Path, now: Mapping[str, Any], accepted: tuple[str, ...]) -> 
             f"(OUT=...) from saved Hugging Face weights: {MODEL}.path={start}/actor/huggingface",
         )
     remarks = [f"{name} differ as accepted: {_list(listed)}" for name, listed in found.items()]
+    if unknown:
+        remarks.append(f"defaults that the checkpoint does not know: {_list(unknown)}")
     if changed := differences(before["said"], now["said"]):
         remarks.append(f"changed: {_list(changed)}")
     return "".join(f"; {remark}" for remark in remarks)

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.run_card import CLOCK, metrics_of_run
+from sayo_verl.report.causes import one_line
 
 NAME = ".sayo.lock"
 _held: list[int] = []  # open for the life of the process; children of Python do not inherit them
@@ -41,11 +42,20 @@ def hold(folder: Path) -> None:
     """Lock one folder, which is made if it does not exist.
 
     Raises:
-        SayoError: X20 if another process holds it; it is named as the file says.
+        SayoError: X20 if another process holds it; it is named as the file says. L98 if this user cannot open the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / NAME
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    except PermissionError as error:
+        raise SayoError(
+            "L98",
+            "the lock of the folder belongs to another user",
+            where=str(file),
+            got=one_line(error),
+            fix="choose another folder (OUT=... or sayo.out=...); or, if no run writes there, remove the file",
+        ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -48,13 +48,16 @@ from sayo_verl.redact import redact
 Plan = list[tuple[str, str]]
 
 
-def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool = False) -> Plan:
+def preflight(
+    config: DictConfig, *, given: Collection[str] = (), defaults: DictConfig | None = None, dry_run: bool = False
+) -> Plan:
     """Check a composed configuration and the files it names.
 
     Args:
         config: the full configuration of ``sayo_trainer``. A job's settings of ``sayo_verl.reward`` are removed if the
             command line names another reward function.
         given: keys of the command line.
+        defaults: the configuration without a command line, for ``place_fingerprint``.
         dry_run: report missing files instead of refusing them.
 
     Returns:
@@ -127,7 +130,7 @@ def preflight(config: DictConfig, *, given: Collection[str] = (), dry_run: bool 
         *([("every node must see", ", ".join(path for _, path in shared_paths(config)))] if several else []),
         *memory,
         ("length", _length(config, of_data)),
-        ("resumes", resumed + place_fingerprint(config, dry_run=dry_run)),
+        ("resumes", resumed + place_fingerprint(config, defaults=defaults, dry_run=dry_run)),
         ("checkpoints", describe_checkpoints(config)),
         *disk,
         ("metrics", str(metrics_file(config) or 'no file, nothing for sayo report: trainer.logger has no "file"')),

@@ -274,6 +274,8 @@ def _in_order(attempts: list[_Attempt]) -> list[_Attempt]:
         by_name = sorted(
             attempts, key=lambda a: [(len(x), x) if x.isdigit() else (0, x) for x in numbers.split(a.file.stem)]
         )
+        if all(re.fullmatch(r"metrics(-\d+)?", a.file.stem) for a in attempts):  # numbered by the scripts, in order
+            return by_name
         return sorted(by_name, key=lambda a: (a.records[0][0], not a.starts_from_scratch()))
 
 

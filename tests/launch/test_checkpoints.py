@@ -7,10 +7,11 @@ import pytest
 import torch
 from support.saved import archive, save
 
-from sayo_verl.launch.checkpoints import Expected, judge_checkpoints, newest_complete, steps_lost
+from sayo_verl.launch.checkpoints import Expected, judge_checkpoints, newest_complete, steps_lost, write_fingerprint
 
 ACTOR = "actor/model_world_size_1_rank_0.pt"
 SAVED = {"saved": {"devices": 1, "parts": ["actor", "critic"], "fsdp": True, "queue": False}}
+QUEUED = {"saved": {"devices": 1, "parts": ["actor"], "fsdp": True, "queue": True}}
 
 
 def judged(folder: Path, expected: Expected | None = None) -> dict[int, str]:
@@ -55,6 +56,18 @@ def test_a_critic_and_the_prompts_in_flight_belong_to_it(tmp_path):
     assert judged(folder)[4] == "complete"  # nothing says that there was one
     assert "critic/" in judged(folder, Expected(parts=("actor", "critic")))[4]
     assert judged(folder, Expected(queue=True))[2] == "transfer_queue missing"
+
+
+def test_prompts_in_flight_are_of_the_same_save(tmp_path):
+    """verl saves them after ``data.pt``: those of an abandoned attempt must not complete a new one."""
+    folder = save(tmp_path, 4, fingerprint=QUEUED) / "global_step_4"
+    (folder / "transfer_queue").mkdir()
+    assert judged(tmp_path) == {4: "transfer_queue/metadata.json missing"}
+    (folder / "transfer_queue" / "metadata.json").write_text("{}")
+    assert judged(tmp_path) == {4: "complete"}
+    write_fingerprint(folder, QUEUED)
+    (folder / "data.pt").write_bytes(archive())
+    assert judged(tmp_path) == {4: "transfer_queue missing"}
 
 
 def test_the_fingerprint_says_what_belongs_to_it(tmp_path):

@@ -1,6 +1,7 @@
 """A checkpoint of another run is refused with the differences; what may differ is said."""
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,10 +13,11 @@ from support.saved import save
 
 from sayo_verl.errors import SayoError
 from sayo_verl.launch import fingerprint as f
-from sayo_verl.launch import fingerprint_check
+from sayo_verl.launch import fingerprint_check, fingerprint_files
 from sayo_verl.launch.checkpoints import FINGERPRINT, SCHEMA
 from sayo_verl.launch.fingerprint import fingerprint_of
 from sayo_verl.launch.fingerprint_check import NAMES, place_fingerprint
+from sayo_verl.models import location
 
 ADVANTAGE = "algorithm.adv_estimator"
 LR = "actor_rollout_ref.actor.optim.lr"
@@ -24,7 +26,7 @@ LR = "actor_rollout_ref.actor.optim.lr"
 @pytest.fixture
 def config(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DictConfig:
     """A run of the tiny task that resumes step 2 of a run with the same settings."""
-    monkeypatch.setattr(f, "BLOCK", 64)
+    monkeypatch.setattr(fingerprint_files, "BLOCK", 64)
     config = composed(repo, "+job=tiny", "+method=region")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
@@ -71,6 +73,75 @@ def test_a_dry_run_compares_and_leaves_the_configuration_alone(config):
     refused(changed(config, **{"data.seed": 7}), dry_run=True)
 
 
+FILES = {
+    "data.custom_cls.path": "data",
+    "trainer.v1.sampler.custom_sampler.path": "data",
+    "reward.custom_reward_function.path": "reward",
+    "reward.reward_manager.module.path": "reward",
+    "actor_rollout_ref.model.lora_adapter_path": "model",
+    "actor_rollout_ref.model.tokenizer_path": "model",
+    "actor_rollout_ref.model.hf_config_path": "model",
+    "critic.model.path": "model",
+    "reward.reward_model.model_path": "reward",
+}
+
+
+def write(config: DictConfig, key: str, path: Path, content: str) -> None:
+    """Make the file or the folder of a model that ``key`` names."""
+    if key.endswith(("_path", "model.path")):
+        path.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "adapter_model.safetensors"):
+            (path / name).write_text(content)
+    else:
+        path.write_text(content)
+    OmegaConf.update(config, key, str(path), force_add=True)
+
+
+def test_files_of_settings_may_move_and_may_not_change(config, tmp_path):
+    changed(config, **{"critic.enable": True, "reward.reward_model.enable": True})
+    for key in FILES:
+        write(config, key, tmp_path / key, "1")
+    config.trainer.default_local_dir = str(tmp_path / "files")
+    save(tmp_path / "files", 2, tracker=2, fingerprint=fingerprint_of(config))
+    for key in FILES:
+        write(config, key, tmp_path / f"{key}-moved", "1")
+    assert "differ" not in place_fingerprint(config)
+    for key, name in FILES.items():
+        write(config, key, tmp_path / f"{key}-moved", "2")
+        error = refused(config)
+        assert key in error.got
+        assert named(error) == [name]
+        write(config, key, tmp_path / f"{key}-moved", "1")
+
+
+def test_a_sentencepiece_tokenizer_belongs_to_the_model(config, tmp_path):
+    (tmp_path / "model" / "tokenizer.model").write_bytes(b"1")
+    assert "tokenizer.model absent -> sha256" in refused(config).got
+
+
+def test_a_hub_name_and_the_folder_of_its_snapshot_are_one_model(config, tmp_path, monkeypatch):
+    snapshot, other = (tmp_path / "snapshots" / (digit * 40) for digit in "ab")
+    for folder in (snapshot, other):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    monkeypatch.setattr(location, "_hub_folder", {"owner/model": snapshot}.get)
+    config.actor_rollout_ref.model.path = "owner/model"
+    config.trainer.default_local_dir = str(tmp_path / "hub")
+    save(tmp_path / "hub", 2, tracker=2, fingerprint=fingerprint_of(config))
+    for folder in (snapshot, other):  # verl downloads the weights, and files that the launcher does not need
+        (folder / "model.safetensors").write_bytes(b"1")
+        (folder / "tokenizer.model").write_bytes(b"1")
+    assert place_fingerprint(config) == ""
+    config.actor_rollout_ref.model.path = str(snapshot)
+    assert "model differ" not in place_fingerprint(config)
+    config.actor_rollout_ref.model.path = str(other)
+    assert f"revision {'a' * 40} -> {'b' * 40}" in refused(config).got
+    save(tmp_path / "folder", 2, tracker=2, fingerprint=fingerprint_of(config))
+    config.trainer.default_local_dir = str(tmp_path / "folder")
+    config.actor_rollout_ref.model.path = str(other.rename(tmp_path / "copy"))
+    assert "model differ" not in place_fingerprint(config)
+
+
 def test_data_and_model_may_move(config, tmp_path):
     for name in ("model", "train-0.parquet"):
         (tmp_path / name).rename(tmp_path / f"moved-{name}")
@@ -95,9 +166,46 @@ def test_settings_of_methods_that_do_not_run_and_limits_of_time_may_change(confi
     assert place_fingerprint(changed(config, **values)) == ""
 
 
+def test_a_setting_of_a_newer_version_may_have_its_default(config):
+    add(config, "algorithm.new_setting", False)
+    assert "algorithm.new_setting absent -> false" in refused(config).got
+    defaults = config.copy()
+    assert "does not know: algorithm.new_setting false" in place_fingerprint(config, defaults=defaults, dry_run=True)
+    config.algorithm.new_setting = True
+    with pytest.raises(SayoError, match=r"algorithm\.new_setting absent -> true"):
+        place_fingerprint(config, defaults=defaults)
+
+
+PINNED = {  # one setting of each pattern that no other test changes
+    "method": """policy_loss.loss_mode clip_ratio_high tau_pos loss_agg_mode loss_scale_factor entropy_coeff
+        kl_loss_coef ppo_epochs""",
+    "data": """data.filter_overlong_prompts data.max_prompt_length data.truncation data.prompt_key data.custom_cls.name
+        data.apply_chat_template_kwargs.thinking data.mm_processor_kwargs.fps trainer.v1.sampler.custom_sampler.name""",
+    "reward": "reward.reward_manager.name reward.reward_model.enable",
+    "model": "model.lora_alpha model.target_modules model.exclude_modules model.custom_chat_template strategy "
+    "freeze_vision_tower",
+    "seed": "sayo.repeatable_rollouts",
+    "batch": "data.gen_batch_size ppo_mini_batch_size",
+    "optimizer": "optim.weight_decay optim.betas optim.optimizer optim.optimizer_impl optim.override_optimizer_config",
+}
+
+
+def test_every_pattern_compares_a_setting_and_none_is_lost(config):
+    for key in ("data.apply_chat_template_kwargs.thinking", "data.mm_processor_kwargs.fps"):
+        add(config, key, 1)
+    changed(config, **{"critic.enable": True})
+    known = [key for key, _ in f.settings_of(config)]
+    assert not [p for patterns in f.COMPARED.values() for p in patterns if not any(fnmatch(key, p) for key in known)]
+    compared = fingerprint_of(config)["compared"]
+    for name, ends in PINNED.items():
+        assert not [end for end in ends.split() if not any(key.endswith(end) for key in compared[name])], name
+
+
 def test_what_is_not_on_this_machine_is_not_compared(config):
     config.data.train_files[1] = "hdfs://data/train.parquet"
     assert "changed: data.train_files" in place_fingerprint(config, dry_run=True)
+    config.actor_rollout_ref.model.path = "/nowhere/model"
+    assert "actor_rollout_ref.model.path " in place_fingerprint(config, dry_run=True)
 
 
 def test_a_run_that_saves_no_checkpoint_reads_no_data(config, tmp_path, monkeypatch):
@@ -206,7 +314,7 @@ def test_an_edited_reward_file_is_another_reward(config, tmp_path):
     file = tmp_path / "reward.py"
     file.write_text("def compute_score(): ...\n")
     config.reward.custom_reward_function.path = str(file)
-    assert "reward function" in refused(config).got
+    assert "reward.custom_reward_function.path" in refused(config).got
     config.trainer.default_local_dir = str(tmp_path / "own")
     save(tmp_path / "own", 2, tracker=2, fingerprint=fingerprint_of(config))
     assert place_fingerprint(config) == ""

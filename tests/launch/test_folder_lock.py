@@ -69,3 +69,13 @@ def test_a_file_system_without_locks_is_a_message_and_the_run_starts(tmp_path, m
     monkeypatch.setattr(fcntl, "flock", unsupported)
     hold(tmp_path)
     assert f"{tmp_path} is not locked: Operation not supported" in capsys.readouterr().err
+
+
+def test_a_lock_of_another_user_is_refused(tmp_path, monkeypatch):
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(folder_lock.os, "open", denied)  # the tests may run as root
+    with pytest.raises(SayoError) as caught:
+        hold(tmp_path)
+    assert (caught.value.code, caught.value.where) == ("L98", str(tmp_path / NAME))

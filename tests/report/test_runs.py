@@ -1,5 +1,6 @@
 """Reading of run folders."""
 
+import json
 import math
 from pathlib import Path
 
@@ -146,6 +147,17 @@ def test_a_change_between_attempts_is_noted(tmp_path):
     run = load_run(tmp_path)
     assert run.estimator == "rloo"
     assert "estimator changed between the attempts; the last is shown" in run.notes
+
+
+def test_numbered_attempts_are_in_order_if_one_has_no_card(tmp_path):
+    """The third went back further than the second."""
+    for name, first in (("metrics", 1), ("metrics-2", 5), ("metrics-3", 3)):
+        lines = [json.dumps({"step": n, "data": {"critic/score/mean": float(first)}}) + "\n" for n in range(first, 7)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    for name, hour in (("run", 0), ("run-3", 2)):
+        card = {"run_id": "r", "estimator": "grpo", "started": f"2026-01-01T0{hour}:00:00+0000"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(card))
+    assert [file.name for file in load_run(tmp_path).files] == ["metrics.jsonl", "metrics-2.jsonl", "metrics-3.jsonl"]
 
 
 def test_each_metrics_file_has_a_run_card_of_its_own():
