@@ -18,11 +18,22 @@ _LEAST = 8  # characters of a value that is searched for everywhere
 _ALWAYS = {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials", "authorization"}
 _ALWAYS |= {"apikey", "apikeys", "apitoken", "apitokens", "authtoken", "accesstoken", "accesskey", "amzsignature"}
 # Words that make a setting in small letters that ends in key or token a secret; "answer_key" and "stop_token" are none.
-_OWNERS = set(
-    "api access auth private secret bearer session refresh signing encryption deploy account service ssh bot hf hub"
-    " huggingface modelscope wandb swanlab openai anthropic azure aws google gemini github gitlab dashscope deepseek"
-    " openrouter serper tavily ray".split()
-)
+_OWNERS = {
+    "api",
+    "access",
+    "auth",
+    "private",
+    "secret",
+    "bearer",
+    "session",
+    "refresh",
+    "signing",
+    "encryption",
+    "deploy",
+}
+_OWNERS |= {"account", "service", "ssh", "bot", "ray", "hf", "hub", "huggingface", "modelscope", "wandb", "swanlab"}
+_OWNERS |= {"openai", "anthropic", "azure", "aws", "google", "gemini", "github", "gitlab", "dashscope", "deepseek"}
+_OWNERS |= {"openrouter", "serper", "tavily"}
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _NAME = re.compile(r"""(?<![\w.-])(?P<name>[\w.-]+)(?P<between>\\?["']?\s*[=:]\s*)""")
 # A reference, a text in quotes, a list, or what has no space or bracket, with what follows a comma and is no pair.

@@ -393,5 +393,6 @@ def test_an_added_key_beside_one_of_nearly_the_same_name_is_refused(repo, key, w
 def test_keys_that_may_be_added_pass(repo):
     keys = ["ray_kwargs.ray_init._temp_dir", "ray_kwargs.ray_init.num_gpus", "trainer.nnodes", "sayo.out"]
     keys += ["actor_rollout_ref.model.override_config.attn_implementation", "data.mm_processor_kwargs.max_patches"]
+    keys += ["distillation.teacher_models.teacher_model1.key"]  # as verl documents it
     keys += ["ray_kwargs.ray_init.runtime_env.env_vars.NCCL_DEBUG", "actor_rollout_ref.rollout.engine_kwargs.vllm.x"]
     check_added(keys, composed(repo))
