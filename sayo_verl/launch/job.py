@@ -197,7 +197,8 @@ def _unknown(where: str, hint: str, got: Any, wanted: str | None) -> SayoError:
         where=where,
         got=got,
         wanted=wanted,
-        fix="correct the name; a + in front of the override adds a setting that does not exist yet",
+        fix="correct the name"
+        + ("" if hint else "; a + in front of the override adds a setting that does not exist yet"),
     )
 
 
