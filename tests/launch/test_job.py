@@ -386,7 +386,8 @@ def test_null_is_left_alone_where_it_has_a_meaning(repo, base):
     ],
 )
 def test_an_added_key_beside_one_of_nearly_the_same_name_is_refused(repo, key, where, near):
-    with pytest.raises(SayoError, match=rf"^SAYO-L70: unknown setting \(did you mean '{near}'\?\) \| at {where} "):
+    begin = rf"^SAYO-L70: unknown setting \(did you mean '{near}'\?\) \| at {where} "
+    with pytest.raises(SayoError, match=begin + r".*fix: correct the name$"):
         check_added([key], composed(repo))
 
 
