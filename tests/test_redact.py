@@ -1,7 +1,9 @@
 """Secrets appear in no file of a run folder, and settings that only look like one stay."""
 
 import json
+import shlex
 import string
+import time
 
 import pytest
 from hypothesis import example, given
@@ -14,7 +16,7 @@ from sayo_verl.errors import SayoError
 from sayo_verl.launch.ending import record_end, report_at_end, say_how_to_resume
 from sayo_verl.launch.preflight import show
 from sayo_verl.launch.run_card import write_run_card
-from sayo_verl.redact import REDACTED, is_secret, redact, redact_override, redact_values
+from sayo_verl.redact import REDACTED, is_secret, redact, redact_command, redact_override, redact_values
 
 NAMES = st.sampled_from(
     ("WANDB_API_KEY", "HF_TOKEN", "token", "OPENAI_KEY", "AWS_SECRET_ACCESS_KEY", "db_password", "api-key", "apiKey")
@@ -53,11 +55,53 @@ def test_a_token_is_known_by_its_form_under_any_name(secret):
     assert redact_values({"index": [secret]}) == {"index": [REDACTED]}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://canary1@host/x",
+        "https://user:pa@canary1@host/",
+        "url=https://h/x?token=canary1&sig=canary2",
+        "X-Amz-Signature=canary1",
+        "MYPASS=canary1 DB_PASS=canary2 DB_PWD=canary3",
+        "OPENAI_API_KEYS=canary1,canary2",
+        "client_secret: [canary1, canary2]",
+        "password=canary1,canary2",
+        "--api-key canary1",
+        "bearer canary12345 and eyJcanary.canary2.canary3",
+        "x -----BEGIN RSA PRIVATE KEY-----\\ncanary1\\n-----END RSA PRIVATE KEY-----",
+    ],
+)
+def test_no_part_of_a_secret_stays(text):
+    assert "canary" not in redact(text)
+
+
+def test_a_long_text_is_read_once():
+    start = time.monotonic()
+    for piece in ("a", "a:", "A-", "x="):
+        redact(piece * 50_000)
+    assert time.monotonic() - start < 10  # each is far below a second; quadratic time is minutes
+
+
+def test_in_the_command_that_resumes_the_placeholder_is_no_redirection():
+    line = "RESUME=/out bash run.sh +a.API_KEY=canary '+a.B_KEY=canary' trainer.nnodes=1"
+    command = redact_command(line)
+    assert command == f"RESUME=/out bash run.sh +a.API_KEY='{REDACTED}' '+a.B_KEY={REDACTED}' trainer.nnodes=1"
+    assert shlex.split(command)[3:5] == [f"+a.API_KEY={REDACTED}", f"+a.B_KEY={REDACTED}"]
+
+
+def test_an_error_keeps_the_words_of_a_harmless_reward_setting(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["main", "+reward.custom_reward_function.reward_kwargs.answer_key=ground_truth2"])
+    error = SayoError("D10", "column ground_truth2 is missing", where="/data/ground_truth2_v2", fix="add it")
+    assert str(error) == "SAYO-D10: column ground_truth2 is missing | at /data/ground_truth2_v2 | fix: add it"
+
+
 def test_a_secret_of_the_environment_or_of_an_argument_is_found_without_its_name(monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "canary-of-environment")
     monkeypatch.setenv("OTHER_KEY", "short")
-    monkeypatch.setattr("sys.argv", ["main", "+a.env_vars.X_SECRET='canary-of-argument'"])
-    assert redact("401: canary-of-environment, canary-of-argument, short") == f"401: {REDACTED}, {REDACTED}, short"
+    monkeypatch.setattr("sys.argv", ["main", "+a.env_vars.X_SECRET='canary-of-argument-1'", "api_key=not-needed"])
+    assert redact("401: canary-of-environment, canary-of-argument-1, not-needed, short") == (
+        f"401: {REDACTED}, {REDACTED}, not-needed, short"
+    )
 
 
 @pytest.mark.parametrize("kept", ["${oc.env:B}", "null", "True"])
@@ -72,7 +116,9 @@ def test_a_reference_or_an_empty_value_is_no_secret(kept):
         "SAYO-L34: unknown key: color | at data.image_key | got image_key=images, wanted data.prompt_key=prompt",
         "actor.ppo_max_token_len_per_gpu=2048 tokenizer=/a/b max_tokens=5 num_tokens: 7",
         "TOKENIZERS_PARALLELISM=false pad_token='<pad>' focus_token: <Focus> eos_token_id=5",
-        "ssh://git@host/x http://host:8000/y token 3: the image",
+        "ssh://git@host/x http://host:8000/y http://host/x@2 token 3: the image",
+        "reward_kwargs.answer_key=ground_truth data.bbox_key=bbox stop_token=</s> think_token=x teacher.key=math",
+        "PWD=/a OLDPWD=/b PROXY_BYPASS=1 PASS: 3 --token is missing, bearer certificate",
     ],
 )
 def test_what_only_looks_like_a_secret_stays(text):
@@ -139,4 +185,4 @@ def test_a_secret_is_in_no_file_of_a_run_and_in_no_line_of_the_launcher(tmp_path
             "B": "${oc.env:B_TOKEN}",
         }
     }
-    assert json.loads(files["run.json"])["ended"]["error"] == f"RuntimeError: 401 for {REDACTED}"
+    assert json.loads(files["run.json"])["ended"]["error"].count(f"RuntimeError: 401 for {REDACTED}") == 1

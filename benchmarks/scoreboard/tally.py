@@ -96,8 +96,10 @@ class Tally:
         return [test["values"][name] for test in self.tests.values() if name in test["values"]]
 
     def of(self, test: str) -> str:
-        """The outcome of a test function with all its cases: passed, failed, skipped, or not found."""
+        """The outcome of a test function with all its cases: passed, failed, partly skipped, skipped, or not found."""
         outcomes = {v["outcome"] for node, v in self.tests.items() if node == test or node.startswith(f"{test}[")}
+        if outcomes == {"passed", "skipped"}:
+            return "partly skipped"
         return next((o for o in ("failed", "passed", "skipped") if o in outcomes), "not found")
 
 

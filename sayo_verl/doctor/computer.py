@@ -14,6 +14,7 @@ from sayo_verl.doctor.finding import Finding
 from sayo_verl.launch.machine import Card, cards, find_nvcc, missing_to_compile, shared_memory, why_no_card
 
 GIB = 2**30
+CGROUPS = Path("/sys/fs/cgroup")
 # Ray stores nothing on a disk that is fuller than this (RAY_local_fs_capacity_threshold).
 FULLEST = 0.95
 # Ports that only a cluster of `ray start --head` uses; a run on one machine takes free ones.
@@ -181,7 +182,10 @@ def check_memory() -> Finding:
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, rest = line.partition(":")
         sizes[name] = int(rest.split()[0]) * 1024
-    free, total = sizes["MemAvailable"], sizes["MemTotal"]
+    total = sizes["MemTotal"]
+    free = sizes.get("MemAvailable", sizes["MemFree"])
+    if (limit := _container_memory()) and limit[1] < total:
+        free, total = min(free, limit[0]), limit[1]
     # Ray kills workers of a node that uses more than 95 % (RAY_memory_usage_threshold)
     return Finding(
         "machine.memory",
@@ -193,6 +197,19 @@ def check_memory() -> Finding:
     )
 
 
+def _container_memory() -> tuple[int, int] | None:
+    """Bytes (available, limit) of this container's memory; None without a limit. Files that can be dropped are free."""
+    for folder, limit, used, files in (
+        (CGROUPS, "memory.max", "memory.current", "inactive_file"),
+        (CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        if (folder / limit).exists() and (total := (folder / limit).read_text().strip()) != "max":
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            taken = int((folder / used).read_text()) - int(stat.get(files, 0))
+            return max(int(total) - taken, 0), int(total)
+    return None
+
+
 def check_disks(out: Path) -> list[Finding]:
     """The disks of the run folders and of Ray's temporary folder.
 
@@ -200,7 +217,8 @@ def check_disks(out: Path) -> list[Finding]:
         out: the folder of runs; it may not exist yet.
     """
     found = []
-    for key, name, folder in (("out", f"disk of {out}", out), ("tmp", "disk of /tmp, for Ray", Path("/tmp"))):
+    ray = Path(os.environ.get("RAY_TMPDIR") or "/tmp")
+    for key, name, folder in (("out", f"disk of {out}", out), ("tmp", f"disk of {ray}, for Ray", ray)):
         place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
         usage = shutil.disk_usage(place)
         right = usage.free >= (1 - FULLEST) * usage.total and os.access(place, os.W_OK)

@@ -33,5 +33,5 @@ class Finding:
         return self.id.partition(".")[0]
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
-        return dataclasses.asdict(self) | {"group": self.group}
+        """For ``--json``: a line that is right has no fix."""
+        return dataclasses.asdict(self) | {"group": self.group, "fix": "" if self.right else self.fix}

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.resume import how_to_resume
 from sayo_verl.launch.run_card import CLOCK, metrics_of_run
-from sayo_verl.redact import redact
+from sayo_verl.redact import redact, redact_command
 from sayo_verl.report.card import run_card
 from sayo_verl.report.causes import HANDLING, describe_exception, note_of_step, os_problem
 from sayo_verl.report.page import write_page_at_end
@@ -107,4 +107,4 @@ def report_at_end(config: DictConfig) -> None:
 def say_how_to_resume(config: DictConfig) -> None:
     """Print how to resume the last checkpoint; nothing if there is none."""
     if line := how_to_resume(config):
-        print(redact(line), flush=True)
+        print(redact_command(line), flush=True)

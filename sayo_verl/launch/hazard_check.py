@@ -5,14 +5,17 @@ as text. verl reports none of them.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 
 from sayo_verl.errors import Rule, did_you_mean, raise_first
+from sayo_verl.launch.resume import parts_of
 from sayo_verl.methods import Method
 from sayo_verl.models.location import is_hub_name
 
@@ -70,7 +73,10 @@ def _rules(config: DictConfig, method: Method | None) -> list[Rule]:
     saves = int(config.trainer.save_freq) > 0
     lengths = {f"trainer.{key}": config.trainer[key] for key in ("total_epochs", "total_training_steps")}
     kept = {
-        **{key: config.trainer.get(key.rpartition(".")[2]) == 1 for key in (KEEP, KEEP.replace("actor", "critic"))},
+        **{
+            key: config.trainer.get(key.rpartition(".")[2]) == 1
+            for key in (KEEP.replace("actor", part) for part in parts_of(config))
+        },
         "trainer.remove_previous_ckpt_in_save": bool(config.trainer.get("remove_previous_ckpt_in_save", False)),
     }
     return [
@@ -95,13 +101,15 @@ def _rules(config: DictConfig, method: Method | None) -> list[Rule]:
                 where=key,
                 got=OmegaConf.select(config, key),
                 wanted="2 or more checkpoints",
-                fix=f"set {KEEP}=2" if key.endswith("to_keep") else f"leave it out and set {KEEP}=2",
+                fix=f"set {key}=2" if key.endswith("to_keep") else f"leave it out and set {KEEP}=2",
             )
             for key, one in kept.items()
         ),
         Rule(
             "X30",
-            host in ALL_ADDRESSES and OmegaConf.select(config, "ray_kwargs.ray_init.include_dashboard") is not False,
+            host in ALL_ADDRESSES
+            and OmegaConf.select(config, "ray_kwargs.ray_init.include_dashboard") is not False
+            and not _joins_cluster(config),
             "Ray's dashboard would listen on all addresses: whoever reaches its port can run commands as you",
             where=DASHBOARD,
             got=host,
@@ -154,6 +162,12 @@ def _rules(config: DictConfig, method: Method | None) -> list[Rule]:
     ]
 
 
+def _joins_cluster(config: DictConfig) -> bool:
+    """Whether the run uses a Ray that runs already, whose dashboard is not started here."""
+    address = OmegaConf.select(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS")
+    return bool(address) and address != "local"
+
+
 def _of_trackers(config: DictConfig, *, here: bool) -> list[Rule]:
     """verl starts its trackers when the models are loaded and the engine is up."""
     from verl.utils.tracking import Tracking
@@ -197,11 +211,23 @@ def _of_trackers(config: DictConfig, *, here: bool) -> list[Rule]:
 
 
 def _wandb_can_start(environment: Mapping[str, str]) -> bool:
-    if environment.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or environment.get("WANDB_API_KEY"):
+    """False only if nothing tells W&B how to start; with a host of its own settings any login is enough."""
+    given = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    if environment.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or any(map(environment.get, given)):
+        return True
+    # Settings of `wandb offline` and `wandb login --host`: in the run's folder, and the user's own.
+    own = Path(environment.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    folder = Path(environment.get("WANDB_DIR") or ".")
+    files = [place / "settings" for place in (folder / "wandb", folder / ".wandb", own)]
+    said = "".join(file.read_text(errors="replace") for file in files if file.is_file())
+    starts = r"^\s*(mode\s*=\s*(offline|disabled|dryrun)|disabled\s*=\s*true|api_key\s*=|identity_token_file\s*=)"
+    if re.search(starts, said, re.MULTILINE):
         return True
     file = Path(environment.get("NETRC") or "~/.netrc").expanduser()
-    host = (environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").rpartition("://")[2].partition("/")[0]
+    base = environment.get("WANDB_BASE_URL") or ("" if "base_url" in said else "https://api.wandb.ai")
+    host = urlsplit(base).hostname
     try:
-        return netrc(file).authenticators(host) is not None
+        logins = netrc(file)
     except (OSError, NetrcParseError):
         return False
+    return bool(logins.hosts) if host is None else logins.authenticators(host) is not None

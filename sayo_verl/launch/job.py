@@ -52,6 +52,7 @@ WHOLE = (int, int | None)
 MAY_BE_NULL = ("trainer.v1.sampler.max_off_policy_threshold",)  # a number by default; null turns it off
 # How near an added key must be to one that exists, and groups whose keys verl passes on to other packages.
 NEARLY, FREE = 0.85, ("_kwargs", "override_config", "attn")
+NAMED_BY_USER = ("distillation.teacher_models",)  # groups whose keys are names that a user chooses
 COMPUTED = (
     "actor_rollout_ref.rollout.max_model_len",
     "reward.custom_reward_function.reward_kwargs.accuracy_weight",
@@ -161,7 +162,8 @@ def check_added(given: Collection[str], defaults: DictConfig) -> None:
             if part not in group:
                 known = list(_of_ray_init() if path[:depth] == ["ray_kwargs", "ray_init"] else group)
                 near = difflib.get_close_matches(part, known, n=1, cutoff=NEARLY)
-                if near and near[0] != part and not any(name.endswith(FREE) for name in path[1:depth]):
+                free = ".".join(path[:depth]) in NAMED_BY_USER
+                if near and near[0] != part and not free and not any(name.endswith(FREE) for name in path[1:depth]):
                     raise _unknown(".".join(path[: depth + 1]), f" (did you mean {near[0]!r}?)", part, None)
                 break
             group = group[part]
@@ -195,7 +197,8 @@ def _unknown(where: str, hint: str, got: Any, wanted: str | None) -> SayoError:
         where=where,
         got=got,
         wanted=wanted,
-        fix="correct the name; a + in front of the override adds a setting that does not exist yet",
+        fix="correct the name"
+        + ("" if hint else "; a + in front of the override adds a setting that does not exist yet"),
     )
 
 

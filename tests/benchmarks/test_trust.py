@@ -87,3 +87,11 @@ def test_the_command_measures_and_writes_the_page(repo, tmp_path):
     assert stored["full_run"] is None
     assert "exponent 1." in stored["figures"]["memory"]["value"]
     assert "exponent 1." in page.read_text()
+
+
+@pytest.mark.usefixtures("scoreboard")
+def test_a_test_with_skipped_cases_is_partly_skipped():
+    from scoreboard.tally import Tally
+
+    tally = Tally({f"t[{n}]": {"outcome": outcome} for n, outcome in enumerate(("passed", "skipped"))})
+    assert tally.of("t") == "partly skipped"

@@ -328,6 +328,25 @@ def test_memory_disks_and_folders_that_cannot_take_a_run_are_named(monkeypatch, 
     assert f"{tmp_path} cannot be written" in computer.check_disks(tmp_path / "a")[0].found
 
 
+def test_the_memory_limit_of_a_container_and_rays_own_folder_count(monkeypatch, tmp_path):
+    monkeypatch.setattr(computer, "CGROUPS", tmp_path)
+    for name, text in (("memory.max", "1000000000\n"), ("memory.current", "950000000\n"), ("memory.stat", "anon 5\n")):
+        (tmp_path / name).write_text(text)
+    found = computer.check_memory()
+    assert (found.found, found.right) == ("0.0 of 0.9 GiB available", False)
+    (tmp_path / "memory.stat").write_text("inactive_file 900000000\n")
+    assert computer.check_memory().right
+    (tmp_path / "memory.max").write_text("max\n")
+    assert computer._container_memory() is None
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert computer.check_disks(tmp_path)[1].name == f"disk of {tmp_path}, for Ray"
+
+
+def test_a_line_that_is_right_has_no_fix_in_json():
+    fixes = [computer.Finding("a.b", "n", "f", "w", right, "do").as_dict()["fix"] for right in (True, False)]
+    assert fixes == ["", "do"]
+
+
 def test_a_port_that_another_program_holds_is_named_and_a_rays_is_right(monkeypatch):
     monkeypatch.setattr(computer, "_ray_here", lambda: None)
     with socket.create_server(("127.0.0.1", 0)) as server:

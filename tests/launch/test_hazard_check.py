@@ -6,7 +6,18 @@ import pytest
 from omegaconf import DictConfig, open_dict
 from support.launch_config import add, refused
 
-from sayo_verl.launch.hazard_check import CORRECTION, DASHBOARD, KEEP, LOG_PROBS, LOGGER, TEMPLATE, TRUST, check_hazards
+from sayo_verl.errors import SayoError
+from sayo_verl.launch.hazard_check import (
+    CORRECTION,
+    DASHBOARD,
+    KEEP,
+    LOG_PROBS,
+    LOGGER,
+    TEMPLATE,
+    TRUST,
+    _wandb_can_start,
+    check_hazards,
+)
 from sayo_verl.launch.preflight import preflight
 
 SAVES = {"trainer.save_freq": 5}
@@ -25,7 +36,10 @@ def test_one_kept_checkpoint_is_refused_because_a_kill_while_saving_leaves_none(
     assert (error.where, error.got, error.wanted) == (KEEP, 1, "2 or more checkpoints")
     old = add(make(**SAVES), "trainer.remove_previous_ckpt_in_save", True)
     assert "set trainer.max_actor_ckpt_to_keep=2" in refused(old, "L76").fix
-    refused(make(**SAVES, **{KEEP.replace("actor", "critic"): 1}), "L76")
+    critic = KEEP.replace("actor", "critic")
+    preflight(make(**SAVES, **GRPO, **{critic: 1}))  # there is no critic
+    with pytest.raises(SayoError, match=rf"^SAYO-L76: .* \| at {critic} .*fix: set {critic}=2"):
+        check_hazards(make(**SAVES, **{"critic.enable": True, critic: 1}), None, here=True)
     preflight(make(**SAVES, **{KEEP: 2}))
     preflight(make(**{KEEP: 1, "trainer.save_freq": -1}))  # saves none
 
@@ -41,6 +55,7 @@ def test_a_dashboard_on_all_addresses_is_refused(make, host):
     refused(config(host, True), "X30", dry_run=True)
     preflight(config(host, False))
     preflight(config("127.0.0.1", True))
+    check_hazards(add(config(host, None), "ray_kwargs.ray_init.address", "10.0.0.1:6379"), None, here=True)
 
 
 def test_code_of_a_model_is_refused_with_a_method_and_from_the_hub(make):
@@ -85,6 +100,24 @@ def test_a_logger_that_cannot_start_is_refused(make, monkeypatch, tmp_path):
     refused(wandb, "X34")
     monkeypatch.setenv("WANDB_MODE", "offline")
     preflight(wandb)
+
+
+def test_weights_and_biases_may_be_set_up_in_other_ways_than_by_a_key(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine my.host login user password key\n")
+    alone = {"NETRC": str(netrc), "WANDB_CONFIG_DIR": str(tmp_path / "own")}
+    assert not _wandb_can_start(alone)
+    assert _wandb_can_start({**alone, "WANDB_BASE_URL": "https://my.host:8080"})
+    assert _wandb_can_start({**alone, "WANDB_IDENTITY_TOKEN_FILE": "/token"})
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "settings").write_text("[default]\nbase_url = https://my.host\n")
+    assert _wandb_can_start(alone)
+    netrc.unlink()
+    assert not _wandb_can_start(alone)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    assert _wandb_can_start(alone)
 
 
 @pytest.mark.parametrize("key", ["trainer.total_epochs", "trainer.total_training_steps"])
