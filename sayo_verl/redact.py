@@ -83,10 +83,10 @@ def redact(text: str) -> str:
     text = _OPTION.sub(_without_value, _QUERY.sub(rf"\g<name>{REDACTED}", text))
     parts, end = [], 0
     for found in _NAME.finditer(text):
-        value = _VALUE.match(text, found.end()) if found.start() >= end and _names_secret(found) else None
-        if value and redact_values(value[0].strip("\"'[]"), found["name"]) == REDACTED:
+        secret = _VALUE.match(text, found.end()) if found.start() >= end and _names_secret(found) else None
+        if secret and redact_values(secret[0].strip("\"'[]"), found["name"]) == REDACTED:
             parts += [text[end : found.end()], REDACTED]
-            end = value.end()
+            end = secret.end()
     return "".join([*parts, text[end:]])
 
 

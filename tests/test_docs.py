@@ -1,5 +1,7 @@
 """The code, the commands and the tables of the documentation are true."""
 
+import builtins
+import contextlib
 import json
 import re
 import shlex
@@ -137,7 +139,9 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     names = PREPARED.get(str(page), lambda _: {})(tmp_path)
     monkeypatch.chdir(tmp_path)
     for code in blocks(page, "python"):
-        exec(code, names)  # noqa: S102 (the page's own example)
+        named = re.search(r"# (\w+Error): .*$", code.rstrip().splitlines()[-1])  # a reproduction that ends in an error
+        with pytest.raises(getattr(builtins, named[1])) if named else contextlib.nullcontext():
+            exec(code, names)  # noqa: S102 (the page's own example)
     if str(page) == "docs/data.md":
         assert json.loads((tmp_path / "mine" / "questions.jsonl").read_text())["boxes"] == [[1, 2, 4, 6]]
 

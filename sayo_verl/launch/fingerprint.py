@@ -140,10 +140,10 @@ def fingerprint_of(config: DictConfig) -> dict[str, Any]:
         compared[name] = {key: value for key, value in compared[name].items() if not key.startswith(elsewhere)}
     compared["method"] |= _own_code(config)
     compared["data"] |= of_data(config.data.train_files)
-    for name, keys in CODE.items():
-        compared[name] |= {key: of_code(path) for key, path in _named(config, keys).items()}
-    for name, keys in MODELS.items():
-        for key, path in _models(config, keys, critic=critic).items():
+    for name, of_files in CODE.items():
+        compared[name] |= {key: of_code(path) for key, path in _named(config, of_files).items()}
+    for name, of_folders in MODELS.items():
+        for key, path in _models(config, of_folders, critic=critic).items():
             compared[name] |= of_model(key, path)
     return {
         "schema": SCHEMA,
