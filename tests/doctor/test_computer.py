@@ -14,6 +14,7 @@ from support.launch_config import composed
 from support.saved import save
 from triton.runtime import build
 
+from sayo_verl import __version__
 from sayo_verl.cli import build_parser, main
 from sayo_verl.doctor import command, computer, packages, ray_child
 from sayo_verl.doctor import job as job_module
@@ -22,6 +23,7 @@ from sayo_verl.errors import SayoError
 from sayo_verl.launch import machine
 from sayo_verl.launch.attention_check import INSTALL_FLASH_ATTN
 from sayo_verl.launch.preflight import preflight, show
+from sayo_verl.methods import METHODS
 from sayo_verl.probe import selfcheck
 
 
@@ -363,7 +365,8 @@ def test_a_port_that_another_program_holds_is_named_and_a_rays_is_right(monkeypa
 
 
 def test_what_ray_listens_on_is_right_with_a_token_only():
-    nodes = [["a Ray worker", packages.plugin_state()]]
+    state = {"version": __version__, "estimators": ", ".join(METHODS)}  # other tests may have left methods of their own
+    nodes = [["a Ray worker", state]]
     heard = {"raylet": ["::"], "agent": ["10.0.0.1", "127.0.0.1"]}
     for token in (True, False):
         worker, found = ray_child.of_result({"nodes": nodes, "listening": heard, "token": token})
