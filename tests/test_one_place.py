@@ -62,6 +62,7 @@ NAMED_ELSEWHERE = {
     "attn_anchor": {
         "metis.py": "the graph partition of this method",
         "diagnose/findings.py": "its connectivity",
+        "doctor/packages.py": "the one method that needs METIS",
     },
     "attn_faithful": {
         "diagnose/answers.py": "its changed image",

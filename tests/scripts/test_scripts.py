@@ -511,7 +511,7 @@ def test_grpo_starts_verls_own_code_and_a_method_or_a_recording_ours(
     done = plan(repo, "run.sh", environment, f"sayo.viz_every={every}", **given, DATA=str(scenes), DRY_RUN="0")
     assert done.returncode == 0, done.stderr
     ((config,), keywords) = start.call_args
-    assert keywords["task_runner_class"].__ray_metadata__.modified_class.__name__ == runner
+    assert keywords["task_runner_class"]._cls.__ray_metadata__.modified_class.__name__ == runner
     assert (config.trainer.v1.trainer_mode, config.actor_rollout_ref.model.external_lib) == (mode, engine)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["estimator"] == config.algorithm.adv_estimator
 
