@@ -25,6 +25,15 @@ from sayo_verl.view.store import RecordedStep, read_steps
 
 PAGE_FILE = "report.html"
 MOST_FILES = 4  # named of each split
+# Beginning of a metric's name -> what it means for the training, for the warnings
+EFFECTS = {
+    "sayo/neutral_rows/": "Such rows count as in GRPO.",
+    "sayo/failed_rollouts/val": "They have no score.",
+    "sayo/failed_rollouts": "They were left out of their groups.",
+    "sayo/skipped_updates": "The weights stayed as they were.",
+    "sayo/left_out_rows": "They were not trained on.",
+    "sayo/reward_timeouts": "Their rollouts failed.",
+}
 QUIET = 600.0  # seconds without a new line after which a run without a recorded end counts as stopped
 
 
@@ -225,7 +234,8 @@ def _warnings(run: Run, recorded: Sequence[str]) -> str:
     for metric in c.ANY_METHOD.metrics:
         series = [value for _, value in run.training(metric.name) if math.isfinite(value)]
         if metric.unless_zero and (total := sum(series)):
-            found.append(f"{metric.label}: {total:g} in {len(series)} steps. Such rows count as in GRPO.")
+            effect = next(effect for name, effect in EFFECTS.items() if metric.name.startswith(name))
+            found.append(f"{metric.label}: {total:g} in {len(series)} steps. {effect}")
     stale = [value for _, value in run.training("sayo/staleness/max") if math.isfinite(value)]
     if stale and max(stale) > 0:
         found.append(f"Rollouts were up to {max(stale):g} versions of the weights old.")

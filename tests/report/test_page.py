@@ -145,6 +145,15 @@ def test_warnings_name_nan_neutral_rows_cut_files_and_left_out_metrics(tmp_path)
     assert "2 prompts at 1 points of the training" in text
 
 
+def test_each_count_of_rows_says_what_it_means_for_the_training(tmp_path):
+    counts = [metric.name for metric in c.ANY_METHOD.metrics if metric.unless_zero]
+    write_run(tmp_path, line(1, **ATTENTION, **dict.fromkeys(counts, 3.0)), launch={"run_id": "demo"})
+    text = page_of(tmp_path).text
+    assert "failed rollouts: 3 in 1 steps. They were left out of their groups." in text
+    assert "skipped updates: 3 in 1 steps. The weights stayed as they were." in text
+    assert text.count(": 3 in 1 steps. ") == len(counts)
+
+
 def test_text_of_the_model_and_of_files_stays_text(tmp_path):
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)>$x_1"
     run = write_run(
