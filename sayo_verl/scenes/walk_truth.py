@@ -96,7 +96,7 @@ def walk_path(
     """The steps + 1 cells of the true walk; arguments as ``walk_truth``."""
     path, following = [start], neighbours(grid)
     for step in range(steps):
-        path.append(following[path[-1]][moves[step] if moves else directions[path[-1]]])
+        path.append(following[path[-1]][moves[step] if len(moves) else directions[path[-1]]])
     return tuple(path)
 
 
@@ -114,7 +114,7 @@ def walk_truth(
         moves: [steps] the directions that the question names; empty if the image has them.
     """
     following, cell_of = neighbours(grid), _cell_of(grid)
-    seen = not moves
+    seen = len(moves) == 0  # arrays have no truth value
     at = said = start  # the cell that the text leads to; the cell that the text named last
     region, right = list[int](), list[bool]()
     readable = len(words) == 4 * steps + 2

@@ -98,7 +98,7 @@ def test_every_word_of_the_task_is_one_token_and_tags_survive_decoding(processor
 
 def test_a_tokenizer_that_splits_words_of_the_task_is_refused(monkeypatch):
     words = iter([("circle",), ("circle", "unknown word")])  # of the training, of the check
-    monkeypatch.setattr(policy, "task_words", lambda: next(words))
+    monkeypatch.setattr(policy, "task_words", lambda task: next(words))
     with pytest.raises(SayoError, match=r"SAYO-T02: .*got \['unknown word'\]"):
         policy.build_tokenizer()
 
