@@ -1,0 +1,306 @@
+"""A tiny Qwen3-VL that walks: its weights at the start, batched sampling, log-probs, and what the probe measures.
+
+All prompts have the same length, so rows need no padding on the left. The image and the prompt are computed once and
+their keys and values are repeated for the responses of a group.
+
+Shape suffixes: B prompts, N = B n rows (n responses of each prompt, side by side), P prompt tokens, T response tokens
+(padded on the right), S = P + T, V visual tokens of an image, D hidden size, W vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Qwen3VLProcessor
+from transformers.cache_utils import DynamicCache
+
+from sayo_verl.methods.signals import Needs, Signals
+from sayo_verl.models.families import family_of
+from sayo_verl.probe.measure import Measurement
+from sayo_verl.probe.plan import ChatTokens, RowPlan, image_tiles, plan_row
+from sayo_verl.probe.taps import ForwardTap, asked_layers
+from sayo_verl.scenes.walk import Walk
+from sayo_verl.scenes.walk_truth import Truth
+from sayo_verl.tiny.policy import END, PAD, TinyPolicyConfig, build_model, build_processor
+from sayo_verl.tiny.warmup import prompt_batch
+from sayo_verl.vision.intervention import Pixels, intervene, prompt_key
+from sayo_verl.vision.masks import region_mask
+
+POLICY = TinyPolicyConfig(task="walk", layers=3, kv_heads=4, vision_depth=1)
+LOOK_LAYER, LOOK_HEADS = 1, 2  # where queries equal keys at the start, and in how many heads
+POSITION_SCALE = 20.0  # of the vision tower's position embeddings; with the usual weights the pixels drown them
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """B walks as inputs of the model: ids [B, P], pixels of all patches, grids [B, 3], token types [B, P]."""
+
+    walks: Sequence[Walk]
+    ids: torch.Tensor
+    pixels: torch.Tensor
+    grids: torch.Tensor
+    types: torch.Tensor
+
+    def row(self, i: int) -> dict[str, torch.Tensor]:
+        """What a processor returns for one of them."""
+        patches = self.pixels.shape[0] // len(self.walks)
+        return {"pixel_values": self.pixels[i * patches : (i + 1) * patches], "image_grid_thw": self.grids[i : i + 1]}
+
+
+@dataclass
+class WalkPolicy:
+    """A model and its processor; ``model`` is an ordinary Qwen3-VL."""
+
+    model: PreTrainedModel
+    processor: Qwen3VLProcessor
+    words: list[str] = field(init=False)  # of each token id, "" if it is no word
+
+    def __post_init__(self) -> None:
+        tokenizer = self.processor.tokenizer
+        self.end, self.pad = (tokenizer.convert_tokens_to_ids(token) for token in (END, PAD))
+        special = set(tokenizer.all_special_ids)
+        self.words = ["" if i in special else tokenizer.decode([i]).strip() for i in range(len(tokenizer))]
+        self.text, self.vision = self.model.model.language_model, self.model.model.visual
+
+    def prompts(self, walks: Sequence[Walk]) -> Prompts:
+        """Inputs of walks with an image."""
+        inputs = prompt_batch(self.processor, [walk.question for walk in walks], [walk.image for walk in walks])
+        assert bool(inputs["attention_mask"].all()), "prompts of different lengths"
+        names = ("input_ids", "pixel_values", "image_grid_thw", "mm_token_type_ids")
+        return Prompts(walks, *(inputs[name] for name in names))
+
+    def encode(self, responses: Sequence[Sequence[str]]) -> torch.Tensor:
+        """Ids [N, T] of words and the end token, padded on the right; each word is one token."""
+        tokenizer = self.processor.tokenizer
+        rows = [
+            torch.tensor([*tokenizer.convert_tokens_to_ids(self._pieces(words)), self.end]) for words in responses
+        ]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
+
+    def _pieces(self, words: Sequence[str]) -> list[str]:
+        return [self.processor.tokenizer.convert_ids_to_tokens(self._ids[word]) for word in words]
+
+    @property
+    def _ids(self) -> dict[str, int]:
+        if not hasattr(self, "_id_of"):
+            # a word with its leading space, as it stands in a response
+            tokenizer = self.processor.tokenizer
+            texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+            self._id_of = {text[1:]: i for i, text in enumerate(texts) if text.startswith(" ")}
+        return self._id_of
+
+    def truths(self, walks: Sequence[Walk], ids_NT: torch.Tensor) -> list[Truth]:
+        """The truth of each row's words, one a token, without the end token."""
+        n = len(ids_NT) // len(walks)
+        out = []
+        for row, ids in enumerate(ids_NT.tolist()):
+            length = ids.index(self.end) if self.end in ids else len(ids)
+            out.append(walks[row // n].truth([self.words[i] for i in ids[:length]]))
+        return out
+
+    # ------------------------------------------------------------------------------------------------ passes
+    def see(self, pixels: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Features [B V, D] of the visual tokens, and those that are added to the first text layers."""
+        seen = self.vision(pixels, grids)
+        return seen.pooler_output, seen.deepstack_features
+
+    def _embedded(self, prompts: Prompts, pixels: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Embeddings [B, P, D] of the prompts, and the model's arguments that go with them."""
+        features, deep = self.see(prompts.pixels if pixels is None else pixels, prompts.grids)
+        image_BP = prompts.ids == self.model.config.image_token_id
+        embedded = self.text.embed_tokens(prompts.ids).masked_scatter(image_BP[..., None], features)
+        return embedded, {"visual_pos_masks": image_BP, "deepstack_visual_embeds": deep}
+
+    def _positions(self, prompts: Prompts, T: int) -> torch.Tensor:
+        """[3, 1, P + T], the same for all rows."""
+        ids = torch.nn.functional.pad(prompts.ids[:1], (0, T), value=self.pad)
+        types = torch.nn.functional.pad(prompts.types[:1], (0, T))
+        return self.model.model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=prompts.grids[:1])[0]
+
+    def _run(self, embedded: torch.Tensor, positions: torch.Tensor, **more: Any) -> torch.Tensor:
+        positions = positions.expand(-1, embedded.shape[0], -1)
+        return self.text(inputs_embeds=embedded, position_ids=positions, **more).last_hidden_state
+
+    def _prefix(self, prompts: Prompts, positions: torch.Tensor, n: int) -> tuple[torch.Tensor, DynamicCache]:
+        """The hidden state [N, 1, D] after the prompt, and its keys and values, repeated n times."""
+        cache = DynamicCache(config=self.text.config)
+        embedded, image = self._embedded(prompts)
+        hidden = self._run(embedded, positions[..., : embedded.shape[1]], past_key_values=cache, use_cache=True, **image)
+        if n > 1:
+            cache.batch_repeat_interleave(n)
+        return hidden[:, -1:].repeat_interleave(n, 0), cache
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Prompts, n: int, max_tokens: int, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Responses, long [N, T], from the whole distribution at temperature 1, or greedy without a generator."""
+        P = prompts.ids.shape[1]
+        positions = self._positions(prompts, max_tokens)
+        hidden, cache = self._prefix(prompts, positions, n)
+        out: list[torch.Tensor] = []
+        ended = torch.zeros(len(hidden), dtype=torch.bool)
+        for t in range(max_tokens):
+            logits_NW = self.model.lm_head(hidden[:, -1])
+            if generator is None:
+                ids_N = logits_NW.argmax(-1)
+            else:
+                ids_N = torch.multinomial(logits_NW.softmax(-1), 1, generator=generator)[:, 0]
+            out.append(ids_N.masked_fill(ended, self.pad))
+            ended = ended | (ids_N == self.end)
+            if bool(ended.all()) or t == max_tokens - 1:
+                break
+            embedded = self.text.embed_tokens(out[-1])[:, None]
+            hidden = self._run(embedded, positions[..., P + t : P + t + 1], past_key_values=cache, use_cache=True)
+        return torch.stack(out, 1)
+
+    def log_p(self, prompts: Prompts, ids_NT: torch.Tensor) -> torch.Tensor:
+        """Log-probs [N, T, W] of all tokens, with their gradient."""
+        return self.model.lm_head(self._hidden(prompts, ids_NT)).log_softmax(-1)
+
+    def log_probs(self, prompts: Prompts, ids_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs with their gradient, and entropies, [N, T] in nats, at temperature 1."""
+        return self._token_values(self._hidden(prompts, ids_NT), ids_NT)
+
+    def _hidden(self, prompts: Prompts, ids_NT: torch.Tensor) -> torch.Tensor:
+        """Hidden states [N, T, D] of the rows that predict each token; a prompt is computed once."""
+        n, T, P = len(ids_NT) // len(prompts.walks), ids_NT.shape[1], prompts.ids.shape[1]
+        positions = self._positions(prompts, T)
+        first, cache = self._prefix(prompts, positions, n)
+        rest = self._run(
+            self.text.embed_tokens(ids_NT[:, :-1]), positions[..., P : P + T - 1], past_key_values=cache, use_cache=True
+        )
+        return torch.cat([first, rest], 1)
+
+    def _token_values(self, hidden_NTD: torch.Tensor, ids_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_p = self.model.lm_head(hidden_NTD).log_softmax(-1)
+        entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)
+        return log_p.gather(-1, ids_NT[..., None])[..., 0], entropy
+
+    def mask(self, ids_NT: torch.Tensor) -> torch.Tensor:
+        """float32 [N, T], 1 up to the end token."""
+        ends = (ids_NT == self.end).long()
+        return ((ends.cumsum(-1) - ends) == 0).float()
+
+    # ------------------------------------------------------------------------------------------------ probe
+    @torch.no_grad()
+    def signals(
+        self, prompts: Prompts, ids_NT: torch.Tensor, needs: Needs, correct: torch.Tensor, step: int, **more: Any
+    ) -> Signals:
+        """What a method reads, from one plain forward pass with the probe's taps, and one more for a changed image.
+
+        Args:
+            correct: [N] in [0, 1].
+            step: of training; a changed image depends on it.
+            more: further fields of ``Signals``.
+        """
+        N, T, P, n = *ids_NT.shape, prompts.ids.shape[1], len(ids_NT) // len(prompts.walks)
+        mask_NT = self.mask(ids_NT)
+        request = needs.statistics
+        plans = [p for i in range(len(prompts.walks)) for p in self._plans(prompts, i, ids_NT, mask_NT, needs, n)]
+        numbers = asked_layers(self.model, request.layers, where="the layers of a statistic")
+        measurement = Measurement(request, plans, numbers, packed=False, device=torch.device("cpu"))
+        attention = {numbers[k] for s in request.statistics if s.spec.source != "hidden" for k in s.layers}
+        hidden = any(s.spec.source == "hidden" for s in request.statistics)
+        with ForwardTap(self.model, sorted(attention), measurement.read, measurement.read_hidden if hidden else None):
+            log_probs, entropy = self._teacher_forced(prompts, ids_NT, prompts.pixels)
+        results = measurement.finish() if request.statistics else {}
+
+        def padded(values: torch.Tensor) -> torch.Tensor:
+            rows = values.split([plan.response_length for plan in plans])
+            out = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+            return torch.nn.functional.pad(out, (*(0, 0) * (out.ndim - 2), 0, T - out.shape[1]))
+
+        changed = None
+        if needs.intervention is not None:
+            changed = self._teacher_forced(prompts, ids_NT, self._changed(prompts, needs, step))[0]
+        return Signals(
+            response_mask=mask_NT,
+            entropy=entropy,
+            log_probs=log_probs,
+            statistics={s: padded(results[s.key][0]) for s in request.statistics if s.name != "patch_sums"},
+            image_tokens=torch.tensor([float(plan.image_columns.numel()) for plan in plans]),
+            region_tokens=torch.tensor([float(plan.region_tokens) for plan in plans]),
+            is_padding=torch.zeros(N, dtype=torch.bool),
+            uid=tuple(str(row // n) for row in range(N)),
+            counterfactual_log_probs=changed,
+            correct=correct,
+            **more,
+        )
+
+    def _teacher_forced(
+        self, prompts: Prompts, ids_NT: torch.Tensor, pixels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``log_probs``, without its gradient, from whole rows, as the probe reads them."""
+        n, T, P = len(ids_NT) // len(prompts.walks), ids_NT.shape[1], prompts.ids.shape[1]
+        embedded, image = self._embedded(prompts, pixels)
+        embedded = torch.cat([embedded.repeat_interleave(n, 0), self.text.embed_tokens(ids_NT)], 1)
+        deep = [f.unflatten(0, (len(prompts.walks), -1)).repeat_interleave(n, 0).flatten(0, 1)
+                for f in image["deepstack_visual_embeds"]]  # fmt: skip
+        where = torch.nn.functional.pad(image["visual_pos_masks"].repeat_interleave(n, 0), (0, T))
+        hidden = self._run(
+            embedded, self._positions(prompts, T), visual_pos_masks=where, deepstack_visual_embeds=deep, use_cache=False
+        )
+        return self._token_values(hidden[:, P - 1 : -1], ids_NT)
+
+    def _plans(
+        self, prompts: Prompts, i: int, ids_NT: torch.Tensor, mask_NT: torch.Tensor, needs: Needs, n: int
+    ) -> list[RowPlan]:
+        family = family_of(self.model.config.model_type, where="the policy")
+        names = {s.name for s in needs.statistics.statistics}
+        chat = names & {"system_mass", "question_mass"}
+        tiles = image_tiles(prompts.row(i), family, self.model.config, where=f"prompt {i}")
+        return [
+            plan_row(
+                torch.cat([prompts.ids[i], ids_NT[row, :length]]),
+                length,
+                image_token_id=self.model.config.image_token_id,
+                images=tiles,
+                boxes=[boxes(prompts.walks[i])],
+                coverage=needs.statistics.coverage,
+                where=f"prompt {i}",
+                n_boxes=max((s.size for s in needs.statistics.statistics if s.name == "box_mass"), default=0),
+                chat=ChatTokens.of(self.processor.tokenizer, family) if chat else None,
+            )
+            for row in range(i * n, (i + 1) * n)
+            for length in (int(mask_NT[row].sum()),)
+        ]
+
+    def _changed(self, prompts: Prompts, needs: Needs, step: int) -> torch.Tensor:
+        """Pixels of all prompts after the intervention."""
+        assert needs.intervention is not None
+        family = family_of(self.model.config.model_type, where="the policy")
+        layout = Pixels.of(self.processor, family.geometry)
+        out = []
+        for i, walk in enumerate(prompts.walks):
+            tiles = image_tiles(prompts.row(i), family, self.model.config, where=f"prompt {i}")
+            region = [torch.from_numpy(region_mask(boxes(walk), tiles[0], needs.statistics.coverage, where=f"prompt {i}"))]
+            row = intervene(prompts.row(i), needs.intervention, layout, tiles=tiles, region=region,
+                            key=prompt_key(prompts.ids[i], step), where=f"prompt {i}")  # fmt: skip
+            out.append(row["pixel_values"])
+        return torch.cat(out)
+
+
+def boxes(walk: Walk) -> list[tuple[float, ...]]:
+    """The boxes of a walk's cells in [0, 1], as rows have them."""
+    assert walk.image is not None
+    return [tuple(x / side for x, side in zip(box, walk.image.size * 2, strict=True)) for box in walk.boxes]
+
+
+def new_policy(config: TinyPolicyConfig = POLICY) -> WalkPolicy:
+    """An untrained policy that can learn to look within minutes: two of its weights are not those of transformers.
+
+    In ``LOOK_HEADS`` heads of layer ``LOOK_LAYER`` queries equal keys, so a word attends to an image cell with the same
+    content. The vision tower's position embeddings are scaled, so that a visual token can say where it is.
+    """
+    processor = build_processor(config)
+    policy = WalkPolicy(build_model(config, processor), processor)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        attention = policy.text.layers[LOOK_LAYER].self_attn
+        torch.nn.init.orthogonal_(attention.q_proj.weight)
+        size = LOOK_HEADS * config.head_dim
+        attention.k_proj.weight[:size] = attention.q_proj.weight[:size]
+        policy.vision.pos_embed.weight.mul_(POSITION_SCALE)
+    return policy
