@@ -6,7 +6,7 @@ Shape suffixes: B walks, T response tokens, V visual tokens of an image, D hidde
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,6 +25,7 @@ class WarmupConfig:
     batch: int = 64
     rate: float = 1.5e-3
     slip: float = 0.25
+    unread: tuple[int, ...] = ()  # colours whose arrows the demonstrations never read
     forbid_weight: float = 0.01
     forbid_log_prob: float = -30.0
     eval_every: int = 25
@@ -60,6 +61,15 @@ def align(policy: WalkPolicy, scenes: WalkConfig, config: WarmupConfig, log=prin
             log(f"align {step + 1} loss {loss.item():.3f} arrows {right:.3f}")
 
 
+def demonstrated(walk: Walk, rng: random.Random, config: WarmupConfig) -> list[str]:
+    """A demonstration in which arrows of the unread colours are guessed."""
+    arrows = list(walk.directions)
+    for cell, colour in enumerate(walk.colours):
+        if colour in config.unread:
+            arrows[cell] = rng.randrange(4)
+    return demonstration(replace(walk, directions=tuple(arrows)), rng, config.slip)
+
+
 @torch.no_grad()
 def evaluate(policy: WalkPolicy, walks: Sequence[Walk], seed: int | None = 0) -> dict[str, float]:
     """accuracy, right looks, right text, clean walks; sampled at temperature 1, or greedy with seed None."""
@@ -85,7 +95,7 @@ def warm_up(policy: WalkPolicy, scenes: WalkConfig, config: WarmupConfig, held_o
         for group in optimizer.param_groups:
             group["lr"] = config.rate * min(1.0, step / 50)
         walks = [sample_walk(rng, scenes) for _ in range(config.batch)]
-        ids_BT = policy.encode([demonstration(walk, rng, config.slip) for walk in walks])
+        ids_BT = policy.encode([demonstrated(walk, rng, config) for walk in walks])
         prompts = policy.prompts(walks)
         log_p = policy.log_p(prompts, ids_BT)
         excess = (log_p[..., forbidden].logsumexp(-1) - config.forbid_log_prob).clamp(min=0).mean()
