@@ -8,7 +8,7 @@ Shape suffixes: B prompts, N = B n rows (n responses of each prompt, side by sid
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,20 +48,26 @@ class Prompts:
         return {"pixel_values": self.pixels[i * patches : (i + 1) * patches], "image_grid_thw": self.grids[i : i + 1]}
 
 
-@dataclass
 class WalkPolicy:
-    """A model and its processor; ``model`` is an ordinary Qwen3-VL."""
+    """A model and its processor, both ordinary ones of transformers.
 
-    model: PreTrainedModel
-    processor: Qwen3VLProcessor
-    words: list[str] = field(init=False)  # of each token id, "" if it is no word
+    Attributes:
+        model, processor: a Qwen3-VL whose words of the walk are single tokens.
+        text, vision: parts of the model.
+        words: of each token id; "" for special tokens.
+        ids: of each word with a space before it, as words stand in a response.
+        end, pad: token ids.
+    """
 
-    def __post_init__(self) -> None:
-        tokenizer = self.processor.tokenizer
-        self.end, self.pad = (tokenizer.convert_tokens_to_ids(token) for token in (END, PAD))
+    def __init__(self, model: PreTrainedModel, processor: Qwen3VLProcessor) -> None:
+        self.model, self.processor = model, processor
+        self.text, self.vision = model.model.language_model, model.model.visual
+        tokenizer = processor.tokenizer
+        texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
         special = set(tokenizer.all_special_ids)
-        self.words = ["" if i in special else tokenizer.decode([i]).strip() for i in range(len(tokenizer))]
-        self.text, self.vision = self.model.model.language_model, self.model.model.visual
+        self.words = ["" if i in special else text.strip() for i, text in enumerate(texts)]
+        self.ids = {text[1:]: i for i, text in enumerate(texts) if text.startswith(" ")}
+        self.end, self.pad = (tokenizer.convert_tokens_to_ids(token) for token in (END, PAD))
 
     def prompts(self, walks: Sequence[Walk]) -> Prompts:
         """Inputs of walks with an image."""
@@ -72,23 +78,8 @@ class WalkPolicy:
 
     def encode(self, responses: Sequence[Sequence[str]]) -> torch.Tensor:
         """Ids [N, T] of words and the end token, padded on the right; each word is one token."""
-        tokenizer = self.processor.tokenizer
-        rows = [
-            torch.tensor([*tokenizer.convert_tokens_to_ids(self._pieces(words)), self.end]) for words in responses
-        ]
+        rows = [torch.tensor([*(self.ids[word] for word in words), self.end]) for words in responses]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
-
-    def _pieces(self, words: Sequence[str]) -> list[str]:
-        return [self.processor.tokenizer.convert_ids_to_tokens(self._ids[word]) for word in words]
-
-    @property
-    def _ids(self) -> dict[str, int]:
-        if not hasattr(self, "_id_of"):
-            # a word with its leading space, as it stands in a response
-            tokenizer = self.processor.tokenizer
-            texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
-            self._id_of = {text[1:]: i for i, text in enumerate(texts) if text.startswith(" ")}
-        return self._id_of
 
     def truths(self, walks: Sequence[Walk], ids_NT: torch.Tensor) -> list[Truth]:
         """The truth of each row's words, one a token, without the end token."""

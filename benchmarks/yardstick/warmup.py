@@ -1,11 +1,15 @@
-"""Supervised warm-up of the walking policy: words for what its vision tower sees, then demonstrations with slips.
+"""Supervised warm-up of the walking policy, and the rule that chooses where reinforcement learning starts.
+
+First the vision tower learns to say, at each visual token, the words of its cell's name and of its arrow. Then the
+whole policy learns from demonstrations. They have slips, so that a warmed-up policy still makes errors, and they guess
+at arrows of the unread colours, so that it has something left to learn.
 
 Shape suffixes: B walks, T response tokens, V visual tokens of an image, D hidden size, W vocabulary.
 """
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,102 +18,137 @@ from benchmarks.yardstick.policy import WalkPolicy
 from sayo_verl.scenes.walk import Walk, WalkConfig, demonstration, sample_walk
 from sayo_verl.scenes.walk_truth import ANSWER, COMMA, DIRECTIONS, FILLERS, cell_names
 
+Rates = dict[str, float]
+Log = Callable[[str], None]
+
 
 @dataclass(frozen=True)
 class WarmupConfig:
+    """Settings of the warm-up.
+
+    Attributes:
+        align_steps, align_batch, align_rate: of the vision tower alone; AdamW.
+        steps, batch, rate: of the whole policy, at most; AdamW.
+        rise: steps in which the learning rate rises.
+        slip: share of directions that a demonstration replaces by random ones.
+        unread: colours (indices of ``COLOUR_NAMES``) whose arrows a demonstration guesses.
+        forbid_weight, forbid_log_prob: weight and limit, in nats, of the loss on the total log-prob of all tokens that
+            are no words of a response. Such a token would be read as several words or none.
+        eval_every, eval_scenes: steps between checkpoints, held-out scenes at each.
+        seed: of weights and demonstrations.
+    """
+
     align_steps: int = 300
     align_batch: int = 16
     align_rate: float = 6e-3
-    direction_weight: float = 1.0
     steps: int = 400
     batch: int = 64
     rate: float = 1.5e-3
+    rise: int = 50
     slip: float = 0.25
-    unread: tuple[int, ...] = ()  # colours whose arrows the demonstrations never read
+    unread: tuple[int, ...] = ()
     forbid_weight: float = 0.01
     forbid_log_prob: float = -30.0
     eval_every: int = 25
+    eval_scenes: int = 512
     seed: int = 0
 
 
-def walks_of(stream: str, count: int, config: WalkConfig, **kind: bool) -> list[Walk]:
+def walks_of(stream: str, count: int, scenes: WalkConfig, **kind: bool) -> list[Walk]:
+    """Walks of a named random stream; ``kind``: as ``sample_walk``."""
     rng = random.Random(stream)
-    return [sample_walk(rng, config, **kind) for _ in range(count)]
+    return [sample_walk(rng, scenes, **kind) for _ in range(count)]
 
 
-def align(policy: WalkPolicy, scenes: WalkConfig, config: WarmupConfig, log=print) -> None:
-    """Teach the vision tower to say, at each visual token, the words of its cell's name and of its arrow."""
+def held_out(count: int, scenes: WalkConfig, **kind: bool) -> list[Walk]:
+    """The walks of all evaluations; neither warm-up nor training draws from their stream."""
+    return walks_of("held-out", count, scenes, **kind)
+
+
+def align(policy: WalkPolicy, scenes: WalkConfig, config: WarmupConfig, log: Log = print) -> None:
+    """Train the vision tower in place: visual token v says embedding(name of cell v) + embedding(its arrow)."""
     table = policy.text.embed_tokens.weight.detach()
-    names_VD = table[[policy._ids[name] for name in cell_names(scenes.grid)]]
-    arrows_4D = table[[policy._ids[word] for word in DIRECTIONS]]
+    names_VD = table[[policy.ids[name] for name in cell_names(scenes.grid)]]
+    arrows_4D = table[[policy.ids[word] for word in DIRECTIONS]]
     optimizer = torch.optim.AdamW(policy.vision.parameters(), lr=config.align_rate)
     for step in range(config.align_steps):
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups:  # rises for 20 steps and falls to a twentieth
             group["lr"] = config.align_rate * min(1.0, (step + 1) / 20) * max(0.05, 1 - step / config.align_steps)
         walks = walks_of(f"align/{config.seed}/{step}", config.align_batch, scenes)
         arrows_BV = torch.tensor([walk.directions for walk in walks])
-        pixels = policy.processor.image_processor([w.image for w in walks], return_tensors="pt")
-        seen = policy.see(pixels["pixel_values"], pixels["image_grid_thw"])[0].unflatten(0, arrows_BV.shape)
-        wanted = names_VD + config.direction_weight * arrows_4D[arrows_BV]
-        loss = torch.nn.functional.mse_loss(seen, wanted) / table.var()
+        pixels = policy.processor.image_processor([walk.image for walk in walks], return_tensors="pt")
+        said_BVD = policy.see(pixels["pixel_values"], pixels["image_grid_thw"])[0].unflatten(0, arrows_BV.shape)
+        loss = torch.nn.functional.mse_loss(said_BVD, names_VD + arrows_4D[arrows_BV]) / table.var()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.vision.parameters(), 1.0)
         optimizer.step()
-        if step % 50 == 49:
-            right = ((seen @ arrows_4D.T).argmax(-1) == arrows_BV).float().mean()
-            log(f"align {step + 1} loss {loss.item():.3f} arrows {right:.3f}")
+        if (step + 1) % 100 == 0:
+            right = ((said_BVD @ arrows_4D.T).argmax(-1) == arrows_BV).float().mean()
+            log(f"vision tower {step + 1}: loss {loss.item():.3f}, arrows {right:.3f}")
 
 
 def demonstrated(walk: Walk, rng: random.Random, config: WarmupConfig) -> list[str]:
-    """A demonstration in which arrows of the unread colours are guessed."""
-    arrows = list(walk.directions)
-    for cell, colour in enumerate(walk.colours):
-        if colour in config.unread:
-            arrows[cell] = rng.randrange(4)
-    return demonstration(replace(walk, directions=tuple(arrows)), rng, config.slip)
+    """The words of a demonstration: a guess for each arrow of an unread colour, and slips."""
+    guessed = replace(
+        walk,
+        directions=tuple(
+            rng.randrange(4) if colour in config.unread else way
+            for colour, way in zip(walk.colours, walk.directions, strict=True)
+        ),
+    )
+    return demonstration(guessed, rng, config.slip)
 
 
 @torch.no_grad()
-def evaluate(policy: WalkPolicy, walks: Sequence[Walk], seed: int | None = 0) -> dict[str, float]:
-    """accuracy, right looks, right text, clean walks; sampled at temperature 1, or greedy with seed None."""
+def evaluate(policy: WalkPolicy, walks: Sequence[Walk], seed: int | None = 0) -> Rates:
+    """Shares over walks of equal length: ``acc``, ``format``, ``clean`` (no wrong word); over words: ``look``, ``text``.
+
+    Args:
+        seed: of sampling at temperature 1; None: greedy.
+    """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    prompts = policy.prompts(walks)
-    truths = policy.truths(walks, policy.sample(prompts, 1, 4 * walks[0].steps + 5, generator))
-    looks = [r for t in truths for r, p in zip(t.right, t.perceptual, strict=True) if p]
-    text = [r for t in truths for r, p in zip(t.right, t.perceptual, strict=True) if not p]
-    clean = [t.readable and t.first_error == len(t.kinds) for t in truths]
-    mean = lambda v: sum(v) / max(len(v), 1)  # noqa: E731
-    return {"acc": mean([t.rewarded for t in truths]), "look": mean(looks), "text": mean(text), "clean": mean(clean),
-            "format": mean([t.readable for t in truths])}
+    ids_BT = policy.sample(policy.prompts(walks), 1, longest(walks[0].steps), generator)
+    truths = policy.truths(walks, ids_BT)
+    words = [pair for truth in truths for pair in zip(truth.perceptual, truth.right, strict=True)]
+    looks, text = ([right for seen, right in words if seen is kind] for kind in (True, False))
+    clean = [truth.readable and truth.first_error == len(truth.kinds) for truth in truths]
+    lists = {"acc": [t.rewarded for t in truths], "format": [t.readable for t in truths], "clean": clean,
+             "look": looks, "text": text}  # fmt: skip
+    return {name: sum(values) / max(len(values), 1) for name, values in lists.items()}
 
 
-def warm_up(policy: WalkPolicy, scenes: WalkConfig, config: WarmupConfig, held_out, save: Callable, log=print, stop=None):
+def longest(steps: int) -> int:
+    """Tokens of a response, with room for two words too many."""
+    return 4 * steps + 5
+
+
+def warm_up(
+    policy: WalkPolicy, scenes: WalkConfig, config: WarmupConfig, log: Log = print
+) -> Iterator[tuple[int, Rates, Rates]]:
+    """Train ``policy`` in place; yield the step and its sampled and greedy rates every ``eval_every`` steps."""
     rng = random.Random(f"warm-up/{config.seed}")
-    model = policy.model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, betas=(0.9, 0.98), weight_decay=0.01)
-    known = {policy._ids[w] for w in (*FILLERS, *cell_names(scenes.grid), *DIRECTIONS, COMMA, ANSWER)} | {policy.end}
-    forbidden = [i for i in range(len(policy.words)) if i not in known]
-    start, spent = time.perf_counter(), 0.0
+    walks = held_out(config.eval_scenes, scenes)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    said = (*FILLERS, *cell_names(scenes.grid), *DIRECTIONS, COMMA, ANSWER)
+    words_of_responses = {policy.end, *(policy.ids[word] for word in said)}
+    forbidden = [i for i in range(len(policy.words)) if i not in words_of_responses]
+    start = time.perf_counter()
     for step in range(1, config.steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = config.rate * min(1.0, step / 50)
-        walks = [sample_walk(rng, scenes) for _ in range(config.batch)]
-        ids_BT = policy.encode([demonstrated(walk, rng, config) for walk in walks])
-        prompts = policy.prompts(walks)
-        log_p = policy.log_p(prompts, ids_BT)
-        excess = (log_p[..., forbidden].logsumexp(-1) - config.forbid_log_prob).clamp(min=0).mean()
-        loss = -log_p.gather(-1, ids_BT[..., None]).mean()
+            group["lr"] = config.rate * min(1.0, step / config.rise)
+        batch = [sample_walk(rng, scenes) for _ in range(config.batch)]
+        ids_BT = policy.encode([demonstrated(walk, rng, config) for walk in batch])
+        log_p_BTW = policy.log_p(policy.prompts(batch), ids_BT)
+        loss = -log_p_BTW.gather(-1, ids_BT[..., None]).mean()
+        excess = (log_p_BTW[..., forbidden].logsumexp(-1) - config.forbid_log_prob).clamp(min=0).mean()
         optimizer.zero_grad()
         (loss + config.forbid_weight * excess).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
         if step % config.eval_every == 0:
-            at = time.perf_counter()
-            sampled, greedy = evaluate(policy, held_out), evaluate(policy, held_out, None)
-            spent += time.perf_counter() - at
-            log(f"warm {step} {time.perf_counter() - start - spent:.0f}s loss {loss.item():.3f} | "
-                + " ".join(f"{k} {v:.3f}" for k, v in sampled.items()) + f" | greedy {greedy['acc']:.3f} {greedy['look']:.3f}")
-            save(step, sampled, greedy)
-            if stop and stop(sampled, greedy):
-                break
+            sampled, greedy = evaluate(policy, walks), evaluate(policy, walks, None)
+            shown = " ".join(f"{name} {rate:.3f}" for name, rate in sampled.items())
+            seconds = time.perf_counter() - start
+            log(f"warm-up {step}: {seconds:.0f} s, loss {loss.item():.3f}, {shown}, greedy {greedy['acc']:.3f} {greedy['look']:.3f}")
+            yield step, sampled, greedy
