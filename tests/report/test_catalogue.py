@@ -70,6 +70,7 @@ def test_the_catalogue_has_a_section_with_a_paper_for_each_method_and_no_name_tw
     {
         "attn_anchor": "attn_anchor: our reading of AT-RL, arXiv 2602.11455",
         "attn_faithful": "attn_faithful: our reading of Faithful-MR1, arXiv 2605.22072",
+        "attn_sensitivity": "attn_sensitivity: VPPO, arXiv 2510.09285",
         "attn_mix": "attn_mix: SAYO + VGPO",
         "attn_mine": "attn_mine",
         "grpo": "grpo: GRPO, arXiv 2402.03300",
@@ -89,6 +90,7 @@ def test_an_estimator_is_named_with_its_paper(tmp_path, estimator, label):
         "attn_dual": ["gate rate", "token factor std"],
         "attn_anchor": ["anchor share", "largest weight"],
         "attn_faithful": ["faithful reward", "effect"],
+        "attn_sensitivity": ["sensitivity", "largest factor"],
         "attn_mix": ["r_v", "R_a", "gate rate", "token factor std"],
         "attn_mine": ["a_third", "mine/mean"],
     }.items(),

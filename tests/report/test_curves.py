@@ -83,6 +83,7 @@ def test_figure_of_grpo_has_the_common_panels_and_says_not_measured(tmp_path, mo
         },
         "attn_anchor": {"Anchor share", "Anchor weights", "Clusters", "Connectivity $d$"},
         "attn_faithful": {"Faithful reward", "Causal effect $k$", "Causal attention"},
+        "attn_sensitivity": {"Sensitivity $k$", "Sensitivity factor"},
         "attn_mine": {"mine/mean", "mine_share", "a_third"},
     }.items(),
 )
