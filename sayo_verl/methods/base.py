@@ -67,15 +67,15 @@ class Credit:
         token_weight: [B, T] >= 0, factor on the advantage of each token; read only inside the response mask; exactly 1
             on neutral rows. None: no factor, and nothing is multiplied.
         trajectory_weight: [B] >= 0, factor on the advantage of each response; exactly 1 on neutral rows. None as above.
-        bonuses: per token, see ``TokenBonus``; those of several methods add up.
         metrics: scalars to log, without the prefix ``sayo/``; NaN is refused.
+        bonuses: per token, see ``TokenBonus``; those of several methods add up.
     """
 
     terms: tuple[RewardTerm, ...] = ()
     token_weight: torch.Tensor | None = None
     trajectory_weight: torch.Tensor | None = None
-    bonuses: tuple[TokenBonus, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
+    bonuses: tuple[TokenBonus, ...] = ()
 
 
 class Method(Protocol):
