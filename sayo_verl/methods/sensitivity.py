@@ -124,8 +124,8 @@ class SensitivityMethod:
             "Sensitivity factor",
             "factor on the advantage",
             band=(
-                Metric("sensitivity_factor/min", "trajectory factor, smallest", 0),
-                Metric("sensitivity_factor/max", "trajectory factor, largest", 0, live="largest factor"),
+                Metric("sensitivity_factor/min", "factor by sensitivity, smallest", 0),
+                Metric("sensitivity_factor/max", "factor by sensitivity, largest", 0, live="largest factor"),
             ),
             guide=AS_GRPO,
         ),

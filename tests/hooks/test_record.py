@@ -27,6 +27,7 @@ from verl.utils import tensordict_utils as tu
 
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks import record, record_agent, store
+from sayo_verl.hooks.estimator import register_estimators
 from sayo_verl.hooks.modes import SayoSync
 from sayo_verl.hooks.record import Recorder, choose_rows
 from sayo_verl.launch.settings import load_methods
@@ -324,6 +325,7 @@ def test_a_recorded_step_has_prompts_maps_and_facts(make, tmp_path):
 
 def test_a_recorded_bonus_is_what_it_added_to_the_advantage(make, tmp_path):
     load_methods([str(Path(__file__).parent.parent.parent / "recipe" / "example" / "reliance.py")])
+    register_estimators()
     trainer, _, batch = make(METHODS["attn_reliance"](weight=0.5))
     metrics, *_ = train_once(trainer, batch)
     (step,) = read_steps(tmp_path)

@@ -15,11 +15,24 @@ from sayo_verl.errors import SayoError
 from sayo_verl.hooks import phases, step_guard, store
 from sayo_verl.hooks import trainer as trainer_of_ours
 from sayo_verl.hooks.estimator import CURRENT, AdvantageContext, make_estimator
-from sayo_verl.methods import METHODS
+from sayo_verl.methods import METHODS, Credit, Needs, Signals, TokenBonus
 from sayo_verl.methods.random_signals import random_signals
 from sayo_verl.metrics import Metric, Panel, declaration
+from sayo_verl.probe.statistics import StatisticsRequest
 from sayo_verl.report import catalogue as c
 from sayo_verl.report.runs import load_run
+
+
+class Adds:
+    """Gives the one kind of credit that no method of the package gives."""
+
+    name = "attn_adds"
+
+    def needs(self) -> Needs:
+        return Needs(StatisticsRequest(()))
+
+    def credit(self, signals: Signals) -> Credit:
+        return Credit(bonuses=(TokenBonus(signals.response_mask.float()),))
 
 
 def logged_names() -> set[str]:
@@ -28,7 +41,7 @@ def logged_names() -> set[str]:
     made = [cls() for cls in METHODS.values() if cls.__module__.startswith("sayo_verl.")]
     made += [METHODS["attn_region"](per_token=True), anchor(parts=2), anchor(weighting="top")]
     found = set()
-    for method in made:
+    for method in [*made, Adds()]:
         signals = random_signals(method.needs(), 3, 12, 9)
         context = AdvantageContext(method, signals, norm_by_std=True, spread_floor=None)
         token = CURRENT.set(context)
