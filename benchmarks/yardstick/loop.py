@@ -1,25 +1,49 @@
 """Reinforcement learning of the walking policy in plain torch: the package's probe, methods and group core as they are.
 
+One update a step on fresh rollouts, as GRPO without a KL term: the loss is the mean over tokens of -A log p.
+
 Shape suffixes: B prompts, N = B n rows (n responses of each prompt), T response tokens (padded on the right).
 """
 
 import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.yardstick.policy import WalkPolicy
-from benchmarks.yardstick.warmup import evaluate, walks_of
-from sayo_verl.methods.group import advantages
+from benchmarks.yardstick.policy import Prompts, WalkPolicy
+from benchmarks.yardstick.warmup import Rates, evaluate, held_out, longest
+from sayo_verl.hooks.estimator import timed_credit
+from sayo_verl.launch.settings import load_methods
+from sayo_verl.methods import METHODS, Credit, Method, advantages
 from sayo_verl.scenes.walk import WalkConfig, sample_walk
 from sayo_verl.scenes.walk_truth import Truth
+
+BASELINE = "grpo"
+ROOT = Path(__file__).resolve().parents[2]
+load_methods([str(ROOT / "recipe" / "oracle" / "oracle.py")])
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    method: str = "grpo"
+    """Settings of a run.
+
+    Attributes:
+        method: ``grpo``, or a name in ``METHODS`` with or without ``attn_``.
+        settings: of the method, where they differ from its defaults.
+        rate: learning rate, AdamW.
+        steps, prompts, responses: steps of prompts x responses rollouts.
+        clip: limit of the gradient norm.
+        eval_every, eval_scenes: steps between evaluations, held-out scenes in each.
+        seed: of scenes and sampling.
+    """
+
+    method: str = BASELINE
+    settings: Mapping[str, Any] = field(default_factory=dict)
     rate: float = 1e-4
     steps: int = 100
     prompts: int = 16
@@ -30,53 +54,94 @@ class LoopConfig:
     seed: int = 0
 
 
-def oracle(name: str, advantage_NT: torch.Tensor, truths: list[Truth]) -> torch.Tensor:
-    """Own version until the methods are there."""
-    out = advantage_NT.clone()
-    for row, truth in enumerate(truths):
-        a = float(advantage_NT[row, 0])
-        if name == "oracle":
-            if a < 0:
-                out[row] = 0.0
-                out[row, truth.first_error] = a
-        else:
-            out[row] = 0.0
-            for t, seen in enumerate(truth.perceptual[: truth.first_error]):
-                if seen:
-                    out[row, t] = abs(a)
-            if truth.first_error < len(truth.kinds) or not truth.readable:
-                out[row, min(truth.first_error, out.shape[1] - 1)] = -abs(a)
-    return out
+@dataclass(frozen=True)
+class Rollouts:
+    """Responses of a step: prompts, ids [N, T], mask [N, T], the truth of each row, rewards [N], and uids."""
+
+    prompts: Prompts
+    ids: torch.Tensor
+    mask: torch.Tensor
+    truths: list[Truth]
+    reward: torch.Tensor
+    uid: tuple[str, ...]
 
 
-def train(policy: WalkPolicy, scenes: WalkConfig, config: LoopConfig, log: Callable = print) -> list[dict]:
-    rng = random.Random(f"train/{config.seed}")
-    generator = torch.Generator().manual_seed(config.seed)
+def method_of(config: LoopConfig) -> Method | None:
+    """The method with its settings; None for GRPO."""
+    if config.method == BASELINE:
+        return None
+    return METHODS["attn_" + config.method.removeprefix("attn_")](**config.settings)
+
+
+def roll_out(
+    policy: WalkPolicy, scenes: WalkConfig, config: LoopConfig, rng: random.Random, generator: torch.Generator
+) -> Rollouts:
+    """New walks, and responses to them. The reward is that of ``sayo_verl.reward.walk``."""
+    walks = [sample_walk(rng, scenes) for _ in range(config.prompts)]
+    prompts = policy.prompts(walks)
+    ids_NT = policy.sample(prompts, config.responses, longest(max(walk.steps for walk in walks)), generator)
+    truths = policy.truths(walks, ids_NT)
+    reward_N = torch.tensor([float(truth.rewarded) for truth in truths])
+    uid = tuple(f"walk-{i}" for i in range(config.prompts) for _ in range(config.responses))
+    return Rollouts(prompts, ids_NT, policy.mask(ids_NT), truths, reward_N, uid)
+
+
+def credit_of(policy: WalkPolicy, method: Method | None, rollouts: Rollouts, step: int) -> Credit | None:
+    """The method's credit from its own needs; the probe runs only if there is a method that needs it."""
+    if method is None:
+        return None
+    signals = policy.signals(
+        rollouts.prompts,
+        rollouts.ids,
+        method.needs(),
+        uid=rollouts.uid,
+        correct=rollouts.reward,
+        reports={"walk_marks": tuple(truth.marks for truth in rollouts.truths)},
+        step=step,
+    )
+    return timed_credit(method, signals)[0]
+
+
+def loss_of(policy: WalkPolicy, rollouts: Rollouts, advantage_NT: torch.Tensor) -> torch.Tensor:
+    """The mean over tokens, as verl's ``token-mean``; its gradient is that of PPO at a ratio of 1."""
+    log_probs_NT, _ = policy.log_probs(rollouts.prompts, rollouts.ids)
+    return -(advantage_NT * log_probs_NT * rollouts.mask).sum() / rollouts.mask.sum()
+
+
+def train(policy: WalkPolicy, scenes: WalkConfig, config: LoopConfig, log: Log = print) -> dict[str, Any]:
+    """Train ``policy`` in place.
+
+    Returns:
+        ``curve``: rates on held-out scenes by step, sampled at temperature 1; ``rewards``: mean of each step;
+        ``greedy``: rates at the end; ``seconds`` of CPU of a step, without evaluations.
+    """
+    method = method_of(config)
+    rng, generator = random.Random(f"train/{config.seed}"), torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.rate, betas=(0.9, 0.999), weight_decay=0.01)
-    held_out = walks_of("held-out", config.eval_scenes, scenes)
-    uid = [str(row // config.responses) for row in range(config.prompts * config.responses)]
-    curve, seconds = [], 0.0
+    walks = held_out(config.eval_scenes, scenes)
+    curve: list[Rates] = []
+    rewards: list[float] = []
+    seconds = 0.0
     for step in range(config.steps + 1):
-        if step % config.eval_every == 0:
-            curve.append({"step": step, "seconds": seconds, **evaluate(policy, held_out)})
-            log(config.method, config.rate, config.seed, " ".join(f"{k} {v:.3f}" for k, v in curve[-1].items()))
+        if step % config.eval_every == 0 or step == config.steps:
+            curve.append({"step": step, **evaluate(policy, walks)})
+            shown = " ".join(f"{name} {rate:.3f}" for name, rate in curve[-1].items() if name != "step")
+            log(f"{config.method} rate {config.rate:g} seed {config.seed} step {step}: {shown}, {seconds:.0f} s")
         if step == config.steps:
-            curve[-1]["greedy"] = evaluate(policy, held_out, None)["acc"]
             break
         start = time.process_time()
-        walks = [sample_walk(rng, scenes) for _ in range(config.prompts)]
-        prompts = policy.prompts(walks)
-        ids_NT = policy.sample(prompts, config.responses, 4 * scenes.steps + 5, generator)
-        truths, mask_NT = policy.truths(walks, ids_NT), policy.mask(ids_NT)
-        reward_N = torch.tensor([float(t.rewarded) for t in truths])
-        advantage_NT, _ = advantages(reward_N, mask_NT, uid)
-        if config.method.startswith("oracle"):
-            advantage_NT = oracle(config.method, advantage_NT, truths)
-        log_probs, _ = policy.log_probs(prompts, ids_NT)
-        loss = -(advantage_NT * log_probs * mask_NT).sum() / mask_NT.sum()
+        rollouts = roll_out(policy, scenes, config, rng, generator)
+        credit = credit_of(policy, method, rollouts, step)
+        advantage_NT, _ = advantages(rollouts.reward, rollouts.mask, rollouts.uid, credit)
         optimizer.zero_grad()
-        loss.backward()
+        loss_of(policy, rollouts, advantage_NT).backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.clip)
         optimizer.step()
+        rewards.append(float(rollouts.reward.mean()))
         seconds += time.process_time() - start
-    return curve
+    return {
+        "curve": curve,
+        "rewards": rewards,
+        "greedy": evaluate(policy, walks, None),
+        "seconds": seconds / max(config.steps, 1),
+    }

@@ -7,7 +7,7 @@ Shape suffixes: B prompts, N = B n rows (n responses of each prompt, side by sid
 (padded on the right), S = P + T, V visual tokens of an image, D hidden size, W vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +19,17 @@ from sayo_verl.methods.signals import Needs, Signals
 from sayo_verl.models.families import family_of
 from sayo_verl.probe.measure import Measurement
 from sayo_verl.probe.plan import ChatTokens, RowPlan, image_tiles, plan_row
+from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 from sayo_verl.probe.taps import ForwardTap, asked_layers
 from sayo_verl.scenes.walk import Walk
 from sayo_verl.scenes.walk_truth import Truth
 from sayo_verl.tiny.policy import END, PAD, TinyPolicyConfig, build_model, build_processor
 from sayo_verl.tiny.warmup import prompt_batch
-from sayo_verl.vision.intervention import Pixels, intervene, prompt_key
+from sayo_verl.vision.grids import Tile
+from sayo_verl.vision.intervention import Intervention, Pixels, intervene, prompt_key
 from sayo_verl.vision.masks import region_mask
 
+Box = tuple[float, ...]
 POLICY = TinyPolicyConfig(task="walk", layers=3, kv_heads=4, vision_depth=1)
 LOOK_LAYER, LOOK_HEADS = 1, 2  # where queries equal keys at the start, and in how many heads
 POSITION_SCALE = 20.0  # of the vision tower's position embeddings; with the usual weights the pixels drown them
@@ -67,6 +70,7 @@ class WalkPolicy:
         special = set(tokenizer.all_special_ids)
         self.words = ["" if i in special else text.strip() for i, text in enumerate(texts)]
         self.ids = {text[1:]: i for i, text in enumerate(texts) if text.startswith(" ")}
+        self.family = family_of(model.config.model_type, where="the policy")
         self.end, self.pad = (tokenizer.convert_tokens_to_ids(token) for token in (END, PAD))
 
     def prompts(self, walks: Sequence[Walk]) -> Prompts:
@@ -117,7 +121,9 @@ class WalkPolicy:
         """The hidden state [N, 1, D] after the prompt, and its keys and values, repeated n times."""
         cache = DynamicCache(config=self.text.config)
         embedded, image = self._embedded(prompts)
-        hidden = self._run(embedded, positions[..., : embedded.shape[1]], past_key_values=cache, use_cache=True, **image)
+        hidden = self._run(
+            embedded, positions[..., : embedded.shape[1]], past_key_values=cache, use_cache=True, **image
+        )
         if n > 1:
             cache.batch_repeat_interleave(n)
         return hidden[:, -1:].repeat_interleave(n, 0), cache
@@ -177,48 +183,76 @@ class WalkPolicy:
     # ------------------------------------------------------------------------------------------------ probe
     @torch.no_grad()
     def signals(
-        self, prompts: Prompts, ids_NT: torch.Tensor, needs: Needs, correct: torch.Tensor, step: int, **more: Any
+        self,
+        prompts: Prompts,
+        ids_NT: torch.Tensor,
+        needs: Needs,
+        *,
+        uid: tuple[str, ...],
+        correct: torch.Tensor,
+        reports: Mapping[str, tuple[str, ...]],
+        step: int = 0,
     ) -> Signals:
-        """What a method reads, from one plain forward pass with the probe's taps, and one more for a changed image.
+        """What a method reads: one pass of whole rows with the probe's taps, and one for each changed image.
 
         Args:
+            needs: of the method; its statistics may be none.
+            uid: N names of the prompts.
             correct: [N] in [0, 1].
-            step: of training; a changed image depends on it.
-            more: further fields of ``Signals``.
+            reports: fields of the reward function, N values each.
+            step: of training, on which a changed image depends.
         """
-        N, T, P, n = *ids_NT.shape, prompts.ids.shape[1], len(ids_NT) // len(prompts.walks)
         mask_NT = self.mask(ids_NT)
-        request = needs.statistics
-        plans = [p for i in range(len(prompts.walks)) for p in self._plans(prompts, i, ids_NT, mask_NT, needs, n)]
+        plans = self._plans(prompts, ids_NT, needs.statistics, [boxes(walk) for walk in prompts.walks])
+        statistics, log_probs, entropy = self._probed(prompts, ids_NT, needs.statistics, plans)
+        changed = None
+        if needs.intervention is not None:
+            pixels = self._changed(prompts, needs.intervention, needs.statistics.coverage, step)
+            changed = self._teacher_forced(prompts, ids_NT, pixels)[0]
+        return Signals(
+            response_mask=mask_NT,
+            entropy=entropy,
+            log_probs=log_probs,
+            statistics=statistics,
+            image_tokens=torch.tensor([float(plan.image_columns.numel()) for plan in plans]),
+            region_tokens=torch.tensor([float(plan.region_tokens) for plan in plans]),
+            is_padding=torch.zeros(len(ids_NT), dtype=torch.bool),
+            uid=uid,
+            counterfactual_log_probs=changed,
+            correct=correct,
+            reports=reports,
+        )
+
+    @torch.no_grad()
+    def cell_masses(self, prompts: Prompts, ids_NT: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Layer -> [N, T, V], attention on each cell of the row that samples each token; V cells, row by row."""
+        cells = len(prompts.walks[0].directions)
+        asked = {layer: Statistic("box_mass", (layer,), query_row="predicting", size=cells) for layer in layers}
+        request = StatisticsRequest(tuple(asked.values()))
+        plans = self._plans(prompts, ids_NT, request, [all_cells(walk.grid) for walk in prompts.walks])
+        statistics, _, _ = self._probed(prompts, ids_NT, request, plans)
+        return {layer: statistics[statistic] for layer, statistic in asked.items()}
+
+    def _probed(
+        self, prompts: Prompts, ids_NT: torch.Tensor, request: StatisticsRequest, plans: Sequence[RowPlan]
+    ) -> tuple[dict[Statistic, torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Statistics [N, T] or [N, T, W], log-probs and entropies [N, T]."""
+        if not request.statistics:
+            return {}, *self._teacher_forced(prompts, ids_NT, prompts.pixels)
         numbers = asked_layers(self.model, request.layers, where="the layers of a statistic")
         measurement = Measurement(request, plans, numbers, packed=False, device=torch.device("cpu"))
         attention = {numbers[k] for s in request.statistics if s.spec.source != "hidden" for k in s.layers}
         hidden = any(s.spec.source == "hidden" for s in request.statistics)
         with ForwardTap(self.model, sorted(attention), measurement.read, measurement.read_hidden if hidden else None):
             log_probs, entropy = self._teacher_forced(prompts, ids_NT, prompts.pixels)
-        results = measurement.finish() if request.statistics else {}
-
-        def padded(values: torch.Tensor) -> torch.Tensor:
-            rows = values.split([plan.response_length for plan in plans])
-            out = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-            return torch.nn.functional.pad(out, (*(0, 0) * (out.ndim - 2), 0, T - out.shape[1]))
-
-        changed = None
-        if needs.intervention is not None:
-            changed = self._teacher_forced(prompts, ids_NT, self._changed(prompts, needs, step))[0]
-        return Signals(
-            response_mask=mask_NT,
-            entropy=entropy,
-            log_probs=log_probs,
-            statistics={s: padded(results[s.key][0]) for s in request.statistics if s.name != "patch_sums"},
-            image_tokens=torch.tensor([float(plan.image_columns.numel()) for plan in plans]),
-            region_tokens=torch.tensor([float(plan.region_tokens) for plan in plans]),
-            is_padding=torch.zeros(N, dtype=torch.bool),
-            uid=tuple(str(row // n) for row in range(N)),
-            counterfactual_log_probs=changed,
-            correct=correct,
-            **more,
-        )
+        results, out = measurement.finish(), {}
+        for statistic in request.statistics:
+            parts = results[statistic.key][0].split([plan.response_length for plan in plans])
+            values = torch.zeros(*ids_NT.shape, *parts[0].shape[1:])
+            for row, part in enumerate(parts):
+                values[row, : len(part)] = part
+            out[statistic] = values
+        return out, log_probs, entropy
 
     def _teacher_forced(
         self, prompts: Prompts, ids_NT: torch.Tensor, pixels: torch.Tensor
@@ -236,47 +270,52 @@ class WalkPolicy:
         return self._token_values(hidden[:, P - 1 : -1], ids_NT)
 
     def _plans(
-        self, prompts: Prompts, i: int, ids_NT: torch.Tensor, mask_NT: torch.Tensor, needs: Needs, n: int
+        self, prompts: Prompts, ids_NT: torch.Tensor, request: StatisticsRequest, boxes_of: Sequence[Sequence[Box]]
     ) -> list[RowPlan]:
-        family = family_of(self.model.config.model_type, where="the policy")
-        names = {s.name for s in needs.statistics.statistics}
-        chat = names & {"system_mass", "question_mass"}
-        tiles = image_tiles(prompts.row(i), family, self.model.config, where=f"prompt {i}")
+        n, lengths = len(ids_NT) // len(prompts.walks), self.mask(ids_NT).sum(-1).long().tolist()
+        chat = any(s.name in ("system_mass", "question_mass") for s in request.statistics)
+        tokens = ChatTokens.of(self.processor.tokenizer, self.family) if chat else None
+        n_boxes = max((s.size for s in request.statistics if s.name == "box_mass"), default=0)
+        tiles = [self._tiles(prompts, i) for i in range(len(prompts.walks))]
         return [
             plan_row(
-                torch.cat([prompts.ids[i], ids_NT[row, :length]]),
+                torch.cat([prompts.ids[row // n], ids_NT[row, :length]]),
                 length,
                 image_token_id=self.model.config.image_token_id,
-                images=tiles,
-                boxes=[boxes(prompts.walks[i])],
-                coverage=needs.statistics.coverage,
-                where=f"prompt {i}",
-                n_boxes=max((s.size for s in needs.statistics.statistics if s.name == "box_mass"), default=0),
-                chat=ChatTokens.of(self.processor.tokenizer, family) if chat else None,
+                images=tiles[row // n],
+                boxes=[boxes_of[row // n]],
+                coverage=request.coverage,
+                where=f"prompt {row // n}",
+                n_boxes=n_boxes,
+                chat=tokens,
             )
-            for row in range(i * n, (i + 1) * n)
-            for length in (int(mask_NT[row].sum()),)
+            for row, length in enumerate(lengths)
         ]
 
-    def _changed(self, prompts: Prompts, needs: Needs, step: int) -> torch.Tensor:
-        """Pixels of all prompts after the intervention."""
-        assert needs.intervention is not None
-        family = family_of(self.model.config.model_type, where="the policy")
-        layout = Pixels.of(self.processor, family.geometry)
-        out = []
+    def _tiles(self, prompts: Prompts, i: int) -> list[tuple[Tile, ...]]:
+        return image_tiles(prompts.row(i), self.family, self.model.config, where=f"prompt {i}")
+
+    def _changed(self, prompts: Prompts, change: Intervention, coverage: float, step: int) -> torch.Tensor:
+        """Pixels of all prompts after an intervention."""
+        layout, out = Pixels.of(self.processor, self.family.geometry), []
         for i, walk in enumerate(prompts.walks):
-            tiles = image_tiles(prompts.row(i), family, self.model.config, where=f"prompt {i}")
-            region = [torch.from_numpy(region_mask(boxes(walk), tiles[0], needs.statistics.coverage, where=f"prompt {i}"))]
-            row = intervene(prompts.row(i), needs.intervention, layout, tiles=tiles, region=region,
-                            key=prompt_key(prompts.ids[i], step), where=f"prompt {i}")  # fmt: skip
-            out.append(row["pixel_values"])
+            tiles, where = self._tiles(prompts, i), f"prompt {i}"
+            region = [torch.from_numpy(region_mask(boxes(walk), tiles[0], coverage, where=where))]
+            key = prompt_key(prompts.ids[i], step)
+            changed = intervene(prompts.row(i), change, layout, tiles=tiles, region=region, key=key, where=where)
+            out.append(changed["pixel_values"])
         return torch.cat(out)
 
 
-def boxes(walk: Walk) -> list[tuple[float, ...]]:
+def boxes(walk: Walk) -> list[Box]:
     """The boxes of a walk's cells in [0, 1], as rows have them."""
     assert walk.image is not None
     return [tuple(x / side for x, side in zip(box, walk.image.size * 2, strict=True)) for box in walk.boxes]
+
+
+def all_cells(grid: int) -> list[Box]:
+    """The boxes of all cells of a grid in [0, 1], row by row."""
+    return [(x / grid, y / grid, (x + 1) / grid, (y + 1) / grid) for y in range(grid) for x in range(grid)]
 
 
 def new_policy(config: TinyPolicyConfig = POLICY) -> WalkPolicy:

@@ -102,7 +102,7 @@ def demonstrated(walk: Walk, rng: random.Random, config: WarmupConfig) -> list[s
 
 @torch.no_grad()
 def evaluate(policy: WalkPolicy, walks: Sequence[Walk], seed: int | None = 0) -> Rates:
-    """Shares over walks of equal length: ``acc``, ``format``, ``clean`` (no wrong word); over words: ``look``, ``text``.
+    """Shares of walks: ``acc``, ``format``, ``clean`` (no wrong word). Right words: ``look``, ``text``.
 
     Args:
         seed: of sampling at temperature 1; None: greedy.
@@ -150,5 +150,6 @@ def warm_up(
             sampled, greedy = evaluate(policy, walks), evaluate(policy, walks, None)
             shown = " ".join(f"{name} {rate:.3f}" for name, rate in sampled.items())
             seconds = time.perf_counter() - start
-            log(f"warm-up {step}: {seconds:.0f} s, loss {loss.item():.3f}, {shown}, greedy {greedy['acc']:.3f} {greedy['look']:.3f}")
+            shown += f", greedy {greedy['acc']:.3f} {greedy['look']:.3f}"
+            log(f"warm-up {step}: {seconds:.0f} s, loss {loss.item():.3f}, {shown}")
             yield step, sampled, greedy
