@@ -86,26 +86,29 @@ def roll_out(
     return Rollouts(prompts, ids_NT, policy.mask(ids_NT), truths, reward_N, uid)
 
 
-def credit_of(policy: WalkPolicy, method: Method | None, rollouts: Rollouts, step: int) -> Credit | None:
-    """The method's credit from its own needs; the probe runs only if there is a method that needs it."""
+def credit_of(
+    policy: WalkPolicy,
+    method: Method | None,
+    rollouts: Rollouts,
+    log_probs_NT: torch.Tensor,
+    entropy_NT: torch.Tensor,
+    step: int,
+) -> Credit | None:
+    """The method's credit from its own needs; nothing more is measured."""
     if method is None:
         return None
     signals = policy.signals(
         rollouts.prompts,
         rollouts.ids,
         method.needs(),
+        log_probs=log_probs_NT,
+        entropy=entropy_NT,
         uid=rollouts.uid,
         correct=rollouts.reward,
         reports={"walk_marks": tuple(truth.marks for truth in rollouts.truths)},
         step=step,
     )
     return timed_credit(method, signals)[0]
-
-
-def loss_of(policy: WalkPolicy, rollouts: Rollouts, advantage_NT: torch.Tensor) -> torch.Tensor:
-    """The mean over tokens, as verl's ``token-mean``; its gradient is that of PPO at a ratio of 1."""
-    log_probs_NT, _ = policy.log_probs(rollouts.prompts, rollouts.ids)
-    return -(advantage_NT * log_probs_NT * rollouts.mask).sum() / rollouts.mask.sum()
 
 
 def train(policy: WalkPolicy, scenes: WalkConfig, config: LoopConfig, log: Log = print) -> dict[str, Any]:
@@ -131,10 +134,13 @@ def train(policy: WalkPolicy, scenes: WalkConfig, config: LoopConfig, log: Log =
             break
         start = time.process_time()
         rollouts = roll_out(policy, scenes, config, rng, generator)
-        credit = credit_of(policy, method, rollouts, step)
+        log_probs_NT, entropy_NT = policy.log_probs(rollouts.prompts, rollouts.ids)
+        credit = credit_of(policy, method, rollouts, log_probs_NT, entropy_NT, step)
         advantage_NT, _ = advantages(rollouts.reward, rollouts.mask, rollouts.uid, credit)
+        # verl's token-mean; the gradient of PPO at a ratio of 1
+        loss = -(advantage_NT * log_probs_NT * rollouts.mask).sum() / rollouts.mask.sum()
         optimizer.zero_grad()
-        loss_of(policy, rollouts, advantage_NT).backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.clip)
         optimizer.step()
         rewards.append(float(rollouts.reward.mean()))

@@ -188,32 +188,33 @@ class WalkPolicy:
         ids_NT: torch.Tensor,
         needs: Needs,
         *,
+        log_probs: torch.Tensor,
+        entropy: torch.Tensor,
         uid: tuple[str, ...],
         correct: torch.Tensor,
         reports: Mapping[str, tuple[str, ...]],
         step: int = 0,
     ) -> Signals:
-        """What a method reads: one pass of whole rows with the probe's taps, and one for each changed image.
+        """What a method reads: a pass with the probe's taps if it needs statistics, and one for each changed image.
 
         Args:
-            needs: of the method; its statistics may be none.
+            needs: of the method.
+            log_probs, entropy: of the same responses, from ``log_probs``.
             uid: N names of the prompts.
             correct: [N] in [0, 1].
             reports: fields of the reward function, N values each.
             step: of training, on which a changed image depends.
         """
-        mask_NT = self.mask(ids_NT)
         plans = self._plans(prompts, ids_NT, needs.statistics, [boxes(walk) for walk in prompts.walks])
-        statistics, log_probs, entropy = self._probed(prompts, ids_NT, needs.statistics, plans)
         changed = None
         if needs.intervention is not None:
             pixels = self._changed(prompts, needs.intervention, needs.statistics.coverage, step)
-            changed = self._teacher_forced(prompts, ids_NT, pixels)[0]
+            changed = self._whole_rows(prompts, ids_NT, pixels)[0]
         return Signals(
-            response_mask=mask_NT,
-            entropy=entropy,
-            log_probs=log_probs,
-            statistics=statistics,
+            response_mask=self.mask(ids_NT),
+            entropy=entropy.detach(),
+            log_probs=log_probs.detach(),
+            statistics=self._probed(prompts, ids_NT, needs.statistics, plans),
             image_tokens=torch.tensor([float(plan.image_columns.numel()) for plan in plans]),
             region_tokens=torch.tensor([float(plan.region_tokens) for plan in plans]),
             is_padding=torch.zeros(len(ids_NT), dtype=torch.bool),
@@ -230,21 +231,21 @@ class WalkPolicy:
         asked = {layer: Statistic("box_mass", (layer,), query_row="predicting", size=cells) for layer in layers}
         request = StatisticsRequest(tuple(asked.values()))
         plans = self._plans(prompts, ids_NT, request, [all_cells(walk.grid) for walk in prompts.walks])
-        statistics, _, _ = self._probed(prompts, ids_NT, request, plans)
+        statistics = self._probed(prompts, ids_NT, request, plans)
         return {layer: statistics[statistic] for layer, statistic in asked.items()}
 
     def _probed(
         self, prompts: Prompts, ids_NT: torch.Tensor, request: StatisticsRequest, plans: Sequence[RowPlan]
-    ) -> tuple[dict[Statistic, torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Statistics [N, T] or [N, T, W], log-probs and entropies [N, T]."""
+    ) -> dict[Statistic, torch.Tensor]:
+        """Statistics [N, T] or [N, T, W], 0 behind the response."""
         if not request.statistics:
-            return {}, *self._teacher_forced(prompts, ids_NT, prompts.pixels)
+            return {}
         numbers = asked_layers(self.model, request.layers, where="the layers of a statistic")
         measurement = Measurement(request, plans, numbers, packed=False, device=torch.device("cpu"))
         attention = {numbers[k] for s in request.statistics if s.spec.source != "hidden" for k in s.layers}
         hidden = any(s.spec.source == "hidden" for s in request.statistics)
         with ForwardTap(self.model, sorted(attention), measurement.read, measurement.read_hidden if hidden else None):
-            log_probs, entropy = self._teacher_forced(prompts, ids_NT, prompts.pixels)
+            self._whole_rows(prompts, ids_NT, prompts.pixels)
         results, out = measurement.finish(), {}
         for statistic in request.statistics:
             parts = results[statistic.key][0].split([plan.response_length for plan in plans])
@@ -252,9 +253,9 @@ class WalkPolicy:
             for row, part in enumerate(parts):
                 values[row, : len(part)] = part
             out[statistic] = values
-        return out, log_probs, entropy
+        return out
 
-    def _teacher_forced(
+    def _whole_rows(
         self, prompts: Prompts, ids_NT: torch.Tensor, pixels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As ``log_probs``, without its gradient, from whole rows, as the probe reads them."""

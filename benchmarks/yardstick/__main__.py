@@ -1,0 +1,87 @@
+"""Starts, runs and their comparison:
+
+    python -m benchmarks.yardstick start --kind half_ignorant --seeds 0,1,2,3,4 --out outputs/yardstick
+    python -m benchmarks.yardstick train --start outputs/yardstick/half_ignorant-0-* --methods grpo,oracle_plus \
+        --rates 1e-4,3e-4,6e-4 --seeds 0,1,2 --out outputs/yardstick/runs
+    python -m benchmarks.yardstick span --runs outputs/yardstick/runs
+
+A finished run or start is not repeated. Every run is one JSON file with its settings. Torch uses one thread, so that
+results do not depend on the machine's cores; run several processes for more.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.yardstick.loop import LoopConfig, train
+from benchmarks.yardstick.span import table
+from benchmarks.yardstick.starts import STARTS, load_start, make_start
+from sayo_verl.scenes.walk import WalkConfig
+from sayo_verl.tiny.prepared import content_hash
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.yardstick", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    start = commands.add_parser("start", help="make starts by warm-up")
+    start.add_argument("--kind", choices=STARTS, required=True)
+    start.add_argument("--seeds", type=_list(int), default=[0])
+    start.add_argument("--out", type=Path, required=True)
+    run = commands.add_parser("train", help="train methods from a start")
+    run.add_argument("--start", type=Path, required=True, help="a folder that `start` made")
+    run.add_argument("--methods", type=_list(str), required=True)
+    run.add_argument("--rates", type=_list(float), default=[LoopConfig.rate])
+    run.add_argument("--seeds", type=_list(int), default=[0])
+    run.add_argument("--steps", type=int, default=LoopConfig.steps)
+    run.add_argument("--eval-scenes", type=int, default=LoopConfig.eval_scenes)
+    run.add_argument("--out", type=Path, required=True)
+    span = commands.add_parser("span", help="compare finished runs")
+    span.add_argument("--runs", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if given.command == "start":
+        for seed in given.seeds:
+            print(make_start(given.out, given.kind, seed, WalkConfig(), log=_log))
+    elif given.command == "span":
+        print(table([json.loads(path.read_text()) for path in sorted(given.runs.glob("*.json"))]))
+    else:
+        configs = [
+            LoopConfig(method=method, rate=rate, steps=given.steps, eval_scenes=given.eval_scenes, seed=seed)
+            for seed in given.seeds
+            for rate in given.rates
+            for method in given.methods
+        ]
+        for done, config in enumerate(configs):
+            _log(f"run {done + 1} of {len(configs)}")
+            train_once(given.start, config, given.out)
+
+
+def train_once(start: Path, config: LoopConfig, out: Path) -> Path:
+    """One run as ``out/<method>-<rate>-<seed>-<hash>.json``, unless it is there."""
+    settings = {"start": start.name, **asdict(config)}
+    path = out / f"{config.method}-{config.rate:g}-{config.seed}-{content_hash(settings)}.json"
+    if not path.exists():
+        policy, scenes = load_start(start)
+        result = train(policy, scenes, config, _log)
+        out.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps({**settings, **result}))
+        unfinished.rename(path)
+    return path
+
+
+def _list(kind: type):
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Starts of reinforcement learning: folders of ordinary checkpoints, chosen by a rule that is older than any run.
+
+    half_ignorant   warm-up that never reads arrows of one colour; the first checkpoint with right looks >= 0.60 and
+                    greedy accuracy in 0.35 to 0.60
+    knowing         the same warm-up with all colours; the first checkpoint with greedy accuracy >= 0.85
+
+The rates are those of the held-out scenes of ``warmup.evaluate``; right looks are sampled at temperature 1. The rule
+looks at nothing else, so not at steps or at what training does from there.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+
+from benchmarks.yardstick.policy import POLICY, WalkPolicy, new_policy
+from benchmarks.yardstick.warmup import Log, Rates, WarmupConfig, align, warm_up
+from sayo_verl.errors import SayoError
+from sayo_verl.scenes.walk import WalkConfig
+from sayo_verl.tiny.prepared import content_hash, prepare_folder
+
+VERSION = 1  # of what the folders hold
+
+
+@dataclass(frozen=True)
+class Start:
+    """A kind of start: what its demonstrations leave out, and the rule that ends its warm-up."""
+
+    unread: tuple[int, ...]
+    rule: Callable[[Rates, Rates], bool]  # of sampled and greedy rates
+    rule_text: str
+
+
+STARTS = {
+    "half_ignorant": Start(
+        (0,),
+        lambda sampled, greedy: sampled["look"] >= 0.60 and 0.35 <= greedy["acc"] <= 0.60,
+        "right looks >= 0.60 and greedy accuracy in 0.35 to 0.60",
+    ),
+    "knowing": Start((), lambda sampled, greedy: greedy["acc"] >= 0.85, "greedy accuracy >= 0.85"),
+}
+
+
+def make_start(
+    out: Path, kind: str, seed: int, scenes: WalkConfig, config: WarmupConfig | None = None, log: Log = print
+) -> Path:
+    """``out/<kind>-<seed>-<hash>/``, made unless it is there: model, processor, and ``manifest.json`` with the rates.
+
+    Raises:
+        SayoError: T01 if no checkpoint fits the rule.
+    """
+    start = STARTS[kind]
+    config = replace(config or WarmupConfig(), unread=start.unread, seed=seed)
+    architecture = replace(POLICY, seed=seed)
+
+    def build(folder: Path) -> dict[str, Any]:
+        policy = new_policy(architecture)
+        align(policy, scenes, config, log)
+        history = []
+        for step, sampled, greedy in warm_up(policy, scenes, config, log):
+            history.append({"step": step, "sampled": sampled, "greedy": greedy})
+            if start.rule(sampled, greedy):
+                policy.model.save_pretrained(folder)
+                policy.processor.save_pretrained(folder)
+                return {
+                    "kind_of_start": kind,
+                    "rule": start.rule_text,
+                    "policy": asdict(architecture),
+                    "warmup": asdict(config),
+                    "scenes": asdict(scenes),
+                    "history": history,
+                }
+        raise SayoError(
+            "T01",
+            "no checkpoint of the warm-up fits the rule of this start",
+            where=f"{kind}, seed {seed}",
+            got=json.dumps(history[-1]) if history else "no checkpoint",
+            wanted=start.rule_text,
+            fix="take another seed, or raise WarmupConfig.steps",
+        )
+
+    name = content_hash(VERSION, architecture.config_hash(), asdict(config), asdict(scenes), start.rule_text)
+    return prepare_folder(out / f"{kind}-{seed}-{name}", "yardstick start", build).path
+
+
+def load_start(folder: Path) -> tuple[WalkPolicy, WalkConfig]:
+    """The policy of a start, in float32, and its scenes."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    scenes = {**manifest["scenes"], "held_out_pairs": tuple(manifest["scenes"]["held_out_pairs"])}
+    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype="float32").eval()
+    return WalkPolicy(model, AutoProcessor.from_pretrained(folder)), WalkConfig(**scenes)
