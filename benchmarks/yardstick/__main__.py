@@ -19,8 +19,7 @@ import torch
 
 from benchmarks.yardstick.loop import LoopConfig, train
 from benchmarks.yardstick.span import table
-from benchmarks.yardstick.starts import STARTS, load_start, make_start
-from sayo_verl.scenes.walk import WalkConfig
+from benchmarks.yardstick.starts import SCENES, STARTS, load_start, make_start
 from sayo_verl.tiny.prepared import content_hash
 
 
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     if given.command == "start":
         for seed in given.seeds:
-            print(make_start(given.out, given.kind, seed, WalkConfig(), log=_log))
+            print(make_start(given.out, given.kind, seed, SCENES, log=_log))
     elif given.command == "span":
         print(table([json.loads(path.read_text()) for path in sorted(given.runs.glob("*.json"))]))
     else:

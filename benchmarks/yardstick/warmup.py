@@ -1,8 +1,9 @@
 """Supervised warm-up of the walking policy, and the rule that chooses where reinforcement learning starts.
 
-First the vision tower learns to say, at each visual token, the words of its cell's name and of its arrow. Then the
-whole policy learns from demonstrations. They have slips, so that a warmed-up policy still makes errors, and they guess
-at arrows of the unread colours, so that it has something left to learn.
+First the vision tower learns to say, at each visual token, the words of its cell's name and of its arrow. How long it
+learns decides how much the policy can see. Then the text model learns from demonstrations while the vision tower is
+frozen, so that what the policy cannot see yet is left to reinforcement learning, which trains all weights. The
+demonstrations have slips, so that a warmed-up policy also errs where it sees.
 
 Shape suffixes: B walks, T response tokens, V visual tokens of an image, D hidden size, W vocabulary.
 """
@@ -10,7 +11,7 @@ Shape suffixes: B walks, T response tokens, V visual tokens of an image, D hidde
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -28,10 +29,9 @@ class WarmupConfig:
 
     Attributes:
         align_steps, align_batch, align_rate: of the vision tower alone; AdamW.
-        steps, batch, rate: of the whole policy, at most; AdamW.
+        steps, batch, rate: of the text model, at most; AdamW.
         rise: steps in which the learning rate rises.
         slip: share of directions that a demonstration replaces by random ones.
-        unread: colours (indices of ``COLOUR_NAMES``) whose arrows a demonstration guesses.
         forbid_weight, forbid_log_prob: weight and limit, in nats, of the loss on the total log-prob of all tokens that
             are no words of a response. Such a token would be read as several words or none.
         eval_every, eval_scenes: steps between checkpoints, held-out scenes at each.
@@ -46,7 +46,6 @@ class WarmupConfig:
     rate: float = 1.5e-3
     rise: int = 50
     slip: float = 0.25
-    unread: tuple[int, ...] = ()
     forbid_weight: float = 0.01
     forbid_log_prob: float = -30.0
     eval_every: int = 25
@@ -88,18 +87,6 @@ def align(policy: WalkPolicy, scenes: WalkConfig, config: WarmupConfig, log: Log
             log(f"vision tower {step + 1}: loss {loss.item():.3f}, arrows {right:.3f}")
 
 
-def demonstrated(walk: Walk, rng: random.Random, config: WarmupConfig) -> list[str]:
-    """The words of a demonstration: a guess for each arrow of an unread colour, and slips."""
-    guessed = replace(
-        walk,
-        directions=tuple(
-            rng.randrange(4) if colour in config.unread else way
-            for colour, way in zip(walk.colours, walk.directions, strict=True)
-        ),
-    )
-    return demonstration(guessed, rng, config.slip)
-
-
 @torch.no_grad()
 def evaluate(policy: WalkPolicy, walks: Sequence[Walk], seed: int | None = 0) -> Rates:
     """Shares of walks: ``acc``, ``format``, ``clean`` (no wrong word). Right words: ``look``, ``text``.
@@ -126,10 +113,11 @@ def longest(steps: int) -> int:
 def warm_up(
     policy: WalkPolicy, scenes: WalkConfig, config: WarmupConfig, log: Log = print
 ) -> Iterator[tuple[int, Rates, Rates]]:
-    """Train ``policy`` in place; yield the step and its sampled and greedy rates every ``eval_every`` steps."""
+    """Train the text model in place; yield the step and its sampled and greedy rates every ``eval_every`` steps."""
     rng = random.Random(f"warm-up/{config.seed}")
     walks = held_out(config.eval_scenes, scenes)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    trained = [*policy.text.parameters(), *policy.model.lm_head.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=config.rate, betas=(0.9, 0.98), weight_decay=0.01)
     said = (*FILLERS, *cell_names(scenes.grid), *DIRECTIONS, COMMA, ANSWER)
     words_of_responses = {policy.end, *(policy.ids[word] for word in said)}
     forbidden = [i for i in range(len(policy.words)) if i not in words_of_responses]
@@ -138,13 +126,13 @@ def warm_up(
         for group in optimizer.param_groups:
             group["lr"] = config.rate * min(1.0, step / config.rise)
         batch = [sample_walk(rng, scenes) for _ in range(config.batch)]
-        ids_BT = policy.encode([demonstrated(walk, rng, config) for walk in batch])
+        ids_BT = policy.encode([demonstration(walk, rng, config.slip) for walk in batch])
         log_p_BTW = policy.log_p(policy.prompts(batch), ids_BT)
         loss = -log_p_BTW.gather(-1, ids_BT[..., None]).mean()
         excess = (log_p_BTW[..., forbidden].logsumexp(-1) - config.forbid_log_prob).clamp(min=0).mean()
         optimizer.zero_grad()
         (loss + config.forbid_weight * excess).backward()
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if step % config.eval_every == 0:
             sampled, greedy = evaluate(policy, walks), evaluate(policy, walks, None)

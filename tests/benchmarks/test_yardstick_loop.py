@@ -1,16 +1,20 @@
 """The yardstick's policy and loop: batched passes against the plain model, credit against the package, repetition."""
 
 import dataclasses
+import json
 import random
 import re
 
 import pytest
 import torch
+from support.refusals import refusal
 
-from benchmarks.yardstick import loop
+from benchmarks.yardstick import loop, span, starts
+from benchmarks.yardstick.__main__ import train_once
 from benchmarks.yardstick.loop import LoopConfig, credit_of, method_of, roll_out, train
 from benchmarks.yardstick.policy import WalkPolicy, new_policy
-from benchmarks.yardstick.warmup import WarmupConfig, align, demonstrated, held_out, warm_up
+from benchmarks.yardstick.starts import STARTS, Start, load_start, make_start
+from benchmarks.yardstick.warmup import WarmupConfig, align, evaluate, held_out, warm_up
 from sayo_verl.methods import METHODS, advantages
 from sayo_verl.reward import compute_score
 from sayo_verl.scenes.walk import WalkConfig, demonstration
@@ -159,24 +163,81 @@ def test_oracle_plus_moves_only_right_looks_and_the_first_error(policy):
         assert signs == (wanted if size[row].any() else "." * ids.shape[1])
 
 
-def test_arrows_of_unread_colours_are_guessed_and_others_are_read():
-    (walk,) = held_out(1, SCENES)
-    config = WarmupConfig(slip=0.0, unread=(0,))
-    rng, seen = random.Random(0), {True: set(), False: set()}
-    for colour in (0, 1):
-        painted = dataclasses.replace(walk, colours=(colour,) * 16)
-        for _ in range(50):
-            seen[colour == 0].add(demonstrated(painted, rng, config)[2])
-    assert (len(seen[True]), len(seen[False])) == (4, 1)
-
-
-def test_the_warm_up_yields_rates_and_changes_the_policy():
+def test_alignment_trains_the_vision_tower_alone_and_the_warm_up_the_text_model_alone():
     policy = new_policy()
-    before = policy.text.embed_tokens.weight.detach().clone()
+    before, seeing = ([p.detach().clone() for p in part.parameters()] for part in (policy.text, policy.vision))
+
+    def same(part, values):
+        return [torch.equal(p, value) for p, value in zip(part.parameters(), values, strict=True)]
+
     config = WarmupConfig(align_steps=2, steps=2, batch=4, eval_every=1, eval_scenes=4)
     align(policy, SCENES, config, quiet)
-    assert torch.equal(before, policy.text.embed_tokens.weight)
+    assert all(same(policy.text, before))
+    assert not all(same(policy.vision, seeing))
+    seeing = [p.detach().clone() for p in policy.vision.parameters()]
     steps = list(warm_up(policy, SCENES, config, quiet))
     assert [step for step, _, _ in steps] == [1, 2]
     assert all(0 <= rate <= 1 for _, sampled, greedy in steps for rate in (*sampled.values(), *greedy.values()))
-    assert not torch.equal(before, policy.text.embed_tokens.weight)
+    assert not all(same(policy.text, before))
+    assert all(same(policy.vision, seeing))
+
+
+def test_a_start_is_the_first_checkpoint_that_fits_the_rule_and_loads_with_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setitem(starts.STARTS, "any", Start(1, lambda sampled, greedy: True, "any"))
+    monkeypatch.setitem(starts.STARTS, "none", Start(1, lambda sampled, greedy: False, "nothing"))
+    config = WarmupConfig(steps=2, batch=2, eval_every=1, eval_scenes=2)
+    folder = make_start(tmp_path, "any", 3, SCENES, config, quiet)
+    assert make_start(tmp_path, "any", 3, SCENES, config, quiet) == folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["rule"], len(manifest["history"]), manifest["policy"]["seed"]) == ("any", 1, 3)
+    policy, scenes = load_start(folder)
+    assert scenes == SCENES
+    walks = held_out(2, SCENES)
+    assert evaluate(policy, walks) == manifest["history"][0]["sampled"]
+    with refusal("T01"):
+        make_start(tmp_path, "none", 3, SCENES, config, quiet)
+
+
+def test_half_ignorant_and_knowing_are_what_the_rule_says():
+    half, knowing = STARTS["half_ignorant"].rule, STARTS["knowing"].rule
+    assert half({"look": 0.60}, {"acc": 0.35})
+    assert not half({"look": 0.59}, {"acc": 0.45})
+    assert not half({"look": 0.65}, {"acc": 0.61})
+    assert knowing({"look": 0.1}, {"acc": 0.85})
+    assert not knowing({"look": 0.9}, {"acc": 0.84})
+
+
+def run(method, seed, rate, accuracies):
+    curve = [{"step": 10 * i, "acc": acc, "look": 0.5, "text": 1.0} for i, acc in enumerate(accuracies)]
+    return {"start": "s", "method": method, "seed": seed, "rate": rate, "curve": curve, "greedy": {"acc": 0.5},
+            "seconds": 0.7}  # fmt: skip
+
+
+def test_the_span_is_counted_from_the_best_rate_of_grpo():
+    runs = [
+        run("grpo", 0, 1e-4, [0.2, 0.25, 0.3, 0.3, 0.3]),
+        run("grpo", 0, 3e-4, [0.2, 0.2, 0.1, 0.1, 0.1]),
+        run("oracle_plus", 0, 3e-4, [0.2, 0.4, 0.4, 0.4, 0.4]),
+    ]
+    assert span.best_rates(runs) == {("s", "grpo"): 1e-4, ("s", "oracle_plus"): 3e-4}
+    assert span.final(runs[0]) == pytest.approx(0.3)
+    assert span.smoothed(runs[2])[:2] == [(0, pytest.approx(0.3)), (10, pytest.approx(1 / 3))]
+    assert span.steps_to(runs[2], 0.3) == 10
+    assert span.steps_to(runs[1], 0.3) is None
+    lines = span.table(runs).splitlines()
+    assert "| s | grpo | 0.0001 (best) | 1 | 0.300 |" in lines[2]
+    assert lines[3].split("|")[9].strip() == "never"
+    assert lines[4].split("|")[9].strip() == "10"
+
+
+def test_a_finished_run_is_kept_with_its_settings_and_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setitem(starts.STARTS, "any", Start(1, lambda sampled, greedy: True, "any"))
+    config = WarmupConfig(steps=1, batch=2, eval_every=1, eval_scenes=2)
+    start = make_start(tmp_path, "any", 0, SCENES, config, quiet)
+    path = train_once(start, SMALL, tmp_path / "runs")
+    stored = json.loads(path.read_text())
+    assert (stored["start"], stored["method"], stored["rate"]) == (start.name, "grpo", SMALL.rate)
+    assert [point["step"] for point in stored["curve"]] == [0, 2]
+    before = path.stat().st_mtime_ns
+    assert train_once(start, SMALL, tmp_path / "runs") == path
+    assert path.stat().st_mtime_ns == before
