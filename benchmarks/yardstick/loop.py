@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.yardstick.policy import Prompts, WalkPolicy
+from benchmarks.yardstick.probed import signals as signals_of
 from benchmarks.yardstick.warmup import Rates, evaluate, held_out, longest
 from sayo_verl.hooks.estimator import timed_credit
 from sayo_verl.launch.settings import load_methods
@@ -97,7 +98,8 @@ def credit_of(
     """The method's credit from its own needs; nothing more is measured."""
     if method is None:
         return None
-    signals = policy.signals(
+    signals = signals_of(
+        policy,
         rollouts.prompts,
         rollouts.ids,
         method.needs(),

@@ -7,7 +7,7 @@ Shape suffixes: B prompts, N = B n rows (n responses of each prompt, side by sid
 (padded on the right), S = P + T, V visual tokens of an image, D hidden size, W vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +15,11 @@ import torch
 from transformers import PreTrainedModel, Qwen3VLProcessor
 from transformers.cache_utils import DynamicCache
 
-from sayo_verl.methods.signals import Needs, Signals
 from sayo_verl.models.families import family_of
-from sayo_verl.probe.measure import Measurement
-from sayo_verl.probe.plan import ChatTokens, RowPlan, image_tiles, plan_row
-from sayo_verl.probe.statistics import Statistic, StatisticsRequest
-from sayo_verl.probe.taps import ForwardTap, asked_layers
 from sayo_verl.scenes.walk import Walk
 from sayo_verl.scenes.walk_truth import Truth
 from sayo_verl.tiny.policy import END, PAD, TinyPolicyConfig, build_model, build_processor
 from sayo_verl.tiny.warmup import prompt_batch
-from sayo_verl.vision.grids import Tile
-from sayo_verl.vision.intervention import Intervention, Pixels, intervene, prompt_key
-from sayo_verl.vision.masks import region_mask
 
 Box = tuple[float, ...]
 POLICY = TinyPolicyConfig(task="walk", layers=3, kv_heads=4, vision_depth=1)
@@ -180,82 +172,7 @@ class WalkPolicy:
         ends = (ids_NT == self.end).long()
         return ((ends.cumsum(-1) - ends) == 0).float()
 
-    # ------------------------------------------------------------------------------------------------ probe
-    @torch.no_grad()
-    def signals(
-        self,
-        prompts: Prompts,
-        ids_NT: torch.Tensor,
-        needs: Needs,
-        *,
-        log_probs: torch.Tensor,
-        entropy: torch.Tensor,
-        uid: tuple[str, ...],
-        correct: torch.Tensor,
-        reports: Mapping[str, tuple[str, ...]],
-        step: int = 0,
-    ) -> Signals:
-        """What a method reads: a pass with the probe's taps if it needs statistics, and one for each changed image.
-
-        Args:
-            needs: of the method.
-            log_probs, entropy: of the same responses, from ``log_probs``.
-            uid: N names of the prompts.
-            correct: [N] in [0, 1].
-            reports: fields of the reward function, N values each.
-            step: of training, on which a changed image depends.
-        """
-        plans = self._plans(prompts, ids_NT, needs.statistics, [boxes(walk) for walk in prompts.walks])
-        changed = None
-        if needs.intervention is not None:
-            pixels = self._changed(prompts, needs.intervention, needs.statistics.coverage, step)
-            changed = self._whole_rows(prompts, ids_NT, pixels)[0]
-        return Signals(
-            response_mask=self.mask(ids_NT),
-            entropy=entropy.detach(),
-            log_probs=log_probs.detach(),
-            statistics=self._probed(prompts, ids_NT, needs.statistics, plans),
-            image_tokens=torch.tensor([float(plan.image_columns.numel()) for plan in plans]),
-            region_tokens=torch.tensor([float(plan.region_tokens) for plan in plans]),
-            is_padding=torch.zeros(len(ids_NT), dtype=torch.bool),
-            uid=uid,
-            counterfactual_log_probs=changed,
-            correct=correct,
-            reports=reports,
-        )
-
-    @torch.no_grad()
-    def cell_masses(self, prompts: Prompts, ids_NT: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-        """Layer -> [N, T, V], attention on each cell of the row that samples each token; V cells, row by row."""
-        cells = len(prompts.walks[0].directions)
-        asked = {layer: Statistic("box_mass", (layer,), query_row="predicting", size=cells) for layer in layers}
-        request = StatisticsRequest(tuple(asked.values()))
-        plans = self._plans(prompts, ids_NT, request, [all_cells(walk.grid) for walk in prompts.walks])
-        statistics = self._probed(prompts, ids_NT, request, plans)
-        return {layer: statistics[statistic] for layer, statistic in asked.items()}
-
-    def _probed(
-        self, prompts: Prompts, ids_NT: torch.Tensor, request: StatisticsRequest, plans: Sequence[RowPlan]
-    ) -> dict[Statistic, torch.Tensor]:
-        """Statistics [N, T] or [N, T, W], 0 behind the response."""
-        if not request.statistics:
-            return {}
-        numbers = asked_layers(self.model, request.layers, where="the layers of a statistic")
-        measurement = Measurement(request, plans, numbers, packed=False, device=torch.device("cpu"))
-        attention = {numbers[k] for s in request.statistics if s.spec.source != "hidden" for k in s.layers}
-        hidden = any(s.spec.source == "hidden" for s in request.statistics)
-        with ForwardTap(self.model, sorted(attention), measurement.read, measurement.read_hidden if hidden else None):
-            self._whole_rows(prompts, ids_NT, prompts.pixels)
-        results, out = measurement.finish(), {}
-        for statistic in request.statistics:
-            parts = results[statistic.key][0].split([plan.response_length for plan in plans])
-            values = torch.zeros(*ids_NT.shape, *parts[0].shape[1:])
-            for row, part in enumerate(parts):
-                values[row, : len(part)] = part
-            out[statistic] = values
-        return out
-
-    def _whole_rows(
+    def whole_rows(
         self, prompts: Prompts, ids_NT: torch.Tensor, pixels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As ``log_probs``, without its gradient, from whole rows, as the probe reads them."""
@@ -269,54 +186,6 @@ class WalkPolicy:
             embedded, self._positions(prompts, T), visual_pos_masks=where, deepstack_visual_embeds=deep, use_cache=False
         )
         return self._token_values(hidden[:, P - 1 : -1], ids_NT)
-
-    def _plans(
-        self, prompts: Prompts, ids_NT: torch.Tensor, request: StatisticsRequest, boxes_of: Sequence[Sequence[Box]]
-    ) -> list[RowPlan]:
-        n, lengths = len(ids_NT) // len(prompts.walks), self.mask(ids_NT).sum(-1).long().tolist()
-        chat = any(s.name in ("system_mass", "question_mass") for s in request.statistics)
-        tokens = ChatTokens.of(self.processor.tokenizer, self.family) if chat else None
-        n_boxes = max((s.size for s in request.statistics if s.name == "box_mass"), default=0)
-        tiles = [self._tiles(prompts, i) for i in range(len(prompts.walks))]
-        return [
-            plan_row(
-                torch.cat([prompts.ids[row // n], ids_NT[row, :length]]),
-                length,
-                image_token_id=self.model.config.image_token_id,
-                images=tiles[row // n],
-                boxes=[boxes_of[row // n]],
-                coverage=request.coverage,
-                where=f"prompt {row // n}",
-                n_boxes=n_boxes,
-                chat=tokens,
-            )
-            for row, length in enumerate(lengths)
-        ]
-
-    def _tiles(self, prompts: Prompts, i: int) -> list[tuple[Tile, ...]]:
-        return image_tiles(prompts.row(i), self.family, self.model.config, where=f"prompt {i}")
-
-    def _changed(self, prompts: Prompts, change: Intervention, coverage: float, step: int) -> torch.Tensor:
-        """Pixels of all prompts after an intervention."""
-        layout, out = Pixels.of(self.processor, self.family.geometry), []
-        for i, walk in enumerate(prompts.walks):
-            tiles, where = self._tiles(prompts, i), f"prompt {i}"
-            region = [torch.from_numpy(region_mask(boxes(walk), tiles[0], coverage, where=where))]
-            key = prompt_key(prompts.ids[i], step)
-            changed = intervene(prompts.row(i), change, layout, tiles=tiles, region=region, key=key, where=where)
-            out.append(changed["pixel_values"])
-        return torch.cat(out)
-
-
-def boxes(walk: Walk) -> list[Box]:
-    """The boxes of a walk's cells in [0, 1], as rows have them."""
-    assert walk.image is not None
-    return [tuple(x / side for x, side in zip(box, walk.image.size * 2, strict=True)) for box in walk.boxes]
-
-
-def all_cells(grid: int) -> list[Box]:
-    """The boxes of all cells of a grid in [0, 1], row by row."""
-    return [(x / grid, y / grid, (x + 1) / grid, (y + 1) / grid) for y in range(grid) for x in range(grid)]
 
 
 def new_policy(config: TinyPolicyConfig = POLICY) -> WalkPolicy:

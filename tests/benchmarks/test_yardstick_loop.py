@@ -13,6 +13,8 @@ from benchmarks.yardstick import loop, span, starts
 from benchmarks.yardstick.__main__ import train_once
 from benchmarks.yardstick.loop import LoopConfig, credit_of, method_of, roll_out, train
 from benchmarks.yardstick.policy import WalkPolicy, new_policy
+from benchmarks.yardstick.probed import cell_masses
+from benchmarks.yardstick.probed import signals as signals_of
 from benchmarks.yardstick.starts import STARTS, Start, load_start, make_start
 from benchmarks.yardstick.warmup import WarmupConfig, align, evaluate, held_out, warm_up
 from sayo_verl.methods import METHODS, advantages
@@ -48,10 +50,10 @@ def test_a_word_is_a_token_and_the_truth_is_that_of_the_reward_function(policy):
         assert (judged["acc"], judged["walk_marks"]) == (float(truth.rewarded), truth.marks)
 
 
-def test_the_cached_pass_equals_the_pass_of_whole_rows_and_the_plain_model(policy):
+def test_the_cached_pass_equals_the_pass_ofwhole_rows_and_the_plain_model(policy):
     prompts, ids, _ = demonstrations(policy, 2, 0.5)
     log_probs, entropy = policy.log_probs(prompts, ids)
-    whole, whole_entropy = policy._whole_rows(prompts, ids, prompts.pixels)
+    whole, whole_entropy = policy.whole_rows(prompts, ids, prompts.pixels)
     torch.testing.assert_close(log_probs, whole, atol=2e-5, rtol=0)
     torch.testing.assert_close(entropy, whole_entropy, atol=2e-5, rtol=0)
     row = torch.cat([prompts.ids[1], ids[2]])[None]
@@ -85,7 +87,8 @@ def test_masses_of_cells_add_up_to_that_of_the_image(policy):
     prompts, ids, _ = demonstrations(policy, 2, 0.5)
     image = Statistic("image_mass", (1,), query_row="predicting")
     log_probs, entropy = policy.log_probs(prompts, ids)
-    signals = policy.signals(
+    signals = signals_of(
+        policy,
         prompts,
         ids,
         Needs(StatisticsRequest((image,))),
@@ -96,7 +99,7 @@ def test_masses_of_cells_add_up_to_that_of_the_image(policy):
         reports={},
     )
     signals.check()
-    cells = policy.cell_masses(prompts, ids, [1])[1]
+    cells = cell_masses(policy, prompts, ids, [1])[1]
     assert cells.shape == (*ids.shape, 16)
     torch.testing.assert_close(cells.sum(-1), signals[image], atol=1e-5, rtol=0)
 
