@@ -18,8 +18,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from sayo_verl.data.folder import split_files
 from sayo_verl.data.reading import decoded
-from sayo_verl.methods import RegionMethod
 from sayo_verl.errors import Rule, raise_first
+from sayo_verl.methods import RegionMethod
 from sayo_verl.reward import compute_score
 from sayo_verl.tiny.policy import END, MERGE_SIZE, generate
 from sayo_verl.tiny.warmup import prompt_batch
