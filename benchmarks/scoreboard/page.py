@@ -64,12 +64,13 @@ def _open(figures: dict[str, Any]) -> list[str]:
 
 
 def result_cell(figure: dict[str, Any] | None) -> str:
-    """``141 of 141, value`` or why there is none."""
+    """``141 of 141, 2 skipped; value`` or why there is none."""
     if figure is None:
         return "not measured"
     if "not_measured" in figure:
         return f"not measured ({figure['not_measured']})"
     count = f"{figure['passed']:,} of {figure['of']:,}" if "of" in figure else ""
+    count += f", {figure['skipped']:,} skipped" if figure.get("skipped") else ""
     return "; ".join(filter(None, [count, figure.get("value", "")]))
 
 
@@ -123,7 +124,7 @@ def _bad_inputs(figure: dict[str, Any] | None) -> list[str]:
     where = (
         "[`benchmarks/scoreboard/bad_inputs.toml`](../benchmarks/scoreboard/bad_inputs.toml) lists each with its tests."
     )
-    failed = (figure or {}).get("failed")
+    failed, skipped = ((figure or {}).get(key) for key in ("failed", "not_run"))
     return [
         "## Bad inputs",
         "",
@@ -131,6 +132,7 @@ def _bad_inputs(figure: dict[str, Any] | None) -> list[str]:
         "",
         *table(["area", *cases.OUTCOMES], rows),
         *([f"Failed in the last run: {', '.join(failed)}.", ""] if failed else []),
+        *([f"Skipped in the last run: {', '.join(skipped)}.", ""] if skipped else []),
     ]
 
 
