@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What scripts share: help, errors, the folder of a run, early checks, the environment. Sourced after `cd "$ROOT"`.
+# What scripts share: help, errors, the folder of a run, early checks, the
+# environment. Sourced after `cd "$ROOT"`.
 set -euo pipefail
 
 # With the argument -h or --help: prints the header comments of the script and of the one that it sources, and exits.

@@ -97,12 +97,13 @@ def report_at_end(config: DictConfig) -> None:
     from sayo_verl.report.page import write_page_at_end  # matplotlib takes a second, which a dry run need not wait for
 
     try:
-        page = write_page_at_end(metrics.parent)
+        written = write_page_at_end(metrics.parent)
     except SayoError as error:
         print(f"the page of this run was not written: {error}", file=sys.stderr)
     else:
-        if page:
-            print(f"page of the run: {page}", flush=True)
+        if written:
+            page, failed = written
+            print(f"page of the run: {page}", *([f"warning: {failed}"] if failed else []), sep="\n", flush=True)
 
 
 def say_how_to_resume(config: DictConfig) -> None:
