@@ -47,7 +47,7 @@ quoted() {
 place_run() {
   [[ -z "${SAYO_RESUME_COMMAND:-}" ]] || return 0
   local name given=''
-  for name in METHOD MODEL_PATH DATA NNODES NGPUS_PER_NODE RAY_ADDRESS; do
+  for name in METHOD MODEL_PATH DATA NNODES NGPUS_PER_NODE RAY_ADDRESS VERL_PLATFORM; do
     [[ -z "${!name:-}" ]] || given+="$name=$(printf '%q' "${!name}") "
   done
   case "${0##*/}" in run.sh | anchor.sh) given="JOB=$JOB $given" ;; esac

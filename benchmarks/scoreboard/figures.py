@@ -116,7 +116,7 @@ def zero_strength(tally: Tally) -> Result:
 
 # ------------------------------------------------------------------------------------------------------ tables of cases
 def bad_inputs(tally: Tally) -> Result:
-    """Bad inputs by outcome. One counts when all tests that it names passed; one whose tests were skipped is left out."""
+    """Bad inputs by outcome. One counts when all its tests passed, and is left out where one was skipped."""
     inputs = cases.table("bad_inputs")
     apply = {name: case for name, case in inputs.items() if case["outcome"] != "does not apply"}
     handled = {name: case["tests"] for name, case in apply.items() if case["outcome"] != cases.OPEN}
@@ -146,7 +146,7 @@ def faults(tally: Tally) -> Result:
 
 
 def judge(tally: Tally, named: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Cases by ``passed``, ``failed`` (a test failed or is gone) and ``not_run`` (else, a test or one of its cases skipped).
+    """Cases by ``passed``, ``failed`` (a test failed or is gone) and ``not_run`` (else: a test or a case was skipped).
 
     Args:
         tally: of a run of their tests.

@@ -43,7 +43,7 @@ def _content(content: Any) -> Any:
     """What a message says, as values whose ``repr`` is the same in every process: its text, and digests of its media.
 
     Args:
-        content: text, or parts as verl's data set makes them, such as ``{"type": "image", "bytes": ..., "image": ...}``.
+        content: text, or parts as of verl's data set, such as ``{"type": "image", "bytes": ..., "image": ...}``.
     """
     if isinstance(content, str):
         return content

@@ -3,8 +3,8 @@
 A checkpoint of verl's FSDP engine has, for the actor and for a critic, the weights in the engine's ``model_dtype``, two
 numbers of that type for each trained weight (Adam), with ``hf_model`` the weights once more, and the files of the
 tokenizer. With LoRA only the adapter is trained. Without it all weights are: no code of verl 0.9.1's FSDP engine reads
-``freeze_vision_tower``. verl writes a new checkpoint before it removes an old one, and the next begins while the last is
-being read; so room for 2.2 is wanted.
+``freeze_vision_tower``. verl writes a new checkpoint before it removes an old one, and the next begins while the last
+is being read; so room for 2.2 is wanted.
 """
 
 import math

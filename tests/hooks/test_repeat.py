@@ -56,7 +56,8 @@ def test_rows_steps_and_sessions_have_seeds_of_their_own(name):
 
 def asked(*pictures):
     parts = [{"type": "image", **picture} for picture in pictures]
-    return {**ROW, "index": 0, "raw_prompt": [{"role": "user", "content": [*parts, {"type": "text", "text": "Which?"}]}]}
+    content = [*parts, {"type": "text", "text": "Which?"}]
+    return {**ROW, "index": 0, "raw_prompt": [{"role": "user", "content": content}]}
 
 
 COLOURS = [

@@ -319,6 +319,7 @@ SETTINGS = [
     ("run_tiny.sh", {"METHOD": "grpo", "MODEL_PATH": "a b"}),
     ("run_vgpo_qwen2_5vl_7b.sh", {"METHOD": "dual_released", "NGPUS_PER_NODE": "4"}),
     ("run.sh", {"JOB": "qwen2_5vl_7b", "METHOD": "anchor"}),
+    ("run.sh", {"JOB": "tiny", "METHOD": "grpo", "VERL_PLATFORM": "cpu"}),
     ("anchor.sh", {"JOB": "tiny", "DATA": "d"}),
 ]
 
