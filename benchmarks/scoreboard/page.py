@@ -182,8 +182,8 @@ def _supply(figure: dict[str, Any] | None) -> list[str]:
     return [
         "## Supply chain",
         "",
-        f"- Licences: {figure['packages']} installed packages are needed by `sayo-verl[cpu]`, directly or through others; "
-        "tools of the tests are not counted. "
+        f"- Licences: {figure['packages']} installed packages are needed by `sayo-verl[cpu]`, directly or "
+        "through others; tools of the tests are not counted. "
         f"Not permissive or not declared: {other or 'none'}.",
         f"- Advisories: {figure['audit']}.",
         "",
