@@ -25,7 +25,8 @@ def failed_rollouts(run: Run, config: dict[str, Any]) -> str:
         return ""
     sizes = [str(config.get(key, "")) for key in ("data.train_batch_size", "actor_rollout_ref.rollout.n")]
     if not all(map(str.isdigit, sizes)) or any(str(config.get(key)).lower() == "true" for key in MORE):
-        return f"{total:g} rollouts failed in {len(failed)} step{"s" * (len(failed) > 1)} and were left out of their groups."
+        steps = f"{len(failed)} step{'s' * (len(failed) > 1)}"
+        return f"{total:g} rollouts failed in {steps} and were left out of their groups."
     of_step = int(sizes[0]) * int(sizes[1])
     said = f"{total:g} of {of_step * len(failed)} rollouts failed ({total / of_step / len(failed):.0%})"
     said = f"{said.replace('%', ' %')} and were left out of their groups."
