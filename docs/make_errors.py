@@ -13,7 +13,7 @@ from typing import NamedTuple
 from sayo_verl.errors import AREAS, kind_of
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE, PAGE = ROOT / "sayo_verl", ROOT / "docs" / "errors.md"
+PACKAGE, RECIPES, PAGE = ROOT / "sayo_verl", ROOT / "recipe", ROOT / "docs" / "errors.md"
 CODE = re.compile(r"[A-Z]\d\d")
 HEAD = """# Error codes
 
@@ -72,16 +72,17 @@ def _given(node: ast.Assign, name: str) -> Iterator[ast.expr]:
 
 @functools.cache
 def entries() -> tuple[Entry, ...]:
-    """All places in the package."""
+    """All places in the package and in the recipes."""
     return tuple(_entries())
 
 
 def _entries() -> Iterator[Entry]:
-    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+    paths = [*sorted(PACKAGE.rglob("*.py")), *sorted(RECIPES.rglob("*.py"))]
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
     everywhere = {name: text for tree in trees.values() for name, text in _constants(tree)}
     for path, tree in trees.items():
         constants = everywhere | dict(_constants(tree))  # a name means what its own file says first
-        file = path.relative_to(PACKAGE).as_posix()
+        file = path.relative_to(PACKAGE if PACKAGE in path.parents else ROOT).as_posix()
         # call -> the innermost function around it, if there is one
         inside: dict[ast.Call, ast.FunctionDef | None] = {n: None for n in ast.walk(tree) if isinstance(n, ast.Call)}
         for function in ast.walk(tree):

@@ -2,8 +2,8 @@
 # Starts a job of configs/job with a method of configs/method. Variables mean the
 # same in every script that calls this one. A Hydra override at the end wins:
 #
-#   METHOD=NAME        region, dual, dual_released, anchor, faithful, region_dual,
-#                      grpo, dapo, or your own file of configs/method
+#   METHOD=NAME        region, dual, dual_released, anchor, faithful, sensitivity,
+#                      region_dual, grpo, dapo, or your own file of configs/method
 #   MODEL_PATH=MODEL   folder or hub name             actor_rollout_ref.model.path
 #   DATA=FOLDER        of `sayo prepare`              sayo.data, or train_files
 #                                                     and val_files of data

@@ -7,8 +7,10 @@
 #
 #   METHOD=dual bash scripts/run_qwen2_5vl_7b.sh
 #       VGPO on DAPO = scripts/run_vgpo_qwen2_5vl_7b.sh
+#   METHOD=sensitivity bash scripts/run_qwen2_5vl_7b.sh
+#       VPPO on DAPO = scripts/run_vppo_qwen2_5vl_7b.sh
 #   METHOD=dapo bash scripts/run_qwen2_5vl_7b.sh
-#       its baseline = scripts/run_dapo_qwen2_5vl_7b.sh
+#       their baseline = scripts/run_dapo_qwen2_5vl_7b.sh
 #   METHOD=anchor bash scripts/run_qwen2_5vl_7b.sh
 #       reading of AT-RL = scripts/run_atrl_qwen2_5vl_7b.sh
 #   METHOD=faithful bash scripts/run_qwen2_5vl_7b.sh

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 MADE = runpy.run_path(str(ROOT / "docs" / "make_errors.py"))
-SOURCE = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "sayo_verl").rglob("*.py"))
+SOURCE = "".join(p.read_text(encoding="utf-8") for room in ("sayo_verl", "recipe") for p in (ROOT / room).rglob("*.py"))
 CODES = sorted(set(re.findall(r'"([A-Z]\d\d)"', SOURCE)))
 
 

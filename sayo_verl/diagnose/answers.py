@@ -108,7 +108,9 @@ def usable_methods() -> tuple[dict[str, Method], dict[str, str]]:
     for name, cls in METHODS.items():
         method = cls()
         missing = [pip for module, pip in method.needs().packages if importlib.util.find_spec(module) is None]
-        if missing:
+        if method.needs().reported:
+            left_out[name] = "it reads a field of a reward function, which is not called here"
+        elif missing:
             left_out[name] = f"a package is missing: {missing[0]}"
         else:
             usable[name] = method

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sayo_verl.errors import SayoError
-from sayo_verl.methods import METHODS, Credit, Method, Mix, Signals, advantages
+from sayo_verl.methods import METHODS, Credit, Method, Mix, Signals, added_by_bonuses, advantages
 from sayo_verl.methods.base import finite_metrics
 from sayo_verl.methods.group import group_rows
 
@@ -108,14 +108,9 @@ def make_estimator(name: str):
                 fix="verl has changed; run the contract tests (pytest tests/hooks/test_contract.py) and report it",
             )
         signals, credit = context.credit(response_mask)
-        advantage, reward = advantages(
-            token_level_rewards.sum(dim=-1),
-            response_mask,
-            signals.uid,
-            credit,
-            norm_by_std=context.norm_by_std,
-            spread_floor=context.spread_floor,
-        )
+        rows = (token_level_rewards.sum(dim=-1), response_mask, signals.uid, credit)
+        options: dict[str, Any] = {"norm_by_std": context.norm_by_std, "spread_floor": context.spread_floor}
+        advantage, reward = advantages(*rows, **options)
         context.metrics.update(finite_metrics(credit.metrics, name))
         for reason, hit in signals.neutral_reasons(boxes=context.method.needs().boxes).items():
             context.metrics[f"neutral_rows/{reason}"] = float(hit.sum())
@@ -123,6 +118,10 @@ def make_estimator(name: str):
             if weight is not None:  # mean factor on tokens or rows that count; 1 keeps the size of the step
                 on = response_mask.bool() if kind == "token" else response_mask.bool().any(-1) & ~signals.is_padding
                 context.metrics[f"{kind}_weight/mean"] = float(weight[on].mean()) if on.any() else 1.0
+        added, on = added_by_bonuses(advantage, *rows, **options), response_mask.bool()
+        if added is not None:
+            context.metrics["token_bonus/mean"] = float(added[on].mean()) if on.any() else 0.0
+            context.metrics["token_bonus/size"] = float(added[on].abs().mean()) if on.any() else 0.0
         context.reward = reward
         return advantage, advantage.clone()
 

@@ -12,6 +12,7 @@ how to turn recording off.
 Shape suffixes: T response tokens, V visual tokens, W words, k most attended visual tokens.
 """
 
+import dataclasses
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from sayo_verl.hooks import record_agent, store
 from sayo_verl.hooks.estimator import timed_credit
 from sayo_verl.hooks.held_out import choose_rows, pictures_of, question_of
 from sayo_verl.launch.record_check import OFF, TOP_PATCHES, observation, recorded_needs, run_folder
-from sayo_verl.methods import Credit, Method, Signals, advantages
+from sayo_verl.methods import Credit, Method, Signals, added_by_bonuses, advantages
 from sayo_verl.models.families import family_of
 from sayo_verl.probe.plan import image_tiles
 from sayo_verl.probe.statistics import WIRE_PREFIX, StatisticsRequest
@@ -228,9 +229,9 @@ class Recorder:
         per_token = StatisticsRequest(
             tuple(s for s in self.request.statistics if s != request), self.request.coverage, self.request.path
         )
-        needs = type(self.needs)(per_token, self.needs.intervention, self.needs.correctness, self.needs.boxes)
+        needs = dataclasses.replace(self.needs, statistics=per_token)
         signals, _ = store.fetch_signals(batch, needs, self._config.sayo.correct_from)
-        credit, reward_B, advantage, notes = self._credit(batch, signals)
+        credit, reward_B, advantage, added, notes = self._credit(batch, signals)
         data = store.fetch(batch, ["responses", WIRE_PREFIX + request.key])
         infos = store.reward_info(batch)
         prompts: list[tuple[SeenPrompt, list[SeenResponse]]] = []
@@ -244,31 +245,34 @@ class Recorder:
                 ids = data["responses"].unbind()[n].tolist()
                 facts = self._facts(n, signals, credit, reward_B, advantage, infos[n])
                 sums_V = data[WIRE_PREFIX + request.key].unbind()[n][: prompt.tokens]
-                responses.append(self._response(prompt, n, ids, sums_V, signals, credit, advantage, facts))
+                responses.append(self._response(prompt, n, ids, sums_V, signals, credit, advantage, added, facts))
             prompts.append((prompt, responses))
         return prompts, [*self._notes(batch, pending.step), *notes]
 
     def _credit(
         self, batch: KVBatchMeta, signals: Signals
-    ) -> tuple[Credit, torch.Tensor, torch.Tensor | None, list[str]]:
-        """The method's credit of these rows, their reward [B], their advantages [B, T], and sentences about them."""
+    ) -> tuple[Credit, torch.Tensor, torch.Tensor | None, torch.Tensor | None, list[str]]:
+        """The method's credit of these rows, and what training would make of it.
+
+        Returns:
+            The credit, reward [B], advantages [B, T], what bonuses added to them [B, T] (None without bonuses), and
+            sentences about the rows.
+        """
         algorithm = self._config.algorithm
         reward_B = torch.stack([row.sum() for row in store.fetch(batch, ["rm_scores"])["rm_scores"].unbind()])
         if self._method is None and algorithm.adv_estimator != "grpo":
-            return Credit(), reward_B, None, [f"Advantages of {algorithm.adv_estimator} are not recorded."]
+            return Credit(), reward_B, None, None, [f"Advantages of {algorithm.adv_estimator} are not recorded."]
         credit = Credit() if self._method is None else timed_credit(self._method, signals)[0]
-        advantage, _ = advantages(
-            reward_B,
-            signals.response_mask,
-            signals.uid,
-            credit,
-            norm_by_std=bool(algorithm.norm_adv_by_std_in_grpo),
-            spread_floor=self._spread_floor if self._method is not None else None,
-        )
+        options: dict[str, Any] = {
+            "norm_by_std": bool(algorithm.norm_adv_by_std_in_grpo),
+            "spread_floor": self._spread_floor if self._method is not None else None,
+        }
+        advantage, _ = advantages(reward_B, signals.response_mask, signals.uid, credit, **options)
+        added = added_by_bonuses(advantage, reward_B, signals.response_mask, signals.uid, credit, **options)
         notes = ["Factors and advantages are computed over these rollouts alone; they are not trained on."]
         if algorithm.use_kl_in_reward:
             notes.append("Advantages are without the KL penalty that training takes from the reward.")
-        return credit, reward_B, advantage, notes
+        return credit, reward_B, advantage, added, notes
 
     def _notes(self, batch: KVBatchMeta, step: int) -> list[str]:
         tags = [tag for tag in batch.tags if not tag.get("is_padding", False)]
@@ -343,6 +347,7 @@ class Recorder:
         signals: Signals,
         credit: Credit,
         advantage: torch.Tensor | None,
+        added: torch.Tensor | None,
         facts: dict[str, str | float],
     ) -> SeenResponse:
         """Row n as a page shows it."""
@@ -359,6 +364,8 @@ class Recorder:
             values["predicting_mass"] = signals[self._seen.predicting][n, :T]
         if credit.token_weight is not None:
             values["token_weight"] = credit.token_weight[n, :T]
+        if added is not None:
+            values["token_bonus"] = added[n, :T]
         if advantage is not None:
             values["advantage"] = advantage[n, :T]
         pieces = pieces_of(self._tokenizer, ids)

@@ -3,7 +3,7 @@
 ``kv_batch_get`` leaves out missing fields silently, so this module checks that they are present.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,8 @@ def fetch_signals(batch: KVBatchMeta, needs: Needs, correct_from: float | str | 
 
     Raises:
         SayoError: A02 for a row whose statistics do not fit its response, A06 for a missing field, A17 when the reward
-            function returns no number as ``acc`` and the method needs it.
+            function returns no number as ``acc`` and the method needs it, A23 when it does not report another field
+            that the method needs.
     """
     wire = {statistic: WIRE_PREFIX + statistic.key for statistic in needs.statistics.statistics}
     per_row = {name: WIRE_PREFIX + name for name in PER_ROW}
@@ -73,6 +74,7 @@ def fetch_signals(batch: KVBatchMeta, needs: Needs, correct_from: float | str | 
         uid=tuple(map(str, data["uid"])),
         counterfactual_log_probs=_padded(data, COUNTERFACTUAL_LOG_PROBS) if needs.intervention is not None else None,
         correct=_correct(batch, correct_from) if needs.correctness else None,
+        reports=_reports(batch, [one.name for one in needs.reported]),
     )
     return signals, float(rows["probe_seconds"].sum())
 
@@ -109,13 +111,12 @@ def _correct(batch: KVBatchMeta, correct_from: float | str | None) -> torch.Tens
         padding = torch.tensor([bool(tag.get("is_padding", False)) for tag in batch.tags])
         return ((rewards >= torch.tensor(float(correct_from))) & ~padding).float()
     out = []
-    for key, info, tag in zip(batch.keys, reward_info(batch), batch.tags, strict=True):
-        padding = tag.get("is_padding", False)
-        acc = 0.0 if padding else number(info.get("acc"))
+    for key, info, is_padding in _infos(batch):
+        acc = 0.0 if is_padding else number(info.get("acc"))
         if acc is None:
             raise SayoError(
                 "A17",
-                "the method rewards correct answers only, and the reward function does not return which are correct",
+                "the method needs to know which answers are correct, and the reward function does not return it",
                 where=f"row {key}",
                 got=f"acc {info['acc']!r:.80}" if "acc" in info else sorted(info),
                 wanted="a key 'acc' in what the reward function returns, 0 or 1",
@@ -123,6 +124,34 @@ def _correct(batch: KVBatchMeta, correct_from: float | str | None) -> torch.Tens
             )
         out.append(acc)
     return torch.tensor(out)
+
+
+def _reports(batch: KVBatchMeta, names: Sequence[str]) -> dict[str, tuple[str | float | None, ...]]:
+    """Name -> what the reward function reports of each row under it, text or a number; None for padding rows."""
+    if not names:
+        return {}
+    found: dict[str, list[str | float | None]] = {name: [] for name in names}
+    for key, info, padding in _infos(batch):
+        for name, values in found.items():
+            told = info.get(name)
+            value = told if isinstance(told, str) else number(told)
+            if value is None and not padding:
+                raise SayoError(
+                    "A23",
+                    f"the method reads {name} of the reward function, which does not report it",
+                    where=f"row {key}",
+                    got=f"{name} {told!r:.80}" if name in info else sorted(info),
+                    wanted=f"a key {name!r} in what the reward function returns, text or a number",
+                    fix="return it in the dict of the reward function, or choose a method that does not read it",
+                )
+            values.append(value)
+    return {name: tuple(values) for name, values in found.items()}
+
+
+def _infos(batch: KVBatchMeta) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """Key, ``reward_info`` and whether it is padding, of each row."""
+    padding = [bool(tag.get("is_padding", False)) for tag in batch.tags]
+    return zip(batch.keys, reward_info(batch), padding, strict=True)
 
 
 def fetch_reward_parts(batch: KVBatchMeta) -> dict[str, float]:

@@ -47,7 +47,7 @@ class Finding:
 
 ASK = "use --prompt instruction; rows that verl reads already keep their prompts: write the form of answer into these"
 NO_TAG = Finding("D90", "WARN", "a prompt does not ask for <answer>, which is rewarded", ASK)
-OTHERS = "add boxes, or train with METHOD=dual, anchor, faithful or grpo, which need none"
+OTHERS = "add boxes, or train with METHOD=dual, anchor, faithful, sensitivity or grpo, which need none"
 NO_BOXES = Finding("D04", "WARN", "no training row has a box, so no region is rewarded", OTHERS)
 NO_BOX = Finding("D69", "INFO", "a row has no box: neutral for methods that look at a region", "nothing, if intended")
 WHOLE_BOX = Finding("D69", "INFO", "a box is the whole image: each answer gets the same reward for it", "leave it out")

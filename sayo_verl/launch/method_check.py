@@ -68,6 +68,7 @@ def _try(method: Method) -> None:
 def _kinds(credit: Credit) -> set[str]:
     kinds = {"reward"} if any(term.weight for term in credit.terms) else set()
     kinds |= {"token"} if credit.token_weight is not None else set()
+    kinds |= {"bonus"} if credit.bonuses else set()
     return kinds | ({"trajectory"} if credit.trajectory_weight is not None else set())
 
 

@@ -98,8 +98,8 @@ def check_result(
     Raises:
         SayoError: D78 for verl's own rules that run the response as code, L52 for group filtering by a value that the
             reward does not give, L86 if the method needs ``acc`` and it is missing, has other values than 0 to 1, or
-            cannot be found, L87 for a result that verl cannot use, L88 for data sources that verl has no rule for, L89
-            of ``check_forms``.
+            cannot be found, and if the reward does not report another field that the method reads, L87 for a result
+            that verl cannot use, L88 for data sources that verl has no rule for, L89 of ``check_forms``.
     """
     check_correct_from(config.sayo.get("correct_from"))
     _check_rules(config, counted)
@@ -108,6 +108,7 @@ def check_result(
     if function is not None:
         result, unchecked = _call(config, function, [sample for of_split in samples.values() for sample in of_split])
     _check_correctness(config, method, result, unchecked, dry_run=dry_run)
+    _check_reported(config, method, result)
     if result is None:
         return f"not checked: {unchecked}"
     check_filter_metric(config, result.keys)
@@ -357,9 +358,31 @@ def _check_correctness(
     if what:
         raise SayoError(
             "L86",
-            f"the method rewards correct answers only, and {what}",
+            f"the method needs to know which answers are correct, and {what}",
             where=f"{FUNCTION}, algorithm.adv_estimator={method.name}",
             got=got,
             wanted="acc, 1 for a correct answer and 0 for a wrong one",
             fix=fix,
         )
+
+
+def _check_reported(config: DictConfig, method: Method | None, result: Result | None) -> None:
+    """Refuse a method that reads a field which the reward does not report.
+
+    Of a function that is not called before the run nothing is known here; the first step says what is missing (A23).
+    """
+    names = [] if method is None else [one.name for one in method.needs().reported]
+    alone = config.reward.reward_model.enable and config.reward.custom_reward_function.path is None
+    if method is None or not (result or alone):
+        return
+    keys = frozenset() if result is None else result.keys
+    for name in names:
+        if name not in keys:
+            raise SayoError(
+                "L86",
+                f"the method reads {name}, which the reward does not report",
+                where=f"{FUNCTION}, algorithm.adv_estimator={method.name}",
+                got="a score, of a reward model" if alone else ", ".join(sorted(keys)),
+                wanted=f"a key {name!r} in what the reward function returns",
+                fix=f"return {{'score': ..., {name!r}: ...}}, or choose another method",
+            )

@@ -69,7 +69,7 @@ def load_methods(modules: Sequence[str]) -> list[str]:
             "sayo.modules is not a list",
             where="sayo.modules",
             got=modules,
-            wanted="such as [recipe/example/sensitivity.py]",
+            wanted="such as [recipe/example/reliance.py]",
             fix="write it as a list",
         )
     found = []

@@ -14,7 +14,7 @@ from sayo_verl.launch.row_check import Counted, evenly
 def check_boxes_of_run(counted: Counted, where: str, *, boxes: bool = True) -> None:
     """Refuse training files of which no row has an image, or, with ``boxes``, a box; D04. Validation rows need none."""
     got, grpo = f"{counted.rows} rows in all training files together", "or set algorithm.adv_estimator=grpo"
-    others = "or use a method that needs none: METHOD=dual, anchor, faithful (our readings: recipe/README.md) or grpo"
+    others = "or use a method that needs none: METHOD=dual, anchor, faithful, sensitivity (recipe/README.md) or grpo"
     image = "no training row has an image, so every row would train as with grpo"
     box, wanted = "no training row has a target box", "extra_info.boxes[image][box] = [x0, y0, x1, y1] in [0, 1]"
     raise_first(

@@ -114,11 +114,11 @@ def check_training(config: DictConfig, method: Method | None) -> None:
             got=loss,
             fix=f"set {LOSS_MODE}=vanilla",
         )
-    if method is not None and "token" in method.gives and loss in AVERAGE_OVER_TOKENS:
+    if method is not None and method.gives & {"token", "bonus"} and loss in AVERAGE_OVER_TOKENS:
         raise SayoError(
             "L39",
-            f"this loss averages advantages over the tokens of a response, which cancels the token weights of "
-            f"{method.name}",
+            f"this loss averages advantages over the tokens of a response, which cancels what {method.name} gives to "
+            "single tokens",
             where=LOSS_MODE,
             got=loss,
             wanted=", ".join(name for name in POLICY_LOSS_REGISTRY if name not in AVERAGE_OVER_TOKENS + NEEDS_BYPASS),

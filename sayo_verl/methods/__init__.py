@@ -7,15 +7,18 @@ import dataclasses
 
 from sayo_verl.errors import SayoError
 from sayo_verl.methods.anchor import AnchorMethod
-from sayo_verl.methods.base import Credit, Method, RewardTerm
+from sayo_verl.methods.base import Credit, Method, RewardTerm, TokenBonus
 from sayo_verl.methods.dual import DualConfig, DualMethod, dual_grained_factors
 from sayo_verl.methods.faithful import FaithfulMethod
-from sayo_verl.methods.group import advantages, group_advantage
+from sayo_verl.methods.group import added_by_bonuses, advantages, group_advantage
 from sayo_verl.methods.mix import Mix
 from sayo_verl.methods.region import RegionMethod
-from sayo_verl.methods.signals import Needs, Signals
+from sayo_verl.methods.sensitivity import SensitivityMethod
+from sayo_verl.methods.signals import Needs, Reported, Signals
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (RegionMethod, DualMethod, AnchorMethod, FaithfulMethod)}
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (RegionMethod, DualMethod, AnchorMethod, FaithfulMethod, SensitivityMethod)
+}
 PREFIX = "attn_"
 # Names below ``algorithm.attn`` that are not a method's node.
 RESERVED = ("mix", "spread_floor")
@@ -59,8 +62,12 @@ __all__ = [
     "Mix",
     "Needs",
     "RegionMethod",
+    "Reported",
     "RewardTerm",
+    "SensitivityMethod",
     "Signals",
+    "TokenBonus",
+    "added_by_bonuses",
     "advantages",
     "dual_grained_factors",
     "group_advantage",

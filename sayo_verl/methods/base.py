@@ -1,8 +1,8 @@
 """What a method is: signals in, credit out.
 
 A method names what it needs (``needs``) and turns what was measured into credit (``credit``): terms that are added to
-the task reward, a factor per token, a factor per trajectory. ``sayo_verl.methods.group`` computes advantages from the
-credit of any method, so methods compose by listing them (``sayo_verl.methods.mix``).
+the task reward, a factor per token, a factor per trajectory, a bonus per token. ``sayo_verl.methods.group`` computes
+advantages from the credit of any method, so methods compose by listing them (``sayo_verl.methods.mix``).
 
 Shape suffixes: B rows (one response each), T response tokens (padded on the right).
 """
@@ -17,8 +17,8 @@ import torch
 from sayo_verl.errors import SayoError
 from sayo_verl.methods.signals import Needs, Signals
 
-# A term of the reward, a factor per token, a factor per trajectory.
-CreditKind = Literal["reward", "token", "trajectory"]
+# A term of the reward, a factor per token, a factor per trajectory, a number that is added per token.
+CreditKind = Literal["reward", "token", "trajectory", "bonus"]
 # Setting -> (whether its value is right, what it must be).
 Rules = dict[str, tuple[bool, str]]
 
@@ -41,6 +41,24 @@ class RewardTerm:
 
 
 @dataclass(frozen=True)
+class TokenBonus:
+    """A number per token that is added to its advantage, after the group advantage and all factors.
+
+    Attributes:
+        value: [B, T], of any sign; read only inside the response mask; 0 adds nothing, bit for bit, and is the value of
+            neutral rows.
+        relative: ``value`` is in units of abs(A_i), the size of the response's group advantage before factors, so the
+            bonus is 0 in a group without contrast. If false, ``value`` is added as it is.
+        protect_sign: the bonus changes the size of a token's advantage and never its sign: it stops at 0, and a token
+            whose advantage is 0 without it keeps 0.
+    """
+
+    value: torch.Tensor
+    relative: bool = False
+    protect_sign: bool = False
+
+
+@dataclass(frozen=True)
 class Credit:
     """What a method makes of a batch.
 
@@ -50,12 +68,14 @@ class Credit:
             on neutral rows. None: no factor, and nothing is multiplied.
         trajectory_weight: [B] >= 0, factor on the advantage of each response; exactly 1 on neutral rows. None as above.
         metrics: scalars to log, without the prefix ``sayo/``; NaN is refused.
+        bonuses: per token, see ``TokenBonus``; those of several methods add up.
     """
 
     terms: tuple[RewardTerm, ...] = ()
     token_weight: torch.Tensor | None = None
     trajectory_weight: torch.Tensor | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    bonuses: tuple[TokenBonus, ...] = ()
 
 
 class Method(Protocol):
@@ -112,6 +132,19 @@ def check_setting(node: str, settings: Any, rules: Mapping[str, tuple[bool, str]
                 wanted=wanted,
                 fix=f"set {where} to {wanted}",
             )
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a part of a credit that does not fit the batch; A02."""
+    if tuple(tensor.shape) != shape:
+        raise SayoError(
+            "A02",
+            f"the {name} does not have the shape of the batch",
+            where="advantages",
+            got=tuple(tensor.shape),
+            wanted=shape,
+            fix="correct the method's credit()",
+        )
 
 
 def distinct_layers(layers: tuple[int, ...]) -> tuple[bool, str]:

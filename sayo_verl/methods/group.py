@@ -2,11 +2,11 @@
 
     r_i  = task reward_i + sum of weight * term_i                      over the rows a term is valid for
     A_i  = (r_i - mean of its group) / (std of its group + eps)        groups by uid, never by adjacency
-    A_it = A_i * token_weight_it * trajectory_weight_i * response_mask_it
+    A_it = A_i * token_weight_it * trajectory_weight_i + bonus_it      within the response mask, 0 outside it
 
-Without terms and weights this is verl's GRPO bit for bit, which is why the group statistics are taken with the same
-operations as in ``verl.trainer.ppo.core_algos.compute_grpo_outcome_advantage``: one 1-D ``mean`` and ``std`` a group,
-in row order, in the dtype of the rewards.
+Without terms, weights and bonuses this is verl's GRPO bit for bit. That is why the group statistics are taken with the
+same operations as in ``verl.trainer.ppo.core_algos.compute_grpo_outcome_advantage``: one 1-D ``mean`` and ``std`` a
+group, in row order, in the dtype of the rewards.
 
 It differs in one place, on purpose. In float32 the mean of eight rewards of 0.95 is not 0.95, and verl's GRPO gives
 each of them an advantage of 0.056 although they are equal. Here a group whose rewards spread over no more than
@@ -16,12 +16,14 @@ arithmetic.
 Shape suffixes: B rows (one response each), T response tokens (padded on the right), G rows of one group.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 
 from sayo_verl.errors import SayoError
-from sayo_verl.methods.base import Credit, RewardTerm
+from sayo_verl.methods.base import Credit, RewardTerm, check_shape
+from sayo_verl.methods.bonus import add_bonuses
 
 GRPO_EPSILON = 1e-6  # verl's default in compute_grpo_outcome_advantage
 SPREAD_FLOOR = 1e-6  # about eight roundings of float32
@@ -61,7 +63,7 @@ def advantages(
         task_reward: [B] outcome reward of each response.
         response_mask: [B, T]; read, never edited.
         uid: B names of the prompts.
-        credit: terms and weights; None is GRPO.
+        credit: terms, weights and bonuses; None is GRPO.
         norm_by_std: divide by the group's standard deviation (GRPO) or not (Dr. GRPO).
         spread_floor: see the head of this file.
 
@@ -70,45 +72,68 @@ def advantages(
 
     Raises:
         SayoError: A02 for shapes that do not fit, A03 for a reward that is not finite, A11 for a weight that is not
-            finite or negative.
+            finite or negative, A22 for a bonus that is not finite.
     """
     credit = credit or Credit()
     advantage, reward = group_advantage(
         task_reward, response_mask, uid, credit.terms, norm_by_std=norm_by_std, spread_floor=spread_floor
     )
     B, T = response_mask.shape
+    size_BT = advantage.abs()
     for name, weight, shape in (
         ("token_weight", credit.token_weight, (B, T)),
         ("trajectory_weight", credit.trajectory_weight, (B,)),
     ):
         if weight is None:
             continue
-        if tuple(weight.shape) != shape:
-            raise SayoError(
-                "A02",
-                f"the {name} does not have the shape of the batch",
-                where="advantages",
-                got=tuple(weight.shape),
-                wanted=shape,
-                fix="correct the method's credit()",
-            )
+        check_shape(name, weight, shape)
         column = weight.detach() if name == "token_weight" else weight.detach().unsqueeze(-1).expand(B, T)
         read = torch.where(response_mask.bool(), column, torch.ones_like(column))
         bad = ~torch.isfinite(read) | (read < 0)
         if bad.any():
-            row = int(bad.any(-1).nonzero()[0])
             error = SayoError(
                 "A11",
                 f"{int(bad.sum())} values of the {name} are negative or not finite",
-                where=f"row {row} of the batch",
+                where=f"row {int(bad.any(-1).nonzero()[0])} of the batch",
                 got=read[bad][:3].tolist(),
                 wanted="finite, 0 or more, so that no advantage changes its sign",
                 fix="correct the method's credit()",
             )
-            error.row = row
+            error.row = int(bad.any(-1).nonzero()[0])
             raise error
         advantage = advantage * read
-    return advantage, reward
+    return add_bonuses(advantage, size_BT, response_mask.bool(), credit.bonuses), reward
+
+
+def added_by_bonuses(
+    advantage: torch.Tensor,
+    task_reward: torch.Tensor,
+    response_mask: torch.Tensor,
+    uid: Sequence[object],
+    credit: Credit,
+    *,
+    norm_by_std: bool = True,
+    spread_floor: float | None = SPREAD_FLOOR,
+) -> torch.Tensor | None:
+    """What the bonuses of a credit added to each advantage, for logs and pages.
+
+    Args:
+        advantage: [B, T] of ``advantages`` with the other arguments.
+
+    Returns:
+        [B, T], up to rounding; None for a credit without bonuses.
+    """
+    if not credit.bonuses:
+        return None
+    without, _ = advantages(
+        task_reward,
+        response_mask,
+        uid,
+        dataclasses.replace(credit, bonuses=()),
+        norm_by_std=norm_by_std,
+        spread_floor=spread_floor,
+    )
+    return advantage - without
 
 
 def group_advantage(

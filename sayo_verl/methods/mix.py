@@ -1,7 +1,7 @@
 """Several methods at once: ``algorithm.adv_estimator=attn_mix`` with ``algorithm.attn.mix=[region, dual]``.
 
-Reward terms add up before group normalisation; at most one method may set factors per token and one factors per
-trajectory: the product of two such weightings has no paper, and its mean is no longer one.
+Reward terms add up before group normalisation, and token bonuses after it. At most one method may set factors per
+token and one factors per trajectory: the product of two such weightings has no paper, and its mean is no longer one.
 """
 
 from dataclasses import dataclass
@@ -76,5 +76,6 @@ class Mix:
             terms=tuple(term for part in parts for term in part.terms),
             token_weight=token[0] if token else None,
             trajectory_weight=trajectory[0] if trajectory else None,
+            bonuses=tuple(bonus for part in parts for bonus in part.bonuses),
             metrics=metrics,
         )

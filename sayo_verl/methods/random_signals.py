@@ -92,6 +92,13 @@ def random_signals(
         uid=tuple("abcdefgh"[i] for i in torch.randint(0, groups, (B,), generator=g).tolist()),
         counterfactual_log_probs=counterfactual if needs.intervention is not None else None,
         correct=(uniform(B) > 0.5).float() if needs.correctness else None,
+        reports={
+            one.name: tuple(
+                None if padding else one.example(int(n), seed + row)
+                for row, (n, padding) in enumerate(zip(length_B.tolist(), is_padding.tolist(), strict=True))
+            )
+            for one in needs.reported
+        },
     )
 
 

@@ -4,8 +4,8 @@ Shape suffixes: B rows (one response each), T response tokens (padded on the rig
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +18,28 @@ RENAMED = {"the": "required", "carrying": "eligible_rows"}  # methods of ``Signa
 
 
 @dataclass(frozen=True)
+class Reported:
+    """A field that the reward function returns beside the score of a response, and that a method reads.
+
+    Attributes:
+        name: key of the dict that the reward function returns.
+        example: number of response tokens, seed -> a value that the field may have for such a response. The trial of a
+            method at launch and the tests use it.
+    """
+
+    name: str
+    example: Callable[[int, int], "str | float"]
+
+
+@dataclass(frozen=True)
 class Needs:
     """What must be measured before a method can assign credit.
 
     Attributes:
         statistics: what the probe measures in the log-prob pass.
         intervention: how the image is changed in a second log-prob pass of the same tokens; None: no such pass.
-        correctness: the reward function must report ``acc``.
+        correctness: the reward function must report ``acc``, or ``sayo.correct_from`` says what is correct.
+        reported: further fields that the reward function must report, as text or a number.
         boxes: rows need a target region; rows without one are neutral.
         packages: modules that must be importable where advantages are computed, such as ``pymetis``, each with the pip
             requirement that brings it.
@@ -35,6 +50,7 @@ class Needs:
     correctness: bool = False
     boxes: bool = False
     packages: tuple[tuple[str, str], ...] = ()
+    reported: tuple[Reported, ...] = ()
 
 
 def join_needs(needs: Sequence[Needs]) -> Needs:
@@ -61,6 +77,7 @@ def join_needs(needs: Sequence[Needs]) -> Needs:
         correctness=any(n.correctness for n in needs),
         boxes=any(n.boxes for n in needs),
         packages=tuple(dict.fromkeys(p for n in needs for p in n.packages)),
+        reported=tuple({r.name: r for n in needs for r in n.reported}.values()),
     )
 
 
@@ -80,6 +97,7 @@ class Signals:
         counterfactual_log_probs: [B, T] as ``log_probs``, of the same tokens after the changed image; None if no
             method needs it.
         correct: [B] in [0, 1], ``acc`` of the reward function; None if no method needs it.
+        reports: name of each field of ``Needs.reported`` -> B values; None for padding rows.
     """
 
     response_mask: torch.Tensor
@@ -92,6 +110,7 @@ class Signals:
     uid: tuple[str, ...]
     counterfactual_log_probs: torch.Tensor | None = None
     correct: torch.Tensor | None = None
+    reports: Mapping[str, tuple[str | float | None, ...]] = field(default_factory=dict)
 
     def __getitem__(self, statistic: Statistic) -> torch.Tensor:
         """A statistic's values.
@@ -129,6 +148,22 @@ class Signals:
                 fix="name it in the method's needs()",
             )
         return value
+
+    def reported(self, name: str) -> tuple[str | float | None, ...]:
+        """B values of a field that the reward function reports; None for padding rows.
+
+        Raises:
+            SayoError: A10 if ``needs()`` does not name it.
+        """
+        if name not in self.reports:
+            raise SayoError(
+                "A10",
+                "a method reads a field of the reward function that was not fetched",
+                where=f"signals.reported({name!r})",
+                got=sorted(self.reports),
+                fix="name it in the method's needs(): Needs(..., reported=(Reported(name, example),))",
+            )
+        return self.reports[name]
 
     if not TYPE_CHECKING:  # a type checker still finds a misspelt name
 
@@ -186,6 +221,16 @@ class Signals:
             per_token["counterfactual_log_probs"] = self.counterfactual_log_probs
         if self.correct is not None:
             per_row["correct"] = self.correct
+        for name, told in self.reports.items():
+            if len(told) != B:
+                raise SayoError(
+                    "A02",
+                    f"the reported field {name} does not have one value per row",
+                    where=f"signals of {B} rows",
+                    got=len(told),
+                    wanted=B,
+                    fix="this is a defect of sayo-verl or a changed verl; run `sayo doctor` and report both",
+                )
         for tensors, shape in ((per_row, (B,)), (per_token, (B, T))):
             for name, tensor in tensors.items():
                 if tuple(tensor.shape[: len(shape)]) != shape:

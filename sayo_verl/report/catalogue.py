@@ -101,6 +101,8 @@ ANY_METHOD = Section(
             ),
             guide=(1.0, "size of the step kept"),
         ),
+        Metric("sayo/token_bonus/mean", "mean bonus of tokens", decimals=3, note="Added to the advantage."),
+        Metric("sayo/token_bonus/size", "mean size of the bonus of tokens", 0, decimals=3),
         *(
             Metric(f"sayo/neutral_rows/{reason}", f"neutral rows: {text}", 0, decimals=1, unless_zero=True)
             for reason, text in (

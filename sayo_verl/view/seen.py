@@ -36,7 +36,8 @@ class TokenValue:
     note: str
 
 
-# Numbers per token that a page can colour by. A method's own token factor is ``token_weight``.
+# Numbers per token that a page can colour by. A method's own token factor is ``token_weight``, its
+# bonus ``token_bonus``.
 TOKEN_VALUES: Mapping[str, TokenValue] = {
     "image_mass": TokenValue(
         "attention to the image", "probability", 0, 1, "Share of the token's attention on all visual tokens."
@@ -67,6 +68,9 @@ TOKEN_VALUES: Mapping[str, TokenValue] = {
         "Of the position before the token, whose output the token was sampled from. It belongs to the token's effect.",
     ),
     "token_weight": TokenValue("factor of the method", "factor", 0, None, "1 is GRPO."),
+    "token_bonus": TokenValue(
+        "bonus of the method", "advantage", None, None, "Added to the advantage after all factors. 0 is GRPO."
+    ),
     "advantage": TokenValue("advantage", "", None, None, "What the policy gradient multiplies."),
 }
 

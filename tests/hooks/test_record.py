@@ -8,6 +8,7 @@ import asyncio
 import copy
 import random
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,8 +27,11 @@ from verl.utils import tensordict_utils as tu
 
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks import record, record_agent, store
+from sayo_verl.hooks.estimator import register_estimators
 from sayo_verl.hooks.modes import SayoSync
 from sayo_verl.hooks.record import Recorder, choose_rows
+from sayo_verl.launch.settings import load_methods
+from sayo_verl.methods import METHODS
 from sayo_verl.methods.faithful import FaithfulMethod
 from sayo_verl.methods.region import RegionMethod
 from sayo_verl.probe.statistics import INTERVENTION_KEY, REQUEST_KEY, WIRE_PREFIX
@@ -317,6 +321,25 @@ def test_a_recorded_step_has_prompts_maps_and_facts(make, tmp_path):
                 np.testing.assert_allclose(kept, of_words, rtol=0.03)
             else:
                 assert ("most attended" in maps.label, (kept < of_words * 1.03).all()) == (True, True)
+
+
+def test_a_recorded_bonus_is_what_it_added_to_the_advantage(make, tmp_path):
+    load_methods([str(Path(__file__).parent.parent.parent / "recipe" / "example" / "reliance.py")])
+    register_estimators()
+    trainer, _, batch = make(METHODS["attn_reliance"](weight=0.5))
+    metrics, *_ = train_once(trainer, batch)
+    (step,) = read_steps(tmp_path)
+    for _, responses in step.prompts:
+        rewards = torch.tensor([[response.facts["reward"]] for response in responses])
+        plain, _ = compute_grpo_outcome_advantage(rewards, torch.ones(N, 1), np.array(["a"] * N, object))
+        for response, without in zip(responses, plain[:, 0].tolist(), strict=True):
+            added = response.values["token_bonus"]
+            np.testing.assert_allclose(without + added, response.values["advantage"], atol=1e-6)
+            np.testing.assert_allclose(
+                added, 0.5 * abs(without) * (1 - np.exp(-response.values["effect"])).clip(-1), atol=1e-5
+            )
+            assert added.any() == bool(without)
+    assert metrics["sayo/token_bonus/size"] >= abs(metrics["sayo/token_bonus/mean"])
 
 
 def test_an_estimator_of_verls_keeps_verls_advantages_and_gets_them_recorded(make, tmp_path):

@@ -32,7 +32,7 @@ from sayo_verl.errors import SayoError
 from sayo_verl.hooks import store
 from sayo_verl.launch.cluster import node_name
 from sayo_verl.launch.settings import method_from_config
-from sayo_verl.methods import Needs
+from sayo_verl.methods import Needs, Reported
 from sayo_verl.methods.region import EPS, RegionMethod, select_tokens
 from sayo_verl.probe.statistics import (
     COUNTERFACTUAL_LOG_PROBS,
@@ -409,6 +409,41 @@ def test_a_reward_can_say_what_is_right(queue, config, correct_from):
     assert trainer._pending.signals.required("correct").tolist() == right
     batch.tags[2]["is_padding"] = True  # a padding row copies a real one
     assert store._correct(batch, correct_from).tolist() == [*right[:2], 0.0, right[3]]
+
+
+MARKS = Reported("walk_marks", lambda tokens, seed: "." * tokens)
+DEPTH = Reported("depth", lambda tokens, seed: 1.0)
+
+
+def put_reports(batch, infos) -> None:
+    fields = tu.list_of_dict_to_tensordict([{"extra_fields": {"reward_extra_info": info}} for info in infos])
+    tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+
+
+def test_fields_of_the_reward_function_reach_the_method_row_by_row(queue, config):
+    trainer = make_trainer(config, FakeWorkerGroup())
+    trainer._needs = dataclasses.replace(trainer._needs, reported=(MARKS, DEPTH))
+    batch, rows = put_batch("train-reported", [2, 0, 3, 1])
+    told = [row["extra_info"]["index"] for row in rows]
+    put_reports(batch, [{"walk_marks": "." * n, "depth": n} for n in told])
+    trainer._compute_old_log_prob(batch, {})
+    signals = trainer._pending.signals
+    assert signals.reported("walk_marks") == tuple("." * n for n in told)
+    assert signals.reported("depth") == tuple(map(float, told))
+    with pytest.raises(SayoError, match=r"SAYO-A10: .*fix: .*Reported"):
+        signals.reported("width")
+    batch.tags[2]["is_padding"] = True  # a padding row copies a real one
+    assert store._reports(batch, ["depth"])["depth"][2] is None
+
+
+@pytest.mark.parametrize("info", [{}, {"walk_marks": None}, {"walk_marks": ["."]}, {"walk_marks": float("nan")}])
+def test_a_reward_function_that_does_not_report_what_a_method_reads_stops_the_step(queue, config, info):
+    trainer = make_trainer(config, FakeWorkerGroup())
+    trainer._needs = dataclasses.replace(trainer._needs, reported=(MARKS,))
+    batch, rows = put_batch(f"train-no-report-{info}", [0, 1, 2, 3])
+    put_reports(batch, [{"walk_marks": "."}, *[{"acc": 1.0, **info} for _ in rows[1:]]])
+    with pytest.raises(SayoError, match=r"SAYO-A23: .*walk_marks.*fix: "):
+        trainer._compute_old_log_prob(batch, {})
 
 
 def test_reward_parts_that_are_no_numbers_are_not_averaged(queue, config):

@@ -17,7 +17,7 @@ from sayo_verl.probe.statistics import StatisticsRequest
 FILE = """
 from dataclasses import dataclass
 import torch
-from sayo_verl.methods import Credit, Needs, RewardTerm, register_method
+from sayo_verl.methods import Credit, Needs, RewardTerm, TokenBonus, register_method
 from sayo_verl.methods.base import masked_mean
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 
@@ -126,6 +126,9 @@ def test_a_method_that_returns_no_credit_is_refused(mine):
         ("value, eligible", "value / 0, eligible", "A03"),
         ('{"mine/mean": 0.5}', '{"mine/mean": float("nan")}', "A03"),
         ("),), metrics", "),), token_weight=-signals.entropy, metrics", "A11"),
+        ("),), metrics", "),), bonuses=(TokenBonus(signals.entropy / 0),), metrics", "A22"),
+        ("),), metrics", "),), bonuses=(TokenBonus(signals.entropy),), metrics", "A21"),
+        ("signals[MASS]", 'signals.reported("depth")', "A10"),
     ],
 )
 def test_an_error_that_says_what_to_do_passes_through(mine, right, wrong, code):

@@ -63,11 +63,11 @@ def test_the_released_form_of_vgpo_is_that_of_its_class(repo):
 
 
 def test_a_method_of_ones_own_is_composed_and_overridden_without_a_plus(repo):
-    load_methods([str(repo / "recipe" / "example" / "sensitivity.py")])
-    config = composed(repo, "+method=sensitivity", "algorithm.attn.sensitivity.share=0.2")
-    assert check_estimator(config) == METHODS["attn_sensitivity"](share=0.2)
-    with pytest.raises(SayoError, match=r"^SAYO-L02: unknown setting 'shaer' \(did you mean 'share'\?\)"):
-        check_estimator(composed(repo, "+method=sensitivity", "algorithm.attn.sensitivity.shaer=0.2"))
+    load_methods([str(repo / "recipe" / "example" / "reliance.py")])
+    config = composed(repo, "+method=reliance", "algorithm.attn.reliance.weight=0.2")
+    assert check_estimator(config) == METHODS["attn_reliance"](weight=0.2)
+    with pytest.raises(SayoError, match=r"^SAYO-L02: unknown setting 'wieght' \(did you mean 'weight'\?\)"):
+        check_estimator(composed(repo, "+method=reliance", "algorithm.attn.reliance.wieght=0.2"))
 
 
 def test_settings_reach_the_method(make):

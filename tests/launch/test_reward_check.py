@@ -262,6 +262,7 @@ def estimator(name, **values):
         (estimator("attn_mix", **{"algorithm.attn.mix": ["region", "dual"]}), 1.0, "attention and format only"),
         (estimator("attn_mix", **{"algorithm.attn.mix": ["dual"]}), 1.0, None),
         (estimator("attn_faithful"), 1.0, ""),
+        (estimator("attn_sensitivity"), 1.0, None),
     ],
 )
 def test_a_reward_that_does_not_depend_on_the_answer_is_refused_unless_the_method_gives_one(
@@ -304,7 +305,7 @@ def test_a_function_of_the_users_is_not_ours_and_is_loaded_once(make, tmp_path):
 
 def test_every_method_has_a_case_above(repo):
     shipped = {name for name, cls in METHODS.items() if cls.__module__.startswith("sayo_verl.")}
-    assert shipped == {"attn_region", "attn_dual", "attn_anchor", "attn_faithful"}
+    assert shipped == {"attn_region", "attn_dual", "attn_anchor", "attn_faithful", "attn_sensitivity"}
 
 
 def test_a_reward_of_format_alone_is_refused_in_sayos_job(repo):

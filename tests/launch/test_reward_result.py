@@ -15,6 +15,7 @@ import sayo_verl.launch.reward_result
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.answer_forms import EMPTY, Tried, check_forms, forms_in, read_form
 from sayo_verl.launch.preflight import preflight
+from sayo_verl.launch.settings import load_methods
 
 PATH, MANAGER, MODEL = "reward.custom_reward_function.path", "reward.reward_manager", "reward.reward_model"
 FAITHFUL = {"algorithm.adv_estimator": "attn_faithful"}  # needs to know which answers are correct
@@ -366,3 +367,30 @@ def test_rows_that_disagree_are_not_refused():
     with pytest.raises(SayoError, match="SAYO-L89"):
         check_forms(tried[:1], Counter({asked: 2}), fix="")
     assert check_forms(tried[:1], Counter({asked: 2}), fix="", template="Put it in <answer>.") == []
+
+
+@pytest.fixture
+def oracle(repo):
+    load_methods([str(repo / "recipe" / "oracle" / "oracle.py")])
+    return {"algorithm.adv_estimator": "attn_oracle"}
+
+
+def test_a_field_that_a_method_reads_must_be_among_those_that_the_reward_reports(with_reward, oracle):
+    gives = f"'score': {RIGHT}, 'acc': {RIGHT}"
+    assert line(with_reward(f"return {{{gives}, 'walk_marks': '.P'}}", **oracle)).startswith("acc, score, walk_marks; ")
+    error = refused(with_reward(f"return {{{gives}}}", **oracle), "L86")
+    assert "reads walk_marks" in str(error)
+    assert error.got == "acc, score"
+
+
+def test_a_reward_model_reports_no_field(make, oracle):
+    model = {f"{MODEL}.enable": True, f"{MODEL}.model_path": "judge", PATH: None}
+    error = refused(make(**model, **oracle, **{"sayo.correct_from": 0.5}), "L86")
+    assert error.got == "a score, of a reward model"
+
+
+def test_a_field_of_a_reward_that_is_not_called_is_left_to_the_first_step(with_reward, oracle):
+    body = f"return {{'score': {RIGHT}, 'acc': {RIGHT}}}"
+    assert "sayo.call_reward=False" in line(
+        with_reward(body, **oracle, **{"sayo.call_reward": False, "sayo.correct_from": "acc"})
+    )

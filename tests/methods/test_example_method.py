@@ -3,7 +3,6 @@
 Shape suffixes: B rows, T response tokens.
 """
 
-import dataclasses
 import math
 import re
 from pathlib import Path
@@ -11,18 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from support.counterfactual_signals import changed
 from support.refusals import refusal
 
 from sayo_verl.launch.settings import load_methods, settings_from_config
-from sayo_verl.methods import METHODS, Signals, own_methods
+from sayo_verl.methods import METHODS, Signals, advantages, own_methods
 from sayo_verl.methods.random_signals import random_signals
 
 ROOT = Path(__file__).parent.parent.parent
-NAMES = ("sensitivity", "glance")
+NAMES = ("reliance", "glance")
 FILES = {name: ROOT / "recipe" / "example" / f"{name}.py" for name in NAMES}
 YAMLS = {name: ROOT / "configs" / "method" / f"{name}.yaml" for name in NAMES}
 load_methods([str(FILES[name]) for name in NAMES])
-METHOD, GLANCE = METHODS["attn_sensitivity"], METHODS["attn_glance"]
+METHOD, GLANCE = METHODS["attn_reliance"], METHODS["attn_glance"]
 NAN = float("nan")
 
 
@@ -69,26 +69,20 @@ def test_a_glance_is_the_mean_attention_on_the_image_in_rows_with_an_image():
         GLANCE(weight=-1.0)
 
 
-def test_it_keeps_the_tokens_that_depend_on_the_image():
-    differences = torch.tensor([[0.0, 2.0, 0.1, 1.0, 0.0], [0.5, 0.5, NAN, NAN, NAN]])
-    signals = Signals(
-        response_mask=torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]),
-        entropy=torch.zeros(2, 5),
-        log_probs=torch.full((2, 5), -1.0),
-        statistics={},
-        image_tokens=torch.tensor([4.0, 4.0]),
-        region_tokens=torch.zeros(2),
-        is_padding=torch.zeros(2, dtype=torch.bool),
-        uid=("a", "a"),
-        counterfactual_log_probs=-1.0 - differences,
-    )
-    credit = METHOD().credit(signals)  # 0.4 of 5 tokens are 2; of 2 tokens 1, and of equals the earlier
-    assert credit.token_weight.tolist() == [[0, 1, 0, 1, 0], [1, 0, 1, 1, 1]]
-    k = [math.exp(-d) - 1 + d for d in (0.0, 2.0, 0.1, 1.0, 0.0, 0.5, 0.5)]
-    assert credit.metrics["sensitivity/mean"] == pytest.approx(sum(k) / 7, abs=1e-6)
-    assert credit.metrics["sensitivity_kept_share"] == pytest.approx(3 / 7)
-    half = dataclasses.replace(METHOD(), strength=0.5).credit(signals)
-    assert half.token_weight[0].tolist() == [0.5, 1, 0.5, 1, 0.5]
+def test_tokens_get_more_advantage_as_far_as_the_image_raises_their_probability():
+    signals = changed([[math.log(2), 0.0, -3.0], [math.log(4)], [1.0]], "aaa", no_image=[2])
+    credit = METHOD().credit(signals)
+    (bonus,) = credit.bonuses
+    assert bonus.value.tolist() == [pytest.approx(row) for row in ([0.25, 0, -0.5], [0.375, 0, 0], [0, 0, 0])]
+    assert credit.metrics["reliance/mean"] == pytest.approx((0.5 + 0 - 1 + 0.75) / 4)
+    reward = torch.tensor([1.0, 0.0, 0.5])
+    plain, _ = advantages(reward, signals.response_mask, signals.uid)
+    got, _ = advantages(reward, signals.response_mask, signals.uid, credit)
+    assert torch.allclose(got[0], plain[0] * torch.tensor([1.25, 1.0, 0.5]))
+    assert float(got[1, 0]) == pytest.approx(float(plain[1, 0]) * 0.625)
+    assert torch.equal(got[2], plain[2])
+    with refusal("A05", "weight"):
+        METHOD(weight=-1.0)
 
 
 def test_it_needs_a_second_pass_and_no_statistic():

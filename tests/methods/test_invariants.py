@@ -20,13 +20,14 @@ from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
 from sayo_verl.hooks.estimator import CURRENT, AdvantageContext, make_estimator
 from sayo_verl.launch.settings import load_methods
-from sayo_verl.methods import METHODS, AnchorMethod, DualMethod, Mix, RegionMethod, advantages
+from sayo_verl.methods import METHODS, AnchorMethod, DualMethod, Mix, RegionMethod, SensitivityMethod, advantages
 from sayo_verl.methods.group import group_rows
 from sayo_verl.methods.random_signals import random_signals
 from sayo_verl.metrics import every_metric
 
 EXAMPLES = Path(__file__).parent.parent.parent / "recipe" / "example"
-load_methods([str(EXAMPLES / name) for name in ("sensitivity.py", "glance.py")])
+load_methods([str(EXAMPLES / name) for name in ("reliance.py", "glance.py")])
+load_methods([str(EXAMPLES.parent / "oracle" / "oracle.py")])
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=25)
 EVERY = {**{name: cls() for name, cls in METHODS.items()}, "attn_mix": Mix((RegionMethod(), DualMethod()))}
@@ -37,10 +38,18 @@ OTHERS = {
     "dual on attention": DualMethod(score="image_mass", score_offset="none", trajectory_score="mean"),
     "anchor top": AnchorMethod(weighting="top"),
     "anchor rest": AnchorMethod(weighting="rest"),
+    "sensitivity of groups": SensitivityMethod(scope="group"),
 }
 EVERY_WAY = {**EVERY, **OTHERS}
+ACROSS_GROUPS = {"attn_sensitivity"}  # its paper compares the responses of a batch
+REPLACED = {"attn_oracle_plus"}  # it replaces the group's advantage by a bonus
 batches = st.tuples(st.integers(0, 10_000), st.integers(1, 12), st.integers(1, 9), st.integers(1, 4), st.booleans())
 every_way = pytest.mark.parametrize("method", EVERY_WAY.values(), ids=EVERY_WAY)
+
+
+def without(names):
+    kept = {name: method for name, method in EVERY_WAY.items() if name not in names}
+    return pytest.mark.parametrize("method", kept.values(), ids=kept)
 
 
 def made(method, batch):
@@ -77,6 +86,7 @@ def test_strength_zero_is_verls_grpo_bit_for_bit(method, batch):
     credit = zero.credit(signals)
     assert credit.token_weight is None
     assert credit.trajectory_weight is None
+    assert credit.bonuses == ()
     ours, _ = run(zero, signals, reward, spread_floor=None)
     token_level = torch.zeros(signals.response_mask.shape)
     token_level[:, 0] = reward
@@ -125,7 +135,7 @@ def test_inputs_with_a_gradient_or_of_other_strides_give_the_same_bits(method):
     assert torch.equal(bits(advantage), bits(run(method, signals, reward)[0]))
 
 
-@pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)  # not anchor's rest: a response may be anchors alone
+@without({"anchor rest"} | REPLACED)  # a response may be anchors alone
 @PROPERTY
 @given(batch=batches)
 def test_no_response_loses_all_of_its_weight(method, batch):
@@ -149,7 +159,7 @@ def test_the_order_of_rows_does_not_matter(method, batch, data):
     assert torch.allclose(permuted, advantage[order], atol=2e-4, rtol=1e-4)
 
 
-@every_way
+@without(ACROSS_GROUPS)
 @PROPERTY
 @given(batch=batches)
 def test_groups_do_not_see_one_another(method, batch):
@@ -171,6 +181,8 @@ def test_neutral_rows_have_weight_one_and_no_term(method, batch):
         assert (credit.token_weight[tokens] == 1).all()
     if credit.trajectory_weight is not None:
         assert (credit.trajectory_weight[~signals.eligible_rows(boxes=False)] == 1).all()
+    for bonus in credit.bonuses:
+        assert (bonus.value[tokens] == 0).all()
     for term in credit.terms:
         assert not (term.valid & neutral).any()
 
@@ -186,10 +198,10 @@ def test_every_logged_metric_is_declared_and_lies_in_its_range(method, batch):
         assert (-math.inf if low is None else low - 1e-4) <= value <= (math.inf if high is None else high + 1e-4), name
 
 
-@every_way
+@without(REPLACED)
 @PROPERTY
 @given(batch=batches)
-def test_weights_keep_signs(method, batch):
+def test_credit_keeps_signs(method, batch):
     signals, reward = made(method, batch)
     credit = dataclasses.replace(method.credit(signals), terms=())
     weighted, _ = advantages(reward, signals.response_mask, signals.uid, credit)
@@ -244,6 +256,7 @@ def test_a_method_says_what_it_gives(name):
     given_ = {"reward"} if any(term.weight for term in credit.terms) else set()
     given_ |= {"token"} if credit.token_weight is not None else set()
     given_ |= {"trajectory"} if credit.trajectory_weight is not None else set()
+    given_ |= {"bonus"} if credit.bonuses else set()
     assert method.gives == given_
 
 

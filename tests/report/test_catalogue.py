@@ -15,11 +15,24 @@ from sayo_verl.errors import SayoError
 from sayo_verl.hooks import phases, step_guard, store
 from sayo_verl.hooks import trainer as trainer_of_ours
 from sayo_verl.hooks.estimator import CURRENT, AdvantageContext, make_estimator
-from sayo_verl.methods import METHODS
+from sayo_verl.methods import METHODS, Credit, Needs, Signals, TokenBonus
 from sayo_verl.methods.random_signals import random_signals
 from sayo_verl.metrics import Metric, Panel, declaration
+from sayo_verl.probe.statistics import StatisticsRequest
 from sayo_verl.report import catalogue as c
 from sayo_verl.report.runs import load_run
+
+
+class Adds:
+    """Gives the one kind of credit that no method of the package gives."""
+
+    name = "attn_adds"
+
+    def needs(self) -> Needs:
+        return Needs(StatisticsRequest(()))
+
+    def credit(self, signals: Signals) -> Credit:
+        return Credit(bonuses=(TokenBonus(signals.response_mask.float()),))
 
 
 def logged_names() -> set[str]:
@@ -28,7 +41,7 @@ def logged_names() -> set[str]:
     made = [cls() for cls in METHODS.values() if cls.__module__.startswith("sayo_verl.")]
     made += [METHODS["attn_region"](per_token=True), anchor(parts=2), anchor(weighting="top")]
     found = set()
-    for method in made:
+    for method in [*made, Adds()]:
         signals = random_signals(method.needs(), 3, 12, 9)
         context = AdvantageContext(method, signals, norm_by_std=True, spread_floor=None)
         token = CURRENT.set(context)
@@ -70,6 +83,7 @@ def test_the_catalogue_has_a_section_with_a_paper_for_each_method_and_no_name_tw
     {
         "attn_anchor": "attn_anchor: our reading of AT-RL, arXiv 2602.11455",
         "attn_faithful": "attn_faithful: our reading of Faithful-MR1, arXiv 2605.22072",
+        "attn_sensitivity": "attn_sensitivity: VPPO, arXiv 2510.09285",
         "attn_mix": "attn_mix: SAYO + VGPO",
         "attn_mine": "attn_mine",
         "grpo": "grpo: GRPO, arXiv 2402.03300",
@@ -89,6 +103,7 @@ def test_an_estimator_is_named_with_its_paper(tmp_path, estimator, label):
         "attn_dual": ["gate rate", "token factor std"],
         "attn_anchor": ["anchor share", "largest weight"],
         "attn_faithful": ["faithful reward", "effect"],
+        "attn_sensitivity": ["sensitivity", "largest factor"],
         "attn_mix": ["r_v", "R_a", "gate rate", "token factor std"],
         "attn_mine": ["a_third", "mine/mean"],
     }.items(),

@@ -311,6 +311,7 @@ def test_each_script_has_a_method_of_its_own(faked):
         "run_sayo_tiny.sh": "region",
         "run_tiny.sh": "region",
         "run_vgpo_qwen2_5vl_7b.sh": "dual",
+        "run_vppo_qwen2_5vl_7b.sh": "sensitivity",
     }
 
 

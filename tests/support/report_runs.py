@@ -90,6 +90,7 @@ def _responses(step: int, i: int, **changes: object) -> list[SeenResponse]:
             "region_mass": mass_T * 0.2 * (1 + step / 10),
             "effect": 3 * mass_T + random.normal(0, 0.05, 6).astype(np.float32),
             "token_weight": np.ones(6, np.float32),
+            "token_bonus": np.zeros(6, np.float32),
         }
         response = SeenResponse(
             pieces=("<think>", " a", " red", " ring", "</think>", " ring"),

@@ -11,7 +11,7 @@ const FACTS = { // names for readers; others are shown as they are
 const HOW = "Point at a word, tap it, or press the right arrow key, to see where the model looked while it wrote the word. A click or Enter pins it.";
 const COARSE = 100; // visual tokens of a picture below which its cells hide what is in it
 const SAID = ["image_mass", "sink_mass", "border_share", "border_chance", "region_mass", "region_share", "region_chance", "R_a", "R_a_single"]; // in the table
-const FIRST_VALUES = ["token_weight", "region_mass", "image_mass"]; // the tint at first, in this order
+const FIRST_VALUES = ["token_weight", "token_bonus", "region_mass", "image_mass"]; // the tint at first, in this order
 
 class Viewer {
   constructor(root) {

@@ -1,6 +1,6 @@
 // Words: a response as text whose words can be pointed at and whose tokens are tinted by a number.
 
-const SIGNED = { token_weight: 1, advantage: 0, effect: 0 }; // values with a middle: tinted to both sides of it
+const SIGNED = { token_weight: 1, token_bonus: 0, advantage: 0, effect: 0 }; // values with a middle: tinted to both sides of it
 
 function element(tag, options = {}, ...children) {
   const { data = {}, ...rest } = options;
