@@ -58,12 +58,12 @@ class SensitivityMethod:
         return frozenset({"token"} if self.strength else ())
 
     def needs(self) -> Needs:
-        return Needs(StatisticsRequest(()), intervention=self.counterfactual)
+        return Needs(StatisticsRequest(()), interventions=(self.counterfactual,))
 
     def credit(self, signals: Signals) -> Credit:
         eligible = signals.eligible_rows(boxes=False)
         tokens = signals.response_mask.bool() & eligible[:, None]
-        effect = causal_effect(signals.log_probs, signals.required("counterfactual_log_probs"), tokens, k_max=10.0)
+        effect = causal_effect(signals.log_probs, signals.counterfactual(self.counterfactual), tokens, k_max=10.0)
         k_B = torch.ceil(self.share * tokens.sum(-1).double() - 1e-9).long()
         order = effect.masked_fill(~tokens, -math.inf).argsort(dim=-1, descending=True, stable=True)
         kept = (order.argsort(dim=-1) < k_B[:, None]) & tokens

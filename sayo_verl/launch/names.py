@@ -17,7 +17,14 @@ from sayo_verl.script_variables import BY_SCRIPT, refuse_unread
 
 CHOICE = re.compile(r"\+{0,2}(job|method|rl|mode)=([\w.-]+)")  # Hydra judges lists and quoted names
 # Names of papers -> the method in this repository
-PAPERS = {"sayo": "region", "vgpo": "dual", "atrl": "anchor", "at-rl": "anchor", "faithful-mr1": "faithful"}
+PAPERS = {
+    "sayo": "region",
+    "vgpo": "dual",
+    "atrl": "anchor",
+    "at-rl": "anchor",
+    "faithful-mr1": "faithful",
+    "evidence-rl": "evidence",
+}
 _ACTOR, _ROLLOUT, _MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))
 _REWARD = "reward.custom_reward_function"
 # Variables that no script reads -> what to use instead. Names that systems set are not among them: NAME (WSL),

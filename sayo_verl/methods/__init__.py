@@ -9,13 +9,16 @@ from sayo_verl.errors import SayoError
 from sayo_verl.methods.anchor import AnchorMethod
 from sayo_verl.methods.base import Credit, Method, RewardTerm
 from sayo_verl.methods.dual import DualConfig, DualMethod, dual_grained_factors
+from sayo_verl.methods.evidence import EvidenceMethod
 from sayo_verl.methods.faithful import FaithfulMethod
 from sayo_verl.methods.group import advantages, group_advantage
 from sayo_verl.methods.mix import Mix
 from sayo_verl.methods.region import RegionMethod
 from sayo_verl.methods.signals import Needs, Signals
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (RegionMethod, DualMethod, AnchorMethod, FaithfulMethod)}
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (RegionMethod, DualMethod, AnchorMethod, FaithfulMethod, EvidenceMethod)
+}
 PREFIX = "attn_"
 # Names below ``algorithm.attn`` that are not a method's node.
 RESERVED = ("mix", "spread_floor")
@@ -54,6 +57,7 @@ __all__ = [
     "Credit",
     "DualConfig",
     "DualMethod",
+    "EvidenceMethod",
     "FaithfulMethod",
     "Method",
     "Mix",

@@ -106,7 +106,7 @@ def test_what_is_measured_has_the_layers_the_rows_and_the_changed_image_of_the_m
     faithful = FaithfulMethod(layers=(1, 2))
     seen = observation(config, faithful)
     assert (seen.layers, seen.query_row) == ((1, 2), "predicting")
-    assert seen.intervention == faithful.needs().intervention
+    assert (seen.intervention,) == faithful.needs().interventions
     assert observation(config, RegionMethod()).intervention == Intervention()
     assert observation(config, DualMethod()).layers == (-1,), "hidden states have no attention"
     config.sayo.viz_causal = False

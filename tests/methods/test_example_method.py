@@ -74,7 +74,7 @@ def test_it_keeps_the_tokens_that_depend_on_the_image():
         region_tokens=torch.zeros(2),
         is_padding=torch.zeros(2, dtype=torch.bool),
         uid=("a", "a"),
-        counterfactual_log_probs=-1.0 - differences,
+        counterfactuals={METHOD().counterfactual: -1.0 - differences},
     )
     credit = METHOD().credit(signals)  # 0.4 of 5 tokens are 2; of 2 tokens 1, and of equals the earlier
     assert credit.token_weight.tolist() == [[0, 1, 0, 1, 0], [1, 0, 1, 1, 1]]
@@ -88,5 +88,5 @@ def test_it_keeps_the_tokens_that_depend_on_the_image():
 def test_it_needs_a_second_pass_and_no_statistic():
     needs = METHOD().needs()
     assert needs.statistics.statistics == ()
-    assert needs.intervention is not None
+    assert needs.interventions == (METHOD().counterfactual,)
     assert METHOD().credit(random_signals(needs, 0, 4, 5)).terms == ()
