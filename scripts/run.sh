@@ -2,7 +2,7 @@
 # Starts a job of configs/job with a method of configs/method. Variables have the same meaning in every script that
 # calls this one. A Hydra override at the end wins over all of them:
 #
-#   METHOD=NAME         region, dual, dual_released, anchor, faithful, region_dual, grpo, dapo, or your own file of configs/method
+#   METHOD=NAME         region, dual, dual_released, anchor, faithful, evidence, region_dual, grpo, dapo, or a file of configs/method
 #   MODEL_PATH=MODEL    a folder or a name of the hub        actor_rollout_ref.model.path
 #   DATA=FOLDER         a folder of `sayo prepare`           sayo.data, or data.train_files and data.val_files
 #   OUT=FOLDER          of a new run                         sayo.out; outputs/<name>/<time> if it is not set

@@ -8,6 +8,7 @@
 #   METHOD=dual bash scripts/run_tiny.sh                       VGPO, on DAPO
 #   METHOD=anchor bash scripts/run_tiny.sh                     our reading of AT-RL
 #   METHOD=faithful bash scripts/run_tiny.sh                   our reading of Faithful-MR1
+#   METHOD=evidence bash scripts/run_tiny.sh                   Evidence-RL, with four further log-prob passes in an update
 #   METHOD=region_dual bash scripts/run_tiny.sh                a mix of two
 #   METHOD=grpo bash scripts/run_tiny.sh                       the baseline; METHOD=dapo that of VGPO
 #   bash scripts/run_tiny.sh trainer.total_training_steps=60 algorithm.attn.region.entropy_fraction=1.0

@@ -67,7 +67,7 @@ def filled_tokens(
     if intervention.kind == "elsewhere":
         regions = control_region(masks, tiles, seed=intervention.seed, key=key, draw=intervention.draw, where=where)
     else:
-        regions = [mask_NV.any(0) for mask_NV in masks]
+        regions = [np.logical_or.reduce(mask_NV, axis=0) for mask_NV in masks]
     return [torch.from_numpy(region_V) for region_V in regions]
 
 
@@ -86,7 +86,9 @@ def control_region(
     Returns:
         For each image bool [V], together as many tokens as the boxes have; all False if there is no room.
     """
-    taken = [mask_NV.any(0) for mask_NV in masks]  # of a box or of the control region
+    taken: list[np.ndarray] = [
+        np.logical_or.reduce(mask_NV, axis=0) for mask_NV in masks
+    ]  # of a box or of the control region
     region_tokens, image_tokens = sum(int(t.sum()) for t in taken), sum(t.size for t in taken)
     control = [np.zeros_like(t) for t in taken]
     if not has_room(region_tokens, image_tokens):
@@ -140,7 +142,7 @@ def _place(
     blocked_GC, rest_NGC = taken_V[index_GC], mask_NV[:, index_GC]
     for n in range(1, len(rest_NGC)):  # a token of two boxes counts once
         rest_NGC[n] &= ~rest_NGC[:n].any(0)
-    found = []
+    found: list[np.ndarray] = []
     for n in sorted(range(len(rest_NGC)), key=lambda n: -int(rest_NGC[n].sum())):
         rows, cols = rest_NGC[n].nonzero()
         if not len(rows):
