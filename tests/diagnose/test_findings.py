@@ -202,7 +202,7 @@ def test_metrics_of_every_registered_method_appear_and_a_missing_package_leaves_
     methods, left_out = usable_methods()
     assert list(left_out) == ["attn_anchor"]
     result = findings.methods_table({"m": answers(3)}, methods, left_out)
-    assert {"attn_region", "attn_dual", "attn_faithful", "attn_own"} == {row[0] for row in result.rows}
+    assert {"attn_region", "attn_dual", "attn_faithful", "attn_evidence", "attn_own"} == {row[0] for row in result.rows}
     assert "pip install" in result.sentences[-1]
 
 

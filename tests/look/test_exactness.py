@@ -98,7 +98,10 @@ def test_answers_are_greedy_continuations_of_the_prompts_own_ids(name, observer_
 
 def test_a_changed_image_changes_log_probs_and_nothing_else(observer_of):
     observer = observer_of("qwen3_vl")
-    prompt, ids = observer.prompt(row_of(two_images(32)), "a row"), response_of(9)
+    prompt, ids = (
+        observer.prompt(row_of(RowShape(((128, 128), (64, 64)), 0, [[[0.0, 0.0, 0.5, 0.5]], []])), "a row"),
+        response_of(9),
+    )
     request = StatisticsRequest((Statistic("region_mass", layers=(0, 1)), Statistic("patch_sums")))
     plain = observer.measure(prompt, ids, request)
     region, grey, control = Intervention("region"), Intervention("grey"), Intervention("elsewhere", draw=2)

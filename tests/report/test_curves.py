@@ -129,8 +129,8 @@ def test_a_comparison_has_every_methods_panels_and_says_how_many_runs_measured_t
         assert {axis.get_title(loc="right") for axis in axes} == {"1 of 6 runs"}
         guides = {axis.lines[-1].get_color() for axis, panel in zip(axes, section.panels, strict=True) if panel.guide}
         colours.append({line.get_color() for axis in axes for line in axis.lines} - guides)
-    assert [len(of_one_run) for of_one_run in colours] == [1, 1, 1, 1]
-    assert len(set.union(*colours)) == 4
+    assert [len(of_one_run) for of_one_run in colours] == [1] * len(c.OF_METHODS)
+    assert len(set.union(*colours)) == len(c.OF_METHODS)
     assert "not measured: grpo" in [text.get_text() for text in shown["Accuracy"].texts]
     assert shown["Total reward"].get_title(loc="right") == ""
 
@@ -146,9 +146,9 @@ def drawn_texts(figure: Figure) -> list[Text]:
     return [text for text in every if text.get_text() and text.get_visible() and (not text.axes or text.axes.axison)]
 
 
-@pytest.mark.parametrize("estimator", [*OF_METHOD, "five"])
+@pytest.mark.parametrize("estimator", [*OF_METHOD, "all"])
 def test_no_text_leaves_the_figure_or_covers_another(tmp_path, monkeypatch, estimator):
-    if estimator == "five":
+    if estimator == "all":
         figure = figure_of(monkeypatch, lambda: plot_runs(runs_of_all_methods(tmp_path), tmp_path / "x.png"))
     else:
         run = make_run(tmp_path, OF_METHOD[estimator], estimator=estimator)
