@@ -3,7 +3,8 @@
 # same in every script that calls this one. A Hydra override at the end wins:
 #
 #   METHOD=NAME        region, dual, dual_released, anchor, faithful, sensitivity,
-#                      region_dual, grpo, dapo, or your own file of configs/method
+#                      evidence, region_dual, grpo, dapo, or your own file of
+#                      configs/method
 #   MODEL_PATH=MODEL   folder or hub name             actor_rollout_ref.model.path
 #   DATA=FOLDER        of `sayo prepare`              sayo.data, or train_files
 #                                                     and val_files of data

@@ -20,8 +20,8 @@
 #   DRY_RUN=1 METHOD=dual bash scripts/run_qwen2_5vl_7b.sh
 #       compose, check, print the plan; no GPU
 #
-# METHOD=region, region_dual, and faithful with causal_unit=region need boxes in
-# some rows; the others need none. Without boxes:
+# METHOD=region, region_dual, evidence, and faithful with causal_unit=region need
+# boxes in some rows; the others need none. Without boxes:
 # `sayo prepare jsonl --keep-without-boxes`, with "boxes": [] in each line. The
 # job names two files; give a folder of `sayo prepare` (DATA=data/gqa) or
 # data.train_files=... data.val_files=... instead.

@@ -12,6 +12,8 @@
 #   DRY_RUN=1 bash scripts/run_qwen3_5_9b.sh
 #       compose, check, print the plan; no GPU
 #   METHOD=dual bash scripts/run_qwen3_5_9b.sh                   VGPO
+#   METHOD=evidence bash scripts/run_qwen3_5_9b.sh
+#       Evidence-RL = scripts/run_evidence_qwen3_5_9b.sh
 #   METHOD=grpo bash scripts/run_qwen3_5_9b.sh  the paired baseline
 set -euo pipefail
 METHOD=${METHOD:-region} JOB=qwen3_5_9b OWN_METHOD='' source "$(dirname "${BASH_SOURCE[0]}")/run.sh"

@@ -11,6 +11,7 @@
 #   METHOD=anchor bash scripts/run_tiny.sh        our reading of AT-RL
 #   METHOD=faithful bash scripts/run_tiny.sh      our reading of Faithful-MR1
 #   METHOD=sensitivity bash scripts/run_tiny.sh   VPPO, on DAPO
+#   METHOD=evidence bash scripts/run_tiny.sh      Evidence-RL
 #   METHOD=region_dual bash scripts/run_tiny.sh   a mix of two
 #   METHOD=grpo bash scripts/run_tiny.sh          the baseline; dapo: for VGPO
 #   bash scripts/run_tiny.sh trainer.total_training_steps=60 \

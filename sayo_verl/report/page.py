@@ -264,5 +264,5 @@ def _numbers(run: Run, k: int) -> str:
     cells = [[text(cell) for cell in row] for row in rows]
     return (
         f"<details><summary>All numbers and counters: first and last steps</summary><p>{cost}The table has the probe's "
-        f"share, the counterfactual pass and neutral rows if they were logged.</p>{table(header, cells)}</details>"
+        f"share, passes with a changed image and neutral rows if they were logged.</p>{table(header, cells)}</details>"
     )

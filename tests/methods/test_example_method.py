@@ -88,5 +88,5 @@ def test_tokens_get_more_advantage_as_far_as_the_image_raises_their_probability(
 def test_it_needs_a_second_pass_and_no_statistic():
     needs = METHOD().needs()
     assert needs.statistics.statistics == ()
-    assert needs.intervention is not None
+    assert needs.interventions == (METHOD().counterfactual,)
     assert METHOD().credit(random_signals(needs, 0, 4, 5)).terms == ()

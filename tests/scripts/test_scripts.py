@@ -298,6 +298,7 @@ def test_each_script_has_a_method_of_its_own(faked):
     assert methods == {
         "run_atrl_qwen2_5vl_7b.sh": "anchor",
         "run_dapo_qwen2_5vl_7b.sh": "dapo",
+        "run_evidence_qwen3_5_9b.sh": "evidence",
         "run_faithful_qwen2_5vl_7b.sh": "faithful",
         "run_grpo_qwen2_5vl_7b.sh": "grpo",
         "run_grpo_qwen3vl_8b.sh": "grpo",
