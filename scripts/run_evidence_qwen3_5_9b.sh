@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Evidence-RL (attn_evidence), on GRPO | Qwen3.5-9B, LoRA | vLLM rollouts | FSDP2 |
-# GPUs
+# Evidence-RL (attn_evidence), on GRPO | Qwen3.5-9B, LoRA | vLLM rollouts |
+# FSDP2 | GPUs
 #
 # The paired baseline is METHOD=grpo bash scripts/run_qwen3_5_9b.sh. Rows need
 # boxes. Every update takes four further log-prob passes. Values and sources:

@@ -84,9 +84,9 @@ def token_statistics(signals: Signals) -> dict[str, np.ndarray]:
             layers = ", ".join(map(str, statistic.layers))
             found[f"{statistic.name}, layer {layers}" if layers else statistic.name] = values
     out = {name: values.double().numpy() for name, values in found.items()}
-    changed = signals.counterfactual_log_probs
-    if changed is not None:
-        out["dependence on the image"] = dependence((signals.log_probs - changed).double().numpy())
+    for intervention, changed in signals.counterfactuals.items():
+        name = "dependence on the image" if len(signals.counterfactuals) == 1 else f"dependence, {intervention.key}"
+        out[name] = dependence((signals.log_probs - changed).double().numpy())
     return out
 
 
