@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from sayo_verl.errors import Rule, raise_first
@@ -120,15 +120,19 @@ def add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, tuple[s
         choices.add_parser(name, help=summary, description=description, add_flags=add_flags)
 
 
-def add_config_flags(parser: argparse.ArgumentParser, config: type, prefix: str = "") -> None:
-    """One flag for each field of a configuration dataclass, with its default."""
+def add_config_flags(
+    parser: argparse.ArgumentParser, config: type, prefix: str = "", leave_out: Collection[str] = ()
+) -> None:
+    """One flag for each field of a configuration dataclass, with its default; not for the fields of ``leave_out``."""
     hints = get_type_hints(config)
     group = parser.add_argument_group(config.__name__, inspect.getdoc(config))
     for field in dataclasses.fields(config):
+        if field.name in leave_out:
+            continue
         hint = hints[field.name]
         kwargs: dict[str, Any] = {"default": field.default, "help": "(default: %(default)s)"}
         if get_origin(hint) is tuple:
-            kwargs.update(nargs="+", type=get_args(hint)[0])
+            kwargs.update(nargs="*", type=get_args(hint)[0])
         elif get_args(hint):
             kwargs.update(choices=get_args(hint), help=f"one of {', '.join(get_args(hint))} (default: %(default)s)")
         else:
@@ -140,8 +144,53 @@ def add_config_flags(parser: argparse.ArgumentParser, config: type, prefix: str 
 
 def config_from(args: argparse.Namespace, config: Callable[..., Config]) -> Config:
     """The dataclass from the flags that ``add_config_flags`` made."""
-    values = {k.partition(".")[2]: v for k, v in vars(args).items() if k.startswith(f"{config.__name__}.")}
-    return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return config(**_given(args, f"{config.__name__}."))
+
+
+def add_task_flags(parser: argparse.ArgumentParser, tasks: Mapping[str, type]) -> None:
+    """The flags of several configurations, of which ``task_config`` makes one. A field of several has one flag."""
+    added = dict[str, dict[str, object]]()
+    for task, config in tasks.items():
+        add_config_flags(parser, config, leave_out=added)
+        for field in dataclasses.fields(config):
+            added.setdefault(field.name, {})[task] = field.default
+    for action in parser._actions:
+        owner, _, name = action.dest.partition(".")
+        if name and owner in [config.__name__ for config in tasks.values()]:
+            shown = {t: " ".join(v) if isinstance(v, tuple) else v for t, v in added[name].items()}
+            same = len(set(map(str, shown.values()))) == 1 and len(shown) == len(tasks)
+            of_task = [f"{task}: {value}" for task, value in shown.items()]
+            text = f"default: {next(iter(shown.values()))}" if same else "; ".join(of_task)
+            action.help = (action.help or "").replace("default: %(default)s", text)
+            action.default = None  # so that a flag which the task does not read is seen
+
+
+def task_config(args: argparse.Namespace, tasks: Mapping[str, type], task: str) -> Any:
+    """The configuration of a task from the flags of ``add_task_flags``.
+
+    Raises:
+        SayoError: D83 for a flag that the task does not read.
+    """
+    given = dict[str, Any]()
+    for config in tasks.values():
+        given |= {name: value for name, value in _given(args, f"{config.__name__}.").items() if value is not None}
+    read = [field.name for field in dataclasses.fields(tasks[task])]
+    raise_first(unread_by_task(name, task) for name in given if name not in read)
+    return tasks[task](**given)
+
+
+def unread_by_task(name: str, task: str) -> Rule:
+    """D83."""
+    flag = f"--{name.replace('_', '-')}"
+    return Rule(
+        "D83", True, "the task does not read this option", flag, "remove it, or name its task", f"--task {task}"
+    )
+
+
+def _given(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
+    """Values of the flags whose destination begins with ``prefix``, by the rest of it."""
+    values = {k.removeprefix(prefix): v for k, v in vars(args).items() if k.startswith(prefix)}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def check_ranges(given: Mapping[str, object], wanted: Mapping[str, tuple[bool, str]]) -> None:

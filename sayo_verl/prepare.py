@@ -9,8 +9,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sayo_verl.command_line import AddFlags, Command, Run, add_commands, add_config_flags, config_from
-from sayo_verl.errors import SayoError
+from sayo_verl.command_line import (
+    AddFlags,
+    Command,
+    Run,
+    add_commands,
+    add_config_flags,
+    add_task_flags,
+    config_from,
+    task_config,
+    unread_by_task,
+)
+from sayo_verl.errors import SayoError, raise_first
 
 # name -> (module of sayo_verl.data.sources, what it reads)
 SOURCES = {
@@ -172,26 +182,40 @@ def _synthetic(parser: argparse.ArgumentParser) -> Run:
     from sayo_verl.reward.prompts import PROMPTS
     from sayo_verl.scenes import SceneConfig
     from sayo_verl.scenes.config import KINDS
-    from sayo_verl.tiny.prepared import prepare_scenes
+    from sayo_verl.scenes.walk import WalkConfig
+    from sayo_verl.tiny.prepared import prepare_scenes, prepare_walks
 
+    tasks: dict[str, type] = {"scenes": SceneConfig, "walk": WalkConfig}
     parser.add_argument("--out", type=Path, default=Path(".sayo"), help="parent folder (default: %(default)s)")
+    parser.add_argument(
+        "--task",
+        choices=tasks,
+        default="scenes",
+        help="questions about objects, or walks over a grid of arrows (default: %(default)s)",
+    )
     parser.add_argument(
         "--prompt",
         choices=PROMPTS,
-        default="question",
-        help="instructions about the form of the answer (default: %(default)s)",
+        help="instructions about the form of the answer; scenes only (default: question)",
     )
-    add_config_flags(parser, SceneConfig)
+    add_task_flags(parser, tasks)
     for action in parser._actions:
         if "--question-kinds" in action.option_strings:
-            action.help = f"some of {', '.join(KINDS)} (default: {', '.join(action.default)})"
+            action.help = f"some of {', '.join(KINDS)} (default: {', '.join(SceneConfig.question_kinds)})"
     assert isinstance(parser, Command)
-    parser.show_only("--out", "--question-kinds", "--n-train", "--n-val", "--seed", "--prompt")
+    parser.show_only("--out", "--task", "--question-kinds", "--steps", "--n-train", "--n-val", "--seed", "--prompt")
 
     def run(args: argparse.Namespace) -> int:
-        made = prepare_scenes(args.out, config_from(args, SceneConfig), args.prompt)
-        bare = "" if args.prompt != "question" else "; prompts for the tiny policy, others need --prompt instruction"
-        print(f"scenes: {'reused' if made.reused else 'made'} {made.path}{bare}", file=sys.stderr)
+        config, bare = task_config(args, tasks, args.task), ""
+        if isinstance(config, WalkConfig):
+            raise_first([unread_by_task("prompt", args.task)] if args.prompt else [])
+            made = prepare_walks(args.out, config)
+        else:
+            made = prepare_scenes(args.out, config, args.prompt or "question")
+            if args.prompt in (None, "question"):
+                bare = "; prompts for the tiny policy, others need --prompt instruction"
+        kind = made.path.name.partition("-")[0]
+        print(f"{kind}: {'reused' if made.reused else 'made'} {made.path}{bare}", file=sys.stderr)
         print(made.path)
         return 0
 

@@ -9,9 +9,9 @@ FLOORS = """
 redact
 errors
 metrics command_line estimates
-script_variables evaluation
+script_variables evaluation scenes
 vision models reward metis
-view probe scenes
+view probe
 data
 methods inspection
 report tiny

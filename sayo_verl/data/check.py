@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from sayo_verl.data.contract import Demands
 from sayo_verl.data.reading import open_parquet
 from sayo_verl.errors import Rule, SayoError, raise_first
+from sayo_verl.reward.walk import is_walk
 
 
 def open_rows(path: Path, demands: Demands) -> pq.ParquetFile:
@@ -27,8 +28,9 @@ def open_rows(path: Path, demands: Demands) -> pq.ParquetFile:
 
 
 def asks_for_answer(values: Mapping[str, Any], demands: Demands) -> bool:
-    """Whether a prompt names the tag in which ``sayo_verl.reward`` reads the answer; True for another reward."""
-    return demands.judge is None or "<answer>" in str(values[demands.keys.prompt])
+    """Whether a prompt names the tag in which ``sayo_verl.reward`` reads the answer; True where it reads no tag."""
+    untagged = demands.judge is None or is_walk(values.get("data_source"))
+    return untagged or "<answer>" in str(values[demands.keys.prompt])
 
 
 def columns_of(file: pq.ParquetFile, demands: Demands) -> list[str]:

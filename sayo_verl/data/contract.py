@@ -16,6 +16,7 @@ from sayo_verl.data.rows import reserved_text
 from sayo_verl.errors import Rule, SayoError, raise_first
 from sayo_verl.reward import why_not_gradable
 from sayo_verl.reward.prompts import IMAGE_TAG
+from sayo_verl.reward.walk import is_walk, walk_of
 from sayo_verl.vision.masks import check_boxes, not_an_image
 
 PREPARE = "prepare the data again, with `sayo prepare`"
@@ -111,7 +112,10 @@ class RowContract:
             looked.question = looked.question.replace(tag, "") if n or tag == IMAGE_TAG else looked.question
         looked.attempt(check_placeholders, row[keys.prompt], media, where)
         if demands.rewarded and demands.judge is not None:
-            looked.attempt(_check_ground_truth, row["reward_model"]["ground_truth"], where, demands.judge)
+            truth = row["reward_model"]["ground_truth"]
+            looked.attempt(_check_ground_truth, truth, where, demands.judge)
+            if is_walk(row.get("data_source")):
+                looked.attempt(walk_of, info, truth, f"{where}, extra_info.walk")
         if demands.attention:
             if "data_source" in row:
                 looked.attempt(check_data_source, row["data_source"], f"{where}, data_source")

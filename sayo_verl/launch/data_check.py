@@ -22,6 +22,7 @@ from sayo_verl.launch.reward_result import check_result
 from sayo_verl.launch.row_check import Counted, check_parquet
 from sayo_verl.launch.split_check import check_boxes_of_run, check_leakage
 from sayo_verl.methods import Method
+from sayo_verl.reward.walk import is_walk
 
 Plan = list[tuple[str, str]]
 SPLITS = ("train", "val")
@@ -76,7 +77,8 @@ def check_data(config: DictConfig, method: Method | None, model_type: str | None
     scored = {split: counted[split] for split in SPLITS if split == "train" or validates(config)}
     of_scored = {split: of_split.asked for split, of_split in scored.items()}
     asked = sum(of_scored.values(), Counter[Asked]())
-    silent, rows = sum(n for (_, forms), n in asked.items() if "<answer>" not in forms), asked.total()
+    tagged = Counter({key: n for key, n in asked.items() if not is_walk(key[0])})
+    silent, rows = sum(n for (_, forms), n in tagged.items() if "<answer>" not in forms), tagged.total()
     if silent and demands.judge is not None:
         plan.append(
             (

@@ -17,7 +17,6 @@ from sayo_verl.launch.run_card import CLOCK, metrics_of_run
 from sayo_verl.redact import redact, redact_command
 from sayo_verl.report.card import run_card
 from sayo_verl.report.causes import HANDLING, describe_exception, note_of_step, os_problem
-from sayo_verl.report.page import write_page_at_end
 
 DEAD = ("ActorDiedError", "ActorUnavailableError", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError")
 _last_line: list[str] = []
@@ -95,13 +94,16 @@ def report_at_end(config: DictConfig) -> None:
     """Write the run's page, also of a run that failed; nothing before its first step. The exit code stays as it is."""
     if (metrics := metrics_of_run(config)) is None or not metrics.exists():
         return
+    from sayo_verl.report.page import write_page_at_end  # matplotlib takes a second, which a dry run need not wait for
+
     try:
-        page = write_page_at_end(metrics.parent)
+        written = write_page_at_end(metrics.parent)
     except SayoError as error:
         print(f"the page of this run was not written: {error}", file=sys.stderr)
     else:
-        if page:
-            print(f"page of the run: {page}", flush=True)
+        if written:
+            page, failed = written
+            print(f"page of the run: {page}", *([f"warning: {failed}"] if failed else []), sep="\n", flush=True)
 
 
 def say_how_to_resume(config: DictConfig) -> None:

@@ -20,10 +20,12 @@
  - score = format_weight * format + accuracy_weight * acc. SAYO's total reward is r_v + r_f, so its accuracy weight is
    0. The estimator adds the region reward r_v, because attention is known there.
 
+Rows of walks (data sources of ``sayo_verl.reward.walk``) are judged by a rule of their own, which reads no setting.
+
 Nothing is evaluated or executed, and no signals or threads are used. The work is linear in the response, which is cut
 at ``MAX_CHARACTERS``. Only ``judge="math"`` uses a worker process, for a limited time.
 
-Error codes: D70 a ground truth that cannot be graded, L34 a setting out of range.
+Error codes: D70 a ground truth that cannot be graded, D81 a row of a walk without one, L34 a setting out of range.
 """
 
 import functools
@@ -40,6 +42,7 @@ from sayo_verl.reward.text import (
     truth_text,
     why_not_gradable,
 )
+from sayo_verl.reward.walk import is_walk, judge_walk, walk_of
 
 __all__ = [
     "FORMATS",
@@ -182,14 +185,14 @@ def compute_score(
     length_tokenizer: str | None = None,
     reward_router_address: str | None = None,
     reward_model_tokenizer: Any = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """verl's reward function (``reward.custom_reward_function``).
 
     Args:
-        data_source: unused; verl passes it.
+        data_source: of the row; those of walks have a rule of their own.
         solution_str: the decoded response.
         ground_truth: the answer, text or a number.
-        extra_info: unused; verl passes it.
+        extra_info: of the row; read for walks.
         format_weight: r_f for a well-formed response.
         accuracy_weight: w_acc; 0 in the paper.
         judge: how answers are compared: ``"text"``, or ``"math"`` for numbers and formulas, by math-verify.
@@ -200,11 +203,11 @@ def compute_score(
 
     Returns:
         ``score``, ``acc`` and ``format``, the last two 0 or 1 (format without the length factor), and with
-        ``length_tokenizer`` also ``length_factor``.
+        ``length_tokenizer`` also ``length_factor``. For a walk ``score``, ``acc``, ``format`` and ``walk_marks``.
 
     Raises:
-        SayoError: D70 for a ground truth that cannot be graded, L34 for a setting out of range, L32 and D71 from
-            ``equal_formulas``.
+        SayoError: D70 for a ground truth that cannot be graded, D81 from ``walk_of``, L34 for a setting out of range,
+            L32 and D71 from ``equal_formulas``.
     """
     check_settings(
         format_weight=format_weight,
@@ -214,6 +217,8 @@ def compute_score(
         think_opened=think_opened,
         length_tokenizer=length_tokenizer,
     )
+    if is_walk(data_source):
+        return judge_walk(solution_str, walk_of(extra_info, ground_truth))
     valid, answer = split_response(solution_str, format=format, think_opened=think_opened)
     acc = float(_same(answer, ground_truth, judge))
     parts = {"acc": acc, "format": float(valid)}

@@ -73,9 +73,10 @@ def add_noise(image: np.ndarray, rng: random.Random, deviation: int) -> np.ndarr
     Each is a sum of four uniform bytes, since the streams of numpy's generators may change between versions.
     """
     bytes_4 = np.frombuffer(rng.randbytes(4 * image.size), np.uint8).reshape(4, *image.shape)
-    sums = bytes_4.astype(np.int32).sum(0) - 2 * 255
+    sums = bytes_4.sum(0, dtype=np.int16)
     spread = (4 * (256**2 - 1) / 12) ** 0.5
-    return np.clip(np.rint(image + sums * (deviation / spread)), 0, 255).astype(np.uint8)
+    of_sum = np.rint((np.arange(4 * 255 + 1) - 2 * 255) * (deviation / spread)).astype(np.int16)
+    return np.clip(image + of_sum[sums], 0, 255).astype(np.uint8)
 
 
 # Pixels of a bar chart: first column and number of columns for bars, row of level 0 (the first below the bars), rows

@@ -1,7 +1,7 @@
 """A tiny but real Qwen3-VL or Qwen3.5, built offline: configuration, weights, tokenizer, processor and chat template.
 
 All parts are ordinary transformers objects that ``AutoModelForImageTextToText`` and ``AutoProcessor`` load. The
-tokenizer is byte-level BPE, so it encodes any text. Its merges are trained on the words of the scenes, so that each of
+tokenizer is byte-level BPE, so it encodes any text. Its merges are trained on the words of the task, so that each of
 these words is one token in its form in a text.
 """
 
@@ -28,6 +28,7 @@ from transformers import (
 from sayo_verl.errors import SayoError
 from sayo_verl.scenes import QUESTIONS
 from sayo_verl.scenes.drawing import COLOURS, SHAPES
+from sayo_verl.scenes.walk_truth import ANSWER, COMMA, DIRECTIONS, FILLERS, MAX_GRID, cell_names
 from sayo_verl.tiny.prepared import content_hash
 
 PAD, END = "<|endoftext|>", "<|im_end|>"
@@ -52,6 +53,7 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
 _WORD_ENDS = "?."
+Task = Literal["scenes", "walk"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class TinyPolicyConfig:
     """Family and sizes of the tiny policy.
 
     Attributes:
+        task: whose words are single tokens, drawn scenes or walks (``sayo_verl.scenes.walk``).
         family: ``qwen3_vl``, or ``qwen3_5``, whose layers but the last have linear attention and which has no
             deepstack.
         hidden_size, layers, heads, kv_heads, head_dim, intermediate_size: the text model.
@@ -86,27 +89,35 @@ class TinyPolicyConfig:
     initializer_range: float = 0.08
     max_positions: int = 1024
     seed: int = 0
+    task: Task = "scenes"
 
     def config_hash(self) -> str:
         """Ten hexadecimal digits, equal for equal initial weights, tokenizer, processor and template."""
         values = asdict(self)
         if self.family == "qwen3_vl":  # folders that were made before there was a choice keep their names
             del values["family"]
-        return content_hash("policy", values, CHAT_TEMPLATE, SPECIAL_TOKENS, TAGS, task_words())
+        if self.task == "scenes":
+            del values["task"]
+        return content_hash("policy", values, CHAT_TEMPLATE, SPECIAL_TOKENS, TAGS, task_words(self.task))
 
 
-def task_words() -> tuple[str, ...]:
-    """Every word and mark of the task in its form in a text, with its leading space if it has one."""
+def task_words(task: Task = "scenes") -> tuple[str, ...]:
+    """Every word and mark of a task in its form in a text, with its leading space if it has one."""
+    ends = ("system", "user", "assistant", "\n")
+    if task == "walk":
+        asked = ("at", "Walk", *map(str, range(1, MAX_GRID**2)), "steps", ".")
+        said = (*FILLERS, *cell_names(MAX_GRID), *DIRECTIONS, COMMA, ANSWER)
+        return ("Start", *(f" {word}" for word in (*asked, *said)), *ends)
     words = [f" {word}" for word in (*SHAPES, *COLOURS)] + [" ."]
     for question in QUESTIONS.values():
         pieces = question.rstrip(_WORD_ENDS).split(" ")
         words += [piece if i == 0 else f" {piece}" for i, piece in enumerate(pieces) if piece != "{key}"]
         words.append(question[-1])
-    return tuple(dict.fromkeys([*words, "system", "user", "assistant", "\n"]))
+    return tuple(dict.fromkeys([*words, *ends]))
 
 
-def build_tokenizer() -> Qwen2Tokenizer:
-    """Build a byte-level BPE tokenizer in which every word of the task is one token.
+def build_tokenizer(task: Task = "scenes") -> Qwen2Tokenizer:
+    """Build a byte-level BPE tokenizer in which every word of a task is one token.
 
     Raises:
         SayoError: T02 when the trained merges split a word.
@@ -117,7 +128,10 @@ def build_tokenizer() -> Qwen2Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=100_000, min_frequency=1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    trained.train_from_iterator(task_words(), trainer)
+    words = task_words(task)
+    # Qwen's pre-tokenizer cuts before every digit, so no merge makes one token of a word with a digit.
+    whole = [word for word in words if any(map(str.isdigit, word))]
+    trained.train_from_iterator([word for word in words if word not in whole], trainer)
     bpe = json.loads(trained.to_str())["model"]
     merges: Any = [tuple(pair) for pair in bpe["merges"]]  # transformers declares strings, tokenizers needs pairs
     tokenizer = Qwen2Tokenizer(
@@ -129,9 +143,9 @@ def build_tokenizer() -> Qwen2Tokenizer:
         clean_up_tokenization_spaces=False,
         extra_special_tokens=[token for token in SPECIAL_TOKENS if token not in (END, PAD)],
     )
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in (*TAGS, *whole)])
     tokenizer.chat_template = CHAT_TEMPLATE
-    split = [word for word in task_words() if len(tokenizer.encode(word, add_special_tokens=False)) != 1]
+    split = [word for word in task_words(task) if len(tokenizer.encode(word, add_special_tokens=False)) != 1]
     if split:
         raise SayoError(
             "T02",
@@ -153,7 +167,7 @@ def build_processor(config: TinyPolicyConfig) -> Qwen3VLProcessor:
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=dict(limits), image_mean=half, image_std=half, **sizes),
         video_processor=Qwen3VLVideoProcessor(size=dict(limits), image_mean=half, image_std=half, **sizes),
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(config.task),
         chat_template=CHAT_TEMPLATE,
     )
 

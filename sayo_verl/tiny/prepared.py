@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 
 from sayo_verl.data.build import BuildOptions, build
 from sayo_verl.data.folder import KIND, check_folder, new_folder, write_manifest
+from sayo_verl.data.rows import Source
 from sayo_verl.data.sources.scenes import SceneSource
+from sayo_verl.data.sources.walks import WalkSource
 from sayo_verl.errors import SayoError
 from sayo_verl.scenes import SceneConfig
+from sayo_verl.scenes.walk import WalkConfig
 
 
 class Prepared(NamedTuple):
@@ -30,9 +33,18 @@ def content_hash(*parts: Any) -> str:
 def prepare_scenes(out_root: Path | str, config: SceneConfig, prompt: str = "question") -> Prepared:
     """``out_root/scenes-<hash>/``, built unless it is there. ``prompt``: as ``reward.prompts.messages_of``."""
     folder = Path(out_root) / f"scenes-{content_hash(asdict(config), prompt)}"
+    return _prepare_rows(folder, SceneSource(config), prompt)
+
+
+def prepare_walks(out_root: Path | str, config: WalkConfig) -> Prepared:
+    """``out_root/walks-<hash>/``, built unless it is there. A prompt is the question alone."""
+    return _prepare_rows(Path(out_root) / f"walks-{content_hash(asdict(config))}", WalkSource(config), "question")
+
+
+def _prepare_rows(folder: Path, source: Source, prompt: str) -> Prepared:
     if _is_complete(folder, KIND):
         return Prepared(folder, True)
-    build(SceneSource(config), folder, BuildOptions(prompt=prompt, trust_boxes=True, overwrite=True))
+    build(source, folder, BuildOptions(prompt=prompt, trust_boxes=True, overwrite=True))
     return Prepared(folder, False)
 
 

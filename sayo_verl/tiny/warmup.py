@@ -256,8 +256,17 @@ def prepare_policy(
     A complete folder of the same configuration is reused; training takes one to two and a half minutes on one core.
 
     Raises:
-        SayoError: T01 when the warm-up misses its accuracy floor.
+        SayoError: T01 when the warm-up misses its accuracy floor, D84 for another task than drawn scenes.
     """
+    if policy.task != "scenes":
+        raise SayoError(
+            "D84",
+            "the warm-up demonstrates answers about drawn scenes only",
+            where="TinyPolicyConfig.task",
+            got=repr(policy.task),
+            wanted="'scenes'",
+            fix="leave task as it is; for walks build the policy with build_model and train it on demonstration()",
+        )
 
     def build(folder: Path) -> dict[str, Any]:
         processor = build_processor(policy)

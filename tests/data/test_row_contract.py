@@ -175,6 +175,7 @@ SEEN_IN_FILES: list[tuple[str, dict[str, Any]]] = [
     ("D77", {"images": [{"bytes": png(2, 900), "path": None}], "image_size_wh": ...}),
     ("D74", {"reward_model": {"style": "rule", "ground_truth": None}}),
     ("D74", {"reward_model": {"style": "rule", "ground_truth": "<answer>red</answer>"}}),
+    ("D81", {"data_source": "sayo/walk"}),
     ("D66", {"data_source": "numina_math"}),
     ("D66", {"prompt": said("<image>"), "question": ""}),
     ("D66", {"prompt": said("<image>What <|image_pad|>?")}),
@@ -203,7 +204,7 @@ def test_the_table_of_checks_names_every_code_and_no_other(repo):
     package = repo / "sayo_verl"
     files = [package / "data" / f"{name}.py" for name in ("check", "contract", "reading")]
     files += [package / "launch" / f"{name}.py" for name in ("data_check", "prompt_check", "split_check")]
-    files += [package / "vision" / "masks.py", *(package / "inspection").glob("*.py")]
+    files += [package / "reward" / "walk.py", package / "vision" / "masks.py", *(package / "inspection").glob("*.py")]
     raised = {code for file in files for code in re.findall(r'"([DLV]\d\d)"', file.read_text())}
     other = {"V04", "V05", "L17", "L18", "L20", "L23"}  # of a grid, of a model
     assert set(table(repo)) - other == raised - other

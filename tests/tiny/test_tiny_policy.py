@@ -12,11 +12,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from support.refusals import refusal
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from sayo_verl.errors import SayoError
 from sayo_verl.reward import compute_score
 from sayo_verl.scenes import SceneConfig, sample_scene
+from sayo_verl.scenes.walk import WalkConfig, demonstration, sample_walk
 from sayo_verl.tiny import policy
 from sayo_verl.tiny import warmup as warmup_module
 from sayo_verl.tiny.evaluate import evaluate, measure_batch, region_attention, select_tokens
@@ -27,10 +29,11 @@ from sayo_verl.tiny.policy import (
     TinyPolicyConfig,
     build_model,
     build_processor,
+    build_tokenizer,
     generate,
     task_words,
 )
-from sayo_verl.tiny.prepared import prepare_scenes
+from sayo_verl.tiny.prepared import prepare_scenes, prepare_walks
 from sayo_verl.tiny.warmup import (
     IGNORE,
     WarmupConfig,
@@ -96,9 +99,37 @@ def test_every_word_of_the_task_is_one_token_and_tags_survive_decoding(processor
     assert tokenizer.eos_token == END
 
 
+def test_every_word_of_a_walk_is_one_token():
+    config = TinyPolicyConfig(task="walk")
+    tokenizer = build_processor(config).tokenizer
+    for seed in range(20):
+        for more in ({}, {"moves": "text"}, {"grid": 8, "steps": 63, "more_steps": 0}):
+            walk = sample_walk(random.Random(seed), WalkConfig(**more))
+            words = demonstration(walk, random.Random(seed))
+            said = "".join(f" {word}" for word in words)
+            ids = tokenizer.encode(f"{said}{END}")
+            assert len(ids) == len(words) + 1
+            assert tokenizer.decode(ids, skip_special_tokens=True).split() == words
+            assert len(tokenizer.encode(walk.question)) == len(walk.question.split())
+    assert config.config_hash() != TinyPolicyConfig().config_hash()
+
+
+def test_the_words_of_the_scenes_keep_their_tokens():
+    ids = build_tokenizer().encode("What colour is the ring?<think> ring red .</think><answer> red</answer>")
+    assert ids == [327, 340, 307, 325, 333, 30, 353, 333, 332, 305, 354, 355, 332, 356]  # recorded before walks
+
+
+def test_the_warm_up_and_the_evaluation_on_scenes_refuse_walks(tmp_path):
+    with refusal("D84", "'walk'"):
+        prepare_policy(tmp_path, TinyPolicyConfig(task="walk"), QUICK, SCENES)
+    walks = prepare_walks(tmp_path, WalkConfig(n_train=1, n_val=2)).path
+    with refusal("D85", "6 of 6 without target_boxes"):
+        evaluate(tmp_path, walks)
+
+
 def test_a_tokenizer_that_splits_words_of_the_task_is_refused(monkeypatch):
     words = iter([("circle",), ("circle", "unknown word")])  # of the training, of the check
-    monkeypatch.setattr(policy, "task_words", lambda: next(words))
+    monkeypatch.setattr(policy, "task_words", lambda task: next(words))
     with pytest.raises(SayoError, match=r"SAYO-T02: .*got \['unknown word'\]"):
         policy.build_tokenizer()
 
