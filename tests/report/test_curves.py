@@ -127,7 +127,7 @@ def test_a_comparison_has_every_methods_panels_and_says_how_many_runs_measured_t
     colours = []
     for section in c.OF_METHODS:
         axes = [shown[panel.title] for panel in section.panels]
-        assert {axis.get_title(loc="right") for axis in axes} == {"1 of 6 runs"}
+        assert {axis.get_title(loc="right") for axis in axes} == {"1 of 7 runs"}
         guides = {axis.lines[-1].get_color() for axis, panel in zip(axes, section.panels, strict=True) if panel.guide}
         colours.append({line.get_color() for axis in axes for line in axis.lines} - guides)
     assert [len(of_one_run) for of_one_run in colours] == [1] * len(c.OF_METHODS)
