@@ -12,6 +12,7 @@ import ray
 from omegaconf import DictConfig
 
 from sayo_verl.errors import SayoError
+from sayo_verl.hooks.processes import dead_daemons
 from sayo_verl.launch.resume import how_to_resume
 from sayo_verl.launch.run_card import CLOCK, metrics_of_run
 from sayo_verl.redact import redact, redact_command
@@ -51,7 +52,7 @@ def record_end(config: DictConfig, error: BaseException | None) -> None:
 
 
 def first_cause(error: BaseException) -> str:
-    """One line for what ended a run: of a SAYO error its own, X26 for one of the disk, else X25; a signal's name."""
+    """One line for what ended a run: of a SAYO error its own, X26: the disk, X15: Ray, else X25; a signal's name."""
     if isinstance(error, SystemExit):  # of the watchdog, with its line
         return str(error)
     said, place = describe_exception(error)
@@ -63,6 +64,17 @@ def first_cause(error: BaseException) -> str:
         fix = "free space, or name a folder that this user can write"
         return str(SayoError("X26", f"{problem}{when}", where=where, got=said, fix=fix))
     died = said.partition(":")[0].rpartition(".")[2] in DEAD
+    if died and (daemons := dead_daemons()):
+        return str(
+            SayoError(
+                "X15",
+                f"Ray's {' and '.join(daemons)} on this machine died{when}",
+                where="the Ray that the launcher started",
+                got=said,
+                fix="resume the run; if the kernel ended it, `dmesg | grep -i oom`; else see raylet.out and "
+                "gcs_server.out in /tmp/ray/session_latest/logs",
+            )
+        )
     return str(
         SayoError(
             "X25",
