@@ -13,7 +13,7 @@
 #   METHOD=sensitivity bash scripts/run_tiny.sh   VPPO, on DAPO
 #   METHOD=evidence bash scripts/run_tiny.sh      Evidence-RL
 #   METHOD=region_dual bash scripts/run_tiny.sh   a mix of two
-#   METHOD=grpo bash scripts/run_tiny.sh          the baseline; dapo: of VGPO, VPPO
+#   METHOD=grpo bash scripts/run_tiny.sh          baseline; dapo: of VGPO, VPPO
 #   bash scripts/run_tiny.sh trainer.total_training_steps=60 \
 #       algorithm.attn.region.entropy_fraction=1.0
 #   RESUME=outputs/region_tiny/<time> bash scripts/run_tiny.sh \
