@@ -3,8 +3,8 @@
     python benchmarks/wire_bytes.py               # benchmarks/results/wire.json, docs/benchmarks.md
     python benchmarks/wire_bytes.py --raw F.json  # measure only, into another file
 
-A training worker of verl with the engine mixin runs the log-prob pass (and the counterfactual pass) over rows of
-several lengths with a tiny random Qwen3-VL. It takes a minute on a CPU.
+A training worker of verl with the engine mixin runs the log-prob pass (and the passes with a changed image) over rows
+of several lengths with a tiny random Qwen3-VL. It takes a minute on a CPU.
 """
 
 import argparse
@@ -43,8 +43,8 @@ def measure(built: Any, rows: list[dict[str, Any]], needs: Needs) -> list[dict[s
     from support.engine_rows import log_prob_pass
 
     outputs = [log_prob_pass(built, rows, needs.statistics.to_wire())]
-    if needs.intervention is not None:
-        change = {**needs.intervention.to_wire(), "coverage": needs.statistics.coverage, "step": 1}
+    for intervention in needs.interventions:
+        change = {**intervention.to_wire(), "coverage": needs.statistics.coverage, "step": 1}
         outputs.append(log_prob_pass(built, rows, None, calculate_entropy=False, **{INTERVENTION_KEY: change}))
     heads = built.engine.model_config.hf_config.get_text_config().num_attention_heads
     found = []

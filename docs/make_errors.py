@@ -4,6 +4,7 @@ The source is parsed, not imported. A text that is filled in at run time is show
 """
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,8 +70,13 @@ def _given(node: ast.Assign, name: str) -> Iterator[ast.expr]:
         yield from (value for each, value in pairs if isinstance(each, ast.Name) and each.id == name)
 
 
-def entries() -> Iterator[Entry]:
+@functools.cache
+def entries() -> tuple[Entry, ...]:
     """All places in the package and in the recipes."""
+    return tuple(_entries())
+
+
+def _entries() -> Iterator[Entry]:
     paths = [*sorted(PACKAGE.rglob("*.py")), *sorted(RECIPES.rglob("*.py"))]
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
     everywhere = {name: text for tree in trees.values() for name, text in _constants(tree)}

@@ -89,7 +89,9 @@ def _report(parser: argparse.ArgumentParser) -> Run:
 def _run_report(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from sayo_verl.report.card import load_config
     from sayo_verl.report.curves import plot_run, plot_runs
+    from sayo_verl.report.failed import failed_rollouts
     from sayo_verl.report.page import write_page
     from sayo_verl.report.runs import load_run
     from sayo_verl.report.table import first_last_table
@@ -104,7 +106,8 @@ def _run_report(args: argparse.Namespace) -> int:
         console.print(f"page     {write_page(run, args.window)}", soft_wrap=True, highlight=False)
         for file in run.files:
             console.print(f"metrics  {file}", soft_wrap=True, highlight=False)
-        for note in run.notes:
+        failed = failed_rollouts(run, load_config(run.files[-1], run.overrides))
+        for note in [*([failed] if failed else []), *run.notes]:
             console.print(f"note     {note}", soft_wrap=True, highlight=False, markup=False)
     if len(runs) > 1:
         console.print(f"compared {plot_runs(runs, args.out)}", soft_wrap=True, highlight=False)

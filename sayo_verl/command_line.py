@@ -9,7 +9,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from sayo_verl.errors import Rule, raise_first
 
@@ -165,16 +165,16 @@ def add_task_flags(parser: argparse.ArgumentParser, tasks: Mapping[str, type]) -
             action.default = None  # so that a flag which the task does not read is seen
 
 
-def task_config(args: argparse.Namespace, tasks: Mapping[str, type[Config]], task: str) -> Config:
+def task_config(args: argparse.Namespace, tasks: Mapping[str, type], task: str) -> Any:
     """The configuration of a task from the flags of ``add_task_flags``.
 
     Raises:
         SayoError: D83 for a flag that the task does not read.
     """
-    given = {}
+    given = dict[str, Any]()
     for config in tasks.values():
         given |= {name: value for name, value in _given(args, f"{config.__name__}.").items() if value is not None}
-    read = [field.name for field in dataclasses.fields(cast(Any, tasks[task]))]
+    read = [field.name for field in dataclasses.fields(tasks[task])]
     raise_first(unread_by_task(name, task) for name in given if name not in read)
     return tasks[task](**given)
 

@@ -95,7 +95,7 @@ KINDS: dict[str, type[SayoError]] = {
     **dict.fromkeys("APV", ProbeError),
     **dict.fromkeys("CEFRTWX", SetupError),
     **dict.fromkeys(
-        ("A05", "A12", "A13", "A14", "D20", "D46", "D57", "D80", "D83", "F05", "F21", "F23", "V04", "X10"), ConfigError
+        ("A05", "A12", "A14", "D20", "D46", "D57", "D80", "D83", "F05", "F21", "F23", "V04", "X10"), ConfigError
     ),
     **dict.fromkeys(("F26", "F27", "F28", "F29", "F30", "F31", "F32"), ConfigError),
     **dict.fromkeys(("X30", "X31", "X32", "X33", "X34", "X35", "X36"), ConfigError),

@@ -229,13 +229,14 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     return float("nan") if len(x) < 3 else _spearman(x, y)
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1 in rising order, ties with their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> float:
-    rx, ry = (r - r.mean() for r in (_ranks(x), _ranks(y)))
+    rx, ry = (r - r.mean() for r in (ranks(x), ranks(y)))
     spread = math.sqrt(float(rx @ rx) * float(ry @ ry))
     return float(rx @ ry) / spread if spread else math.nan
 

@@ -30,7 +30,7 @@ from sayo_verl.hooks.watchdog import Watchdog
 from sayo_verl.launch.cluster import check_address, check_cluster
 from sayo_verl.launch.ending import at_end, record_end
 from sayo_verl.launch.folder_lock import hold_folders
-from sayo_verl.launch.job import check_added, check_types, composition_error, keys_of, write_out
+from sayo_verl.launch.job import check_added, composition_error, keys_of, write_out
 from sayo_verl.launch.limits import read_limits
 from sayo_verl.launch.model_check import load_config
 from sayo_verl.launch.names import check_names
@@ -41,6 +41,7 @@ from sayo_verl.launch.run_card import write_run_card
 from sayo_verl.launch.settings import load_methods
 from sayo_verl.launch.template_check import configure as configure_reward
 from sayo_verl.launch.training_check import check_by_verl, filter_limit
+from sayo_verl.launch.type_check import check_types
 from sayo_verl.methods import METHODS, Mix
 from sayo_verl.models import internvl
 

@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# Says what another version of verl changes of the names that sayo-verl uses, and whether that version is supported.
+# Says what another version of verl changes of the names that sayo-verl uses, and
+# whether that version is supported.
 #
-#   bash scripts/contract.sh VERSION            a release, such as 0.9.0; or `main`, from GitHub; or the folder of a clone
-#   bash scripts/contract.sh VERSION --record   write tests/hooks/contract/verl-VERSION.json, after the changes were read
+#   bash scripts/contract.sh VERSION
+#       a release, such as 0.9.0; or `main`, from GitHub; or the folder of a clone
+#   bash scripts/contract.sh VERSION --record
+#       write tests/hooks/contract/verl-VERSION.json, after the changes were read
 #
-# The active Python environment is the base: sayo-verl's, with any supported verl. It stays as it is. .contract/VERSION gets
-# an environment that sees the base's packages, with that verl and those of its dependencies that differ. Exits with 0 if
-# all names are as recorded for that version (without a record: as in the newest supported version), else with 1.
-# `rm -r .contract` removes all of it.
+# The active Python environment is the base: sayo-verl's, with any supported verl.
+# It stays as it is. .contract/VERSION gets an environment that sees the base's
+# packages, with that verl and those of its dependencies that differ. Exits with 0
+# if all names are as recorded for that version (without a record: as in the
+# newest supported version), else with 1. `rm -r .contract` removes all of it.
 set -euo pipefail
 
 CALLER=$PWD

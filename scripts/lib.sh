@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What scripts share: help, errors, the folder of a run, early checks, the environment. Sourced after `cd "$ROOT"`.
+# What scripts share: help, errors, the folder of a run, early checks, the
+# environment. Sourced after `cd "$ROOT"`.
 set -euo pipefail
 
 # With the argument -h or --help: prints the header comments of the script and of the one that it sources, and exits.
@@ -46,7 +47,7 @@ quoted() {
 place_run() {
   [[ -z "${SAYO_RESUME_COMMAND:-}" ]] || return 0
   local name given=''
-  for name in METHOD MODEL_PATH DATA NNODES NGPUS_PER_NODE RAY_ADDRESS; do
+  for name in METHOD MODEL_PATH DATA NNODES NGPUS_PER_NODE RAY_ADDRESS VERL_PLATFORM; do
     [[ -z "${!name:-}" ]] || given+="$name=$(printf '%q' "${!name}") "
   done
   case "${0##*/}" in run.sh | anchor.sh) given="JOB=$JOB $given" ;; esac

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# What takes too long for each change: tests marked `nightly`, then the whole scoreboard (docs/trust.md): all tests that its
-# figures name, ten times the cases of each property test, mutants, the other versions of verl, licences, advisories. One to
-# two hours on two cores. A part that fails does not stop the next one; the last line names those that failed.
+# What takes too long for each change: tests marked `nightly`, then the whole
+# scoreboard (docs/trust.md): all tests that its figures name, ten times the cases
+# of each property test, mutants, the other versions of verl, licences,
+# advisories. One to two hours on two cores. A part that fails does not stop the
+# next one; the last line names those that failed.
 #
 #   bash scripts/nightly.sh                       all
 #   TRUST_FUZZ_FACTOR=50 TRUST_MUTANTS=1000 bash scripts/nightly.sh
 #
-# mutmut and pip-audit are installed in .nightly, an environment beside the project's; `rm -r .nightly` removes it.
+# mutmut and pip-audit are installed in .nightly, an environment beside the
+# project's; `rm -r .nightly` removes it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh

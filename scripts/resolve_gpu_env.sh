@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Resolves the GPU environment without installing it: does pip still find the versions of configs/constraints-gpu.txt?
+# Resolves the GPU environment without installing it: does pip still find the
+# versions of configs/constraints-gpu.txt?
 #
-#   bash scripts/resolve_gpu_env.sh            resolve '.[gpu,dev,anchor,math]' under the constraints, compare
-#   bash scripts/resolve_gpu_env.sh --renew    resolve it without them, and write the result into the file
+#   bash scripts/resolve_gpu_env.sh
+#       resolve '.[gpu,dev,anchor,math]' under the constraints, compare
+#   bash scripts/resolve_gpu_env.sh --renew
+#       resolve it without them, and write the result into the file
 #
-# Needs python3.11 with pip on Linux x86_64, no GPU, and the package index that pip is configured with. pip reads the
-# metadata of each package, or the part of the wheel that holds it (fast-deps). Whole downloads are counted.
+# Needs python3.11 with pip on Linux x86_64, no GPU, and the package index that
+# pip is configured with. pip reads the metadata of each package, or the part of
+# the wheel that holds it (fast-deps). Whole downloads are counted.
 set -euo pipefail
 unset PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off

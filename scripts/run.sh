@@ -1,22 +1,28 @@
 #!/usr/bin/env bash
-# Starts a job of configs/job with a method of configs/method. Variables have the same meaning in every script that
-# calls this one. A Hydra override at the end wins over all of them:
+# Starts a job of configs/job with a method of configs/method. Variables mean the
+# same in every script that calls this one. A Hydra override at the end wins:
 #
-#   METHOD=NAME         region, dual, dual_released, anchor, faithful, sensitivity, region_dual, grpo, dapo, or another
-#                       file of configs/method
-#   MODEL_PATH=MODEL    a folder or a name of the hub        actor_rollout_ref.model.path
-#   DATA=FOLDER         a folder of `sayo prepare`           sayo.data, or data.train_files and data.val_files
-#   OUT=FOLDER          of a new run                         sayo.out; outputs/<name>/<time> if it is not set
-#   RESUME=FOLDER       of a run to resume (docs/resume.md)  sayo.resume
-#   NNODES=N            with RAY_ADDRESS=... of the cluster  trainer.nnodes
-#   NGPUS_PER_NODE=N                                         trainer.n_gpus_per_node
-#   DRY_RUN=1           compose, check, print the plan; needs no GPU and writes no file
+#   METHOD=NAME        region, dual, dual_released, anchor, faithful, sensitivity,
+#                      evidence, region_dual, grpo, dapo, or your own file of
+#                      configs/method
+#   MODEL_PATH=MODEL   folder or hub name             actor_rollout_ref.model.path
+#   DATA=FOLDER        of `sayo prepare`              sayo.data, or train_files
+#                                                     and val_files of data
+#   OUT=FOLDER         of a new run                   sayo.out
+#                      (default outputs/<name>/<time>)
+#   RESUME=FOLDER      of a run (docs/resume.md)      sayo.resume
+#   NNODES=N           with RAY_ADDRESS=... of the cluster      trainer.nnodes
+#   NGPUS_PER_NODE=N                                  trainer.n_gpus_per_node
+#   DRY_RUN=1          compose, check, print the plan; no GPU, no file
 #
-# A relative path starts at the folder of the clone. Everything else is an override: actor_rollout_ref.actor.optim.lr=1e-6
+# A relative path starts at the folder of the clone. All else is an override, such
+# as actor_rollout_ref.actor.optim.lr=1e-6
 #
-#   JOB=qwen2_5vl_7b METHOD=anchor bash scripts/run.sh       JOB is needed here; run_<paper>_<model>.sh sets it
+#   JOB=qwen2_5vl_7b METHOD=anchor bash scripts/run.sh
+#       JOB is needed here; run_<paper>_<model>.sh sets it
 #
-# An active Python that has sayo-verl is used unchanged (in a verl container, say). Otherwise an environment is built.
+# An active Python that has sayo-verl is used unchanged (in a verl container,
+# say). Otherwise an environment is built.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"

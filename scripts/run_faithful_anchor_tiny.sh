@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
-# attn_faithful, anchoring stage (our reading of Faithful-MR1) | tiny Qwen3-VL on drawn scenes | CPU, one core
+# attn_faithful, anchoring stage (our reading of Faithful-MR1) | tiny Qwen3-VL on
+# drawn scenes | CPU, one core
 #
-# Adds <Focus> to the warmed-up tiny policy, trains its attention to look at the target's box, prints held-out figures
-# before and after, and draws where it looks. No Ray, no vLLM; about a minute on one core. The last line is the command of
-# the reinforcement stage. Its values: configs/focus/tiny.yaml. Variables: scripts/anchor.sh --help.
+# Adds <Focus> to the warmed-up tiny policy, trains its attention to look at the
+# target's box, prints held-out figures before and after, and draws where it
+# looks. No Ray, no vLLM; about a minute on one core. The last line is the command
+# of the reinforcement stage. Its values: configs/focus/tiny.yaml. Variables:
+# scripts/anchor.sh --help.
 #
 #   bash scripts/run_faithful_anchor_tiny.sh
 #   bash scripts/run_faithful_anchor_tiny.sh train.steps=300 train.layers=[0,1]
-#   bash scripts/run_faithful_anchor_tiny.sh train.weight=0                    imitation without anchoring
-#   DATA=$(sayo prepare synthetic --region distractor) bash scripts/run_faithful_anchor_tiny.sh   the wrong-box control
+#   bash scripts/run_faithful_anchor_tiny.sh train.weight=0
+#       imitation without anchoring
+#   DATA=$(sayo prepare synthetic --region distractor) bash \
+#       scripts/run_faithful_anchor_tiny.sh
+#       the wrong-box control
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"

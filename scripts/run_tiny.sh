@@ -1,20 +1,26 @@
 #!/usr/bin/env bash
-# Any method, SAYO if none is named | tiny Qwen3-VL on drawn scenes | vLLM rollouts | FSDP2 | CPU
+# Any method, SAYO if none is named | tiny Qwen3-VL on drawn scenes | CPU
 #
-# From nothing to a table, curves and a page on a machine without a GPU: makes the environment, the scenes and a warmed-up tiny
-# policy, trains on real verl + Ray + TransferQueue + FSDP2 + vLLM, and prints where the results are. What exists and is
-# valid is reused, with a message. Its values: configs/job/tiny.yaml. Variables: scripts/run.sh --help.
+# From nothing to a table, curves and a page on a machine without a GPU: makes the
+# environment, the scenes and a warmed-up tiny policy, trains on real verl + Ray +
+# TransferQueue + FSDP2 + vLLM, and prints where the results are. What exists and
+# is valid is reused, with a message. Its values: configs/job/tiny.yaml.
+# Variables: scripts/run.sh --help.
 #
-#   METHOD=dual bash scripts/run_tiny.sh                       VGPO, on DAPO
-#   METHOD=anchor bash scripts/run_tiny.sh                     our reading of AT-RL
-#   METHOD=faithful bash scripts/run_tiny.sh                   our reading of Faithful-MR1
-#   METHOD=sensitivity bash scripts/run_tiny.sh                VPPO, on DAPO
-#   METHOD=region_dual bash scripts/run_tiny.sh                a mix of two
-#   METHOD=grpo bash scripts/run_tiny.sh                       the baseline; METHOD=dapo that of VGPO, VPPO
-#   bash scripts/run_tiny.sh trainer.total_training_steps=60 algorithm.attn.region.entropy_fraction=1.0
-#   RESUME=outputs/region_tiny/<time> bash scripts/run_tiny.sh trainer.total_training_steps=60
-#                                                              resume a run that had trainer.save_freq=10, say
-#   DATA=$(sayo prepare synthetic --region distractor) bash scripts/run_tiny.sh      the wrong-box control
+#   METHOD=dual bash scripts/run_tiny.sh          VGPO, on DAPO
+#   METHOD=anchor bash scripts/run_tiny.sh        our reading of AT-RL
+#   METHOD=faithful bash scripts/run_tiny.sh      our reading of Faithful-MR1
+#   METHOD=sensitivity bash scripts/run_tiny.sh   VPPO, on DAPO
+#   METHOD=evidence bash scripts/run_tiny.sh      Evidence-RL
+#   METHOD=region_dual bash scripts/run_tiny.sh   a mix of two
+#   METHOD=grpo bash scripts/run_tiny.sh          baseline; dapo: of VGPO, VPPO
+#   bash scripts/run_tiny.sh trainer.total_training_steps=60 \
+#       algorithm.attn.region.entropy_fraction=1.0
+#   RESUME=outputs/region_tiny/<time> bash scripts/run_tiny.sh \
+#       trainer.total_training_steps=60
+#       resume a run that had trainer.save_freq=10, say
+#   DATA=$(sayo prepare synthetic --region distractor) bash scripts/run_tiny.sh
+#       the wrong-box control
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"

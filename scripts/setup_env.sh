@@ -1,23 +1,30 @@
 #!/usr/bin/env bash
 # Builds the environment that sayo-verl runs in, or reuses it.
 #
-#   bash scripts/setup_env.sh [cpu|gpu]      default: gpu where `nvidia-smi -L` lists a GPU, else cpu
+#   bash scripts/setup_env.sh [cpu|gpu]
+#       default: gpu where `nvidia-smi -L` lists a GPU, else cpu
 #   bash scripts/setup_env.sh --where cpu    print the folder and do nothing
 #
-# Needs python3.11 with pip. Everything goes into .venv (cpu) or .venv-gpu, so that the tiny task and the tests can run
-# beside a GPU environment; nothing outside the repository is changed. An environment that fits is reused; one of another
-# state of pyproject.toml is updated; an unfinished one is built anew. One that another checkout made is refused and not
-# changed.
+# Needs python3.11 with pip. Everything goes into .venv (cpu) or .venv-gpu, so
+# that the tiny task and the tests can run beside a GPU environment; nothing
+# outside the repository is changed. An environment that fits is reused; one of
+# another state of pyproject.toml is updated; an unfinished one is built anew. One
+# that another checkout made is refused and not changed.
 #
-# The gpu stack builds flash-attn after torch, which needs nvcc of CUDA 13 and takes minutes on 64 cores, an hour or more on
-# few. Without nvcc the script stops before it downloads anything.
+# The gpu stack builds flash-attn after torch, which needs nvcc of CUDA 13 and
+# takes minutes on 64 cores, an hour or more on few. Without nvcc the script stops
+# before it downloads anything.
 #
-#   SAYO_VENV             another folder (a relative path counts from the root of the repository)
-#   SAYO_TORCH_INDEX_URL  index of torch's CPU build, used if the configured package index lacks it
-#   SAYO_FLASH_ATTN       0: without flash-attn (the plan of a run names the cost); or a wheel of it to install
-#   CUDA_HOME             the CUDA toolkit, if nvcc is neither on PATH nor in /usr/local/cuda
-#   MAX_JOBS              compilers at once for flash-attn (default: by cores and by 9 GB of memory each)
-#   FLASH_ATTN_CUDA_ARCHS for which cards: 80 A100, 90 H100 and H200, 100 B200, 120 RTX 50; default 80;90;100;120
+#   SAYO_VENV             another folder (a relative path counts from the root of
+#                         the repository)
+#   SAYO_TORCH_INDEX_URL  index of torch's CPU build, used if the configured
+#                         package index lacks it
+#   SAYO_FLASH_ATTN       0: without flash-attn (the plan of a run names the
+#                         cost); or a wheel of it to install
+#   CUDA_HOME             the CUDA toolkit, if nvcc is neither on PATH nor in
+#                         /usr/local/cuda
+#   MAX_JOBS              compilers at once for flash-attn (default: by cores and
+#                         by 9 GB of memory each)
 set -euo pipefail
 
 # pip would take packages on these paths for installed ones.

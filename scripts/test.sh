@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything a change has to pass: the environment, the linter, the formatter, the types, the tests. Stops at the first
-# that fails, so that the last line of a good run is pytest's own. Arguments go to pytest: bash scripts/test.sh -k probe
+# Everything a change has to pass: the environment, the linter, the formatter, the
+# types, the tests. Stops at the first that fails, so that the last line of a good
+# run is pytest's own. Arguments go to pytest: bash scripts/test.sh -k probe
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# The tiny task on a Ray cluster of two nodes on this machine: one FSDP rank and one vLLM server on each.
+# The tiny task on a Ray cluster of two nodes on this machine: one FSDP rank and
+# one vLLM server on each.
 #
-# Starts the nodes with their own ports, folders, token, logical CPUs and one logical GPU each, on loopback addresses.
-# Then it calls scripts/run_tiny.sh with NNODES=2 and the address, and takes the same variables and overrides. At the end,
-# also after an error, Ctrl-C or TERM, it stops the processes that it started and no other Ray.
+# Starts the nodes with their own ports, folders, token, logical CPUs and one
+# logical GPU each, on loopback addresses. Then it calls scripts/run_tiny.sh with
+# NNODES=2 and the address, and takes the same variables and overrides. At the
+# end, also after an error, Ctrl-C or TERM, it stops the processes that it started
+# and no other Ray.
 #
 #   bash scripts/two_nodes_tiny.sh trainer.total_training_steps=2
 #   METHOD=anchor bash scripts/two_nodes_tiny.sh

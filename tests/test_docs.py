@@ -170,7 +170,7 @@ def test_probe_md_reads_a_plain_hugging_face_model(random_policy):
     assert float(names["values"].sum()) == pytest.approx(float(mass.sum()), abs=1e-5)
 
 
-@pytest.mark.parametrize(("recipe", "method"), [("sayo", "region"), ("vgpo", "dual")])
+@pytest.mark.parametrize(("recipe", "method"), [("sayo", "region"), ("vgpo", "dual"), ("evidence", "evidence")])
 def test_the_formulas_of_a_recipe_are_those_of_its_method(recipe, method):
     page = (ROOT / "recipe" / recipe / "README.md").read_text().partition("## The method")[2].partition("## ")[0]
     formulas = re.search(r"(?:^    .*\n)+", page, re.M)

@@ -107,7 +107,9 @@ def test_the_card_names_the_data_and_how_the_run_ended_and_its_page_is_written(t
     card = tmp_path / "run" / "run.json"
     assert json.loads(card.read_text())["data"] == {str(data): 5}
     report_at_end(config)  # no step: no page, and no error
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "data": {"critic/score/mean": 1.0}}\n')
+    (tmp_path / "run" / "metrics.jsonl").write_text(
+        '{"step": 1, "data": {"critic/score/mean": 1.0, "sayo/failed_rollouts": 2}}\n'
+    )
     record_end(config, RuntimeError("out of memory\nTraceback"))
     report_at_end(config)
     ended = json.loads(card.read_text())["ended"]["error"]
@@ -116,7 +118,9 @@ def test_the_card_names_the_data_and_how_the_run_ended_and_its_page_is_written(t
     said = capsys.readouterr()
     assert said.err == f"{ended}\n"
     assert "Failed at" in (tmp_path / "run" / "report.html").read_text()
-    assert "page of the run: " in said.out
+    page, failed = said.out.splitlines()[-2:]
+    assert page.startswith("page of the run: ")
+    assert failed == "warning: 2 rollouts failed in 1 step and were left out of their groups."
     (tmp_path / "run" / "metrics.jsonl").write_text("damaged\n")
     report_at_end(config)
     assert "SAYO-R01" in capsys.readouterr().err

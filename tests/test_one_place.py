@@ -72,6 +72,7 @@ NAMED_ELSEWHERE = {
         "launch/preflight.py": "the plan says whether that stage was run",
         "launch/template_check.py": "the plan says whether that stage was run",
     },
+    "attn_evidence": {"launch/reward_check.py": "its reward takes the place of another one, of which it must know"},
 }
 
 

@@ -57,7 +57,7 @@ def width(statistic: Statistic, heads: int = 0) -> int:
 def declared(needs: Needs, row: Row, heads: int = 0) -> int:
     """Bytes of one row that leave a worker for a method."""
     statistics = needs.statistics.statistics
-    tokens = sum(width(statistic, heads) for statistic in statistics) + (needs.intervention is not None)
+    tokens = sum(width(statistic, heads) for statistic in statistics) + len(needs.interventions)
     grids = sum(statistic.name == "patch_sums" for statistic in statistics)
     return FLOAT * (tokens * row.response + grids * max(row.visual, 1) + len(PER_ROW))
 
@@ -161,11 +161,12 @@ four lengths. Counted are the tensors that a worker returns for a method, beside
 exist for response tokens only, so neither the prompt nor its visual tokens add to them. Half the size would cost
 accuracy: it rounds a mass of 0.1 by up to 2e-4 in bfloat16 and 3e-5 in float16, and the probe is within 1e-6 of
 float64. Each row also has three numbers (12 bytes): its visual tokens, its region's, and the probe's time.
-`patch_sums`, which no method requests, has one value per visual token instead. `attn_faithful` also returns the
-log-probs of its second pass.
+`patch_sums`, which no method requests, has one value per visual token instead. `attn_faithful` and
+`attn_evidence` also return the log-probs of their passes with a changed image.
 """
 READS = """\
 That is what is written. A worker that runs a pass reads all fields of its rows. So the values are read once by the
-trainer and once in each later pass of workers (reference, critic, update). The counterfactual pass of `attn_faithful`
-is such a pass too. It reads verl's tensors once more: {gb} a step, most of it pixel values.
+trainer and once in each later pass of workers (reference, critic, update). A pass with a changed image, of which
+`attn_faithful` has one and `attn_evidence` four, is such a pass too. Each reads verl's tensors once more: {gb} a step,
+most of it pixel values.
 """

@@ -172,15 +172,16 @@ class _Bench:
 
     def counterfactual(self) -> dict[str, Any]:
         """Run a pass with a changed image; its log-probs must be finite and different. Report its time."""
-        from sayo_verl.probe.statistics import COUNTERFACTUAL_LOG_PROBS, INTERVENTION_KEY
+        from sayo_verl.probe.statistics import INTERVENTION_KEY, log_probs_key
         from sayo_verl.vision.intervention import Intervention
 
         facts: dict[str, Any] = {"wrong": False}
         for kind in ("patches", "region"):
-            change = {INTERVENTION_KEY: {**Intervention(kind=kind).to_wire(), "coverage": 0.5, "step": 1}}
+            intervention = Intervention(kind=kind)
+            change = {INTERVENTION_KEY: {**intervention.to_wire(), "coverage": 0.5, "step": 1}}
             self.call(None, calculate_entropy=False, **change)
             output, took = self.timed_call(None, calculate_entropy=False, **change)
-            changed = torch.cat(list(output[COUNTERFACTUAL_LOG_PROBS].unbind()))
+            changed = torch.cat(list(output[log_probs_key(intervention)].unbind()))
             whole = zip(self.plain["log_probs"].unbind(), self.rows, strict=True)  # verl's, of prompt and response
             real = torch.cat([values[len(row["prompts"]) - 1 : -1] for values, row in whole])
             facts[kind] = {

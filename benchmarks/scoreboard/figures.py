@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -116,31 +116,48 @@ def zero_strength(tally: Tally) -> Result:
 
 # ------------------------------------------------------------------------------------------------------ tables of cases
 def bad_inputs(tally: Tally) -> Result:
-    """Bad inputs by outcome; one counts when all tests that it names passed."""
+    """Bad inputs by outcome. One counts when all its tests passed, and is left out where one was skipped."""
     inputs = cases.table("bad_inputs")
     apply = {name: case for name, case in inputs.items() if case["outcome"] != "does not apply"}
-    failed = [
-        name
-        for name, case in apply.items()
-        if case["outcome"] != cases.OPEN and any(tally.of(f"tests/{test}") != "passed" for test in case["tests"])
-    ]
-    handled = sum(case["outcome"] != cases.OPEN for case in apply.values())
+    handled = {name: case["tests"] for name, case in apply.items() if case["outcome"] != cases.OPEN}
+    judged = judge(tally, handled)
     outcomes = Counter(case["outcome"] for case in inputs.values())
-    return {"passed": handled - len(failed), "of": len(apply), "outcomes": dict(outcomes), "failed": failed}
+    return {
+        "passed": len(judged["passed"]),
+        "of": len(apply) - len(judged["not_run"]),
+        "skipped": len(judged["not_run"]),
+        "outcomes": dict(outcomes),
+        "failed": judged["failed"],
+        "not_run": judged["not_run"],
+    }
 
 
 def faults(tally: Tally) -> Result:
-    """Injected faults; one counts when its tests passed."""
-    shown = {name: fault for name, fault in cases.table("faults").items() if fault.get("tests")}
-    outcomes = {name: [tally.of(f"tests/{test}") for test in fault["tests"]] for name, fault in shown.items()}
-    passed = [name for name, found in outcomes.items() if set(found) == {"passed"}]
-    waiting = [name for name, found in outcomes.items() if not set(found) <= {"passed", "failed"}]
+    """Injected faults; one counts when its tests passed, and one whose tests were skipped is named."""
+    shown = {name: fault["tests"] for name, fault in cases.table("faults").items() if fault.get("tests")}
+    judged = judge(tally, shown)
     return {
-        "passed": len(passed),
-        "of": cases.FAULTS,
-        "failed": sorted(set(shown) - set(passed) - set(waiting)),
-        "not_run": waiting,
+        "passed": len(judged["passed"]),
+        "of": cases.FAULTS - len(judged["not_run"]),
+        "skipped": len(judged["not_run"]),
+        "failed": judged["failed"],
+        "not_run": judged["not_run"],
     }
+
+
+def judge(tally: Tally, named: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Cases by ``passed``, ``failed`` (a test failed or is gone) and ``not_run`` (else: a test or a case was skipped).
+
+    Args:
+        tally: of a run of their tests.
+        named: case -> its tests, below ``tests/``.
+    """
+    found: dict[str, list[str]] = {"passed": [], "failed": [], "not_run": []}
+    for name, tests in sorted(named.items()):
+        outcomes = {tally.of(f"tests/{test}") for test in tests}
+        failed = outcomes & {"failed", "not found"}
+        found["failed" if failed else "passed" if outcomes <= {"passed"} else "not_run"].append(name)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------- contract

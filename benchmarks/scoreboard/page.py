@@ -10,6 +10,7 @@ from cost.cells import table
 from scoreboard import cases
 from scoreboard.figures import FIGURES
 
+SHOWN = 100  # characters of a changed line
 COMMAND = "python benchmarks/trust.py --only {name}"
 HEAD = """# Trust
 
@@ -64,12 +65,13 @@ def _open(figures: dict[str, Any]) -> list[str]:
 
 
 def result_cell(figure: dict[str, Any] | None) -> str:
-    """``141 of 141, value`` or why there is none."""
+    """``141 of 141, 2 skipped; value`` or why there is none."""
     if figure is None:
         return "not measured"
     if "not_measured" in figure:
         return f"not measured ({figure['not_measured']})"
     count = f"{figure['passed']:,} of {figure['of']:,}" if "of" in figure else ""
+    count += f", {figure['skipped']:,} skipped" if figure.get("skipped") else ""
     return "; ".join(filter(None, [count, figure.get("value", "")]))
 
 
@@ -123,7 +125,7 @@ def _bad_inputs(figure: dict[str, Any] | None) -> list[str]:
     where = (
         "[`benchmarks/scoreboard/bad_inputs.toml`](../benchmarks/scoreboard/bad_inputs.toml) lists each with its tests."
     )
-    failed = (figure or {}).get("failed")
+    failed, skipped = ((figure or {}).get(key) for key in ("failed", "not_run"))
     return [
         "## Bad inputs",
         "",
@@ -131,6 +133,7 @@ def _bad_inputs(figure: dict[str, Any] | None) -> list[str]:
         "",
         *table(["area", *cases.OUTCOMES], rows),
         *([f"Failed in the last run: {', '.join(failed)}.", ""] if failed else []),
+        *([f"Skipped in the last run: {', '.join(skipped)}.", ""] if skipped else []),
     ]
 
 
@@ -179,7 +182,8 @@ def _supply(figure: dict[str, Any] | None) -> list[str]:
     return [
         "## Supply chain",
         "",
-        f"- Licences: {figure['packages']} packages are installed with this one. "
+        f"- Licences: {figure['packages']} installed packages are needed by `sayo-verl[cpu]`, directly or "
+        "through others; tools of the tests are not counted. "
         f"Not permissive or not declared: {other or 'none'}.",
         f"- Advisories: {figure['audit']}.",
         "",
@@ -196,12 +200,15 @@ def interval(passed: int, of: int) -> tuple[float, float]:
 def _mutants(figure: dict[str, Any] | None) -> list[str]:
     if not figure or "survivors" not in figure:
         return []
-    reasons: dict[str, str] = cases.table("equivalent_mutants").get("reasons", {})
-    rows = []
+    judged = cases.table("equivalent_mutants")
+    reasons, noticed = ({line[:SHOWN]: why for line, why in judged[key].items()} for key in ("reasons", "noticed"))
+    rows, equivalent = [], 0
     for name, change in figure["survivors"].items():
         new = [line[1:].strip() for line in change.splitlines() if line[:1] == "+"]
-        shown = (new[0] if new else change).replace("|", "\\|")[:100]
-        rows.append([_place(name), f"`{shown}`", reasons.get(shown, "")])
+        shown = (new[0] if new else change).replace("|", "\\|")[:SHOWN]
+        since = f"it does; noticed by `{noticed[shown]}`, written since" if shown in noticed else ""
+        rows.append([_place(name), f"`{shown}`", reasons.get(shown, since)])
+        equivalent += shown in reasons
     low, high = interval(figure["passed"], figure["of"])
     text = MUTATION.format(
         run=figure["of"],
@@ -209,9 +216,9 @@ def _mutants(figure: dict[str, Any] | None) -> list[str]:
         seed=figure["seed"],
         low=low,
         high=high,
-        equivalent=sum(bool(reason) for *_, reason in rows),
+        equivalent=equivalent,
     )
-    return [text, *table(["where", "changed line", "why it changes no result"], rows)]
+    return [text, *table(["where", "changed line", "why it changes no result, or what notices it"], rows)]
 
 
 def _place(name: str) -> str:

@@ -56,7 +56,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Keep the worst outcome of a test's phases, its recorded values and the cases of hypothesis."""
     test = _tests.setdefault(report.nodeid, {"outcome": "passed", "values": {}, "cases": 0})
-    if report.outcome != "passed":
+    if report.outcome != "passed" and test["outcome"] != "failed":
         test["outcome"] = report.outcome
     for name, value in report.user_properties:
         if name == CASES:

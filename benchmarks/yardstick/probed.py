@@ -14,9 +14,9 @@ from sayo_verl.probe.plan import ChatTokens, RowPlan, image_tiles, plan_row
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 from sayo_verl.probe.taps import ForwardTap, asked_layers
 from sayo_verl.scenes.walk import Walk
+from sayo_verl.vision.control import filled_tokens
 from sayo_verl.vision.grids import Tile
 from sayo_verl.vision.intervention import Intervention, Pixels, intervene, prompt_key
-from sayo_verl.vision.masks import region_mask
 
 Box = tuple[float, ...]
 
@@ -46,10 +46,10 @@ def signals(
         step: of training, on which a changed image depends.
     """
     plans = _plans(policy, prompts, ids_NT, needs.statistics, [boxes(walk) for walk in prompts.walks])
-    changed = None
-    if needs.intervention is not None:
-        pixels = _changed(policy, prompts, needs.intervention, needs.statistics.coverage, step)
-        changed = policy.whole_rows(prompts, ids_NT, pixels)[0]
+    changed = {}
+    for change in needs.interventions:
+        pixels = _changed(policy, prompts, change, needs.statistics.coverage, step)
+        changed[change] = policy.whole_rows(prompts, ids_NT, pixels)[0]
     return Signals(
         response_mask=policy.mask(ids_NT),
         entropy=entropy.detach(),
@@ -59,7 +59,7 @@ def signals(
         region_tokens=torch.tensor([float(plan.region_tokens) for plan in plans]),
         is_padding=torch.zeros(len(ids_NT), dtype=torch.bool),
         uid=uid,
-        counterfactual_log_probs=changed,
+        counterfactuals=changed,
         correct=correct,
         reports=reports,
     )
@@ -136,10 +136,9 @@ def _changed(policy: WalkPolicy, prompts: Prompts, change: Intervention, coverag
     """Pixels of all prompts after an intervention."""
     layout, out = Pixels.of(policy.processor, policy.family.geometry), []
     for i, walk in enumerate(prompts.walks):
-        tiles, where = _tiles(policy, prompts, i), f"prompt {i}"
-        region = [torch.from_numpy(region_mask(boxes(walk), tiles[0], coverage, where=where))]
-        key = prompt_key(prompts.ids[i], step)
-        changed = intervene(prompts.row(i), change, layout, tiles=tiles, region=region, key=key, where=where)
+        tiles, key, where = _tiles(policy, prompts, i), prompt_key(prompts.ids[i], step), f"prompt {i}"
+        filled = filled_tokens(change, [boxes(walk)], tiles, coverage, key=key, where=where)
+        changed = intervene(prompts.row(i), change, layout, tiles=tiles, region=filled, key=key, where=where)
         out.append(changed["pixel_values"])
     return torch.cat(out)
 

@@ -43,12 +43,12 @@ class RelianceMethod:
         return frozenset({"bonus"} if self.weight else ())
 
     def needs(self) -> Needs:
-        return Needs(StatisticsRequest(()), intervention=self.counterfactual)
+        return Needs(StatisticsRequest(()), interventions=(self.counterfactual,))
 
     def credit(self, signals: Signals) -> Credit:
         eligible = signals.eligible_rows(boxes=False)
         tokens = signals.response_mask.bool() & eligible[:, None]
-        change = signals.required("counterfactual_log_probs") - signals.log_probs  # [B, T]; read in ``tokens`` only
+        change = signals.counterfactual(self.counterfactual) - signals.log_probs  # [B, T]; read in ``tokens`` only
         reliance = torch.where(tokens, -torch.expm1(change.clamp(max=1.0)), torch.zeros_like(change)).clamp(min=-1.0)
         bonus = TokenBonus(self.weight * reliance, relative=True, protect_sign=True)
         metrics = {"reliance/mean": float(reliance[tokens].mean())} if tokens.any() else {}

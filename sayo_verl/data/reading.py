@@ -158,7 +158,8 @@ def _decodable(where: str) -> Iterator[None]:
     try:
         yield
     except (*DAMAGE, Image.DecompressionBombError) as error:
-        what, fix = f"an image cannot be decoded ({error})", "remove the row or store the image again"
+        what = f"an image cannot be decoded ({error})"
+        fix = "remove the row or store the image again; sayo.bad_rows leaves rows out during a run (X24), not here"
         raise SayoError("D07", what, where=where, fix=fix) from error
 
 

@@ -22,7 +22,7 @@ import torch
 from sayo_verl.estimates import lift, token_scores
 from sayo_verl.methods import METHODS, FaithfulMethod, Method, Needs, Signals
 from sayo_verl.methods.signals import join_needs
-from sayo_verl.probe.statistics import Statistic, StatisticsRequest, union
+from sayo_verl.probe.statistics import Statistic, StatisticsRequest, log_probs_key, union
 
 IMAGE, REGION, SINK = Statistic("image_mass"), Statistic("region_mass"), Statistic("sink_mass")
 COSINE = Statistic("image_cosine")  # VGPO's score
@@ -43,9 +43,9 @@ class Answer:
         accuracy: of the reward function, in [0, 1]; NaN: there is no ground truth.
         image_tokens, region_tokens: visual tokens of the images and in the boxes; 0 without boxes.
         finished: it ends with an end token.
-        values: float32 arrays: ``entropy``, ``log_probs``, ``counterfactual_log_probs`` [T], a statistic of the probe
-            under its key [T] or [T, k], and for the first response of a row ``border_mass`` [T], ``steady_share`` [],
-            and ``heads/<name>`` [L, H] of a ``HeadTable``.
+        values: float32 arrays: ``entropy``, ``log_probs`` and, under ``log_probs_key``, those after each intervention
+            [T], a statistic of the probe under its key [T] or [T, k], and for the first response of a row
+            ``border_mass`` [T], ``steady_share`` [], and ``heads/<name>`` [L, H] of a ``HeadTable``.
     """
 
     row: int
@@ -124,7 +124,7 @@ def needs_of(methods: Iterable[Method]) -> Needs:
     return dataclasses.replace(joined, statistics=union([joined.statistics, own]))
 
 
-def signals_of(answers: Sequence[Answer], statistics: Iterable[Statistic]) -> Signals:
+def signals_of(answers: Sequence[Answer], needs: Needs) -> Signals:
     """Responses as one batch of the trainer: what a method's ``credit`` reads. Groups are rows."""
     T = max(answer.tokens for answer in answers)
 
@@ -134,17 +134,16 @@ def signals_of(answers: Sequence[Answer], statistics: Iterable[Statistic]) -> Si
 
     lengths = torch.tensor([answer.tokens for answer in answers])
     accuracy = torch.tensor([answer.accuracy for answer in answers])
-    effects = all("counterfactual_log_probs" in answer.values for answer in answers)
     return Signals(
         response_mask=(torch.arange(T) < lengths[:, None]).long(),
         entropy=padded("entropy"),
         log_probs=padded("log_probs"),
-        statistics={s: padded(s.key) for s in statistics},
+        statistics={s: padded(s.key) for s in needs.statistics.statistics},
         image_tokens=torch.tensor([answer.image_tokens for answer in answers]),
         region_tokens=torch.tensor([answer.region_tokens for answer in answers]),
         is_padding=torch.zeros(len(answers), dtype=torch.bool),
         uid=tuple(str(answer.row) for answer in answers),
-        counterfactual_log_probs=padded("counterfactual_log_probs") if effects else None,
+        counterfactuals={i: padded(log_probs_key(i)) for i in needs.interventions},
         correct=None if accuracy.isnan().any() else accuracy.float(),
     )
 

@@ -22,6 +22,7 @@ from sayo_verl.look.answer import accuracy_of
 from sayo_verl.look.observe import Observer
 from sayo_verl.look.prompt import Prompt
 from sayo_verl.methods import Needs
+from sayo_verl.probe.statistics import log_probs_key
 
 SETTINGS = "settings.json"
 ROW_FILE = re.compile(r"row-\d{6}\.npz")
@@ -109,7 +110,7 @@ def _settings(model: str, asked: Asked, needs: Needs) -> dict[str, Any]:
         "max_new_tokens": asked.max_new_tokens,
         "seed": asked.seed,
         "statistics": sorted(s.key for s in needs.statistics.statistics),
-        "counterfactual": None if needs.intervention is None else needs.intervention.to_wire(),
+        "interventions": [intervention.key for intervention in needs.interventions],
     }
 
 
@@ -193,11 +194,10 @@ def _measured(observer: Observer, row: Row, asked: Asked, needs: Needs) -> Itera
         if special.issuperset(ids):
             continue
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        measured = observer.measure(prompt, ids, needs.statistics, intervention=needs.intervention)
+        measured = observer.measure(prompt, ids, needs.statistics, interventions=needs.interventions)
         values = {s.key: tensor.numpy() for s, tensor in measured.statistics.items()}
         values |= {"entropy": measured.entropy.numpy(), "log_probs": measured.log_probs.numpy()}
-        if measured.counterfactual_log_probs is not None:
-            values["counterfactual_log_probs"] = measured.counterfactual_log_probs.numpy()
+        values |= {log_probs_key(i): changed.numpy() for i, changed in measured.counterfactuals.items()}
         if first:
             values |= _seen(observer, prompt, ids)
         yield Answer(

@@ -37,6 +37,7 @@ from sayo_verl.methods.anchor import connectivity
 from sayo_verl.methods.dual import focus_score
 from sayo_verl.methods.faithful import causal_effect
 from sayo_verl.metrics import every_metric
+from sayo_verl.probe.statistics import log_probs_key
 
 POSITIONS, RANKS, GROUPS, DENSITIES = 10, 5, 5, 20  # bins of positions, of ranks, of responses, of connectivity
 SIZES = (1, 2, 4, 8, 16, 0)  # of the random-token test; 0: all tokens
@@ -221,7 +222,8 @@ def _anchors(answers: Answers) -> Result:
 
 def _effect(answers: Answers) -> Result:
     def k_of(a: Answer) -> np.ndarray:
-        real, changed = (torch.from_numpy(a.values[n])[None] for n in ("log_probs", "counterfactual_log_probs"))
+        names = ("log_probs", log_probs_key(FaithfulMethod().counterfactual))
+        real, changed = (torch.from_numpy(a.values[name])[None] for name in names)
         every = torch.ones_like(real, dtype=torch.bool)
         return causal_effect(real, changed, every, FaithfulMethod.k_max)[0].numpy()
 
@@ -361,7 +363,7 @@ def methods_table(sets: Sets, methods: Mapping[str, Method], left_out: Mapping[s
             for answer in answers:
                 if answer.right is not None or not needs.correctness:
                     groups.setdefault(answer.row, []).append(answer)
-            logged = {r: method.credit(signals_of(g, needs.statistics.statistics)).metrics for r, g in groups.items()}
+            logged = {r: method.credit(signals_of(g, needs)).metrics for r, g in groups.items()}
             for metric in dict.fromkeys(key for metrics in logged.values() for key in metrics):
                 own = {row: metrics[metric] for row, metrics in logged.items() if metric in metrics}
                 found.setdefault(metric, {})[label] = e.mean(list(own.values()), list(own))

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ GROUPS = {
     "job": "job",
     "run": "run folder",
 }
+MARKS = {True: "ok", False: "NO", None: "--"}  # the last: not checked
+NAMES = 24  # columns of the names; a longer one pushes its line
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -51,13 +53,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; 0 without a problem, else 1."""
-    began = time.monotonic()
+    """Print each finding as it comes, then the result; 0 without a problem, else 1. With ``--json`` all at the end."""
+    began, findings, group = time.monotonic(), list[Finding](), ""
     if not args.json:
-        job = f", a dry run of {' '.join(args.job)}" if args.job else ""
-        print(f"checking versions, machine, plug-in, Ray{job}: some 15 seconds", file=sys.stderr, flush=True)
-    findings = examine(args.stack, args.job, model=args.model, run=args.run_folder, address=args.address)
-    wrong = [finding for finding in findings if not finding.right]
+        print(announcement(args.job, cluster_address(args.address)), file=sys.stderr, flush=True)
+        print(f"sayo-verl {__version__}", flush=True)
+    for finding in examine(args.stack, args.job, model=args.model, run=args.run_folder, address=args.address):
+        findings.append(finding)
+        if not args.json:
+            title = [] if finding.group == group else [GROUPS[finding.group]]
+            group = finding.group
+            print("\n".join([*title, *lines(finding)]), flush=True)
+    wrong = [finding.name for finding in findings if finding.right is False]
     seconds = time.monotonic() - began
     if args.json:
         report: dict[str, Any] = {
@@ -69,24 +76,31 @@ def run(args: argparse.Namespace) -> int:
         }
         print(json.dumps(report, indent=1))
     else:
-        print("\n".join(lines(findings, seconds)))
+        print("\n".join(result(findings, seconds)))
     return 1 if wrong else 0
 
 
-def lines(findings: Sequence[Finding], seconds: float) -> list[str]:
-    """The report as text: a line per finding, by group; under a problem its fix; the result last."""
-    shown = [f"sayo-verl {__version__}"]
-    width = 2 + max(len(finding.name) for finding in findings)
-    for group, title in GROUPS.items():
-        of_group = [finding for finding in findings if finding.group == group]
-        shown += [title] if of_group else []
-        for finding in sorted(of_group, key=lambda finding: finding.right):
-            wanted = "" if finding.right or not finding.wanted else f" - WANTED {finding.wanted}"
-            shown.append(f"  {'ok' if finding.right else 'NO'}  {finding.name.ljust(width)}{finding.found}{wanted}")
-            shown += [] if finding.right else [f"      fix: {finding.fix}"]
-    wrong = [finding.name for finding in findings if not finding.right]
-    said = f"{len(wrong)} problem{'s' * (len(wrong) > 1)}: {', '.join(wrong)}" if wrong else "no problem"
-    return [*shown, f"{len(findings)} checks in {seconds:.0f} s, {said}"]
+def announcement(job: Sequence[str], address: str | None) -> str:
+    """What will be looked at, before the first finding."""
+    ray = f"the Ray cluster at {address}" if address else "a small Ray that is started for it (some 15 seconds)"
+    return f"checking versions, machine, plug-in, {ray}" + (f", a dry run of {' '.join(job)}" if job else "")
+
+
+def lines(finding: Finding) -> list[str]:
+    """A finding as text; under a problem its fix."""
+    wrong = finding.right is False
+    wanted = f" - WANTED {finding.wanted}" if wrong and finding.wanted else ""
+    shown = f"  {MARKS[finding.right]}  {finding.name.ljust(NAMES)}  {finding.found}{wanted}"
+    return [shown, *([f"      fix: {finding.fix}"] if wrong else [])]
+
+
+def result(findings: Sequence[Finding], seconds: float) -> list[str]:
+    """The last lines: the names of the problems, and the counts."""
+    wrong = [finding.name for finding in findings if finding.right is False]
+    unknown = sum(finding.right is None for finding in findings)
+    counts = f"{len(wrong) or 'no'} problem{'s' * (len(wrong) > 1)}" + (f", {unknown} not checked" if unknown else "")
+    named = [f"problems: {'; '.join(wrong)}"] if wrong else []
+    return [*named, f"{len(findings) - unknown} checks in {seconds:.0f} s: {counts}"]
 
 
 def cluster_address(given: str | None) -> str | None:
@@ -102,8 +116,8 @@ def examine(
     model: str | None = None,
     run: Path | None = None,
     address: str | None = None,
-) -> list[Finding]:
-    """Every finding, in the order of the report.
+) -> Iterator[Finding]:
+    """Every finding, in the order of the report, each as soon as it and those before it are known.
 
     Args:
         stack: whose pins are checked, ``"cpu"`` or ``"gpu"``; None: what torch was built for.
@@ -126,25 +140,24 @@ def examine(
             import torch
 
             stack = stack or ("gpu" if torch.version.cuda or torch.version.hip else "cpu")
-            of_gpu = [computer.check_flash_attn(), *computer.check_nvcc()] if stack == "gpu" else []
-            found = [
-                *packages.check_versions(stack),
-                *computer.check_device(stack),
-                *of_gpu,
-                computer.check_build(needed=stack == "gpu"),
-                computer.check_shared_memory(needed=stack == "gpu"),
-                computer.check_memory(),
-                *computer.check_disks(run or Path(os.environ.get("OUT") or "outputs")),
-                computer.check_ports(),
-                packages.check_probe(),
-                packages.check_plugin("this process", packages.plugin_state()),
-                *packages.check_registries(),
-                metis.result(),
-                *(of_job.result() if of_job else []),
-                *([jobs.check_processor(model)] if model else []),
-                *(jobs.check_run(run) if run else []),
-            ]
-        return [*found, *ray_child.findings(child, address)]
+            yield from packages.check_versions(stack)
+            yield from computer.check_device(stack)
+            if stack == "gpu":
+                yield computer.check_flash_attn()
+                yield from computer.check_nvcc()
+            yield computer.check_build(needed=stack == "gpu")
+            yield computer.check_shared_memory(needed=stack == "gpu")
+            yield computer.check_memory()
+            yield from computer.check_disks(run or Path(os.environ.get("OUT") or "outputs"))
+            yield computer.check_ports()
+            yield packages.check_probe()
+            yield packages.check_plugin("this process", packages.plugin_state())
+            yield from packages.check_registries()
+            yield metis.result()
+            yield from of_job.result() if of_job else []
+            yield from [jobs.check_processor(model)] if model else []
+            yield from jobs.check_run(run) if run else []
+        yield from ray_child.findings(child, address)
     finally:
         if child.poll() is None:  # an error here must not leave a Ray
             child.terminate()

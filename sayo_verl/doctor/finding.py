@@ -16,7 +16,7 @@ class Finding:
         name: what was looked at, for people.
         found: what this machine has.
         wanted: what a run needs, or an empty string.
-        right: whether the two agree.
+        right: whether the two agree; None: not checked.
         fix: what to do if they do not.
     """
 
@@ -24,7 +24,7 @@ class Finding:
     name: str
     found: str
     wanted: str
-    right: bool
+    right: bool | None
     fix: str = ""
 
     @property
@@ -33,5 +33,5 @@ class Finding:
         return self.id.partition(".")[0]
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``: a line that is right has no fix."""
-        return dataclasses.asdict(self) | {"group": self.group, "fix": "" if self.right else self.fix}
+        """For ``--json``: only a problem has a fix; ``right`` is null for what was not checked."""
+        return dataclasses.asdict(self) | {"group": self.group, "fix": self.fix if self.right is False else ""}

@@ -13,6 +13,8 @@ from sayo_verl.report.runs import load_run
 
 # Lines of the plan that compare the job with this machine
 OF_MACHINE = {"memory per GPU": "memory", "disk": "disk"}
+# How a line of the plan says that it compared nothing
+UNCHECKED = re.compile(r"not checked|not estimated|NOT THERE YET|the size of a checkpoint is unknown")
 
 
 def check_job(script: str, *overrides: str) -> list[Finding]:
@@ -30,11 +32,13 @@ def check_job(script: str, *overrides: str) -> list[Finding]:
         said = next((line for line in reversed(lines) if "SAYO-" in line), lines[-1])
         return [Finding("job.plan", "job", said, "a dry run without refusals", False, said.rpartition("fix: ")[2])]
     found = [Finding("job.plan", "job", f"{script}: its dry run passes", "", True)]
-    for name, key in OF_MACHINE.items():
-        lines = re.findall(rf"^ *{name} +(.+)$", done.stdout, re.MULTILINE)
-        if name == "memory per GPU":
-            lines = lines or ["not estimated"]
-        found += [Finding(f"job.{key}", f"job, {name}", line, "", True) for line in lines]
+    for name, line in re.findall(r"^  (\S.*?)  +(.+)$", done.stdout, re.MULTILINE):
+        unchecked = UNCHECKED.search(line)
+        if name in OF_MACHINE or unchecked:
+            key = OF_MACHINE.get(name, name.replace(" ", "_"))
+            found.append(Finding(f"job.{key}", f"job, {name}", line, "", None if unchecked else True))
+    if not any(finding.id == "job.memory" for finding in found):
+        found.append(Finding("job.memory", "job, memory per GPU", "not estimated", "", None))
     if machines := re.search(r"^ *machines +\d+ x (\d+) cuda", done.stdout, re.MULTILINE):
         n_cards, wanted = _number_of_cards(), int(machines[1])
         found.append(

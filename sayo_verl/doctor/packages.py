@@ -164,7 +164,7 @@ def check_metis() -> Finding:
     missing = [name for name in ("pymetis", "pebble") if find_spec(name) is None]
     if missing:
         text = f"{' and '.join(missing)} not installed; only attn_anchor needs METIS: {PIP}"
-        return Finding("plugin.metis", "METIS", text, "", True)
+        return Finding("plugin.metis", "METIS", text, "", None)
     pairs = [[1], [0], [3], [2]]
     try:
         (labels,) = partition_graphs([(pairs, [[1000]] * 4)], [2], processes=1)

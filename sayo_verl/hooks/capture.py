@@ -26,16 +26,17 @@ from sayo_verl.models.families import Family, family_of
 from sayo_verl.probe.measure import Measurement, Shard
 from sayo_verl.probe.plan import ChatTokens, RowPlan, image_tiles, plan_row, video_tokens
 from sayo_verl.probe.statistics import (
-    COUNTERFACTUAL_LOG_PROBS,
     FAST_LSE,
     INTERVENTION_KEY,
     REQUEST_KEY,
     WIRE_PREFIX,
     StatisticsRequest,
     check_lse_path,
+    log_probs_key,
 )
 from sayo_verl.probe.taps import ForwardTap, asked_layers
 from sayo_verl.probe.transfer import to_device
+from sayo_verl.vision.intervention import Intervention
 
 LAYERS = "algorithm.attn.*.layers"
 
@@ -102,7 +103,7 @@ class AttentionStatisticsMixin:
         copy = counterfactual_micro_batch(micro_batch, self.model_config, family, change)
         loss, output = super().forward_step(copy, loss_function, forward_only)  # type: ignore[misc]
         log_probs = response_from_nested(output["model_output"]["log_probs"], copy["response_mask"])
-        output["model_output"] = {COUNTERFACTUAL_LOG_PROBS: log_probs}
+        output["model_output"] = {log_probs_key(Intervention.from_wire(change)): log_probs}
         return loss, output
 
     def _shard(self, family: Family, packed: bool) -> Shard | None:

@@ -87,7 +87,7 @@ CONTRACT = (
          "a step may fetch several times"),
     # The watchdog (sayo_verl/hooks/phases.py, watchdog.py, reward_limit.py)
     Seam("verl.utils.debug:marked_timer", "overrides",
-         "wraps each phase of a step, by the names that watchdog.PHASES knows; imported into each trainer's module"),
+         "wraps each phase of a step, by the names that phase_names.PHASES knows; imported into each trainer's module"),
     Seam("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._sync_metadata_from_transfer_queue", "overrides",
          "called in each poll while the trainer waits for rollouts"),
     Seam("verl.experimental.reward_loop.reward_loop:RewardLoopWorker._init_reward_fn", "overrides",

@@ -4,19 +4,18 @@ The engine mixin uses it for a call with an intervention. Only ``pixel_values`` 
 and position ids stay, so every response token keeps its position.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from tensordict import NonTensorData, TensorDict
 from verl.utils import tensordict_utils as tu
 
 from sayo_verl.errors import SayoError
 from sayo_verl.models.families import Family
 from sayo_verl.probe.plan import image_tiles, video_tokens
+from sayo_verl.vision.control import filled_tokens
 from sayo_verl.vision.intervention import Intervention, Pixels, intervene, prompt_key
-from sayo_verl.vision.masks import box_masks, check_boxes
+from sayo_verl.vision.masks import check_boxes
 
 
 def counterfactual_micro_batch(
@@ -32,7 +31,7 @@ def counterfactual_micro_batch(
 
     Raises:
         SayoError: P10 for a missing field, P28 for a model without an image processor, and the errors of
-            ``image_tiles``, ``box_masks`` and ``intervene``.
+            ``image_tiles``, ``filled_tokens`` and ``intervene``.
     """
     for field in ("input_ids", "response_mask", "multi_modal_inputs", "extra_info"):
         if field not in micro_batch.keys():
@@ -50,8 +49,7 @@ def counterfactual_micro_batch(
             where="actor_rollout_ref.model.path",
             fix="add the processor's files",
         )
-    fields = {field.name for field in dataclasses.fields(Intervention)}
-    intervention = Intervention(**{key: value for key, value in wire.items() if key in fields})
+    intervention = Intervention.from_wire(wire)
     pixels = Pixels.of(model_config.processor, family.geometry)
     changed = []
     rows = zip(
@@ -72,13 +70,8 @@ def counterfactual_micro_batch(
             )
         tiles = image_tiles(image, family, model_config.hf_config, where=where)
         boxes = check_boxes(info.get("boxes"), len(tiles), where=where) if tiles else []
-        region = None
-        if intervention.kind == "region" and boxes:
-            region = [
-                torch.from_numpy(box_masks(image_boxes, image_grids, float(wire["coverage"]), where=where)).any(0)
-                for image_boxes, image_grids in zip(boxes, tiles, strict=True)
-            ]
         key = prompt_key(ids_S[: ids_S.shape[0] - mask_T.shape[0]], int(wire["step"]))
+        region = filled_tokens(intervention, boxes, tiles, float(wire["coverage"]), key=key, where=where)
         changed.append(intervene(image, intervention, pixels, tiles=tiles, region=region, key=key, where=where))
     copy = micro_batch.copy()
     tu.assign_non_tensor_stack(copy, "multi_modal_inputs", changed)

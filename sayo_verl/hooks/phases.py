@@ -16,9 +16,10 @@ from typing import Any
 
 from sayo_verl.hooks import board
 from sayo_verl.hooks.contract import RUN_TOKEN
+from sayo_verl.hooks.phase_names import START
 
 TOPIC, TIMEOUTS = "phase", "reward_timeouts"
-START, BETWEEN = "start", "between"  # before the first timer; between the timers of two steps
+BETWEEN = "between"  # the timers of two steps
 PROGRESS_S = 2.0  # at most one message of rollouts in so many seconds
 TRAINERS = tuple(f"verl.trainer.ppo.v1.trainer_{mode}" for mode in ("base", "sync", "colocate_async", "separate_async"))
 

@@ -283,9 +283,9 @@ class Recorder:
             f"Generated with the weights of step {by}, measured with the weights of step {step}.",
             f"Attention is read at {self._layers}, where {row}.",
         ]
-        if self.needs.intervention is not None:
-            own = self._method is not None and self._method.needs().intervention is not None
-            kind, of = self.needs.intervention.kind, "of the method" if own else "not of the method"
+        if (shown := self._seen.intervention) is not None:
+            own = self._method is not None and shown in self._method.needs().interventions
+            kind, of = shown.kind, "of the method" if own else "not of the method"
             notes.append(f"The changed image ({kind}, {of}) is the same at every recorded step.")
         short = len(self._rows) * int(self._config.actor_rollout_ref.rollout.n) - len(tags)
         return [*notes, f"{short} rollouts failed and are missing."] if short else notes
@@ -357,10 +357,9 @@ class Recorder:
         values["log_prob"] = signals.log_probs[n, :T]
         if prompt.region_tokens:
             values["region_mass"] = region
-        changed = signals.counterfactual_log_probs
-        unchanged = self.needs.intervention is not None and self.needs.intervention.kind == "region"
-        if changed is not None and not (unchanged and not prompt.region_tokens):
-            values["effect"] = signals.log_probs[n, :T] - changed[n, :T]
+        shown = self._seen.intervention
+        if shown is not None and (prompt.region_tokens or not shown.of_boxes):
+            values["effect"] = signals.log_probs[n, :T] - signals.counterfactual(shown)[n, :T]
             values["predicting_mass"] = signals[self._seen.predicting][n, :T]
         if credit.token_weight is not None:
             values["token_weight"] = credit.token_weight[n, :T]

@@ -11,9 +11,12 @@ Nothing here acts without the setting. ``sayo_verl.launch.repeat_check`` refuses
 
 import functools
 import hashlib
+import os
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
+
+from PIL import Image
 
 from sayo_verl.launch.repeat_check import is_repeatable
 
@@ -21,22 +24,43 @@ from sayo_verl.launch.repeat_check import is_repeatable
 def seed_of(run_seed: int, row: Mapping[str, Any], *, validate: bool) -> int:
     """The seed of one request, of 56 bits.
 
+    ``index`` is 0 for each row whose data have none, so pictures tell rows with one question apart. Two rows that are
+    equal in all of this have the same seeds.
+
     Args:
         run_seed: ``actor_rollout_ref.rollout.seed``.
         row: fields of verl's agent loop: the step, the session, and what tells the prompts of a step apart.
         validate: the rollout is not trained on.
     """
-    messages = [(message["role"], _text(message["content"])) for message in row["raw_prompt"]]
+    messages = [(message["role"], _content(message["content"])) for message in row["raw_prompt"]]
     index = row["index"].item() if hasattr(row["index"], "item") else row["index"]
     source = str(row.get("data_source"))
     material = (run_seed, validate, int(row["global_steps"]), int(row["session_id"]), source, index, messages)
     return int.from_bytes(hashlib.blake2b(repr(material).encode(), digest_size=7).digest(), "big")
 
 
-def _text(content: Any) -> str:
+def _content(content: Any) -> Any:
+    """What a message says, as values whose ``repr`` is the same in every process: its text, and digests of its media.
+
+    Args:
+        content: text, or parts as of verl's data set, such as ``{"type": "image", "bytes": ..., "image": ...}``.
+    """
     if isinstance(content, str):
         return content
-    return "".join(str(part.get("text", "")) for part in content)
+    text = "".join(str(part.get("text", "")) for part in content)
+    media = [_digest(part.get("bytes") or part.get(str(part.get("type")))) for part in content if "text" not in part]
+    return (text, media) if any(media) else text
+
+
+def _digest(value: Any) -> Any:
+    """A digest of encoded bytes, a decoded picture or a path, or those of a list; None of anything else."""
+    if isinstance(value, list | tuple):
+        return [_digest(one) for one in value]
+    if isinstance(value, Image.Image):
+        value = repr((value.mode, value.size)).encode() + value.tobytes()
+    elif isinstance(value, str | os.PathLike):
+        value = os.fspath(value).encode()
+    return hashlib.blake2b(value, digest_size=16).hexdigest() if isinstance(value, bytes) else None
 
 
 def seed_requests(agent_loop: ModuleType) -> None:

@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import os
+from collections import Counter
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,7 @@ from sayo_verl.hooks.contract import RUN_TOKEN
 TOPIC = "skipped_updates"
 MOST_IN_A_ROW = 3
 NAMED = 3  # parameters of a message
-_skipped = [0]  # of this process, in which the actor and the critic may each have an engine
+_skipped: Counter[str] = Counter()  # of this process, by class of the engine: the actor and the critic have one each
 
 
 def count_skipped_updates(fsdp_engine: ModuleType) -> None:
@@ -39,15 +40,15 @@ def count_skipped_updates(fsdp_engine: ModuleType) -> None:
             self._sayo_skipped_in_a_row = 0
             return norm
         self._sayo_skipped_in_a_row = in_a_row + 1
-        _skipped[0] += 1
+        _skipped[type(self).__name__] += 1
         if os.environ.get(RUN_TOKEN):
-            board.put(f"{TOPIC}/{os.uname().nodename}-{os.getpid()}", {"skipped": _skipped[0]})
+            board.put(f"{TOPIC}/{os.uname().nodename}-{os.getpid()}", {"skipped": dict(_skipped)})
         if in_a_row + 1 >= MOST_IN_A_ROW:
             raise SayoError(
                 "A34",
                 f"the gradient was not finite in {MOST_IN_A_ROW} updates in a row, and verl skipped them",
                 where=named or "gradients that are finite on this device",
-                got=f"a norm of {norm}; {_skipped[0]} skipped updates of this process since the start",
+                got=f"a norm of {norm}; {_skipped.total()} skipped updates of this process since the start",
                 wanted="a finite norm",
                 fix="resume from a checkpoint before the first one (sayo/skipped_updates), with a lower "
                 "actor_rollout_ref.actor.optim.lr; if it happens in step 1, look at the model's weights and rewards",
@@ -58,10 +59,20 @@ def count_skipped_updates(fsdp_engine: ModuleType) -> None:
 
 
 def skipped_updates() -> int:
-    """Updates that the run skipped since its start. Every worker counts all of them."""
+    """Updates that the run skipped since its start: of the actor and of the critic, added.
+
+    Of each, the largest count of a process is that of the run, and a sum over processes would count an update once for
+    each device. The reason: the norm that decides is the one of the gradient of all shards, which FSDP reduces over all
+    ranks before verl looks at it (``FSDPEngine.optimizer_step``). So a NaN on one device makes all ranks skip at once.
+    The counts can differ only while some rank has not yet written to the board, which the maximum passes over.
+    """
     if not os.environ.get(RUN_TOKEN):
         return 0
-    return max((message["skipped"] for message in board.read(f"{TOPIC}/")), default=0)
+    of_engine: dict[str, int] = {}
+    for message in board.read(f"{TOPIC}/"):
+        for engine, count in message["skipped"].items():
+            of_engine[engine] = max(count, of_engine.get(engine, 0))
+    return sum(of_engine.values())
 
 
 def _not_finite(module: Any) -> str:

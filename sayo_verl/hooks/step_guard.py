@@ -19,27 +19,13 @@ from typing import Any
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks import bad_images
 from sayo_verl.hooks.bad_images import bad_image, take_left_out
+from sayo_verl.hooks.phase_names import OF_METHOD
 from sayo_verl.hooks.rollout_errors import Failures, RolloutError, failures
 from sayo_verl.hooks.skipped_updates import skipped_updates
 from sayo_verl.report.causes import NOTE
 
 # What verl raises if every rollout of a batch failed (``ReplayBuffer.sample``).
 NOTHING_LEFT = "no materializable trajectories"
-PHASES = {
-    "prepare_step": "reading of prompts",
-    "sample": "rollouts",
-    "_compute_reward_colocate": "rewards",
-    "_compute_old_log_prob": "log-probs",
-    "_compute_ref_log_prob": "log-probs of the reference",
-    "_compute_values": "values",
-    "_compute_advantage": "advantages",
-    "_update_critic": "update of the critic",
-    "_update_actor": "update of the actor",
-    "_save_checkpoint": "saving",
-    "on_step_end": "weights to the rollout engine",
-    "_validate": "validation",
-    "_compute_metrics": "metrics",
-}
 # Where verl replaces failed groups it would do so without end: groups that may fail since the last batch, in batches.
 MOST_BATCHES = 2
 
@@ -191,13 +177,13 @@ def all_failed(failed: Failures, step: int, replaced: int = 0) -> SayoError:
 
 
 def _phase_of(error: BaseException) -> str:
-    """``", update of the actor"`` by the method of the trainer that raised; empty if it is none of ``PHASES``."""
+    """``", update of the actor"`` by the method of the trainer that raised; empty if it has no phase."""
     found: list[str] = []
     raised: BaseException | None = error
     while raised is not None:
         found += [frame.name for frame in traceback.extract_tb(raised.__traceback__)]
         raised = raised.__cause__
-    return next((f", {PHASES[name]}" for name in found if name in PHASES), "")
+    return next((f", {OF_METHOD[name].says}" for name in found if name in OF_METHOD), "")
 
 
 def _seen(trainer: Any) -> Seen:

@@ -15,7 +15,7 @@ from verl.workers.utils.padding import response_to_nested
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks.rollout_errors import row_name
 from sayo_verl.methods import Needs, Signals
-from sayo_verl.probe.statistics import COUNTERFACTUAL_LOG_PROBS, PER_ROW, WIRE_PREFIX
+from sayo_verl.probe.statistics import PER_ROW, WIRE_PREFIX, log_probs_key
 from sayo_verl.reward.number import number
 
 
@@ -55,8 +55,8 @@ def fetch_signals(batch: KVBatchMeta, needs: Needs, correct_from: float | str | 
     wire = {statistic: WIRE_PREFIX + statistic.key for statistic in needs.statistics.statistics}
     per_row = {name: WIRE_PREFIX + name for name in PER_ROW}
     wanted = ["response_mask", "entropy", "old_log_probs", "uid", *wire.values(), *per_row.values()]
-    if needs.intervention is not None:
-        wanted.append(COUNTERFACTUAL_LOG_PROBS)
+    changed = {intervention: log_probs_key(intervention) for intervention in needs.interventions}
+    wanted += changed.values()
     data = fetch(batch, wanted)
     mask = data["response_mask"]
 
@@ -72,7 +72,7 @@ def fetch_signals(batch: KVBatchMeta, needs: Needs, correct_from: float | str | 
         region_tokens=rows["region_tokens"],
         is_padding=is_padding,
         uid=tuple(map(str, data["uid"])),
-        counterfactual_log_probs=_padded(data, COUNTERFACTUAL_LOG_PROBS) if needs.intervention is not None else None,
+        counterfactuals={intervention: _padded(data, key) for intervention, key in changed.items()},
         correct=_correct(batch, correct_from) if needs.correctness else None,
         reports=_reports(batch, [one.name for one in needs.reported]),
     )

@@ -1,7 +1,7 @@
 """The trainer with attention, which requests statistics in the old-log-prob pass and passes them to the estimator.
 
-A method with a counterfactual image gets a second pass of the same responses, after the first. The method computes its
-credit in a thread while verl runs the reference and value passes, during which this process waits.
+A method with counterfactual images gets a further pass of the same responses for each, after the first. The method
+computes its credit in a thread while verl runs the reference and value passes, during which this process waits.
 
 It overrides methods of verl's base trainer and calls verl's own in each: ``__init__``, ``_setup`` (handshake),
 ``_compute_old_log_prob``, ``_compute_advantage``, and ``fit``, ``step`` and ``_step_once`` to record rollouts
@@ -32,6 +32,7 @@ from sayo_verl.launch.settings import settings_from_config
 from sayo_verl.methods import Credit, Method, Needs, Signals
 from sayo_verl.probe.statistics import INTERVENTION_KEY, REQUEST_KEY, StatisticsRequest
 from sayo_verl.probe.taps import describe_layers
+from sayo_verl.vision.intervention import Intervention
 
 
 class PendingCredit(NamedTuple):
@@ -87,7 +88,8 @@ class AttentionTrainer(PPOTrainer):
         self._needs = None if self._method is None else self._method.needs()
         if self._needs is not None:
             self._request = dataclasses.replace(self._needs.statistics, path=str(config.sayo.probe_path))
-        self._log_prob_seconds = self._counterfactual_seconds = 0.0
+        self._log_prob_seconds = 0.0
+        self._counterfactual_seconds: dict[str, float] = {}  # of each intervention's pass, by its key
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sayo-credit")
         self._pending: PendingCredit | None = None
         super().__init__(config)
@@ -170,10 +172,7 @@ class AttentionTrainer(PPOTrainer):
             start = time.perf_counter()
             out = self._probe(batch, metrics, self._request)
             self._log_prob_seconds = time.perf_counter() - start
-            if self._needs.intervention is not None:
-                start = time.perf_counter()
-                self._counterfactual_pass(batch, self._needs, int(self.global_steps))
-                self._counterfactual_seconds = time.perf_counter() - start
+            self._counterfactual_seconds = self._counterfactual_passes(batch, self._needs, int(self.global_steps))
             self._pending = self._start_credit(out)
         if self._recorder is not None:
             self._recorder.started = True
@@ -200,8 +199,7 @@ class AttentionTrainer(PPOTrainer):
             mask_step: the step on which the masks of changed images depend.
         """
         self._probe(batch, metrics, needs.statistics)
-        if needs.intervention is not None:
-            self._counterfactual_pass(batch, needs, mask_step)
+        self._counterfactual_passes(batch, needs, mask_step)
 
     def _start_credit(self, batch: KVBatchMeta) -> PendingCredit:
         """Fetch the signals and start the credit in the thread.
@@ -214,18 +212,26 @@ class AttentionTrainer(PPOTrainer):
         credit = self._thread.submit(timed_credit, self._method, signals)
         return PendingCredit(rows_of(batch), signals, probe_seconds, credit)
 
-    def _counterfactual_pass(self, batch: KVBatchMeta, needs: Needs, step: int) -> None:
-        """Run a second log-prob pass of the same responses with the changed image.
+    def _counterfactual_passes(self, batch: KVBatchMeta, needs: Needs, step: int) -> dict[str, float]:
+        """Run a log-prob pass of the same responses for each intervention: its key -> seconds."""
+        seconds = {}
+        for intervention in needs.interventions:
+            start = time.perf_counter()
+            self._counterfactual_pass(batch, intervention, needs.statistics.coverage, step)
+            seconds[intervention.key] = time.perf_counter() - start
+        return seconds
 
-        Workers return it under a separate name and nothing else, so the results of the first pass stay.
+    def _counterfactual_pass(self, batch: KVBatchMeta, intervention: Intervention, coverage: float, step: int) -> None:
+        """Run a log-prob pass of the same responses with the changed image.
+
+        Workers return it under the intervention's own name and nothing else, so the results of other passes stay.
         """
-        assert needs.intervention is not None
         before = dict(batch.extra_info)
         batch.extra_info.update(
             {
                 INTERVENTION_KEY: {
-                    **needs.intervention.to_wire(),
-                    "coverage": needs.statistics.coverage,
+                    **intervention.to_wire(),
+                    "coverage": coverage,
                     "step": step,
                 },
                 "calculate_entropy": False,
@@ -279,8 +285,10 @@ class AttentionTrainer(PPOTrainer):
         metrics["sayo/probe_seconds"] = pending.probe_seconds / ranks
         metrics["sayo/probe_share_of_log_prob"] = pending.probe_seconds / ranks / self._log_prob_seconds
         metrics["sayo/advantage_seconds"] = time.perf_counter() - start
-        if self._needs.intervention is not None:
-            metrics["sayo/counterfactual_seconds"] = self._counterfactual_seconds
+        if passes := self._counterfactual_seconds:
+            metrics["sayo/counterfactual_seconds"] = sum(passes.values())
+        if len(passes) > 1:
+            metrics.update({f"sayo/counterfactual_seconds/{key}": spent for key, spent in passes.items()})
         if self.base_mode != "sync":
             metrics.update({f"sayo/{name}": value for name, value in store.staleness(batch, self.global_steps).items()})
         return out

@@ -25,7 +25,8 @@ from ray.exceptions import RayError
 from sayo_verl.errors import SayoError
 from sayo_verl.hooks import board
 from sayo_verl.hooks.contract import RUN_TOKEN
-from sayo_verl.hooks.phases import START, TOPIC
+from sayo_verl.hooks.phase_names import OF_TIMER, SERVERS, START
+from sayo_verl.hooks.phases import TOPIC
 from sayo_verl.hooks.processes import ANSWER_S, SERVER, Actor, activity_of, actors_of_this_job
 from sayo_verl.launch.ending import record_end, report_at_end, say_how_to_resume
 from sayo_verl.launch.limits import OFF, read_limits
@@ -37,27 +38,6 @@ DEAD_S = 30.0  # in which verl can end a run whose process died by itself, with 
 WATCHER = "SAYO_WATCHED_BY"  # process id of `sayo watch`, which starts the launcher
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FAILED, GONE = 1, 129
-
-# verl's name of a phase -> what it is, and the actors that work in it
-WORKERS, SERVERS, LOOPS, REWARDS = "WorkerDict", "vLLMHttpServer", "AgentLoopWorkerTQ", "RewardLoopWorker"
-PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
-    START: ("start: models are loaded and servers start", (WORKERS, SERVERS, LOOPS, REWARDS)),
-    "gen": ("rollouts and their rewards", (SERVERS, LOOPS, REWARDS)),
-    "validate": ("validation", (SERVERS, LOOPS, REWARDS)),
-    "reward": ("rewards of a model", (REWARDS,)),
-    "update_weights": ("weights to vLLM", (WORKERS, SERVERS)),
-    **{
-        name: (text, (WORKERS,))
-        for name, text in {
-            "old_log_prob": "log-probs of the old policy",
-            "ref": "log-probs of the reference",
-            "values": "values of the critic",
-            "update_critic": "update of the critic",
-            "update_actor": "update of the actor",
-            "save_checkpoint": "a checkpoint is saved",
-        }.items()
-    },
-}
 
 
 class Watchdog:
@@ -218,7 +198,7 @@ class Watchdog:
 
     def _phase(self) -> str:
         _, phase, step = self._message
-        return f"phase {phase} of step {step} ({PHASES.get(phase, ('the trainer itself', ()))[0]})"
+        return f"phase {phase} of step {step} ({OF_TIMER[phase].says if phase in OF_TIMER else 'the trainer itself'})"
 
     def _silent(self, actors: list[Actor]) -> SayoError | None:
         limit = self.limits.of_phase(self._message[1], self._step_seconds)
@@ -226,7 +206,7 @@ class Watchdog:
         if limit is None or silent < limit:
             return None
         setting = "sayo.start_limit" if limit == self.limits.start_s else "sayo.step_limit"
-        kinds = PHASES.get(self._message[1], ("", ()))[1]
+        kinds = OF_TIMER[self._message[1]].actors if self._message[1] in OF_TIMER else ()
         runners = [actor for actor in actors if actor.alive and actor.kind.endswith(("TaskRunner", "TaskRunnerV1"))]
         found = activity_of([a for a in actors if a.alive and a.kind in kinds] or runners)
         # A stopped or lost process first, then those that wait although it is their phase

@@ -112,7 +112,8 @@ class Model:
             return build_multimodal_processor_inputs(processor, text=[text], images=opened, mm_processor_kwargs=options)
         except _REFUSALS as error:  # also a SayoError of InternVL's data set
             what = f"the model's processor refuses a row ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-            fix = "remove the row, or store its images in another size"
+            again = "again" if isinstance(error, OSError) else "in another size"  # Pillow's error of damaged pixels
+            fix = f"remove the row, or store its images {again}"
             raise SayoError("D68", what, where=where, fix=fix) from error
 
 

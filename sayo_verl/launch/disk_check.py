@@ -1,10 +1,13 @@
 """Can the folders of a run be written, and has their disk room for its checkpoints?
 
-A checkpoint of verl's FSDP engine has the weights in ``fsdp_config.model_dtype``, two numbers of that type for each
-trained weight (Adam), with ``hf_model`` the weights once more, and the files of the tokenizer. verl writes a new one
-before it removes an old one, and the next begins while the last is being read; so room for 2.2 is wanted.
+A checkpoint of verl's FSDP engine has, for the actor and for a critic, the weights in the engine's ``model_dtype``, two
+numbers of that type for each trained weight (Adam), with ``hf_model`` the weights once more, and the files of the
+tokenizer. With LoRA only the adapter is trained. Without it all weights are: no code of verl 0.9.1's FSDP engine reads
+``freeze_vision_tower``. verl writes a new checkpoint before it removes an old one, and the next begins while the last
+is being read; so room for 2.2 is wanted.
 """
 
+import math
 import os
 import shutil
 import tempfile
@@ -14,10 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 
 from sayo_verl.errors import SayoError
-from sayo_verl.launch.memory import GIB
-from sayo_verl.launch.model_check import model_folder
+from sayo_verl.launch.memory import GIB, shapes_of
+from sayo_verl.launch.memory_check import plain
+from sayo_verl.launch.model_check import load_config, model_folder
 from sayo_verl.launch.resources import elsewhere
-from sayo_verl.launch.resume import metrics_file
+from sayo_verl.launch.resume import metrics_file, parts_of
+from sayo_verl.models.families import FAMILIES
 from sayo_verl.report.causes import one_line
 
 WANTED = 2.2  # checkpoints
@@ -89,33 +94,61 @@ def nearest(folder: Path) -> Path:
 
 
 def checkpoint_bytes(config: DictConfig) -> dict[str, float] | None:
-    """Part of a checkpoint -> its bytes; None if the model is not on this machine, or not saved by the FSDP engine."""
-    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    """Part of a checkpoint -> its bytes; those of a critic are named ``critic ...``.
+
+    An adapter counts only for model families whose shapes are known; elsewhere it is left out, as it is small. A critic
+    counts with the head of the language model, which some of verl's value models replace by one row.
+
+    Returns:
+        None if a model is not on this machine, or not saved by the FSDP engine.
+    """
+    found: dict[str, float] = {}
+    for part in parts_of(config):
+        critic = part == "critic"
+        sizes = _part_bytes(config.critic if critic else config.actor_rollout_ref, critic=critic)
+        if sizes is None:
+            return None
+        found |= {f"critic {name}" if critic else name: size for name, size in sizes.items()}
+    return found
+
+
+def _part_bytes(config: DictConfig, *, critic: bool) -> dict[str, float] | None:
+    """Of the actor (``config`` is ``actor_rollout_ref``) or of the critic (``critic``)."""
+    engine, model = config if critic else config.actor, config.model
     folder = model_folder(str(model.path), dry_run=True)
-    if folder is None or actor.strategy not in ("fsdp", "fsdp2"):
+    if folder is None or engine.strategy not in ("fsdp", "fsdp2"):
         return None
     weights = list(folder.glob("*.safetensors"))
     if not weights:
         return None
-    numbers = 0
-    for file in weights:
-        with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():
-                size = 1
-                for side in tensors.get_slice(name).get_shape():
-                    size *= side
-                numbers += size
-    of_one = BYTES.get(str(OmegaConf.select(config, "actor_rollout_ref.actor.fsdp_config.model_dtype")), 4)
-    lora, contents = int(model.lora_rank or 0) > 0, OmegaConf.select(actor, "checkpoint.save_contents")
+    numbers, rank = sum(map(_numbers, weights)), int(model.get("lora_rank") or 0)
+    of_one = BYTES.get(str(OmegaConf.select(engine, f"{'fsdp' if critic else 'fsdp_config'}.model_dtype")), 4)
+    adapter = _adapter(model, rank) if rank > 0 else 0
+    contents = OmegaConf.select(engine, "checkpoint.save_contents")
     contents = ["model", "optimizer", "extra"] if contents is None else list(contents)
-    only_lora = lora and bool(OmegaConf.select(actor, "checkpoint.save_lora_only"))
+    only_adapter = rank > 0 and bool(OmegaConf.select(engine, "checkpoint.save_lora_only"))
     parts = {
-        "model": 0 if only_lora else numbers * of_one,
-        "optimizer": 0 if lora else 2 * numbers * of_one,  # an adapter's is small
-        "hf_model": numbers * of_one,
+        "model": (adapter if only_adapter else numbers + adapter) * of_one,
+        "optimizer": 2 * (adapter if rank > 0 else numbers) * of_one,
+        "hf_model": (numbers + adapter) * of_one,
     }
     files = sum(file.stat().st_size for file in folder.iterdir() if file.is_file() and file not in weights)
     return {name: float(size) for name, size in parts.items() if name in contents} | {"tokenizer": float(files)}
+
+
+def _numbers(file: Path) -> int:
+    """Numbers in a file of weights, by its header."""
+    with safe_open(file, framework="numpy") as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+
+
+def _adapter(model: DictConfig, rank: int) -> int:
+    """Numbers of a LoRA adapter; 0 for a family whose shapes are unknown."""
+    hf_config = load_config(str(model.path), dry_run=True)
+    if hf_config is None or hf_config.model_type not in FAMILIES:
+        return 0
+    modules = {key: plain(model.get(key)) for key in ("target_modules", "exclude_modules")}
+    return shapes_of(hf_config, lora_rank=rank, **modules).trained
 
 
 def _room(config: DictConfig, folder: Path, *, dry_run: bool) -> str:
@@ -129,7 +162,7 @@ def _room(config: DictConfig, folder: Path, *, dry_run: bool) -> str:
     if sizes is None:
         return f"{_size(free)} free at {nearest(folder)}; the size of a checkpoint is unknown"
     one = sum(sizes.values())
-    parts = ", ".join(f"{name} {_size(size)}" for name, size in sizes.items() if name != "tokenizer")
+    parts = ", ".join(f"{name} {_size(size)}" for name, size in sizes.items() if not name.endswith("tokenizer"))
     listed = f"{_size(one)} ({parts})"
     line = f"a checkpoint takes about {listed}; {_size(free)} free at {nearest(folder)}"
     if free < WANTED * one:

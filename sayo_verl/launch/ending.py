@@ -12,12 +12,12 @@ import ray
 from omegaconf import DictConfig
 
 from sayo_verl.errors import SayoError
+from sayo_verl.hooks.processes import dead_daemons
 from sayo_verl.launch.resume import how_to_resume
 from sayo_verl.launch.run_card import CLOCK, metrics_of_run
 from sayo_verl.redact import redact, redact_command
 from sayo_verl.report.card import run_card
 from sayo_verl.report.causes import HANDLING, describe_exception, note_of_step, os_problem
-from sayo_verl.report.page import write_page_at_end
 
 DEAD = ("ActorDiedError", "ActorUnavailableError", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError")
 _last_line: list[str] = []
@@ -52,7 +52,7 @@ def record_end(config: DictConfig, error: BaseException | None) -> None:
 
 
 def first_cause(error: BaseException) -> str:
-    """One line for what ended a run: of a SAYO error its own, X26 for one of the disk, else X25; a signal's name."""
+    """One line for what ended a run: of a SAYO error its own, X26: the disk, X15: Ray, else X25; a signal's name."""
     if isinstance(error, SystemExit):  # of the watchdog, with its line
         return str(error)
     said, place = describe_exception(error)
@@ -64,6 +64,17 @@ def first_cause(error: BaseException) -> str:
         fix = "free space, or name a folder that this user can write"
         return str(SayoError("X26", f"{problem}{when}", where=where, got=said, fix=fix))
     died = said.partition(":")[0].rpartition(".")[2] in DEAD
+    if died and (daemons := dead_daemons()):
+        return str(
+            SayoError(
+                "X15",
+                f"Ray's {' and '.join(daemons)} on this machine died{when}",
+                where="the Ray that the launcher started",
+                got=said,
+                fix="resume the run; if the kernel ended it, `dmesg | grep -i oom`; else see raylet.out and "
+                "gcs_server.out in /tmp/ray/session_latest/logs",
+            )
+        )
     return str(
         SayoError(
             "X25",
@@ -95,13 +106,16 @@ def report_at_end(config: DictConfig) -> None:
     """Write the run's page, also of a run that failed; nothing before its first step. The exit code stays as it is."""
     if (metrics := metrics_of_run(config)) is None or not metrics.exists():
         return
+    from sayo_verl.report.page import write_page_at_end  # matplotlib takes a second, which a dry run need not wait for
+
     try:
-        page = write_page_at_end(metrics.parent)
+        written = write_page_at_end(metrics.parent)
     except SayoError as error:
         print(f"the page of this run was not written: {error}", file=sys.stderr)
     else:
-        if page:
-            print(f"page of the run: {page}", flush=True)
+        if written:
+            page, failed = written
+            print(f"page of the run: {page}", *([f"warning: {failed}"] if failed else []), sep="\n", flush=True)
 
 
 def say_how_to_resume(config: DictConfig) -> None:

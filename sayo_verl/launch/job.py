@@ -6,20 +6,17 @@ The short settings are ``sayo.data``, ``sayo.out`` and ``sayo.resume``; ``write_
 import difflib
 import inspect
 import os
-import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from sayo_verl.data.folder import split_files
 from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.launch.checkpoints import TRACKER
-from sayo_verl.launch.limits import LIMITS
 from sayo_verl.launch.names import nothing_to_resume
 from sayo_verl.report.runs import next_metrics_file
 
@@ -34,22 +31,6 @@ OmegaConf.register_new_resolver("sayo.quotient", lambda whole, parts: whole // p
 OmegaConf.register_new_resolver(
     "sayo.choose", lambda got, match, then, otherwise: then if got == match else otherwise, replace=True
 )
-# Settings of verl whose default is null and that no dataclass of verl describes -> their types
-NUMBERS = dict.fromkeys(
-    (
-        "data.gen_batch_size",
-        "data.val_batch_size",
-        "data.seed",
-        "trainer.total_training_steps",
-        "trainer.max_actor_ckpt_to_keep",
-        "trainer.max_critic_ckpt_to_keep",
-        "ray_kwargs.ray_init.num_cpus",
-    ),
-    int | None,
-)
-OPTIONAL = (int | None, float | None)
-WHOLE = (int, int | None)
-MAY_BE_NULL = ("trainer.v1.sampler.max_off_policy_threshold",)  # a number by default; null turns it off
 # How near an added key must be to one that exists, and groups whose keys verl passes on to other packages.
 NEARLY, FREE = 0.85, ("_kwargs", "override_config", "attn")
 NAMED_BY_USER = ("distillation.teacher_models",)  # groups whose keys are names that a user chooses
@@ -83,63 +64,6 @@ def keys_of(overrides: Sequence[str]) -> set[str]:
             wanted="one of them",
             fix="name it by OUT=, or by RESUME= to resume, in front of the script; or by sayo.out or sayo.resume alone",
         )
-    return found
-
-
-def check_types(config: DictConfig, defaults: DictConfig) -> None:
-    """Refuse text or null for a number, and text for true or false. verl would fail late, or take "no" as true.
-
-    The type is that of the default, or that of the field of verl's dataclass if the default is null.
-
-    Args:
-        config: the composed configuration.
-        defaults: the same without overrides.
-
-    Raises:
-        SayoError: L73.
-    """
-    plain: Any = [OmegaConf.to_container(part, resolve=False) for part in (config, defaults)]
-    values, fields = dict(leaves(plain[0])), _fields(plain[1])
-    for key, default in leaves(plain[1]):
-        if key in LIMITS:
-            continue  # a number or off, with a check of their own
-        value, field = values.get(key), fields.get(key, NUMBERS.get(key))
-        text = isinstance(value, str) and not value.startswith("${")
-        number = isinstance(default, bool | int | float) or (default is None and field in OPTIONAL)
-        whole = field in WHOLE and isinstance(value, float) and not value.is_integer()
-        absent = key in values and value is None and not isinstance(default, bool) and _needs_value(key, default, field)
-        if (number and text) or whole or absent:
-            example = "" if default is None else f", such as {default}"
-            raise SayoError(
-                "L73",
-                "a value of the wrong type",
-                where=key,
-                got="null" if absent else repr(value),
-                wanted="true or false"
-                if isinstance(default, bool)
-                else f"{'an integer' if field in WHOLE else 'a number'}{example}",
-                fix="correct it",
-            )
-
-
-def _needs_value(key: str, default: Any, field: Any) -> bool:
-    """Whether null in place of the default, a number, would be a failure of verl or of our checks."""
-    if not isinstance(default, int | float) or key in MAY_BE_NULL:
-        return False
-    return field in (int, float) or (field is None and key.partition(".")[0] in ("data", "trainer", "sayo"))
-
-
-def _fields(part: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> type of the field, for groups that verl makes a dataclass of (``_target_``)."""
-    target = part.get("_target_")
-    try:
-        hints = typing.get_type_hints(get_class(target)) if target else {}
-    except ImportError:  # an engine that is not installed
-        hints = {}
-    found = {f"{prefix}{name}": hint for name, hint in hints.items() if name in part}
-    for key, value in part.items():
-        if isinstance(value, Mapping):
-            found |= _fields(value, f"{prefix}{key}.")
     return found
 
 

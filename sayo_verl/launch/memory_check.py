@@ -77,8 +77,8 @@ def check_memory(config: DictConfig, method: Method | None, *, dry_run: bool) ->
         return shapes_of(
             hf_config,
             lora_rank=rank,
-            exclude_modules=_plain(model.exclude_modules),
-            target_modules=_plain(model.target_modules),
+            exclude_modules=plain(model.exclude_modules),
+            target_modules=plain(model.target_modules),
         )
 
     s = shapes(int(model.lora_rank))
@@ -342,7 +342,7 @@ def _waves(config: DictConfig, j: Job, sequences: int) -> str:
     return f"{share} responses {cards}: {waves} wave{'s' * (waves > 1)} at most"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 

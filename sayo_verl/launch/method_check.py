@@ -46,6 +46,13 @@ def check_method(method: Method) -> None:
         _try(Mix(tuple(part for part in parts if part in own or not part.needs().packages)))
 
 
+def describe_passes(method: Method) -> str:
+    """A line for the plan about the passes with a changed image; for a method that needs one."""
+    keys = [intervention.key for intervention in method.needs().interventions]
+    passes = "a further log-prob pass" if len(keys) == 1 else f"{len(keys)} further log-prob passes"
+    return f"{passes} of the same responses in every update, without gradient: {', '.join(keys)}"
+
+
 def _try(method: Method) -> None:
     parts = method.methods if isinstance(method, Mix) else (method,)
     signals = random_signals(method.needs(), SEED, ROWS, TOKENS, unread=0.0)  # as verl pads

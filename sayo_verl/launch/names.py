@@ -24,6 +24,7 @@ PAPERS = {
     "at-rl": "anchor",
     "faithful-mr1": "faithful",
     "vppo": "sensitivity",
+    "evidence-rl": "evidence",
 }
 _ACTOR, _ROLLOUT, _MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))
 _REWARD = "reward.custom_reward_function"

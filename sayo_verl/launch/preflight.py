@@ -20,7 +20,7 @@ from sayo_verl.launch.disk_check import check_disk
 from sayo_verl.launch.fingerprint_check import place_fingerprint
 from sayo_verl.launch.hazard_check import check_hazards, describe_model_code
 from sayo_verl.launch.memory_check import check_memory
-from sayo_verl.launch.method_check import check_method
+from sayo_verl.launch.method_check import check_method, describe_passes
 from sayo_verl.launch.mode_check import check_mode, describe_mode
 from sayo_verl.launch.model_check import HDFS, check_model, load_config, model_folder, sequence_parallel
 from sayo_verl.launch.record_check import check_record, is_recording, observation, refuse_recording
@@ -111,6 +111,7 @@ def preflight(
         ("reward", reward),
         ("template", check_template(config)),
         *([("anchoring", describe_focus(config))] if faithful else []),
+        *([("changed images", describe_passes(method))] if method and method.needs().interventions else []),
         (
             "rollouts",
             f"{config.data.train_batch_size} prompts x {rollout.n}, up to {config.data.max_response_length} "

@@ -7,6 +7,7 @@ library only, so that it is small and starts at once.
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -16,23 +17,38 @@ GRACE_S = 5.0  # from SIGTERM to SIGKILL
 ORDERLY_S = 30.0  # for what is left of a run that ended by itself; verl's task runner takes some seconds
 # They end the processes that they started. Ended first, they make others abort with a stack of C++.
 LAST = ("raylet", "gcs_server")
+LOOK_S = 5.0  # between two looks of the reaper at the processes of a run
 _OPEN: list[int] = []  # write ends of the pipes of reapers
+_FOUND: dict[str, dict[int, int]] = {}  # mark -> process id -> start time, as last found
 
 
 def processes_with(mark: str, spared: tuple[int, ...] = ()) -> dict[int, str]:
-    """Process id -> name of the processes of this user whose environment has ``mark`` (``NAME=value``)."""
-    found = {}
+    """Process id -> name of the processes of this user whose environment has ``mark`` (``NAME=value``), and of theirs.
+
+    A process that sets its title, as Ray's agents do, overwrites its environment in /proc. So the children of those
+    with the mark count too, and whatever an earlier call found is remembered: a child of a raylet that died has no
+    parent that tells.
+    """
+    names, began, parents, found = {}, {}, {}, set()
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) in (os.getpid(), *spared):
             continue
-        # OSError: it ended, or belongs to another user. A zombie has an empty environment.
-        with contextlib.suppress(OSError):
-            with open(f"/proc/{entry}/environ", "rb") as file:
-                if mark.encode() not in file.read().split(b"\0"):
-                    continue
-            with open(f"/proc/{entry}/comm", encoding="utf-8", errors="replace") as file:
-                found[int(entry)] = file.read().strip()
-    return found
+        with contextlib.suppress(OSError):  # it ended
+            with open(f"/proc/{entry}/stat", encoding="utf-8", errors="replace") as file:
+                before, _, after = file.read().rpartition(")")
+            fields, pid = after.split(), int(entry)
+            if fields[0] == "Z":
+                continue
+            names[pid], parents[pid], began[pid] = before.partition("(")[2], int(fields[1]), int(fields[19])
+        with contextlib.suppress(OSError), open(f"/proc/{entry}/environ", "rb") as environment:  # of another user
+            if mark.encode() in environment.read().split(b"\0"):
+                found.add(int(entry))
+    known = _FOUND.setdefault(mark, {})
+    found = {pid for pid in names if pid in found or began[pid] == known.get(pid)}
+    while more := {pid for pid in names if parents[pid] in found} - found:
+        found |= more
+    _FOUND[mark] = {pid: began[pid] for pid in found}
+    return {pid: names[pid] for pid in found}
 
 
 def end_processes(mark: str, grace_s: float = GRACE_S, spared: tuple[int, ...] = ()) -> dict[int, str]:
@@ -89,6 +105,8 @@ def announce_end() -> None:
 
 def main(read_end: int, mark: str) -> None:
     """Wait until the launcher has ended, give its processes a moment to end by themselves, and end the rest."""
+    while not select.select([read_end], [], [], LOOK_S)[0]:
+        processes_with(mark)  # remembers them
     announced = os.read(read_end, 1)
     while os.read(read_end, 1):
         pass

@@ -32,7 +32,7 @@ class Observation:
 
     Attributes:
         layers, query_row: as of ``Statistic``.
-        intervention: of the pass with a changed image; None: no such pass.
+        intervention: of the pass with a changed image whose effect is shown; None: no such pass.
         coverage: see ``sayo_verl.vision.masks``.
     """
 
@@ -71,7 +71,10 @@ class Observation:
         statistics = (*self.masses, self.top_index, self.top_mass, self.patch_sums)
         if self.intervention is not None and self.predicting not in statistics:
             statistics = (*statistics, self.predicting)
-        return Needs(StatisticsRequest(statistics, coverage=self.coverage), intervention=self.intervention)
+        return Needs(
+            StatisticsRequest(statistics, coverage=self.coverage),
+            interventions=() if self.intervention is None else (self.intervention,),
+        )
 
     def credit(self, signals: Signals) -> Credit:
         return Credit()
@@ -83,7 +86,7 @@ def is_recording(config: DictConfig) -> bool:
 
 
 def observation(config: DictConfig, method: Method | None) -> Observation:
-    """What is measured of recorded rollouts: attention in the method's layers and rows, with its changed image.
+    """What is measured of recorded rollouts: attention in the method's layers and rows, with its first changed image.
 
     Args:
         config: the composed configuration.
@@ -94,7 +97,7 @@ def observation(config: DictConfig, method: Method | None) -> Observation:
     needs = method.needs()
     attention = [s for s in needs.statistics.statistics if s.spec.source != "hidden"]
     like = attention[0] if attention else Statistic("image_mass")
-    changed = needs.intervention or (Intervention() if config.sayo.viz_causal else None)
+    changed = next(iter(needs.interventions), Intervention() if config.sayo.viz_causal else None)
     return Observation(like.layers, like.query_row, changed, needs.statistics.coverage)
 
 
@@ -180,8 +183,9 @@ def check_record(config: DictConfig, method: Method | None) -> str:
     needs, rollout, data = recorded_needs(config, method), config.actor_rollout_ref.rollout, config.data
     rows = int(sayo.viz_prompts) * int(rollout.n)
     trained = int(data.train_batch_size) * int(rollout.n)
-    share = 100 * rows * (1 if needs.intervention is None else 2) / trained
-    passes = "a log-prob pass" if needs.intervention is None else "two log-prob passes, one with a changed image,"
+    changed = len(needs.interventions)
+    share = 100 * rows * (1 + changed) / trained
+    passes = f"{1 + changed} log-prob passes, {changed} with a changed image," if changed else "a log-prob pass"
     return (
         f"{sayo.viz_prompts} held-out prompts x {rollout.n} rollouts of the policy after {recorded_steps(config)}, "
         f"in {folder / FOLDER}; each time {passes} of {rows} rows, about {share:.0f} % of "

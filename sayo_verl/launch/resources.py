@@ -134,10 +134,10 @@ def elsewhere(config: DictConfig, *, dry_run: bool) -> bool:
 
 
 def check_devices(config: DictConfig, *, dry_run: bool) -> None:
-    """Refuse several nodes without a cluster, and a run on GPUs on a machine that has none.
+    """Refuse several nodes without a cluster, and more devices than the Ray that the run starts here has.
 
     Raises:
-        SayoError: L69, L55, L21.
+        SayoError: L69, L55, L21, L81.
     """
     for key in ("nnodes", "n_gpus_per_node"):
         number = config.trainer[key]
@@ -170,6 +170,19 @@ def check_devices(config: DictConfig, *, dry_run: bool) -> None:
             where="trainer.device",
             got=config.trainer.device,
             fix="look at the job with DRY_RUN=1, or train the tiny task here: bash scripts/run_sayo_tiny.sh",
+        )
+    # Ray counts visible cards itself; 0: torch cannot tell
+    logical = OmegaConf.select(config, "ray_kwargs.ray_init.num_gpus")
+    found = int(logical) if logical is not None else torch.cuda.device_count() if on_gpu else 0
+    wanted = config.trainer.n_gpus_per_node + rollout_devices(config)
+    if found < wanted and (found or logical is not None):
+        raise SayoError(
+            "L81",
+            "Ray has fewer devices on this machine than the run wants, and verl would end after minutes",
+            where=f"trainer.n_gpus_per_node={config.trainer.n_gpus_per_node}",
+            got=f"{found} ({'ray_kwargs.ray_init.num_gpus' if logical is not None else 'visible GPUs'})",
+            wanted=f"{wanted}" + (", with those for rollouts only" if rollout_devices(config) else ""),
+            fix="set NGPUS_PER_NODE" + (" or ray_kwargs.ray_init.num_gpus" if logical is not None else ""),
         )
 
 

@@ -11,7 +11,7 @@ from sayo_verl.errors import SayoError, did_you_mean
 from sayo_verl.launch.reward_function import FUNCTION, file_of, is_ours, kwargs_of, load, own_settings
 from sayo_verl.launch.reward_manager_check import check_manager
 from sayo_verl.launch.unread_keys import KWARGS, check_keys
-from sayo_verl.methods import Method, Mix
+from sayo_verl.methods import EvidenceMethod, Method, Mix
 from sayo_verl.reward import check_settings, compute_score
 from sayo_verl.reward.formula import require_math_verify
 
@@ -35,10 +35,11 @@ def check_reward(
         One line for the plan.
 
     Raises:
-        SayoError: L11 and L34 for keys that nothing reads, L19 for a file that is missing or cannot be loaded, L31 for
-            a reward that does not depend on the answer, L32 without math-verify, L34 for a setting that the function
-            does not take, L35 for a function that is missing or does not take what verl passes, L36 for a manager or
-            reward model that does not work with it.
+        SayoError: A24 for a reward of correctness that is not the one that the method replaces, L11 and L34 for keys
+            that nothing reads, L19 for a file that is missing or cannot be loaded, L31 for a reward that does not
+            depend on the answer, L32 without math-verify, L34 for a setting that the function does not take, L35 for a
+            function that is missing or does not take what verl passes, L36 for a manager or reward model that does not
+            work with it.
     """
     _check_overrides(kwargs_of(config))
     check_keys(config)
@@ -233,8 +234,22 @@ def _check_arguments(config: DictConfig, function: Callable[..., Any], kwargs: M
 
 
 def _check_correctness(settings: Mapping[str, Any], method: Method | None) -> str:
-    """Refuse a reward that does not depend on the answer, unless the method gives one; then return a remark."""
+    """Refuse a reward that does not depend on the answer, unless the method gives one; then return a remark.
+
+    Raises:
+        SayoError: L31, A24.
+    """
     parts = method.methods if isinstance(method, Mix) else (method,)
+    for part in parts:
+        if isinstance(part, EvidenceMethod) and part.gives and part.replaced != settings["accuracy_weight"]:
+            raise SayoError(
+                "A24",
+                "the method takes the place of a correct answer's reward, and the reward function gives another one",
+                where="algorithm.attn.evidence.replaced",
+                got=f"{part.replaced:g}; {KWARGS}.accuracy_weight={settings['accuracy_weight']:g}",
+                wanted="equal numbers",
+                fix=f"set algorithm.attn.evidence.replaced={settings['accuracy_weight']:g}",
+            )
     giving = [part for part in parts if part is not None and "reward" in part.gives]
     if settings["accuracy_weight"] > 0:
         return ""

@@ -25,8 +25,8 @@ from sayo_verl.probe.taps import (
     ForwardTap,
     asked_layers,
 )
+from sayo_verl.vision.control import filled_tokens
 from sayo_verl.vision.intervention import Intervention, Pixels, intervene, prompt_key
-from sayo_verl.vision.masks import region_mask
 
 LOGITS = 2**24  # entries [t, N] of logits at once: 64 MiB of float32
 
@@ -39,14 +39,14 @@ class Measured:
         statistics: those of the request, float32 [T], [T, W] or [V] for ``patch_sums``.
         entropy: float32 [T] in nats, of the distribution that sampled token t, at temperature 1.
         log_probs: float32 [T] in nats.
-        counterfactual_log_probs: [T] of the same tokens after the changed image; None without an intervention.
+        counterfactuals: each intervention -> [T] as ``log_probs``, of the same tokens after the changed image.
         image_tokens, region_tokens: of the prompt.
     """
 
     statistics: Mapping[Statistic, torch.Tensor]
     entropy: torch.Tensor
     log_probs: torch.Tensor
-    counterfactual_log_probs: torch.Tensor | None
+    counterfactuals: Mapping[Intervention, torch.Tensor]
     image_tokens: int
     region_tokens: int
 
@@ -64,8 +64,6 @@ def signals(measured: Sequence[Measured], uid: Sequence[str], correct: Sequence[
     def padded(values: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True)
 
-    changed = [m.counterfactual_log_probs for m in measured if m.counterfactual_log_probs is not None]
-    assert len(changed) in (0, len(measured))
     of_tokens = [s for s in measured[0].statistics if s.name != "patch_sums"]  # which is per visual token
     return Signals(
         response_mask=padded([torch.ones(n) for n in lengths]),
@@ -76,7 +74,7 @@ def signals(measured: Sequence[Measured], uid: Sequence[str], correct: Sequence[
         region_tokens=torch.tensor([float(m.region_tokens) for m in measured]),
         is_padding=torch.zeros(len(measured), dtype=torch.bool),
         uid=tuple(uid),
-        counterfactual_log_probs=padded(changed) if changed else None,
+        counterfactuals={i: padded([m.counterfactuals[i] for m in measured]) for i in measured[0].counterfactuals},
         correct=None if correct is None else torch.tensor([float(c) for c in correct]),
     )
 
@@ -91,11 +89,11 @@ class Measurer(LoadedModel):
         response_ids: Sequence[int],
         request: StatisticsRequest,
         *,
-        intervention: Intervention | None = None,
+        interventions: Sequence[Intervention] = (),
     ) -> Measured:
-        """Measure statistics of the probe's catalogue, and with an intervention also the response's log-probs after it.
+        """Measure statistics of the probe's catalogue, and the response's log-probs after each intervention.
 
-        The changed image is that of step 0 in training.
+        The changed images are those of step 0 in training. Each takes a pass of its own.
 
         Raises:
             SayoError: W07 to W10 for a response that cannot be measured, and what ``Measurement`` and ``intervene``
@@ -122,14 +120,17 @@ class Measurer(LoadedModel):
         with ForwardTap(self.model, sorted(attention), measurement.read, read_hidden, with_lse=lse):
             log_probs, entropy = self._token_values(prompt, response_T)
         results = measurement.finish() if request.statistics else {}
-        changed = None
-        if intervention is not None:
-            changed, _ = self._token_values(prompt, response_T, self._changed(prompt, intervention, request.coverage))
+        changed = {}
+        for i in interventions:
+            if i.of_boxes and not any(prompt.boxes):  # nothing would change
+                changed[i] = log_probs.cpu()
+            else:
+                changed[i] = self._token_values(prompt, response_T, self._changed(prompt, i, request.coverage))[0].cpu()
         return Measured(
             {s: results[s.key][0].cpu() for s in request.statistics},
             entropy.cpu(),
             log_probs.cpu(),
-            None if changed is None else changed.cpu(),
+            changed,
             plan.image_columns.numel(),
             plan.region_tokens,
         )
@@ -218,17 +219,13 @@ class Measurer(LoadedModel):
         return torch.cat(log_probs), torch.cat(entropies)
 
     def _changed(self, prompt: Prompt, intervention: Intervention, coverage: float) -> dict[str, torch.Tensor]:
-        where = prompt.seen.where
-        region = [
-            torch.from_numpy(region_mask(boxes, tiles, coverage, where=where))
-            for boxes, tiles in zip(prompt.boxes, prompt.tiles, strict=False)
-        ]
+        where, key = prompt.seen.where, prompt_key(prompt.ids, 0)
         return intervene(
             prompt.inputs,
             intervention,
             Pixels.of(self.processor, self.family.geometry),
             tiles=prompt.tiles,
-            region=region or None,
-            key=prompt_key(prompt.ids, 0),
+            region=filled_tokens(intervention, prompt.boxes, prompt.tiles, coverage, key=key, where=where),
+            key=key,
             where=where,
         )

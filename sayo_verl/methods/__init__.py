@@ -9,6 +9,7 @@ from sayo_verl.errors import SayoError
 from sayo_verl.methods.anchor import AnchorMethod
 from sayo_verl.methods.base import Credit, Method, RewardTerm, TokenBonus
 from sayo_verl.methods.dual import DualConfig, DualMethod, dual_grained_factors
+from sayo_verl.methods.evidence import EvidenceMethod
 from sayo_verl.methods.faithful import FaithfulMethod
 from sayo_verl.methods.group import added_by_bonuses, advantages, group_advantage
 from sayo_verl.methods.mix import Mix
@@ -17,7 +18,7 @@ from sayo_verl.methods.sensitivity import SensitivityMethod
 from sayo_verl.methods.signals import Needs, Reported, Signals
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (RegionMethod, DualMethod, AnchorMethod, FaithfulMethod, SensitivityMethod)
+    cls.name: cls for cls in (RegionMethod, DualMethod, AnchorMethod, FaithfulMethod, SensitivityMethod, EvidenceMethod)
 }
 PREFIX = "attn_"
 # Names below ``algorithm.attn`` that are not a method's node.
@@ -57,6 +58,7 @@ __all__ = [
     "Credit",
     "DualConfig",
     "DualMethod",
+    "EvidenceMethod",
     "FaithfulMethod",
     "Method",
     "Mix",

@@ -134,6 +134,19 @@ def check_setting(node: str, settings: Any, rules: Mapping[str, tuple[bool, str]
             )
 
 
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a part of a credit that does not fit the batch; A02."""
+    if tuple(tensor.shape) != shape:
+        raise SayoError(
+            "A02",
+            f"the {name} does not have the shape of the batch",
+            where="advantages",
+            got=tuple(tensor.shape),
+            wanted=shape,
+            fix="correct the method's credit()",
+        )
+
+
 def distinct_layers(layers: tuple[int, ...]) -> tuple[bool, str]:
     """The rule for a setting that names decoder layers."""
     return len(layers) > 0 and len(set(layers)) == len(layers), "distinct layer numbers"

@@ -91,7 +91,8 @@ class FaithfulMethod:
         causal_unit: ``image``, or ``region``, which needs ``counterfactual.kind=region``. [ours]
         k_max: largest effect of a token. [precedent: VPPO]
         coverage: share of a visual token's cell that a box must cover, see ``sayo_verl.vision.masks``. [ours]
-        counterfactual: how the image is changed. With ``kind=region`` a row without a box is neutral. [A: that it is]
+        counterfactual: how the image is changed. With ``region`` and ``elsewhere`` a row without a box is neutral. [A:
+            that it is]
 
     Raises:
         SayoError: A05 for a value out of range.
@@ -176,16 +177,16 @@ class FaithfulMethod:
 
     @property
     def _boxes(self) -> bool:
-        return self.counterfactual.kind == "region"
+        return self.counterfactual.of_boxes
 
     def needs(self) -> Needs:
         request = StatisticsRequest((self._mass,), coverage=self.coverage)
-        return Needs(request, intervention=self.counterfactual, correctness=self.gate, boxes=self._boxes)
+        return Needs(request, interventions=(self.counterfactual,), correctness=self.gate, boxes=self._boxes)
 
     def credit(self, signals: Signals) -> Credit:
         valid = signals.eligible_rows(boxes=self._boxes)
         tokens = signals.response_mask.bool() & valid[:, None]
-        effect = causal_effect(signals.log_probs, signals.required("counterfactual_log_probs"), tokens, self.k_max)
+        effect = causal_effect(signals.log_probs, signals.counterfactual(self.counterfactual), tokens, self.k_max)
         mass = torch.where(tokens, signals[self._mass], torch.zeros_like(effect))
         causal, average = (causal_weights(effect, tokens) * mass).sum(-1), masked_mean(mass, tokens)
         F = faithful_ratio(causal, average)

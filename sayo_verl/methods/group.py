@@ -22,7 +22,8 @@ from collections.abc import Sequence
 import torch
 
 from sayo_verl.errors import SayoError
-from sayo_verl.methods.base import Credit, RewardTerm, TokenBonus
+from sayo_verl.methods.base import Credit, RewardTerm, check_shape
+from sayo_verl.methods.bonus import add_bonuses
 
 GRPO_EPSILON = 1e-6  # verl's default in compute_grpo_outcome_advantage
 SPREAD_FLOOR = 1e-6  # about eight roundings of float32
@@ -85,7 +86,7 @@ def advantages(
     ):
         if weight is None:
             continue
-        _check_shape(name, weight, shape)
+        check_shape(name, weight, shape)
         column = weight.detach() if name == "token_weight" else weight.detach().unsqueeze(-1).expand(B, T)
         read = torch.where(response_mask.bool(), column, torch.ones_like(column))
         bad = ~torch.isfinite(read) | (read < 0)
@@ -93,7 +94,7 @@ def advantages(
             error = SayoError(
                 "A11",
                 f"{int(bad.sum())} values of the {name} are negative or not finite",
-                where=_first_row(bad),
+                where=f"row {int(bad.any(-1).nonzero()[0])} of the batch",
                 got=read[bad][:3].tolist(),
                 wanted="finite, 0 or more, so that no advantage changes its sign",
                 fix="correct the method's credit()",
@@ -101,7 +102,7 @@ def advantages(
             error.row = int(bad.any(-1).nonzero()[0])
             raise error
         advantage = advantage * read
-    return _with_bonuses(advantage, size_BT, response_mask.bool(), credit.bonuses), reward
+    return add_bonuses(advantage, size_BT, response_mask.bool(), credit.bonuses), reward
 
 
 def added_by_bonuses(
@@ -133,71 +134,6 @@ def added_by_bonuses(
         spread_floor=spread_floor,
     )
     return advantage - without
-
-
-def _with_bonuses(
-    advantage: torch.Tensor, size: torch.Tensor, mask: torch.Tensor, bonuses: Sequence[TokenBonus]
-) -> torch.Tensor:
-    """Advantages with all bonuses: first the sum of those without ``protect_sign``, then the sum of those with it.
-
-    The second sum keeps the sign of what it finds, and keeps 0.
-
-    Args:
-        advantage: [B, T] with all factors, 0 outside the mask.
-        size: [B, T], abs(A_i) on the tokens of row i, the unit of relative bonuses.
-        mask: bool [B, T]; bonuses are not read outside it.
-        bonuses: in the order in which they are added.
-
-    Returns:
-        [B, T]; where all bonuses of a token are 0, the same bits as ``advantage``.
-    """
-    for protected in (False, True):
-        added = [_read(bonus, size, mask) for bonus in bonuses if bonus.protect_sign is protected]
-        if not added:
-            continue
-        total = torch.stack(added).sum(0)
-        changed = advantage + total
-        if protected:
-            negative = torch.where(advantage < 0, changed.clamp(max=0), advantage)
-            changed = torch.where(advantage > 0, changed.clamp(min=0), negative)
-        # -0.0 + 0.0 is +0.0, so a bonus of 0 is not added
-        advantage = torch.where(mask & (total != 0), changed, advantage)
-    return advantage
-
-
-def _read(bonus: TokenBonus, size: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """[B, T] in units of the advantage, 0 outside the mask."""
-    _check_shape("token bonus", bonus.value, tuple(mask.shape))
-    value = torch.where(mask, bonus.value.detach(), torch.zeros_like(bonus.value))
-    bad = ~torch.isfinite(value)
-    if bad.any():
-        error = SayoError(
-            "A22",
-            f"{int(bad.sum())} values of a token bonus are not finite",
-            where=_first_row(bad),
-            got=value[bad][:3].tolist(),
-            wanted="finite numbers",
-            fix="correct the method's credit()",
-        )
-        error.row = int(bad.any(-1).nonzero()[0])
-        raise error
-    return value * size if bonus.relative else value
-
-
-def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise SayoError(
-            "A02",
-            f"the {name} does not have the shape of the batch",
-            where="advantages",
-            got=tuple(tensor.shape),
-            wanted=shape,
-            fix="correct the method's credit()",
-        )
-
-
-def _first_row(bad: torch.Tensor) -> str:
-    return f"row {int(bad.any(-1).nonzero()[0])} of the batch"
 
 
 def group_advantage(

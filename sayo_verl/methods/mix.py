@@ -19,7 +19,7 @@ class Mix:
         methods: each with its own settings, no two of a kind.
 
     Raises:
-        SayoError: A12 for a mix that makes no sense, P15 and A13 for parts that need different passes.
+        SayoError: A12 for a mix that makes no sense, P15 for parts that need different passes.
     """
 
     methods: tuple[Method, ...]

@@ -77,10 +77,9 @@ def random_signals(
 
     outside = ~mask.bool()
     entropy, log_probs = uniform(B, T) * 3, -uniform(B, T) * 5
-    counterfactual = log_probs - uniform(B, T) * 2 + 1
-    for tensor in (entropy, log_probs, counterfactual):
+    counterfactuals = {i: log_probs - uniform(B, T) * 2 + 1 for i in needs.interventions}
+    for tensor in (entropy, log_probs, *counterfactuals.values()):
         tensor[outside] = unread
-    counterfactual.clamp_(max=0.0)
     return Signals(
         response_mask=mask,
         entropy=entropy,
@@ -90,7 +89,7 @@ def random_signals(
         region_tokens=region_tokens.float(),
         is_padding=is_padding,
         uid=tuple("abcdefgh"[i] for i in torch.randint(0, groups, (B,), generator=g).tolist()),
-        counterfactual_log_probs=counterfactual if needs.intervention is not None else None,
+        counterfactuals={i: changed.clamp(max=0.0) for i, changed in counterfactuals.items()},
         correct=(uniform(B) > 0.5).float() if needs.correctness else None,
         reports={
             one.name: tuple(

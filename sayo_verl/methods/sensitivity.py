@@ -164,13 +164,13 @@ class SensitivityMethod:
 
     def needs(self) -> Needs:
         return Needs(
-            StatisticsRequest(()), intervention=self.counterfactual, boxes=self.counterfactual.kind == "region"
+            StatisticsRequest(()), interventions=(self.counterfactual,), boxes=self.counterfactual.kind == "region"
         )
 
     def credit(self, signals: Signals) -> Credit:
         eligible = signals.eligible_rows(boxes=self.needs().boxes)
         tokens = signals.response_mask.bool() & eligible[:, None]
-        effect = causal_effect(signals.log_probs, signals.required("counterfactual_log_probs"), tokens, self.k_max)
+        effect = causal_effect(signals.log_probs, signals.counterfactual(self.counterfactual), tokens, self.k_max)
         kept = kept_tokens(effect, tokens, self.share)
         weight = torch.where(tokens, kept.to(effect.dtype), torch.ones_like(effect))
 

@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sayo_verl.errors import SayoError
-from sayo_verl.probe.statistics import CATALOGUE, Statistic, StatisticsRequest, union
+from sayo_verl.probe.statistics import CATALOGUE, Statistic, StatisticsRequest, log_probs_key, union
 from sayo_verl.vision.intervention import Intervention
 
-RENAMED = {"the": "required", "carrying": "eligible_rows"}  # methods of ``Signals``: earlier name -> name
+# Of ``Signals``: earlier name -> name.
+RENAMED = {
+    "the": "required",
+    "carrying": "eligible_rows",
+    "counterfactual_log_probs": "counterfactual(intervention)",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Needs:
 
     Attributes:
         statistics: what the probe measures in the log-prob pass.
-        intervention: how the image is changed in a second log-prob pass of the same tokens; None: no such pass.
+        interventions: how the image is changed in further log-prob passes of the same tokens, one pass each.
         correctness: the reward function must report ``acc``, or ``sayo.correct_from`` says what is correct.
         reported: further fields that the reward function must report, as text or a number.
         boxes: rows need a target region; rows without one are neutral.
@@ -46,34 +51,52 @@ class Needs:
     """
 
     statistics: StatisticsRequest
-    intervention: Intervention | None = None
+    interventions: tuple[Intervention, ...] = ()
     correctness: bool = False
     boxes: bool = False
     packages: tuple[tuple[str, str], ...] = ()
     reported: tuple[Reported, ...] = ()
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Needs":
+        """Say the new name of a renamed argument.
+
+        Raises:
+            SayoError: A19.
+        """
+        if "intervention" in kwargs:
+            raise _renamed("Needs(intervention=...)", "Needs(interventions=(...,))")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Refuse the one intervention of an earlier version, and keep equal ones once.
+
+        Raises:
+            SayoError: A19.
+        """
+        if self.interventions is None or isinstance(self.interventions, Intervention):
+            raise _renamed("the second argument of Needs", "Needs(interventions=(...,))")
+        object.__setattr__(self, "interventions", tuple(dict.fromkeys(self.interventions)))
+
+    if not TYPE_CHECKING:  # a type checker still finds a misspelt name
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "intervention":
+                raise _renamed("needs.intervention", "needs.interventions")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
 
 def join_needs(needs: Sequence[Needs]) -> Needs:
-    """What several methods need together; every statistic once.
+    """What several methods need together; every statistic and every intervention once, in the order of the methods.
 
     Raises:
-        SayoError: P15 when they disagree on what holds for a whole pass, A13 on the intervention.
+        SayoError: P15 when they disagree on what holds for a whole pass.
     """
-    interventions = {n.intervention for n in needs if n.intervention is not None}
-    if len(interventions) > 1:
-        raise SayoError(
-            "A13",
-            "two methods want different counterfactual images, and there is one counterfactual pass",
-            where="algorithm.attn.mix",
-            got=sorted(map(str, interventions)),
-            fix="give them the same counterfactual settings, or leave one method out",
-        )
     # Only methods that map boxes to tokens decide how they are mapped.
     coverage = next((n.statistics.coverage for n in needs if n.boxes), needs[0].statistics.coverage)
     requests = [n.statistics if n.boxes else dataclasses.replace(n.statistics, coverage=coverage) for n in needs]
     return Needs(
         statistics=union(requests),
-        intervention=next(iter(interventions), None),
+        interventions=tuple(i for n in needs for i in n.interventions),
         correctness=any(n.correctness for n in needs),
         boxes=any(n.boxes for n in needs),
         packages=tuple(dict.fromkeys(p for n in needs for p in n.packages)),
@@ -94,8 +117,8 @@ class Signals:
         region_tokens: [B] number of visual tokens in the target region (0: no box).
         is_padding: [B] bool, synthetic rows that verl appends to make the batch divisible.
         uid: B names of prompts; rows of one prompt are a group, wherever they stand.
-        counterfactual_log_probs: [B, T] as ``log_probs``, of the same tokens after the changed image; None if no
-            method needs it.
+        counterfactuals: those interventions that the method needs -> [B, T] as ``log_probs``, of the same tokens after
+            the changed image.
         correct: [B] in [0, 1], ``acc`` of the reward function; None if no method needs it.
         reports: name of each field of ``Needs.reported`` -> B values; None for padding rows.
     """
@@ -108,7 +131,7 @@ class Signals:
     region_tokens: torch.Tensor
     is_padding: torch.Tensor
     uid: tuple[str, ...]
-    counterfactual_log_probs: torch.Tensor | None = None
+    counterfactuals: Mapping[Intervention, torch.Tensor] = field(default_factory=dict)
     correct: torch.Tensor | None = None
     reports: Mapping[str, tuple[str | float | None, ...]] = field(default_factory=dict)
 
@@ -130,13 +153,31 @@ class Signals:
             )
         return self.statistics[statistic]
 
-    def required(self, name: str) -> torch.Tensor:
-        """``counterfactual_log_probs`` or ``correct``, which are measured only if ``needs()`` names them.
+    def counterfactual(self, intervention: Intervention) -> torch.Tensor:
+        """[B, T] in nats: the log-probs of the same tokens after the image that the intervention changed.
 
         Raises:
-            SayoError: A10 if it was not measured, or for another name.
+            SayoError: A10 when it was not measured.
         """
-        optional = {"counterfactual_log_probs": self.counterfactual_log_probs, "correct": self.correct}
+        if intervention not in self.counterfactuals:
+            raise SayoError(
+                "A10",
+                "a method reads the log-probs of a changed image that was not measured",
+                where=f"intervention {getattr(intervention, 'key', intervention)}",
+                got=[i.key for i in self.counterfactuals],
+                fix="name it in interventions of the method's needs()",
+            )
+        return self.counterfactuals[intervention]
+
+    def required(self, name: str) -> torch.Tensor:
+        """``correct``, which is measured only if ``needs()`` names it.
+
+        Raises:
+            SayoError: A10 if it was not measured, or for another name; A19 for a renamed one.
+        """
+        optional = {"correct": self.correct}
+        if name in RENAMED:
+            raise _renamed(f"signals.required({name!r})", f"signals.{RENAMED[name]}")
         if name not in optional:
             raise _no_signal(f"signals.required({name!r})")
         value = optional[name]
@@ -174,13 +215,7 @@ class Signals:
                 SayoError: A19, A10.
             """
             if name in RENAMED:
-                raise SayoError(
-                    "A19",
-                    "a method uses a name of an earlier version",
-                    where=f"signals.{name}",
-                    wanted=f"signals.{RENAMED[name]}",
-                    fix="rename it in your method's file",
-                )
+                raise _renamed(f"signals.{name}", f"signals.{RENAMED[name]}")
             if name in CATALOGUE:
                 raise _no_signal(f"signals.{name}")
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -217,8 +252,7 @@ class Signals:
         per_row = {name: getattr(self, name) for name in ("image_tokens", "region_tokens", "is_padding")}
         per_token = {"entropy": self.entropy, "log_probs": self.log_probs}
         per_token |= {s.key: values for s, values in self.statistics.items()}
-        if self.counterfactual_log_probs is not None:
-            per_token["counterfactual_log_probs"] = self.counterfactual_log_probs
+        per_token |= {log_probs_key(i): values for i, values in self.counterfactuals.items()}
         if self.correct is not None:
             per_row["correct"] = self.correct
         for name, told in self.reports.items():
@@ -246,9 +280,8 @@ class Signals:
         on_image = valid & (self.image_tokens > 0)[:, None]
         _check_range("entropy", self.entropy, valid, 0.0, float("inf"))
         _check_range("log_probs", self.log_probs, valid, float("-inf"), 0.0)
-        if self.counterfactual_log_probs is not None:
-            changed = self.counterfactual_log_probs
-            _check_range("counterfactual_log_probs", changed, on_image, float("-inf"), 0.0)
+        for intervention, values in self.counterfactuals.items():
+            _check_range(log_probs_key(intervention), values, on_image, float("-inf"), 0.0)
         if self.correct is not None:
             _check_range("correct", self.correct, ~self.is_padding, 0.0, 1.0)
         for statistic, values in self.statistics.items():
@@ -256,13 +289,23 @@ class Signals:
             _check_range(of, values, on_image, spec.low, spec.high)
 
 
+def _renamed(where: str, wanted: str) -> SayoError:
+    return SayoError(
+        "A19",
+        "a method uses a name of an earlier version",
+        where=where,
+        wanted=wanted,
+        fix="rename it in your method's file",
+    )
+
+
 def _no_signal(where: str) -> SayoError:
     return SayoError(
         "A10",
         "there is no such signal",
         where=where,
-        wanted='signals[Statistic(...)] for a statistic, signals.required("counterfactual_log_probs" or "correct"), '
-        "or signals.entropy and the other attributes",
+        wanted="signals[Statistic(...)] for a statistic, signals.counterfactual(Intervention(...)), "
+        'signals.required("correct"), or signals.entropy and the other attributes',
         fix='read a statistic with the object that needs() names, such as signals[Statistic("image_mass")]',
     )
 

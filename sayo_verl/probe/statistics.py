@@ -22,14 +22,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from sayo_verl.errors import Rule, SayoError, did_you_mean, raise_first
+from sayo_verl.vision.intervention import Intervention
 
 # Prefix of the keys under which workers return statistics, next to log_probs and entropy.
 WIRE_PREFIX = "sayo_"
 # Keys of the per-call requests in the batch's extra_info; without one of them the engine mixin does nothing.
 REQUEST_KEY = "sayo_probe"
 INTERVENTION_KEY = "sayo_intervention"
-# The only output of a pass with a changed image: the log-probs of the same response.
+# Prefix of the only output of a pass with a changed image, the log-probs of the same response; see ``log_probs_key``.
 COUNTERFACTUAL_LOG_PROBS = WIRE_PREFIX + "counterfactual_log_probs"
+
+
+def log_probs_key(intervention: Intervention) -> str:
+    """The wire key of the log-probs of an intervention's pass, equal only for equal interventions."""
+    return f"{COUNTERFACTUAL_LOG_PROBS}.{intervention.key}"
+
 
 QUERY_ROWS = {"input": 0, "predicting": -1}  # offset of the query row from the position of y_t
 FAST_LSE = "fast_lse"

@@ -20,6 +20,7 @@ from sayo_verl.metrics import PREFIX, Metric, Panel, every_metric
 from sayo_verl.report.runs import UNKNOWN, Run
 
 MIX = "attn_mix"
+PASSES = "sayo/counterfactual_seconds"  # with /<key of the intervention> the seconds of one pass of several
 MOST_UNLISTED_LIVE = 2  # metrics in the live view that nobody declares
 DECLARED = Path(__file__).with_name("methods.json")
 
@@ -141,7 +142,13 @@ ANY_METHOD = Section(
             note="An update interrupted them. Asynchronous trainer modes only.",
         ),
         Metric("sayo/probe_share_of_log_prob", "probe's share of the log-prob pass", 0),
-        Metric("sayo/counterfactual_seconds", "counterfactual pass", 0, unit="seconds"),
+        Metric(
+            PASSES,
+            "passes with a changed image",
+            0,
+            unit="seconds",
+            note=f"All of them together. If there are several, `{PASSES}/` and the name of each has its own time.",
+        ),
         Metric(
             "sayo/credit_wait_seconds",
             "waiting for the method's credit",
@@ -224,7 +231,7 @@ def rows_of(run: Run) -> list[Metric]:
     sections = sections_of(run.methods)
     listed = [m for s in sections for m in s.metrics if s is COMMON or m.name in measured]
     kept = [m for m in listed if not m.unless_zero or any(value != 0 for _, value in run.training(m.name))]
-    return kept + _unlisted(measured, sections)
+    return kept + _passes(measured) + _unlisted(measured, sections)
 
 
 def headlines(seen: Iterable[str], methods: Mapping[str, Any] | None = None) -> list[Metric]:
@@ -253,8 +260,15 @@ def estimator_of(run: Run) -> str:
     return run.estimator
 
 
+def _passes(names: Iterable[str]) -> list[Metric]:
+    """The seconds of each pass with a changed image, of a run with several."""
+    keys = sorted(name.removeprefix(f"{PASSES}/") for name in names if name.startswith(f"{PASSES}/"))
+    return [Metric(f"{PASSES}/{key}", f"pass {key}", 0, unit="seconds") for key in keys]
+
+
 def _unlisted(names: Iterable[str], sections: Sequence[Section]) -> list[Metric]:
     """Metrics below ``sayo/`` that no section lists: those that a user's own method does not declare."""
     listed = frozenset(chain.from_iterable(section.names for section in sections))
-    own = sorted(name for name in names if name.startswith(PREFIX) and name not in listed)
+    ours = (name for name in names if name.startswith(PREFIX) and not name.startswith(f"{PASSES}/"))
+    own = sorted(name for name in ours if name not in listed)
     return [Metric(name, short := name.removeprefix(PREFIX), live=short) for name in own]

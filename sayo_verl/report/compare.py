@@ -32,7 +32,7 @@ COST = (
     Metric("timing_s/old_log_prob", "log-prob pass of the old policy", unit="seconds", decimals=2),
     Metric("timing_s/update_actor", "update of the policy", unit="seconds", decimals=2),
     Metric("sayo/probe_share_of_log_prob", "probe's share of the log-prob pass"),
-    Metric("sayo/counterfactual_seconds", "counterfactual pass", unit="seconds", decimals=2),
+    Metric("sayo/counterfactual_seconds", "passes with a changed image", unit="seconds", decimals=2),
     Metric("sayo/viz_seconds", "recording of rollouts", unit="seconds", decimals=2),
 )
 

@@ -14,6 +14,8 @@ from sayo_verl.report import catalogue as c
 from sayo_verl.report import runs as r
 from sayo_verl.report import verdict
 from sayo_verl.report.card import load_config
+from sayo_verl.report.failed import METRIC as FAILED
+from sayo_verl.report.failed import failed_rollouts
 from sayo_verl.report.log import why_it_failed
 from sayo_verl.report.panels import WINDOW, drawn, panel_figure
 from sayo_verl.report.recorded import causal_section, rollouts
@@ -29,7 +31,6 @@ MOST_FILES = 4  # named of each split
 EFFECTS = {
     "sayo/neutral_rows/": "Such rows count as in GRPO.",
     "sayo/failed_rollouts/val": "They have no score.",
-    "sayo/failed_rollouts": "They were left out of their groups.",
     "sayo/skipped_updates": "The weights stayed as they were.",
     "sayo/left_out_rows": "They were not trained on.",
     "sayo/reward_timeouts": "Their rollouts failed.",
@@ -58,7 +59,7 @@ def write_page(run: Run, k: int = 5, out: Path | None = None) -> Path:
             _verdict(run, steps, k),
             _what(run, config),
             _curves(run),
-            _warnings(run, recorded_notes),
+            _warnings(run, config, recorded_notes),
             _numbers(run, k),
             viewers,
             causal_section(steps),
@@ -69,15 +70,19 @@ def write_page(run: Run, k: int = 5, out: Path | None = None) -> Path:
     return file
 
 
-def write_page_at_end(folder: Path) -> Path | None:
-    """Write the page when a run ends, however it ended; None for a run without a step."""
+def write_page_at_end(folder: Path) -> tuple[Path, str] | None:
+    """Write the page when a run ends, however it ended; return its path and the sentence about failed rollouts.
+
+    Returns:
+        None for a run without a step.
+    """
     try:
         run = load_run(folder)
     except SayoError as error:
         if error.code == "R03":
             return None
         raise
-    return write_page(run)
+    return write_page(run), failed_rollouts(run, load_config(run.files[-1], run.overrides))
 
 
 def write_text(file: Path, content: str) -> None:
@@ -229,9 +234,12 @@ def _curves(run: Run) -> str:
     return "".join(parts)
 
 
-def _warnings(run: Run, recorded: Sequence[str]) -> str:
+def _warnings(run: Run, config: dict[str, Any], recorded: Sequence[str]) -> str:
     found = list(run.notes)
+    found += [said] if (said := failed_rollouts(run, config)) else []
     for metric in c.ANY_METHOD.metrics:
+        if metric.name == FAILED:
+            continue
         series = [value for _, value in run.training(metric.name) if math.isfinite(value)]
         if metric.unless_zero and (total := sum(series)):
             effect = next(effect for name, effect in EFFECTS.items() if metric.name.startswith(name))
@@ -256,5 +264,5 @@ def _numbers(run: Run, k: int) -> str:
     cells = [[text(cell) for cell in row] for row in rows]
     return (
         f"<details><summary>All numbers and counters: first and last steps</summary><p>{cost}The table has the probe's "
-        f"share, the counterfactual pass and neutral rows if they were logged.</p>{table(header, cells)}</details>"
+        f"share, passes with a changed image and neutral rows if they were logged.</p>{table(header, cells)}</details>"
     )

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from sayo_verl.data.folder import split_files
 from sayo_verl.data.reading import decoded
+from sayo_verl.errors import Rule, raise_first
 from sayo_verl.methods import RegionMethod
 from sayo_verl.reward import compute_score
 from sayo_verl.tiny.policy import END, MERGE_SIZE, generate
@@ -62,11 +63,17 @@ def evaluate(
         (attention on all visual tokens and on the target's, mean over the response), ``named_first`` and ``named`` (1
         if the response's reasoning starts with, or contains, the word for the target), ``box_tokens`` (visual tokens
         per target box).
+
+    Raises:
+        SayoError: D85 for rows of anything but drawn scenes.
     """
-    model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
-    processor = AutoProcessor.from_pretrained(model_dir)
     files = split_files(Path(scenes))["val"] if Path(scenes).is_dir() else [Path(scenes)]
     rows = [row for file in files for row in pq.read_table(file).to_pylist()][:max_rows]
+    strange = sum("target_boxes" not in (row.get("extra_info") or {}) for row in rows)
+    what, fix = "rows are not of drawn scenes", "name a folder of `sayo prepare synthetic --task scenes`"
+    raise_first([Rule("D85", bool(strange), what, str(scenes), fix, f"{strange} of {len(rows)} without target_boxes")])
+    model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    processor = AutoProcessor.from_pretrained(model_dir)
     samples = [row for row in rows for _ in range(samples_per_row)]
     measured: list[dict[str, float]] = []
     with torch.random.fork_rng(devices=[]):

@@ -10,6 +10,7 @@ Shape suffixes: N patches of all images of a row, K tiles of all images of a row
 channels, F values of a patch, H and W pixels down and across.
 """
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -23,24 +24,30 @@ from sayo_verl.errors import Rule, SayoError, raise_first
 if TYPE_CHECKING:  # methods import settings from here and need only torch
     from sayo_verl.vision.grids import Tile
 
-KINDS = ("patches", "blur", "grey", "region")
+KINDS = ("patches", "blur", "grey", "region", "elsewhere")
+OF_BOXES = ("region", "elsewhere")  # kinds that fill visual tokens, which depend on the row's boxes
 FILLS = {"black": 0.0, "grey": 0.5}  # share of white; mid-grey is 127.5 of 255
 TILE_MERGE = 2  # patches per side of InternVL's visual token (downsample_ratio 0.5, which its processor does not have)
 BLUR_REACH = 3  # standard deviations from the centre of the kernel to its end
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Intervention:
     """Settings of the change to the image.
 
+    Two interventions are equal if they change every image alike: a setting that the kind does not use does not count.
+
     Attributes:
         kind: ``patches`` (random patches are filled), ``blur`` (Gaussian), ``grey`` (the whole image is filled with
-            mid-grey), ``region`` (the visual tokens of the row's boxes are filled; a row without boxes stays as it is).
-            [precedent: PAPO, VPPO]
+            mid-grey), ``region`` (the visual tokens of the row's boxes are filled), ``elsewhere`` (as many other visual
+            tokens, a control for ``region``: ``sayo_verl.vision.control``). A row without boxes stays as it is under
+            the last two. [precedent: PAPO, VPPO; Evidence-RL]
         share: probability that a patch is filled, for ``patches``. [precedent: VPPO; PAPO has 0.6]
-        fill: ``black``, or ``grey`` (127.5 of 255), for ``patches`` and ``region``. [precedent: PAPO, VPPO]
+        fill: ``black``, or ``grey`` (127.5 of 255), for ``patches``, ``region`` and ``elsewhere``. [precedent: PAPO,
+            VPPO]
         sigma: standard deviation of the blur, in patches of the vision tower. [ours]
-        seed: seed of the masks; a mask depends on it, the prompt, the step and nothing else. [ours]
+        seed: seed of the masks; a mask depends on it, the prompt, the step, ``draw`` and nothing else. [ours]
+        draw: number of the control region, for ``elsewhere``; other numbers draw other regions. [ours]
 
     Raises:
         SayoError: A05 for a value out of range.
@@ -51,6 +58,7 @@ class Intervention:
     fill: str = "black"
     sigma: float = 1.0
     seed: int = 0
+    draw: int = 0
 
     def __post_init__(self) -> None:
         raise_first(
@@ -75,14 +83,40 @@ class Intervention:
             "fill": (self.fill in FILLS, " or ".join(FILLS)),
             "sigma": (0 < self.sigma < float("inf"), "a finite number > 0"),
             "seed": (self.seed >= 0, "a whole number >= 0"),
+            "draw": (self.draw >= 0, "a whole number >= 0"),
         }
+
+    @property
+    def key(self) -> str:
+        """The kind and the settings that it uses, such as ``region.grey``: names the pass."""
+        used = {
+            "patches": (f"{float(self.share)!r}", self.fill, f"s{self.seed}"),
+            "blur": (f"{float(self.sigma)!r}",),
+            "grey": (),
+            "region": (self.fill,),
+            "elsewhere": (self.fill, f"s{self.seed}", f"d{self.draw}"),
+        }
+        return ".".join((self.kind, *used[self.kind]))
+
+    @property
+    def of_boxes(self) -> bool:
+        """Whether it changes only rows with boxes."""
+        return self.kind in OF_BOXES
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Intervention) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
     def to_wire(self) -> dict[str, Any]:
         return dict(vars(self))
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> "Intervention":
-        return cls(**wire)
+        """The inverse of ``to_wire``; other keys of a call, such as ``step``, are left out."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in wire.items() if name in names})
 
 
 @dataclass(frozen=True)
@@ -161,7 +195,7 @@ def prompt_key(prompt_ids: torch.Tensor, step: int) -> int:
         prompt_ids: [P] token ids of the prompt, without padding and without the response.
         step: of training, so that a repeated prompt gets another mask.
     """
-    return _hash63(f"{int(step)}:" + ",".join(map(str, prompt_ids.tolist())))
+    return hash63(f"{int(step)}:" + ",".join(map(str, prompt_ids.tolist())))
 
 
 def intervene(
@@ -181,14 +215,14 @@ def intervene(
         intervention: what to change.
         layout: of ``pixel_values``.
         tiles: for each image its grids of visual tokens, ``sayo_verl.probe.plan.image_tiles``.
-        region: for each image bool [V], the visual tokens in the row's boxes, ``sayo_verl.vision.masks.region_mask``;
-            used for kind ``region`` only. None: the row has no box.
+        region: for each image bool [V], the visual tokens to fill, ``sayo_verl.vision.control.filled_tokens``; used for
+            kinds ``region`` and ``elsewhere``. None: nothing is filled.
         key: ``prompt_key`` of the row.
         where: names the row in errors.
 
     Returns:
         A new dict in which only ``pixel_values`` is another tensor, of the same shape, dtype and device. Patches that
-        are not filled keep their bits. A row without image, and for kind ``region`` a row without box, is unchanged.
+        are not filled keep their bits. A row without image, and for a kind of boxes a row without region, is unchanged.
 
     Raises:
         SayoError: V07 when pixels and grids do not match, V09 when region and grids do not match.
@@ -209,7 +243,7 @@ def intervene(
         mask_N = torch.ones(sum(h * w for h, w in sides), dtype=torch.bool)
     elif intervention.kind == "patches":
         # the CPU generator uses 32 bits of its seed, so both numbers go into a hash instead of the seed's bits
-        generator = torch.Generator().manual_seed(_hash63(f"{intervention.seed}:{key}"))
+        generator = torch.Generator().manual_seed(hash63(f"{intervention.seed}:{key}"))
         mask_N = torch.rand(sum(h * w for h, w in sides), generator=generator) < intervention.share
     elif region is None:
         return out
@@ -219,7 +253,8 @@ def intervene(
     return out
 
 
-def _hash63(text: str) -> int:
+def hash63(text: str) -> int:
+    """A number below 2**63, equal in all processes and runs."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -271,7 +306,7 @@ def _region_patches(
             where=where,
             got=[(str(mask_V.dtype), tuple(mask_V.shape)) for mask_V in masks],
             wanted=[("torch.bool", (n,)) for n in tokens],
-            fix="build it with sayo_verl.vision.masks.region_mask from the same tiles",
+            fix="build it with sayo_verl.vision.control.filled_tokens from the same tiles",
         )
     merge = layout.merge_size
     marked = torch.cat(masks).cpu()

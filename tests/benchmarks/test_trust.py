@@ -95,3 +95,30 @@ def test_a_test_with_skipped_cases_is_partly_skipped():
 
     tally = Tally({f"t[{n}]": {"outcome": outcome} for n, outcome in enumerate(("passed", "skipped"))})
     assert tally.of("t") == "partly skipped"
+
+
+def test_a_skipped_test_counts_neither_as_passed_nor_as_failed(scoreboard):
+    outcomes = {"a": "passed", "b": "failed", "c": "skipped", "d[1]": "passed", "d[2]": "skipped"}
+    tally = scoreboard.tally.Tally({f"tests/{name}": {"outcome": outcome} for name, outcome in outcomes.items()})
+    named = {"one": ["a"], "two": ["a", "c"], "three": ["d"], "four": ["b", "c"], "five": ["a", "gone"]}
+    assert scoreboard.figures.judge(tally, named) == {
+        "passed": ["one"],
+        "failed": ["five", "four"],
+        "not_run": ["three", "two"],
+    }
+
+
+def test_bad_inputs_whose_tests_are_skipped_leave_the_count(scoreboard):
+    handled = [case["tests"] for case in scoreboard.cases.table("bad_inputs").values() if case.get("tests")]
+    tests = {f"tests/{test}" for named in handled for test in named}
+    first = f"tests/{handled[0][0]}"
+    all_passed = {test: {"outcome": "passed"} for test in tests}
+    whole = scoreboard.figures.bad_inputs(scoreboard.tally.Tally(all_passed))
+    found = scoreboard.figures.bad_inputs(scoreboard.tally.Tally(all_passed | {first: {"outcome": "skipped"}}))
+    skipped = found["skipped"]
+    assert skipped >= 1
+    assert found["failed"] == whole["failed"] == []
+    assert (found["passed"], found["of"]) == (whole["passed"] - skipped, whole["of"] - skipped)
+    assert scoreboard.page.result_cell(found) == f"{found['passed']} of {found['of']}, {skipped} skipped"
+    failing = scoreboard.figures.bad_inputs(scoreboard.tally.Tally(all_passed | {first: {"outcome": "failed"}}))
+    assert (len(failing["failed"]), failing["skipped"], failing["of"]) == (skipped, 0, whole["of"])

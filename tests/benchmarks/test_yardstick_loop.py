@@ -244,3 +244,11 @@ def test_a_finished_run_is_kept_with_its_settings_and_not_repeated(tmp_path, mon
     before = path.stat().st_mtime_ns
     assert train_once(start, SMALL, tmp_path / "runs") == path
     assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_registered_method_trains_a_step(method, random_rewards):
+    if method == "attn_anchor":
+        pytest.importorskip("pymetis")
+    result, _ = trained(method=method, steps=1)
+    assert len(result["rewards"]) == 1

@@ -13,11 +13,13 @@ from support.refusals import refusal
 
 from sayo_verl.cli import build_parser, main
 from sayo_verl.diagnose import collect as module
+from sayo_verl.diagnose.answers import needs_of, usable_methods
 from sayo_verl.diagnose.collect import collect, rows_of
 from sayo_verl.diagnose.config import Asked
 from sayo_verl.diagnose.run import diagnose, examples_of, what_was_run
 from sayo_verl.look.answer import accuracy_of
 from sayo_verl.look.observe import Observer
+from sayo_verl.probe.statistics import log_probs_key
 
 ROWS, SAMPLES, LONGEST = 4, 2, 6
 
@@ -49,12 +51,14 @@ def refuse(*_: object, **__: object) -> None:
 
 def test_every_response_is_measured_once(observer: Observer, asked: Asked, done: Path):
     answers = collect(observer, asked, done)
+    interventions = needs_of(usable_methods()[0].values()).interventions
     assert len(answers) == ROWS * SAMPLES
     for a in answers:
         assert a.image_tokens > a.region_tokens > 0
         assert a.tokens == len(a.ids) <= LONGEST
         assert all(np.isfinite(value).all() for value in a.values.values())
-        assert "counterfactual_log_probs" in a.values
+        assert interventions
+        assert {log_probs_key(i) for i in interventions} <= a.values.keys()
         assert ("heads/box_hit" in a.values) == (a.sample == 0)
         assert a.accuracy in (0, 1)
 

@@ -92,15 +92,14 @@ def test_two_models_are_paired_by_row_and_rows_of_one_alone_do_not_count():
 def test_late_over_early_is_the_dual_method_s_own_number():
     (own,) = answers(1, 1, tokens=9)
     for name, method in findings.SCORES.items():
-        statistics = needs_of([method]).statistics.statistics
-        of_method = method.credit(signals_of([own], statistics)).metrics["late_early_visual_score"]
+        of_method = method.credit(signals_of([own], needs_of([method]))).metrics["late_early_visual_score"]
         late, early = findings.late_and_early(own, method)
         assert late / early == pytest.approx(of_method, rel=1e-5), name
 
 
 def test_the_scores_of_responses_are_those_that_the_region_method_logs():
     own = answers(3, 2)
-    metrics = RegionMethod().credit(signals_of(own, RegionMethod().needs().statistics.statistics)).metrics
+    metrics = RegionMethod().credit(signals_of(own, RegionMethod().needs())).metrics
     assert np.mean([a.score for a in own]) == pytest.approx(metrics["token_target_attention_all/mean"], rel=1e-5)
     high = np.mean([a.scores[findings.selected(a)].mean() for a in own])
     assert high == pytest.approx(metrics["token_target_attention/mean"], rel=1e-5)
@@ -203,7 +202,7 @@ def test_metrics_of_every_registered_method_appear_and_a_missing_package_leaves_
     methods, left_out = usable_methods()
     assert list(left_out) == ["attn_anchor"]
     result = findings.methods_table({"m": answers(3)}, methods, left_out)
-    assert {"attn_region", "attn_dual", "attn_faithful", "attn_sensitivity", "attn_own"} == {
+    assert {"attn_region", "attn_dual", "attn_faithful", "attn_sensitivity", "attn_evidence", "attn_own"} == {
         row[0] for row in result.rows
     }
     assert "pip install" in result.sentences[-1]

@@ -239,8 +239,9 @@ def job(tmp_path, text, status=0):
 
 def test_a_job_is_looked_at_with_its_memory_and_its_cards(tmp_path, monkeypatch):
     monkeypatch.setattr(job_module, "cards", lambda: [machine.Card("H100", "580.1", 81559, 0)] * 4)
-    passed, *memory, cards = job_module.check_job(job(tmp_path, PLAN))
+    passed, machines, *memory, cards = job_module.check_job(job(tmp_path, PLAN))
     assert passed.right
+    assert (machines.right, machines.id) == (None, "job.machines")
     assert [line.found for line in memory] == [
         "by arithmetic, in GiB of 79.6 (nvidia-smi)",
         "update 74.1: weights 30.1 - TIGHT, 93% of the card",
@@ -248,6 +249,23 @@ def test_a_job_is_looked_at_with_its_memory_and_its_cards(tmp_path, monkeypatch)
     assert (cards.found, cards.right) == ("needs 8 GPUs on each node, found 4", False)
     monkeypatch.setattr(job_module, "cards", lambda: [machine.Card("H100", "580.1", 81559, 0)] * 8)
     assert job_module.check_job(job(tmp_path, PLAN))[-1].right
+
+
+def test_what_the_plan_did_not_check_is_neither_right_nor_wrong(tmp_path):
+    plan = """  train data      data/train-*.parquet - NOT THERE YET, needed before the run
+  reward gives    not checked: no row can be tried
+  template        ends the prompt with "<think>"
+  memory per GPU  not estimated: the model is not on this machine
+  disk            70.0 GiB free at /data; the size of a checkpoint is unknown
+"""
+    found = {finding.id: finding.right for finding in job_module.check_job(job(tmp_path, plan))}
+    assert found == {
+        "job.plan": True,
+        "job.train_data": None,
+        "job.reward_gives": None,
+        "job.memory": None,
+        "job.disk": None,
+    }
 
 
 def test_a_job_that_is_refused_is_reported_with_its_fix(tmp_path):
@@ -283,26 +301,59 @@ LONG = Finding("job.plan", "job", "x " * 200 + "end", "y " * 200, False, "z " * 
 FINE = Finding("version.torch", "torch", "2.13.0", "==2.13.0", True, "never shown")
 
 
+OPEN = Finding("job.disk", "job, disk", "the size of a checkpoint is unknown", "", None, "never shown")
+
+
 def test_the_report_has_a_line_per_finding_and_ends_with_the_result(monkeypatch, capsys):
-    monkeypatch.setattr(command, "examine", lambda *args, **kwargs: [FINE, LONG])
+    monkeypatch.setattr(command, "examine", lambda *args, **kwargs: [FINE, LONG, OPEN])
     assert main(["doctor", "--job", "some.sh"]) == 1
     said = capsys.readouterr()
     assert "dry run of some.sh" in said.err
     shown = said.out.splitlines()
     assert [line for line in shown if line.startswith("  NO  job ") and "end" in line and "y y" in line]
+    assert [line for line in shown if line.startswith("  --  job, disk ")]
+    assert [line for line in shown if line in ("versions", "job")] == ["versions", "job"]
     assert "never shown" not in said.out
-    assert re.fullmatch(r"2 checks in \d+ s, 1 problem: job", shown[-1])
+    assert shown[-2] == "problems: job"
+    assert re.fullmatch(r"2 checks in \d+ s: 1 problem, 1 not checked", shown[-1])
     monkeypatch.setattr(command, "examine", lambda *args, **kwargs: [FINE])
     assert main(["doctor"]) == 0
-    assert capsys.readouterr().out.endswith("s, no problem\n")
+    assert capsys.readouterr().out.endswith("s: no problem\n")
+
+
+def test_a_finding_is_printed_before_the_next_one_is_known(monkeypatch, capsys):
+    seen = []
+
+    def examine(*args, **kwargs):
+        yield FINE
+        seen.append(capsys.readouterr().out)
+        yield LONG
+
+    monkeypatch.setattr(command, "examine", examine)
+    assert main(["doctor"]) == 1
+    assert "2.13.0" in seen[0]
+
+
+@pytest.mark.parametrize(("address", "seconds"), [(None, True), ("10.0.0.1:6379", False)])
+def test_some_seconds_are_announced_only_where_a_ray_is_started(address, seconds):
+    said = command.announcement((), address)
+    assert ("15 seconds" in said) == seconds
+    assert (address or "a small Ray") in said
 
 
 def test_json_is_one_object_with_stable_ids(monkeypatch, capsys):
-    monkeypatch.setattr(command, "examine", lambda *args, **kwargs: [FINE, LONG])
+    monkeypatch.setattr(command, "examine", lambda *args, **kwargs: [FINE, LONG, OPEN])
     assert main(["doctor", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert (report["schema"], report["ok"]) == (1, False)
-    assert [finding["id"] for finding in report["findings"]] == ["version.torch", "job.plan"]
+    assert [finding["id"] for finding in report["findings"]] == ["version.torch", "job.plan", "job.disk"]
+    assert [finding["right"] for finding in report["findings"]] == [True, False, None]
+    monkeypatch.setattr(command, "examine", lambda *args, **kwargs: [FINE, OPEN])
+    assert main(["doctor", "--json"]) == 0, "what was not checked is no problem"
+    capsys.readouterr()
+    monkeypatch.setattr(command, "examine", lambda *args, **kwargs: [FINE, LONG])
+    assert main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
     assert report["findings"][1].keys() == {"id", "group", "name", "found", "wanted", "right", "fix"}
 
 
@@ -423,11 +474,11 @@ def test_the_cluster_is_that_of_the_option_or_the_variable(monkeypatch, given, v
     assert command.cluster_address(given) == used
 
 
-def test_metis_is_tried_and_its_absence_is_right(monkeypatch):
+def test_metis_is_tried_and_its_absence_is_not_a_problem(monkeypatch):
     assert packages.check_metis().right
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     found = packages.check_metis()
-    assert found.right
+    assert found.right is None
     assert "only attn_anchor needs METIS" in found.found
 
 
@@ -501,5 +552,7 @@ def test_the_plan_of_a_shipped_job_is_read(repo, tmp_path, monkeypatch):
     lines: list[str] = []
     show(preflight(composed(repo, "+job=sayo_qwen3vl_8b", "+method=region"), dry_run=True), lines.append)
     findings = job_module.check_job(job(tmp_path, "\n".join(lines)))
-    assert [finding.name for finding in findings[:2]] == ["job", "job, memory per GPU"]
+    by_id = {finding.id: finding.right for finding in findings}
+    assert by_id["job.plan"] is True
+    assert by_id.keys() >= {"job.memory", "job.disk", "job.train_data", "job.cards"}
     assert findings[-1].found == "needs 8 GPUs on each node, found 0"

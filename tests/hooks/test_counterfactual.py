@@ -12,10 +12,11 @@ from sayo_verl.errors import SayoError
 from sayo_verl.hooks.capture import plan_micro_batch
 from sayo_verl.hooks.counterfactual import counterfactual_micro_batch
 from sayo_verl.models.families import FAMILIES
-from sayo_verl.probe.statistics import COUNTERFACTUAL_LOG_PROBS, INTERVENTION_KEY, Statistic, StatisticsRequest
+from sayo_verl.probe.statistics import INTERVENTION_KEY, Statistic, StatisticsRequest, log_probs_key
+from sayo_verl.vision.control import filled_tokens
 from sayo_verl.vision.grids import merged_grid
 from sayo_verl.vision.intervention import KINDS, Intervention, Pixels, intervene, prompt_key
-from sayo_verl.vision.masks import box_masks
+from sayo_verl.vision.masks import check_boxes
 
 pytestmark = pytest.mark.usefixtures("process_group")
 REQUEST = StatisticsRequest((Statistic("image_mass"), Statistic("image_cosine")))
@@ -57,20 +58,23 @@ def changed_rows(rows, intervention, processor):
         image = row["multi_modal_inputs"]
         grids = image["image_grid_thw"].tolist() if "image_grid_thw" in image else []
         tiles = [merged_grid(*grid, 2, where="the test") for grid in grids]
-        boxes = row["extra_info"]["boxes"]
-        region = [
-            torch.from_numpy(box_masks(b, t, 0.5, where="the test")).any(0) for b, t in zip(boxes, tiles, strict=False)
-        ]
+        boxes = check_boxes(row["extra_info"]["boxes"], len(tiles), where="the test") if tiles else []
+        key = prompt_key(row["prompts"], STEP)
         row["multi_modal_inputs"] = intervene(
             image,
             intervention,
             layout,
             tiles=tiles,
-            region=region if tiles else None,
-            key=prompt_key(row["prompts"], STEP),
+            region=filled_tokens(intervention, boxes, tiles, 0.5, key=key, where="the test"),
+            key=key,
             where="the test",
         )
     return out
+
+
+NO_IMAGE = {2, 7}
+# Row 4 has no box; the boxes of row 1 cover 9 of 14 visual tokens, so it has no control region.
+UNCHANGED = {**dict.fromkeys(KINDS, NO_IMAGE), "region": NO_IMAGE | {4}, "elsewhere": NO_IMAGE | {1, 4}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,15 +83,17 @@ def test_it_gives_the_log_probs_of_the_same_tokens_after_the_changed_image(
 ):
     intervention = Intervention(kind=kind)
     output = counterfactual(packed_worker, rows, intervention)
-    assert set(output.keys()) == {COUNTERFACTUAL_LOG_PROBS, "metrics"}
+    assert set(output.keys()) == {log_probs_key(intervention), "metrics"}
     changed = changed_rows(rows, intervention, config.processor)
     expected = log_prob_pass(packed_worker, changed, None)["log_probs"].unbind()
     real = log_prob_pass(packed_worker, rows, None)["log_probs"].unbind()
-    for n, (row, got) in enumerate(zip(rows, output[COUNTERFACTUAL_LOG_PROBS].unbind(), strict=True)):
+    for n, (row, got) in enumerate(zip(rows, output[log_probs_key(intervention)].unbind(), strict=True)):
         assert torch.equal(got, of_response(expected[n], row))
-        boxed = any(len(b) for b in row["extra_info"]["boxes"])
-        alike = torch.equal(got, of_response(real[n], row))
-        assert alike == (not row["multi_modal_inputs"] or (kind == "region" and not boxed)), n
+        same_pixels = not row["multi_modal_inputs"] or torch.equal(
+            row["multi_modal_inputs"]["pixel_values"], changed[n]["multi_modal_inputs"]["pixel_values"]
+        )
+        assert torch.equal(got, of_response(real[n], row)) == same_pixels, n
+        assert same_pixels == (n in UNCHANGED[kind]), n
 
     # and by plain transformers, one row at a time
     model = Qwen3VLForConditionalGeneration.from_pretrained(random_policy, dtype=torch.float64)
@@ -107,7 +113,7 @@ def test_it_gives_the_log_probs_of_the_same_tokens_after_the_changed_image(
                 .log_softmax(-1)
             )
         plain = logits.gather(-1, ids[0, 1:, None])[changed[n]["prompts"].shape[0] - 1 :, 0]
-        got = output[COUNTERFACTUAL_LOG_PROBS].unbind()[n].double()
+        got = output[log_probs_key(intervention)].unbind()[n].double()
         print(f"{kind}, row {n}: largest difference from transformers in float64 {(got - plain).abs().max():.1e}")
         assert torch.allclose(got, plain, atol=1e-5)
 
@@ -144,10 +150,10 @@ def test_the_first_pass_is_bitwise_what_it_is_without_a_second(rows, packed_work
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
 def test_micro_batches_and_order_do_not_matter(random_policy, rows, packed_worker, packed, dynamic):
-    reference = counterfactual(packed_worker, rows, Intervention())[COUNTERFACTUAL_LOG_PROBS].unbind()
+    reference = counterfactual(packed_worker, rows, Intervention())[log_probs_key(Intervention())].unbind()
     order = [4, 0, 7, 3, 1, 2, 6, 5]
     built = worker(model_config(random_policy, packed=packed), dynamic=dynamic, micro_batch=4, token_budget=150)
-    output = counterfactual(built, [rows[i] for i in order], Intervention())[COUNTERFACTUAL_LOG_PROBS].unbind()
+    output = counterfactual(built, [rows[i] for i in order], Intervention())[log_probs_key(Intervention())].unbind()
     largest = max((output[place] - reference[i]).abs().max().item() for place, i in enumerate(order))
     print(f"largest difference, packed={packed}, dynamic={dynamic}: {largest:.1e}")
     assert largest < 1e-5

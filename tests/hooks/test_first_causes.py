@@ -2,6 +2,7 @@
 
 import errno
 import io
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -80,7 +81,7 @@ def engine(monkeypatch):
     """verl's rule: an update whose gradient is not finite is skipped."""
     stored = {}
     monkeypatch.setenv(RUN_TOKEN, "mine")
-    monkeypatch.setattr(skipped_updates, "_skipped", [0])
+    monkeypatch.setattr(skipped_updates, "_skipped", Counter())
     monkeypatch.setattr(board, "put", lambda topic, message: stored.update({topic: message}))
     monkeypatch.setattr(board, "read", lambda topic: [m for t, m in stored.items() if t.startswith(topic)])
 
@@ -111,6 +112,13 @@ def test_skipped_updates_of_two_engines_of_a_process_are_added(engine):
     assert skipped_updates.skipped_updates() == 2
     engine(nan, engine.critic)
     assert skipped_updates.skipped_updates() == 3
+
+
+def test_skipped_updates_are_those_of_all_engines_whatever_the_number_of_processes(monkeypatch):
+    told = [{"Actor": 2}, {"Actor": 2}, {"Actor": 1}, {"Critic": 3}, {"Critic": 3}]  # one rank has not written yet
+    monkeypatch.setenv(RUN_TOKEN, "mine")
+    monkeypatch.setattr(board, "read", lambda topic: [{"skipped": counts} for counts in told])
+    assert skipped_updates.skipped_updates() == 5
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -28,10 +28,12 @@ from sayo_verl.hooks import store
 from sayo_verl.hooks.modes import SayoSeparateAsync
 from sayo_verl.hooks.trainer import AttentionTrainer
 from sayo_verl.methods.faithful import FaithfulMethod
-from sayo_verl.probe.statistics import COUNTERFACTUAL_LOG_PROBS, INTERVENTION_KEY, REQUEST_KEY, WIRE_PREFIX
+from sayo_verl.probe.statistics import INTERVENTION_KEY, REQUEST_KEY, WIRE_PREFIX, log_probs_key
 
 pytestmark = pytest.mark.usefixtures("process_group")
 METHOD = FaithfulMethod()
+(CHANGE,) = METHOD.needs().interventions
+CHANGED = log_probs_key(CHANGE)
 STEP = 3
 
 
@@ -113,11 +115,11 @@ def make_trainer(cls, config, group):
 def measured(built, rows):
     """All that a step measures, with the weights that the worker has now, by the workers' call itself."""
     output = log_prob_pass(built, rows, METHOD.needs().statistics.to_wire())
-    change = {INTERVENTION_KEY: {**METHOD.needs().intervention.to_wire(), "coverage": 0.5, "step": STEP}}
+    change = {INTERVENTION_KEY: {**CHANGE.to_wire(), "coverage": 0.5, "step": STEP}}
     other = log_prob_pass(built, rows, None, calculate_entropy=False, **change)
     names = [name for name in output.keys() if name.startswith(WIRE_PREFIX) and "seconds" not in name]
     values = {name: output[name] for name in ("log_probs", "entropy", *names)}
-    values[COUNTERFACTUAL_LOG_PROBS] = other[COUNTERFACTUAL_LOG_PROBS]
+    values[CHANGED] = other[CHANGED]
     return {name: [value.clone() for value in nested.unbind()] for name, nested in values.items()}
 
 
@@ -172,12 +174,13 @@ def test_a_later_update_measures_the_first_weights_of_the_step(config, random_po
         assert same(current[name], want) == (name in constant), f"{name} does not depend on the weights"
         if name != "entropy":  # verl stores it for the response only
             assert same(second[name], want), f"{name} is not of the old policy"
-    signals = {name: name for name in ("log_probs", "entropy")} | {COUNTERFACTUAL_LOG_PROBS: "counterfactual_log_probs"}
+    signals = {name: name for name in ("log_probs", "entropy")} | {CHANGED: CHANGED}
     for name, field in signals.items():
         for n, length in enumerate(pending.signals.response_mask.sum(-1)):
-            signal = getattr(pending.signals, field)[n, :length]
+            of_batch = pending.signals.counterfactual(CHANGE) if name == CHANGED else getattr(pending.signals, field)
+            signal = of_batch[n, :length]
             sent = first[name][n]
-            wanted = sent if name == COUNTERFACTUAL_LOG_PROBS else sent[-length - 1 : -1]  # verl sends whole sequences
+            wanted = sent if name == CHANGED else sent[-length - 1 : -1]  # verl sends whole sequences
             assert torch.equal(signal, wanted), f"the method gets another {name}"
 
 
@@ -185,8 +188,8 @@ def test_attention_in_front_of_verls_trainer_would_measure_the_current_weights(c
     """Why ``AttentionTrainer`` is the last of the bases, and that the test above would find the other order."""
     first, current, second, _ = two_updates(AttentionInFront, config, random_policy, monkeypatch, "fsdp2")
     assert same(second["log_probs"], first["log_probs"])
-    assert same(second[COUNTERFACTUAL_LOG_PROBS], current[COUNTERFACTUAL_LOG_PROBS])
-    assert not same(second[COUNTERFACTUAL_LOG_PROBS], first[COUNTERFACTUAL_LOG_PROBS])
+    assert same(second[CHANGED], current[CHANGED])
+    assert not same(second[CHANGED], first[CHANGED])
 
 
 @pytest.mark.parametrize("merged", [False, True])

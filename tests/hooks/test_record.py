@@ -265,7 +265,9 @@ def test_recorded_numbers_are_those_that_training_measures_for_the_same_rows(mak
         masses = {s.name: values for s, values in signals.statistics.items() if s.name in response.values}
         assert masses.keys() >= {"image_mass"}
         effect = (
-            signals.log_probs - signals.required("counterfactual_log_probs") if method.needs().intervention else None
+            signals.log_probs - signals.counterfactual(method.needs().interventions[0])
+            if method.needs().interventions
+            else None
         )
         for name, values in {
             **masses,

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from PIL import Image
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.utils import tensordict_utils as tu
@@ -51,6 +52,30 @@ def test_a_seed_does_not_depend_on_the_random_uid_nor_on_numpys_types():
 @pytest.mark.parametrize("name", OTHER)
 def test_rows_steps_and_sessions_have_seeds_of_their_own(name):
     assert seed_of(5, {**ROW, name: OTHER[name]}, validate=False) != seed_of(5, ROW, validate=False)
+
+
+def asked(*pictures):
+    parts = [{"type": "image", **picture} for picture in pictures]
+    content = [*parts, {"type": "text", "text": "Which?"}]
+    return {**ROW, "index": 0, "raw_prompt": [{"role": "user", "content": content}]}
+
+
+COLOURS = [
+    {"image": Image.new("RGB", size, color)} for size, color in (((4, 2), "red"), ((4, 2), "blue"), ((2, 4), "red"))
+]
+STORED = [{"bytes": b"png one", "path": None, "image": object()}, {"bytes": b"png two", "path": None}]
+NAMED = [{"image": "a.png"}, {"type": "video", "video": "a.mp4"}, {"type": "video", "video": ["1.png", "2.png"]}]
+
+
+def test_one_question_about_other_pictures_has_seeds_of_its_own_without_an_index():
+    shown = [[picture] for picture in [*COLOURS, *STORED, *NAMED]] + [[], COLOURS[:2], COLOURS[1::-1]]
+    assert len({seed_of(5, asked(*pictures), validate=False) for pictures in shown}) == len(shown)
+
+
+def test_a_picture_that_is_read_again_has_the_same_seed():
+    again = [{"image": COLOURS[0]["image"].copy()}, {"bytes": b"png one", "path": "x", "image": object()}]
+    for first, second in zip((COLOURS[0], STORED[0]), again, strict=True):
+        assert seed_of(5, asked(first), validate=False) == seed_of(5, asked(second), validate=False)
 
 
 def test_another_run_seed_and_validation_have_seeds_of_their_own():

@@ -35,13 +35,13 @@ from sayo_verl.launch.settings import method_from_config
 from sayo_verl.methods import Needs, Reported
 from sayo_verl.methods.region import EPS, RegionMethod, select_tokens
 from sayo_verl.probe.statistics import (
-    COUNTERFACTUAL_LOG_PROBS,
     INTERVENTION_KEY,
     PER_ROW,
     REQUEST_KEY,
     WIRE_PREFIX,
     Statistic,
     StatisticsRequest,
+    log_probs_key,
 )
 from sayo_verl.vision.intervention import Intervention
 
@@ -102,7 +102,9 @@ class FakeWorkerGroup:
         single = functools.partial(torch.nested.nested_tensor_from_jagged, offsets=torch.arange(len(data) + 1))
         if change is not None:
             assert not tu.get_non_tensor_data(data, "calculate_entropy", True)
-            return tu.get_tensordict({COUNTERFACTUAL_LOG_PROBS: of_response(-values / 500)}, {"metrics": {"mfu": 0.0}})
+            changed = of_response(-values / (500 - 100 * change["draw"]))
+            key = log_probs_key(Intervention.from_wire(change))
+            return tu.get_tensordict({key: changed}, {"metrics": {"mfu": 0.0}})
         out = {"log_probs": jagged(-values / 1000)}
         if tu.get_non_tensor_data(data, "calculate_entropy", False):
             out["entropy"] = jagged((values * 7 % 11) / 11)
@@ -321,12 +323,13 @@ def test_values_that_do_not_fit_the_responses_stop_the_step(queue, config):
 
 @dataclass(frozen=True)
 class Counterfactual(RegionMethod):
-    """The region method with a second pass; keeps what it was given."""
+    """The region method with further passes; keeps what it was given."""
 
     seen: list = field(default_factory=list)
+    interventions: tuple = (Intervention(seed=7),)
 
     def needs(self):
-        return dataclasses.replace(super().needs(), intervention=Intervention(seed=7), correctness=True)
+        return dataclasses.replace(super().needs(), interventions=self.interventions, correctness=True)
 
     def credit(self, signals):
         self.seen.append(signals)
@@ -356,12 +359,37 @@ def test_the_counterfactual_pass_leaves_the_first_pass_as_it_was(queue, config):
         prompt, T = len(row["prompts"]), len(row["responses"])
         wire = row["input_ids"].float()[prompt - 1 : prompt - 1 + T]
         assert torch.equal(signals.log_probs[n, :T], -wire / 1000)
-        assert torch.equal(signals.required("counterfactual_log_probs")[n, :T], -wire / 500)
+        assert torch.equal(signals.counterfactual(Intervention(seed=7))[n, :T], -wire / 500)
         assert torch.equal(stored["old_log_probs"].unbind()[n], -wire / 1000)
         assert torch.equal(stored["log_probs"].unbind()[n], -row["input_ids"].float() / 1000)
     assert signals.required("correct").tolist() == [float(row["extra_info"]["index"] == 3) for row in rows]
     assert signals.uid == tuple(row["uid"] for row in rows)
     assert metrics["sayo/counterfactual_seconds"] > 0
+    assert not [name for name in metrics if name.startswith("sayo/counterfactual_seconds/")]
+
+
+def test_every_intervention_has_a_pass_of_its_own_and_its_cost_is_logged(queue, config):
+    group, metrics = FakeWorkerGroup(), {}
+    trainer = make_trainer(config, group)
+    box, *others = Intervention("region"), Intervention("elsewhere", draw=1), Intervention("elsewhere", draw=2)
+    trainer._method = method = Counterfactual(interventions=(box, *others))
+    trainer._needs = method.needs()
+    batch, rows = put_batch("train-passes", [2, 0, 3, 1])
+    after = trainer._compute_old_log_prob(batch, metrics)
+    trainer._compute_advantage(after, metrics)
+    assert group.calls == ["probe", *["counterfactual"] * 3]
+    assert group.requests[1:] == [{**i.to_wire(), "coverage": 0.5, "step": 1} for i in (box, *others)]
+    (signals,) = method.seen
+    assert list(signals.counterfactuals) == [box, *others]
+    for n, row in enumerate(rows):
+        prompt, T = len(row["prompts"]), len(row["responses"])
+        wire = row["input_ids"].float()[prompt - 1 : prompt - 1 + T]
+        assert torch.equal(signals.log_probs[n, :T], -wire / 1000)
+        for intervention, divisor in ((box, 500), (others[0], 400), (others[1], 300)):
+            assert torch.equal(signals.counterfactual(intervention)[n, :T], -wire / divisor)
+    spent = [metrics[f"sayo/counterfactual_seconds/{i.key}"] for i in (box, *others)]
+    assert min(spent) > 0
+    assert metrics["sayo/counterfactual_seconds"] == pytest.approx(sum(spent))
 
 
 def test_the_passes_of_a_later_update_run_while_verl_has_the_old_policy_restored(queue, config):

@@ -222,6 +222,23 @@ def test_only_the_processes_with_the_mark_are_ended():
         spared.wait()
 
 
+def test_a_process_whose_title_hides_its_environment_is_found_by_its_parent():
+    """As Ray's agents are: children of the raylet, also after it died."""
+    name, value = "SAYO_TEST_TITLE", str(os.getpid())
+    starts = "import subprocess as s; print(s.Popen(['sleep', '99'], env={}).pid, flush=True); input()"
+    raylet = subprocess.Popen(
+        [sys.executable, "-c", starts], env={**os.environ, name: value}, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    agent = int(raylet.stdout.readline())
+    assert processes_with(f"{name}={value}").keys() == {raylet.pid, agent}
+    raylet.kill()
+    raylet.wait()
+    assert processes_with(f"{name}={value}") == {agent: "sleep"}
+    assert end_processes(f"{name}={value}") == {agent: "sleep"}
+    assert gone(agent)
+    assert not processes_with(f"{name}={value}")
+
+
 def test_the_run_ends_if_the_command_that_shows_it_is_killed(dog, monkeypatch):
     ended = []
     read_end, _ = os.pipe()

@@ -157,8 +157,14 @@ def test_a_row_with_a_fault_is_not_sent_to_the_processor(models, tmp_path):
     findings, made = audited(tmp_path, models["qwen3_vl"], *bad)
     assert sorted(f.code for f in findings) == ["D07", "D09", "D77", "V03"]
     assert made.counted["sample"].total() == 1
-    with refusal("D68", "ValueError"):
+    with refusal("D68", "ValueError.* in another size"):
         models["qwen3_vl"].see(narrow, "row 0")
+
+
+def test_a_refusal_of_a_cut_image_says_to_store_it_again(models):
+    whole = encoded(size=(96, 96))
+    with refusal("D68", r"OSError: image file is truncated.* images again"):
+        models["qwen3_vl"].see(row(0, data=[whole[: len(whole) // 2]]), "row 0")
 
 
 def test_an_orientation_behind_the_pixels_of_a_png(tmp_path):

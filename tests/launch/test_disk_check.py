@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.launch_config import add, write_model
 
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.disk_check import check_disk, check_writable, checkpoint_bytes, nearest
@@ -39,6 +40,36 @@ def test_the_size_of_a_checkpoint_follows_from_what_is_saved(run):
     assert (sizes["model"], sizes["optimizer"]) == (2 * NUMBERS, 4 * NUMBERS)
     assert "optimizer" not in checkpoint_bytes(run(**{SAVE: ["hf_model"]}))
     assert checkpoint_bytes(run(**{"actor_rollout_ref.actor.strategy": "megatron"})) is None
+
+
+LORA = {"actor_rollout_ref.model.lora_rank": 4, "actor_rollout_ref.model.target_modules": ["q_proj"]}
+TEXT = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+
+
+def test_moments_of_an_adapter_count_and_those_of_frozen_weights_do_not(run, tmp_path):
+    config = run(**LORA, **{SAVE: ["model", "optimizer", "hf_model"]})
+    write_model(tmp_path / "model", model_type="qwen3_vl", text_config={**TEXT, "intermediate_size": 64})
+    adapter = 2 * (4 * 32 + 32 * 4)  # layers x (rank x inputs + outputs x rank)
+    sizes = checkpoint_bytes(config)
+    sizes.pop("tokenizer")
+    whole = 4 * (NUMBERS + adapter)
+    assert sizes == {"model": whole, "optimizer": 8 * adapter, "hf_model": whole}
+    add(config, "actor_rollout_ref.actor.checkpoint.save_lora_only", True)
+    assert checkpoint_bytes(config)["model"] == 4 * adapter
+
+
+def test_a_critic_has_weights_and_moments_of_its_own(run, tmp_path):
+    critic = tmp_path / "critic"
+    write_model(critic, model_type="qwen3_vl")
+    save_file({"a": torch.zeros(500, 10)}, critic / "model.safetensors")
+    config = run(**{"critic.model.path": str(critic), "critic.enable": True, "critic.fsdp.model_dtype": "bf16"})
+    sizes = checkpoint_bytes(config)
+    assert (sizes["model"], sizes["critic model"], sizes["critic optimizer"]) == (4 * NUMBERS, 2 * 5000, 4 * 5000)
+    assert "critic optimizer" in check_disk(config, dry_run=False)[0][1]
+    config.critic.model.path = str(tmp_path / "absent")
+    assert checkpoint_bytes(config) is None
+    config.critic.enable = False
+    assert not [name for name in checkpoint_bytes(config) if name.startswith("critic")]
 
 
 def test_a_disk_without_room_for_two_checkpoints_is_refused(run):

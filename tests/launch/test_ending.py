@@ -2,9 +2,10 @@
 
 import errno
 import re
+from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.ending import first_cause
@@ -116,6 +117,16 @@ def test_a_dead_process_is_named_as_one():
     line = first_cause(ActorDiedError())
     assert line.startswith("SAYO-X25: a process of the run died")
     assert "dmesg" in line
+
+
+def test_a_raylet_that_died_is_named_and_not_the_actors_that_it_kept(monkeypatch):
+    ended, living = (SimpleNamespace(dead_processes=lambda dead=dead: dead) for dead in ([("raylet", None)], []))
+    monkeypatch.setattr("ray._private.worker._global_node", ended)
+    line = first_cause(ActorUnavailableError("Socket closed", b"\0" * 16))
+    assert line.startswith("SAYO-X15: Ray's raylet on this machine died | at the Ray that the launcher started | got ")
+    assert first_cause(KeyError("answer")).startswith("SAYO-X25: an exception ended the run")
+    monkeypatch.setattr("ray._private.worker._global_node", living)
+    assert first_cause(ActorDiedError()).startswith("SAYO-X25: a process of the run died")
 
 
 def test_the_cause_that_the_launcher_prints_last_is_the_only_one_shown(tmp_path):

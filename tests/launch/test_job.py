@@ -21,8 +21,9 @@ from sayo_verl.data import build as building
 from sayo_verl.data.build import BuildOptions, build
 from sayo_verl.data.rows import Example, ImageRef, Source
 from sayo_verl.errors import SayoError
-from sayo_verl.launch.job import LOGGER_PATH, check_added, check_types, composition_error, keys_of, write_out
+from sayo_verl.launch.job import LOGGER_PATH, check_added, composition_error, keys_of, write_out
 from sayo_verl.launch.memory import shapes_of
+from sayo_verl.launch.type_check import check_types
 from sayo_verl.scenes import SceneConfig
 from sayo_verl.tiny.prepared import prepare_scenes
 

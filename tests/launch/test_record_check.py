@@ -37,7 +37,7 @@ def test_the_plan_says_what_is_recorded_where_and_what_it_costs(recording, tmp_p
     plan = dict(preflight(config))
     assert plan["recorded"] == (
         "2 held-out prompts x 4 rollouts of the policy after 0, 5, 10 and 12 steps, in "
-        f"{tmp_path}/run/rollouts; each time two log-prob passes, one with a changed image, of 8 rows, "
+        f"{tmp_path}/run/rollouts; each time 2 log-prob passes, 1 with a changed image, of 8 rows, "
         "about 25 % of one training log-prob pass (64 rows)"
     )
     assert "probing layer index 3, the last of 4" in plan["model"]
@@ -106,7 +106,7 @@ def test_what_is_measured_has_the_layers_the_rows_and_the_changed_image_of_the_m
     faithful = FaithfulMethod(layers=(1, 2))
     seen = observation(config, faithful)
     assert (seen.layers, seen.query_row) == ((1, 2), "predicting")
-    assert seen.intervention == faithful.needs().intervention
+    assert (seen.intervention,) == faithful.needs().interventions
     assert observation(config, RegionMethod()).intervention == Intervention()
     assert observation(config, DualMethod()).layers == (-1,), "hidden states have no attention"
     config.sayo.viz_causal = False

@@ -177,3 +177,35 @@ def test_a_relative_checkpoint_folder_is_allowed_if_none_is_saved_or_resumed(mak
     check_paths(make(**{**values, "trainer.resume_mode": "disable"}))
     with pytest.raises(SayoError, match=r"L59: .* at trainer\.default_local_dir"):
         check_paths(make(**{**values, "trainer.resume_mode": "disable", "trainer.save_freq": 5}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "cards", "got"),
+    [
+        ({"ray_kwargs.ray_init.num_gpus": 1, "trainer.n_gpus_per_node": 3}, 0, "1 (ray_kwargs.ray_init.num_gpus)"),
+        (
+            {"trainer.device": "cuda", "ray_kwargs.ray_init.num_gpus": None, "trainer.n_gpus_per_node": 8},
+            4,
+            "4 (visible",
+        ),
+        ({"trainer.v1.trainer_mode": "separate_async", "actor_rollout_ref.rollout.nnodes": 1}, 0, "1 (ray_kwargs"),
+    ],
+)
+def test_more_devices_than_the_ray_that_is_started_has_are_refused(base, without_gpu, settings, cards, got):
+    without_gpu.setattr("sayo_verl.launch.resources.torch.cuda.is_available", lambda: cards > 0)
+    without_gpu.setattr("sayo_verl.launch.resources.torch.cuda.device_count", lambda: cards)
+    config = changed(base, "actor_rollout_ref.rollout.n_gpus_per_node", 1)
+    for key, value in settings.items():
+        config = changed(config, key, value)
+    with pytest.raises(SayoError, match="L81: Ray has fewer devices on this machine") as refusal:
+        check_devices(config, dry_run=False)
+    assert refusal.value.got.startswith(got)
+    check_devices(config, dry_run=True)  # of another machine
+    check_devices(changed(config, "ray_kwargs.ray_init.address", "10.0.0.1:6379"), dry_run=False)
+
+
+def test_cards_that_torch_cannot_count_are_left_to_ray(base, without_gpu):
+    without_gpu.setattr("sayo_verl.launch.resources.shutil.which", lambda name: "/usr/bin/nvidia-smi")
+    without_gpu.setattr("sayo_verl.launch.resources.torch.cuda.device_count", lambda: 0)
+    config = changed(changed(base, "trainer.device", "cuda"), "ray_kwargs.ray_init.num_gpus", None)
+    check_devices(changed(config, "trainer.n_gpus_per_node", 8), dry_run=False)

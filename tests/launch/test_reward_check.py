@@ -263,6 +263,7 @@ def estimator(name, **values):
         (estimator("attn_mix", **{"algorithm.attn.mix": ["dual"]}), 1.0, None),
         (estimator("attn_faithful"), 1.0, ""),
         (estimator("attn_sensitivity"), 1.0, None),
+        (estimator("attn_evidence", **{"algorithm.attn.evidence.replaced": 0.0}), 1.0, ""),
     ],
 )
 def test_a_reward_that_does_not_depend_on_the_answer_is_refused_unless_the_method_gives_one(
@@ -303,9 +304,30 @@ def test_a_function_of_the_users_is_not_ours_and_is_loaded_once(make, tmp_path):
     assert (tmp_path / "loads").read_text() == "x"
 
 
+def test_a_reward_that_takes_the_place_of_correctness_must_know_what_correctness_is_worth(make):
+    values = estimator("attn_evidence")
+    error = refused(with_kwargs(make(**values), accuracy_weight=0.5), "A24")
+    assert error.where == "algorithm.attn.evidence.replaced"
+    assert "replaced=0.5" in error.fix
+    refused(with_kwargs(make(**values), accuracy_weight=0.0), "A24")
+    preflight(with_kwargs(make(**values, **{"algorithm.attn.evidence.replaced": 0.5}), accuracy_weight=0.5))
+    preflight(with_kwargs(make(**values, **{"algorithm.attn.evidence.weight": 0.0}), accuracy_weight=0.5))
+    mixed = estimator("attn_mix", **{"algorithm.attn.mix": ["dual", "evidence"]})
+    refused(with_kwargs(make(**mixed), accuracy_weight=2.0), "A24")
+
+
+def test_the_plan_names_the_passes_with_a_changed_image(make):
+    plan = dict(preflight(make(**estimator("attn_evidence"))))
+    assert plan["changed images"].startswith("4 further log-prob passes of the same responses in every update")
+    others = [f"elsewhere.grey.s0.d{draw}" for draw in range(3)]
+    assert plan["changed images"].endswith(f": {', '.join(['region.grey', *others])}")
+    assert "a further log-prob pass" in dict(preflight(make(**estimator("attn_faithful"))))["changed images"]
+    assert "changed images" not in dict(preflight(make(**estimator("attn_dual"))))
+
+
 def test_every_method_has_a_case_above(repo):
     shipped = {name for name, cls in METHODS.items() if cls.__module__.startswith("sayo_verl.")}
-    assert shipped == {"attn_region", "attn_dual", "attn_anchor", "attn_faithful", "attn_sensitivity"}
+    assert shipped == {"attn_region", "attn_dual", "attn_anchor", "attn_faithful", "attn_sensitivity", "attn_evidence"}
 
 
 def test_a_reward_of_format_alone_is_refused_in_sayos_job(repo):

@@ -3,6 +3,8 @@
 Shape suffixes: L layers, H query heads, T response tokens, W words, V visual tokens.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -96,15 +98,31 @@ def test_answers_are_greedy_continuations_of_the_prompts_own_ids(name, observer_
 
 def test_a_changed_image_changes_log_probs_and_nothing_else(observer_of):
     observer = observer_of("qwen3_vl")
-    prompt, ids = observer.prompt(row_of(two_images(32)), "a row"), response_of(9)
+    prompt, ids = (
+        observer.prompt(row_of(RowShape(((128, 128), (64, 64)), 0, [[[0.0, 0.0, 0.5, 0.5]], []])), "a row"),
+        response_of(9),
+    )
     request = StatisticsRequest((Statistic("region_mass", layers=(0, 1)), Statistic("patch_sums")))
     plain = observer.measure(prompt, ids, request)
-    changed = observer.measure(prompt, ids, request, intervention=Intervention("region"))
-    assert plain.counterfactual_log_probs is None
+    region, grey, control = Intervention("region"), Intervention("grey"), Intervention("elsewhere", draw=2)
+    changed = observer.measure(prompt, ids, request, interventions=(region, grey, control))
+    assert plain.counterfactuals == {}
     assert torch.equal(plain.log_probs, changed.log_probs)
-    assert (changed.counterfactual_log_probs - changed.log_probs).abs().max() > 1e-4
-    grey = observer.measure(prompt, ids, request, intervention=Intervention("grey"))
-    assert not torch.equal(grey.counterfactual_log_probs, changed.counterfactual_log_probs)
+    passes = [changed.counterfactuals[i] for i in (region, grey, control)]
+    for one, other in itertools.combinations((changed.log_probs, *passes), 2):
+        assert (one - other).abs().max() > 1e-5
+    alone = observer.measure(prompt, ids, request, interventions=(control,))
+    assert torch.equal(alone.counterfactuals[control], passes[2]), "a pass does not depend on others"
+
+
+def test_without_boxes_a_change_of_boxes_takes_no_pass(observer_of, monkeypatch):
+    observer = observer_of("qwen3_vl")
+    prompt, ids = observer.prompt(row_of(RowShape(((96, 96),), 0, [[]])), "a row"), response_of(9)
+    region, control = Intervention("region"), Intervention("elsewhere")
+    monkeypatch.setattr(observer, "_changed", None)
+    measured = observer.measure(prompt, ids, StatisticsRequest(()), interventions=(region, control))
+    for intervention in (region, control):
+        assert torch.equal(measured.counterfactuals[intervention], measured.log_probs)
 
 
 def near(got, wanted, within: float = NEAR) -> None:

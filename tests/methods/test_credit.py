@@ -3,6 +3,7 @@
 Shape suffixes: B rows, T response tokens.
 """
 
+import dataclasses
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -28,6 +29,10 @@ NAN = float("nan")
 
 def refusal(code: str, says: str = ""):
     return pytest.raises(SayoError, match=rf"^SAYO-{code}: .*{says}.* \| at .+ \| (.* \| )?fix: .+\Z")
+
+
+def refused_at(code: str, place: str):
+    return pytest.raises(SayoError, match=rf"^SAYO-{code}: .* \| at .*{place}.* \| fix: .+\Z")
 
 
 def grpo(rewards: list[float], uid: str) -> torch.Tensor:
@@ -158,7 +163,8 @@ class Fixed:
 
     def needs(self) -> Needs:
         statistics = StatisticsRequest((Statistic("image_mass"),), coverage=self.coverage)
-        return Needs(statistics, self.intervention, boxes=self.boxes, packages=(("torch", "pip install torch"),))
+        interventions = () if self.intervention is None else (self.intervention,)
+        return Needs(statistics, interventions, boxes=self.boxes, packages=(("torch", "pip install torch"),))
 
     def credit(self, signals: Signals) -> Credit:
         B, T = signals.response_mask.shape
@@ -226,14 +232,47 @@ def test_an_empty_mix_and_a_doubled_method_are_refused():
         Mix((RegionMethod(), RegionMethod(weight=2.0)))
 
 
-def test_parts_that_need_different_passes_are_refused():
+def test_parts_with_different_changed_images_get_a_pass_each_and_share_equal_ones():
     grey, blur = Intervention(kind="grey"), Intervention(kind="blur")
-    with refusal("A13"):
-        Mix((Fixed("attn_one", REWARD, grey), Fixed("attn_two", REWARD, blur)))
+    same = Intervention(kind="grey", share=0.3)  # grey does not use the share
+    mix = Mix((Fixed("attn_one", REWARD, grey), Fixed("attn_two", REWARD, blur), Fixed("attn_three", REWARD, same)))
+    assert mix.needs().interventions == (grey, blur)
+    assert Needs(StatisticsRequest(()), (blur, grey, same)).interventions == (blur, grey)
+
+
+def test_names_of_an_earlier_version_say_the_new_one():
+    grey = Intervention(kind="grey")
+    with refused_at("A19", "interventions"):
+        Needs(StatisticsRequest(()), intervention=grey)
+    with refused_at("A19", "interventions"):
+        Needs(StatisticsRequest(()), grey)
+    with refused_at("A19", "interventions"):
+        Needs(StatisticsRequest(()), None)
+    with refused_at("A19", "interventions"):
+        _ = Needs(StatisticsRequest(())).intervention
+    with refused_at("A19", "counterfactual"):
+        signals().required("counterfactual_log_probs")
+    with refused_at("A19", "counterfactual"):
+        _ = signals().counterfactual_log_probs
+
+
+def test_a_changed_image_that_was_not_measured_is_refused():
+    grey, blur = Intervention(kind="grey"), Intervention(kind="blur")
+    measured = dataclasses.replace(signals(), counterfactuals={grey: torch.full((4, 3), -2.0)})
+    assert torch.equal(measured.counterfactual(Intervention(kind="grey", seed=3)), torch.full((4, 3), -2.0))
+    with refused_at("A10", "blur"):
+        measured.counterfactual(blur)
+    measured.check()
+    with refusal("A03", "grey"):
+        dataclasses.replace(measured, counterfactuals={grey: torch.full((4, 3), 2.0)}).check()
+    with refusal("A02", "grey"):
+        dataclasses.replace(measured, counterfactuals={grey: torch.full((4, 2), -2.0)}).check()
+
+
+def test_parts_that_need_different_passes_are_refused():
     with refusal("P15"):
         Mix((Fixed("attn_one", REWARD, coverage=0.5, boxes=True), RegionMethod(coverage=1.0)))
     assert Mix((Fixed("attn_one", REWARD), RegionMethod(coverage=1.0))).needs().statistics.coverage == 1.0
-    assert Mix((Fixed("attn_one", REWARD, grey), Fixed("attn_two", REWARD))).needs().intervention == grey
 
 
 def test_metrics_of_one_name_are_refused():

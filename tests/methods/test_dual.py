@@ -207,6 +207,20 @@ def test_the_sum_favours_long_answers_and_the_mean_does_not():
     assert dual_grained_factors(same, mask, ["a", "a"], config)[1].tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("counted", [None, [True, True, True]])
+@pytest.mark.parametrize("kind", ["sum", "normalised_sum", "mean"])
+def test_a_counted_row_without_a_token_takes_no_part_in_its_group(counted, kind):
+    score = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(3, 8) * torch.tensor([1.0, 1.0, 0.0])[:, None]
+    config = DualConfig(trajectory_score=kind)
+    alone = dual_grained_factors(score[:2], mask[:2], ["a", "a"], config)
+    rows = None if counted is None else torch.tensor(counted)
+    token, trajectory = dual_grained_factors(score, mask, ["a"] * 3, config, counted=rows)
+    assert torch.equal(token[:2], alone[0])
+    assert torch.equal(trajectory[:2], alone[1])
+    assert trajectory[2] == 1.0
+
+
 @pytest.mark.parametrize("value", [0.37, 0.77, -0.3])
 def test_rounding_is_not_blown_up_to_a_factor(value):
     mask = torch.arange(40) < torch.tensor([40, 23])[:, None]

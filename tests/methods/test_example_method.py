@@ -14,7 +14,7 @@ from support.counterfactual_signals import changed
 from support.refusals import refusal
 
 from sayo_verl.launch.settings import load_methods, settings_from_config
-from sayo_verl.methods import METHODS, Signals, advantages
+from sayo_verl.methods import METHODS, Signals, advantages, own_methods
 from sayo_verl.methods.random_signals import random_signals
 
 ROOT = Path(__file__).parent.parent.parent
@@ -31,6 +31,13 @@ def test_the_page_shows_the_files_as_they_are():
     python = re.findall(r"```python\n(.*?)```", page, re.S)
     assert sorted(python) == sorted(FILES[name].read_text() for name in NAMES)
     assert re.findall(r"```yaml\n(.*?)```", page, re.S) == [YAMLS["glance"].read_text()]
+
+
+def test_the_users_own_methods_are_those_of_other_packages():
+    own = own_methods()
+    assert {own["attn_reliance"], own["attn_glance"]} == {METHOD, GLANCE}
+    shipped = {"attn_region", "attn_dual", "attn_anchor", "attn_faithful", "attn_sensitivity", "attn_evidence"}
+    assert not own.keys() & shipped
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,5 +89,5 @@ def test_tokens_get_more_advantage_as_far_as_the_image_raises_their_probability(
 def test_it_needs_a_second_pass_and_no_statistic():
     needs = METHOD().needs()
     assert needs.statistics.statistics == ()
-    assert needs.intervention is not None
+    assert needs.interventions == (METHOD().counterfactual,)
     assert METHOD().credit(random_signals(needs, 0, 4, 5)).terms == ()

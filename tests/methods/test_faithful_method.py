@@ -103,7 +103,7 @@ def test_nothing_is_mutated(method):
 
 def test_without_a_second_pass_it_refuses():
     with refusal("A10", "was not measured"):
-        FaithfulMethod().credit(replace(batch(), counterfactual_log_probs=None))
+        FaithfulMethod().credit(replace(batch(), counterfactuals={}))
     with refusal("A10", "was not measured"):
         FaithfulMethod(layers=(-2,)).credit(batch())
 
@@ -158,13 +158,13 @@ def test_of_correct_answers_the_faithful_one_is_preferred():
 def test_what_it_needs_follows_the_settings():
     needs = FaithfulMethod(layers=(-1, 3)).needs()
     assert needs.statistics.statistics == (Statistic("image_mass", (-1, 3), "predicting"),)
-    assert (needs.intervention, needs.correctness, needs.boxes) == (Intervention(), True, False)
+    assert (needs.interventions, needs.correctness, needs.boxes) == ((Intervention(),), True, False)
     change = Intervention(kind="region", fill="grey", seed=4)
     needs = FaithfulMethod(
         causal_unit="region", counterfactual=change, gate=False, query_row="input", coverage=0.25
     ).needs()
     assert needs.statistics.statistics == (Statistic("region_mass", (-1,), "input"),)
-    assert (needs.intervention, needs.correctness, needs.boxes) == (change, False, True)
+    assert (needs.interventions, needs.correctness, needs.boxes) == ((change,), False, True)
     assert needs.statistics.coverage == 0.25
     assert FaithfulMethod(counterfactual=change).needs().boxes
     assert FaithfulMethod(weight=0.0).needs() == FaithfulMethod().needs()  # metrics at strength zero too
@@ -186,13 +186,14 @@ def test_the_configuration_reads_every_setting(monkeypatch):
         "causal_unit": "region",
         "k_max": 5,
         "coverage": 0.25,
-        "counterfactual": {"kind": "region", "share": 0.6, "fill": "grey", "sigma": 2, "seed": 1},
+        "counterfactual": {"kind": "region", "share": 0.6, "fill": "grey", "sigma": 2, "seed": 1, "draw": 4},
     }
     built = settings_from_config("attn_faithful", {"faithful": node}).method
     assert set(node) == {field.name for field in fields(FaithfulMethod)}
     assert built == FaithfulMethod(
-        1.0, (18,), "input", False, "mass", "region", 5.0, 0.25, Intervention("region", 0.6, "grey", 2.0, 1)
+        1.0, (18,), "input", False, "mass", "region", 5.0, 0.25, Intervention("region", 0.6, "grey", 2.0, 1, 4)
     )
+    assert vars(built.counterfactual) == node["counterfactual"]  # equal interventions may differ in unused settings
 
 
 @pytest.mark.parametrize(

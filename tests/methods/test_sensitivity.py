@@ -124,7 +124,7 @@ def test_a_changed_region_needs_boxes():
     needs = SensitivityMethod().needs()
     assert not needs.boxes
     assert needs.statistics.statistics == ()
-    assert needs.intervention == Intervention()
+    assert needs.interventions == (Intervention(),)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ def test_the_catalogue_has_a_section_with_a_paper_for_each_method_and_no_name_tw
         "attn_anchor": "attn_anchor: our reading of AT-RL, arXiv 2602.11455",
         "attn_faithful": "attn_faithful: our reading of Faithful-MR1, arXiv 2605.22072",
         "attn_sensitivity": "attn_sensitivity: VPPO, arXiv 2510.09285",
+        "attn_evidence": "attn_evidence: Evidence-RL, arXiv 2608.08021",
         "attn_mix": "attn_mix: SAYO + VGPO",
         "attn_mine": "attn_mine",
         "grpo": "grpo: GRPO, arXiv 2402.03300",
@@ -104,6 +105,7 @@ def test_an_estimator_is_named_with_its_paper(tmp_path, estimator, label):
         "attn_anchor": ["anchor share", "largest weight"],
         "attn_faithful": ["faithful reward", "effect"],
         "attn_sensitivity": ["sensitivity", "largest factor"],
+        "attn_evidence": ["margin", "drop"],
         "attn_mix": ["r_v", "R_a", "gate rate", "token factor std"],
         "attn_mine": ["a_third", "mine/mean"],
     }.items(),
@@ -140,3 +142,13 @@ def test_the_room_needs_neither_torch_nor_verl():
     code = "import sys, sayo_verl.report.curves, sayo_verl.report.table, sayo_verl.report.watch as w; "
     code += "assert not {'torch', 'verl', 'ray'} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_seconds_of_single_passes_are_rows_of_the_table_and_nothing_else(tmp_path):
+    passes = {f"{c.PASSES}/region.grey": 1.0, f"{c.PASSES}/elsewhere.grey.s0.d1": 2.0}
+    run = make_run(tmp_path, OF_METHOD["attn_evidence"] | {c.PASSES: 3.0} | passes, estimator="attn_evidence")
+    rows = {metric.name: metric for metric in c.rows_of(run)}
+    assert rows[f"{c.PASSES}/region.grey"].label == "pass region.grey (seconds)"
+    assert passes.keys() | {c.PASSES} <= rows.keys()
+    assert not {m.name for panel in c.panels_of([run]) for m in panel.metrics} & passes.keys()
+    assert not {metric.name for metric in c.headlines(run.series)} & passes.keys()

@@ -84,6 +84,7 @@ def test_figure_of_grpo_has_the_common_panels_and_says_not_measured(tmp_path, mo
         "attn_anchor": {"Anchor share", "Anchor weights", "Clusters", "Connectivity $d$"},
         "attn_faithful": {"Faithful reward", "Causal effect $k$", "Causal attention"},
         "attn_sensitivity": {"Sensitivity $k$", "Sensitivity factor"},
+        "attn_evidence": {"Evidence margin $m$", "Drop of support"},
         "attn_mine": {"mine/mean", "mine_share", "a_third"},
     }.items(),
 )
@@ -115,22 +116,22 @@ def test_figure_counts_nan_of_each_run(tmp_path, monkeypatch):
     assert not any("good" in text and "NaN" in text for text in found)
 
 
-def six_runs(folder: Path) -> dict[str, Run]:
-    methods = ("grpo", "attn_region", "attn_dual", "attn_anchor", "attn_faithful", "attn_sensitivity")
+def runs_of_all_methods(folder: Path) -> dict[str, Run]:
+    methods = ("grpo", "attn_region", "attn_dual", "attn_anchor", "attn_faithful", "attn_sensitivity", "attn_evidence")
     return {name: make_run(folder / name, OF_METHOD[name], estimator=name) for name in methods}
 
 
 def test_a_comparison_has_every_methods_panels_and_says_how_many_runs_measured_them(tmp_path, monkeypatch):
-    figure = figure_of(monkeypatch, lambda: plot_runs(six_runs(tmp_path), tmp_path / "x.png"))
+    figure = figure_of(monkeypatch, lambda: plot_runs(runs_of_all_methods(tmp_path), tmp_path / "x.png"))
     shown = {axis.get_title(loc="left"): axis for axis in figure.axes}
     colours = []
     for section in c.OF_METHODS:
         axes = [shown[panel.title] for panel in section.panels]
-        assert {axis.get_title(loc="right") for axis in axes} == {"1 of 6 runs"}
+        assert {axis.get_title(loc="right") for axis in axes} == {"1 of 7 runs"}
         guides = {axis.lines[-1].get_color() for axis, panel in zip(axes, section.panels, strict=True) if panel.guide}
         colours.append({line.get_color() for axis in axes for line in axis.lines} - guides)
-    assert [len(of_one_run) for of_one_run in colours] == [1, 1, 1, 1, 1]
-    assert len(set.union(*colours)) == 5
+    assert [len(of_one_run) for of_one_run in colours] == [1] * len(c.OF_METHODS)
+    assert len(set.union(*colours)) == len(c.OF_METHODS)
     assert "not measured: grpo" in [text.get_text() for text in shown["Accuracy"].texts]
     assert shown["Total reward"].get_title(loc="right") == ""
 
@@ -146,10 +147,10 @@ def drawn_texts(figure: Figure) -> list[Text]:
     return [text for text in every if text.get_text() and text.get_visible() and (not text.axes or text.axes.axison)]
 
 
-@pytest.mark.parametrize("estimator", [*OF_METHOD, "six"])
+@pytest.mark.parametrize("estimator", [*OF_METHOD, "all"])
 def test_no_text_leaves_the_figure_or_covers_another(tmp_path, monkeypatch, estimator):
-    if estimator == "six":
-        figure = figure_of(monkeypatch, lambda: plot_runs(six_runs(tmp_path), tmp_path / "x.png"))
+    if estimator == "all":
+        figure = figure_of(monkeypatch, lambda: plot_runs(runs_of_all_methods(tmp_path), tmp_path / "x.png"))
     else:
         run = make_run(tmp_path, OF_METHOD[estimator], estimator=estimator)
         figure = figure_of(monkeypatch, lambda: plot_run(run, tmp_path / "x.png"))

@@ -149,9 +149,9 @@ def test_each_count_of_rows_says_what_it_means_for_the_training(tmp_path):
     counts = [metric.name for metric in c.ANY_METHOD.metrics if metric.unless_zero]
     write_run(tmp_path, line(1, **ATTENTION, **dict.fromkeys(counts, 3.0)), launch={"run_id": "demo"})
     text = page_of(tmp_path).text
-    assert "failed rollouts: 3 in 1 steps. They were left out of their groups." in text
+    assert "3 rollouts failed in 1 step and were left out of their groups." in text
     assert "skipped updates: 3 in 1 steps. The weights stayed as they were." in text
-    assert text.count(": 3 in 1 steps. ") == len(counts)
+    assert text.count(": 3 in 1 steps. ") == len(counts) - 1, "failed rollouts have a sentence of their own"
 
 
 def test_text_of_the_model_and_of_files_stays_text(tmp_path):
@@ -191,6 +191,39 @@ def test_a_run_of_one_step_has_a_page_and_one_without_a_step_has_none(tmp_path):
     assert write_page_at_end(write_run(tmp_path / "none", "")) is None
     with pytest.raises(SayoError, match="SAYO-R02"):
         write_page_at_end(tmp_path / "no run")
+
+
+BATCH = ["data.train_batch_size=4", "actor_rollout_ref.rollout.n=2"]
+LEFT, ROSE = "and were left out of their groups.", "The share rose; in each step, in %:"
+
+
+@pytest.mark.parametrize(
+    ("counts", "overrides", "said"),
+    [
+        ([0, 0, 0], BATCH, ""),
+        ([1, 0, 0, 0], BATCH, f"1 of 32 rollouts failed (3 %) {LEFT}"),
+        ([0, 2, 3, 5], BATCH, f"10 of 32 rollouts failed (31 %) {LEFT} {ROSE} 0, 25, 38, 62."),
+        ([5], BATCH, f"5 of 8 rollouts failed (62 %) {LEFT}"),
+        ([1, 2], BATCH[:1], f"3 rollouts failed in 2 steps {LEFT}"),
+        ([1, 2], [*BATCH, "algorithm.filter_groups.enable=True"], f"3 rollouts failed in 2 steps {LEFT}"),
+    ],
+)
+def test_failed_rollouts_are_said_beside_the_result_with_their_share(tmp_path, capsys, counts, overrides, said):
+    lines = [line(step, **GRPO, **{"sayo/failed_rollouts": count}) for step, count in enumerate(counts, 1)]
+    written = write_page_at_end(write_run(tmp_path, *lines, launch={"overrides": overrides}))
+    assert written is not None
+    assert written[1] == said
+    warnings = Texts(written[0].read_text()).text.partition("Warnings")[2]
+    assert (said in warnings) if said else ("failed rollouts" not in warnings)
+    assert main(["report", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert (f"note     {said}" in shown) if said else ("rollouts failed" not in shown)
+
+
+def test_a_long_run_gives_the_shares_of_its_last_steps(tmp_path):
+    lines = [line(step, **GRPO, **{"sayo/failed_rollouts": step // 10}) for step in range(1, 21)]
+    _, said = write_page_at_end(write_run(tmp_path, *lines, launch={"overrides": BATCH}))
+    assert said.endswith("in each of the last 8 steps, in %: 12, 12, 12, 12, 12, 12, 12, 25.")
 
 
 def test_a_page_that_cannot_be_written_is_refused_and_a_damaged_configuration_too(tmp_path):

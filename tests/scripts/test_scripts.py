@@ -56,6 +56,13 @@ def test_help_prints_the_header_and_starts_nothing(repo, environment, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.sh")))
+def test_help_fits_80_columns_and_that_of_the_launchers_one_screen(script):
+    lines = header(script)
+    assert [line for line in lines if len(line) > 80] == []
+    assert len(lines) <= (24 if script in ("run.sh", "run_tiny.sh", "anchor.sh") else 40)
+
+
 def test_gpu_job_without_a_gpu_stops_and_names_the_tiny_script(repo, environment):
     done = plan(repo, "run_sayo_qwen3vl_8b.sh", environment, DRY_RUN="0")
     assert done.returncode == 1
@@ -291,6 +298,7 @@ def test_each_script_has_a_method_of_its_own(faked):
     assert methods == {
         "run_atrl_qwen2_5vl_7b.sh": "anchor",
         "run_dapo_qwen2_5vl_7b.sh": "dapo",
+        "run_evidence_qwen3_5_9b.sh": "evidence",
         "run_faithful_qwen2_5vl_7b.sh": "faithful",
         "run_grpo_qwen2_5vl_7b.sh": "grpo",
         "run_grpo_qwen3vl_8b.sh": "grpo",
@@ -313,6 +321,7 @@ SETTINGS = [
     ("run_tiny.sh", {"METHOD": "grpo", "MODEL_PATH": "a b"}),
     ("run_vgpo_qwen2_5vl_7b.sh", {"METHOD": "dual_released", "NGPUS_PER_NODE": "4"}),
     ("run.sh", {"JOB": "qwen2_5vl_7b", "METHOD": "anchor"}),
+    ("run.sh", {"JOB": "tiny", "METHOD": "grpo", "VERL_PLATFORM": "cpu"}),
     ("anchor.sh", {"JOB": "tiny", "DATA": "d"}),
 ]
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sayo_verl.methods import Signals
+from sayo_verl.vision.intervention import Intervention
 
 NAN = float("nan")
 
@@ -40,7 +41,7 @@ def changed(
         region_tokens=torch.zeros(B),
         is_padding=torch.zeros(B, dtype=torch.bool),
         uid=tuple(uid),
-        counterfactual_log_probs=-1.0 - rows,
+        counterfactuals={Intervention(): -1.0 - rows},
         correct=None if correct is None else torch.tensor(correct),
         reports=reports or {},
     )

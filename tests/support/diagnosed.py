@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sayo_verl.diagnose.answers import IMAGE, REGION, Answer, needs_of, usable_methods
+from sayo_verl.probe.statistics import log_probs_key
 
 IMAGE_TOKENS, REGION_TOKENS = 16, 2
 Draw = Callable[[np.random.Generator, int, int], float]  # random numbers, row, sample
@@ -32,7 +33,8 @@ def answers(
     """
     random = np.random.default_rng(seed)
     methods, _ = usable_methods()
-    statistics = needs_of(methods.values()).statistics.statistics
+    needs = needs_of(methods.values())
+    statistics = needs.statistics.statistics
     found = []
     for row in range(rows):
         for sample in range(samples):
@@ -47,7 +49,7 @@ def answers(
             values |= {s.key: near[:, : s.size] for s in statistics if s.name == "neighbour_index"}
             values |= {s.key: np.full((T, s.size), 0.5) for s in statistics if s.name == "neighbour_similarity"}
             values |= {"entropy": random.uniform(0, 2, T), "log_probs": -random.uniform(0, 2, T)}
-            values["counterfactual_log_probs"] = values["log_probs"] - random.uniform(0, 1, T)
+            values |= {log_probs_key(i): values["log_probs"] - random.uniform(0, 1, T) for i in needs.interventions}
             if sample == 0:
                 image = np.full((3, 2), 0.2)
                 lift = np.array(lift_of_layers(row))[:, None] * random.uniform(0.9, 1.1, (3, 2))

@@ -39,7 +39,7 @@ def signals_of(log_probs, changed, mass, correct, *, mask=None, **settings) -> S
             "region_tokens": torch.full((B,), 2),
             "is_padding": torch.zeros(B, dtype=torch.bool),
             "uid": ("a",) * B,
-            "counterfactual_log_probs": changed,
+            "counterfactuals": dict.fromkeys((Intervention(), Intervention("region")), changed),
             "correct": torch.as_tensor(correct, dtype=torch.float32),
             **settings,
         }

@@ -33,7 +33,7 @@ from sayo_verl.tiny.policy import (
     generate,
     task_words,
 )
-from sayo_verl.tiny.prepared import prepare_scenes
+from sayo_verl.tiny.prepared import prepare_scenes, prepare_walks
 from sayo_verl.tiny.warmup import (
     IGNORE,
     WarmupConfig,
@@ -119,9 +119,12 @@ def test_the_words_of_the_scenes_keep_their_tokens():
     assert ids == [327, 340, 307, 325, 333, 30, 353, 333, 332, 305, 354, 355, 332, 356]  # recorded before walks
 
 
-def test_the_warm_up_refuses_walks(tmp_path):
+def test_the_warm_up_and_the_evaluation_on_scenes_refuse_walks(tmp_path):
     with refusal("D84", "'walk'"):
         prepare_policy(tmp_path, TinyPolicyConfig(task="walk"), QUICK, SCENES)
+    walks = prepare_walks(tmp_path, WalkConfig(n_train=1, n_val=2)).path
+    with refusal("D85", "6 of 6 without target_boxes"):
+        evaluate(tmp_path, walks)
 
 
 def test_a_tokenizer_that_splits_words_of_the_task_is_refused(monkeypatch):

@@ -168,10 +168,17 @@ def test_region_takes_marks_of_torch_too():
     assert filled_patches(row["pixel_values"], both[0]).tolist() == [True] * 4 + [False] * 8 + [True] * 4
 
 
+@pytest.mark.parametrize("kind", ["region", "elsewhere"])
 @pytest.mark.parametrize("region", [None, [np.zeros(15, bool)]])
-def test_without_a_box_a_row_stays_as_it_is(region):
+def test_without_a_box_a_row_stays_as_it_is(region, kind):
     row = row_of(picture(84, 140))
-    assert torch.equal(change(row, Intervention(kind="region"), region=region)["pixel_values"], row["pixel_values"])
+    assert torch.equal(change(row, Intervention(kind=kind), region=region)["pixel_values"], row["pixel_values"])
+
+
+def test_a_control_region_is_filled_as_the_boxes_are():
+    row, marks = row_of(picture(84, 140)), [np.arange(15) < 4]
+    box, control = (change(row, Intervention(kind, fill="grey"), region=marks) for kind in ("region", "elsewhere"))
+    assert torch.equal(box["pixel_values"], control["pixel_values"])
 
 
 @pytest.mark.parametrize(
@@ -237,7 +244,7 @@ def test_a_mask_depends_on_seed_and_key_only():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("kind", ["patches", "grey", "region", "blur"])
+@pytest.mark.parametrize("kind", ["patches", "grey", "region", "blur", "elsewhere"])
 def test_only_the_pixels_change_and_nothing_is_mutated(kind, dtype):
     row = row_of(picture(84, 140))
     row["pixel_values"] = row["pixel_values"].to(dtype)
@@ -256,7 +263,7 @@ def test_only_the_pixels_change_and_nothing_is_mutated(kind, dtype):
     assert not torch.equal(out["pixel_values"], row["pixel_values"])
 
 
-@pytest.mark.parametrize("kind", ["patches", "grey", "region", "blur"])
+@pytest.mark.parametrize("kind", ["patches", "grey", "region", "blur", "elsewhere"])
 def test_a_row_without_image_is_returned_as_it_is(kind):
     row = {"second_per_grid_ts": torch.ones(1)}
     out = change(row, Intervention(kind=kind), tiles=[])
@@ -385,7 +392,7 @@ def test_grey_and_blur_of_tiles():
         (torch.zeros(60, GRID.patch_values, dtype=torch.uint8), "uint8"),
     ],
 )
-@pytest.mark.parametrize("kind", ["patches", "grey", "region", "blur"])
+@pytest.mark.parametrize("kind", ["patches", "grey", "region", "blur", "elsewhere"])
 def test_pixels_of_another_grid_are_refused(kind, pixels, says):
     row = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 6, 10]])}
     with refusal("V07", "") as caught:
@@ -427,6 +434,7 @@ def test_tiles_of_two_sizes_are_refused():
         ("sigma", float("inf")),
         ("sigma", NAN),
         ("seed", -1),
+        ("draw", -1),
     ],
 )
 def test_a_setting_out_of_range_is_refused(key, value):
@@ -436,8 +444,34 @@ def test_a_setting_out_of_range_is_refused(key, value):
 
 
 def test_settings_travel_as_plain_values():
-    there = Intervention(kind="blur", share=0.25, fill="grey", sigma=2.0, seed=3)
-    assert Intervention.from_wire(json.loads(json.dumps(there.to_wire()))) == there
+    there = Intervention(kind="elsewhere", share=0.25, fill="grey", sigma=2.0, seed=3, draw=2)
+    back = Intervention.from_wire({**json.loads(json.dumps(there.to_wire())), "coverage": 0.5, "step": 1})
+    assert vars(back) == vars(there)
+
+
+def test_interventions_are_equal_if_they_change_images_alike():
+    assert Intervention("grey", share=0.3, seed=2) == Intervention("grey")
+    assert Intervention("region", fill="grey", sigma=3.0, draw=4) == Intervention("region", fill="grey")
+    assert Intervention("blur", sigma=2) == Intervention("blur", sigma=2.0, fill="grey")
+    different = [
+        Intervention(),
+        Intervention(share=0.6),
+        Intervention(seed=1),
+        Intervention(fill="grey"),
+        Intervention("blur"),
+        Intervention("blur", sigma=2.0),
+        Intervention("grey"),
+        Intervention("region"),
+        Intervention("region", fill="grey"),
+        Intervention("elsewhere"),
+        Intervention("elsewhere", seed=1),
+        Intervention("elsewhere", draw=1),
+        Intervention("elsewhere", fill="grey"),
+        Intervention("elsewhere", seed=11),
+        Intervention("elsewhere", seed=1, draw=1),
+    ]
+    assert len(set(different)) == len({i.key for i in different}) == len(different)
+    assert Intervention() != "patches.0.5.black.s0"
 
 
 # ------------------------------------------------------------------------------------------------------------------ key

@@ -1,0 +1,103 @@
+"""Score the credit of methods, and statistics of tokens, on rollouts whose truth is known. Nothing is trained.
+
+A method's credit is its advantages, from the package's own core (``sayo_verl.methods.advantages``), so reward terms,
+token and trajectory factors and bonuses all count. Where a token's credit lies is the size of its advantage. Responses
+of a group without contrast have no credit and are left out.
+
+Shape suffixes: B responses, T tokens of a response (padded on the right).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from benchmarks.yardstick import scores
+from benchmarks.yardstick.scores import Truth
+from sayo_verl.estimates import Estimate, dependence
+from sayo_verl.methods import Method, Signals, advantages
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Responses of one policy with what was measured and what is true.
+
+    Attributes:
+        signals: what methods read.
+        truth: of the tokens.
+        reward: [B], the task reward.
+        own_region: decoder layer -> [B, T], attention of the row that sampled the token on the region that the token
+            depends on, as a share of the attention on the image; read at perceptual tokens.
+    """
+
+    signals: Signals
+    truth: Truth
+    reward: torch.Tensor
+    own_region: Mapping[int, np.ndarray]
+
+
+def of_method(method: Method, rollouts: Rollouts) -> dict[str, Estimate]:
+    """Scores of a method by name (``benchmarks.yardstick.scores``); those that it does not touch are absent.
+
+    ``separation``, ``precision``, ``blame``, ``afterwards`` and ``control`` (permuted credit) are always there.
+    ``trajectory`` needs a trajectory factor, ``look`` a reward term. ``look`` takes the layer that looks best.
+    """
+    truth, signals = rollouts.truth, rollouts.signals
+    credit = method.credit(signals)
+    advantage_BT = advantages(rollouts.reward, signals.response_mask, signals.uid, credit)[0].double().numpy()
+    has_credit_B = (np.where(truth.mask, advantage_BT, 0.0) != 0).any(1)
+    size_BT, known = np.abs(advantage_BT[has_credit_B]), rows(truth, has_credit_B)
+    found = {
+        "separation": scores.separation(size_BT, known),
+        "precision": scores.precision(size_BT, known),
+        "control": scores.separation(scores.permuted(size_BT, known), known),
+        "blame": scores.blame(advantage_BT, truth),
+        "afterwards": scores.afterwards(advantage_BT, truth),
+    }
+    if credit.trajectory_weight is not None:
+        found["trajectory"] = scores.trajectory(credit.trajectory_weight.double().numpy(), truth)
+    for term in credit.terms:
+        reward_B = np.where(term.valid.numpy(), term.value.double().numpy(), np.nan)
+        layer = best_layer(rollouts)
+        name = "look" if len(credit.terms) == 1 else f"look of {term.name}"
+        found[name] = scores.look(reward_B, rollouts.own_region[layer], truth)
+    return found
+
+
+def of_values(values: np.ndarray, truth: Truth) -> dict[str, Estimate]:
+    """Scores of a statistic as if it were a token factor. ``values``: [B, T]."""
+    return {
+        "separation": scores.separation(values, truth),
+        "precision": scores.precision(values, truth),
+        "error": scores.error(values, truth),
+        "control": scores.separation(scores.permuted(values, truth), truth),
+    }
+
+
+def token_statistics(signals: Signals) -> dict[str, np.ndarray]:
+    """What was measured of each token, by name: [B, T]. Statistics of several values per token are left out."""
+    found = {"entropy": signals.entropy, "surprise": -signals.log_probs}
+    for statistic, values in signals.statistics.items():
+        if values.ndim == 2:
+            layers = ", ".join(map(str, statistic.layers))
+            found[f"{statistic.name}, layer {layers}" if layers else statistic.name] = values
+    out = {name: values.double().numpy() for name, values in found.items()}
+    for intervention, changed in signals.counterfactuals.items():
+        name = "dependence on the image" if len(signals.counterfactuals) == 1 else f"dependence, {intervention.key}"
+        out[name] = dependence((signals.log_probs - changed).double().numpy())
+    return out
+
+
+def best_layer(rollouts: Rollouts) -> int:
+    """The layer with the highest mean attention on the tokens' own regions."""
+    looks_BT = rollouts.truth.mask & rollouts.truth.perceptual
+    return max(rollouts.own_region, key=lambda layer: float(rollouts.own_region[layer][looks_BT].mean()))
+
+
+def rows(truth: Truth, kept: np.ndarray) -> Truth:
+    """The truth of some responses. ``kept``: bool [B]."""
+    prompt = [name for name, keep in zip(truth.prompt, kept, strict=True) if keep]
+    arrays = {name: getattr(truth, name)[kept] for name in ("mask", "perceptual", "right", "correct")}
+    return dataclasses.replace(truth, prompt=prompt, **arrays)

@@ -1,0 +1,180 @@
+"""How well credit agrees with a known truth, on one scale: 0 is the uniform credit of GRPO, 1 is perfect.
+
+Each score is computed for single responses, and means of these are compared. Credit is a factor within a response, so
+values of different responses are never ranked against each other. A raw value x becomes
+
+    score = (x - x of uniform credit) / (1 - x of uniform credit)
+
+    score         raw value                                                                         uniform  1 means
+    separation    ROC AUC of the token values, perceptual tokens against all others                 0.5      all above
+    precision     average precision of the same ranking                                             K / T    all first
+    error         ROC AUC of the token values, the first error against the other perceptual tokens  0.5      highest
+    blame         share of a wrong response's negative credit on its first error                    1 / T    all of it
+    afterwards    the same on the tokens after the first error                                      L / T    all of it
+    trajectory    Spearman's rho of the trajectory factor with the share of right looks             0        same order
+    look          Spearman's rho of a reward term with the attention on each step's own region      0        same order
+
+K perceptual tokens of T; L tokens after the first error. A negative score is worse than uniform credit. Intervals are
+over prompts (``sayo_verl.estimates``). ``permuted`` makes the control: the values of each response in random order,
+which must score 0 within its interval.
+
+Shape suffixes: B responses, T tokens of a response (padded on the right).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sayo_verl.estimates import Estimate, mean, rank_correlation, ranks
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is known of the tokens of a batch.
+
+    Attributes:
+        mask: bool [B, T], the response's own tokens.
+        perceptual: bool [B, T], tokens whose right value depends on the image, given the text so far.
+        right: bool [B, T], whether the token is right, given the text so far.
+        correct: bool [B], whether the answer is right.
+        prompt: B names; responses of one prompt are not independent.
+    """
+
+    mask: np.ndarray
+    perceptual: np.ndarray
+    right: np.ndarray
+    correct: np.ndarray
+    prompt: Sequence[object]
+
+    @property
+    def first_error(self) -> np.ndarray:
+        """[B], the position of the first wrong token, or T if there is none."""
+        wrong_BT = self.mask & ~self.right
+        return np.where(wrong_BT.any(1), wrong_BT.argmax(1), self.mask.shape[1])
+
+    @property
+    def right_looks(self) -> np.ndarray:
+        """[B], share of the perceptual tokens that are right; NaN without any."""
+        looks_BT = self.mask & self.perceptual
+        count_B = looks_BT.sum(1)
+        return np.where(count_B, (looks_BT & self.right).sum(1) / np.maximum(count_B, 1), np.nan)
+
+
+def auc(values: np.ndarray, positive: np.ndarray) -> float:
+    """Probability that a positive entry has the higher value, ties as half; NaN unless both kinds occur."""
+    above = int(positive.sum())
+    below = len(values) - above
+    if not above or not below:
+        return float("nan")
+    # ``ranks`` starts at 1
+    return float((ranks(values)[positive].sum() - above * (above + 1) / 2) / (above * below))
+
+
+def average_precision(values: np.ndarray, positive: np.ndarray) -> float:
+    """Mean precision over the positives, highest value first; entries of equal value enter together.
+
+    Equal values therefore give the share of positives. NaN unless both kinds occur.
+    """
+    above = int(positive.sum())
+    if not above or above == len(values):
+        return float("nan")
+    levels, inverse = np.unique(-values, return_inverse=True)
+    hits = np.cumsum(np.bincount(inverse, positive, len(levels)))
+    precision = hits / np.cumsum(np.bincount(inverse, minlength=len(levels)))
+    return float((np.diff(hits, prepend=0) * precision).sum() / above)
+
+
+def separation(values: np.ndarray, truth: Truth) -> Estimate:
+    """Do perceptual tokens get the higher values? ``values``: [B, T], such as token factors or a statistic."""
+    return _of_tokens(values, truth, truth.mask, truth.perceptual, lambda v, hit: _scaled(auc(v, hit), 0.5))
+
+
+def precision(values: np.ndarray, truth: Truth) -> Estimate:
+    """Are the tokens of the highest values perceptual? ``values``: [B, T]."""
+
+    def score(values_N: np.ndarray, hit_N: np.ndarray) -> float:
+        return _scaled(average_precision(values_N, hit_N), hit_N.mean())
+
+    return _of_tokens(values, truth, truth.mask, truth.perceptual, score)
+
+
+def error(values: np.ndarray, truth: Truth) -> Estimate:
+    """Of the perceptual tokens, does the first error get the highest value? Responses whose first error is perceptual.
+
+    ``values``: [B, T].
+    """
+    at_BT = np.arange(truth.mask.shape[1])[None] == truth.first_error[:, None]
+    looks_BT = truth.mask & truth.perceptual
+    return _of_tokens(values, truth, looks_BT, at_BT, lambda v, hit: _scaled(auc(v, hit), 0.5))
+
+
+def blame(credit: np.ndarray, truth: Truth) -> Estimate:
+    """Does the negative credit of a wrong response fall on its first error? ``credit``: [B, T], advantages."""
+    return _blamed(credit, truth, lambda at, first: at == first)
+
+
+def afterwards(credit: np.ndarray, truth: Truth) -> Estimate:
+    """Does the negative credit of a wrong response fall on what follows its first error? ``credit``: [B, T]."""
+    return _blamed(credit, truth, lambda at, first: at > first)
+
+
+def trajectory(factor: np.ndarray, truth: Truth) -> Estimate:
+    """Do responses with more right looks get the larger factor? ``factor``: [B]."""
+    return rank_correlation(factor, truth.right_looks, truth.prompt)
+
+
+def look(reward: np.ndarray, attention: np.ndarray, truth: Truth) -> Estimate:
+    """Does a reward term grow with the attention on each step's own region?
+
+    Args:
+        reward: [B], NaN for a response that does not carry the term.
+        attention: [B, T], attention of the row that sampled the token on the region that the token depends on, as a
+            share of the attention on the image; read at perceptual tokens.
+        truth: of the batch.
+    """
+    looks_BT = truth.mask & truth.perceptual
+    total_B = np.where(looks_BT, attention, 0.0).sum(1)
+    own_B = np.where(looks_BT.any(1), total_B / np.maximum(looks_BT.sum(1), 1), np.nan)
+    return rank_correlation(reward, own_B, truth.prompt)
+
+
+def permuted(values: np.ndarray, truth: Truth, seed: int = 0) -> np.ndarray:
+    """[B, T]: the values of each response in random order, as a control."""
+    random, out = np.random.default_rng(seed), values.copy()
+    for row, mask_T in enumerate(truth.mask):
+        out[row, mask_T] = random.permutation(values[row, mask_T])
+    return out
+
+
+def _scaled(value: float, uniform: float) -> float:
+    return (value - uniform) / (1.0 - uniform)
+
+
+def _of_tokens(
+    values_BT: np.ndarray,
+    truth: Truth,
+    among_BT: np.ndarray,
+    hit_BT: np.ndarray,
+    score: Callable[[np.ndarray, np.ndarray], float],
+) -> Estimate:
+    """Mean over responses of a score of the tokens ``among``, of which ``hit`` are the positives."""
+    found = [score(v[among], hit[among]) for v, among, hit in zip(values_BT, among_BT, hit_BT, strict=True)]
+    return mean(found, truth.prompt)
+
+
+def _blamed(credit_BT: np.ndarray, truth: Truth, where: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Estimate:
+    """Share of the negative credit on the chosen tokens against their share of the tokens, over wrong responses.
+
+    A wrong response without negative credit, whose group has no contrast, blames no token and is left out.
+    """
+    T = truth.mask.shape[1]
+    chosen_BT = where(np.arange(T)[None], truth.first_error[:, None]) & truth.mask
+    negative_BT = np.where(truth.mask, np.maximum(-credit_BT, 0.0), 0.0)
+    total_B, tokens_B = negative_BT.sum(1), truth.mask.sum(1)
+    read_B = ~truth.correct & (total_B > 0) & (truth.first_error < T)
+    share_B = (negative_BT * chosen_BT).sum(1) / np.where(total_B > 0, total_B, 1.0)
+    uniform_B = chosen_BT.sum(1) / np.maximum(tokens_B, 1)
+    read_B &= uniform_B < 1.0
+    score_B = (share_B - uniform_B) / np.where(read_B, 1.0 - uniform_B, 1.0)
+    return mean(np.where(read_B, score_B, np.nan), truth.prompt)
