@@ -4,6 +4,7 @@
     python -m benchmarks.yardstick train --start outputs/yardstick/half_ignorant-0-* --methods grpo,oracle_plus \
         --rates 1e-4,3e-4,6e-4 --seeds 0,1,2 --out outputs/yardstick/runs
     python -m benchmarks.yardstick span --runs outputs/yardstick/runs
+    python -m benchmarks.yardstick score --start outputs/yardstick/half_ignorant-0-* --out outputs/yardstick/scores
 
 A finished run or start is not repeated. Every run is one JSON file with its settings. Torch uses one thread, so that
 results do not depend on the machine's cores; run several processes for more.
@@ -17,9 +18,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.yardstick.known import ScoreConfig, as_table, score
 from benchmarks.yardstick.loop import LoopConfig, train
 from benchmarks.yardstick.span import table
 from benchmarks.yardstick.starts import SCENES, STARTS, load_start, make_start
+from sayo_verl.launch.settings import load_methods
 from sayo_verl.tiny.prepared import content_hash
 
 
@@ -41,11 +44,24 @@ def main(arguments: list[str] | None = None) -> None:
     run.add_argument("--out", type=Path, required=True)
     span = commands.add_parser("span", help="compare finished runs")
     span.add_argument("--runs", type=Path, required=True)
+    scored = commands.add_parser("score", help="score credit against the truth, without training")
+    scored.add_argument("--start", type=Path, required=True, help="a folder that `start` made")
+    scored.add_argument("--methods", type=_list(str), default=list(ScoreConfig.methods))
+    scored.add_argument("--modules", type=_list(str), default=[], help="files of methods of your own")
+    scored.add_argument("--prompts", type=int, default=ScoreConfig.prompts)
+    scored.add_argument("--seeds", type=_list(int), default=[0])
+    scored.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if given.command == "start":
         for seed in given.seeds:
             print(make_start(given.out, given.kind, seed, SCENES, log=_log))
+    elif given.command == "score":
+        load_methods(given.modules)
+        for seed in given.seeds:
+            path = score_once(given.start, ScoreConfig(tuple(given.methods), given.prompts, seed=seed), given.out)
+            _log(f"{path}")
+            print(as_table(json.loads(path.read_text())))
     elif given.command == "span":
         print(table([json.loads(path.read_text()) for path in sorted(given.runs.glob("*.json"))]))
     else:
@@ -70,6 +86,20 @@ def train_once(start: Path, config: LoopConfig, out: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part")
         unfinished.write_text(json.dumps({**settings, **result}))
+        unfinished.rename(path)
+    return path
+
+
+def score_once(start: Path, config: ScoreConfig, out: Path) -> Path:
+    """The scores of a start as ``out/<start>-<seed>-<hash>.json``, unless it is there."""
+    settings = {"start": start.name, **asdict(config)}
+    path = out / f"{start.name}-{config.seed}-{content_hash(settings)}.json"
+    if not path.exists():
+        policy, scenes = load_start(start)
+        found = score(policy, scenes, config)
+        out.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps({**settings, **found}))
         unfinished.rename(path)
     return path
 

@@ -17,7 +17,7 @@ import torch
 from benchmarks.yardstick import scores
 from benchmarks.yardstick.scores import Truth
 from sayo_verl.estimates import Estimate, dependence
-from sayo_verl.methods import Method, Signals, advantages
+from sayo_verl.methods import Credit, Method, Signals, advantages
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Known:
     own_region: Mapping[int, np.ndarray]
 
 
-def of_method(method: Method, known: Known) -> dict[str, Estimate]:
-    """Scores of a method by name (``benchmarks.yardstick.scores``); those that it does not touch are absent.
+def of_method(method: Method | None, known: Known) -> dict[str, Estimate]:
+    """Scores of a method (None: GRPO) by name, see ``benchmarks.yardstick.scores``.
 
     ``separation``, ``precision``, ``blame``, ``afterwards`` and ``control`` (permuted credit) are always there.
     ``trajectory`` needs a trajectory factor, ``look`` a reward term. ``look`` takes the layer that looks best.
     """
     truth, signals = known.truth, known.signals
-    credit = method.credit(signals)
+    credit = Credit() if method is None else method.credit(signals)
     advantage_BT = advantages(known.reward, signals.response_mask, signals.uid, credit)[0].double().numpy()
     has_credit_B = (np.where(truth.mask, advantage_BT, 0.0) != 0).any(1)
     size_BT, counted = np.abs(advantage_BT[has_credit_B]), rows(truth, has_credit_B)

@@ -10,12 +10,13 @@ values of different responses are never ranked against each other. A raw value x
     precision     average precision of the same ranking                                             K / T    all first
     error         ROC AUC of the token values, the first error against the other perceptual tokens  0.5      highest
     blame         share of a wrong response's negative credit on its first error                    1 / T    all of it
-    afterwards    the same on the tokens after the first error                                      L / T    all of it
     trajectory    Spearman's rho of the trajectory factor with the share of right looks             0        same order
     look          Spearman's rho of a reward term with the attention on each step's own region      0        same order
     seeing        ROC AUC of the attention on each step's own region, right looks against wrong     0.5      all above
 
-K perceptual tokens of T; L tokens after the first error. A negative score is worse than uniform credit. Intervals are
+K perceptual tokens of T. A negative score is worse than uniform credit. ``afterwards`` has another scale, for it should
+be low: the share of a wrong response's negative credit on the tokens after its first error, over their share of the
+tokens, minus 1. 0 is uniform, and -1 is none. Intervals are
 over prompts (``sayo_verl.estimates``). ``permuted`` makes the control: the values of each response in random order,
 which must score 0 within its interval.
 
@@ -24,6 +25,7 @@ Shape suffixes: B responses, T tokens of a response (padded on the right).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -112,12 +114,19 @@ def error(values: np.ndarray, truth: Truth) -> Estimate:
 
 def blame(credit: np.ndarray, truth: Truth) -> Estimate:
     """Does the negative credit of a wrong response fall on its first error? ``credit``: [B, T], advantages."""
-    return _blamed(credit, truth, lambda at, first: at == first)
+    share_B, uniform_B = _blamed(credit, truth, lambda at, first: at == first)
+    one_B = uniform_B >= 1.0  # a response of one token
+    return mean(np.where(one_B, np.nan, _scaled(share_B, np.where(one_B, 0.0, uniform_B))), truth.prompt)
 
 
 def afterwards(credit: np.ndarray, truth: Truth) -> Estimate:
-    """Does the negative credit of a wrong response fall on what follows its first error? ``credit``: [B, T]."""
-    return _blamed(credit, truth, lambda at, first: at > first)
+    """How much negative credit of a wrong response falls on what follows its first error? -1: none; 0: uniform.
+
+    Responses whose first error is their last token are left out. ``credit``: [B, T], advantages.
+    """
+    share_B, uniform_B = _blamed(credit, truth, lambda at, first: at > first)
+    some_B = uniform_B > 0
+    return mean(np.where(some_B, share_B / np.where(some_B, uniform_B, 1.0) - 1.0, np.nan), truth.prompt)
 
 
 def trajectory(factor: np.ndarray, truth: Truth) -> Estimate:
@@ -163,7 +172,7 @@ def _own(attention_BT: np.ndarray, truth: Truth) -> np.ndarray:
     return np.where(looks_BT.any(1), total_B / np.maximum(looks_BT.sum(1), 1), np.nan)
 
 
-def _scaled(value: float, uniform: float) -> float:
+def _scaled(value: Any, uniform: Any) -> Any:
     return (value - uniform) / (1.0 - uniform)
 
 
@@ -179,18 +188,18 @@ def _of_tokens(
     return mean(found, truth.prompt)
 
 
-def _blamed(credit_BT: np.ndarray, truth: Truth, where: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Estimate:
-    """Share of the negative credit on the chosen tokens against their share of the tokens, over wrong responses.
+def _blamed(
+    credit_BT: np.ndarray, truth: Truth, where: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Share of the negative credit on the chosen tokens, and their share of the tokens: [B] each.
 
-    A wrong response without negative credit, whose group has no contrast, blames no token and is left out.
+    NaN for right responses, and for wrong ones without negative credit, whose group has no contrast.
     """
     T = truth.mask.shape[1]
     chosen_BT = where(np.arange(T)[None], truth.first_error[:, None]) & truth.mask
     negative_BT = np.where(truth.mask, np.maximum(-credit_BT, 0.0), 0.0)
-    total_B, tokens_B = negative_BT.sum(1), truth.mask.sum(1)
+    total_B = negative_BT.sum(1)
     read_B = ~truth.correct & (total_B > 0) & (truth.first_error < T)
     share_B = (negative_BT * chosen_BT).sum(1) / np.where(total_B > 0, total_B, 1.0)
-    uniform_B = chosen_BT.sum(1) / np.maximum(tokens_B, 1)
-    read_B &= uniform_B < 1.0
-    score_B = (share_B - uniform_B) / np.where(read_B, 1.0 - uniform_B, 1.0)
-    return mean(np.where(read_B, score_B, np.nan), truth.prompt)
+    uniform_B = chosen_BT.sum(1) / np.maximum(truth.mask.sum(1), 1)
+    return np.where(read_B, share_B, np.nan), np.where(read_B, uniform_B, np.nan)

@@ -85,6 +85,7 @@ def test_blame_on_the_first_error_alone_scores_one_and_uniform_blame_zero():
     assert scores.afterwards(uniform, truth).value == pytest.approx(0.0)
     alone = np.where(np.arange(4) == 1, -2.0, 0.0)[None].repeat(2, 0)
     assert scores.blame(alone, truth).value == pytest.approx(1.0)
+    assert scores.afterwards(alone, truth).value == pytest.approx(-1.0)
     # half of the blame on the first error and half on the last token: shares 1/2 against 1/4 and 2/4
     half = np.array([[0.0, -1.0, 0.0, -1.0], [1.0] * 4])
     assert scores.blame(half, truth).value == pytest.approx((1 / 2 - 1 / 4) / (3 / 4))

@@ -1,0 +1,163 @@
+"""Rollouts of a walking policy with what methods read of them and what is true of them.
+
+Shape suffixes: N rows (n responses of each prompt), T response tokens (padded on the right), V cells of the grid.
+"""
+
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.yardstick import scores
+from benchmarks.yardstick.credit import Known, of_method, of_values, token_statistics
+from benchmarks.yardstick.loop import LoopConfig, Rollouts, method_of, roll_out
+from benchmarks.yardstick.policy import WalkPolicy
+from benchmarks.yardstick.probed import cell_masses
+from benchmarks.yardstick.probed import signals as signals_of
+from benchmarks.yardstick.scores import Truth
+from sayo_verl.estimates import Estimate
+from sayo_verl.methods import Needs
+from sayo_verl.probe.statistics import Statistic, StatisticsRequest
+from sayo_verl.scenes.walk import WalkConfig
+from sayo_verl.scenes.walk_truth import Truth as WalkTruth
+from sayo_verl.vision.intervention import Intervention
+
+METHODS = ("grpo", "region", "dual", "anchor", "faithful", "sensitivity", "evidence", "oracle", "oracle_plus")
+Scores = dict[str, dict[str, Estimate]]
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What is scored.
+
+    Attributes:
+        methods: names as in ``LoopConfig``.
+        prompts, responses: rollouts, at temperature 1.
+        seed: of scenes and sampling.
+    """
+
+    methods: Sequence[str] = METHODS
+    prompts: int = 64
+    responses: int = 8
+    seed: int = 0
+
+
+@torch.no_grad()
+def score(policy: WalkPolicy, scenes: WalkConfig, config: ScoreConfig) -> dict[str, Any]:
+    """Score methods and statistics on the same rollouts.
+
+    Returns:
+        ``methods``, ``statistics`` and ``looks`` (attention on each token's own region, by layer): name -> score ->
+        value, low and high. ``rates``: what the rollouts are like.
+    """
+    layers = range(policy.model.config.get_text_config().num_hidden_layers)
+    rng, generator = random.Random(f"score/{config.seed}"), torch.Generator().manual_seed(config.seed)
+    loop = LoopConfig(prompts=config.prompts, responses=config.responses)
+    rollouts = roll_out(policy, scenes, loop, rng, generator)
+    log_probs_NT, entropy_NT = policy.log_probs(rollouts.prompts, rollouts.ids)
+    truth = truth_of(rollouts.truths, rollouts)
+    own = own_region(policy, rollouts, list(layers))
+
+    def known(needs: Needs) -> Known:
+        signals = signals_of(
+            policy,
+            rollouts.prompts,
+            rollouts.ids,
+            needs,
+            log_probs=log_probs_NT,
+            entropy=entropy_NT,
+            uid=rollouts.uid,
+            correct=rollouts.reward,
+            reports={"walk_marks": tuple(each.marks for each in rollouts.truths)},
+        )
+        signals.check()
+        return Known(signals, truth, rollouts.reward, own)
+
+    methods: Scores = {}
+    for name in config.methods:
+        method = method_of(LoopConfig(method=name))
+        methods[name] = of_method(method, known(method.needs() if method else Needs(StatisticsRequest(()))))
+    masses = [Statistic("image_mass", (layer,), query_row="predicting") for layer in layers]
+    measured = known(Needs(StatisticsRequest(tuple(masses)), interventions=(Intervention(),)))
+    statistics = {name: of_values(values, truth) for name, values in token_statistics(measured.signals).items()}
+    looks = {
+        f"layer {layer}": {"share": scores.own_share(share, truth), "seeing": scores.seeing(share, truth)}
+        for layer, share in own.items()
+    }
+    return {
+        "methods": _plain(methods),
+        "statistics": _plain(statistics),
+        "looks": _plain(looks),
+        "rates": {
+            "reward": float(rollouts.reward.mean()),
+            "right looks": float(np.nanmean(truth.right_looks)),
+            "perceptual tokens": float((truth.mask & truth.perceptual).sum() / truth.mask.sum()),
+            "lucky answers": float(np.mean([each.lucky for each in rollouts.truths])),
+            "tokens": float(truth.mask.sum(1).mean()),
+        },
+    }
+
+
+def as_table(found: Mapping[str, Any]) -> str:
+    """The scores as Markdown: a table of methods, of statistics, and of layers, each value with its interval."""
+    lines = [", ".join(f"{name} {value:.3f}" for name, value in found["rates"].items())]
+    for part in ("methods", "statistics", "looks"):
+        names = list(dict.fromkeys(name for each in found[part].values() for name in each))
+        lines += ["", "| " + " | ".join([part, *names]) + " |", "|" + "---|" * (len(names) + 1)]
+        for title, each in found[part].items():
+            cells = [_cell(each.get(name)) for name in names]
+            lines.append("| " + " | ".join([title, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: Sequence[float | None] | None) -> str:
+    """Value and interval; "-" for a score that does not apply."""
+    if value is None:
+        return "-"
+    return Estimate(*(math.nan if part is None else part for part in value)).text(2, sign=True)
+
+
+def truth_of(truths: Sequence[WalkTruth], rollouts: Rollouts) -> Truth:
+    """The truth of tokens, of which each is a word or the end token.
+
+    The end token is not perceptual. It is wrong where the response should have gone on.
+    """
+    mask_NT = rollouts.mask.bool().numpy()
+    perceptual_NT, right_NT = np.zeros_like(mask_NT), np.zeros_like(mask_NT)
+    for row, truth in enumerate(truths):
+        words, tokens = len(truth.right), int(mask_NT[row].sum())
+        assert tokens in (words, words + 1), f"row {row}: {words} words, {tokens} tokens"
+        perceptual_NT[row, :words], right_NT[row, :words] = truth.perceptual, truth.right
+        if tokens > words:
+            right_NT[row, words] = truth.readable or truth.first_error < words
+    correct_N = rollouts.reward.numpy() > 0.5
+    return Truth(mask_NT, perceptual_NT, right_NT, correct_N, rollouts.uid)
+
+
+def own_region(policy: WalkPolicy, rollouts: Rollouts, layers: Sequence[int]) -> dict[int, np.ndarray]:
+    """Layer -> [N, T], share of the attention on the image that is on the cell a token depends on; 0 elsewhere."""
+    out = {}
+    for layer, masses in cell_masses(policy, rollouts.prompts, rollouts.ids, layers).items():
+        mass_NTV = masses.double().numpy()
+        share_NT = np.zeros(mass_NTV.shape[:2])
+        for row, truth in enumerate(rollouts.truths):
+            at = [t for t, seen in enumerate(truth.perceptual) if seen]
+            cells = [truth.region[t] for t in at]
+            total = mass_NTV[row, at].sum(-1)
+            share_NT[row, at] = mass_NTV[row, at, cells] / np.where(total > 0, total, 1.0)
+        out[layer] = share_NT
+    return out
+
+
+def _plain(found: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Any]:
+    """As JSON: [value, low, high] of each score, ``null`` where there is none."""
+    finite = {
+        name: {score: [estimate.value, estimate.low, estimate.high] for score, estimate in each.items()}
+        for name, each in found.items()
+    }
+    return json.loads(json.dumps(finite).replace("NaN", "null"))
