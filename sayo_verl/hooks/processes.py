@@ -47,16 +47,6 @@ def actors_of_this_job() -> list[Actor]:
     return [_actor(entry) for entry in ray._private.state.actors().values() if entry["JobID"] == job]
 
 
-def dead_daemons() -> list[str]:
-    """What died of the Ray that this process started: ``raylet``, ``gcs_server``; empty on a cluster that it joined.
-
-    Without its raylet Ray only says that some actor is unavailable.
-    """
-    node: Any = ray._private.worker._global_node  # None: not connected
-    found: set[str] = {kind for kind, _ in node.dead_processes()} if node is not None else set()
-    return sorted(found & {"raylet", "gcs_server"})
-
-
 def _actor(entry: Mapping[str, Any]) -> Actor:
     return Actor(
         entry["ActorClassName"].rsplit(".", 1)[-1],

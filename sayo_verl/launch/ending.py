@@ -7,12 +7,12 @@ import atexit
 import json
 import sys
 import time
+from typing import Any
 
 import ray
 from omegaconf import DictConfig
 
 from sayo_verl.errors import SayoError
-from sayo_verl.hooks.processes import dead_daemons
 from sayo_verl.launch.resume import how_to_resume
 from sayo_verl.launch.run_card import CLOCK, metrics_of_run
 from sayo_verl.redact import redact, redact_command
@@ -122,3 +122,13 @@ def say_how_to_resume(config: DictConfig) -> None:
     """Print how to resume the last checkpoint; nothing if there is none."""
     if line := how_to_resume(config):
         print(redact_command(line), flush=True)
+
+
+def dead_daemons() -> list[str]:
+    """What died of the Ray that this process started: ``raylet``, ``gcs_server``; empty on a cluster that it joined.
+
+    Without its raylet Ray only says that some actor is unavailable.
+    """
+    node: Any = ray._private.worker._global_node  # None: not connected
+    found: set[str] = {kind for kind, _ in node.dead_processes()} if node is not None else set()
+    return sorted(found & {"raylet", "gcs_server"})
