@@ -21,7 +21,7 @@ from sayo_verl.methods import Method, Signals, advantages
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class Known:
     """Responses of one policy with what was measured and what is true.
 
     Attributes:
@@ -38,21 +38,21 @@ class Rollouts:
     own_region: Mapping[int, np.ndarray]
 
 
-def of_method(method: Method, rollouts: Rollouts) -> dict[str, Estimate]:
+def of_method(method: Method, known: Known) -> dict[str, Estimate]:
     """Scores of a method by name (``benchmarks.yardstick.scores``); those that it does not touch are absent.
 
     ``separation``, ``precision``, ``blame``, ``afterwards`` and ``control`` (permuted credit) are always there.
     ``trajectory`` needs a trajectory factor, ``look`` a reward term. ``look`` takes the layer that looks best.
     """
-    truth, signals = rollouts.truth, rollouts.signals
+    truth, signals = known.truth, known.signals
     credit = method.credit(signals)
-    advantage_BT = advantages(rollouts.reward, signals.response_mask, signals.uid, credit)[0].double().numpy()
+    advantage_BT = advantages(known.reward, signals.response_mask, signals.uid, credit)[0].double().numpy()
     has_credit_B = (np.where(truth.mask, advantage_BT, 0.0) != 0).any(1)
-    size_BT, known = np.abs(advantage_BT[has_credit_B]), rows(truth, has_credit_B)
+    size_BT, counted = np.abs(advantage_BT[has_credit_B]), rows(truth, has_credit_B)
     found = {
-        "separation": scores.separation(size_BT, known),
-        "precision": scores.precision(size_BT, known),
-        "control": scores.separation(scores.permuted(size_BT, known), known),
+        "separation": scores.separation(size_BT, counted),
+        "precision": scores.precision(size_BT, counted),
+        "control": scores.separation(scores.permuted(size_BT, counted), counted),
         "blame": scores.blame(advantage_BT, truth),
         "afterwards": scores.afterwards(advantage_BT, truth),
     }
@@ -60,9 +60,9 @@ def of_method(method: Method, rollouts: Rollouts) -> dict[str, Estimate]:
         found["trajectory"] = scores.trajectory(credit.trajectory_weight.double().numpy(), truth)
     for term in credit.terms:
         reward_B = np.where(term.valid.numpy(), term.value.double().numpy(), np.nan)
-        layer = best_layer(rollouts)
+        layer = best_layer(known)
         name = "look" if len(credit.terms) == 1 else f"look of {term.name}"
-        found[name] = scores.look(reward_B, rollouts.own_region[layer], truth)
+        found[name] = scores.look(reward_B, known.own_region[layer], truth)
     return found
 
 
@@ -90,10 +90,10 @@ def token_statistics(signals: Signals) -> dict[str, np.ndarray]:
     return out
 
 
-def best_layer(rollouts: Rollouts) -> int:
+def best_layer(known: Known) -> int:
     """The layer with the highest mean attention on the tokens' own regions."""
-    looks_BT = rollouts.truth.mask & rollouts.truth.perceptual
-    return max(rollouts.own_region, key=lambda layer: float(rollouts.own_region[layer][looks_BT].mean()))
+    looks_BT = known.truth.mask & known.truth.perceptual
+    return max(known.own_region, key=lambda layer: float(known.own_region[layer][looks_BT].mean()))
 
 
 def rows(truth: Truth, kept: np.ndarray) -> Truth:

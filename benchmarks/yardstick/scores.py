@@ -13,6 +13,7 @@ values of different responses are never ranked against each other. A raw value x
     afterwards    the same on the tokens after the first error                                      L / T    all of it
     trajectory    Spearman's rho of the trajectory factor with the share of right looks             0        same order
     look          Spearman's rho of a reward term with the attention on each step's own region      0        same order
+    seeing        ROC AUC of the attention on each step's own region, right looks against wrong     0.5      all above
 
 K perceptual tokens of T; L tokens after the first error. A negative score is worse than uniform credit. Intervals are
 over prompts (``sayo_verl.estimates``). ``permuted`` makes the control: the values of each response in random order,
@@ -133,10 +134,18 @@ def look(reward: np.ndarray, attention: np.ndarray, truth: Truth) -> Estimate:
             share of the attention on the image; read at perceptual tokens.
         truth: of the batch.
     """
+    return rank_correlation(reward, _own(attention, truth), truth.prompt)
+
+
+def seeing(attention: np.ndarray, truth: Truth) -> Estimate:
+    """Do right looks attend more to their own region than wrong ones? ``attention``: [B, T], as for ``look``."""
     looks_BT = truth.mask & truth.perceptual
-    total_B = np.where(looks_BT, attention, 0.0).sum(1)
-    own_B = np.where(looks_BT.any(1), total_B / np.maximum(looks_BT.sum(1), 1), np.nan)
-    return rank_correlation(reward, own_B, truth.prompt)
+    return _of_tokens(attention, truth, looks_BT, truth.right, lambda v, hit: _scaled(auc(v, hit), 0.5))
+
+
+def own_share(attention: np.ndarray, truth: Truth) -> Estimate:
+    """Mean of the attention on each step's own region; no score. ``attention``: [B, T], as for ``look``."""
+    return mean(_own(attention, truth), truth.prompt)
 
 
 def permuted(values: np.ndarray, truth: Truth, seed: int = 0) -> np.ndarray:
@@ -145,6 +154,13 @@ def permuted(values: np.ndarray, truth: Truth, seed: int = 0) -> np.ndarray:
     for row, mask_T in enumerate(truth.mask):
         out[row, mask_T] = random.permutation(values[row, mask_T])
     return out
+
+
+def _own(attention_BT: np.ndarray, truth: Truth) -> np.ndarray:
+    """[B], mean over the perceptual tokens; NaN without any."""
+    looks_BT = truth.mask & truth.perceptual
+    total_B = np.where(looks_BT, attention_BT, 0.0).sum(1)
+    return np.where(looks_BT.any(1), total_B / np.maximum(looks_BT.sum(1), 1), np.nan)
 
 
 def _scaled(value: float, uniform: float) -> float:

@@ -110,6 +110,14 @@ def test_look_reads_the_attention_at_perceptual_tokens_alone():
     assert scores.look(np.array([0.5, 0.1, 0.6]), attention, truth).value == pytest.approx(1.0)
 
 
+def test_seeing_compares_right_and_wrong_looks_and_nothing_else():
+    truth = a_truth([[1, 1, 0, 0]], [[1, 0, 1, 0]])
+    attention = np.array([[0.6, math.nan, 0.2, math.nan]])
+    assert scores.seeing(attention, truth).value == pytest.approx(1.0)
+    assert scores.seeing(-attention, truth).value == pytest.approx(-1.0)
+    assert scores.own_share(attention, truth).value == pytest.approx(0.4)
+
+
 def test_permuted_values_score_nothing():
     random = np.random.default_rng(0)
     perceptual = np.tile([0, 0, 1, 0], 6)[None].repeat(256, 0)
