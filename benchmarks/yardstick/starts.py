@@ -1,6 +1,6 @@
 """Starts of reinforcement learning: folders of ordinary checkpoints, chosen by a rule that is older than any run.
 
-    half_ignorant   a vision tower that is trained for a short time, so it reads about 85 of 100 arrows; the first
+    half_ignorant   a vision tower that is trained for a short time, so it reads about 90 of 100 arrows; the first
                     checkpoint with right looks >= 0.60 and greedy accuracy in 0.35 to 0.60
     knowing         the same warm-up after a longer training of the vision tower; the first checkpoint with greedy
                     accuracy >= 0.85
@@ -8,8 +8,9 @@
 The rates are those of the held-out scenes of ``warmup.evaluate``; right looks are sampled at temperature 1. The rule
 looks at nothing else, so not at steps or at what training does from there.
 
-The ignorance must be of seeing. From a start whose vision tower reads all arrows and that only guesses at one colour,
-or only slips more often, GRPO learned as fast as the oracles: one direction of the weights was missing.
+The ignorance must be of seeing. Pilot runs (one seed) began with a vision tower that read all arrows, and with
+demonstrations that guessed at one of six colours. GRPO then went from 0.20 to 0.87 in 20 steps: it had only one
+direction of the weights to find, and uniform credit finds that at once.
 """
 
 import json
@@ -27,7 +28,7 @@ from sayo_verl.scenes.walk import WalkConfig
 from sayo_verl.tiny.prepared import content_hash, prepare_folder
 
 # arrows with a small head, off the middle, in noise: a vision tower of this size takes long to tell their ends apart
-SCENES = WalkConfig(look_alikes=0.3, jitter=3, noise=48)
+SCENES = WalkConfig(steps=12, more_steps=3, look_alikes=0.3, jitter=3, noise=48)
 VERSION = 1  # of what the folders hold
 
 
@@ -42,7 +43,7 @@ class Start:
 
 STARTS = {
     "half_ignorant": Start(
-        350,
+        450,
         lambda sampled, greedy: sampled["look"] >= 0.60 and 0.35 <= greedy["acc"] <= 0.60,
         "right looks >= 0.60 and greedy accuracy in 0.35 to 0.60",
     ),

@@ -45,7 +45,7 @@ class WarmupConfig:
     batch: int = 64
     rate: float = 1.5e-3
     rise: int = 50
-    slip: float = 0.25
+    slip: float = 0.4
     forbid_weight: float = 0.01
     forbid_log_prob: float = -30.0
     eval_every: int = 25
