@@ -4,6 +4,7 @@
     python -m benchmarks.yardstick train --start outputs/yardstick/half_ignorant-0-* --methods grpo,oracle_plus \
         --rates 1e-4,3e-4,6e-4 --seeds 0,1,2 --out outputs/yardstick/runs
     python -m benchmarks.yardstick span --runs outputs/yardstick/runs
+    python -m benchmarks.yardstick all --out outputs/yardstick
     python -m benchmarks.yardstick score --start outputs/yardstick/half_ignorant-0-* --out outputs/yardstick/scores
 
 A finished run or start is not repeated. Every run is one JSON file with its settings. Torch uses one thread, so that
@@ -11,19 +12,18 @@ results do not depend on the machine's cores; run several processes for more.
 """
 
 import argparse
-import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from benchmarks.yardstick.known import ScoreConfig, as_table, score
-from benchmarks.yardstick.loop import LoopConfig, train
+from benchmarks.yardstick.known import ScoreConfig, as_table
+from benchmarks.yardstick.loop import LoopConfig
+from benchmarks.yardstick.plan import Plan, run_plan, score_once, train_once
 from benchmarks.yardstick.span import table
-from benchmarks.yardstick.starts import SCENES, STARTS, load_start, make_start
+from benchmarks.yardstick.starts import SCENES, STARTS, make_start
+from benchmarks.yardstick.store import all_of
 from sayo_verl.launch.settings import load_methods
-from sayo_verl.tiny.prepared import content_hash
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,19 +51,28 @@ def main(arguments: list[str] | None = None) -> None:
     scored.add_argument("--prompts", type=int, default=ScoreConfig.prompts)
     scored.add_argument("--seeds", type=_list(int), default=[0])
     scored.add_argument("--out", type=Path, required=True)
+    plan = commands.add_parser("all", help="everything that the page shows: starts, scores, rates, learning")
+    plan.add_argument("--methods", type=_list(str), default=list(Plan.methods))
+    plan.add_argument("--seeds", type=_list(int), default=list(Plan.seeds))
+    plan.add_argument("--kinds", type=_list(str), default=list(Plan.kinds))
+    plan.add_argument("--steps", type=int, default=Plan.steps)
+    plan.add_argument("--processes", type=int, default=2)
+    plan.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if given.command == "start":
         for seed in given.seeds:
             print(make_start(given.out, given.kind, seed, SCENES, log=_log))
+    elif given.command == "all":
+        chosen = Plan(tuple(given.methods), tuple(given.seeds), steps=given.steps, kinds=tuple(given.kinds))
+        run_plan(chosen, given.out, given.processes, _log)
     elif given.command == "score":
         load_methods(given.modules)
         for seed in given.seeds:
-            path = score_once(given.start, ScoreConfig(tuple(given.methods), given.prompts, seed=seed), given.out)
-            _log(f"{path}")
-            print(as_table(json.loads(path.read_text())))
+            config = ScoreConfig(tuple(given.methods), given.prompts, seed=seed)
+            print(as_table(score_once(given.start, config, given.out)))
     elif given.command == "span":
-        print(table([json.loads(path.read_text()) for path in sorted(given.runs.glob("*.json"))]))
+        print(table(all_of(given.runs)))
     else:
         configs = [
             LoopConfig(method=method, rate=rate, steps=given.steps, eval_scenes=given.eval_scenes, seed=seed)
@@ -73,35 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         for done, config in enumerate(configs):
             _log(f"run {done + 1} of {len(configs)}")
-            train_once(given.start, config, given.out)
-
-
-def train_once(start: Path, config: LoopConfig, out: Path) -> Path:
-    """One run as ``out/<method>-<rate>-<seed>-<hash>.json``, unless it is there."""
-    settings = {"start": start.name, **asdict(config)}
-    path = out / f"{config.method}-{config.rate:g}-{config.seed}-{content_hash(settings)}.json"
-    if not path.exists():
-        policy, scenes = load_start(start)
-        result = train(policy, scenes, config, _log)
-        out.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps({**settings, **result}))
-        unfinished.rename(path)
-    return path
-
-
-def score_once(start: Path, config: ScoreConfig, out: Path) -> Path:
-    """The scores of a start as ``out/<start>-<seed>-<hash>.json``, unless it is there."""
-    settings = {"start": start.name, **asdict(config)}
-    path = out / f"{start.name}-{config.seed}-{content_hash(settings)}.json"
-    if not path.exists():
-        policy, scenes = load_start(start)
-        found = score(policy, scenes, config)
-        out.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps({**settings, **found}))
-        unfinished.rename(path)
-    return path
+            train_once(given.start, config, given.out, _log)
 
 
 def _list(kind: type):

@@ -38,15 +38,20 @@ class Known:
     own_region: Mapping[int, np.ndarray]
 
 
-def of_method(method: Method | None, known: Known) -> dict[str, Estimate]:
-    """Scores of a method (None: GRPO) by name, see ``benchmarks.yardstick.scores``.
+def credit_of(method: Method | None, known: Known) -> tuple[Credit, np.ndarray]:
+    """A method's credit (None: GRPO), and the advantages [B, T] that the package's core makes of it."""
+    credit = Credit() if method is None else method.credit(known.signals)
+    advantage_BT, _ = advantages(known.reward, known.signals.response_mask, known.signals.uid, credit)
+    return credit, advantage_BT.double().numpy()
+
+
+def of_credit(credit: Credit, advantage_BT: np.ndarray, known: Known) -> dict[str, Estimate]:
+    """Scores of what ``credit_of`` returns by name, see ``benchmarks.yardstick.scores``.
 
     ``separation``, ``precision``, ``blame``, ``afterwards`` and ``control`` (permuted credit) are always there.
     ``trajectory`` needs a trajectory factor, ``look`` a reward term. ``look`` takes the layer that looks best.
     """
-    truth, signals = known.truth, known.signals
-    credit = Credit() if method is None else method.credit(signals)
-    advantage_BT = advantages(known.reward, signals.response_mask, signals.uid, credit)[0].double().numpy()
+    truth = known.truth
     has_credit_B = (np.where(truth.mask, advantage_BT, 0.0) != 0).any(1)
     size_BT, counted = np.abs(advantage_BT[has_credit_B]), rows(truth, has_credit_B)
     found = {

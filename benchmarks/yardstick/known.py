@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.yardstick import scores
-from benchmarks.yardstick.credit import Known, of_method, of_values, token_statistics
+from benchmarks.yardstick.credit import Known, credit_of, of_credit, of_values, token_statistics
 from benchmarks.yardstick.loop import LoopConfig, Rollouts, method_of, roll_out
 from benchmarks.yardstick.policy import WalkPolicy
 from benchmarks.yardstick.probed import cell_masses
@@ -52,8 +52,8 @@ def score(policy: WalkPolicy, scenes: WalkConfig, config: ScoreConfig) -> dict[s
     """Score methods and statistics on the same rollouts.
 
     Returns:
-        ``methods``, ``statistics`` and ``looks`` (attention on each token's own region, by layer): name -> score ->
-        value, low and high. ``rates``: what the rollouts are like.
+        ``methods``, ``statistics`` and ``looks`` (attention by layer): name -> score -> value, low and high.
+        ``example``: marks of one wrong response, and its advantages by method. ``rates``: what the rollouts are like.
     """
     layers = range(policy.model.config.get_text_config().num_hidden_layers)
     rng, generator = random.Random(f"score/{config.seed}"), torch.Generator().manual_seed(config.seed)
@@ -79,25 +79,37 @@ def score(policy: WalkPolicy, scenes: WalkConfig, config: ScoreConfig) -> dict[s
         return Known(signals, truth, rollouts.reward, own)
 
     methods: Scores = {}
+    example, shown = example_row(rollouts, truth), {}
     for name in config.methods:
         method = method_of(LoopConfig(method=name))
-        methods[name] = of_method(method, known(method.needs() if method else Needs(StatisticsRequest(()))))
+        measured = known(method.needs() if method else Needs(StatisticsRequest(())))
+        credit, advantage_NT = credit_of(method, measured)
+        methods[name] = of_credit(credit, advantage_NT, measured)
+        if example is not None:
+            shown[name] = advantage_NT[example, truth.mask[example]].round(6).tolist()
     masses = [Statistic("image_mass", (layer,), query_row="predicting") for layer in layers]
     measured = known(Needs(StatisticsRequest(tuple(masses)), interventions=(Intervention(),)))
     statistics = {name: of_values(values, truth) for name, values in token_statistics(measured.signals).items()}
     looks = {
-        f"layer {layer}": {"share": scores.own_share(share, truth), "seeing": scores.seeing(share, truth)}
-        for layer, share in own.items()
+        f"layer {layer}": {
+            "share": scores.own_share(own[layer], truth),
+            "seeing": scores.seeing(own[layer], truth),
+            "late / early": scores.late_over_early(measured.signals[mass].double().numpy(), truth),
+        }
+        for layer, mass in zip(layers, masses, strict=True)
     }
+    dependence_NT = token_statistics(measured.signals)["dependence on the image"]
     return {
         "methods": _plain(methods),
         "statistics": _plain(statistics),
         "looks": _plain(looks),
+        "example": None if example is None else {"marks": rollouts.truths[example].marks, "credit": shown},
         "rates": {
             "reward": float(rollouts.reward.mean()),
             "right looks": float(np.nanmean(truth.right_looks)),
             "perceptual tokens": float((truth.mask & truth.perceptual).sum() / truth.mask.sum()),
             "lucky answers": float(np.mean([each.lucky for each in rollouts.truths])),
+            "tokens with 90 % of the dependence": scores.carriers(dependence_NT, truth, 0.9).value,
             "tokens": float(truth.mask.sum(1).mean()),
         },
     }
@@ -120,6 +132,17 @@ def _cell(value: Sequence[float | None] | None) -> str:
     if value is None:
         return "-"
     return Estimate(*(math.nan if part is None else part for part in value)).text(2, sign=True)
+
+
+def example_row(rollouts: Rollouts, truth: Truth) -> int | None:
+    """A wrong response to show: the first whose group has contrast and whose first error, a look, is in its middle."""
+    T, n = truth.mask.shape[1], len(rollouts.reward) // len(rollouts.prompts.walks)
+    contrast = rollouts.reward.view(-1, n).std(1).repeat_interleave(n) > 0
+    for row, at in enumerate(truth.first_error.tolist()):
+        middle = 0.3 * T < at < 0.6 * T
+        if middle and truth.perceptual[row, at] and contrast[row] and not truth.correct[row]:
+            return row
+    return None
 
 
 def truth_of(truths: Sequence[WalkTruth], rollouts: Rollouts) -> Truth:

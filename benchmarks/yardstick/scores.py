@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from sayo_verl.estimates import Estimate, mean, rank_correlation, ranks
+from sayo_verl.estimates import Estimate, mean, rank_correlation, ranks, ratio
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,26 @@ def seeing(attention: np.ndarray, truth: Truth) -> Estimate:
 def own_share(attention: np.ndarray, truth: Truth) -> Estimate:
     """Mean of the attention on each step's own region; no score. ``attention``: [B, T], as for ``look``."""
     return mean(_own(attention, truth), truth.prompt)
+
+
+def late_over_early(mass: np.ndarray, truth: Truth) -> Estimate:
+    """Mean of a statistic over the last third of a response, over its mean in the first third. ``mass``: [B, T]."""
+    late, early = [], []
+    for mass_T, mask_T in zip(mass, truth.mask, strict=True):
+        own_T = mass_T[mask_T]
+        third = len(own_T) // 3
+        late.append(own_T[len(own_T) - third :].mean() if third else np.nan)
+        early.append(own_T[:third].mean() if third else np.nan)
+    return ratio(late, early, truth.prompt)
+
+
+def carriers(values: np.ndarray, truth: Truth, share: float) -> Estimate:
+    """Share of a response's tokens that hold ``share`` of its sum, highest first. ``values``: [B, T] >= 0."""
+    found = []
+    for values_T, mask_T in zip(values, truth.mask, strict=True):
+        held = np.cumsum(np.sort(values_T[mask_T])[::-1])
+        found.append((np.searchsorted(held, share * held[-1]) + 1) / len(held) if len(held) and held[-1] else np.nan)
+    return mean(found, truth.prompt)
 
 
 def permuted(values: np.ndarray, truth: Truth, seed: int = 0) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.yardstick.credit import Known, of_method, of_values, token_statistics
+from benchmarks.yardstick.credit import Known, credit_of, of_credit, of_values, token_statistics
 from benchmarks.yardstick.scores import Truth
 from sayo_verl.methods import Credit, Needs, RewardTerm, Signals
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest
@@ -52,15 +52,20 @@ class Scripted:
         return self.made
 
 
+def scored(method, known):
+    return of_credit(*credit_of(method, known), known)
+
+
 def test_grpo_scores_zero_everywhere(rollouts):
-    found = of_method(Scripted(Credit()), rollouts)
+    assert scored(None, rollouts) == scored(Scripted(Credit()), rollouts)
+    found = scored(None, rollouts)
     assert set(found) == {"separation", "precision", "control", "blame", "afterwards"}
     assert all(estimate.value == pytest.approx(0.0) for estimate in found.values())
 
 
 def test_a_mask_of_perceptual_tokens_separates_perfectly_and_its_permutation_does_not(rollouts):
     mask = torch.as_tensor(rollouts.truth.perceptual, dtype=torch.float32)
-    found = of_method(Scripted(Credit(token_weight=mask)), rollouts)
+    found = scored(Scripted(Credit(token_weight=mask)), rollouts)
     assert found["separation"].value == found["precision"].value == pytest.approx(1.0)
     control = found["control"]  # one permutation in twenty is outside its interval, none far outside
     assert abs(control.value) < control.high - control.low
@@ -70,7 +75,7 @@ def test_a_mask_of_perceptual_tokens_separates_perfectly_and_its_permutation_doe
 def test_a_weight_on_the_first_error_alone_takes_all_blame(rollouts):
     first = np.arange(T)[None] == rollouts.truth.first_error[:, None]
     weight = torch.as_tensor(np.where(rollouts.truth.correct[:, None], 1.0, first), dtype=torch.float32)
-    found = of_method(Scripted(Credit(token_weight=weight)), rollouts)
+    found = scored(Scripted(Credit(token_weight=weight)), rollouts)
     assert found["blame"].value == pytest.approx(1.0)
     assert found["afterwards"].value < 0
 
@@ -79,14 +84,14 @@ def test_groups_without_contrast_do_not_dilute_the_scores(rollouts):
     few = dataclasses.replace(rollouts, reward=torch.where(torch.arange(B) < GROUP, rollouts.reward, 1.0))
     few.reward[0] = 1.0 - few.reward[1]
     mask = torch.as_tensor(rollouts.truth.perceptual, dtype=torch.float32)
-    assert of_method(Scripted(Credit(token_weight=mask)), few)["separation"].n == GROUP
+    assert scored(Scripted(Credit(token_weight=mask)), few)["separation"].n == GROUP
 
 
 def test_a_reward_term_is_compared_with_the_layer_that_looks_best(rollouts):
     looks = np.where(rollouts.truth.perceptual, rollouts.own_region[1], np.nan)
     value = torch.as_tensor(np.nanmean(looks, 1), dtype=torch.float32)
     term = RewardTerm("own", value, torch.ones(B, dtype=torch.bool), 0.1)
-    assert of_method(Scripted(Credit(terms=(term,))), rollouts)["look"].value == pytest.approx(1.0)
+    assert scored(Scripted(Credit(terms=(term,))), rollouts)["look"].value == pytest.approx(1.0)
 
 
 def test_statistics_are_scored_by_name_and_layer(rollouts):

@@ -10,8 +10,8 @@ import torch
 from support.refusals import refusal
 
 from benchmarks.yardstick import loop, span, starts
-from benchmarks.yardstick.__main__ import train_once
 from benchmarks.yardstick.loop import LoopConfig, credit_of, method_of, roll_out, train
+from benchmarks.yardstick.plan import train_once
 from benchmarks.yardstick.policy import WalkPolicy, new_policy
 from benchmarks.yardstick.probed import cell_masses
 from benchmarks.yardstick.probed import signals as signals_of
@@ -237,12 +237,12 @@ def test_a_finished_run_is_kept_with_its_settings_and_not_repeated(tmp_path, mon
     monkeypatch.setitem(starts.STARTS, "any", Start(1, lambda sampled, greedy: True, "any"))
     config = WarmupConfig(steps=1, batch=2, eval_every=1, eval_scenes=2)
     start = make_start(tmp_path, "any", 0, SCENES, config, quiet)
-    path = train_once(start, SMALL, tmp_path / "runs")
-    stored = json.loads(path.read_text())
+    stored = train_once(start, SMALL, tmp_path / "runs")
     assert (stored["start"], stored["method"], stored["rate"]) == (start.name, "grpo", SMALL.rate)
     assert [point["step"] for point in stored["curve"]] == [0, 2]
+    (path,) = (tmp_path / "runs").iterdir()
     before = path.stat().st_mtime_ns
-    assert train_once(start, SMALL, tmp_path / "runs") == path
+    assert train_once(start, SMALL, tmp_path / "runs") == stored
     assert path.stat().st_mtime_ns == before
 
 

@@ -119,6 +119,16 @@ def test_seeing_compares_right_and_wrong_looks_and_nothing_else():
     assert scores.own_share(attention, truth).value == pytest.approx(0.4)
 
 
+def test_late_over_early_compares_thirds_of_each_response():
+    truth = a_truth([[1] * 6], [[1] + [0] * 5], lengths=[6])
+    assert scores.late_over_early(np.array([[1.0, 3.0, 9, 9, 3.0, 5.0]]), truth).value == pytest.approx(2.0)
+
+
+def test_carriers_counts_the_fewest_tokens_that_hold_a_share():
+    truth = a_truth([[1] * 5], [[1] + [0] * 4], lengths=[4])
+    assert scores.carriers(np.array([[1.0, 6.0, 2.0, 1.0, 99.0]]), truth, 0.8).value == pytest.approx(2 / 4)
+
+
 def test_permuted_values_score_nothing():
     random = np.random.default_rng(0)
     perceptual = np.tile([0, 0, 1, 0], 6)[None].repeat(256, 0)

@@ -1,0 +1,77 @@
+"""Learning as a share of a known span, worked by hand; the plan; files that are made once."""
+
+import json
+
+import pytest
+
+from benchmarks.yardstick import learning, store
+from benchmarks.yardstick.plan import Plan
+
+
+def run(method, seed, accuracies, rate=3e-4, kind="half_ignorant"):
+    curve = [{"step": 10 * n, "acc": acc} for n, acc in enumerate(accuracies)]
+    return {"start": f"{kind}-{seed}-abc", "method": method, "rate": rate, "seed": seed, "curve": curve}
+
+
+RUNS = [
+    run("grpo", 0, [0.2, 0.2, 0.3, 0.4]),
+    run("grpo", 1, [0.2, 0.2, 0.2, 0.2]),
+    run("grpo", 2, [0.2, 0.3, 0.3, 0.3]),
+    run("oracle_plus", 0, [0.2, 0.4, 0.5, 0.6]),
+    run("oracle_plus", 1, [0.2, 0.4, 0.5, 0.6]),
+    run("oracle_plus", 2, [0.2, 0.5, 0.5, 0.5]),
+    run("half", 0, [0.2, 0.3, 0.4, 0.5]),
+    run("half", 1, [0.2, 0.35, 0.35, 0.35]),
+    run("half", 2, [0.2, 0.4, 0.4, 0.4]),
+    run("grpo", 100, [0.2, 0.9, 0.9, 0.9]) | {"start": "half_ignorant-0-abc"},
+]
+GRPO, PLUS, OTHER = (learning.by_seed(RUNS, "half_ignorant", m, 3e-4) for m in ("grpo", "oracle_plus", "half"))
+
+
+def test_the_baseline_has_learned_nothing_and_the_ceiling_all():
+    assert learning.share(GRPO, GRPO, PLUS).value == pytest.approx(0.0)
+    assert learning.share(PLUS, GRPO, PLUS).value == pytest.approx(1.0)
+
+
+def test_a_method_is_a_share_of_the_span_over_all_seeds():
+    # gains 0.1, 0.15, 0.1 of spans 0.2, 0.3, 0.2
+    assert learning.share(OTHER, GRPO, PLUS).value == pytest.approx(0.35 / 0.7)
+    gain = learning.gain(OTHER, GRPO)
+    assert gain.value == pytest.approx(0.35 / 3)
+    assert gain.low < gain.value < gain.high
+
+
+def test_runs_that_chose_the_rate_are_not_compared():
+    assert sorted(GRPO) == [0, 1, 2]
+    assert all(one["seed"] != 100 for one in GRPO.values())
+
+
+def test_the_span_is_wide_where_the_ceiling_needs_half_of_the_steps():
+    steps = learning.speed(PLUS, GRPO)
+    assert steps[0] == (10, 20)
+    assert 0 in learning.is_wide(steps)
+    assert learning.is_wide({0: (20, 30), 1: (None, 10), 2: (10, None)}) == []
+
+
+def test_a_plan_has_each_method_at_its_best_rate_and_at_the_common_one_once():
+    plan = Plan(methods=("grpo", "region"), rates=(1e-4, 3e-4))
+    best = {"grpo": 1e-4, "region": 3e-4}
+    found = [(c.method, c.rate) for c in plan.learning(best, 0, "half_ignorant")]
+    assert found == [("grpo", 1e-4), ("grpo", 3e-4), ("region", 3e-4)]
+    assert [(c.method, c.rate) for c in plan.learning(best, 0, "knowing")] == [("grpo", 1e-4), ("region", 3e-4)]
+    assert len(list(plan.tuning())) == 4
+    assert {c.seed for c in plan.tuning()}.isdisjoint(plan.seeds)
+
+
+def test_a_result_is_made_once_and_holds_its_settings(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"value": len(made)}
+
+    first = store.once(tmp_path, "a", {"seed": 0}, make)
+    assert store.once(tmp_path, "a", {"seed": 0}, make) == first == {"seed": 0, "value": 1}
+    assert store.once(tmp_path, "a", {"seed": 1}, make)["value"] == 2
+    assert store.all_of(tmp_path) == [json.loads(path.read_text()) for path in sorted(tmp_path.iterdir())]
+    assert not list(tmp_path.glob("*.part"))
