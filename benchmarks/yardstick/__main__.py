@@ -18,12 +18,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.yardstick.known import ScoreConfig, as_table
-from benchmarks.yardstick.loop import LoopConfig
+from benchmarks.yardstick.loop import ROOT, LoopConfig
+from benchmarks.yardstick.page import REMARKS, page, picture
 from benchmarks.yardstick.plan import Plan, run_plan, score_once, train_once
 from benchmarks.yardstick.span import table
 from benchmarks.yardstick.starts import SCENES, STARTS, make_start
 from benchmarks.yardstick.store import all_of
 from sayo_verl.launch.settings import load_methods
+
+RESULTS = ROOT / "benchmarks" / "results" / "yardstick"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,6 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
     scored.add_argument("--prompts", type=int, default=ScoreConfig.prompts)
     scored.add_argument("--seeds", type=_list(int), default=[0])
     scored.add_argument("--out", type=Path, required=True)
+    written = commands.add_parser("page", help="write docs/yardstick.md and its picture from stored results")
+    written.add_argument("--results", type=Path, default=RESULTS)
+    written.add_argument("--docs", type=Path, default=ROOT / "docs")
     plan = commands.add_parser("all", help="everything that the page shows: starts, scores, rates, learning")
     plan.add_argument("--methods", type=_list(str), default=list(Plan.methods))
     plan.add_argument("--seeds", type=_list(int), default=list(Plan.seeds))
@@ -60,7 +66,12 @@ def main(arguments: list[str] | None = None) -> None:
     plan.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if given.command == "start":
+    if given.command == "page":
+        runs, scored = all_of(given.results / "runs"), all_of(given.results / "scores")
+        picture(runs, scored, Plan(), given.docs / "images" / "yardstick.png")
+        remarks = [REMARKS.read_text()] if REMARKS.exists() else []
+        (given.docs / "yardstick.md").write_text("\n".join([*page(runs, scored, Plan()), "", *remarks]).rstrip() + "\n")
+    elif given.command == "start":
         for seed in given.seeds:
             print(make_start(given.out, given.kind, seed, SCENES, log=_log))
     elif given.command == "all":

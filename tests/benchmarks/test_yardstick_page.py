@@ -1,0 +1,83 @@
+"""The page of the yardstick from stored results: what is not run is said, and the picture is drawn."""
+
+import pytest
+
+from benchmarks.yardstick.page import page, picture
+from benchmarks.yardstick.plan import Plan
+
+PLAN = Plan(methods=("grpo", "region", "sensitivity", "oracle_plus"), seeds=(0, 1, 2), rates=(3e-4,), steps=30)
+GAINS = {"grpo": 0.0, "region": 0.05, "oracle_plus": 0.2}
+
+
+@pytest.fixture
+def runs():
+    made = []
+    for method, more in GAINS.items():
+        for seed in (*PLAN.seeds, PLAN.tuning_seed):
+            curve = [
+                {"step": 10 * n, "acc": 0.2 + n * (0.05 + more) / 2 + 0.01 * seed % 0.03, "text": 0.9} for n in range(4)
+            ]
+            start = 0 if seed == PLAN.tuning_seed else seed
+            made.append(
+                {"start": f"half_ignorant-{start}-abc", "method": method, "rate": 3e-4, "seed": seed, "curve": curve}
+            )
+    return made
+
+
+@pytest.fixture
+def scored():
+    def at(value):
+        return [value, None, None]
+
+    methods = {
+        method: {
+            "separation": at(value),
+            "precision": at(value),
+            "control": at(0.01),
+            "blame": at(value),
+            "afterwards": at(0),
+        }
+        for method, value in (("grpo", 0.0), ("region", 0.1), ("sensitivity", 0.7), ("oracle_plus", 1.0))
+    }
+    methods["region"]["look"] = at(0.4)
+    credit = {
+        "grpo": [-0.5] * 6,
+        "region": [-0.4] * 6,
+        "sensitivity": [0, -0.5, 0, -0.5, 0, 0],
+        "oracle_plus": [0, 0.5, 0, -0.5, 0, 0],
+    }
+    return [
+        {
+            "start": f"half_ignorant-{seed}-abc",
+            "methods": methods,
+            "statistics": {"entropy": {"separation": at(0.3), "precision": at(0.2), "error": at(0.1)}},
+            "looks": {"layer 0": {"share": at(0.5), "seeing": at(0.1), "late / early": at(0.9)}},
+            "rates": {"reward": 0.2},
+            "example": {"marks": ".P.E.", "credit": credit},
+        }
+        for seed in PLAN.seeds
+    ]
+
+
+def test_the_page_shows_scores_learning_and_what_was_not_run(runs, scored):
+    lines = page(runs, scored, PLAN)
+    text = "\n".join(lines)
+    assert "| VPPO | +0.70 [no interval] |" in text
+    grpo = next(line for line in lines if line.startswith("| GRPO | 0.0003 |"))
+    assert "+0.000" in grpo
+    assert "| 1.00 [" in next(line for line in lines if line.startswith("| oracle_plus") and "0.0003" in line)
+    assert "| VPPO | not run |" in text
+    assert text[text.index("### From knowing starts") :].split("\n")[2] == "Not run."
+
+
+def test_a_score_that_does_not_apply_is_a_dash(runs, scored):
+    lines = page(runs, scored, PLAN)
+    names = [name.strip() for name in next(line for line in lines if line.startswith("| method | sep")).split("|")]
+    cells = {row: line.split("|") for row in ("SAYO", "VPPO") for line in lines if line.startswith(f"| {row} | +")}
+    assert cells["SAYO"][names.index("look")].strip() == "+0.40 [no interval]"
+    assert cells["VPPO"][names.index("look")].strip() == "-"
+
+
+def test_the_picture_is_drawn(runs, scored, tmp_path):
+    picture(runs, scored, PLAN, tmp_path / "yardstick.png")
+    assert (tmp_path / "yardstick.png").stat().st_size > 5000
