@@ -77,8 +77,8 @@ def layer_lines(scored: Sequence[Mapping[str, Any]]) -> list[str]:
         "## Statistics and layers",
         "",
         "Each statistic as if it were the factor of a token. `error` asks whether it is highest at the first error "
-        "among the perceptual tokens. `share` is the attention on the own cell of a look, as a share of that on the image; "
-        "`seeing` asks whether it is higher at right looks. `late / early` is the attention on the image in the last "
+        "among the perceptual tokens. `share` is the attention on the own cell of a look, as a share of that on the "
+        "image; `seeing` asks whether it is higher at right looks. `late / early` is the attention on the image in the last "
         "third of a response over that in the first.",
     ]
     for kind, found in _by_kind(scored).items():
@@ -152,7 +152,7 @@ def picture(runs: Sequence[Run], scored: Sequence[Mapping[str, Any]], plan: Plan
     methods = [m for m in plan.methods if m in example["credit"]]
     best = chosen_rates(runs, plan)
     figure, (strip, bars) = plt.subplots(
-        1, 2, figsize=(13, 0.42 * len(methods) + 1.6), width_ratios=(3.2, 1), sharey=True, layout="constrained"
+        1, 2, figsize=(13, 0.42 * len(methods) + 1.6), width_ratios=(2.6, 1), sharey=True, layout="constrained"
     )
     marks = example["marks"]
     first = next(at for at, mark in enumerate(marks) if mark in "xE")
@@ -185,7 +185,7 @@ def picture(runs: Sequence[Run], scored: Sequence[Mapping[str, Any]], plan: Plan
         if not math.isnan(share.low):
             bars.plot([share.low, share.high], [row, row], color=INK, linewidth=1.2)
     bars.axvline(0, color=INK, linewidth=0.8)
-    bars.set_title("What it learned (GRPO 0, oracle_plus 1)", loc="left", fontsize=11)
+    bars.set_title("Learned (GRPO 0, oracle_plus 1)", loc="left", fontsize=11)
     for axis in (strip, bars):
         axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
         axis.tick_params(length=0, labelsize=9)
