@@ -78,8 +78,8 @@ def layer_lines(scored: Sequence[Mapping[str, Any]]) -> list[str]:
         "",
         "Each statistic as if it were the factor of a token. `error` asks whether it is highest at the first error "
         "among the perceptual tokens. `share` is the attention on the own cell of a look, as a share of that on the "
-        "image; `seeing` asks whether it is higher at right looks. `late / early` is the attention on the image in the last "
-        "third of a response over that in the first.",
+        "image; `seeing` asks whether it is higher at right looks. `late / early` is the attention on the image in the "
+        "last third of a response over that in the first.",
     ]
     for kind, found in _by_kind(scored).items():
         out += ["", f"### From {_words(kind)} starts ({len(found)})", ""]
