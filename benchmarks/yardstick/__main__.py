@@ -5,6 +5,7 @@
         --rates 1e-4,3e-4,6e-4 --seeds 0,1,2 --out outputs/yardstick/runs
     python -m benchmarks.yardstick span --runs outputs/yardstick/runs
     python -m benchmarks.yardstick all --out outputs/yardstick
+    python -m benchmarks.yardstick page --results outputs/yardstick
     python -m benchmarks.yardstick score --start outputs/yardstick/half_ignorant-0-* --out outputs/yardstick/scores
 
 A finished run or start is not repeated. Every run is one JSON file with its settings. Torch uses one thread, so that
@@ -68,6 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     if given.command == "page":
         runs, scored = all_of(given.results / "runs"), all_of(given.results / "scores")
+        if not runs or not scored:
+            parser.error(f"{given.results} holds no runs and scores: make them with `all`, or name them with --results")
         picture(runs, scored, Plan(), given.docs / "images" / "yardstick.png")
         remarks = [REMARKS.read_text()] if REMARKS.exists() else []
         (given.docs / "yardstick.md").write_text("\n".join([*page(runs, scored, Plan()), "", *remarks]).rstrip() + "\n")

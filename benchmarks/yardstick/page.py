@@ -18,19 +18,10 @@ from benchmarks.yardstick.plan import HALF, Plan
 from benchmarks.yardstick.span import Run, best_rates, final
 from benchmarks.yardstick.starts import STARTS
 from sayo_verl.estimates import Estimate, mean
+from sayo_verl.methods import METHODS
 
 REMARKS = Path(__file__).with_name("remarks.md")
-TITLES = {
-    "grpo": "GRPO",
-    "region": "SAYO",
-    "dual": "VGPO",
-    "anchor": "AT-RL (our reading)",
-    "faithful": "Faithful-MR1 (our reading)",
-    "sensitivity": "VPPO",
-    "evidence": "Evidence-RL",
-    "oracle": "oracle: blame",
-    "oracle_plus": "oracle_plus: blame and praise",
-}
+OWN_TITLES = {"grpo": "GRPO", "oracle": "oracle: blame", "oracle_plus": "oracle_plus: blame and praise"}
 SCORES = ("separation", "blame", "afterwards", "trajectory", "look")
 BAD, GOOD, PLAIN, INK = "#D55E00", "#0072B2", "#e9edf2", "#1f2328"
 
@@ -124,7 +115,7 @@ def learning_lines(runs: Sequence[Run], plan: Plan) -> list[str]:
         for method in plan.methods:
             own = learning.by_seed(runs, kind, method, best.get(method, math.nan))
             if not own:
-                out.append(f"| {TITLES.get(method, method)} | not run | | | | | | |")
+                out.append(f"| {_title(method)} | not run | | | | | | |")
                 continue
             same = learning.by_seed(runs, kind, method, plan.common_rate)
             cells = [
@@ -136,7 +127,7 @@ def learning_lines(runs: Sequence[Run], plan: Plan) -> list[str]:
                 learning.share(own, grpo, plus).text(2),
                 learning.share(same, *common).text(2) if same and all(common) else "not run",
             ]
-            out.append(f"| {TITLES.get(method, method)} | " + " | ".join(cells) + " |")
+            out.append(f"| {_title(method)} | " + " | ".join(cells) + " |")
     return out
 
 
@@ -169,7 +160,7 @@ def picture(runs: Sequence[Run], scored: Sequence[Mapping[str, Any]], plan: Plan
         strip.barh(0, 0.9, left=at, height=0.72, color=colour)
     strip.annotate("first error", (first + 0.45, -0.4), (first + 0.45, -1.1), ha="center", fontsize=9, color=INK,
                    arrowprops={"arrowstyle": "-", "color": INK})  # fmt: skip
-    strip.set_yticks(range(len(methods) + 1), ["truth: right look, wrong, other", *(TITLES.get(m, m) for m in methods)])
+    strip.set_yticks(range(len(methods) + 1), ["truth: right look, wrong, other", *(_title(m) for m in methods)])
     strip.set_ylim(len(methods) + 0.6, -1.3)
     strip.set_xticks([])
     strip.set_xlabel("tokens of one wrong response; orange: where its blame falls, blue: praise", fontsize=9)
@@ -200,8 +191,14 @@ def _table(first: str, names: Sequence[str], rows: Mapping[str, Sequence[Mapping
         for name in names:
             values = [found[name][0] for found in each if name in found and found[name][0] is not None]
             cells.append(mean(values, range(len(values))).text(2, sign=True) if values else "-")
-        lines.append(f"| {TITLES.get(title, title)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_title(title)} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _title(name: str) -> str:
+    """The paper's name of a method, as the package gives it; any other name as it is."""
+    paper, *_ = getattr(METHODS.get(f"attn_{name}"), "reference", (name,))  # a user's method may have none
+    return OWN_TITLES.get(name, paper)
 
 
 def _by_kind(scored: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

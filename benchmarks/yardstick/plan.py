@@ -10,7 +10,6 @@ nothing, and each uses one thread.
 """
 
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -122,4 +121,3 @@ def _quiet(_line: str) -> None:
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
-    os.nice(5)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks.yardstick.__main__ import main
 from benchmarks.yardstick.page import page, picture
 from benchmarks.yardstick.plan import Plan
 
@@ -81,3 +82,10 @@ def test_a_score_that_does_not_apply_is_a_dash(runs, scored):
 def test_the_picture_is_drawn(runs, scored, tmp_path):
     picture(runs, scored, PLAN, tmp_path / "yardstick.png")
     assert (tmp_path / "yardstick.png").stat().st_size > 5000
+
+
+def test_a_page_without_results_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["page", "--results", str(tmp_path), "--docs", str(tmp_path)])
+    assert f"{tmp_path} holds no runs and scores" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -251,6 +251,11 @@ def test_a_job_is_looked_at_with_its_memory_and_its_cards(tmp_path, monkeypatch)
     assert job_module.check_job(job(tmp_path, PLAN))[-1].right
 
 
+@pytest.mark.parametrize("words", job_module.UNCHECKED.pattern.split("|"))
+def test_the_plan_still_says_unchecked_in_the_words_that_the_doctor_reads(repo, words):
+    assert any(words in file.read_text() for file in (repo / "sayo_verl" / "launch").glob("*.py"))
+
+
 def test_what_the_plan_did_not_check_is_neither_right_nor_wrong(tmp_path):
     plan = """  train data      data/train-*.parquet - NOT THERE YET, needed before the run
   reward gives    not checked: no row can be tried
