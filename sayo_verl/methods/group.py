@@ -91,15 +91,16 @@ def advantages(
         read = torch.where(response_mask.bool(), column, torch.ones_like(column))
         bad = ~torch.isfinite(read) | (read < 0)
         if bad.any():
+            row = int(bad.any(-1).nonzero()[0])
             error = SayoError(
                 "A11",
                 f"{int(bad.sum())} values of the {name} are negative or not finite",
-                where=f"row {int(bad.any(-1).nonzero()[0])} of the batch",
+                where=f"row {row} of the batch",
                 got=read[bad][:3].tolist(),
                 wanted="finite, 0 or more, so that no advantage changes its sign",
                 fix="correct the method's credit()",
             )
-            error.row = int(bad.any(-1).nonzero()[0])
+            error.row = row
             raise error
         advantage = advantage * read
     return add_bonuses(advantage, size_BT, response_mask.bool(), credit.bonuses), reward
