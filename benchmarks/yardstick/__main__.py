@@ -52,7 +52,6 @@ def main(arguments: list[str] | None = None) -> None:
     scored.add_argument("--start", type=Path, required=True, help="a folder that `start` made")
     scored.add_argument("--methods", type=_list(str), default=list(ScoreConfig.methods))
     scored.add_argument("--prompts", type=int, default=ScoreConfig.prompts)
-    scored.add_argument("--steps", type=int, default=ScoreConfig.steps, help="of the walks, where not of the start")
     scored.add_argument("--seeds", type=_list(int), default=[0])
     scored.add_argument("--out", type=Path, required=True)
     written = commands.add_parser("page", help="write docs/yardstick.md and its picture from stored results")
@@ -78,8 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
         if not runs or not scored:
             parser.error(f"{given.results} holds no runs and scores: make them with `all`, or name them with --results")
         picture(runs, scored, Plan(), given.docs / "images" / "yardstick.png")
-        remarks = [REMARKS.read_text()] if REMARKS.exists() else []
-        (given.docs / "yardstick.md").write_text("\n".join([*page(runs, scored, Plan()), "", *remarks]).rstrip() + "\n")
+        lines = page(runs, scored, Plan(), REMARKS.read_text() if REMARKS.exists() else "")
+        (given.docs / "yardstick.md").write_text("\n".join(lines).rstrip() + "\n")
     elif given.command == "start":
         for seed in given.seeds:
             print(make_start(given.out, given.kind, seed, SCENES, log=_log))
@@ -94,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
         run_plan(chosen, given.out, given.processes, _log)
     elif given.command == "score":
         for seed in given.seeds:
-            config = ScoreConfig(tuple(given.methods), given.prompts, steps=given.steps, seed=seed)
+            config = ScoreConfig(tuple(given.methods), given.prompts, seed=seed)
             print(as_table(score_once(given.start, config, given.out)))
     elif given.command == "span":
         print(table(all_of(given.runs)))
