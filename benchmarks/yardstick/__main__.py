@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.yardstick.known import ScoreConfig, as_table
-from benchmarks.yardstick.loop import ROOT, LoopConfig, names
-from benchmarks.yardstick.page import REMARKS, page, picture
+from benchmarks.yardstick.loop import ROOT, VARIANTS, LoopConfig, names
+from benchmarks.yardstick.page import REMARKS, page
+from benchmarks.yardstick.picture import picture
 from benchmarks.yardstick.plan import Plan, run_plan, score_once, train_once
 from benchmarks.yardstick.span import table
 from benchmarks.yardstick.starts import SCENES, STARTS, make_start
@@ -76,8 +77,11 @@ def main(arguments: list[str] | None = None) -> None:
         runs, scored = all_of(given.results / "runs"), all_of(given.results / "scores")
         if not runs or not scored:
             parser.error(f"{given.results} holds no runs and scores: make them with `all`, or name them with --results")
-        picture(runs, scored, Plan(), given.docs / "images" / "yardstick.png")
-        lines = page(runs, scored, Plan(), REMARKS.read_text() if REMARKS.exists() else "")
+        own = [name for name in dict.fromkeys(run["method"] for run in runs) if name not in (*Plan.methods, *VARIANTS)]
+        shown = Plan(methods=(*Plan.methods, *own))
+        (given.docs / "images").mkdir(parents=True, exist_ok=True)
+        picture(runs, scored, shown, given.docs / "images" / "yardstick.png")
+        lines = page(runs, scored, shown, REMARKS.read_text() if given.results == RESULTS else "")
         (given.docs / "yardstick.md").write_text("\n".join(lines).rstrip() + "\n")
     elif given.command == "start":
         for seed in given.seeds:

@@ -8,7 +8,8 @@ over seeds.
 import statistics
 from collections.abc import Sequence
 
-from benchmarks.yardstick.span import Run, final, steps_to
+from benchmarks.yardstick.plan import Plan
+from benchmarks.yardstick.span import Run, best_rates, final, steps_to
 from sayo_verl.estimates import Estimate, mean, ratio
 
 BASELINE, CEILING = "grpo", "oracle_plus"
@@ -57,3 +58,9 @@ def speed(ceiling: dict[int, Run], baseline: dict[int, Run]) -> dict[int, tuple[
 def is_wide(steps: dict[int, tuple[int | None, int | None]], at_most: float = 0.5) -> list[int]:
     """Seeds in which ``oracle_plus`` needs at most this share of GRPO's steps."""
     return [s for s, (fast, slow) in steps.items() if fast is not None and slow is not None and fast <= at_most * slow]
+
+
+def chosen_rates(runs: Sequence[Run], plan: Plan) -> dict[str, float]:
+    """Method -> its best rate in the runs that choose it."""
+    tuning = [run for run in runs if run["seed"] == plan.tuning_seed]
+    return {method: rate for (_, method), rate in best_rates(tuning).items()}

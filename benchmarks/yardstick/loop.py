@@ -24,6 +24,7 @@ from sayo_verl.scenes.walk import WalkConfig, sample_walk
 from sayo_verl.scenes.walk_truth import Truth
 
 BASELINE = "grpo"
+TITLES = {"grpo": "GRPO", "oracle": "oracle: blame", "oracle_plus": "oracle_plus: blame and praise"}
 ROOT = Path(__file__).resolve().parents[2]
 load_methods([str(ROOT / "recipe" / "oracle" / "oracle.py")])
 Log = Callable[[str], None]
@@ -88,6 +89,14 @@ def method_of(config: LoopConfig) -> Method | None:
 def names() -> list[str]:
     """Every name that ``LoopConfig.method`` may have, without those with ``attn_``."""
     return [BASELINE, *(name.removeprefix("attn_") for name in sorted(METHODS)), *VARIANTS]
+
+
+def title(name: str) -> str:
+    """The paper's name of a method, as the package gives it, and the settings of a variant; other names as they are."""
+    base, settings = VARIANTS.get(name, (name, {}))
+    paper, *_ = getattr(METHODS.get(f"attn_{base}"), "reference", (base,))  # a user's method may have none
+    given = "".join(f", {key} {value[0] if isinstance(value, tuple) else value}" for key, value in settings.items())
+    return TITLES.get(name, paper) + given
 
 
 def roll_out(

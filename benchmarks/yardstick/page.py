@@ -1,6 +1,6 @@
-"""``docs/yardstick.md`` and its picture, from stored results.
+"""``docs/yardstick.md`` from stored results.
 
-The page holds tables and generated sentences alone. What a person concludes from them stands in ``REMARKS``.
+Tables and verdicts are generated. What a person concludes stands in ``REMARKS``, how to use the yardstick in ``HOWTO``.
 """
 
 import math
@@ -8,24 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from benchmarks.yardstick import learning
 from benchmarks.yardstick.claims import claim_lines, claims, of_kind
-from benchmarks.yardstick.loop import VARIANTS
+from benchmarks.yardstick.loop import VARIANTS, title
 from benchmarks.yardstick.plan import HALF, Plan
-from benchmarks.yardstick.span import Run, best_rates, final
+from benchmarks.yardstick.span import Run, final
 from benchmarks.yardstick.starts import STARTS
-from sayo_verl.estimates import Estimate, mean
-from sayo_verl.methods import METHODS
+from sayo_verl.estimates import mean
 
-REMARKS = Path(__file__).with_name("remarks.md")
-OWN_TITLES = {"grpo": "GRPO", "oracle": "oracle: blame", "oracle_plus": "oracle_plus: blame and praise"}
+REMARKS, HOWTO = (Path(__file__).with_name(name) for name in ("remarks.md", "howto.md"))
 SCORES = ("separation", "first half", "second half", "precision", "blame", "afterwards", "trajectory", "look")
-BAD, GOOD, PLAIN, INK = "#D55E00", "#0072B2", "#e9edf2", "#1f2328"
 
 
 def page(
@@ -54,12 +46,14 @@ def page(
         "A claim holds if each interval is wholly on its side, fails if each is wholly on the other, and else is open. "
         "`benchmarks/yardstick/claims.py` defines them. All numbers are of this task and policy.",
         "",
-        *claim_lines(claims(runs, scored, plan, chosen_rates(runs, plan))),
+        *claim_lines(claims(runs, scored, plan, learning.chosen_rates(runs, plan))),
         "",
         *score_lines(scored),
         *layer_lines(scored),
         *learning_lines(runs, plan),
         *(["", "## Agreement with verl", "", *agreed] if agreed else []),
+        "",
+        HOWTO.read_text().rstrip(),
     ]
 
 
@@ -104,7 +98,7 @@ def layer_lines(scored: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def learning_lines(runs: Sequence[Run], plan: Plan) -> list[str]:
     """Tables of learning, one per kind of start."""
-    best = chosen_rates(runs, plan)
+    best = learning.chosen_rates(runs, plan)
     out = [
         "## Learning",
         "",
@@ -138,7 +132,7 @@ def learning_lines(runs: Sequence[Run], plan: Plan) -> list[str]:
             rate = best.get(VARIANTS[method][0] if method in VARIANTS else method, math.nan)
             own = learning.by_seed(runs, kind, method, rate)
             if not own:
-                out.append(f"| {_title(method)} | not run | | | | | | | | |")
+                out.append(f"| {title(method)} | not run | | | | | | | | |")
                 continue
             same = learning.by_seed(runs, kind, method, plan.common_rate)
             ends = [[final(run, name) for run in own.values()] for name in ("acc", "look", "text")]
@@ -153,7 +147,7 @@ def learning_lines(runs: Sequence[Run], plan: Plan) -> list[str]:
                 if own.keys() == grpo.keys()
                 else "-",
             ]
-            out.append(f"| {_title(method)} | " + " | ".join(cells) + " |")
+            out.append(f"| {title(method)} | " + " | ".join(cells) + " |")
         out += other_walks(runs, plan, kind, best)
     return out
 
@@ -172,76 +166,15 @@ def other_walks(runs: Sequence[Run], plan: Plan, kind: str, best: Mapping[str, f
     return ["", said, "", *_table("method", names, rows)]
 
 
-def chosen_rates(runs: Sequence[Run], plan: Plan) -> dict[str, float]:
-    """Method -> its best rate in the runs that choose it."""
-    tuning = [run for run in runs if run["seed"] == plan.tuning_seed]
-    return {method: rate for (_, method), rate in best_rates(tuning).items()}
-
-
-def picture(runs: Sequence[Run], scored: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> None:
-    """One wrong response with the credit of each method, and bars of what each learned."""
-    example = next(each["example"] for each in of_kind(scored, HALF) if each["example"])
-    methods = [m for m in plan.methods if m in example["credit"]]
-    best = chosen_rates(runs, plan)
-    figure, (strip, bars) = plt.subplots(
-        1, 2, figsize=(13, 0.42 * len(methods) + 1.6), width_ratios=(2.6, 1), sharey=True, layout="constrained"
-    )
-    marks = example["marks"]
-    first = next(at for at, mark in enumerate(marks) if mark in "xE")
-    for row, method in enumerate(methods, 1):
-        credit = example["credit"][method]
-        total = sum(max(-c, 0) for c in credit) or 1.0
-        top = max(max(-c, 0) / total for c in credit) or 1.0
-        for at, value in enumerate(credit):
-            share = max(-value, 0) / total / max(top, 1.5 / len(credit))
-            colour = BAD if value < 0 else GOOD if value > 0 else PLAIN
-            strip.barh(row, 0.9, left=at, height=0.72, color=colour, alpha=max(share, 0.06) if value < 0 else 0.8)
-    for at, mark in enumerate(marks):
-        colour = {"P": GOOD, "E": BAD, "x": BAD}.get(mark, PLAIN)
-        strip.barh(0, 0.9, left=at, height=0.72, color=colour)
-    strip.annotate("first error", (first + 0.45, -0.4), (first + 0.45, -1.1), ha="center", fontsize=9, color=INK,
-                   arrowprops={"arrowstyle": "-", "color": INK})  # fmt: skip
-    strip.set_yticks(range(len(methods) + 1), ["truth: right look, wrong, other", *(_title(m) for m in methods)])
-    strip.set_ylim(len(methods) + 0.6, -1.3)
-    strip.set_xticks([])
-    strip.set_xlabel("tokens of one wrong response; orange: where its blame falls, blue: praise", fontsize=9)
-    strip.set_title("Where the blame of a wrong answer falls", loc="left", fontsize=11)
-    grpo, plus = (learning.by_seed(runs, HALF, m, best.get(m, math.nan)) for m in ("grpo", "oracle_plus"))
-    for row, method in enumerate(methods, 1):
-        own = learning.by_seed(runs, HALF, method, best.get(method, math.nan))
-        share = learning.share(own, grpo, plus) if own else Estimate(math.nan)
-        if math.isnan(share.value):
-            bars.text(0.02, row, "not run", va="center", fontsize=8)
-            continue
-        bars.barh(row, share.value, height=0.6, color=GOOD)
-        if not math.isnan(share.low):
-            bars.plot([share.low, share.high], [row, row], color=INK, linewidth=1.2)
-    bars.axvline(0, color=INK, linewidth=0.8)
-    bars.set_title("Learned (GRPO 0, oracle_plus 1)", loc="left", fontsize=11)
-    for axis in (strip, bars):
-        axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
-        axis.tick_params(length=0, labelsize=9)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def _table(first: str, names: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     lines = [f"| {first} | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
-    for title, each in rows.items():
+    for row, each in rows.items():
         cells = []
         for name in names:
             values = [found[name][0] for found in each if name in found and found[name][0] is not None]
             cells.append(mean(values, range(len(values))).text(2, sign=True) if values else "-")
-        lines.append(f"| {_title(title)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {title(row)} | " + " | ".join(cells) + " |")
     return lines
-
-
-def _title(name: str) -> str:
-    """The paper's name of a method, as the package gives it, and the settings of a variant; other names as they are."""
-    base, settings = VARIANTS.get(name, (name, {}))
-    paper, *_ = getattr(METHODS.get(f"attn_{base}"), "reference", (base,))  # a user's method may have none
-    given = "".join(f", {key} {value[0] if isinstance(value, tuple) else value}" for key, value in settings.items())
-    return OWN_TITLES.get(name, paper) + given
 
 
 def _by_kind(scored: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

@@ -3,7 +3,8 @@
 import pytest
 
 from benchmarks.yardstick.__main__ import main
-from benchmarks.yardstick.page import page, picture
+from benchmarks.yardstick.page import page
+from benchmarks.yardstick.picture import picture
 from benchmarks.yardstick.plan import Plan
 
 PLAN = Plan(methods=("grpo", "region", "sensitivity", "oracle_plus"), seeds=(0, 1, 2), rates=(3e-4,), steps=30)
