@@ -3,7 +3,6 @@
     python -m benchmarks.yardstick start --kind half_ignorant --seeds 0,1,2,3,4 --out outputs/yardstick
     python -m benchmarks.yardstick train --start outputs/yardstick/half_ignorant-0-* --methods grpo,oracle_plus \
         --rates 1e-4,3e-4,6e-4 --seeds 0,1,2 --out outputs/yardstick/runs
-    python -m benchmarks.yardstick span --runs outputs/yardstick/runs
     python -m benchmarks.yardstick all --out outputs/yardstick
     python -m benchmarks.yardstick page --results outputs/yardstick
     python -m benchmarks.yardstick score --start outputs/yardstick/half_ignorant-0-* --out outputs/yardstick/scores
@@ -23,7 +22,6 @@ from benchmarks.yardstick.loop import ROOT, VARIANTS, LoopConfig, names
 from benchmarks.yardstick.page import REMARKS, page
 from benchmarks.yardstick.picture import picture
 from benchmarks.yardstick.plan import Plan, run_plan, score_once, train_once
-from benchmarks.yardstick.span import table
 from benchmarks.yardstick.starts import SCENES, STARTS, make_start
 from benchmarks.yardstick.store import all_of
 from sayo_verl.launch.settings import load_methods
@@ -47,8 +45,6 @@ def main(arguments: list[str] | None = None) -> None:
     run.add_argument("--steps", type=int, default=LoopConfig.steps)
     run.add_argument("--eval-scenes", type=int, default=LoopConfig.eval_scenes)
     run.add_argument("--out", type=Path, required=True)
-    span = commands.add_parser("span", help="compare finished runs")
-    span.add_argument("--runs", type=Path, required=True)
     scored = commands.add_parser("score", help="score credit against the truth, without training")
     scored.add_argument("--start", type=Path, required=True, help="a folder that `start` made")
     scored.add_argument("--methods", type=_list(str), default=list(ScoreConfig.methods))
@@ -99,8 +95,6 @@ def main(arguments: list[str] | None = None) -> None:
         for seed in given.seeds:
             config = ScoreConfig(tuple(given.methods), given.prompts, seed=seed)
             print(as_table(score_once(given.start, config, given.out)))
-    elif given.command == "span":
-        print(table(all_of(given.runs)))
     else:
         configs = [
             LoopConfig(method=method, rate=rate, steps=given.steps, eval_scenes=given.eval_scenes, seed=seed)

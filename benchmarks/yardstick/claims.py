@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.yardstick import learning
+from benchmarks.yardstick.learning import Run
 from benchmarks.yardstick.plan import HALF, KNOWING, Plan
-from benchmarks.yardstick.span import Run
 from sayo_verl.estimates import Estimate, mean
 
 Scored = Sequence[Mapping[str, Any]]

@@ -10,9 +10,9 @@ from typing import Any
 
 from benchmarks.yardstick import learning
 from benchmarks.yardstick.claims import claim_lines, claims, of_kind
+from benchmarks.yardstick.learning import Run, final
 from benchmarks.yardstick.loop import VARIANTS, title
 from benchmarks.yardstick.plan import HALF, Plan
-from benchmarks.yardstick.span import Run, final
 from benchmarks.yardstick.starts import STARTS
 from sayo_verl.estimates import mean
 
@@ -46,7 +46,7 @@ def page(
         "A claim holds if each interval is wholly on its side, fails if each is wholly on the other, and else is open. "
         "`benchmarks/yardstick/claims.py` defines them. All numbers are of this task and policy.",
         "",
-        *claim_lines(claims(runs, scored, plan, learning.chosen_rates(runs, plan))),
+        *claim_lines(claims(runs, scored, plan, learning.chosen_rates(runs, plan.tuning_seed))),
         "",
         *score_lines(scored),
         *layer_lines(scored),
@@ -98,7 +98,7 @@ def layer_lines(scored: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def learning_lines(runs: Sequence[Run], plan: Plan) -> list[str]:
     """Tables of learning, one per kind of start."""
-    best = learning.chosen_rates(runs, plan)
+    best = learning.chosen_rates(runs, plan.tuning_seed)
     out = [
         "## Learning",
         "",

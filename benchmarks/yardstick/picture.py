@@ -12,9 +12,9 @@ import matplotlib.pyplot as plt
 
 from benchmarks.yardstick import learning
 from benchmarks.yardstick.claims import of_kind
+from benchmarks.yardstick.learning import Run
 from benchmarks.yardstick.loop import title
 from benchmarks.yardstick.plan import HALF, Plan
-from benchmarks.yardstick.span import Run
 from sayo_verl.estimates import Estimate
 
 BAD, GOOD, PLAIN, INK = "#D55E00", "#0072B2", "#e9edf2", "#1f2328"
@@ -24,7 +24,7 @@ def picture(runs: Sequence[Run], scored: Sequence[Mapping[str, Any]], plan: Plan
     """One wrong response with the credit of each method, and bars of what each learned."""
     example = next(each["example"] for each in of_kind(scored, HALF) if each["example"])
     methods = [m for m in plan.methods if m in example["credit"]]
-    best = learning.chosen_rates(runs, plan)
+    best = learning.chosen_rates(runs, plan.tuning_seed)
     figure, (strip, bars) = plt.subplots(
         1, 2, figsize=(13, 0.42 * len(methods) + 1.6), width_ratios=(2.6, 1), sharey=True, layout="constrained"
     )

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.yardstick.known import METHODS, ScoreConfig, looks_of, score
+from benchmarks.yardstick.learning import Run, best_rates
 from benchmarks.yardstick.loop import VARIANTS, LoopConfig, method_of, train
-from benchmarks.yardstick.span import Run, best_rates
 from benchmarks.yardstick.starts import SCENES, STARTS, load_start, make_start
 from benchmarks.yardstick.store import once
 from sayo_verl.launch.settings import load_methods
