@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.yardstick import agree
 from benchmarks.yardstick.known import ScoreConfig, as_table
 from benchmarks.yardstick.loop import ROOT, LoopConfig
 from benchmarks.yardstick.page import REMARKS, page, picture
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     plan.add_argument("--steps", type=int, default=Plan.steps)
     plan.add_argument("--processes", type=int, default=2)
     plan.add_argument("--out", type=Path, required=True)
+    agree.add_command(commands)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if given.command == "page":
@@ -85,6 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
         for seed in given.seeds:
             config = ScoreConfig(tuple(given.methods), given.prompts, seed=seed)
             print(as_table(score_once(given.start, config, given.out)))
+    elif given.command == "agree":
+        agree.from_arguments(given)
     elif given.command == "span":
         print(table(all_of(given.runs)))
     else:

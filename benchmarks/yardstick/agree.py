@@ -1,0 +1,333 @@
+"""Do the light loop and verl agree? Real runs of verl from a start, and the loop's code on verl's own responses.
+
+Each method is trained by ``scripts/run_tiny.sh`` with one update a step, as the loop does. ``verl_batch`` writes what
+verl trains on. ``compare`` then starts from the same weights, computes the advantages of the same responses by the
+loop's code, and measures the differences. It makes the loop's update, too, and so follows verl from step to step. The
+policies have the same weights at step 1. Later they drift apart, because AdamW enlarges the rounding of small gradients.
+
+A method with ranks, thresholds or clusters is not continuous: a difference of the last digits of what it reads can
+change a weight by much. So the method also computes the advantages from what verl measured (``from_verls_signals``).
+If that is 0, the arithmetic agrees, and the rest is rounding of the two forward passes.
+
+Shape suffixes: N rows (n responses of each prompt, side by side), T response tokens (padded on the right).
+"""
+
+import argparse
+import io
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import torch
+from PIL import Image
+
+from benchmarks.yardstick.known import METHODS
+from benchmarks.yardstick.loop import ROOT, LoopConfig, Rollouts, credit_of, method_of
+from benchmarks.yardstick.policy import WalkPolicy
+from benchmarks.yardstick.probed import signals as signals_of
+from benchmarks.yardstick.starts import SCENES, load_start
+from benchmarks.yardstick.warmup import Log
+from sayo_verl.hooks.estimator import timed_credit
+from sayo_verl.methods import Method, Signals, advantages
+from sayo_verl.methods.group import group_rows
+from sayo_verl.reward.walk import walk_of
+from sayo_verl.scenes.walk import Walk
+from sayo_verl.scenes.walk_truth import walk_path
+from sayo_verl.tiny.prepared import prepare_walks
+
+TOLERANCE = 1e-5  # of advantages, which are about 1
+ROWS = {"n_train": 512, "n_val": 64}
+SETTINGS = (  # the loop's: one update a step on 16 prompts x 8 responses, token-mean, no KL, no dynamic sampling
+    "data.train_batch_size=16",
+    "actor_rollout_ref.rollout.n=8",
+    "data.max_prompt_length=48",
+    "data.max_response_length=56",
+    "actor_rollout_ref.rollout.temperature=1.0",
+    "actor_rollout_ref.actor.loss_agg_mode=token-mean",
+    "actor_rollout_ref.actor.use_kl_loss=False",
+    "actor_rollout_ref.actor.entropy_coeff=0",
+    "algorithm.filter_groups.enable=False",
+    "sayo.viz_every=0",
+)
+MODULES = [ROOT / "recipe" / "oracle" / "oracle.py", ROOT / "benchmarks" / "yardstick" / "verl_batch.py"]
+
+
+@dataclass(frozen=True)
+class AgreeConfig:
+    """Runs of verl: steps of each, learning rate of AdamW, and whether held-out walks are answered before and after."""
+
+    steps: int = 2
+    rate: float = 3e-4
+    validate: bool = False
+
+
+def train_on_verl(start: Path, method: str, rows: Path, out: Path, config: AgreeConfig) -> list[dict[str, Any]]:
+    """A real run in ``out``, unless it is there; returns its batches in the order of steps.
+
+    Raises:
+        SystemExit: the run fails.
+    """
+    batches = [out / "batches" / f"step_{step + 1}.pt" for step in range(config.steps)]
+    metrics = out / "run" / "metrics.jsonl"
+    if not all(path.exists() for path in batches) or len(metrics.read_text().splitlines()) < config.steps:
+        validation = f"trainer.test_freq={config.steps if config.validate else -1}"
+        command = [
+            *("bash", str(ROOT / "scripts" / "run_tiny.sh"), *SETTINGS),
+            *(validation, f"trainer.val_before_train={config.validate}"),
+            f"trainer.total_training_steps={config.steps}",
+            f"actor_rollout_ref.actor.optim.lr={config.rate:g}",
+            f"sayo.modules=[{','.join(map(str, MODULES))}]",
+        ]
+        given = {key: value for key, value in os.environ.items() if not key.startswith(("VERL_", "RAY_"))}
+        named = {
+            "METHOD": method,
+            "MODEL_PATH": start,
+            "DATA": rows,
+            "OUT": out / "run",
+            "SAYO_BATCHES": out / "batches",
+        }
+        done = subprocess.run(command, env={**given, **{key: str(value) for key, value in named.items()}}, check=False)
+        if done.returncode or not all(path.exists() for path in batches):
+            raise SystemExit(f"the run of {method} failed: see {out / 'run' / 'train.log'}")
+    return [torch.load(path, weights_only=False) for path in batches]
+
+
+def validation(out: Path) -> list[dict[str, float]]:
+    """Accuracy on held-out walks by data source, of each validation of a run."""
+    found = []
+    for line in (out / "run" / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        parts = {key.split("/acc/")[0]: value for key, value in entry["data"].items() if "/acc/mean" in key}
+        if parts:
+            found.append(
+                {"step": entry["step"], **{key.removeprefix("val-core/"): value for key, value in parts.items()}}
+            )
+    return found
+
+
+def walks_of(rows: Path) -> dict[str, Walk]:
+    """The training rows of a folder of ``sayo prepare synthetic --task walk``, by their id."""
+    out = {}
+    for file in sorted(rows.glob("train-*.parquet")):
+        for row in pyarrow.parquet.read_table(file).to_pylist():
+            info = row["extra_info"]
+            walk = walk_of(info, row["reward_model"]["ground_truth"])
+            image = Image.open(io.BytesIO(row["images"][0]["bytes"])).convert("RGB")
+            out[info["id"]] = Walk(
+                image=image,
+                question=info["question"],
+                answer=info["answer"],
+                grid=walk.grid,
+                start=walk.start,
+                directions=walk.directions,
+                colours=(),  # the row does not have them, and nothing here reads them
+                path=walk_path(*walk),
+                boxes=tuple(
+                    tuple(round(x * side) for x, side in zip(box, image.size * 2, strict=True))  # type: ignore[misc]
+                    for box in info["boxes"][0]
+                ),
+            )
+    return out
+
+
+def rollouts_of(
+    policy: WalkPolicy, batch: Mapping[str, Any], walks: Mapping[str, Walk]
+) -> tuple[Rollouts, torch.Tensor]:
+    """verl's responses as rollouts of the loop.
+
+    Returns:
+        The rollouts, and the number of verl's row for each of theirs.
+
+    Raises:
+        ValueError: a row that is not among ``walks``, groups of different sizes or of several rows, or a prompt, mask,
+            reward or mark that is not what the loop has for the same response.
+    """
+    groups = group_rows(batch["uid"])
+    _same({len(group) for group in groups} == {len(groups[0])}, "groups of different sizes", batch)
+    ids = [{batch["id"][row] for row in group} for group in groups]
+    _same(all(len(names) == 1 for names in ids), "a group of several rows", batch)
+    names = [names.pop() for names in ids]
+    missing = sorted(set(names) - walks.keys())
+    _same(not missing, f"rows {missing} are not among the walks", batch)
+    order = [row for group in groups for row in group]
+    prompts = policy.prompts([walks[name] for name in names])
+    n = len(groups[0])
+    same_prompts = all(
+        torch.equal(batch["prompts"][row].long(), prompts.ids[place // n]) for place, row in enumerate(order)
+    )
+    _same(same_prompts, "a prompt of other tokens", batch)
+    mask_NT = batch["response_mask"][order].float()
+    ids_NT = batch["responses"][order].long().masked_fill(mask_NT == 0, policy.pad)
+    _same(torch.equal(policy.mask(ids_NT), mask_NT), "another response mask", batch)
+    truths = policy.truths(prompts.walks, ids_NT)
+    reward_N = torch.tensor([float(truth.rewarded) for truth in truths])
+    _same(torch.equal(batch["reward"][order].float(), reward_N), "another reward", batch)
+    marks = [batch["reports"][row]["walk_marks"] for row in order]
+    _same(marks == [truth.marks for truth in truths], "other marks", batch)
+    uid = tuple(batch["uid"][row] for row in order)
+    return Rollouts(prompts, ids_NT, mask_NT, truths, reward_N, uid), torch.tensor(order)
+
+
+def _same(condition: bool, what: str, batch: Mapping[str, Any]) -> None:
+    if not condition:
+        raise ValueError(f"step {batch['step']} of verl has {what}")
+
+
+def compare(
+    policy: WalkPolicy, method: Method | None, batch: Mapping[str, Any], walks: Mapping[str, Walk]
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Differences of a step of verl from the loop on the same responses.
+
+    Args:
+        policy: with the weights that the loop has before this step.
+        method: of the run; None for GRPO.
+        batch: of ``verl_batch``.
+        walks: of ``walks_of``.
+
+    Returns:
+        The largest absolute differences, and the loop's loss, with its gradient. ``tokens_over`` and ``rows_over`` count
+        differences of advantages over ``TOLERANCE``; ``size`` is the largest advantage, ``contrast`` the number of
+        groups that have any.
+
+    Raises:
+        ValueError: as ``rollouts_of``.
+    """
+    rollouts, order = rollouts_of(policy, batch, walks)
+    mask_NT = rollouts.mask.bool()
+    log_probs_NT, entropy_NT = policy.log_probs(rollouts.prompts, rollouts.ids)
+    credit = credit_of(policy, method, rollouts, log_probs_NT, entropy_NT, batch["step"])
+    advantage_NT, _ = advantages(rollouts.reward, rollouts.mask, rollouts.uid, credit)
+    verls_NT = batch["advantages"][order]
+    off_NT = (advantage_NT - verls_NT).abs()
+    over_NT = off_NT > TOLERANCE
+    found = {
+        "step": batch["step"],
+        "reward": float(rollouts.reward.mean()),
+        "advantages": float(off_NT.max()),
+        "log_probs": _largest(log_probs_NT, batch["old_log_probs"][order], mask_NT),
+        "entropy": _largest(entropy_NT, batch["entropy"][order], mask_NT),
+        "tokens": int(mask_NT.sum()),
+        "tokens_over": int(over_NT.sum()),
+        "rows": len(off_NT),
+        "rows_over": int(over_NT.any(1).sum()),
+        "size": float(verls_NT.abs().max()),
+        "contrast": sum(bool(verls_NT[rows].any()) for rows in group_rows(rollouts.uid)),
+    }
+    if method is not None:
+        theirs: Signals = batch["signals"]
+        made, _ = advantages(batch["reward"], theirs.response_mask, theirs.uid, timed_credit(method, theirs)[0])
+        found["from_verls_signals"] = float((made - batch["advantages"]).abs().max())
+        ours = signals_of(
+            policy,
+            rollouts.prompts,
+            rollouts.ids,
+            method.needs(),
+            log_probs=log_probs_NT,
+            entropy=entropy_NT,
+            uid=rollouts.uid,
+            correct=rollouts.reward,
+            reports={},
+            step=batch["step"],
+        )
+        found["signals"] = _signals(ours, theirs, order)
+    loss = -(advantage_NT * log_probs_NT * rollouts.mask).sum() / rollouts.mask.sum()  # as ``loop.train``
+    return found, loss
+
+
+def _signals(ours: Signals, theirs: Signals, order: torch.Tensor) -> dict[str, float]:
+    """Name of each statistic and intervention -> the largest absolute difference on response tokens."""
+    mask_NT, found = ours.response_mask.bool(), {}
+    for statistic, values in ours.statistics.items():
+        found[statistic.key] = _largest(values, theirs[statistic][order], mask_NT)
+    for change, values in ours.counterfactuals.items():
+        found[change.key] = _largest(values, theirs.counterfactual(change)[order], mask_NT)
+    return found
+
+
+def _largest(ours: torch.Tensor, theirs: torch.Tensor, mask_NT: torch.Tensor) -> float:
+    return float((ours.detach() - theirs)[mask_NT].abs().max())
+
+
+def agree(
+    start: Path, name: str, batches: Sequence[Mapping[str, Any]], rows: Path, rate: float
+) -> list[dict[str, Any]]:
+    """``compare`` of every step of a run. The loop updates its own policy in between, on verl's responses."""
+    policy, _ = load_start(start)
+    method, walks, out = method_of(LoopConfig(method=name)), walks_of(rows), []
+    limit = LoopConfig.clip
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=rate, betas=(0.9, 0.999), weight_decay=0.01)
+    for batch in batches:
+        found, loss = compare(policy, method, batch, walks)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), limit)
+        optimizer.step()
+        out.append(found)
+    return out
+
+
+def verdict(first: Mapping[str, Any]) -> str:
+    """What step 1 says, in words."""
+    if first["advantages"] <= TOLERANCE:
+        return "agrees"
+    if first.get("from_verls_signals", 1.0) <= TOLERANCE:
+        return (
+            "the method's arithmetic agrees: from what verl measured it makes verl's advantages. What the two forward "
+            "passes measured differs in the last digits, and a rank, threshold or cluster of the method turned over"
+        )
+    return "differs"
+
+
+def agree_all(start: Path, methods: Sequence[str], out: Path, config: AgreeConfig, log: Log = print) -> None:
+    """Run and compare each method, and write ``out/<method>.json``."""
+    rows = prepare_walks(out / "rows", replace(SCENES, **ROWS)).path
+    for name in methods:
+        folder = out / "runs" / name
+        batches = train_on_verl(start, name, rows, folder, config)
+        steps = agree(start, name, batches, rows, config.rate)
+        method = method_of(LoopConfig(method=name))
+        found = {
+            "method": name,
+            "settings": {} if method is None else asdict(method),  # type: ignore[call-overload]
+            "start": start.name,
+            **asdict(config),
+            "verdict": verdict(steps[0]),
+            "steps_of_verl": steps,
+            "validation": validation(folder),
+        }
+        (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        log(table([found]))
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Step 1 of each method as Markdown."""
+    columns = ("advantages", "from_verls_signals", "log_probs", "tokens_over", "size", "contrast", "reward")
+    lines = ["| " + " | ".join(["method", *columns]) + " |", "|" + "---|" * (len(columns) + 1)]
+    for found in results:
+        first = found["steps_of_verl"][0]
+        cells = [f"{first[name]:.3g}" if name in first else "-" for name in columns]
+        lines.append("| " + " | ".join([found["method"], *cells]) + " |")
+    return "\n".join(lines)
+
+
+def add_command(commands: Any) -> None:
+    """The command ``agree``."""
+    command = commands.add_parser("agree", help="compare the loop with verl on verl's own responses")
+    command.add_argument("--start", type=Path, required=True, help="a folder that `start` made")
+    command.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
+    command.add_argument("--steps", type=int, default=AgreeConfig.steps)
+    command.add_argument("--rate", type=float, default=AgreeConfig.rate)
+    command.add_argument("--validate", action="store_true", help="answer held-out walks before and after")
+    command.add_argument("--out", type=Path, required=True)
+
+
+def from_arguments(given: argparse.Namespace) -> None:
+    """Run the command, and print the table of all results in its folder."""
+    start, out = given.start.resolve(), given.out.resolve()
+    agree_all(start, given.methods, out, AgreeConfig(given.steps, given.rate, given.validate))
+    print(table([json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]))
