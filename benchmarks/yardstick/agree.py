@@ -2,8 +2,8 @@
 
 Each method is trained by ``scripts/run_tiny.sh`` with one update a step, as the loop does. ``verl_batch`` writes what
 verl trains on. ``compare`` then starts from the same weights, computes the advantages of the same responses by the
-loop's code, and measures the differences. It makes the loop's update, too, and so follows verl from step to step. The
-policies have the same weights at step 1. Later they drift apart, because AdamW enlarges the rounding of small gradients.
+loop's code, and measures the differences. It makes the loop's update, too, and so follows verl from step to step. Both
+policies have the same weights at step 1. Later they drift apart, because AdamW enlarges the rounding of gradients.
 
 A method with ranks, thresholds or clusters is not continuous: a difference of the last digits of what it reads can
 change a weight by much. So the method also computes the advantages from what verl measured (``from_verls_signals``).
@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 from benchmarks.yardstick.known import METHODS
-from benchmarks.yardstick.loop import ROOT, LoopConfig, Rollouts, credit_of, method_of
+from benchmarks.yardstick.loop import BASELINE, ROOT, LoopConfig, Rollouts, credit_of, method_of
 from benchmarks.yardstick.policy import WalkPolicy
 from benchmarks.yardstick.probed import signals as signals_of
 from benchmarks.yardstick.starts import SCENES, load_start
@@ -52,7 +52,6 @@ SETTINGS = (  # the loop's: one update a step on 16 prompts x 8 responses, token
     "actor_rollout_ref.actor.use_kl_loss=False",
     "actor_rollout_ref.actor.entropy_coeff=0",
     "algorithm.filter_groups.enable=False",
-    "sayo.viz_every=0",
 )
 MODULES = [ROOT / "recipe" / "oracle" / "oracle.py", ROOT / "benchmarks" / "yardstick" / "verl_batch.py"]
 
@@ -76,9 +75,11 @@ def train_on_verl(start: Path, method: str, rows: Path, out: Path, config: Agree
     metrics = out / "run" / "metrics.jsonl"
     if not all(path.exists() for path in batches) or len(metrics.read_text().splitlines()) < config.steps:
         validation = f"trainer.test_freq={config.steps if config.validate else -1}"
+        # modules are loaded where a method or recorded rollouts need the package's trainer
+        recorded = f"sayo.viz_every={config.steps if method == BASELINE else 0}"
         command = [
             *("bash", str(ROOT / "scripts" / "run_tiny.sh"), *SETTINGS),
-            *(validation, f"trainer.val_before_train={config.validate}"),
+            *(validation, recorded, f"trainer.val_before_train={config.validate}"),
             f"trainer.total_training_steps={config.steps}",
             f"actor_rollout_ref.actor.optim.lr={config.rate:g}",
             f"sayo.modules=[{','.join(map(str, MODULES))}]",
@@ -190,9 +191,9 @@ def compare(
         walks: of ``walks_of``.
 
     Returns:
-        The largest absolute differences, and the loop's loss, with its gradient. ``tokens_over`` and ``rows_over`` count
-        differences of advantages over ``TOLERANCE``; ``size`` is the largest advantage, ``contrast`` the number of
-        groups that have any.
+        The largest absolute differences, and the loop's loss, with its gradient. ``tokens_over`` and ``rows_over``
+        count differences of advantages over ``TOLERANCE``; ``size`` is the largest advantage, ``contrast`` the number
+        of groups that have any.
 
     Raises:
         ValueError: as ``rollouts_of``.

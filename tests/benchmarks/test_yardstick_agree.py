@@ -1,0 +1,172 @@
+"""The comparison of the loop with verl, on batches made up in the form in which a real run writes them."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from benchmarks.yardstick import agree
+from benchmarks.yardstick.agree import compare, rollouts_of, verdict, walks_of
+from benchmarks.yardstick.loop import LoopConfig, credit_of, method_of
+from benchmarks.yardstick.policy import new_policy
+from benchmarks.yardstick.probed import signals
+from sayo_verl.methods import advantages
+from sayo_verl.scenes.walk import WalkConfig, demonstration, sample_walk
+from sayo_verl.tiny.prepared import prepare_walks
+
+SCENES = WalkConfig(grid=3, steps=4, more_steps=2, n_train=4, n_val=1)
+N, STEP = 4, 3
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return new_policy()
+
+
+@pytest.fixture(scope="module")
+def walks(tmp_path_factory):
+    return walks_of(prepare_walks(tmp_path_factory.mktemp("rows"), SCENES).path)
+
+
+@pytest.fixture(scope="module", params=["grpo", "sensitivity"])
+def method(request):
+    return method_of(LoopConfig(method=request.param))
+
+
+@pytest.fixture
+def batch(policy, walks, method):
+    """Right and wrong responses of two walks, rows of the groups mixed, as verl's are."""
+    names, rng = ["walk-train-1", "walk-train-3"], random.Random(0)
+    prompts = policy.prompts([walks[name] for name in names])
+    said = [demonstration(walks[name], rng, slip) for name in names for slip in (0, 0, 0.6, 0.9)]
+    said[-1] = said[-1][:5]
+    ids_BT = policy.encode(said)
+    made = {
+        "step": STEP,
+        "id": [name for name in names for _ in range(N)],
+        "uid": [f"uid of {name}" for name in names for _ in range(N)],
+        "prompts": [ids for ids in prompts.ids for _ in range(N)],
+        "responses": ids_BT,
+        "response_mask": policy.mask(ids_BT).long(),
+    }
+    truths = policy.truths(prompts.walks, ids_BT)
+    made["reward"] = torch.tensor([float(truth.rewarded) for truth in truths])
+    made["reports"] = [{"walk_marks": truth.marks} for truth in truths]
+    with torch.no_grad():
+        made["old_log_probs"], made["entropy"] = policy.log_probs(prompts, ids_BT)
+    rollouts, _ = rollouts_of(policy, made, walks)
+    credit = credit_of(policy, method, rollouts, made["old_log_probs"], made["entropy"], STEP)
+    made["advantages"], _ = advantages(made["reward"], rollouts.mask, made["uid"], credit)
+    made["signals"] = None
+    if method is not None:
+        made["signals"] = signals(
+            policy,
+            prompts,
+            ids_BT,
+            method.needs(),
+            log_probs=made["old_log_probs"],
+            entropy=made["entropy"],
+            uid=tuple(made["uid"]),
+            correct=made["reward"],
+            reports={},
+            step=STEP,
+        )
+    return mixed(made, [5, 0, 1, 7, 2, 4, 3, 6])
+
+
+def mixed(batch, order):
+    """The same batch with its rows in another order."""
+    out = {}
+    for name, values in batch.items():
+        if isinstance(values, torch.Tensor):
+            out[name] = values[order]
+        elif isinstance(values, list):
+            out[name] = [values[row] for row in order]
+        else:
+            out[name] = values
+    if out["signals"] is not None:
+        given = out["signals"]
+        out["signals"] = dataclasses.replace(
+            given,
+            **{
+                name: getattr(given, name)[order]
+                for name in ("response_mask", "entropy", "log_probs", "image_tokens", "region_tokens", "is_padding")
+            },
+            correct=given.correct[order],
+            uid=tuple(given.uid[row] for row in order),
+            counterfactuals={change: values[order] for change, values in given.counterfactuals.items()},
+        )
+    return out
+
+
+def test_rows_are_the_walks_that_were_drawn(walks):
+    assert sorted(walks) == [f"walk-train-{i}" for i in range(SCENES.n_train)]
+    for name, walk in walks.items():
+        drawn = sample_walk(random.Random(f"{SCENES.seed}/{name}/0"), SCENES)
+        assert dataclasses.replace(walk, image=None) == dataclasses.replace(drawn, image=None, colours=())
+        assert walk.image.tobytes() == drawn.image.tobytes()
+
+
+def test_an_equal_batch_has_no_difference_in_any_order_of_its_rows(policy, walks, batch, method):
+    found, loss = compare(policy, method, batch, walks)
+    assert found["contrast"] == 2
+    assert found["size"] > 0.5
+    assert found["advantages"] == found["tokens_over"] == found["rows_over"] == 0
+    assert found["log_probs"] == found["entropy"] == 0
+    assert found.get("from_verls_signals", 0.0) == 0
+    assert verdict(found) == "agrees"
+    loss.backward()
+    assert policy.model.lm_head.weight.grad.abs().sum() > 0
+
+
+def test_one_changed_advantage_is_found(policy, walks, batch, method):
+    batch["advantages"][2, 3] += 1e-3
+    found, _ = compare(policy, method, batch, walks)
+    assert found["advantages"] == pytest.approx(1e-3, rel=1e-3)
+    assert (found["tokens_over"], found["rows_over"]) == (1, 1)
+    assert verdict(found) == "differs"
+
+
+def test_an_advantage_outside_the_response_is_found(policy, walks, batch, method):
+    row, token = (batch["response_mask"] == 0).nonzero()[0].tolist()
+    batch["advantages"][row, token] = 0.5
+    assert compare(policy, method, batch, walks)[0]["advantages"] == 0.5
+
+
+def test_what_verl_measured_otherwise_is_told_from_what_it_computed_otherwise(policy, walks, batch, method):
+    if method is None:
+        pytest.skip("GRPO measures nothing")
+    (change,) = method.needs().interventions
+    moved = batch["signals"].counterfactuals[change] - torch.linspace(0, 5, batch["responses"].shape[1])
+    batch["signals"] = dataclasses.replace(batch["signals"], counterfactuals={change: moved})
+    credit = method.credit(batch["signals"])
+    batch["advantages"], _ = advantages(batch["reward"], batch["response_mask"].float(), batch["uid"], credit)
+    found, _ = compare(policy, method, batch, walks)
+    assert found["advantages"] > agree.TOLERANCE
+    assert found["from_verls_signals"] == 0
+    assert found["signals"][change.key] == pytest.approx(5, rel=0.5)
+    assert verdict(found).startswith("the method's arithmetic agrees")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("id", "walk-train-99", "a group of several rows"),
+        ("uid", "another", "groups of different sizes"),
+        ("reports", {"walk_marks": "."}, "other marks"),
+        ("prompts", torch.tensor([1, 2]), "a prompt of other tokens"),
+        ("reward", torch.tensor(0.25), "another reward"),
+        ("response_mask", torch.tensor(0), "another response mask"),
+    ],
+)
+def test_a_row_that_cannot_be_matched_stops(policy, walks, batch, field, value, said):
+    batch[field][0] = value
+    with pytest.raises(ValueError, match=said):
+        rollouts_of(policy, batch, walks)
+
+
+def test_a_row_that_was_never_prepared_stops(policy, walks, batch):
+    walks = {name: walk for name, walk in walks.items() if name != "walk-train-3"}
+    with pytest.raises(ValueError, match="walk-train-3"):
+        rollouts_of(policy, batch, walks)
