@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.yardstick import agree
 from benchmarks.yardstick.known import ScoreConfig, as_table
-from benchmarks.yardstick.loop import ROOT, LoopConfig
+from benchmarks.yardstick.loop import ROOT, LoopConfig, names
 from benchmarks.yardstick.page import REMARKS, page, picture
 from benchmarks.yardstick.plan import Plan, run_plan, score_once, train_once
 from benchmarks.yardstick.span import table
@@ -52,8 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
     scored = commands.add_parser("score", help="score credit against the truth, without training")
     scored.add_argument("--start", type=Path, required=True, help="a folder that `start` made")
     scored.add_argument("--methods", type=_list(str), default=list(ScoreConfig.methods))
-    scored.add_argument("--modules", type=_list(str), default=[], help="files of methods of your own")
     scored.add_argument("--prompts", type=int, default=ScoreConfig.prompts)
+    scored.add_argument("--steps", type=int, default=ScoreConfig.steps, help="of the walks, where not of the start")
     scored.add_argument("--seeds", type=_list(int), default=[0])
     scored.add_argument("--out", type=Path, required=True)
     written = commands.add_parser("page", help="write docs/yardstick.md and its picture from stored results")
@@ -67,8 +67,14 @@ def main(arguments: list[str] | None = None) -> None:
     plan.add_argument("--processes", type=int, default=2)
     plan.add_argument("--out", type=Path, required=True)
     agree.add_command(commands)
+    for command in (run, scored, plan):
+        command.add_argument("--modules", type=_list(str), default=[], help="files of methods of your own")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    load_methods(getattr(given, "modules", []))
+    known = [each.removeprefix("attn_") for each in getattr(given, "methods", [])]
+    if unknown := [name for name in known if name not in names()]:
+        parser.error(f"no method {', '.join(unknown)}; there are {', '.join(names())}. --modules loads your own")
     if given.command == "page":
         runs, scored = all_of(given.results / "runs"), all_of(given.results / "scores")
         if not runs or not scored:
@@ -80,12 +86,17 @@ def main(arguments: list[str] | None = None) -> None:
         for seed in given.seeds:
             print(make_start(given.out, given.kind, seed, SCENES, log=_log))
     elif given.command == "all":
-        chosen = Plan(tuple(given.methods), tuple(given.seeds), steps=given.steps, kinds=tuple(given.kinds))
+        chosen = Plan(
+            tuple(given.methods),
+            seeds=tuple(given.seeds),
+            steps=given.steps,
+            kinds=tuple(given.kinds),
+            modules=tuple(given.modules),
+        )
         run_plan(chosen, given.out, given.processes, _log)
     elif given.command == "score":
-        load_methods(given.modules)
         for seed in given.seeds:
-            config = ScoreConfig(tuple(given.methods), given.prompts, seed=seed)
+            config = ScoreConfig(tuple(given.methods), given.prompts, steps=given.steps, seed=seed)
             print(as_table(score_once(given.start, config, given.out)))
     elif given.command == "agree":
         agree.from_arguments(given)

@@ -87,7 +87,8 @@ def token_statistics(signals: Signals) -> dict[str, np.ndarray]:
     for statistic, values in signals.statistics.items():
         if values.ndim == 2:
             layers = ", ".join(map(str, statistic.layers))
-            found[f"{statistic.name}, layer {layers}" if layers else statistic.name] = values
+            row = ", row of the token" if statistic.query_row == "input" else ""
+            found[f"{statistic.name}, layer {layers}{row}" if layers else statistic.name] = values
     out = {name: values.double().numpy() for name, values in found.items()}
     for intervention, changed in signals.counterfactuals.items():
         name = "dependence on the image" if len(signals.counterfactuals) == 1 else f"dependence, {intervention.key}"

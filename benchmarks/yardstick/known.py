@@ -7,7 +7,7 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,9 @@ from benchmarks.yardstick.policy import WalkPolicy
 from benchmarks.yardstick.probed import cell_masses
 from benchmarks.yardstick.probed import signals as signals_of
 from benchmarks.yardstick.scores import Truth
-from sayo_verl.estimates import Estimate
+from sayo_verl.estimates import MOST_DEPENDENCE, Estimate
 from sayo_verl.methods import Needs
+from sayo_verl.methods.faithful import causal_effect, causal_weights
 from sayo_verl.probe.statistics import Statistic, StatisticsRequest
 from sayo_verl.scenes.walk import WalkConfig
 from sayo_verl.scenes.walk_truth import Truth as WalkTruth
@@ -38,12 +39,14 @@ class ScoreConfig:
     Attributes:
         methods: names as in ``LoopConfig``.
         prompts, responses: rollouts, at temperature 1.
+        steps: of the walks; 0: those of the scenes.
         seed: of scenes and sampling.
     """
 
     methods: Sequence[str] = METHODS
     prompts: int = 64
     responses: int = 8
+    steps: int = 0
     seed: int = 0
 
 
@@ -55,6 +58,8 @@ def score(policy: WalkPolicy, scenes: WalkConfig, config: ScoreConfig) -> dict[s
         ``methods``, ``statistics`` and ``looks`` (attention by layer): name -> score -> value, low and high.
         ``example``: marks of one wrong response, and its advantages by method. ``rates``: what the rollouts are like.
     """
+    if config.steps:
+        scenes = replace(scenes, steps=config.steps, min_steps=0, more_steps=0)
     layers = range(policy.model.config.get_text_config().num_hidden_layers)
     rng, generator = random.Random(f"score/{config.seed}"), torch.Generator().manual_seed(config.seed)
     loop = LoopConfig(prompts=config.prompts, responses=config.responses)
@@ -88,16 +93,21 @@ def score(policy: WalkPolicy, scenes: WalkConfig, config: ScoreConfig) -> dict[s
         if example is not None:
             shown[name] = advantage_NT[example, truth.mask[example]].round(6).tolist()
     masses = [Statistic("image_mass", (layer,), query_row="predicting") for layer in layers]
-    measured = known(Needs(StatisticsRequest(tuple(masses)), interventions=(Intervention(),)))
+    others = [Statistic("image_mass", (layer,), query_row="input") for layer in layers]
+    measured = known(Needs(StatisticsRequest((*masses, *others)), interventions=(Intervention(),)))
     statistics = {name: of_values(values, truth) for name, values in token_statistics(measured.signals).items()}
-    looks = {
-        f"layer {layer}": {
+    mask_NT = rollouts.mask.bool()
+    effect_NT = causal_effect(log_probs_NT, measured.signals.counterfactual(Intervention()), mask_NT, MOST_DEPENDENCE)
+    omega_NT, looks = causal_weights(effect_NT, mask_NT), {}
+    for layer, mass in zip(layers, masses, strict=True):
+        causal_N = (omega_NT * measured.signals[mass]).sum(-1).double().numpy()
+        looks[f"layer {layer}"] = {
             "share": scores.own_share(own[layer], truth),
             "seeing": scores.seeing(own[layer], truth),
             "late / early": scores.late_over_early(measured.signals[mass].double().numpy(), truth),
+            "causal, right looks": scores.trajectory(causal_N, truth),
+            "causal, right answers": scores.answers(causal_N, truth),
         }
-        for layer, mass in zip(layers, masses, strict=True)
-    }
     dependence_NT = token_statistics(measured.signals)["dependence on the image"]
     return {
         "methods": _plain(methods),

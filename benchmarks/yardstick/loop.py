@@ -24,9 +24,20 @@ from sayo_verl.scenes.walk import WalkConfig, sample_walk
 from sayo_verl.scenes.walk_truth import Truth
 
 BASELINE = "grpo"
+OTHERS = {"new_pairs": {"new_pairs": True}, "more_steps": {"longer": True}}  # held-out walks of another distribution
 ROOT = Path(__file__).resolve().parents[2]
 load_methods([str(ROOT / "recipe" / "oracle" / "oracle.py")])
 Log = Callable[[str], None]
+
+# Settings that a claim of a paper or a default of ours is about: name -> (method, settings).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "region_middle": ("region", {"layers": (1,)}),
+    "anchor_middle": ("anchor", {"layers": (1,)}),
+    "anchor_input": ("anchor", {"query_row": "input"}),
+    "anchor_top": ("anchor", {"layers": (1,), "weighting": "top"}),
+    "anchor_rest": ("anchor", {"layers": (1,), "weighting": "rest"}),
+    "faithful_middle": ("faithful", {"layers": (1,)}),
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,7 @@ class LoopConfig:
     """Settings of a run.
 
     Attributes:
-        method: ``grpo``, or a name in ``METHODS`` with or without ``attn_``.
+        method: ``grpo``, a name in ``METHODS`` with or without ``attn_``, or a name in ``VARIANTS``.
         settings: of the method, where they differ from its defaults.
         rate: learning rate, AdamW.
         steps, prompts, responses: steps of prompts x responses rollouts.
@@ -71,7 +82,13 @@ def method_of(config: LoopConfig) -> Method | None:
     """The method with its settings; None for GRPO."""
     if config.method == BASELINE:
         return None
-    return METHODS["attn_" + config.method.removeprefix("attn_")](**config.settings)
+    base, settings = VARIANTS.get(config.method, (config.method, {}))
+    return METHODS["attn_" + base.removeprefix("attn_")](**{**settings, **config.settings})
+
+
+def names() -> list[str]:
+    """Every name that ``LoopConfig.method`` may have, without those with ``attn_``."""
+    return [BASELINE, *(name.removeprefix("attn_") for name in sorted(METHODS)), *VARIANTS]
 
 
 def roll_out(
@@ -118,7 +135,8 @@ def train(policy: WalkPolicy, scenes: WalkConfig, config: LoopConfig, log: Log =
 
     Returns:
         ``curve``: rates on held-out scenes by step, sampled at temperature 1; ``rewards``: mean of each step;
-        ``greedy``: rates at the end; ``seconds`` of CPU of a step, without evaluations.
+        ``greedy``, ``new_pairs``, ``more_steps``: rates at the end, greedy, and sampled on walks of another
+        distribution; ``seconds`` of CPU of a step, without evaluations.
     """
     method = method_of(config)
     rng, generator = random.Random(f"train/{config.seed}"), torch.Generator().manual_seed(config.seed)
@@ -151,5 +169,6 @@ def train(policy: WalkPolicy, scenes: WalkConfig, config: LoopConfig, log: Log =
         "curve": curve,
         "rewards": rewards,
         "greedy": evaluate(policy, walks, None),
+        **{name: evaluate(policy, held_out(config.eval_scenes, scenes, **kind)) for name, kind in OTHERS.items()},
         "seconds": seconds / max(config.steps, 1),
     }

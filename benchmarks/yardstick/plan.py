@@ -1,28 +1,33 @@
 """Every run of the yardstick: starts, scores of credit, learning rates, and learning from both starts.
 
     starts   each kind, one per seed
-    scores   each start
+    scores   each start; half-ignorant ones also on walks of other lengths
     rates    every method on the half-ignorant start of the first seed, with an own seed of training
-    learn    every method at its best rate, and at one rate for all, from each start with the seed of the start
+    learn    every method at its best rate, and at one rate for all, from each start with the seed of the start;
+             variants at the best rate of their method, from half-ignorant starts alone
 
 Everything is a file of its own and is not made again, so an interrupted plan goes on where it stopped. Processes share
 nothing, and each uses one thread.
 """
 
+import inspect
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.yardstick.known import METHODS, ScoreConfig, score
-from benchmarks.yardstick.loop import LoopConfig, train
+from benchmarks.yardstick.loop import VARIANTS, LoopConfig, method_of, train
 from benchmarks.yardstick.span import Run, best_rates
 from benchmarks.yardstick.starts import SCENES, STARTS, load_start, make_start
 from benchmarks.yardstick.store import once
+from sayo_verl.launch.settings import load_methods
+from sayo_verl.methods import own_methods
+from sayo_verl.tiny.prepared import content_hash
 
 HALF = "half_ignorant"
 
@@ -33,21 +38,37 @@ class Plan:
 
     Attributes:
         methods: names as in ``LoopConfig``.
+        variants: names in ``VARIANTS``; those whose method is left out are left out, too.
         seeds: of starts, and of training from them.
         rates: learning rates that are tried.
         common_rate: of the column in which all methods have one rate.
         steps: of training.
         tuning_seed: of the runs that choose rates, none of ``seeds``.
         kinds: of starts.
+        lengths: steps of walks on which credit is scored besides.
+        modules: files of methods of your own.
     """
 
     methods: Sequence[str] = METHODS
+    variants: Sequence[str] = tuple(VARIANTS)
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
     rates: Sequence[float] = (1e-4, 3e-4, 6e-4)
     common_rate: float = 3e-4
     steps: int = 60
     tuning_seed: int = 100
     kinds: Sequence[str] = tuple(STARTS)
+    lengths: Sequence[int] = (6, 15)
+    modules: Sequence[str] = ()
+
+    def compared(self) -> tuple[str, ...]:
+        """Methods and variants."""
+        return (*self.methods, *(name for name in self.variants if VARIANTS[name][0] in self.methods))
+
+    def scoring(self, kind: str) -> Iterator[ScoreConfig]:
+        """Scores of one start."""
+        yield ScoreConfig(self.compared())
+        for steps in self.lengths if kind == HALF else ():
+            yield ScoreConfig(tuple(self.methods), steps=steps)
 
     def tuning(self) -> Iterator[LoopConfig]:
         """Runs from one start that choose each method's rate."""
@@ -57,15 +78,17 @@ class Plan:
 
     def learning(self, best: dict[str, float], seed: int, kind: str) -> Iterator[LoopConfig]:
         """Runs from one start that are compared; the common rate from the half-ignorant start alone."""
-        for method in self.methods:
-            chosen = best[method]
-            for rate in dict.fromkeys((chosen, self.common_rate) if kind == HALF else (chosen,)):
+        for method in self.compared() if kind == HALF else self.methods:
+            chosen = best[VARIANTS[method][0] if method in VARIANTS else method]
+            both = kind == HALF and method not in VARIANTS
+            for rate in dict.fromkeys((chosen, self.common_rate) if both else (chosen,)):
                 yield LoopConfig(method=method, rate=rate, steps=self.steps, seed=seed)
 
 
 def run_plan(plan: Plan, out: Path, processes: int, log: Callable[[str], None]) -> None:
     """Run what is missing of a plan in ``out``."""
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawned, initializer=_prepare, initargs=(tuple(plan.modules),)) as pool:
 
         def each(title: str, jobs: list[tuple[Any, ...]]) -> list[Any]:
             waiting = {pool.submit(*job): n for n, job in enumerate(jobs)}
@@ -78,7 +101,8 @@ def run_plan(plan: Plan, out: Path, processes: int, log: Callable[[str], None]) 
         asked = [(kind, seed) for kind in plan.kinds for seed in plan.seeds]
         folders = each("starts", [(start_once, out / "starts", kind, seed) for kind, seed in asked])
         starts = dict(zip(asked, folders, strict=True))
-        each("scores", [(score_once, starts[at], ScoreConfig(tuple(plan.methods)), out / "scores") for at in asked])
+        scoring = [(starts[at], config) for at in asked for config in plan.scoring(at[0])]
+        each("scores", [(score_once, start, config, out / "scores") for start, config in scoring])
         tuned = starts[HALF, plan.seeds[0]]
         rates = each("rates", [(train_once, tuned, config, out / "runs") for config in plan.tuning()])
         best = {method: rate for (_, method), rate in best_rates(rates).items()}
@@ -101,7 +125,9 @@ def score_once(start: Path, config: ScoreConfig, out: Path) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         return score(*load_start(start), config)
 
-    return once(out, f"{start.name}-{config.seed}", {"start": start.name, **vars(config)}, make)
+    used = _used([LoopConfig(method=name) for name in config.methods])
+    settings = {"start": start.name, **vars(config), "used": used}
+    return once(out, f"{start.name}-{config.steps or 'own'}-{config.seed}", settings, make)
 
 
 def train_once(start: Path, config: LoopConfig, out: Path, log: Callable[[str], None] | None = None) -> Run:
@@ -112,12 +138,30 @@ def train_once(start: Path, config: LoopConfig, out: Path, log: Callable[[str], 
         return train(policy, scenes, config, log or _quiet)
 
     name = f"{start.name.rsplit('-', 1)[0]}-{config.method}-{config.rate:g}-{config.seed}"
-    return once(out, name, {"start": start.name, **vars(config)}, make)
+    return once(out, name, {"start": start.name, **vars(config), "used": _used([config])}, make)
+
+
+def _used(configs: Sequence[LoopConfig]) -> dict[str, Any]:
+    """Method -> all its settings, and a hash of its file if it is not part of the package.
+
+    They are part of what names a result, so a method whose defaults or whose own file changed is run again.
+    """
+    used: dict[str, Any] = {}
+    for config in configs:
+        method = method_of(config)
+        if method is None:
+            continue
+        used[config.method] = asdict(method)  # type: ignore[call-overload]
+        file = inspect.getsourcefile(type(method))
+        if type(method).name in own_methods() and file:
+            used[config.method]["code"] = content_hash(Path(file).read_text())
+    return used
 
 
 def _quiet(_line: str) -> None:
     return None
 
 
-def _one_thread() -> None:
+def _prepare(modules: Sequence[str]) -> None:
     torch.set_num_threads(1)
+    load_methods(modules)

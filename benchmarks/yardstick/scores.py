@@ -13,6 +13,7 @@ values of different responses are never ranked against each other. A raw value x
     trajectory    Spearman's rho of the trajectory factor with the share of right looks             0        same order
     look          Spearman's rho of a reward term with the attention on each step's own region      0        same order
     seeing        ROC AUC of the attention on each step's own region, right looks against wrong     0.5      all above
+    answers       probability that of two responses to a prompt the right one has the higher value  0.5      always
 
 K perceptual tokens of T. A negative score is worse than uniform credit. ``afterwards`` has another scale, for it should
 be low: the share of a wrong response's negative credit on the tokens after its first error, over their share of the
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from sayo_verl.estimates import Estimate, mean, rank_correlation, ranks, ratio
+from sayo_verl.estimates import Estimate, concordance, mean, rank_correlation, ranks, ratio
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,12 @@ def afterwards(credit: np.ndarray, truth: Truth) -> Estimate:
 def trajectory(factor: np.ndarray, truth: Truth) -> Estimate:
     """Do responses with more right looks get the larger factor? ``factor``: [B]."""
     return rank_correlation(factor, truth.right_looks, truth.prompt)
+
+
+def answers(value: np.ndarray, truth: Truth) -> Estimate:
+    """Do responses with the right answer have the higher value? Pairs of one prompt only. ``value``: [B]."""
+    found = concordance(value, truth.correct, truth.prompt)
+    return Estimate(*(_scaled(part, 0.5) for part in (found.value, found.low, found.high)))
 
 
 def look(reward: np.ndarray, attention: np.ndarray, truth: Truth) -> Estimate:

@@ -47,7 +47,7 @@ STARTS = {
         lambda sampled, greedy: sampled["look"] >= 0.60 and 0.35 <= greedy["acc"] <= 0.60,
         "right looks >= 0.60 and greedy accuracy in 0.35 to 0.60",
     ),
-    "knowing": Start(1000, lambda sampled, greedy: greedy["acc"] >= 0.85, "greedy accuracy >= 0.85"),
+    "knowing": Start(2000, lambda sampled, greedy: greedy["acc"] >= 0.85, "greedy accuracy >= 0.85"),
 }
 
 

@@ -24,7 +24,7 @@ coherence").
 others. This is the paper's control, and its one claim that needs no hidden formula. These weights are 0 and 1, do not
 have mean one, and need neither profiles nor METIS.
 
-Assumes: attention of the rollout policy, without gradient, at the row where y_t is the input. A response of fewer than
+Assumes: attention of the rollout policy, without gradient, at the row that sampled y_t. A response of fewer than
 2K tokens, or of more than 32,768 (METIS adds edge weights in 32 bits), is not cut. It has weight 1 and is counted in
 ``anchor_uncut_rows``. A response whose partition failed has weight 1, too. More than 1 % of failures stop the run.
 
@@ -41,7 +41,7 @@ from sayo_verl.methods.base import Credit, CreditKind, Rules, blend, check_setti
 from sayo_verl.methods.region import select_tokens
 from sayo_verl.methods.signals import Needs, Signals
 from sayo_verl.metrics import AS_GRPO, Metric, Panel
-from sayo_verl.probe.statistics import Statistic, StatisticsRequest
+from sayo_verl.probe.statistics import QUERY_ROWS, Statistic, StatisticsRequest
 
 EPS = 1e-6  # of a share of attention
 LEVELS = 1000  # weight of an edge between tokens of equal profiles; 1 is that of neighbours in the text
@@ -109,6 +109,7 @@ class AnchorMethod:
     Attributes:
         strength: weights are 1 + strength (weight - 1); 0 is GRPO. [ours]
         layers: decoder layers to average over; each adds the memory and time of its attention profiles. [ours]
+        query_row: ``predicting``, the row that sampled y_t; or ``input`` (as SAYO), which samples the next. [ours]
         neighbours: m, edges of each token in the graph. [A: similarity of patterns] [ours: the number]
         parts: K, clusters of a response; 0 is one for every 24 tokens, 2 to 8. [A: METIS] [ours: the number]
         weight_min: smallest weight of a cluster, before the weights of a response are divided by their mean. [ours]
@@ -124,6 +125,7 @@ class AnchorMethod:
 
     strength: float = 1.0
     layers: tuple[int, ...] = (-1,)
+    query_row: str = "predicting"
     neighbours: int = 8
     parts: int = 0
     weight_min: float = 0.5
@@ -185,6 +187,7 @@ class AnchorMethod:
         return {
             "strength": (0 <= self.strength <= 1, "a number in [0, 1]"),
             "layers": distinct_layers(self.layers),
+            "query_row": (self.query_row in QUERY_ROWS, " or ".join(QUERY_ROWS)),
             "neighbours": (1 <= self.neighbours <= 32, "a whole number in 1 .. 32"),
             "parts": (self.parts == 0 or 2 <= self.parts <= 64, "0 or a whole number in 2 .. 64"),
             "weight_min": (0 <= self.weight_min <= 1, "a number in [0, 1]"),
@@ -201,7 +204,8 @@ class AnchorMethod:
         return frozenset({"token"} if self.strength else ())
 
     def _statistic(self, name: str) -> Statistic:
-        return Statistic(name, layers=self.layers, size=self.neighbours if name.startswith("neighbour") else 0)
+        size = self.neighbours if name.startswith("neighbour") else 0
+        return Statistic(name, layers=self.layers, query_row=self.query_row, size=size)
 
     def needs(self) -> Needs:
         clusters = self.weighting == "clusters"

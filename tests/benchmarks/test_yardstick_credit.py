@@ -96,7 +96,8 @@ def test_a_reward_term_is_compared_with_the_layer_that_looks_best(rollouts):
 
 def test_statistics_are_scored_by_name_and_layer(rollouts):
     found = {name: of_values(values, rollouts.truth) for name, values in token_statistics(rollouts.signals).items()}
-    assert set(found) == {"entropy", "surprise", "image_mass, layer 0"}
-    assert found["image_mass, layer 0"]["separation"].value == pytest.approx(1.0)
+    mass = "image_mass, layer 0, row of the token"
+    assert set(found) == {"entropy", "surprise", mass}
+    assert found[mass]["separation"].value == pytest.approx(1.0)
     entropy = found["entropy"]["separation"]
     assert abs(entropy.value) < entropy.high - entropy.low

@@ -8,6 +8,7 @@ from benchmarks.yardstick import known
 from benchmarks.yardstick.known import ScoreConfig, score
 from benchmarks.yardstick.loop import LoopConfig
 from benchmarks.yardstick.policy import new_policy
+from benchmarks.yardstick.warmup import longest
 from sayo_verl.scenes.walk import WalkConfig
 from sayo_verl.scenes.walk_truth import walk_truth
 
@@ -23,8 +24,8 @@ def found():
 
 def test_every_method_statistic_and_layer_has_its_scores(found):
     assert list(found["methods"]) == ["grpo", "region", "sensitivity"]
-    layers = ("image_mass, layer 0", "image_mass, layer 1", "image_mass, layer 2")
-    assert set(found["statistics"]) == {"entropy", "surprise", "dependence on the image", *layers}
+    rows = {f"image_mass, layer {layer}{row}" for layer in range(3) for row in ("", ", row of the token")}
+    assert set(found["statistics"]) == {"entropy", "surprise", "dependence on the image", *rows}
     assert list(found["looks"]) == ["layer 0", "layer 1", "layer 2"]
     for shares in found["looks"].values():
         assert 0 <= shares["share"][0] <= 1
@@ -36,6 +37,11 @@ def test_the_table_has_a_row_for_each_and_says_what_does_not_apply(found):
     row = next(line for line in table if line.startswith("| sensitivity |"))
     assert row.startswith("| sensitivity | not measured |")
     assert next(line for line in table if line.startswith("| grpo |")).endswith("| - | - |")
+
+
+def test_walks_of_another_length_are_scored():
+    short = score(new_policy(), SCENES, ScoreConfig(("grpo",), prompts=2, responses=2, steps=3))
+    assert short["rates"]["tokens"] <= longest(3)
 
 
 def test_credit_of_groups_without_contrast_has_no_score(found):

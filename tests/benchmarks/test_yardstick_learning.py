@@ -5,7 +5,8 @@ import json
 import pytest
 
 from benchmarks.yardstick import learning, store
-from benchmarks.yardstick.plan import Plan
+from benchmarks.yardstick.loop import LoopConfig
+from benchmarks.yardstick.plan import Plan, _used
 
 
 def run(method, seed, accuracies, rate=3e-4, kind="half_ignorant"):
@@ -54,13 +55,30 @@ def test_the_span_is_wide_where_the_ceiling_needs_half_of_the_steps():
 
 
 def test_a_plan_has_each_method_at_its_best_rate_and_at_the_common_one_once():
-    plan = Plan(methods=("grpo", "region"), rates=(1e-4, 3e-4))
+    plan = Plan(methods=("grpo", "region"), variants=(), rates=(1e-4, 3e-4))
     best = {"grpo": 1e-4, "region": 3e-4}
     found = [(c.method, c.rate) for c in plan.learning(best, 0, "half_ignorant")]
     assert found == [("grpo", 1e-4), ("grpo", 3e-4), ("region", 3e-4)]
     assert [(c.method, c.rate) for c in plan.learning(best, 0, "knowing")] == [("grpo", 1e-4), ("region", 3e-4)]
     assert len(list(plan.tuning())) == 4
     assert {c.seed for c in plan.tuning()}.isdisjoint(plan.seeds)
+
+
+def test_a_variant_has_the_best_rate_of_its_method_and_is_left_out_without_it():
+    plan = Plan(methods=("grpo", "region"), variants=("region_middle", "anchor_rest"), rates=(1e-4, 3e-4))
+    assert plan.compared() == ("grpo", "region", "region_middle")
+    best = {"grpo": 3e-4, "region": 1e-4}
+    runs = [(c.method, c.rate) for c in plan.learning(best, 0, "half_ignorant")]
+    assert runs == [("grpo", 3e-4), ("region", 1e-4), ("region", 3e-4), ("region_middle", 1e-4)]
+    assert [c.method for c in plan.learning(best, 0, "knowing")] == ["grpo", "region"]
+
+
+def test_a_result_names_the_settings_of_its_methods_and_the_file_of_an_own_one():
+    used = _used([LoopConfig(method=name) for name in ("grpo", "anchor_rest", "oracle")])
+    assert list(used) == ["anchor_rest", "oracle"]
+    assert (used["anchor_rest"]["weighting"], used["anchor_rest"]["strength"]) == ("rest", 1.0)
+    assert "code" not in used["anchor_rest"]
+    assert set(used["oracle"]) == {"strength", "code"}
 
 
 def test_a_result_is_made_once_and_holds_its_settings(tmp_path):

@@ -309,7 +309,7 @@ def test_top_and_rest_share_the_response_between_them():
     for row in tokens.any(-1).nonzero().flatten().tolist():
         n = int(tokens[row].sum())
         assert a.token_weight[row][tokens[row]].sum() == max(1, int(0.15 * n + 1e-9))
-    density = connectivity(signals[Statistic("image_mass")], signals[Statistic("sink_mass")])
+    density = connectivity(*(signals[Statistic(name, query_row="predicting")] for name in ("image_mass", "sink_mass")))
     anchors = tokens & (a.token_weight == 1)
     share = (density[anchors].sum() / density[tokens].sum()).item()
     assert a.metrics["anchor_share"] == pytest.approx((anchors.sum() / tokens.sum()).item())
@@ -344,6 +344,7 @@ def test_settings_at_the_ends_of_their_ranges_are_taken():
         ("weight_min", -0.1),
         ("weight_max", 0.5),
         ("weight_max", float("inf")),
+        ("query_row", "output"),
         ("weighting", "soft"),
         ("anchor_share", 0.0),
         ("anchor_share", 1.0),
@@ -363,8 +364,8 @@ def test_it_asks_for_metis_only_where_it_cuts():
     assert all("sayo-verl[anchor]" in line for _, line in needs.packages)
     keys = {s.key for s in needs.statistics.statistics}
     assert keys == {
-        "image_mass.input.L1,2",
-        "sink_mass.input.L1,2",
-        "neighbour_index.input.L1,2.5",
-        "neighbour_similarity.input.L1,2.5",
+        "image_mass.predicting.L1,2",
+        "sink_mass.predicting.L1,2",
+        "neighbour_index.predicting.L1,2.5",
+        "neighbour_similarity.predicting.L1,2.5",
     }
