@@ -1,16 +1,19 @@
 """The comparison of the loop with verl, on batches made up in the form in which a real run writes them."""
 
 import dataclasses
+import json
 import random
+import types
 
 import pytest
 import torch
 
-from benchmarks.yardstick import agree
-from benchmarks.yardstick.agree import compare, rollouts_of, verdict, walks_of
+from benchmarks.yardstick import agree, verl_runs
+from benchmarks.yardstick.agree import compare, rollouts_of, verdict
 from benchmarks.yardstick.loop import LoopConfig, credit_of, method_of
 from benchmarks.yardstick.policy import new_policy
 from benchmarks.yardstick.probed import signals
+from benchmarks.yardstick.verl_runs import AgreeConfig, train_on_verl, validation, walks_of
 from sayo_verl.methods import advantages
 from sayo_verl.scenes.walk import WalkConfig, demonstration, sample_walk
 from sayo_verl.tiny.prepared import prepare_walks
@@ -134,9 +137,8 @@ def test_an_advantage_outside_the_response_is_found(policy, walks, batch, method
     assert compare(policy, method, batch, walks)[0]["advantages"] == 0.5
 
 
+@pytest.mark.parametrize("method", ["sensitivity"], indirect=True)
 def test_what_verl_measured_otherwise_is_told_from_what_it_computed_otherwise(policy, walks, batch, method):
-    if method is None:
-        pytest.skip("GRPO measures nothing")
     (change,) = method.needs().interventions
     moved = batch["signals"].counterfactuals[change] - torch.linspace(0, 5, batch["responses"].shape[1])
     batch["signals"] = dataclasses.replace(batch["signals"], counterfactuals={change: moved})
@@ -170,3 +172,32 @@ def test_a_row_that_was_never_prepared_stops(policy, walks, batch):
     walks = {name: walk for name, walk in walks.items() if name != "walk-train-3"}
     with pytest.raises(ValueError, match="walk-train-3"):
         rollouts_of(policy, batch, walks)
+
+
+def run_of(folder, steps):
+    """What a finished run leaves."""
+    (folder / "batches").mkdir(parents=True)
+    (folder / "run").mkdir()
+    lines = []
+    for step in range(1, steps + 1):
+        torch.save({"step": step}, folder / "batches" / f"step_{step}.pt")
+        lines.append(
+            {"step": step, "data": {"val-core/sayo/walk/acc/mean@1": 0.5} if step == steps else {"other": 1.0}}
+        )
+    (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_finished_run_is_not_made_again_and_its_validations_are_read(tmp_path, monkeypatch):
+    run_of(tmp_path, 2)
+    monkeypatch.setattr(verl_runs.subprocess, "run", None)
+    found = train_on_verl(tmp_path, "grpo", tmp_path, tmp_path, AgreeConfig(steps=2))
+    assert [batch["step"] for batch in found] == [1, 2]
+    assert validation(tmp_path) == [{"step": 2, "sayo/walk": 0.5}]
+
+
+def test_a_run_that_fails_or_writes_no_batch_ends_with_its_log(tmp_path, monkeypatch):
+    for code in (0, 1):
+        done = types.SimpleNamespace(returncode=code)
+        monkeypatch.setattr(verl_runs.subprocess, "run", lambda *args, done=done, **kwargs: done)
+        with pytest.raises(SystemExit, match=r"run of grpo failed.*train\.log"):
+            train_on_verl(tmp_path, "grpo", tmp_path, tmp_path, AgreeConfig(steps=2))
