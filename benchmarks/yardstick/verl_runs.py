@@ -87,10 +87,10 @@ def validation(out: Path) -> list[dict[str, float]]:
     return found
 
 
-def walks_of(rows: Path) -> dict[str, Walk]:
-    """The training rows of a folder of ``sayo prepare synthetic --task walk``, by their id."""
+def walks_of(rows: Path, split: str = "train") -> dict[str, Walk]:
+    """The rows of a folder of ``sayo prepare synthetic --task walk``, by their id."""
     out = {}
-    for file in sorted(rows.glob("train-*.parquet")):
+    for file in sorted(rows.glob(f"{split}-*.parquet")):
         for row in pyarrow.parquet.read_table(file).to_pylist():
             info = row["extra_info"]
             walk = walk_of(info, row["reward_model"]["ground_truth"])
