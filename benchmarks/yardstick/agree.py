@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from benchmarks.yardstick.known import METHODS
-from benchmarks.yardstick.loop import LoopConfig, Rollouts, credit_of, method_of
+from benchmarks.yardstick.loop import LoopConfig, Rollouts, credit_of, method_of, train
 from benchmarks.yardstick.policy import WalkPolicy
 from benchmarks.yardstick.probed import signals as signals_of
 from benchmarks.yardstick.starts import SCENES, load_start
 from benchmarks.yardstick.verl_runs import ROWS, AgreeConfig, train_on_verl, validation, walks_of
-from benchmarks.yardstick.warmup import Log
+from benchmarks.yardstick.warmup import Log, evaluate
 from sayo_verl.hooks.estimator import timed_credit
 from sayo_verl.methods import Method, Signals, advantages
 from sayo_verl.methods.group import group_rows
@@ -156,21 +156,42 @@ def _largest(ours: torch.Tensor, theirs: torch.Tensor, mask_NT: torch.Tensor) ->
 
 
 def agree(
-    start: Path, name: str, batches: Sequence[Mapping[str, Any]], rows: Path, rate: float
-) -> list[dict[str, Any]]:
-    """``compare`` of every step of a run. The loop updates its own policy in between, on verl's responses."""
+    start: Path, name: str, batches: Sequence[Mapping[str, Any]], rows: Path, config: AgreeConfig
+) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
+    """Follow a run of verl: the loop updates its own policy on verl's responses.
+
+    Returns:
+        ``compare`` of every step; and, if verl validated, accuracy of the loop's policy on the same held-out walks
+        before and after, in the form of ``validation``.
+    """
     policy, _ = load_start(start)
     method, walks, out = method_of(LoopConfig(method=name)), walks_of(rows), []
-    limit = LoopConfig.clip
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=rate, betas=(0.9, 0.999), weight_decay=0.01)
+    held_out = walks_of(rows, "val") if config.validate else {}
+    before = _accuracy(policy, held_out, 0)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.rate, betas=(0.9, 0.999), weight_decay=0.01)
     for batch in batches:
         found, loss = compare(policy, method, batch, walks)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), limit)
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), LoopConfig.clip)
         optimizer.step()
         out.append(found)
-    return out
+    return out, [before, _accuracy(policy, held_out, len(batches))] if held_out else []
+
+
+def _accuracy(policy: WalkPolicy, walks: Mapping[str, Walk], step: int) -> dict[str, float]:
+    """Greedy, by data source, as verl validates."""
+    kinds: dict[str, list[Walk]] = {}
+    for name, walk in walks.items():
+        kinds.setdefault("sayo/" + name.split("-")[0], []).append(walk)
+    return {"step": step, **{kind: evaluate(policy, of_kind, None)["acc"] for kind, of_kind in kinds.items()}}
+
+
+def own_rollouts(start: Path, name: str, config: AgreeConfig, log: Log) -> dict[str, Any]:
+    """The loop with rollouts of its own, as many steps at the same rate: accuracy before and after, and rewards."""
+    loop = LoopConfig(method=name, rate=config.rate, steps=config.steps, eval_every=config.steps)
+    found = train(*load_start(start), loop, log)
+    return {name: found[name] for name in ("curve", "rewards")}
 
 
 def verdict(first: Mapping[str, Any]) -> str:
@@ -191,7 +212,7 @@ def agree_all(start: Path, methods: Sequence[str], out: Path, config: AgreeConfi
     for name in methods:
         folder = out / "runs" / name
         batches = train_on_verl(start, name, rows, folder, config)
-        steps = agree(start, name, batches, rows, config.rate)
+        steps, followed = agree(start, name, batches, rows, config)
         method = method_of(LoopConfig(method=name))
         found = {
             "method": name,
@@ -201,6 +222,8 @@ def agree_all(start: Path, methods: Sequence[str], out: Path, config: AgreeConfi
             "verdict": verdict(steps[0]),
             "steps_of_verl": steps,
             "validation": validation(folder),
+            "validation_of_loop": followed,
+            "loop": own_rollouts(start, name, config, log) if config.validate else {},
         }
         (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
         log(table([found]))
