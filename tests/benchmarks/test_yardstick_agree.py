@@ -131,6 +131,31 @@ def test_one_changed_advantage_is_found(policy, walks, batch, method):
     assert verdict(found) == "differs"
 
 
+@pytest.mark.parametrize("method", ["sensitivity"], indirect=True)
+def test_an_image_changed_as_in_another_step_is_found(policy, walks, batch, method):
+    found, _ = compare(policy, method, {**batch, "step": STEP + 1}, walks)
+    (change,) = method.needs().interventions
+    assert found["signals"][change.key] > 1e-3
+    assert found["from_verls_signals"] == 0
+
+
+def test_the_loop_answers_each_kind_of_held_out_walks_greedily(policy, tmp_path, monkeypatch):
+    def steps_of(_policy, walks, seed):
+        assert seed is None
+        return {"acc": sum(walk.steps for walk in walks)}
+
+    monkeypatch.setattr(agree, "evaluate", steps_of)
+    held_out = walks_of(prepare_walks(tmp_path, SCENES).path, "val")
+    found = agree._accuracy(policy, held_out, 7)
+    assert found == {"step": 7, "sayo/walk": 4, "sayo/walk_more_steps": 6, "sayo/walk_new_pairs": 4}
+
+
+def test_the_table_has_a_row_for_each_method():
+    first = {"advantages": 2e-7, "log_probs": 3e-6, "tokens_over": 0, "size": 2.5, "contrast": 12, "reward": 0.125}
+    shown = agree.table([{"method": "grpo", "steps_of_verl": [first, {}]}]).splitlines()
+    assert shown[-1] == "| grpo | 2e-07 | - | 3e-06 | 0 | 2.5 | 12 | 0.125 |"
+
+
 def test_an_advantage_outside_the_response_is_found(policy, walks, batch, method):
     row, token = (batch["response_mask"] == 0).nonzero()[0].tolist()
     batch["advantages"][row, token] = 0.5
