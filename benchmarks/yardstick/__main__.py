@@ -3,7 +3,6 @@
     python -m benchmarks.yardstick start --kind half_ignorant --seeds 0,1,2,3,4 --out outputs/yardstick
     python -m benchmarks.yardstick train --start outputs/yardstick/half_ignorant-0-* --methods grpo,oracle_plus \
         --rates 1e-4,3e-4,6e-4 --seeds 0,1,2 --out outputs/yardstick/runs
-    python -m benchmarks.yardstick span --runs outputs/yardstick/runs
     python -m benchmarks.yardstick all --out outputs/yardstick
     python -m benchmarks.yardstick page --results outputs/yardstick
     python -m benchmarks.yardstick score --start outputs/yardstick/half_ignorant-0-* --out outputs/yardstick/scores
@@ -20,10 +19,10 @@ import torch
 
 from benchmarks.yardstick import agree
 from benchmarks.yardstick.known import ScoreConfig, as_table
-from benchmarks.yardstick.loop import ROOT, LoopConfig, names
-from benchmarks.yardstick.page import REMARKS, page, picture
+from benchmarks.yardstick.loop import ROOT, VARIANTS, LoopConfig, names
+from benchmarks.yardstick.page import REMARKS, page
+from benchmarks.yardstick.picture import picture
 from benchmarks.yardstick.plan import Plan, run_plan, score_once, train_once
-from benchmarks.yardstick.span import table
 from benchmarks.yardstick.starts import SCENES, STARTS, make_start
 from benchmarks.yardstick.store import all_of
 from sayo_verl.launch.settings import load_methods
@@ -47,13 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
     run.add_argument("--steps", type=int, default=LoopConfig.steps)
     run.add_argument("--eval-scenes", type=int, default=LoopConfig.eval_scenes)
     run.add_argument("--out", type=Path, required=True)
-    span = commands.add_parser("span", help="compare finished runs")
-    span.add_argument("--runs", type=Path, required=True)
     scored = commands.add_parser("score", help="score credit against the truth, without training")
     scored.add_argument("--start", type=Path, required=True, help="a folder that `start` made")
     scored.add_argument("--methods", type=_list(str), default=list(ScoreConfig.methods))
     scored.add_argument("--prompts", type=int, default=ScoreConfig.prompts)
-    scored.add_argument("--steps", type=int, default=ScoreConfig.steps, help="of the walks, where not of the start")
     scored.add_argument("--seeds", type=_list(int), default=[0])
     scored.add_argument("--out", type=Path, required=True)
     written = commands.add_parser("page", help="write docs/yardstick.md and its picture from stored results")
@@ -79,9 +75,12 @@ def main(arguments: list[str] | None = None) -> None:
         runs, scored = all_of(given.results / "runs"), all_of(given.results / "scores")
         if not runs or not scored:
             parser.error(f"{given.results} holds no runs and scores: make them with `all`, or name them with --results")
-        picture(runs, scored, Plan(), given.docs / "images" / "yardstick.png")
-        remarks = [REMARKS.read_text()] if REMARKS.exists() else []
-        (given.docs / "yardstick.md").write_text("\n".join([*page(runs, scored, Plan()), "", *remarks]).rstrip() + "\n")
+        own = [name for name in dict.fromkeys(run["method"] for run in runs) if name not in (*Plan.methods, *VARIANTS)]
+        shown = Plan(methods=(*Plan.methods, *own))
+        (given.docs / "images").mkdir(parents=True, exist_ok=True)
+        picture(runs, scored, shown, given.docs / "images" / "yardstick.png")
+        lines = page(runs, scored, shown, REMARKS.read_text() if given.results == RESULTS else "")
+        (given.docs / "yardstick.md").write_text("\n".join(lines).rstrip() + "\n")
     elif given.command == "start":
         for seed in given.seeds:
             print(make_start(given.out, given.kind, seed, SCENES, log=_log))
@@ -96,12 +95,10 @@ def main(arguments: list[str] | None = None) -> None:
         run_plan(chosen, given.out, given.processes, _log)
     elif given.command == "score":
         for seed in given.seeds:
-            config = ScoreConfig(tuple(given.methods), given.prompts, steps=given.steps, seed=seed)
+            config = ScoreConfig(tuple(given.methods), given.prompts, seed=seed)
             print(as_table(score_once(given.start, config, given.out)))
     elif given.command == "agree":
         agree.from_arguments(given)
-    elif given.command == "span":
-        print(table(all_of(given.runs)))
     else:
         configs = [
             LoopConfig(method=method, rate=rate, steps=given.steps, eval_scenes=given.eval_scenes, seed=seed)

@@ -48,7 +48,8 @@ def credit_of(method: Method | None, known: Known) -> tuple[Credit, np.ndarray]:
 def of_credit(credit: Credit, advantage_BT: np.ndarray, known: Known) -> dict[str, Estimate]:
     """Scores of what ``credit_of`` returns by name, see ``benchmarks.yardstick.scores``.
 
-    ``separation``, ``precision``, ``blame``, ``afterwards`` and ``control`` (permuted credit) are always there.
+    ``separation`` (also of each half of a response), ``precision``, ``blame``, ``afterwards`` and ``control`` (permuted
+    credit) are always there.
     ``trajectory`` needs a trajectory factor, ``look`` a reward term. ``look`` takes the layer that looks best.
     """
     truth = known.truth
@@ -56,6 +57,8 @@ def of_credit(credit: Credit, advantage_BT: np.ndarray, known: Known) -> dict[st
     size_BT, counted = np.abs(advantage_BT[has_credit_B]), rows(truth, has_credit_B)
     found = {
         "separation": scores.separation(size_BT, counted),
+        "first half": scores.separation(size_BT, scores.half(counted, late=False)),
+        "second half": scores.separation(size_BT, scores.half(counted, late=True)),
         "precision": scores.precision(size_BT, counted),
         "control": scores.separation(scores.permuted(size_BT, counted), counted),
         "blame": scores.blame(advantage_BT, truth),
@@ -75,6 +78,8 @@ def of_values(values: np.ndarray, truth: Truth) -> dict[str, Estimate]:
     """Scores of a statistic as if it were a token factor. ``values``: [B, T]."""
     return {
         "separation": scores.separation(values, truth),
+        "first half": scores.separation(values, scores.half(truth, late=False)),
+        "second half": scores.separation(values, scores.half(truth, late=True)),
         "precision": scores.precision(values, truth),
         "error": scores.error(values, truth),
         "control": scores.separation(scores.permuted(values, truth), truth),

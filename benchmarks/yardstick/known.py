@@ -6,8 +6,8 @@ Shape suffixes: N rows (n responses of each prompt), T response tokens (padded o
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from benchmarks.yardstick.scores import Truth
 from sayo_verl.estimates import MOST_DEPENDENCE, Estimate
 from sayo_verl.methods import Needs
 from sayo_verl.methods.faithful import causal_effect, causal_weights
-from sayo_verl.probe.statistics import Statistic, StatisticsRequest
+from sayo_verl.probe.statistics import QUERY_ROWS, Statistic, StatisticsRequest
 from sayo_verl.scenes.walk import WalkConfig
 from sayo_verl.scenes.walk_truth import Truth as WalkTruth
 from sayo_verl.vision.intervention import Intervention
@@ -39,14 +39,12 @@ class ScoreConfig:
     Attributes:
         methods: names as in ``LoopConfig``.
         prompts, responses: rollouts, at temperature 1.
-        steps: of the walks; 0: those of the scenes.
         seed: of scenes and sampling.
     """
 
     methods: Sequence[str] = METHODS
     prompts: int = 64
     responses: int = 8
-    steps: int = 0
     seed: int = 0
 
 
@@ -58,15 +56,45 @@ def score(policy: WalkPolicy, scenes: WalkConfig, config: ScoreConfig) -> dict[s
         ``methods``, ``statistics`` and ``looks`` (attention by layer): name -> score -> value, low and high.
         ``example``: marks of one wrong response, and its advantages by method. ``rates``: what the rollouts are like.
     """
-    if config.steps:
-        scenes = replace(scenes, steps=config.steps, min_steps=0, more_steps=0)
-    layers = range(policy.model.config.get_text_config().num_hidden_layers)
-    rng, generator = random.Random(f"score/{config.seed}"), torch.Generator().manual_seed(config.seed)
-    loop = LoopConfig(prompts=config.prompts, responses=config.responses)
-    rollouts = roll_out(policy, scenes, loop, rng, generator)
+    rollouts, known = walked(policy, scenes, config.prompts, config.responses, config.seed)
+    truth = truth_of(rollouts.truths, rollouts)
+    methods: Scores = {}
+    example, shown = example_row(rollouts, truth), {}
+    for name in config.methods:
+        method = method_of(LoopConfig(method=name))
+        measured = known(method.needs() if method else Needs(StatisticsRequest(())))
+        credit, advantage_NT = credit_of(method, measured)
+        methods[name] = of_credit(credit, advantage_NT, measured)
+        if example is not None:
+            shown[name] = advantage_NT[example, truth.mask[example]].round(6).tolist()
+    masses = [Statistic("image_mass", (layer,), query_row=row) for row in QUERY_ROWS for layer in layers_of(policy)]
+    measured = known(Needs(StatisticsRequest(tuple(masses)), interventions=(Intervention(),)))
+    values = token_statistics(measured.signals)
+    return {
+        "methods": _plain(methods),
+        "statistics": _plain({name: of_values(value_NT, truth) for name, value_NT in values.items()}),
+        "looks": _plain(looks(measured)),
+        "example": None if example is None else {"marks": rollouts.truths[example].marks, "credit": shown},
+        "rates": {
+            "reward": float(rollouts.reward.mean()),
+            "right looks": float(np.nanmean(truth.right_looks)),
+            "perceptual tokens": float((truth.mask & truth.perceptual).sum() / truth.mask.sum()),
+            "lucky answers": float(np.mean([each.lucky for each in rollouts.truths])),
+            "tokens with 90 % of the dependence": scores.carriers(values["dependence on the image"], truth, 0.9).value,
+            "tokens": float(truth.mask.sum(1).mean()),
+        },
+    }
+
+
+def walked(
+    policy: WalkPolicy, scenes: WalkConfig, prompts: int, responses: int, seed: int
+) -> tuple[Rollouts, Callable[[Needs], Known]]:
+    """Rollouts at temperature 1, and a function that measures on them what is asked for."""
+    rng, generator = random.Random(f"score/{seed}"), torch.Generator().manual_seed(seed)
+    rollouts = roll_out(policy, scenes, LoopConfig(prompts=prompts, responses=responses), rng, generator)
     log_probs_NT, entropy_NT = policy.log_probs(rollouts.prompts, rollouts.ids)
     truth = truth_of(rollouts.truths, rollouts)
-    own = own_region(policy, rollouts, list(layers))
+    own = own_region(policy, rollouts, layers_of(policy))
 
     def known(needs: Needs) -> Known:
         signals = signals_of(
@@ -83,46 +111,43 @@ def score(policy: WalkPolicy, scenes: WalkConfig, config: ScoreConfig) -> dict[s
         signals.check()
         return Known(signals, truth, rollouts.reward, own)
 
-    methods: Scores = {}
-    example, shown = example_row(rollouts, truth), {}
-    for name in config.methods:
-        method = method_of(LoopConfig(method=name))
-        measured = known(method.needs() if method else Needs(StatisticsRequest(())))
-        credit, advantage_NT = credit_of(method, measured)
-        methods[name] = of_credit(credit, advantage_NT, measured)
-        if example is not None:
-            shown[name] = advantage_NT[example, truth.mask[example]].round(6).tolist()
-    masses = [Statistic("image_mass", (layer,), query_row="predicting") for layer in layers]
-    others = [Statistic("image_mass", (layer,), query_row="input") for layer in layers]
-    measured = known(Needs(StatisticsRequest((*masses, *others)), interventions=(Intervention(),)))
-    statistics = {name: of_values(values, truth) for name, values in token_statistics(measured.signals).items()}
-    mask_NT = rollouts.mask.bool()
-    effect_NT = causal_effect(log_probs_NT, measured.signals.counterfactual(Intervention()), mask_NT, MOST_DEPENDENCE)
-    omega_NT, looks = causal_weights(effect_NT, mask_NT), {}
-    for layer, mass in zip(layers, masses, strict=True):
-        causal_N = (omega_NT * measured.signals[mass]).sum(-1).double().numpy()
-        looks[f"layer {layer}"] = {
-            "share": scores.own_share(own[layer], truth),
-            "seeing": scores.seeing(own[layer], truth),
-            "late / early": scores.late_over_early(measured.signals[mass].double().numpy(), truth),
+    return rollouts, known
+
+
+def looks(known: Known) -> Scores:
+    """Where the policy looks, by layer: ``image_mass`` of each layer at the row that sampled a token is read.
+
+    ``causal``: attention on the image, weighted by the dependence of tokens on it, against the share of right looks
+    and against right answers.
+    """
+    signals, truth, found = known.signals, known.truth, {}
+    mask_NT = signals.response_mask.bool()
+    changed_NT = signals.counterfactual(Intervention())
+    omega_NT = causal_weights(causal_effect(signals.log_probs, changed_NT, mask_NT, MOST_DEPENDENCE), mask_NT)
+    for layer, own_NT in known.own_region.items():
+        mass_NT = signals[Statistic("image_mass", (layer,), query_row="predicting")]
+        causal_N = (omega_NT * mass_NT).sum(-1).double().numpy()
+        found[f"layer {layer}"] = {
+            "share": scores.own_share(own_NT, truth),
+            "seeing": scores.seeing(own_NT, truth),
+            "late / early": scores.late_over_early(mass_NT.double().numpy(), truth),
             "causal, right looks": scores.trajectory(causal_N, truth),
             "causal, right answers": scores.answers(causal_N, truth),
         }
-    dependence_NT = token_statistics(measured.signals)["dependence on the image"]
-    return {
-        "methods": _plain(methods),
-        "statistics": _plain(statistics),
-        "looks": _plain(looks),
-        "example": None if example is None else {"marks": rollouts.truths[example].marks, "credit": shown},
-        "rates": {
-            "reward": float(rollouts.reward.mean()),
-            "right looks": float(np.nanmean(truth.right_looks)),
-            "perceptual tokens": float((truth.mask & truth.perceptual).sum() / truth.mask.sum()),
-            "lucky answers": float(np.mean([each.lucky for each in rollouts.truths])),
-            "tokens with 90 % of the dependence": scores.carriers(dependence_NT, truth, 0.9).value,
-            "tokens": float(truth.mask.sum(1).mean()),
-        },
-    }
+    return found
+
+
+@torch.no_grad()
+def looks_of(policy: WalkPolicy, scenes: WalkConfig, prompts: int = 32) -> dict[str, Any]:
+    """``looks`` of fresh rollouts, as JSON."""
+    _, known = walked(policy, scenes, prompts, 8, 0)
+    masses = tuple(Statistic("image_mass", (layer,), query_row="predicting") for layer in layers_of(policy))
+    return _plain(looks(known(Needs(StatisticsRequest(masses), interventions=(Intervention(),)))))
+
+
+def layers_of(policy: WalkPolicy) -> list[int]:
+    """The numbers of all decoder layers."""
+    return list(range(policy.model.config.get_text_config().num_hidden_layers))
 
 
 def as_table(found: Mapping[str, Any]) -> str:

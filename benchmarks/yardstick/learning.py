@@ -1,17 +1,52 @@
 """What was learned, as a share of a known span: GRPO is 0 and ``oracle_plus`` is 1.
 
 What a run learned is its mean accuracy over all evaluations after the start. A method that ends where GRPO ends, but
-sooner, has thus learned more. Runs of one start and seed see the same scenes and are compared in pairs. Intervals are
-over seeds.
+sooner, has thus learned more. The final accuracy of a run is the mean of its last three evaluations. Its time to reach
+an accuracy is the first evaluation at which the mean of three neighbouring evaluations reaches it. Runs of one start
+and seed see the same scenes and are compared in pairs. Intervals are over seeds.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from benchmarks.yardstick.span import Run, final, steps_to
 from sayo_verl.estimates import Estimate, mean, ratio
 
 BASELINE, CEILING = "grpo", "oracle_plus"
+Run = Mapping[str, Any]
+
+
+def final(run: Run, rate: str = "acc") -> float:
+    """Mean of the last three evaluations."""
+    return statistics.fmean(point[rate] for point in run["curve"][-3:])
+
+
+def smoothed(run: Run) -> list[tuple[int, float]]:
+    """Steps, and means of three neighbouring evaluations (two at the ends)."""
+    points = run["curve"]
+    return [
+        (point["step"], statistics.fmean(p["acc"] for p in points[max(i - 1, 0) : i + 2]))
+        for i, point in enumerate(points)
+    ]
+
+
+def steps_to(run: Run, accuracy: float) -> int | None:
+    """The first step at which the smoothed curve reaches an accuracy; None if it never does."""
+    return next((step for step, value in smoothed(run) if step and value >= accuracy), None)
+
+
+def best_rates(runs: Sequence[Run]) -> dict[tuple[str, str], float]:
+    """(start, method) -> the learning rate with the highest mean final accuracy."""
+    finals = defaultdict(list)
+    for run in runs:
+        finals[run["start"], run["method"], run["rate"]].append(final(run))
+    best: dict[tuple[str, str], float] = {}
+    for (start, method, rate), ends in finals.items():
+        known = best.get((start, method))
+        if known is None or statistics.fmean(ends) > statistics.fmean(finals[start, method, known]):
+            best[start, method] = rate
+    return best
 
 
 def learned(run: Run, rate: str = "acc") -> float:
@@ -57,3 +92,9 @@ def speed(ceiling: dict[int, Run], baseline: dict[int, Run]) -> dict[int, tuple[
 def is_wide(steps: dict[int, tuple[int | None, int | None]], at_most: float = 0.5) -> list[int]:
     """Seeds in which ``oracle_plus`` needs at most this share of GRPO's steps."""
     return [s for s, (fast, slow) in steps.items() if fast is not None and slow is not None and fast <= at_most * slow]
+
+
+def chosen_rates(runs: Sequence[Run], tuning_seed: int) -> dict[str, float]:
+    """Method -> its best rate in the runs that choose it."""
+    tuning = [run for run in runs if run["seed"] == tuning_seed]
+    return {method: rate for (_, method), rate in best_rates(tuning).items()}

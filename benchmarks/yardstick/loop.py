@@ -24,19 +24,19 @@ from sayo_verl.scenes.walk import WalkConfig, sample_walk
 from sayo_verl.scenes.walk_truth import Truth
 
 BASELINE = "grpo"
-OTHERS = {"new_pairs": {"new_pairs": True}, "more_steps": {"longer": True}}  # held-out walks of another distribution
+TITLES = {"grpo": "GRPO", "oracle": "oracle: blame", "oracle_plus": "oracle_plus: blame and praise"}
 ROOT = Path(__file__).resolve().parents[2]
 load_methods([str(ROOT / "recipe" / "oracle" / "oracle.py")])
 Log = Callable[[str], None]
 
 # Settings that a claim of a paper or a default of ours is about: name -> (method, settings).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "region_middle": ("region", {"layers": (1,)}),
-    "anchor_middle": ("anchor", {"layers": (1,)}),
+    "region_all": ("region", {"layers": (0, 1, 2)}),
+    "anchor_all": ("anchor", {"layers": (0, 1, 2)}),
     "anchor_input": ("anchor", {"query_row": "input"}),
-    "anchor_top": ("anchor", {"layers": (1,), "weighting": "top"}),
-    "anchor_rest": ("anchor", {"layers": (1,), "weighting": "rest"}),
-    "faithful_middle": ("faithful", {"layers": (1,)}),
+    "anchor_top": ("anchor", {"layers": (0, 1, 2), "weighting": "top"}),
+    "anchor_rest": ("anchor", {"layers": (0, 1, 2), "weighting": "rest"}),
+    "faithful_all": ("faithful", {"layers": (0, 1, 2)}),
 }
 
 
@@ -91,6 +91,14 @@ def names() -> list[str]:
     return [BASELINE, *(name.removeprefix("attn_") for name in sorted(METHODS)), *VARIANTS]
 
 
+def title(name: str) -> str:
+    """The paper's name of a method, as the package gives it, and the settings of a variant; other names as they are."""
+    base, settings = VARIANTS.get(name, (name, {}))
+    paper, *_ = getattr(METHODS.get(f"attn_{base}"), "reference", (base,))  # a user's method may have none
+    given = "".join(f", {key} {value[0] if isinstance(value, tuple) else value}" for key, value in settings.items())
+    return TITLES.get(name, paper) + given
+
+
 def roll_out(
     policy: WalkPolicy, scenes: WalkConfig, config: LoopConfig, rng: random.Random, generator: torch.Generator
 ) -> Rollouts:
@@ -135,8 +143,8 @@ def train(policy: WalkPolicy, scenes: WalkConfig, config: LoopConfig, log: Log =
 
     Returns:
         ``curve``: rates on held-out scenes by step, sampled at temperature 1; ``rewards``: mean of each step;
-        ``greedy``, ``new_pairs``, ``more_steps``: rates at the end, greedy, and sampled on walks of another
-        distribution; ``seconds`` of CPU of a step, without evaluations.
+        ``greedy``, ``new_pairs``: rates at the end, greedy, and sampled on walks with new pairs of colour and
+        direction; ``seconds`` of CPU of a step, without evaluations.
     """
     method = method_of(config)
     rng, generator = random.Random(f"train/{config.seed}"), torch.Generator().manual_seed(config.seed)
@@ -169,6 +177,6 @@ def train(policy: WalkPolicy, scenes: WalkConfig, config: LoopConfig, log: Log =
         "curve": curve,
         "rewards": rewards,
         "greedy": evaluate(policy, walks, None),
-        **{name: evaluate(policy, held_out(config.eval_scenes, scenes, **kind)) for name, kind in OTHERS.items()},
+        "new_pairs": evaluate(policy, held_out(config.eval_scenes, scenes, new_pairs=True)),
         "seconds": seconds / max(config.steps, 1),
     }

@@ -1,7 +1,7 @@
 """Every run of the yardstick: starts, scores of credit, learning rates, and learning from both starts.
 
     starts   each kind, one per seed
-    scores   each start; half-ignorant ones also on walks of other lengths
+    scores   each start
     rates    every method on the half-ignorant start of the first seed, with an own seed of training
     learn    every method at its best rate, and at one rate for all, from each start with the seed of the start;
              variants at the best rate of their method, from half-ignorant starts alone
@@ -20,16 +20,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.yardstick.known import METHODS, ScoreConfig, score
+from benchmarks.yardstick.known import METHODS, ScoreConfig, looks_of, score
+from benchmarks.yardstick.learning import Run, best_rates
 from benchmarks.yardstick.loop import VARIANTS, LoopConfig, method_of, train
-from benchmarks.yardstick.span import Run, best_rates
 from benchmarks.yardstick.starts import SCENES, STARTS, load_start, make_start
 from benchmarks.yardstick.store import once
 from sayo_verl.launch.settings import load_methods
 from sayo_verl.methods import own_methods
 from sayo_verl.tiny.prepared import content_hash
 
-HALF = "half_ignorant"
+HALF, KNOWING = "half_ignorant", "knowing"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ class Plan:
         steps: of training.
         tuning_seed: of the runs that choose rates, none of ``seeds``.
         kinds: of starts.
-        lengths: steps of walks on which credit is scored besides.
         modules: files of methods of your own.
     """
 
@@ -57,18 +56,11 @@ class Plan:
     steps: int = 60
     tuning_seed: int = 100
     kinds: Sequence[str] = tuple(STARTS)
-    lengths: Sequence[int] = (6, 15)
     modules: Sequence[str] = ()
 
     def compared(self) -> tuple[str, ...]:
         """Methods and variants."""
         return (*self.methods, *(name for name in self.variants if VARIANTS[name][0] in self.methods))
-
-    def scoring(self, kind: str) -> Iterator[ScoreConfig]:
-        """Scores of one start."""
-        yield ScoreConfig(self.compared())
-        for steps in self.lengths if kind == HALF else ():
-            yield ScoreConfig(tuple(self.methods), steps=steps)
 
     def tuning(self) -> Iterator[LoopConfig]:
         """Runs from one start that choose each method's rate."""
@@ -77,11 +69,14 @@ class Plan:
                 yield LoopConfig(method=method, rate=rate, steps=self.steps, seed=self.tuning_seed)
 
     def learning(self, best: dict[str, float], seed: int, kind: str) -> Iterator[LoopConfig]:
-        """Runs from one start that are compared; the common rate from the half-ignorant start alone."""
-        for method in self.compared() if kind == HALF else self.methods:
-            chosen = best[VARIANTS[method][0] if method in VARIANTS else method]
-            both = kind == HALF and method not in VARIANTS
-            for rate in dict.fromkeys((chosen, self.common_rate) if both else (chosen,)):
+        """Runs from one start that are compared; variants and the common rate from a half-ignorant start alone."""
+        rates = {method: [best[method]] for method in self.methods}
+        if kind == HALF:
+            rates |= {name: [best[VARIANTS[name][0]]] for name in self.compared() if name in VARIANTS}
+            for method in self.methods:
+                rates[method] += [self.common_rate] if best[method] != self.common_rate else []
+        for method, chosen in rates.items():
+            for rate in chosen:
                 yield LoopConfig(method=method, rate=rate, steps=self.steps, seed=seed)
 
 
@@ -101,17 +96,14 @@ def run_plan(plan: Plan, out: Path, processes: int, log: Callable[[str], None]) 
         asked = [(kind, seed) for kind in plan.kinds for seed in plan.seeds]
         folders = each("starts", [(start_once, out / "starts", kind, seed) for kind, seed in asked])
         starts = dict(zip(asked, folders, strict=True))
-        scoring = [(starts[at], config) for at in asked for config in plan.scoring(at[0])]
-        each("scores", [(score_once, start, config, out / "scores") for start, config in scoring])
-        tuned = starts[HALF, plan.seeds[0]]
+        each("scores", [(score_once, starts[at], ScoreConfig(plan.compared()), out / "scores") for at in asked])
+        tuned = start_once(out / "starts", HALF, plan.seeds[0])
         rates = each("rates", [(train_once, tuned, config, out / "runs") for config in plan.tuning()])
         best = {method: rate for (_, method), rate in best_rates(rates).items()}
-        jobs = [
-            (train_once, starts[kind, seed], config, out / "runs")
-            for kind, seed in asked
-            for config in plan.learning(best, seed, kind)
-        ]
-        each("learning", jobs)
+        runs = [(starts[at], config) for at in asked for config in plan.learning(best, at[1], at[0])]
+        # every method from every start comes first, so that a plan that is stopped can be compared
+        runs.sort(key=lambda run: (run[1].method in VARIANTS, run[1].rate != best.get(run[1].method)))
+        each("learning", [(train_once, start, config, out / "runs") for start, config in runs])
 
 
 def start_once(out: Path, kind: str, seed: int) -> Path:
@@ -127,15 +119,16 @@ def score_once(start: Path, config: ScoreConfig, out: Path) -> dict[str, Any]:
 
     used = _used([LoopConfig(method=name) for name in config.methods])
     settings = {"start": start.name, **vars(config), "used": used}
-    return once(out, f"{start.name}-{config.steps or 'own'}-{config.seed}", settings, make)
+    return once(out, f"{start.name}-{config.seed}", settings, make)
 
 
 def train_once(start: Path, config: LoopConfig, out: Path, log: Callable[[str], None] | None = None) -> Run:
-    """One run, stored in ``out``."""
+    """One run, and where its policy looks at the end; stored in ``out``."""
 
     def make() -> dict[str, Any]:
         policy, scenes = load_start(start)
-        return train(policy, scenes, config, log or _quiet)
+        found = train(policy, scenes, config, log or _quiet)
+        return {**found, "looks": looks_of(policy, scenes)}
 
     name = f"{start.name.rsplit('-', 1)[0]}-{config.method}-{config.rate:g}-{config.seed}"
     return once(out, name, {"start": start.name, **vars(config), "used": _used([config])}, make)

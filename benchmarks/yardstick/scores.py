@@ -25,7 +25,7 @@ Shape suffixes: B responses, T tokens of a response (padded on the right).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -182,6 +182,13 @@ def carriers(values: np.ndarray, truth: Truth, share: float) -> Estimate:
         held = np.cumsum(np.sort(values_T[mask_T])[::-1])
         found.append((np.searchsorted(held, share * held[-1]) + 1) / len(held) if len(held) and held[-1] else np.nan)
     return mean(found, truth.prompt)
+
+
+def half(truth: Truth, late: bool) -> Truth:
+    """The truth with a mask of the first or the second half of each response's tokens."""
+    count_B = truth.mask.sum(1, keepdims=True)
+    late_BT = truth.mask.cumsum(1) > count_B // 2
+    return replace(truth, mask=truth.mask & (late_BT if late else ~late_BT))
 
 
 def permuted(values: np.ndarray, truth: Truth, seed: int = 0) -> np.ndarray:

@@ -59,7 +59,8 @@ def scored(method, known):
 def test_grpo_scores_zero_everywhere(rollouts):
     assert scored(None, rollouts) == scored(Scripted(Credit()), rollouts)
     found = scored(None, rollouts)
-    assert set(found) == {"separation", "precision", "control", "blame", "afterwards"}
+    halves = {"first half", "second half"}
+    assert set(found) == {"separation", *halves, "precision", "control", "blame", "afterwards"}
     assert all(estimate.value == pytest.approx(0.0) for estimate in found.values())
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.refusals import refusal
 
-from benchmarks.yardstick import loop, span, starts
+from benchmarks.yardstick import learning, loop, starts
 from benchmarks.yardstick.loop import LoopConfig, credit_of, method_of, roll_out, train
 from benchmarks.yardstick.plan import train_once
 from benchmarks.yardstick.policy import WalkPolicy, new_policy
@@ -222,15 +222,11 @@ def test_the_span_is_counted_from_the_best_rate_of_grpo():
         run("grpo", 0, 3e-4, [0.2, 0.2, 0.1, 0.1, 0.1]),
         run("oracle_plus", 0, 3e-4, [0.2, 0.4, 0.4, 0.4, 0.4]),
     ]
-    assert span.best_rates(runs) == {("s", "grpo"): 1e-4, ("s", "oracle_plus"): 3e-4}
-    assert span.final(runs[0]) == pytest.approx(0.3)
-    assert span.smoothed(runs[2])[:2] == [(0, pytest.approx(0.3)), (10, pytest.approx(1 / 3))]
-    assert span.steps_to(runs[2], 0.3) == 10
-    assert span.steps_to(runs[1], 0.3) is None
-    lines = span.table(runs).splitlines()
-    assert "| s | grpo | 0.0001 (best) | 1 | 0.300 |" in lines[2]
-    assert lines[3].split("|")[9].strip() == "never"
-    assert lines[4].split("|")[9].strip() == "10"
+    assert learning.best_rates(runs) == {("s", "grpo"): 1e-4, ("s", "oracle_plus"): 3e-4}
+    assert learning.final(runs[0]) == pytest.approx(0.3)
+    assert learning.smoothed(runs[2])[:2] == [(0, pytest.approx(0.3)), (10, pytest.approx(1 / 3))]
+    assert learning.steps_to(runs[2], 0.3) == 10
+    assert learning.steps_to(runs[1], 0.3) is None
 
 
 def test_a_finished_run_is_kept_with_its_settings_and_not_repeated(tmp_path, monkeypatch):

@@ -140,3 +140,17 @@ def test_permuted_values_score_nothing():
     assert np.array_equal(np.sort(control), np.sort(values))
     estimate = scores.separation(control, truth)
     assert estimate.low < 0 < estimate.high
+
+
+def test_halves_share_the_tokens_between_them():
+    truth = a_truth([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], [[1, 0, 0, 1, 0], [0, 1, 0, 0, 0]], lengths=[5, 3])
+    early, late = (scores.half(truth, each).mask for each in (False, True))
+    assert early.tolist() == [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
+    assert late.tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]]
+
+
+def test_answers_compares_responses_of_one_prompt_only():
+    truth = a_truth([[1], [0], [1], [0]], [[1]] * 4, prompt=["a", "a", "b", "b"])
+    assert scores.answers(np.array([0.2, 0.1, 0.9, 0.8]), truth).value == pytest.approx(1.0)
+    assert scores.answers(np.array([0.1, 0.2, 0.9, 0.8]), truth).value == pytest.approx(0.0)
+    assert scores.answers(np.array([0.1, 0.2, 0.8, 0.9]), truth).value == pytest.approx(-1.0)
