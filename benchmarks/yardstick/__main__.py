@@ -6,6 +6,7 @@
     python -m benchmarks.yardstick all --out outputs/yardstick
     python -m benchmarks.yardstick page --results outputs/yardstick
     python -m benchmarks.yardstick score --start outputs/yardstick/half_ignorant-0-* --out outputs/yardstick/scores
+    python -m benchmarks.yardstick agree --start outputs/yardstick/half_ignorant-0-* --out outputs/yardstick/agree
 
 A finished run or start is not repeated. Every run is one JSON file with its settings. Torch uses one thread, so that
 results do not depend on the machine's cores; run several processes for more.
