@@ -71,7 +71,7 @@ def rollouts_of(
     truths = policy.truths(prompts.walks, ids_NT)
     reward_N = torch.tensor([float(truth.rewarded) for truth in truths])
     _same(torch.equal(batch["reward"][order].float(), reward_N), "another reward", batch)
-    marks = [batch["reports"][row]["walk_marks"] for row in order]
+    marks = [batch["reports"][row].get("walk_marks") for row in order]
     _same(marks == [truth.marks for truth in truths], "other marks", batch)
     uid = tuple(batch["uid"][row] for row in order)
     return Rollouts(prompts, ids_NT, mask_NT, truths, reward_N, uid), torch.tensor(order)

@@ -1,12 +1,15 @@
 """The comparison of the loop with verl, on batches made up in the form in which a real run writes them."""
 
 import dataclasses
+import importlib
 import json
 import random
+import sys
 import types
 
 import pytest
 import torch
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from benchmarks.yardstick import agree, verl_runs
 from benchmarks.yardstick.agree import compare, rollouts_of, verdict
@@ -249,3 +252,45 @@ def test_a_run_that_fails_or_writes_no_batch_ends_with_its_log(tmp_path, monkeyp
         monkeypatch.setattr(verl_runs.subprocess, "run", lambda *args, done=done, **kwargs: done)
         with pytest.raises(SystemExit, match=r"run of grpo failed.*train\.log"):
             train_on_verl(tmp_path, "grpo", tmp_path, tmp_path, AgreeConfig(steps=2))
+
+
+@pytest.fixture
+def recorder(tmp_path, monkeypatch):
+    """``verl_batch`` as a run loads it; verl's trainer is as before when the test ends."""
+    seen = []
+    written = lambda _self, batch, _metrics: seen.append(sorted(p.name for p in tmp_path.glob("*/*"))) or batch  # noqa: E731
+    monkeypatch.setattr(PPOTrainer, "_update_actor", written)
+    monkeypatch.setenv("SAYO_BATCHES", str(tmp_path / "batches"))
+    monkeypatch.delitem(sys.modules, "benchmarks.yardstick.verl_batch", raising=False)
+    module = importlib.import_module("benchmarks.yardstick.verl_batch")
+    return types.SimpleNamespace(module=module, seen=seen)
+
+
+def test_a_batch_is_written_before_verl_trains_on_it(recorder, tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder.module, "batch_of", lambda trainer, batch: {"step": 3, "of": (trainer, batch)})
+    assert PPOTrainer._update_actor("the trainer", "the batch", {}) == "the batch"
+    assert recorder.seen == [["step_3.pt"]]
+    assert torch.load(tmp_path / "batches" / "step_3.pt") == {"step": 3, "of": ("the trainer", "the batch")}
+
+
+def test_a_batch_has_the_fields_of_each_row_in_order(recorder, monkeypatch):
+    def jagged(*rows):
+        return torch.nested.nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+
+    fields = {
+        "responses": jagged([7, 8, 9], [7, 9]),
+        "response_mask": jagged([1, 1, 1], [1, 1]),
+        "prompts": jagged([1, 2], [1, 2, 3]),
+        "rm_scores": jagged([0.0, 0.0, 1.0], [0.0, 0.0]),
+        "uid": ["u", "v"],
+        "extra_info": [{"id": "a"}, {"id": "b"}],
+        **{name: jagged([0.1, 0.2, 0.3], [0.4, 0.5]) for name in ("old_log_probs", "entropy", "advantages")},
+    }
+    monkeypatch.setattr(recorder.module.store, "fetch", lambda batch, names: {name: fields[name] for name in names})
+    monkeypatch.setattr(recorder.module.store, "reward_info", lambda batch: [{"acc": 1.0}, {"acc": 0.0}])
+    found = recorder.module.batch_of(types.SimpleNamespace(global_steps=5), "the batch")
+    assert (found["step"], found["id"], found["uid"], found["signals"]) == (5, ["a", "b"], ["u", "v"], None)
+    assert found["responses"].tolist() == [[7, 8, 9], [7, 9, 0]]
+    assert found["reward"].tolist() == [1.0, 0.0]
+    assert [ids.tolist() for ids in found["prompts"]] == [[1, 2], [1, 2, 3]]
+    assert torch.equal(found["advantages"], torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.0]]))
