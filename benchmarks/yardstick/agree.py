@@ -32,7 +32,7 @@ from sayo_verl.hooks.estimator import timed_credit
 from sayo_verl.methods import Method, Signals, advantages
 from sayo_verl.methods.group import group_rows
 from sayo_verl.scenes.walk import Walk
-from sayo_verl.tiny.prepared import prepare_walks
+from sayo_verl.tiny.prepared import content_hash, prepare_walks
 
 TOLERANCE = 1e-5  # of advantages, which are about 1
 SAME = 1e-3  # of what both measured; float32 passes differ by about 1e-5. Of indices: the share that may differ
@@ -222,15 +222,14 @@ def agree_all(start: Path, methods: Sequence[str], out: Path, config: AgreeConfi
     """Run and compare each method, and write ``out/<method>.json``."""
     rows = prepare_walks(out / "rows", replace(SCENES, **ROWS)).path
     for name in methods:
-        folder = out / "runs" / name
+        method = method_of(LoopConfig(method=name))
+        settings = {} if method is None else asdict(method)  # type: ignore[call-overload]
+        made_with = {"method": name, "settings": settings, "start": start.name, **asdict(config)}
+        folder = out / "runs" / f"{name}-{content_hash(made_with, rows.name)}"
         batches = train_on_verl(start, name, rows, folder, config)
         steps, followed = agree(start, name, batches, rows, config)
-        method = method_of(LoopConfig(method=name))
         found = {
-            "method": name,
-            "settings": {} if method is None else asdict(method),  # type: ignore[call-overload]
-            "start": start.name,
-            **asdict(config),
+            **made_with,
             "verdict": verdict(steps[0]),
             "steps_of_verl": steps,
             "validation": validation(folder),
