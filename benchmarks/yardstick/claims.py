@@ -132,6 +132,11 @@ def claims(runs: Sequence[Run], scored: Scored, plan: Plan, best: Mapping[str, f
             {layer: across(half, "statistics", f"image_mass, {layer}", "separation") for layer in layers},
         ),
         Claim(
+            "The layer that attends most to the own region of a look is the one that separates best: share of starts",
+            "our `sayo diagnose`",
+            {name: same_layer(found) for name, found in kinds.items()},
+        ),
+        Claim(
             "The row of the token itself is as good: separation by its image mass",
             "our defaults",
             {
@@ -161,6 +166,19 @@ def across(found: Scored, part: str, name: str, score: str) -> Estimate:
     values = [each[part].get(name, {}).get(score, [None])[0] for each in found]
     kept = [value for value in values if value is not None]
     return mean(kept, range(len(kept))) if kept else Estimate(math.nan)
+
+
+def same_layer(found: Scored) -> Estimate:
+    """Share of starts whose layer with the highest attention on the own region also has the best separation."""
+    same = []
+    for each in found:
+        by_layer = {
+            name: (looks["share"][0], each["statistics"][f"image_mass, {name}"]["separation"][0])
+            for name, looks in each["looks"].items()
+        }
+        best = [max(by_layer, key=lambda name: by_layer[name][k]) for k in (0, 1)]
+        same.append(float(best[0] == best[1]))
+    return mean(same, range(len(same))) if same else Estimate(math.nan)
 
 
 def across_rates(found: Scored, rate: str) -> Estimate:

@@ -95,7 +95,7 @@ def title(name: str) -> str:
     """The paper's name of a method, as the package gives it, and the settings of a variant; other names as they are."""
     base, settings = VARIANTS.get(name, (name, {}))
     paper, *_ = getattr(METHODS.get(f"attn_{base}"), "reference", (base,))  # a user's method may have none
-    given = "".join(f", {key} {value[0] if isinstance(value, tuple) else value}" for key, value in settings.items())
+    given = "".join(f", {'all layers' if key == 'layers' else f'{key} {value}'}" for key, value in settings.items())
     return TITLES.get(name, paper) + given
 
 

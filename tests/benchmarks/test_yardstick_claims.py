@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.yardstick.claims import Claim, across, claim_lines, claims, late_lift
+from benchmarks.yardstick.claims import Claim, across, claim_lines, claims, late_lift, same_layer
 from benchmarks.yardstick.plan import Plan
 from sayo_verl.estimates import Estimate
 
@@ -37,7 +37,7 @@ def scored(value):
     return {
         "start": "half_ignorant-0-a",
         "methods": {},
-        "statistics": {},
+        "statistics": {"image_mass, layer 0": {"separation": [0.9, 0.8, 1.0]}},
         "looks": {"layer 0": looks},
         "rates": {"tokens with 90 % of the dependence": 0.1},
     }
@@ -63,6 +63,14 @@ def test_the_lift_of_late_attention_is_paired_by_seed():
     best = {"grpo": 1e-4, "dual": 1e-4}
     assert late_lift(runs, "dual", best, "layer 0").value == pytest.approx(0.1)
     assert math.isnan(late_lift(runs, "anchor", best, "layer 0").value)
+
+
+def test_the_layer_that_looks_is_compared_with_the_layer_that_separates():
+    two = scored(0.7)
+    two["looks"]["layer 1"] = {"share": [0.1, 0.0, 0.2], "late / early": [0.7, 0.6, 0.8]}
+    two["statistics"]["image_mass, layer 1"] = {"separation": [0.95, 0.9, 1.0]}
+    assert same_layer([scored(0.7), two]).value == pytest.approx(0.5)
+    assert math.isnan(same_layer([]).value)
 
 
 def test_claims_of_what_was_not_run_say_so():

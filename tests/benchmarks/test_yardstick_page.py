@@ -62,7 +62,10 @@ def scored():
         {
             "start": f"half_ignorant-{seed}-abc",
             "methods": methods,
-            "statistics": {"entropy": {"separation": at(0.3), "precision": at(0.2), "error": at(0.1)}},
+            "statistics": {
+                name: {"separation": at(0.3), "precision": at(0.2), "error": at(0.1)}
+                for name in ("entropy", "image_mass, layer 0")
+            },
             "looks": {"layer 0": {"share": at(0.5), "seeing": at(0.1), "late / early": at(0.9)}},
             "rates": {"reward": 0.2, "tokens with 90 % of the dependence": 0.1},
             "example": {"marks": ".P.E.", "credit": credit},
