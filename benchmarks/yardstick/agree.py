@@ -95,8 +95,8 @@ def compare(
 
     Returns:
         The largest absolute differences, and the loop's loss, with its gradient. ``tokens_over`` and ``rows_over``
-        count differences of advantages over ``TOLERANCE``; ``size`` is the largest advantage, ``contrast`` the number
-        of groups that have any.
+        count differences of advantages over ``TOLERANCE``. ``size`` is verl's largest advantage, ``from_grpo`` how far
+        the method takes one from GRPO's, ``contrast`` the number of groups that have any.
 
     Raises:
         ValueError: as ``rollouts_of``.
@@ -120,6 +120,7 @@ def compare(
         "rows": len(off_NT),
         "rows_over": int(over_NT.any(1).sum()),
         "size": float(verls_NT.abs().max()),
+        "from_grpo": float((verls_NT - advantages(rollouts.reward, rollouts.mask, rollouts.uid)[0]).abs().max()),
         "contrast": sum(bool(verls_NT[rows].any()) for rows in group_rows(rollouts.uid)),
     }
     if method is not None:
@@ -242,7 +243,16 @@ def agree_all(start: Path, methods: Sequence[str], out: Path, config: AgreeConfi
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Step 1 of each method as Markdown."""
-    columns = ("advantages", "from_verls_signals", "log_probs", "tokens_over", "size", "contrast", "reward")
+    columns = (
+        "advantages",
+        "from_verls_signals",
+        "log_probs",
+        "tokens_over",
+        "size",
+        "from_grpo",
+        "contrast",
+        "reward",
+    )
     lines = ["| " + " | ".join(["method", *columns]) + " |", "|" + "---|" * (len(columns) + 1)]
     for found in results:
         first = found["steps_of_verl"][0]

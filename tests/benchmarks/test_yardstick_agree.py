@@ -119,6 +119,7 @@ def test_an_equal_batch_has_no_difference_in_any_order_of_its_rows(policy, walks
     found, loss = compare(policy, method, batch, walks)
     assert found["contrast"] == 2
     assert found["size"] > 0.5
+    assert (found["from_grpo"] > 0.1) == (method is not None)
     assert found["advantages"] == found["tokens_over"] == found["rows_over"] == 0
     assert found["log_probs"] == found["entropy"] == 0
     assert found.get("from_verls_signals", 0.0) == 0
@@ -155,9 +156,10 @@ def test_the_loop_answers_each_kind_of_held_out_walks_greedily(policy, tmp_path,
 
 
 def test_the_table_has_a_row_for_each_method():
-    first = {"advantages": 2e-7, "log_probs": 3e-6, "tokens_over": 0, "size": 2.5, "contrast": 12, "reward": 0.125}
+    first = {"advantages": 2e-7, "log_probs": 3e-6, "tokens_over": 0, "size": 2.5, "reward": 0.125}
+    first |= {"from_grpo": 0.0, "contrast": 12}
     shown = agree.table([{"method": "grpo", "steps_of_verl": [first, {}]}]).splitlines()
-    assert shown[-1] == "| grpo | 2e-07 | - | 3e-06 | 0 | 2.5 | 12 | 0.125 |"
+    assert shown[-1] == "| grpo | 2e-07 | - | 3e-06 | 0 | 2.5 | 0 | 12 | 0.125 |"
 
 
 def test_an_advantage_outside_the_response_is_found(policy, walks, batch, method):
