@@ -5,9 +5,10 @@ verl trains on. ``compare`` then starts from the same weights, computes the adva
 loop's code, and measures the differences. It makes the loop's update, too, and so follows verl from step to step. Both
 policies have the same weights at step 1. Later they drift apart, because AdamW enlarges the rounding of gradients.
 
-A method with ranks, thresholds or clusters is not continuous: a difference of the last digits of what it reads can
-change a weight by much. So the method also computes the advantages from what verl measured (``from_verls_signals``).
-If that is 0, the arithmetic agrees, and the rest is rounding of the two forward passes.
+A method can enlarge a difference of the last digits of what it reads. Ranks, thresholds and clusters are not
+continuous, and a group's rewards are divided by their spread, which is small where only a reward term tells them apart.
+So the method also computes the advantages from what verl measured (``from_verls_signals``). If that is 0, the arithmetic
+agrees, and the rest is rounding of the two forward passes.
 
 Shape suffixes: N rows (n responses of each prompt, side by side), T response tokens (padded on the right).
 """
@@ -96,7 +97,8 @@ def compare(
     Returns:
         The largest absolute differences, and the loop's loss, with its gradient. ``tokens_over`` and ``rows_over``
         count differences of advantages over ``TOLERANCE``. ``size`` is verl's largest advantage, ``from_grpo`` how far
-        the method takes one from GRPO's, ``contrast`` the number of groups that have any.
+        the method takes one from GRPO's, ``contrast`` the number of groups that have any. ``shaped_reward`` is of the
+        reward with its terms, ``spread`` the deviation of that reward in the group with the largest difference.
 
     Raises:
         ValueError: as ``rollouts_of``.
@@ -105,7 +107,7 @@ def compare(
     mask_NT = rollouts.mask.bool()
     log_probs_NT, entropy_NT = policy.log_probs(rollouts.prompts, rollouts.ids)
     credit = credit_of(policy, method, rollouts, log_probs_NT, entropy_NT, batch["step"])
-    advantage_NT, _ = advantages(rollouts.reward, rollouts.mask, rollouts.uid, credit)
+    advantage_NT, shaped_N = advantages(rollouts.reward, rollouts.mask, rollouts.uid, credit)
     verls_NT = batch["advantages"][order]
     off_NT = (advantage_NT - verls_NT).abs()
     over_NT = off_NT > TOLERANCE
@@ -125,8 +127,11 @@ def compare(
     }
     if method is not None:
         theirs: Signals = batch["signals"]
-        made, _ = advantages(batch["reward"], theirs.response_mask, theirs.uid, timed_credit(method, theirs)[0])
+        made, shaped = advantages(batch["reward"], theirs.response_mask, theirs.uid, timed_credit(method, theirs)[0])
         found["from_verls_signals"] = float((made - batch["advantages"]).abs().max())
+        found["shaped_reward"] = float((shaped_N - shaped[order]).abs().max())
+        worst = rollouts.uid[int(off_NT.max(1).values.argmax())]
+        found["spread"] = float(shaped_N[[row for row, uid in enumerate(rollouts.uid) if uid == worst]].std())
         ours = signals_of(
             policy,
             rollouts.prompts,
@@ -214,7 +219,8 @@ def verdict(first: Mapping[str, Any]) -> str:
     if first.get("from_verls_signals", 1.0) <= TOLERANCE:
         return (
             "agrees up to rounding: from what verl measured the method makes verl's advantages. What the two forward "
-            "passes measured differs in the last digits, which ranks, thresholds or clusters of the method enlarge"
+            "passes measured differs in the last digits, which the method enlarges: by a rank, threshold or cluster, or "
+            f"by the division by a group's spread, here {first['spread']:.1e} where the difference is largest"
         )
     return "differs: the same signals, but other advantages"
 
