@@ -7,8 +7,8 @@ policies have the same weights at step 1. Later they drift apart, because AdamW 
 
 A method can enlarge a difference of the last digits of what it reads. Ranks, thresholds and clusters are not
 continuous, and a group's rewards are divided by their spread, which is small where only a reward term tells them apart.
-So the method also computes the advantages from what verl measured (``from_verls_signals``). If that is 0, the arithmetic
-agrees, and the rest is rounding of the two forward passes.
+So the method also computes the advantages from what verl measured (``from_verls_signals``). If that is 0, the
+arithmetic agrees, and the rest is rounding of the two forward passes.
 
 Shape suffixes: N rows (n responses of each prompt, side by side), T response tokens (padded on the right).
 """
@@ -219,8 +219,8 @@ def verdict(first: Mapping[str, Any]) -> str:
     if first.get("from_verls_signals", 1.0) <= TOLERANCE:
         return (
             "agrees up to rounding: from what verl measured the method makes verl's advantages. What the two forward "
-            "passes measured differs in the last digits, which the method enlarges: by a rank, threshold or cluster, or "
-            f"by the division by a group's spread, here {first['spread']:.1e} where the difference is largest"
+            "passes measured differs in the last digits, which the method enlarges: by a rank, threshold or cluster, "
+            f"or by the division by a group's spread, here {first['spread']:.1e} where the difference is largest"
         )
     return "differs: the same signals, but other advantages"
 
