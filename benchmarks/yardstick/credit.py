@@ -91,9 +91,9 @@ def token_statistics(signals: Signals) -> dict[str, np.ndarray]:
     found = {"entropy": signals.entropy, "surprise": -signals.log_probs}
     for statistic, values in signals.statistics.items():
         if values.ndim == 2:
-            layers = ", ".join(map(str, statistic.layers))
+            layers = "" if statistic.spec.source == "hidden" else ", ".join(map(str, statistic.layers))
             row = ", row of the token" if statistic.query_row == "input" else ""
-            found[f"{statistic.name}, layer {layers}{row}" if layers else statistic.name] = values
+            found[f"{statistic.name}{f', layer {layers}' if layers else ''}{row}"] = values
     out = {name: values.double().numpy() for name, values in found.items()}
     for intervention, changed in signals.counterfactuals.items():
         name = "dependence on the image" if len(signals.counterfactuals) == 1 else f"dependence, {intervention.key}"

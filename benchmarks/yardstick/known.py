@@ -67,8 +67,9 @@ def score(policy: WalkPolicy, scenes: WalkConfig, config: ScoreConfig) -> dict[s
         methods[name] = of_credit(credit, advantage_NT, measured)
         if example is not None:
             shown[name] = advantage_NT[example, truth.mask[example]].round(6).tolist()
-    masses = [Statistic("image_mass", (layer,), query_row=row) for row in QUERY_ROWS for layer in layers_of(policy)]
-    measured = known(Needs(StatisticsRequest(tuple(masses)), interventions=(Intervention(),)))
+    asked = [Statistic("image_mass", (layer,), query_row=row) for row in QUERY_ROWS for layer in layers_of(policy)]
+    asked += [Statistic("image_cosine", query_row=row) for row in QUERY_ROWS]
+    measured = known(Needs(StatisticsRequest(tuple(asked)), interventions=(Intervention(),)))
     values = token_statistics(measured.signals)
     return {
         "methods": _plain(methods),

@@ -132,7 +132,8 @@ def learning_lines(runs: Sequence[Run], plan: Plan) -> list[str]:
             rate = best.get(VARIANTS[method][0] if method in VARIANTS else method, math.nan)
             own = learning.by_seed(runs, kind, method, rate)
             if not own:
-                out.append(f"| {title(method)} | not run | | | | | | | | |")
+                why = "not trained: its credit is that of GRPO here" if method in plan.untrained else "not run"
+                out.append(f"| {title(method)} | {why} | | | | | | | | |")
                 continue
             same = learning.by_seed(runs, kind, method, plan.common_rate)
             ends = [[final(run, name) for run in own.values()] for name in ("acc", "look", "text")]
@@ -156,7 +157,7 @@ def other_walks(runs: Sequence[Run], plan: Plan, kind: str, best: Mapping[str, f
     """A table of accuracy at the end of training on other held-out walks."""
     names = ("greedy", "new_pairs")
     rows: dict[str, list[dict[str, Any]]] = {}
-    for method in plan.methods:
+    for method in plan.trained:
         own = learning.by_seed(runs, kind, method, best.get(method, math.nan))
         rows[method] = [{name: [run[name]["acc"]] for name in names} for run in own.values()]
     said = (

@@ -53,7 +53,8 @@ def picture(runs: Sequence[Run], scored: Sequence[Mapping[str, Any]], plan: Plan
         own = learning.by_seed(runs, HALF, method, best.get(method, math.nan))
         share = learning.share(own, grpo, plus) if own else Estimate(math.nan)
         if math.isnan(share.value):
-            bars.text(0.02, row, "not run", va="center", fontsize=8)
+            said = "not trained: as GRPO" if method in plan.untrained else "not run"
+            bars.text(0.02, row, said, va="center", fontsize=8)
             continue
         bars.barh(row, share.value, height=0.6, color=GOOD)
         if not math.isnan(share.low):

@@ -39,6 +39,7 @@ class Plan:
     Attributes:
         methods: names as in ``LoopConfig``.
         variants: names in ``VARIANTS``; those whose method is left out are left out, too.
+        untrained: methods that are scored and not trained: their credit is that of GRPO on these scenes, bit for bit.
         seeds: of starts, and of training from them.
         rates: learning rates that are tried.
         common_rate: of the column in which all methods have one rate.
@@ -50,6 +51,7 @@ class Plan:
 
     methods: Sequence[str] = METHODS
     variants: Sequence[str] = tuple(VARIANTS)
+    untrained: Sequence[str] = ("evidence",)
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
     rates: Sequence[float] = (1e-4, 3e-4, 6e-4)
     common_rate: float = 3e-4
@@ -62,18 +64,23 @@ class Plan:
         """Methods and variants."""
         return (*self.methods, *(name for name in self.variants if VARIANTS[name][0] in self.methods))
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Methods that are trained."""
+        return tuple(name for name in self.methods if name not in self.untrained)
+
     def tuning(self) -> Iterator[LoopConfig]:
         """Runs from one start that choose each method's rate."""
         for rate in self.rates:
-            for method in self.methods:
+            for method in self.trained:
                 yield LoopConfig(method=method, rate=rate, steps=self.steps, seed=self.tuning_seed)
 
     def learning(self, best: dict[str, float], seed: int, kind: str) -> Iterator[LoopConfig]:
         """Runs from one start that are compared; variants and the common rate from a half-ignorant start alone."""
-        rates = {method: [best[method]] for method in self.methods}
+        rates = {method: [best[method]] for method in self.trained}
         if kind == HALF:
             rates |= {name: [best[VARIANTS[name][0]]] for name in self.compared() if name in VARIANTS}
-            for method in self.methods:
+            for method in self.trained:
                 rates[method] += [self.common_rate] if best[method] != self.common_rate else []
         for method, chosen in rates.items():
             for rate in chosen:

@@ -24,7 +24,8 @@ def found():
 def test_every_method_statistic_and_layer_has_its_scores(found):
     assert list(found["methods"]) == ["grpo", "region", "sensitivity"]
     rows = {f"image_mass, layer {layer}{row}" for layer in range(3) for row in ("", ", row of the token")}
-    assert set(found["statistics"]) == {"entropy", "surprise", "dependence on the image", *rows}
+    cosines = {"image_cosine", "image_cosine, row of the token"}
+    assert set(found["statistics"]) == {"entropy", "surprise", "dependence on the image", *rows, *cosines}
     assert list(found["looks"]) == ["layer 0", "layer 1", "layer 2"]
     for shares in found["looks"].values():
         assert 0 <= shares["share"][0] <= 1

@@ -11,10 +11,11 @@ from support.refusals import refusal
 
 from benchmarks.yardstick import learning, loop, starts
 from benchmarks.yardstick.loop import LoopConfig, credit_of, method_of, roll_out, train
-from benchmarks.yardstick.plan import train_once
+from benchmarks.yardstick.plan import Plan, train_once
 from benchmarks.yardstick.policy import WalkPolicy, new_policy
 from benchmarks.yardstick.probed import cell_masses
 from benchmarks.yardstick.probed import signals as signals_of
+from benchmarks.yardstick.starts import SCENES as SCENES_OF_STARTS
 from benchmarks.yardstick.starts import STARTS, Start, load_start, make_start
 from benchmarks.yardstick.warmup import WarmupConfig, align, evaluate, held_out, warm_up
 from sayo_verl.methods import METHODS, advantages
@@ -164,6 +165,18 @@ def test_oracle_plus_moves_only_right_looks_and_the_first_error(policy):
         before = re.sub("[^P]", ".", truth.marks[: truth.first_error]).replace("P", "+")
         wanted = (before + ("-" if truth.first_error < len(truth.marks) else "")).ljust(ids.shape[1], ".")
         assert signs == (wanted if size[row].any() else "." * ids.shape[1])
+
+
+def test_untrained_methods_have_the_credit_of_grpo_on_the_scenes_of_the_starts(policy):
+    """The boxes of a walk cover 12 of 16 cells, so Evidence-RL finds no other regions of their size."""
+    config = LoopConfig(prompts=2, responses=2)
+    rollouts = rewarded(roll_out(policy, SCENES_OF_STARTS, config, random.Random(0), torch.Generator().manual_seed(0)))
+    measured = [each.detach() for each in policy.log_probs(rollouts.prompts, rollouts.ids)]
+    grpo, _ = advantages(rollouts.reward, rollouts.mask, rollouts.uid, None)
+    assert Plan.untrained == ("evidence",)
+    credit = credit_of(policy, method_of(LoopConfig(method="evidence")), rollouts, *measured, 0)
+    assert not credit.terms[0].valid.any()
+    assert torch.equal(advantages(rollouts.reward, rollouts.mask, rollouts.uid, credit)[0], grpo)
 
 
 def test_alignment_trains_the_vision_tower_alone_and_the_warm_up_the_text_model_alone():
