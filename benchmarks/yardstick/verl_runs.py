@@ -13,9 +13,12 @@ import torch
 from PIL import Image
 
 from benchmarks.yardstick.loop import BASELINE, ROOT
+from sayo_verl.methods import Signals
+from sayo_verl.probe.statistics import Statistic
 from sayo_verl.reward.walk import walk_of
 from sayo_verl.scenes.walk import Walk
 from sayo_verl.scenes.walk_truth import walk_path
+from sayo_verl.vision.intervention import Intervention
 
 ROWS = {"n_train": 512, "n_val": 64}
 SETTINGS = (  # the loop's: one update a step on 16 prompts x 8 responses, token-mean, no KL, no dynamic sampling
@@ -71,7 +74,8 @@ def train_on_verl(start: Path, method: str, rows: Path, out: Path, config: Agree
         done = subprocess.run(command, env={**given, **{key: str(value) for key, value in named.items()}}, check=False)
         if done.returncode or not all(path.exists() for path in batches):
             raise SystemExit(f"the run of {method} failed: see {out / 'run' / 'train.log'}")
-    return [torch.load(path, weights_only=False) for path in batches]
+    with torch.serialization.safe_globals([Signals, Statistic, Intervention]):
+        return [torch.load(path, weights_only=True) for path in batches]
 
 
 def validation(out: Path) -> list[dict[str, float]]:

@@ -248,6 +248,17 @@ def test_a_finished_run_is_not_made_again_and_its_validations_are_read(tmp_path,
     assert validation(tmp_path) == [{"step": 2, "sayo/walk": 0.5}]
 
 
+def test_a_batch_with_signals_is_read_as_it_was_written(tmp_path, batch):
+    run_of(tmp_path, 1)
+    torch.save(batch, tmp_path / "batches" / "step_1.pt")
+    (found,) = train_on_verl(tmp_path, "grpo", tmp_path, tmp_path, AgreeConfig(steps=1))
+    assert torch.equal(found["advantages"], batch["advantages"])
+    assert found["reports"] == batch["reports"]
+    if batch["signals"] is not None:
+        for change, values in batch["signals"].counterfactuals.items():
+            assert torch.equal(found["signals"].counterfactuals[change], values)
+
+
 def test_a_run_that_fails_or_writes_no_batch_ends_with_its_log(tmp_path, monkeypatch):
     for code in (0, 1):
         done = types.SimpleNamespace(returncode=code)
