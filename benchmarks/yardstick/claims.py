@@ -15,7 +15,7 @@ from benchmarks.yardstick.plan import HALF, KNOWING, Plan
 from sayo_verl.estimates import Estimate, mean
 
 Scored = Sequence[Mapping[str, Any]]
-DEPENDENCE = "dependence on the image"
+DEPENDENCE, COSINE, OWN_ROW = "dependence on the image", "image_cosine", ", row of the token"
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,18 @@ def claims(runs: Sequence[Run], scored: Scored, plan: Plan, best: Mapping[str, f
             "above",
         ),
         Claim(
+            "The hidden state's cosine to the image marks the tokens that need it, in the released code's row: separation",
+            "VGPO",
+            {name: across(found, "statistics", COSINE + OWN_ROW, "separation") for name, found in kinds.items()},
+            "above",
+        ),
+        Claim(
+            "The same cosine marks them in the row that sampled the token",
+            "ours",
+            {name: across(found, "statistics", COSINE, "separation") for name, found in kinds.items()},
+            "above",
+        ),
+        Claim(
             "Dependence on the image marks the tokens that need it: separation",
             "VPPO",
             {name: across(found, "statistics", DEPENDENCE, "separation") for name, found in kinds.items()},
@@ -139,10 +151,7 @@ def claims(runs: Sequence[Run], scored: Scored, plan: Plan, best: Mapping[str, f
         Claim(
             "The row of the token itself is as good: separation by its image mass",
             "our defaults",
-            {
-                layer: across(half, "statistics", f"image_mass, {layer}, row of the token", "separation")
-                for layer in layers
-            },
+            {layer: across(half, "statistics", f"image_mass, {layer}{OWN_ROW}", "separation") for layer in layers},
         ),
     ]
 

@@ -31,6 +31,8 @@ Log = Callable[[str], None]
 
 # Settings that a claim of a paper or a default of ours is about: name -> (method, settings).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "region_predicting": ("region", {"query_row": "predicting"}),
+    "dual_predicting": ("dual", {"query_row": "predicting"}),
     "region_all": ("region", {"layers": (0, 1, 2)}),
     "anchor_all": ("anchor", {"layers": (0, 1, 2)}),
     "anchor_input": ("anchor", {"query_row": "input"}),

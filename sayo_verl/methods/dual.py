@@ -48,7 +48,7 @@ from sayo_verl.methods.base import Credit, CreditKind, Rules, blend, check_setti
 from sayo_verl.methods.group import group_rows
 from sayo_verl.methods.signals import Needs, Signals
 from sayo_verl.metrics import AS_GRPO, Metric, Panel
-from sayo_verl.probe.statistics import Statistic, StatisticsRequest
+from sayo_verl.probe.statistics import QUERY_ROWS, Statistic, StatisticsRequest
 
 EPS = 1e-8  # in every min-max, from the released code
 TOKEN_CLAMP, TRAJECTORY_CLAMP = (0.1, 2.0), (0.9, 2.0)
@@ -222,11 +222,14 @@ class DualMethod(DualConfig):
         strength: factors are 1 + strength (factor - 1); 0 is GRPO. [ours]
         score: ``cosine`` of last hidden states, or ``image_mass``, the attention on the image. [C] [ours: image_mass]
         layers: decoder layers over which ``image_mass`` is averaged; ``cosine`` uses the last hidden state. [C]
+        query_row: ``input``, the row in which y_t is the input; or ``predicting``, the row that sampled y_t. [C] [ours:
+            predicting]
     """
 
     strength: float = 1.0
     score: str = "cosine"
     layers: tuple[int, ...] = (-1,)
+    query_row: str = "input"
     name = "attn_dual"
     reference = ("VGPO", "arXiv 2604.09349")
     metrics = (
@@ -281,6 +284,7 @@ class DualMethod(DualConfig):
             )
             if cosine
             else distinct_layers(self.layers),
+            "query_row": (self.query_row in QUERY_ROWS, " or ".join(QUERY_ROWS)),
             "score_offset": (
                 self.score_offset in ("minmax", "cosine" if cosine else "none"),
                 "cosine or minmax if score is cosine; none or minmax if score is image_mass",
@@ -295,7 +299,7 @@ class DualMethod(DualConfig):
     @property
     def _statistic(self) -> Statistic:
         name = "image_cosine" if self.score == "cosine" else "image_mass"
-        return Statistic(name, layers=self.layers, query_row="input")
+        return Statistic(name, layers=self.layers, query_row=self.query_row)
 
     def needs(self) -> Needs:
         return Needs(StatisticsRequest((self._statistic,)))

@@ -36,7 +36,7 @@ import torch
 from sayo_verl.methods.base import Credit, CreditKind, RewardTerm, Rules, check_setting, distinct_layers, masked_mean
 from sayo_verl.methods.signals import Needs, Signals
 from sayo_verl.metrics import NO_PREFERENCE, Metric, Panel
-from sayo_verl.probe.statistics import Statistic, StatisticsRequest
+from sayo_verl.probe.statistics import QUERY_ROWS, Statistic, StatisticsRequest
 from sayo_verl.vision.intervention import Intervention
 
 EPS = 1e-8  # eps of E4, that of SAYO's r_v (ours)
@@ -44,7 +44,6 @@ EPS_EFFECT = 1e-6  # eps_k of E2 (ours): an effect of 1e-6 is a difference of 0.
 EXP_LIMIT = 80.0  # exp of more than 88 is not a float32; k_t is far above any k_max long before
 FORMS = ("effect", "mass")
 UNITS = ("image", "region")
-ROWS = ("predicting", "input")
 
 
 def causal_effect(
@@ -156,7 +155,7 @@ class FaithfulMethod:
         return {
             "weight": (0 <= self.weight < float("inf"), "a finite number >= 0"),
             "layers": distinct_layers(self.layers),
-            "query_row": (self.query_row in ROWS, " or ".join(ROWS)),
+            "query_row": (self.query_row in QUERY_ROWS, " or ".join(QUERY_ROWS)),
             "form": (self.form in FORMS, " or ".join(FORMS)),
             "causal_unit": (self.causal_unit in UNITS, " or ".join(UNITS)),
             "k_max": (0 < self.k_max < float("inf"), "a finite number > 0"),

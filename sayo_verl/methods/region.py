@@ -49,7 +49,7 @@ import torch
 from sayo_verl.methods.base import Credit, CreditKind, RewardTerm, Rules, check_setting, distinct_layers, masked_mean
 from sayo_verl.methods.signals import Needs, Signals
 from sayo_verl.metrics import NO_PREFERENCE, Metric, Panel
-from sayo_verl.probe.statistics import Statistic, StatisticsRequest
+from sayo_verl.probe.statistics import QUERY_ROWS, Statistic, StatisticsRequest
 
 EPS = 1e-8  # eps of equations 3 and 7, from the released code
 POOLINGS = ("attention", "ratio")
@@ -117,6 +117,8 @@ class RegionMethod:
             r_o = r_v + r_f]
         entropy_fraction: size of Q as a share of the response; 1 is all tokens. [P: the best of the ranges tried] [C]
         layers: decoder layers to average over. [P equation 1: the last] [C: index 35 of 36]
+        query_row: ``input``, the row in which y_t is the input; or ``predicting``, the row that sampled y_t. [C] [ours:
+            predicting]
         coverage: share of a visual token's cell that a box must cover, see ``sayo_verl.vision.masks``. [ours]
         pooling: of the tokens Q: ``attention`` is a ratio of means, ``ratio`` a mean of ratios, whose expectation does
             not depend on their number. [P equations 5 to 7] [ours: ratio]
@@ -126,6 +128,7 @@ class RegionMethod:
     weight: float = 1.0
     entropy_fraction: float = 0.3
     layers: tuple[int, ...] = (-1,)
+    query_row: str = "input"
     coverage: float = 0.5
     pooling: str = "attention"
     per_token: bool = False
@@ -209,6 +212,7 @@ class RegionMethod:
             ),
             "entropy_fraction": (0 < self.entropy_fraction <= 1, "a number in (0, 1]"),
             "layers": distinct_layers(self.layers),
+            "query_row": (self.query_row in QUERY_ROWS, " or ".join(QUERY_ROWS)),
             "coverage": (0 < self.coverage <= 1, "a number in (0, 1]"),
             "pooling": (self.pooling in POOLINGS, " or ".join(POOLINGS)),
         }
@@ -221,11 +225,11 @@ class RegionMethod:
 
     @property
     def _image_mass(self) -> Statistic:
-        return Statistic("image_mass", layers=self.layers, query_row="input")
+        return Statistic("image_mass", layers=self.layers, query_row=self.query_row)
 
     @property
     def _region_mass(self) -> Statistic:
-        return Statistic("region_mass", layers=self.layers, query_row="input")
+        return Statistic("region_mass", layers=self.layers, query_row=self.query_row)
 
     def needs(self) -> Needs:
         return Needs(StatisticsRequest((self._image_mass, self._region_mass), coverage=self.coverage), boxes=True)

@@ -326,6 +326,8 @@ def test_what_it_gives_and_needs():
     assert statistic.key == "image_cosine.input.L-1"
     (statistic,) = DualMethod(score="image_mass", score_offset="none", layers=(2, 3)).needs().statistics.statistics
     assert statistic.key == "image_mass.input.L2,3"
+    (statistic,) = DualMethod(query_row="predicting").needs().statistics.statistics
+    assert statistic.key == "image_cosine.predicting.L-1"
 
 
 def test_strength_is_between_grpo_and_the_method():

@@ -377,6 +377,8 @@ def test_the_request_follows_the_settings():
     request = RegionMethod(layers=(-1, 3), coverage=0.25).needs().statistics
     assert request.statistics == (Statistic("image_mass", (-1, 3)), Statistic("region_mass", (-1, 3)))
     assert (request.layers, request.coverage) == ((-1, 3), 0.25)
+    rows = {statistic.query_row for statistic in RegionMethod(query_row="predicting").needs().statistics.statistics}
+    assert rows == {"predicting"}
 
 
 @pytest.mark.parametrize(
