@@ -6,6 +6,7 @@
     python -m benchmarks.yardstick all --out outputs/yardstick
     python -m benchmarks.yardstick page --results outputs/yardstick
     python -m benchmarks.yardstick score --start outputs/yardstick/half_ignorant-0-* --out outputs/yardstick/scores
+    python -m benchmarks.yardstick agree --start outputs/yardstick/half_ignorant-0-* --out outputs/yardstick/agree
 
 A finished run or start is not repeated. Every run is one JSON file with its settings. Torch uses one thread, so that
 results do not depend on the machine's cores; run several processes for more.
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.yardstick import agree
 from benchmarks.yardstick.known import ScoreConfig, as_table
 from benchmarks.yardstick.loop import ROOT, VARIANTS, LoopConfig, names
 from benchmarks.yardstick.page import REMARKS, page
@@ -61,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     plan.add_argument("--steps", type=int, default=Plan.steps)
     plan.add_argument("--processes", type=int, default=2)
     plan.add_argument("--out", type=Path, required=True)
+    agree.add_command(commands)
     for command in (run, scored, plan):
         command.add_argument("--modules", type=_list(str), default=[], help="files of methods of your own")
     given = parser.parse_args(arguments)
@@ -95,6 +98,8 @@ def main(arguments: list[str] | None = None) -> None:
         for seed in given.seeds:
             config = ScoreConfig(tuple(given.methods), given.prompts, seed=seed)
             print(as_table(score_once(given.start, config, given.out)))
+    elif given.command == "agree":
+        agree.from_arguments(given)
     else:
         configs = [
             LoopConfig(method=method, rate=rate, steps=given.steps, eval_scenes=given.eval_scenes, seed=seed)
