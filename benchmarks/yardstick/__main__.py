@@ -80,7 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
         shown = Plan(methods=(*Plan.methods, *own))
         (given.docs / "images").mkdir(parents=True, exist_ok=True)
         picture(runs, scored, shown, given.docs / "images" / "yardstick.png")
-        lines = page(runs, scored, shown, REMARKS.read_text() if given.results == RESULTS else "")
+        remarks = REMARKS.read_text() if given.results == RESULTS else ""
+        lines = page(runs, scored, shown, remarks, all_of(given.results / "agree"))
         (given.docs / "yardstick.md").write_text("\n".join(lines).rstrip() + "\n")
     elif given.command == "start":
         for seed in given.seeds:

@@ -23,7 +23,16 @@ from typing import Any
 import torch
 
 from benchmarks.yardstick.known import METHODS
-from benchmarks.yardstick.loop import LoopConfig, Rollouts, credit_of, method_of, train
+from benchmarks.yardstick.loop import (
+    LoopConfig,
+    Rollouts,
+    credit_of,
+    loss_of,
+    method_of,
+    optimizer_of,
+    train,
+    update,
+)
 from benchmarks.yardstick.policy import WalkPolicy
 from benchmarks.yardstick.probed import signals as signals_of
 from benchmarks.yardstick.starts import SCENES, load_start
@@ -145,8 +154,7 @@ def compare(
             step=batch["step"],
         )
         found["signals"] = _signals(ours, theirs, order)
-    loss = -(advantage_NT * log_probs_NT * rollouts.mask).sum() / rollouts.mask.sum()  # as ``loop.train``
-    return found, loss
+    return found, loss_of(advantage_NT, log_probs_NT, rollouts.mask)
 
 
 def _signals(ours: Signals, theirs: Signals, order: torch.Tensor) -> dict[str, float]:
@@ -183,13 +191,11 @@ def agree(
     method, walks, out = method_of(LoopConfig(method=name)), walks_of(rows), []
     held_out = walks_of(rows, "val") if config.validate else {}
     before = _accuracy(policy, held_out, 0)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.rate, betas=(0.9, 0.999), weight_decay=0.01)
+    loop = LoopConfig(method=name, rate=config.rate)
+    optimizer = optimizer_of(policy, loop)
     for batch in batches:
         found, loss = compare(policy, method, batch, walks)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), LoopConfig.clip)
-        optimizer.step()
+        update(policy, optimizer, loss, loop)
         out.append(found)
     return out, [before, _accuracy(policy, held_out, len(batches))] if held_out else []
 

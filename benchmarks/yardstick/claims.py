@@ -115,7 +115,7 @@ def claims(runs: Sequence[Run], scored: Scored, plan: Plan, best: Mapping[str, f
             "above",
         ),
         Claim(
-            "The cosine of hidden states marks the tokens that need the image, in the row of the released code: separation",
+            "The cosine of hidden states marks tokens that need the image, in the row of the released code: separation",
             "VGPO",
             {name: across(found, "statistics", COSINE + OWN_ROW, "separation") for name, found in kinds.items()},
             "above",

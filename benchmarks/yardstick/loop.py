@@ -140,6 +140,24 @@ def credit_of(
     return timed_credit(method, signals)[0]
 
 
+def loss_of(advantage_NT: torch.Tensor, log_probs_NT: torch.Tensor, mask_NT: torch.Tensor) -> torch.Tensor:
+    """verl's token-mean, with the gradient of PPO at a ratio of 1."""
+    return -(advantage_NT * log_probs_NT * mask_NT).sum() / mask_NT.sum()
+
+
+def optimizer_of(policy: WalkPolicy, config: LoopConfig) -> torch.optim.Optimizer:
+    """AdamW with verl's settings, on all weights."""
+    return torch.optim.AdamW(policy.model.parameters(), lr=config.rate, betas=(0.9, 0.999), weight_decay=0.01)
+
+
+def update(policy: WalkPolicy, optimizer: torch.optim.Optimizer, loss: torch.Tensor, config: LoopConfig) -> None:
+    """One step of the optimizer."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.clip)
+    optimizer.step()
+
+
 def train(policy: WalkPolicy, scenes: WalkConfig, config: LoopConfig, log: Log = print) -> dict[str, Any]:
     """Train ``policy`` in place.
 
@@ -150,7 +168,7 @@ def train(policy: WalkPolicy, scenes: WalkConfig, config: LoopConfig, log: Log =
     """
     method = method_of(config)
     rng, generator = random.Random(f"train/{config.seed}"), torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.rate, betas=(0.9, 0.999), weight_decay=0.01)
+    optimizer = optimizer_of(policy, config)
     walks = held_out(config.eval_scenes, scenes)
     curve: list[Rates] = []
     rewards: list[float] = []
@@ -167,12 +185,7 @@ def train(policy: WalkPolicy, scenes: WalkConfig, config: LoopConfig, log: Log =
         log_probs_NT, entropy_NT = policy.log_probs(rollouts.prompts, rollouts.ids)
         credit = credit_of(policy, method, rollouts, log_probs_NT, entropy_NT, step)
         advantage_NT, _ = advantages(rollouts.reward, rollouts.mask, rollouts.uid, credit)
-        # verl's token-mean; the gradient of PPO at a ratio of 1
-        loss = -(advantage_NT * log_probs_NT * rollouts.mask).sum() / rollouts.mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.clip)
-        optimizer.step()
+        update(policy, optimizer, loss_of(advantage_NT, log_probs_NT, rollouts.mask), config)
         rewards.append(float(rollouts.reward.mean()))
         seconds += time.process_time() - start
     return {

@@ -6,6 +6,7 @@ Tables and verdicts are generated. What a person concludes stands in ``REMARKS``
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.yardstick import learning
@@ -21,7 +22,11 @@ SCORES = ("separation", "first half", "second half", "precision", "blame", "afte
 
 
 def page(
-    runs: Sequence[Run], scored: Sequence[Mapping[str, Any]], plan: Plan, remarks: str = "", agreed: Sequence[str] = ()
+    runs: Sequence[Run],
+    scored: Sequence[Mapping[str, Any]],
+    plan: Plan,
+    remarks: str = "",
+    agreed: Sequence[Mapping[str, Any]] = (),
 ) -> list[str]:
     """The Markdown page.
 
@@ -29,7 +34,7 @@ def page(
         runs, scored: as ``run_plan`` stores them.
         plan: which runs are looked for.
         remarks: what a person concludes.
-        agreed: lines on the agreement of the loop with verl.
+        agreed: results of ``agree``.
     """
     return [
         "# Yardstick: where credit falls, and what it is worth",
@@ -51,7 +56,7 @@ def page(
         *score_lines(scored),
         *layer_lines(scored),
         *learning_lines(runs, plan),
-        *(["", "## Agreement with verl", "", *agreed] if agreed else []),
+        *(agreement_lines(agreed) if agreed else []),
         "",
         HOWTO.read_text().rstrip(),
     ]
@@ -165,6 +170,39 @@ def other_walks(runs: Sequence[Run], plan: Plan, kind: str, best: Mapping[str, f
         "colour and direction that were never seen."
     )
     return ["", said, "", *_table("method", names, rows)]
+
+
+def agreement_lines(agreed: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whether the loop and real runs of verl agree, from results of ``agree``."""
+    lines = [
+        "",
+        "## Agreement with verl",
+        "",
+        "`python -m benchmarks.yardstick agree` trains each method on real verl (FSDP2, vLLM on CPU) from the first "
+        "half-ignorant start. The loop then computes the advantages of verl's responses. It also makes its own updates "
+        "on them, and so follows verl. `advantages` and `log-probs` are the largest differences in step 1, before any "
+        "update. `followed` is that of the log-probs in the last step. `from GRPO` is how far the advantages of the "
+        "method lie from GRPO's, so what a comparison could miss. The last columns are the mean reward of the first "
+        'and the second half of the steps, of one seed, where at least ten were run, else "not run".',
+        "",
+        "| method | steps | advantages | log-probs | followed | from GRPO | verdict | reward, verl | reward, loop |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for found in agreed:
+        steps = found["steps_of_verl"]
+        first, last = steps[0], steps[-1]
+        own = found["loop"].get("rewards", [])
+        halves = [_halves(rewards) for rewards in ([step["reward"] for step in steps], own)]
+        sizes = (first["advantages"], first["log_probs"], last["log_probs"], first.get("from_grpo", 0.0))
+        cells = [title(found["method"]), str(len(steps)), *(f"{size:.1e}" for size in sizes)]
+        lines.append("| " + " | ".join([*cells, found["verdict"].split(":")[0], *halves]) + " |")
+    notes = {found["verdict"] for found in agreed if ":" in found["verdict"]}
+    return [*lines, *(line for note in sorted(notes) for line in ("", note[0].upper() + note[1:] + "."))]
+
+
+def _halves(rewards: Sequence[float]) -> str:
+    half = len(rewards) // 2
+    return f"{fmean(rewards[:half]):.3f}, {fmean(rewards[half:]):.3f}" if len(rewards) >= 10 else "not run"
 
 
 def _table(first: str, names: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:

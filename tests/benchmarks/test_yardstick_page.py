@@ -89,6 +89,21 @@ def test_the_page_shows_scores_learning_and_what_was_not_run(runs, scored):
     assert text[text.index("### From knowing starts") :].split("\n")[2] == "Not run."
 
 
+def test_agreement_with_verl_is_shown_with_the_reason_of_a_difference(runs, scored):
+    first = {"advantages": 3.4e-5, "log_probs": 4e-6, "from_grpo": 1.8, "reward": 0.2}
+    found = {"method": "region", "verdict": "agrees up to rounding: it rounds", "loop": {}}
+    short = {**found, "steps_of_verl": [first, {**first, "log_probs": 2e-5}]}
+    rewards = [0.1] * 5 + [0.3] * 5
+    long = {**found, "method": "grpo", "verdict": "agrees", "loop": {"rewards": rewards[::-1]}}
+    long["steps_of_verl"] = [{**first, "reward": reward} for reward in rewards]
+    text = "\n".join(page(runs, scored, PLAN, agreed=[short, long]))
+    region = "| SAYO | 2 | 3.4e-05 | 4.0e-06 | 2.0e-05 | 1.8e+00 | agrees up to rounding | not run | not run |"
+    assert region in text
+    assert "| agrees | 0.100, 0.300 | 0.300, 0.100 |" in text
+    assert "Agrees up to rounding: it rounds." in text
+    assert "Agreement" not in "\n".join(page(runs, scored, PLAN))
+
+
 def test_a_score_that_does_not_apply_is_a_dash(runs, scored):
     lines = page(runs, scored, PLAN)
     names = [name.strip() for name in next(line for line in lines if line.startswith("| method | sep")).split("|")]
