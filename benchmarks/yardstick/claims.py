@@ -160,8 +160,9 @@ def claim_lines(found: Sequence[Claim]) -> list[str]:
     """The claims as a Markdown table."""
     lines = ["| claim | of | measured here | verdict |", "|---|---|---|---|"]
     for claim in found:
-        numbers = "; ".join(f"{name} {estimate.text(2, sign=True)}" for name, estimate in claim.numbers.items())
-        lines.append(f"| {claim.text} | {claim.of} | {numbers} | {claim.verdict} |")
+        found_in = {name: each for name, each in claim.numbers.items() if not math.isnan(each.value)}
+        numbers = "; ".join(f"{name} {estimate.text(2, sign=True)}" for name, estimate in found_in.items())
+        lines.append(f"| {claim.text} | {claim.of} | {numbers or '-'} | {claim.verdict} |")
     return lines
 
 
