@@ -133,7 +133,7 @@ def learning_lines(runs: Sequence[Run], plan: Plan) -> list[str]:
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         common = [learning.by_seed(runs, kind, m, plan.common_rate) for m in ("grpo", "oracle_plus")]
-        for method in plan.compared() if kind == HALF else plan.methods:
+        for method in (*plan.methods, *(plan.trained_variants if kind == HALF else ())):
             rate = best.get(VARIANTS[method][0] if method in VARIANTS else method, math.nan)
             own = learning.by_seed(runs, kind, method, rate)
             if not own:

@@ -39,7 +39,8 @@ class Plan:
     Attributes:
         methods: names as in ``LoopConfig``.
         variants: names in ``VARIANTS``; those whose method is left out are left out, too.
-        untrained: methods that are scored and not trained: their credit is that of GRPO on these scenes, bit for bit.
+        untrained: what is scored and not trained. The credit of ``evidence`` is that of GRPO on these scenes, bit for
+            bit; the variants differ from their method by little in the scores.
         seeds: of starts, and of training from them.
         rates: learning rates that are tried.
         common_rate: of the column in which all methods have one rate.
@@ -51,7 +52,14 @@ class Plan:
 
     methods: Sequence[str] = METHODS
     variants: Sequence[str] = tuple(VARIANTS)
-    untrained: Sequence[str] = ("evidence",)
+    untrained: Sequence[str] = (
+        "evidence",
+        "region_predicting",
+        "region_all",
+        "anchor_all",
+        "anchor_input",
+        "faithful_all",
+    )
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
     rates: Sequence[float] = (1e-4, 3e-4, 6e-4)
     common_rate: float = 3e-4
@@ -69,6 +77,11 @@ class Plan:
         """Methods that are trained."""
         return tuple(name for name in self.methods if name not in self.untrained)
 
+    @property
+    def trained_variants(self) -> tuple[str, ...]:
+        """Variants that are trained."""
+        return tuple(name for name in self.compared() if name in VARIANTS and name not in self.untrained)
+
     def tuning(self) -> Iterator[LoopConfig]:
         """Runs from one start that choose each method's rate."""
         for rate in self.rates:
@@ -79,7 +92,7 @@ class Plan:
         """Runs from one start that are compared; variants and the common rate from a half-ignorant start alone."""
         rates = {method: [best[method]] for method in self.trained}
         if kind == HALF:
-            rates |= {name: [best[VARIANTS[name][0]]] for name in self.compared() if name in VARIANTS}
+            rates |= {name: [best[VARIANTS[name][0]]] for name in self.trained_variants}
             for method in self.trained:
                 rates[method] += [self.common_rate] if best[method] != self.common_rate else []
         for method, chosen in rates.items():
