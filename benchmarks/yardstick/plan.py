@@ -108,9 +108,13 @@ def run_plan(plan: Plan, out: Path, processes: int, log: Callable[[str], None]) 
         def each(title: str, jobs: list[tuple[Any, ...]]) -> list[Any]:
             waiting = {pool.submit(*job): n for n, job in enumerate(jobs)}
             results: list[Any] = [None] * len(jobs)
-            for done, future in enumerate(as_completed(waiting), 1):
-                results[waiting[future]] = future.result()
-                log(f"{title}: {done} of {len(jobs)}")
+            try:
+                for done, future in enumerate(as_completed(waiting), 1):
+                    results[waiting[future]] = future.result()
+                    log(f"{title}: {done} of {len(jobs)}")
+            finally:
+                for future in waiting:  # after a failure: the pool would else work through all of them
+                    future.cancel()
             return results
 
         asked = [(kind, seed) for kind in plan.kinds for seed in plan.seeds]
