@@ -40,7 +40,7 @@ class Plan:
         methods: names as in ``LoopConfig``.
         variants: names in ``VARIANTS``; those whose method is left out are left out, too.
         untrained: what is scored and not trained. The credit of ``evidence`` is that of GRPO on these scenes, bit for
-            bit; the variants differ from their method by little in the scores.
+            bit; the variants are left out to save time, not because their scores are those of their method.
         seeds: of starts, and of training from them.
         rates: learning rates that are tried.
         common_rate: of the column in which all methods have one rate.
