@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.yardstick import agree
+from benchmarks.yardstick import agree, learning
 from benchmarks.yardstick.known import ScoreConfig, as_table
 from benchmarks.yardstick.loop import ROOT, VARIANTS, LoopConfig, names
 from benchmarks.yardstick.page import REMARKS, page
 from benchmarks.yardstick.picture import picture
 from benchmarks.yardstick.plan import Plan, run_plan, score_once, train_once
-from benchmarks.yardstick.starts import SCENES, STARTS, make_start
-from benchmarks.yardstick.store import all_of
+from benchmarks.yardstick.starts import SCENES, STARTS, greedy_of, is_start, make_start
+from benchmarks.yardstick.store import MixedResults, all_of, runs_of, scores_of
 from sayo_verl.launch.settings import load_methods
 
 RESULTS = ROOT / "benchmarks" / "results" / "yardstick"
@@ -69,19 +69,32 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     load_methods(getattr(given, "modules", []))
-    known = [each.removeprefix("attn_") for each in getattr(given, "methods", [])]
-    if unknown := [name for name in known if name not in names()]:
+    for name in ("methods", "seeds", "rates", "kinds"):  # each once: two processes would make the same result
+        setattr(given, name, list(dict.fromkeys(getattr(given, name, []))))
+    given.methods = list(dict.fromkeys(each.removeprefix("attn_") for each in given.methods))
+    if unknown := [name for name in given.methods if name not in names()]:
         parser.error(f"no method {', '.join(unknown)}; there are {', '.join(names())}. --modules loads your own")
+    if getattr(given, "steps", 1) < 1:
+        parser.error("--steps is at least 1")
+    if not is_start(getattr(given, "start", None)):
+        parser.error(f"{given.start} is no start: make one with `start`")
+    if given.command == "all" and (wrong := _no_plan(given)):
+        parser.error(wrong)
     if given.command == "page":
-        runs, scored = all_of(given.results / "runs"), all_of(given.results / "scores")
+        try:
+            runs, scored = runs_of(given.results / "runs"), scores_of(given.results / "scores")
+            learning.chosen_rates(runs, Plan.tuning_seed)
+        except MixedResults as error:
+            parser.error(str(error))
         if not runs or not scored:
             parser.error(f"{given.results} holds no runs and scores: make them with `all`, or name them with --results")
         own = [name for name in dict.fromkeys(run["method"] for run in runs) if name not in (*Plan.methods, *VARIANTS)]
-        shown = Plan(methods=(*Plan.methods, *own))
+        rates = sorted({run["rate"] for run in runs if run["seed"] == Plan.tuning_seed}) or Plan.rates
+        shown = Plan(methods=(*Plan.methods, *own), steps=runs[0]["steps"], rates=rates)
         (given.docs / "images").mkdir(parents=True, exist_ok=True)
         picture(runs, scored, shown, given.docs / "images" / "yardstick.png")
         remarks = REMARKS.read_text() if given.results == RESULTS else ""
-        lines = page(runs, scored, shown, remarks, all_of(given.results / "agree"))
+        lines = page(runs, scored, shown, remarks, all_of(given.results / "agree"), greedy_of(given.results / "starts"))
         (given.docs / "yardstick.md").write_text("\n".join(lines).rstrip() + "\n")
     elif given.command == "start":
         for seed in given.seeds:
@@ -111,6 +124,17 @@ def main(arguments: list[str] | None = None) -> None:
         for done, config in enumerate(configs):
             _log(f"run {done + 1} of {len(configs)}")
             train_once(given.start, config, given.out, _log)
+
+
+def _no_plan(given: argparse.Namespace) -> str:
+    """Why `all` could not be shown afterwards; "" if it can."""
+    if missing := [name for name in (learning.BASELINE, learning.CEILING) if name not in given.methods]:
+        return f"--methods lacks {', '.join(missing)}, with which all are compared"
+    if variants := [name for name in given.methods if name in VARIANTS]:
+        return f"variants come with their method, so name {', '.join(VARIANTS[name][0] for name in variants)} alone"
+    if unknown := [kind for kind in given.kinds if kind not in STARTS]:
+        return f"no start {', '.join(unknown)}; there are {', '.join(STARTS)}"
+    return f"--seeds has {Plan.tuning_seed}, which chooses the rates" if Plan.tuning_seed in given.seeds else ""
 
 
 def _list(kind: type):

@@ -6,11 +6,13 @@ an accuracy is the first evaluation at which the mean of three neighbouring eval
 and seed see the same scenes and are compared in pairs. Intervals are over seeds.
 """
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.yardstick.store import MixedResults
 from sayo_verl.estimates import Estimate, mean, ratio
 
 BASELINE, CEILING = "grpo", "oracle_plus"
@@ -18,8 +20,8 @@ Run = Mapping[str, Any]
 
 
 def final(run: Run, rate: str = "acc") -> float:
-    """Mean of the last three evaluations."""
-    return statistics.fmean(point[rate] for point in run["curve"][-3:])
+    """Mean of the last three evaluations after the start."""
+    return statistics.fmean(point[rate] for point in run["curve"][1:][-3:])
 
 
 def smoothed(run: Run) -> list[tuple[int, float]]:
@@ -76,10 +78,16 @@ def gain(method: dict[int, Run], baseline: dict[int, Run], rate: str = "acc") ->
 
 
 def share(method: dict[int, Run], baseline: dict[int, Run], ceiling: dict[int, Run]) -> Estimate:
-    """A method's gain as a share of that of ``oracle_plus``: a ratio of sums over seeds."""
+    """A method's gain as a share of that of ``oracle_plus``: a ratio of sums over seeds.
+
+    NaN if there is no span to be shared: the gain of ``oracle_plus`` is not above 0, or its interval is not.
+    """
     seeds = sorted(method.keys() & baseline.keys() & ceiling.keys())
     above = [learned(method[s]) - learned(baseline[s]) for s in seeds]
     below = [learned(ceiling[s]) - learned(baseline[s]) for s in seeds]
+    span = mean(below, seeds)
+    if not span.value > 0 or span.low <= 0:  # without an interval ``low`` is NaN
+        return Estimate(math.nan)
     return ratio(above, below, seeds)
 
 
@@ -95,6 +103,14 @@ def is_wide(steps: dict[int, tuple[int | None, int | None]], at_most: float = 0.
 
 
 def chosen_rates(runs: Sequence[Run], tuning_seed: int) -> dict[str, float]:
-    """Method -> its best rate in the runs that choose it."""
+    """Method -> its best rate in the runs that choose it. A method that was not run at each of the rates has none.
+
+    Raises:
+        MixedResults: these runs are from different starts.
+    """
     tuning = [run for run in runs if run["seed"] == tuning_seed]
-    return {method: rate for (_, method), rate in best_rates(tuning).items()}
+    if len(starts := {run["start"] for run in tuning}) > 1:
+        raise MixedResults(f"rates were chosen on different starts: {', '.join(sorted(starts))}. Keep the runs of one")
+    tried = {run["rate"] for run in tuning}
+    rates = {method: {run["rate"] for run in tuning if run["method"] == method} for _, method in best_rates(tuning)}
+    return {method: rate for (_, method), rate in best_rates(tuning).items() if rates[method] == tried}

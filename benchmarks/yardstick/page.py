@@ -15,7 +15,7 @@ from benchmarks.yardstick.learning import Run, final
 from benchmarks.yardstick.loop import VARIANTS, title
 from benchmarks.yardstick.plan import HALF, Plan
 from benchmarks.yardstick.starts import STARTS
-from sayo_verl.estimates import mean
+from sayo_verl.estimates import Estimate, mean
 
 REMARKS, HOWTO = (Path(__file__).with_name(name) for name in ("remarks.md", "howto.md"))
 SCORES = ("separation", "first half", "second half", "precision", "blame", "afterwards", "trajectory", "look")
@@ -27,6 +27,7 @@ def page(
     plan: Plan,
     remarks: str = "",
     agreed: Sequence[Mapping[str, Any]] = (),
+    begun: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[str]:
     """The Markdown page.
 
@@ -35,6 +36,7 @@ def page(
         plan: which runs are looked for.
         remarks: what a person concludes.
         agreed: results of ``agree``.
+        begun: greedy rates of each start, by its name.
     """
     return [
         "# Yardstick: where credit falls, and what it is worth",
@@ -55,7 +57,7 @@ def page(
         "",
         *score_lines(scored),
         *layer_lines(scored),
-        *learning_lines(runs, plan),
+        *learning_lines(runs, plan, begun or {}),
         *(agreement_lines(agreed) if agreed else []),
         "",
         HOWTO.read_text().rstrip(),
@@ -76,7 +78,8 @@ def score_lines(scored: Sequence[Mapping[str, Any]]) -> list[str]:
         given = {name for each in found for scores in each["methods"].values() for name in scores}
         names = [name for name in (*SCORES, "control") if name in given]
         out += ["", f"### From {_words(kind)} starts ({len(found)})", "", _rates(found), ""]
-        out += _table("method", names, {m: [f["methods"][m] for f in found] for m in found[0]["methods"]})
+        methods = dict.fromkeys(m for f in found for m in f["methods"])
+        out += _table("method", names, {m: [f["methods"][m] for f in found if m in f["methods"]] for m in methods})
     return out
 
 
@@ -101,23 +104,25 @@ def layer_lines(scored: Sequence[Mapping[str, Any]]) -> list[str]:
     return out
 
 
-def learning_lines(runs: Sequence[Run], plan: Plan) -> list[str]:
-    """Tables of learning, one per kind of start."""
+def learning_lines(runs: Sequence[Run], plan: Plan, begun: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Tables of learning, one per kind of start. ``begun``: as for ``page``."""
     best = learning.chosen_rates(runs, plan.tuning_seed)
     out = [
         "## Learning",
         "",
         f"{plan.steps} steps of 16 prompts x 8 rollouts. What a run learned is its mean accuracy after the start. The "
         "share is that of `oracle_plus`'s gain over GRPO. `oracle_plus` sees more than the reward. Each method has the "
-        f"best of the rates {', '.join(f'{r:g}' for r in plan.rates)}, chosen by a run of its own on the first start. "
+        f"best of the rates {', '.join(f'{r:g}' for r in plan.rates)}, chosen by a run of its own on the first start; "
+        'a variant has that of its method. "no span": `oracle_plus` gains nothing that is clear of 0. '
         f"In `share at one rate` all have {plan.common_rate:g}. Looks and text are the shares of right words that need "
         "the image and of those that do not. The cost is relative to a step of GRPO in this loop, of a tiny policy.",
+        *rate_lines(runs, plan),
     ]
     for kind in plan.kinds:
         grpo = learning.by_seed(runs, kind, "grpo", best.get("grpo", math.nan))
         plus = learning.by_seed(runs, kind, "oracle_plus", best.get("oracle_plus", math.nan))
         if not grpo or not plus:
-            out += ["", f"### From {_words(kind)} starts", "", "Not run."]
+            out += ["", f"### From {_words(kind)} starts", "", "Not run: a comparison needs GRPO and `oracle_plus`."]
             continue
         steps = learning.speed(plus, grpo)
         told = ", ".join(f"{_steps(fast)} against {_steps(slow)}" for fast, slow in steps.values())
@@ -136,6 +141,7 @@ def learning_lines(runs: Sequence[Run], plan: Plan) -> list[str]:
         for method in (*plan.methods, *(plan.trained_variants if kind == HALF else ())):
             rate = best.get(VARIANTS[method][0] if method in VARIANTS else method, math.nan)
             own = learning.by_seed(runs, kind, method, rate)
+            own = {seed: run for seed, run in own.items() if seed in grpo.keys() & plus.keys()}
             if not own:
                 why = "not trained: its credit is that of GRPO here" if method in plan.untrained else "not run"
                 out.append(f"| {title(method)} | {why} | | | | | | | | |")
@@ -147,27 +153,45 @@ def learning_lines(runs: Sequence[Run], plan: Plan) -> list[str]:
                 str(len(own)),
                 *(mean(each, list(own)).text(3) for each in ends),
                 learning.gain(own, grpo).text(3, sign=True),
-                learning.share(own, grpo, plus).text(2),
-                learning.share(same, *common).text(2) if same and all(common) else "not run",
-                f"{sum(run['seconds'] for run in own.values()) / sum(run['seconds'] for run in grpo.values()):.2f}"
-                if own.keys() == grpo.keys()
-                else "-",
+                _share(learning.share(own, grpo, plus)),
+                _share(learning.share(same, *common)) if same and all(common) else "not run",
+                f"{sum(run['seconds'] for run in own.values()) / sum(grpo[seed]['seconds'] for seed in own):.2f}",
             ]
             out.append(f"| {title(method)} | " + " | ".join(cells) + " |")
-        out += other_walks(runs, plan, kind, best)
+        out += other_walks(runs, plan, kind, best, begun)
     return out
 
 
-def other_walks(runs: Sequence[Run], plan: Plan, kind: str, best: Mapping[str, float]) -> list[str]:
-    """A table of accuracy at the end of training on other held-out walks."""
+def rate_lines(runs: Sequence[Run], plan: Plan) -> list[str]:
+    """A table of the runs that chose the rates, so that a reader sees how clear the choice was."""
+    ends = {(r["method"], r["rate"]): final(r) for r in runs if r["seed"] == plan.tuning_seed}
+    said = "Final accuracy of the runs that chose the rates, one each:"
+    lines = ["", said, "", "| method | " + " | ".join(f"{r:g}" for r in plan.rates) + " |"]
+    lines.append("|" + "---|" * (len(plan.rates) + 1))
+    for method in plan.trained:
+        cells = [f"{ends[method, r]:.3f}" if (method, r) in ends else "not run" for r in plan.rates]
+        lines.append(f"| {title(method)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def other_walks(
+    runs: Sequence[Run], plan: Plan, kind: str, best: Mapping[str, float], begun: Mapping[str, Mapping[str, float]]
+) -> list[str]:
+    """A table of accuracy at the end of training on other held-out walks, and greedily before it.
+
+    Greedy accuracy tells learning to see from learning to be sure: the second raises sampled accuracy alone.
+    """
     names = ("greedy", "new_pairs")
     rows: dict[str, list[dict[str, Any]]] = {}
+    used = {run["start"] for run in runs if learning.kind_of(run) == kind and run["seed"] != plan.tuning_seed}
+    if before := [{"greedy": [begun[start]["acc"]]} for start in sorted(used & begun.keys())]:
+        rows["before training"] = before
     for method in plan.trained:
         own = learning.by_seed(runs, kind, method, best.get(method, math.nan))
         rows[method] = [{name: [run[name]["acc"]] for name in names} for run in own.values()]
     said = (
         "Accuracy at the end: greedy on walks as in training, and sampled on walks whose arrows have pairs of "
-        "colour and direction that were never seen."
+        "colour and direction that were never seen. Before training it is that of the checkpoint where training starts."
     )
     return ["", said, "", *_table("method", names, rows)]
 
@@ -224,6 +248,10 @@ def _by_kind(scored: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str,
 def _rates(found: Sequence[Mapping[str, Any]]) -> str:
     rates = {name: sum(f["rates"][name] for f in found) / len(found) for name in found[0]["rates"]}
     return "Rollouts: " + ", ".join(f"{name} {value:.3g}" for name, value in rates.items()) + "."
+
+
+def _share(share: Estimate) -> str:
+    return "no span" if math.isnan(share.value) else share.text(2)
 
 
 def _steps(step: int | None) -> str:

@@ -22,18 +22,18 @@ BAD, GOOD, PLAIN, INK = "#D55E00", "#0072B2", "#e9edf2", "#1f2328"
 
 def picture(runs: Sequence[Run], scored: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> None:
     """One wrong response with the credit of each method, and bars of what each learned."""
-    example = next(each["example"] for each in of_kind(scored, HALF) if each["example"])
+    nothing: dict[str, Any] = {"marks": "", "credit": dict.fromkeys(plan.methods, ())}
+    example = next((each["example"] for each in of_kind(scored, HALF) if each["example"]), nothing)
     methods = [m for m in plan.methods if m in example["credit"]]
     best = learning.chosen_rates(runs, plan.tuning_seed)
     figure, (strip, bars) = plt.subplots(
         1, 2, figsize=(13, 0.42 * len(methods) + 1.6), width_ratios=(2.6, 1), sharey=True, layout="constrained"
     )
     marks = example["marks"]
-    first = next(at for at, mark in enumerate(marks) if mark in "xE")
     for row, method in enumerate(methods, 1):
         credit = example["credit"][method]
         total = sum(max(-c, 0) for c in credit) or 1.0
-        top = max(max(-c, 0) / total for c in credit) or 1.0
+        top = max((max(-c, 0) / total for c in credit), default=0.0) or 1.0
         for at, value in enumerate(credit):
             share = max(-value, 0) / total / max(top, 1.5 / len(credit))
             colour = BAD if value < 0 else GOOD if value > 0 else PLAIN
@@ -41,8 +41,9 @@ def picture(runs: Sequence[Run], scored: Sequence[Mapping[str, Any]], plan: Plan
     for at, mark in enumerate(marks):
         colour = {"P": GOOD, "E": BAD, "x": BAD}.get(mark, PLAIN)
         strip.barh(0, 0.9, left=at, height=0.72, color=colour)
-    strip.annotate("first error", (first + 0.45, -0.4), (first + 0.45, -1.1), ha="center", fontsize=9, color=INK,
-                   arrowprops={"arrowstyle": "-", "color": INK})  # fmt: skip
+    for first in [at for at, mark in enumerate(marks) if mark in "xE"][:1]:
+        strip.annotate("first error", (first + 0.45, -0.4), (first + 0.45, -1.1), ha="center", fontsize=9, color=INK,
+                       arrowprops={"arrowstyle": "-", "color": INK})  # fmt: skip
     strip.set_yticks(range(len(methods) + 1), ["truth: right look, wrong, other", *(title(m) for m in methods)])
     strip.set_ylim(len(methods) + 0.6, -1.3)
     strip.set_xticks([])
@@ -53,7 +54,7 @@ def picture(runs: Sequence[Run], scored: Sequence[Mapping[str, Any]], plan: Plan
         own = learning.by_seed(runs, HALF, method, best.get(method, math.nan))
         share = learning.share(own, grpo, plus) if own else Estimate(math.nan)
         if math.isnan(share.value):
-            said = "not trained: as GRPO" if method in plan.untrained else "not run"
+            said = "no span" if own else "not trained: as GRPO" if method in plan.untrained else "not run"
             bars.text(0.02, row, said, va="center", fontsize=8)
             continue
         bars.barh(row, share.value, height=0.6, color=GOOD)

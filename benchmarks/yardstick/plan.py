@@ -40,7 +40,7 @@ class Plan:
         methods: names as in ``LoopConfig``.
         variants: names in ``VARIANTS``; those whose method is left out are left out, too.
         untrained: what is scored and not trained. The credit of ``evidence`` is that of GRPO on these scenes, bit for
-            bit; the variants differ from their method by little in the scores.
+            bit; the variants are left out to save time, not because their scores are those of their method.
         seeds: of starts, and of training from them.
         rates: learning rates that are tried.
         common_rate: of the column in which all methods have one rate.
@@ -108,9 +108,13 @@ def run_plan(plan: Plan, out: Path, processes: int, log: Callable[[str], None]) 
         def each(title: str, jobs: list[tuple[Any, ...]]) -> list[Any]:
             waiting = {pool.submit(*job): n for n, job in enumerate(jobs)}
             results: list[Any] = [None] * len(jobs)
-            for done, future in enumerate(as_completed(waiting), 1):
-                results[waiting[future]] = future.result()
-                log(f"{title}: {done} of {len(jobs)}")
+            try:
+                for done, future in enumerate(as_completed(waiting), 1):
+                    results[waiting[future]] = future.result()
+                    log(f"{title}: {done} of {len(jobs)}")
+            finally:
+                for future in waiting:  # after a failure: the pool would else work through all of them
+                    future.cancel()
             return results
 
         asked = [(kind, seed) for kind in plan.kinds for seed in plan.seeds]

@@ -24,6 +24,7 @@ which must score 0 within its interval.
 Shape suffixes: B responses, T tokens of a response (padded on the right).
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -191,9 +192,13 @@ def half(truth: Truth, late: bool) -> Truth:
     return replace(truth, mask=truth.mask & (late_BT if late else ~late_BT))
 
 
-def permuted(values: np.ndarray, truth: Truth, seed: int = 0) -> np.ndarray:
-    """[B, T]: the values of each response in random order, as a control."""
-    random, out = np.random.default_rng(seed), values.copy()
+def permuted(values: np.ndarray, truth: Truth, seed: int | None = None) -> np.ndarray:
+    """[B, T]: the values of each response in random order, as a control.
+
+    Without a ``seed`` the order depends on the values. Controls of several starts must not share one order: they would
+    err together, and an interval over the starts would not show it.
+    """
+    random, out = np.random.default_rng(zlib.crc32(values.tobytes()) if seed is None else seed), values.copy()
     for row, mask_T in enumerate(truth.mask):
         out[row, mask_T] = random.permutation(values[row, mask_T])
     return out

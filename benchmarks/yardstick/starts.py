@@ -93,6 +93,21 @@ def make_start(
     return prepare_folder(out / f"{kind}-{seed}-{name}", "yardstick start", build).path
 
 
+def is_start(folder: Path | None) -> bool:
+    """Whether ``make_start`` made the folder and gave it its name; True without a folder."""
+    if folder is None:
+        return True
+    manifest = folder / "manifest.json"
+    kind = json.loads(manifest.read_text()).get("kind_of_start") if manifest.is_file() else None
+    return kind in STARTS and folder.resolve().name.startswith(f"{kind}-")
+
+
+def greedy_of(folder: Path) -> dict[str, Rates]:
+    """Name -> greedy rates of each start in a folder, when its warm-up ended."""
+    found = sorted(folder.glob("*/manifest.json"))
+    return {path.parent.name: json.loads(path.read_text())["history"][-1]["greedy"] for path in found}
+
+
 def load_start(folder: Path) -> tuple[WalkPolicy, WalkConfig]:
     """The policy of a start, in float32, and its scenes."""
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -1,6 +1,7 @@
 """Learning as a share of a known span, worked by hand; the plan; files that are made once."""
 
 import json
+import math
 
 import pytest
 
@@ -40,6 +41,25 @@ def test_a_method_is_a_share_of_the_span_over_all_seeds():
     gain = learning.gain(OTHER, GRPO)
     assert gain.value == pytest.approx(0.35 / 3)
     assert gain.low < gain.value < gain.high
+
+
+def test_without_a_span_nothing_is_a_share_of_it():
+    assert math.isnan(learning.share(OTHER, PLUS, GRPO).value)  # the ceiling learned less than the baseline
+    one = {0: run("oracle_plus", 0, [0.2, 0.1, 0.2, 0.2]), 1: PLUS[1], 2: GRPO[2]}
+    assert learning.gain(one, GRPO).value > 0
+    assert math.isnan(learning.share(OTHER, GRPO, one).value)  # more, but not clearly
+
+
+def test_a_method_that_was_not_run_at_each_rate_has_no_best_one():
+    tuning = [run(method, 100, [0.2, 0.3], rate) | {"start": "half_ignorant-0-abc"}
+              for method, rate in (("grpo", 1e-4), ("grpo", 3e-4), ("region", 3e-4))]  # fmt: skip
+    assert learning.chosen_rates(tuning, 100) == {"grpo": 1e-4}
+    with pytest.raises(store.MixedResults, match="half_ignorant-0-abc, half_ignorant-1-abc"):
+        learning.chosen_rates([*tuning, tuning[0] | {"start": "half_ignorant-1-abc"}], 100)
+
+
+def test_final_accuracy_leaves_out_the_start():
+    assert learning.final(run("grpo", 0, [0.0, 0.4, 0.6])) == pytest.approx(0.5)
 
 
 def test_runs_that_chose_the_rate_are_not_compared():
@@ -94,3 +114,38 @@ def test_a_result_is_made_once_and_holds_its_settings(tmp_path):
     assert store.once(tmp_path, "a", {"seed": 1}, make)["value"] == 2
     assert store.all_of(tmp_path) == [json.loads(path.read_text()) for path in sorted(tmp_path.iterdir())]
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_two_processes_that_make_the_same_result_do_not_disturb_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(store.os, "getpid", lambda: 1)
+
+    def make():
+        monkeypatch.setattr(store.os, "getpid", lambda: 2)
+        assert store.once(tmp_path, "a", {"seed": 0}, lambda: {"value": 2})["value"] == 2
+        return {"value": 1}
+
+    assert store.once(tmp_path, "a", {"seed": 0}, make) == {"seed": 0, "value": 1}
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def score_of(seed, used, prompts=64):
+    names = ["grpo", *used]
+    return {"start": f"half_ignorant-{seed}-a", "prompts": prompts, "responses": 8, "seed": 0, "used": used,
+            "methods": {name: {} for name in names}, "example": {"credit": {name: [0] for name in names}}}  # fmt: skip
+
+
+def test_scores_of_several_lists_of_methods_are_one_entry_of_their_start(tmp_path):
+    for each in (score_of(0, {"own": {"code": "x"}}), score_of(0, {"own": {"code": "x"}, "region": {}})):
+        store.once(tmp_path, "s", each, dict)
+    store.once(tmp_path, "s", score_of(1, {"region": {}}), dict)
+    found = sorted(store.scores_of(tmp_path), key=lambda each: each["start"])
+    assert [set(each["methods"]) for each in found] == [{"grpo", "own", "region"}, {"grpo", "region"}]
+    assert set(found[0]["example"]["credit"]) == {"grpo", "own", "region"}
+
+
+@pytest.mark.parametrize("other", [score_of(0, {"own": {"code": "y"}}), score_of(1, {}, prompts=8)])
+def test_scores_of_a_changed_method_or_of_other_rollouts_are_not_put_together(other, tmp_path):
+    for each in (score_of(0, {"own": {"code": "x"}}), other):
+        store.once(tmp_path, "s", each, dict)
+    with pytest.raises(store.MixedResults):
+        store.scores_of(tmp_path)

@@ -173,7 +173,7 @@ def test_untrained_methods_have_the_credit_of_grpo_on_the_scenes_of_the_starts(p
     rollouts = rewarded(roll_out(policy, SCENES_OF_STARTS, config, random.Random(0), torch.Generator().manual_seed(0)))
     measured = [each.detach() for each in policy.log_probs(rollouts.prompts, rollouts.ids)]
     grpo, _ = advantages(rollouts.reward, rollouts.mask, rollouts.uid, None)
-    assert Plan.untrained == ("evidence",)
+    assert [name for name in Plan.methods if name in Plan.untrained] == ["evidence"]
     credit = credit_of(policy, method_of(LoopConfig(method="evidence")), rollouts, *measured, 0)
     assert not credit.terms[0].valid.any()
     assert torch.equal(advantages(rollouts.reward, rollouts.mask, rollouts.uid, credit)[0], grpo)

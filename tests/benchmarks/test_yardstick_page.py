@@ -1,11 +1,14 @@
 """The page of the yardstick from stored results: what is not run is said, and the picture is drawn."""
 
+import json
+
 import pytest
 
 from benchmarks.yardstick.__main__ import main
 from benchmarks.yardstick.page import page
 from benchmarks.yardstick.picture import picture
 from benchmarks.yardstick.plan import Plan
+from benchmarks.yardstick.store import content_hash
 
 PLAN = Plan(methods=("grpo", "region", "sensitivity", "oracle_plus"), seeds=(0, 1, 2), rates=(3e-4,), steps=30)
 GAINS = {"grpo": 0.0, "region": 0.05, "oracle_plus": 0.2}
@@ -86,7 +89,7 @@ def test_the_page_shows_scores_learning_and_what_was_not_run(runs, scored):
     assert "| GRPO | +0.50 [no interval] | +0.10 [no interval] |" in text
     assert "| Training without the anchors hurts" in text
     assert "| VPPO | not run |" in text
-    assert text[text.index("### From knowing starts") :].split("\n")[2] == "Not run."
+    assert text[text.index("### From knowing starts") :].split("\n")[2].startswith("Not run")
 
 
 def test_agreement_with_verl_is_shown_with_the_reason_of_a_difference(runs, scored):
@@ -118,8 +121,92 @@ def test_the_picture_is_drawn(runs, scored, tmp_path):
     assert (tmp_path / "yardstick.png").stat().st_size > 5000
 
 
+def test_the_picture_is_drawn_without_an_example_and_without_a_span(runs, scored, tmp_path):
+    equal = [run | {"curve": runs[0]["curve"]} for run in runs]
+    picture(equal, [each | {"example": None} for each in scored], PLAN, tmp_path / "yardstick.png")
+    assert (tmp_path / "yardstick.png").stat().st_size > 5000
+    row = next(line for line in page(equal, scored, PLAN) if line.startswith("| SAYO | 0.0003"))
+    assert "| no span |" in row
+
+
+def test_all_columns_of_a_method_are_of_the_seeds_that_can_be_compared(runs, scored):
+    fewer = [run for run in runs if (run["method"], run["seed"]) not in {("region", 0), ("oracle_plus", 1)}]
+    lines = page(fewer, scored, PLAN)
+    seeds = {line.split(" | ")[0]: line.split(" | ")[2] for line in lines if " | 0.0003 | " in line}
+    assert list(seeds.values()) == ["2", "1", "2"]
+
+
+def test_greedy_accuracy_before_training_stands_beside_that_after_it(runs, scored):
+    begun = {f"half_ignorant-{seed}-abc": {"acc": 0.25} for seed in PLAN.seeds} | {"knowing-0-abc": {"acc": 0.9}}
+    lines = page(runs, scored, PLAN, begun=begun)
+    assert "| before training | +0.25 [no interval] | - |" in lines
+
+
+def test_a_reader_sees_the_runs_that_chose_the_rates(runs, scored):
+    lines = page(runs, scored, PLAN)
+    table = lines[lines.index("Final accuracy of the runs that chose the rates, one each:") :]
+    assert table[2] == "| method | 0.0003 |"
+    assert table[6] == "| VPPO | not run |"
+
+
+def stored(folder, runs, scored):
+    for part, found in (("runs", runs), ("scores", scored)):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        for each in found:
+            (folder / part / f"{content_hash(each)}.json").write_text(json.dumps(each))
+
+
+SIZES = {"steps": 30, "prompts": 16, "responses": 8, "clip": 1.0, "eval_every": 10, "eval_scenes": 512, "used": {}}
+
+
+def test_the_page_says_how_many_steps_and_rates_there_were(runs, scored, tmp_path):
+    stored(tmp_path, [run | SIZES for run in runs], [each | SIZES | {"seed": 0} for each in scored])
+    main(["page", "--results", str(tmp_path), "--docs", str(tmp_path / "docs")])
+    text = (tmp_path / "docs" / "yardstick.md").read_text()
+    assert "30 steps of 16 prompts x 8 rollouts" in text
+    assert "the best of the rates 0.0003, chosen" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": 60}, "mixes results of different settings: steps"),
+        ({"used": {"region": {"weight": 2.0}}}, "two results of region at 0.0003 from half_ignorant-0-abc"),
+        ({"start": "half_ignorant-0-new"}, "two results of region"),
+        ({"start": "half_ignorant-1-abc", "seed": PLAN.tuning_seed}, "chosen on different starts"),
+    ],
+)
+def test_a_page_of_results_that_do_not_belong_together_is_refused(change, said, runs, scored, tmp_path, capsys):
+    region = next(run for run in runs if (run["method"], run["seed"]) == ("region", 0))
+    stored(tmp_path, [run | SIZES for run in runs], [each | SIZES | {"seed": 0} for each in scored])
+    stored(tmp_path, [region | SIZES | change], [])
+    with pytest.raises(SystemExit):
+        main(["page", "--results", str(tmp_path), "--docs", str(tmp_path / "docs")])
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "docs").exists()
+
+
 def test_a_page_without_results_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["page", "--results", str(tmp_path), "--docs", str(tmp_path)])
     assert f"{tmp_path} holds no runs and scores" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["all", "--kinds", "ignorant"], "no start ignorant; there are half_ignorant, knowing"),
+        (["all", "--methods", "grpo,region"], "--methods lacks oracle_plus"),
+        (["all", "--methods", "grpo,oracle_plus,region_all"], "so name region alone"),
+        (["all", "--seeds", "99,100"], "--seeds has 100, which chooses the rates"),
+        (["all", "--steps", "0"], "--steps is at least 1"),
+        (["score", "--start", "nowhere"], "nowhere is no start: make one with `start`"),
+        (["train", "--methods", "grpo,gpro", "--start", "nowhere"], "no method gpro"),
+    ],
+)
+def test_a_command_that_cannot_work_is_refused_at_once(arguments, said, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*arguments, "--out", str(tmp_path / "out")])
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

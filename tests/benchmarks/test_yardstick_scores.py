@@ -154,3 +154,12 @@ def test_answers_compares_responses_of_one_prompt_only():
     assert scores.answers(np.array([0.2, 0.1, 0.9, 0.8]), truth).value == pytest.approx(1.0)
     assert scores.answers(np.array([0.1, 0.2, 0.9, 0.8]), truth).value == pytest.approx(0.0)
     assert scores.answers(np.array([0.1, 0.2, 0.8, 0.9]), truth).value == pytest.approx(-1.0)
+
+
+def test_two_sets_of_values_are_not_permuted_in_the_same_order():
+    truth = Truth(*(np.ones((4, 30), bool) for _ in range(3)), np.zeros(4, bool), "abcd")
+    values = np.arange(120.0).reshape(4, 30)
+    once, again, other = (scores.permuted(each, truth) for each in (values, values, values + 1))
+    assert (once == again).all()
+    assert (once != other - 1).any()
+    assert (np.sort(once, 1) == values).all()
