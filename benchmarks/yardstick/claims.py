@@ -46,16 +46,14 @@ class Claim:
         return "holds" if all(for_it) else "fails" if all(against) else "open"
 
 
-def claims(runs: Sequence[Run], scored: Scored, plan: Plan, best: Mapping[str, float]) -> list[Claim]:
-    """All claims with their numbers; ``best``: method -> its learning rate."""
+def claims(runs: Sequence[Run], scored: Scored, plan: Plan) -> list[Claim]:
+    """All claims with their numbers; those on learning at the one rate that all methods have."""
     half, knowing = (of_kind(scored, kind) for kind in (HALF, KNOWING))
     layers = sorted({name for each in half for name in each["looks"]})
     kinds = {"half-ignorant": half, "knowing": knowing}
 
-    def learned(method: str, rate_of: str) -> Estimate:
-        rates = best.get(rate_of, math.nan), best.get("grpo", math.nan)
-        own, grpo = (learning.by_seed(runs, HALF, m, r) for m, r in zip((method, "grpo"), rates, strict=True))
-        return learning.gain(own, grpo)
+    def learned(method: str) -> Estimate:
+        return learning.gain(*(learning.by_seed(runs, HALF, m, plan.common_rate) for m in (method, "grpo")))
 
     return [
         Claim(
@@ -68,7 +66,7 @@ def claims(runs: Sequence[Run], scored: Scored, plan: Plan, best: Mapping[str, f
         Claim(
             "VGPO lifts late attention: late / early at the end of training, more than with GRPO",
             "VGPO",
-            {layer: late_lift(runs, "dual", best, layer) for layer in layers},
+            {layer: late_lift(runs, "dual", plan.common_rate, layer) for layer in layers},
             "above",
         ),
         Claim(
@@ -79,13 +77,13 @@ def claims(runs: Sequence[Run], scored: Scored, plan: Plan, best: Mapping[str, f
         Claim(
             "Training without the anchors hurts: gain over GRPO of the other 85 % of the tokens alone",
             "AT-RL",
-            {"all layers": learned("anchor_rest", "anchor")},
+            {"all layers": learned("anchor_rest")},
             "below",
         ),
         Claim(
             "The anchors alone suffice: gain over GRPO of the top 15 % of the tokens alone",
             "AT-RL",
-            {"all layers": learned("anchor_top", "anchor")},
+            {"all layers": learned("anchor_top")},
             "above",
         ),
         Claim(
@@ -196,9 +194,9 @@ def across_rates(found: Scored, rate: str) -> Estimate:
     return mean([each["rates"][rate] for each in found], range(len(found))) if found else Estimate(math.nan)
 
 
-def late_lift(runs: Sequence[Run], method: str, best: Mapping[str, float], layer: str) -> Estimate:
+def late_lift(runs: Sequence[Run], method: str, rate: float, layer: str) -> Estimate:
     """Late over early attention at the end of training, minus that of GRPO, paired by seed."""
-    own, grpo = (learning.by_seed(runs, HALF, m, best.get(m, math.nan)) for m in (method, "grpo"))
+    own, grpo = (learning.by_seed(runs, HALF, m, rate) for m in (method, "grpo"))
     seeds = sorted(own.keys() & grpo.keys())
     ends = [[group[s]["looks"][layer]["late / early"][0] for group in (own, grpo)] for s in seeds]
     return mean([mine - theirs for mine, theirs in ends], seeds) if seeds else Estimate(math.nan)

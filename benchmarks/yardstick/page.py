@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.yardstick import learning
 from benchmarks.yardstick.claims import claim_lines, claims, of_kind
 from benchmarks.yardstick.learning import Run, final
-from benchmarks.yardstick.loop import VARIANTS, title
+from benchmarks.yardstick.loop import title
 from benchmarks.yardstick.plan import HALF, Plan
 from benchmarks.yardstick.starts import STARTS
 from sayo_verl.estimates import Estimate, mean
@@ -53,7 +53,7 @@ def page(
         "A claim holds if each interval is wholly on its side, fails if each is wholly on the other, and else is open. "
         "`benchmarks/yardstick/claims.py` defines them. All numbers are of this task and policy.",
         "",
-        *claim_lines(claims(runs, scored, plan, learning.chosen_rates(runs, plan.tuning_seed))),
+        *claim_lines(claims(runs, scored, plan)),
         "",
         *score_lines(scored),
         *layer_lines(scored),
@@ -112,15 +112,15 @@ def learning_lines(runs: Sequence[Run], plan: Plan, begun: Mapping[str, Mapping[
         "",
         f"{plan.steps} steps of 16 prompts x 8 rollouts. What a run learned is its mean accuracy after the start. The "
         "share is that of `oracle_plus`'s gain over GRPO. `oracle_plus` sees more than the reward. Each method has the "
-        f"best of the rates {', '.join(f'{r:g}' for r in plan.rates)}, chosen by a run of its own on the first start; "
-        'a variant has that of its method. "no span": `oracle_plus` gains nothing that is clear of 0. '
-        f"In `share at one rate` all have {plan.common_rate:g}. Looks and text are the shares of right words that need "
-        "the image and of those that do not. The cost is relative to a step of GRPO in this loop, of a tiny policy.",
+        f"best of the rates {', '.join(f'{r:g}' for r in plan.rates)}, chosen by a run of its own on the first start, "
+        f"which says little of other starts. In `share at one rate` all have {plan.common_rate:g}, as variants and all "
+        'runs from knowing starts do. "no span": `oracle_plus` gains nothing that is clear of 0. Looks and text are '
+        "the shares of right words that need the image and of those that do not. The cost is relative to a step of GRPO "
+        "in this loop, of a tiny policy.",
         *rate_lines(runs, plan),
     ]
     for kind in plan.kinds:
-        grpo = learning.by_seed(runs, kind, "grpo", best.get("grpo", math.nan))
-        plus = learning.by_seed(runs, kind, "oracle_plus", best.get("oracle_plus", math.nan))
+        grpo, plus = (learning.by_seed(runs, kind, m, plan.rate(m, kind, best)) for m in ("grpo", "oracle_plus"))
         if not grpo or not plus:
             out += ["", f"### From {_words(kind)} starts", "", "Not run: a comparison needs GRPO and `oracle_plus`."]
             continue
@@ -139,7 +139,7 @@ def learning_lines(runs: Sequence[Run], plan: Plan, begun: Mapping[str, Mapping[
         ]
         common = [learning.by_seed(runs, kind, m, plan.common_rate) for m in ("grpo", "oracle_plus")]
         for method in (*plan.methods, *(plan.trained_variants if kind == HALF else ())):
-            rate = best.get(VARIANTS[method][0] if method in VARIANTS else method, math.nan)
+            rate = plan.rate(method, kind, best)
             own = learning.by_seed(runs, kind, method, rate)
             own = {seed: run for seed, run in own.items() if seed in grpo.keys() & plus.keys()}
             if not own:
@@ -187,7 +187,7 @@ def other_walks(
     if before := [{"greedy": [begun[start]["acc"]]} for start in sorted(used & begun.keys())]:
         rows["before training"] = before
     for method in plan.trained:
-        own = learning.by_seed(runs, kind, method, best.get(method, math.nan))
+        own = learning.by_seed(runs, kind, method, plan.rate(method, kind, best))
         rows[method] = [{name: [run[name]["acc"]] for name in names} for run in own.values()]
     said = (
         "Accuracy at the end: greedy on walks as in training, and sampled on walks whose arrows have pairs of "

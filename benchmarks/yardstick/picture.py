@@ -25,7 +25,6 @@ def picture(runs: Sequence[Run], scored: Sequence[Mapping[str, Any]], plan: Plan
     nothing: dict[str, Any] = {"marks": "", "credit": dict.fromkeys(plan.methods, ())}
     example = next((each["example"] for each in of_kind(scored, HALF) if each["example"]), nothing)
     methods = [m for m in plan.methods if m in example["credit"]]
-    best = learning.chosen_rates(runs, plan.tuning_seed)
     figure, (strip, bars) = plt.subplots(
         1, 2, figsize=(13, 0.42 * len(methods) + 1.6), width_ratios=(2.6, 1), sharey=True, layout="constrained"
     )
@@ -49,9 +48,9 @@ def picture(runs: Sequence[Run], scored: Sequence[Mapping[str, Any]], plan: Plan
     strip.set_xticks([])
     strip.set_xlabel("tokens of one wrong response; orange: where its blame falls, blue: praise", fontsize=9)
     strip.set_title("Where the blame of a wrong answer falls", loc="left", fontsize=11)
-    grpo, plus = (learning.by_seed(runs, HALF, m, best.get(m, math.nan)) for m in ("grpo", "oracle_plus"))
+    grpo, plus = (learning.by_seed(runs, HALF, m, plan.common_rate) for m in ("grpo", "oracle_plus"))
     for row, method in enumerate(methods, 1):
-        own = learning.by_seed(runs, HALF, method, best.get(method, math.nan))
+        own = learning.by_seed(runs, HALF, method, plan.common_rate)
         share = learning.share(own, grpo, plus) if own else Estimate(math.nan)
         if math.isnan(share.value):
             said = "no span" if own else "not trained: as GRPO" if method in plan.untrained else "not run"
@@ -61,7 +60,7 @@ def picture(runs: Sequence[Run], scored: Sequence[Mapping[str, Any]], plan: Plan
         if not math.isnan(share.low):
             bars.plot([share.low, share.high], [row, row], color=INK, linewidth=1.2)
     bars.axvline(0, color=INK, linewidth=0.8)
-    bars.set_title("Learned (GRPO 0, oracle_plus 1)", loc="left", fontsize=11)
+    bars.set_title("Learned at one rate (GRPO 0, oracle_plus 1)", loc="left", fontsize=11)
     for axis in (strip, bars):
         axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
         axis.tick_params(length=0, labelsize=9)

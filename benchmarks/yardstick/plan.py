@@ -3,16 +3,17 @@
     starts   each kind, one per seed
     scores   each start
     rates    every method on the half-ignorant start of the first seed, with an own seed of training
-    learn    every method at its best rate, and at one rate for all, from each start with the seed of the start;
-             variants at the best rate of their method, from half-ignorant starts alone
+    learn    every method and variant at one rate for all, from each start with the seed of the start; from
+             half-ignorant starts every method also at its best rate
 
 Everything is a file of its own and is not made again, so an interrupted plan goes on where it stopped. Processes share
 nothing, and each uses one thread.
 """
 
 import inspect
+import math
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class Plan:
             bit; the variants are left out to save time, not because their scores are those of their method.
         seeds: of starts, and of training from them.
         rates: learning rates that are tried.
-        common_rate: of the column in which all methods have one rate.
+        common_rate: of the column in which all methods have one rate; of variants; and of knowing starts.
         steps: of training.
         tuning_seed: of the runs that choose rates, none of ``seeds``.
         kinds: of starts.
@@ -62,7 +63,7 @@ class Plan:
     )
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
     rates: Sequence[float] = (1e-4, 3e-4, 6e-4)
-    common_rate: float = 3e-4
+    common_rate: float = 1e-4
     steps: int = 60
     tuning_seed: int = 100
     kinds: Sequence[str] = tuple(STARTS)
@@ -89,15 +90,16 @@ class Plan:
                 yield LoopConfig(method=method, rate=rate, steps=self.steps, seed=self.tuning_seed)
 
     def learning(self, best: dict[str, float], seed: int, kind: str) -> Iterator[LoopConfig]:
-        """Runs from one start that are compared; variants and the common rate from a half-ignorant start alone."""
-        rates = {method: [best[method]] for method in self.trained}
-        if kind == HALF:
-            rates |= {name: [best[VARIANTS[name][0]]] for name in self.trained_variants}
-            for method in self.trained:
-                rates[method] += [self.common_rate] if best[method] != self.common_rate else []
-        for method, chosen in rates.items():
-            for rate in chosen:
+        """Runs from one start that are compared; variants and the best rates from a half-ignorant start alone."""
+        names = (*self.trained, *self.trained_variants) if kind == HALF else self.trained
+        for method in names:
+            for rate in dict.fromkeys((self.rate(method, kind, best), self.common_rate)):
                 yield LoopConfig(method=method, rate=rate, steps=self.steps, seed=seed)
+
+    def rate(self, method: str, kind: str, best: Mapping[str, float]) -> float:
+        """The rate of a method's row on the page; NaN if none was chosen."""
+        own = kind == HALF and method not in VARIANTS
+        return best.get(method, math.nan) if own else self.common_rate
 
 
 def run_plan(plan: Plan, out: Path, processes: int, log: Callable[[str], None]) -> None:

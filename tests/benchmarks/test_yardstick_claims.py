@@ -60,9 +60,8 @@ def run(method, seed, late):
 
 def test_the_lift_of_late_attention_is_paired_by_seed():
     runs = [run("grpo", 0, 0.6), run("grpo", 1, 0.9), run("dual", 0, 0.7), run("dual", 1, 1.0), run("dual", 2, 9.0)]
-    best = {"grpo": 1e-4, "dual": 1e-4}
-    assert late_lift(runs, "dual", best, "layer 0").value == pytest.approx(0.1)
-    assert math.isnan(late_lift(runs, "anchor", best, "layer 0").value)
+    assert late_lift(runs, "dual", 1e-4, "layer 0").value == pytest.approx(0.1)
+    assert math.isnan(late_lift(runs, "anchor", 1e-4, "layer 0").value)
 
 
 def test_the_layer_that_looks_is_compared_with_the_layer_that_separates():
@@ -74,7 +73,7 @@ def test_the_layer_that_looks_is_compared_with_the_layer_that_separates():
 
 
 def test_claims_of_what_was_not_run_say_so():
-    found = {claim.text: claim.verdict for claim in claims([], [scored(0.7), scored(0.8), scored(0.75)], Plan(), {})}
+    found = {claim.text: claim.verdict for claim in claims([], [scored(0.7), scored(0.8), scored(0.75)], Plan())}
     assert found["Attention on the image decays along a response"] == "holds"
     assert (
         found["Training without the anchors hurts: gain over GRPO of the other 85 % of the tokens alone"] == "not run"
