@@ -97,9 +97,8 @@ def test_a_command_of_the_docs_names_what_exists(line):
             else:
                 check_overrides(arguments[1:])
         elif arguments[0] == "-m":
-            assert (ROOT / arguments[1].replace(".", "/")).with_suffix(".py").is_file() or arguments[
-                1
-            ] == "sayo_verl.focus"
+            module = ROOT / arguments[1].replace(".", "/")
+            assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file()
         else:
             assert (ROOT / arguments[0]).is_file()
 
