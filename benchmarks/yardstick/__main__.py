@@ -1,12 +1,12 @@
 """Starts, runs and their comparison:
 
-    python -m benchmarks.yardstick start --kind half_ignorant --seeds 0,1,2,3,4 --out outputs/yardstick
-    python -m benchmarks.yardstick train --start outputs/yardstick/half_ignorant-0-* --methods grpo,oracle_plus \
+    python -m benchmarks.yardstick start --kind half_ignorant --seeds 0,1,2,3,4 --out outputs/yardstick/starts
+    python -m benchmarks.yardstick train --start outputs/yardstick/starts/half_ignorant-0-* --methods grpo,oracle_plus \
         --rates 1e-4,3e-4,6e-4 --seeds 0,1,2 --out outputs/yardstick/runs
     python -m benchmarks.yardstick all --out outputs/yardstick
     python -m benchmarks.yardstick page --results outputs/yardstick
-    python -m benchmarks.yardstick score --start outputs/yardstick/half_ignorant-0-* --out outputs/yardstick/scores
-    python -m benchmarks.yardstick agree --start outputs/yardstick/half_ignorant-0-* --out outputs/yardstick/agree
+    python -m benchmarks.yardstick score --start outputs/yardstick/starts/knowing-0-* --out outputs/yardstick/scores
+    python -m benchmarks.yardstick agree --start outputs/yardstick/starts/knowing-0-* --out outputs/yardstick/agree
 
 A finished run or start is not repeated. Every run is one JSON file with its settings. Torch uses one thread, so that
 results do not depend on the machine's cores; run several processes for more.
@@ -26,6 +26,7 @@ from benchmarks.yardstick.picture import picture
 from benchmarks.yardstick.plan import Plan, run_plan, score_once, train_once
 from benchmarks.yardstick.starts import SCENES, STARTS, greedy_of, is_start, make_start
 from benchmarks.yardstick.store import MixedResults, all_of, runs_of, scores_of
+from sayo_verl.errors import SayoError
 from sayo_verl.launch.settings import load_methods
 
 RESULTS = ROOT / "benchmarks" / "results" / "yardstick"
@@ -37,38 +38,41 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     start = commands.add_parser("start", help="make starts by warm-up")
     start.add_argument("--kind", choices=STARTS, required=True)
-    start.add_argument("--seeds", type=_list(int), default=[0])
-    start.add_argument("--out", type=Path, required=True)
+    start.add_argument("--seeds", type=_list(int), default=[0], help="one start each (0)")
+    start.add_argument("--out", type=Path, required=True, help="folder of starts")
     run = commands.add_parser("train", help="train methods from a start")
     run.add_argument("--start", type=Path, required=True, help="a folder that `start` made")
-    run.add_argument("--methods", type=_list(str), required=True)
-    run.add_argument("--rates", type=_list(float), default=[LoopConfig.rate])
-    run.add_argument("--seeds", type=_list(int), default=[0])
+    run.add_argument("--methods", type=_list(str), required=True, help="such as grpo,region,oracle_plus")
+    run.add_argument("--rates", type=_list(float), default=[LoopConfig.rate], help="learning rates (1e-4)")
+    run.add_argument("--seeds", type=_list(int), default=[0], help="of training (0)")
     run.add_argument("--steps", type=int, default=LoopConfig.steps)
     run.add_argument("--eval-scenes", type=int, default=LoopConfig.eval_scenes)
-    run.add_argument("--out", type=Path, required=True)
+    run.add_argument("--out", type=Path, required=True, help="folder of runs")
     scored = commands.add_parser("score", help="score credit against the truth, without training")
     scored.add_argument("--start", type=Path, required=True, help="a folder that `start` made")
-    scored.add_argument("--methods", type=_list(str), default=list(ScoreConfig.methods))
-    scored.add_argument("--prompts", type=int, default=ScoreConfig.prompts)
-    scored.add_argument("--seeds", type=_list(int), default=[0])
-    scored.add_argument("--out", type=Path, required=True)
+    scored.add_argument("--methods", type=_list(str), default=list(ScoreConfig.methods), help="(all)")
+    scored.add_argument("--prompts", type=int, default=ScoreConfig.prompts, help="with 8 rollouts each (64)")
+    scored.add_argument("--seeds", type=_list(int), default=[0], help="of walks and sampling (0)")
+    scored.add_argument("--out", type=Path, required=True, help="folder of scores")
     written = commands.add_parser("page", help="write docs/yardstick.md and its picture from stored results")
-    written.add_argument("--results", type=Path, default=RESULTS)
-    written.add_argument("--docs", type=Path, default=ROOT / "docs")
+    written.add_argument("--results", type=Path, default=RESULTS, help="what `all` wrote (the stored results)")
+    written.add_argument("--docs", type=Path, default=ROOT / "docs", help="where yardstick.md is written (docs)")
     plan = commands.add_parser("all", help="everything that the page shows: starts, scores, rates, learning")
-    plan.add_argument("--methods", type=_list(str), default=list(Plan.methods))
-    plan.add_argument("--seeds", type=_list(int), default=list(Plan.seeds))
-    plan.add_argument("--kinds", type=_list(str), default=list(Plan.kinds))
+    plan.add_argument("--methods", type=_list(str), default=list(Plan.methods), help="with grpo and oracle_plus (all)")
+    plan.add_argument("--seeds", type=_list(int), default=list(Plan.seeds), help="of starts and their training (five)")
+    plan.add_argument("--kinds", type=_list(str), default=list(Plan.kinds), help="half_ignorant,knowing (both)")
     plan.add_argument("--steps", type=int, default=Plan.steps)
-    plan.add_argument("--processes", type=int, default=2)
-    plan.add_argument("--out", type=Path, required=True)
+    plan.add_argument("--processes", type=int, default=2, help="of one thread each (2)")
+    plan.add_argument("--out", type=Path, required=True, help="folder of starts, scores and runs")
     agree.add_command(commands)
     for command in (run, scored, plan):
         command.add_argument("--modules", type=_list(str), default=[], help="files of methods of your own")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    load_methods(getattr(given, "modules", []))
+    try:
+        load_methods(getattr(given, "modules", []))
+    except SayoError as error:
+        parser.error(str(error))
     for name in ("methods", "seeds", "rates", "kinds"):  # each once: two processes would make the same result
         setattr(given, name, list(dict.fromkeys(getattr(given, name, []))))
     given.methods = list(dict.fromkeys(each.removeprefix("attn_") for each in given.methods))

@@ -83,6 +83,7 @@ def score(policy: WalkPolicy, scenes: WalkConfig, config: ScoreConfig) -> dict[s
             "lucky answers": float(np.mean([each.lucky for each in rollouts.truths])),
             "tokens with 90 % of the dependence": scores.carriers(values["dependence on the image"], truth, 0.9).value,
             "tokens": float(truth.mask.sum(1).mean()),
+            "late / early of even attention": even_late_over_early(rollouts, truth),
         },
     }
 
@@ -136,6 +137,12 @@ def looks(known: Known) -> Scores:
             "causal, right answers": scores.answers(causal_N, truth),
         }
     return found
+
+
+def even_late_over_early(rollouts: Rollouts, truth: Truth) -> float:
+    """``late / early`` of attention that is the same on all tokens so far: the image's share falls as a text grows."""
+    before_T = rollouts.prompts.ids.shape[1] + np.arange(truth.mask.shape[1])  # tokens that the sampling row sees
+    return scores.late_over_early(np.broadcast_to(1.0 / before_T, truth.mask.shape), truth).value
 
 
 @torch.no_grad()

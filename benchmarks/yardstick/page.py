@@ -1,6 +1,7 @@
 """``docs/yardstick.md`` from stored results.
 
-Tables and verdicts are generated. What a person concludes stands in ``REMARKS``, how to use the yardstick in ``HOWTO``.
+Tables and verdicts are generated. What a person concludes stands in ``REMARKS``, what scores mean in ``WORDS``, and how
+to use the yardstick in ``HOWTO``.
 """
 
 import math
@@ -17,7 +18,7 @@ from benchmarks.yardstick.plan import HALF, Plan
 from benchmarks.yardstick.starts import STARTS
 from sayo_verl.estimates import Estimate, mean
 
-REMARKS, HOWTO = (Path(__file__).with_name(name) for name in ("remarks.md", "howto.md"))
+REMARKS, WORDS, HOWTO = (Path(__file__).with_name(name) for name in ("remarks.md", "words.md", "howto.md"))
 SCORES = ("separation", "first half", "second half", "precision", "blame", "afterwards", "trajectory", "look")
 
 
@@ -50,8 +51,8 @@ def page(
         *([remarks.rstrip(), ""] if remarks else []),
         "## Claims",
         "",
-        "A claim holds if each interval is wholly on its side, fails if each is wholly on the other, and else is open. "
-        "`benchmarks/yardstick/claims.py` defines them. All numbers are of this task and policy.",
+        "A claim holds if all its intervals lie on the side that it needs. It fails if all lie on the other side. Else "
+        "it is open. `benchmarks/yardstick/claims.py` defines the numbers, which are of this task and policy alone.",
         "",
         *claim_lines(claims(runs, scored, plan)),
         "",
@@ -69,10 +70,7 @@ def score_lines(scored: Sequence[Mapping[str, Any]]) -> list[str]:
     out = [
         "## Credit against the truth, without training",
         "",
-        "0 is the uniform credit of GRPO and 1 is perfect, but for `afterwards`: there -1 is perfect. "
-        "`benchmarks/yardstick/scores.py` defines each score. `first half` and `second half` are the separation among "
-        "the tokens of each half of a response, `control` is that of permuted credit. "
-        'Mean over the warm-up seeds, with its interval over seeds; "no interval" where all of them agree.',
+        WORDS.read_text().rstrip(),
     ]
     for kind, found in _by_kind(scored).items():
         given = {name for each in found for scores in each["methods"].values() for name in scores}
@@ -89,10 +87,12 @@ def layer_lines(scored: Sequence[Mapping[str, Any]]) -> list[str]:
         "",
         "## Statistics and layers",
         "",
-        "Each statistic as if it were the factor of a token. `error` asks whether it is highest at the first error "
-        "among the perceptual tokens. `share` is the attention on the own cell of a look, as a share of that on the "
-        "image; `seeing` asks whether it is higher at right looks. `late / early` is the attention on the image in the "
-        "last third of a response over that in the first.",
+        "Each statistic as if it were the factor of a token. `row of the token`: of the row in which the token is the "
+        "input; the others are of the row that sampled it. `error` asks whether the statistic is highest at the first "
+        "error among the looks. `share` is the attention on the own cell of a look, as a share of that on the image; "
+        "`seeing` asks whether it is higher at right looks. `late / early` is the attention on the image in the last "
+        "third of a response over that in the first. `causal` is attention weighted by dependence on the image, "
+        "against the share of right looks and against right answers of the same prompt.",
     ]
     for kind, found in _by_kind(scored).items():
         out += ["", f"### From {_words(kind)} starts ({len(found)})", ""]
@@ -106,21 +106,17 @@ def layer_lines(scored: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def learning_lines(runs: Sequence[Run], plan: Plan, begun: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Tables of learning, one per kind of start. ``begun``: as for ``page``."""
-    best = learning.chosen_rates(runs, plan.tuning_seed)
     out = [
         "## Learning",
         "",
-        f"{plan.steps} steps of 16 prompts x 8 rollouts. What a run learned is its mean accuracy after the start. The "
-        "share is that of `oracle_plus`'s gain over GRPO. `oracle_plus` sees more than the reward. Each method has the "
-        f"best of the rates {', '.join(f'{r:g}' for r in plan.rates)}, chosen by a run of its own on the first start, "
-        f"which says little of other starts. In `share at one rate` all have {plan.common_rate:g}, as variants and all "
-        'runs from knowing starts do. "no span": `oracle_plus` gains nothing that is clear of 0. Looks and text are '
-        "the shares of right words that need the image and of those that do not. The cost is relative to a step of GRPO "
-        "in this loop, of a tiny policy.",
-        *rate_lines(runs, plan),
+        f"{plan.steps} steps of 16 prompts x 8 rollouts, all methods at the learning rate {plan.common_rate:g}. What a "
+        "run learned is the mean of its accuracies after the start. The *share* is a method's gain over GRPO, divided "
+        "by that of `oracle_plus`, which sees more than the reward. Looks and text are the shares of right words that "
+        "need the image and of those that do not. The cost is relative to a step of GRPO in this loop, whose policy is "
+        'tiny. "no span": `oracle_plus` gains nothing that is clear of 0.',
     ]
     for kind in plan.kinds:
-        grpo, plus = (learning.by_seed(runs, kind, m, plan.rate(m, kind, best)) for m in ("grpo", "oracle_plus"))
+        grpo, plus = (learning.by_seed(runs, kind, m, plan.common_rate) for m in ("grpo", "oracle_plus"))
         if not grpo or not plus:
             out += ["", f"### From {_words(kind)} starts", "", "Not run: a comparison needs GRPO and `oracle_plus`."]
             continue
@@ -133,50 +129,60 @@ def learning_lines(runs: Sequence[Run], plan: Plan, begun: Mapping[str, Mapping[
             f"Steps to GRPO's final accuracy, `oracle_plus` against GRPO, by seed: {told}. "
             f"At most half of the steps in {len(learning.is_wide(steps))} of {len(steps)} seeds.",
             "",
-            "| method | rate | seeds | final accuracy | looks | text | gain over GRPO | share | share at one rate | "
-            "cost of a step |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| method | seeds | final accuracy | looks | text | gain over GRPO | share | cost of a step |",
+            "|---|---|---|---|---|---|---|---|",
         ]
-        common = [learning.by_seed(runs, kind, m, plan.common_rate) for m in ("grpo", "oracle_plus")]
         for method in (*plan.methods, *(plan.trained_variants if kind == HALF else ())):
-            rate = plan.rate(method, kind, best)
-            own = learning.by_seed(runs, kind, method, rate)
+            own = learning.by_seed(runs, kind, method, plan.common_rate)
             own = {seed: run for seed, run in own.items() if seed in grpo.keys() & plus.keys()}
             if not own:
                 why = "not trained: its credit is that of GRPO here" if method in plan.untrained else "not run"
-                out.append(f"| {title(method)} | {why} | | | | | | | | |")
+                out.append(f"| {title(method)} | {why} | | | | | | |")
                 continue
-            same = learning.by_seed(runs, kind, method, plan.common_rate)
             ends = [[final(run, name) for run in own.values()] for name in ("acc", "look", "text")]
             cells = [
-                f"{rate:g}",
                 str(len(own)),
                 *(mean(each, list(own)).text(3) for each in ends),
                 learning.gain(own, grpo).text(3, sign=True),
                 _share(learning.share(own, grpo, plus)),
-                _share(learning.share(same, *common)) if same and all(common) else "not run",
                 f"{sum(run['seconds'] for run in own.values()) / sum(grpo[seed]['seconds'] for seed in own):.2f}",
             ]
             out.append(f"| {title(method)} | " + " | ".join(cells) + " |")
-        out += other_walks(runs, plan, kind, best, begun)
-    return out
+        out += other_walks(runs, plan, kind, begun)
+    return [*out, *best_lines(runs, plan)]
 
 
-def rate_lines(runs: Sequence[Run], plan: Plan) -> list[str]:
-    """A table of the runs that chose the rates, so that a reader sees how clear the choice was."""
+def best_lines(runs: Sequence[Run], plan: Plan) -> list[str]:
+    """A table of each method at the rate that one run chose, and of the runs that chose it."""
+    best = learning.chosen_rates(runs, plan.tuning_seed)
     ends = {(r["method"], r["rate"]): final(r) for r in runs if r["seed"] == plan.tuning_seed}
-    said = "Final accuracy of the runs that chose the rates, one each:"
-    lines = ["", said, "", "| method | " + " | ".join(f"{r:g}" for r in plan.rates) + " |"]
-    lines.append("|" + "---|" * (len(plan.rates) + 1))
+    grpo, plus = (learning.by_seed(runs, HALF, m, best.get(m, math.nan)) for m in ("grpo", "oracle_plus"))
+    tried = [f"final at {rate:g}" for rate in plan.rates]
+    lines = [
+        "",
+        "### Each method at a rate of its own",
+        "",
+        "The first columns are the final accuracies of the runs that chose the rates: one run each, from the first "
+        "half-ignorant start, with a seed of their own. A rate that one run chose need not suit other starts.",
+        "",
+        "| " + " | ".join(["method", *tried, "rate", "gain over GRPO", "share"]) + " |",
+        "|" + "---|" * (len(tried) + 4),
+    ]
     for method in plan.trained:
         cells = [f"{ends[method, r]:.3f}" if (method, r) in ends else "not run" for r in plan.rates]
+        own = learning.by_seed(runs, HALF, method, best.get(method, math.nan))
+        own = {seed: run for seed, run in own.items() if seed in grpo.keys() & plus.keys()}
+        gains = (
+            [learning.gain(own, grpo).text(3, sign=True), _share(learning.share(own, grpo, plus))]
+            if own
+            else ["not run"] * 2
+        )
+        cells += [f"{best[method]:g}" if method in best else "-", *gains]
         lines.append(f"| {title(method)} | " + " | ".join(cells) + " |")
     return lines
 
 
-def other_walks(
-    runs: Sequence[Run], plan: Plan, kind: str, best: Mapping[str, float], begun: Mapping[str, Mapping[str, float]]
-) -> list[str]:
+def other_walks(runs: Sequence[Run], plan: Plan, kind: str, begun: Mapping[str, Mapping[str, float]]) -> list[str]:
     """A table of accuracy at the end of training on other held-out walks, and greedily before it.
 
     Greedy accuracy tells learning to see from learning to be sure: the second raises sampled accuracy alone.
@@ -187,7 +193,7 @@ def other_walks(
     if before := [{"greedy": [begun[start]["acc"]]} for start in sorted(used & begun.keys())]:
         rows["before training"] = before
     for method in plan.trained:
-        own = learning.by_seed(runs, kind, method, plan.rate(method, kind, best))
+        own = learning.by_seed(runs, kind, method, plan.common_rate)
         rows[method] = [{name: [run[name]["acc"]] for name in names} for run in own.values()]
     said = (
         "Accuracy at the end: greedy on walks as in training, and sampled on walks whose arrows have pairs of "

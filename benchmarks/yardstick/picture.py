@@ -43,10 +43,14 @@ def picture(runs: Sequence[Run], scored: Sequence[Mapping[str, Any]], plan: Plan
     for first in [at for at, mark in enumerate(marks) if mark in "xE"][:1]:
         strip.annotate("first error", (first + 0.45, -0.4), (first + 0.45, -1.1), ha="center", fontsize=9, color=INK,
                        arrowprops={"arrowstyle": "-", "color": INK})  # fmt: skip
-    strip.set_yticks(range(len(methods) + 1), ["truth: right look, wrong, other", *(title(m) for m in methods)])
+    strip.set_yticks(range(len(methods) + 1), ["truth", *(title(m) for m in methods)])
     strip.set_ylim(len(methods) + 0.6, -1.3)
     strip.set_xticks([])
-    strip.set_xlabel("tokens of one wrong response; orange: where its blame falls, blue: praise", fontsize=9)
+    strip.set_xlabel(
+        "tokens of one wrong response. Truth: blue a right look, orange a wrong one, grey no look. "
+        "Methods: orange blame, blue praise",
+        fontsize=9,
+    )
     strip.set_title("Where the blame of a wrong answer falls", loc="left", fontsize=11)
     grpo, plus = (learning.by_seed(runs, HALF, m, plan.common_rate) for m in ("grpo", "oracle_plus"))
     for row, method in enumerate(methods, 1):
@@ -60,7 +64,8 @@ def picture(runs: Sequence[Run], scored: Sequence[Mapping[str, Any]], plan: Plan
         if not math.isnan(share.low):
             bars.plot([share.low, share.high], [row, row], color=INK, linewidth=1.2)
     bars.axvline(0, color=INK, linewidth=0.8)
-    bars.set_title("Learned at one rate (GRPO 0, oracle_plus 1)", loc="left", fontsize=11)
+    bars.set_title("What it learned", loc="left", fontsize=11)
+    bars.set_xlabel(f"share of oracle_plus's gain over GRPO, {len(grpo)} seeds", fontsize=9)
     for axis in (strip, bars):
         axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
         axis.tick_params(length=0, labelsize=9)

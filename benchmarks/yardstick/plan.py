@@ -11,9 +11,8 @@ nothing, and each uses one thread.
 """
 
 import inspect
-import math
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,13 +92,9 @@ class Plan:
         """Runs from one start that are compared; variants and the best rates from a half-ignorant start alone."""
         names = (*self.trained, *self.trained_variants) if kind == HALF else self.trained
         for method in names:
-            for rate in dict.fromkeys((self.rate(method, kind, best), self.common_rate)):
+            own = [best[method]] if kind == HALF and method not in VARIANTS else []
+            for rate in dict.fromkeys((self.common_rate, *own)):
                 yield LoopConfig(method=method, rate=rate, steps=self.steps, seed=seed)
-
-    def rate(self, method: str, kind: str, best: Mapping[str, float]) -> float:
-        """The rate of a method's row on the page; NaN if none was chosen."""
-        own = kind == HALF and method not in VARIANTS
-        return best.get(method, math.nan) if own else self.common_rate
 
 
 def run_plan(plan: Plan, out: Path, processes: int, log: Callable[[str], None]) -> None:
@@ -110,6 +105,7 @@ def run_plan(plan: Plan, out: Path, processes: int, log: Callable[[str], None]) 
         def each(title: str, jobs: list[tuple[Any, ...]]) -> list[Any]:
             waiting = {pool.submit(*job): n for n, job in enumerate(jobs)}
             results: list[Any] = [None] * len(jobs)
+            log(f"{title}: 0 of {len(jobs)}, {processes} at once")
             try:
                 for done, future in enumerate(as_completed(waiting), 1):
                     results[waiting[future]] = future.result()
@@ -127,8 +123,8 @@ def run_plan(plan: Plan, out: Path, processes: int, log: Callable[[str], None]) 
         rates = each("rates", [(train_once, tuned, config, out / "runs") for config in plan.tuning()])
         best = {method: rate for (_, method), rate in best_rates(rates).items()}
         runs = [(starts[at], config) for at in asked for config in plan.learning(best, at[1], at[0])]
-        # every method from every start comes first, so that a plan that is stopped can be compared
-        runs.sort(key=lambda run: (run[1].method in VARIANTS, run[1].rate != best.get(run[1].method)))
+        # what is compared first comes first, so that a plan that is stopped can be shown
+        runs.sort(key=lambda run: (run[1].rate != plan.common_rate, run[1].method in VARIANTS))
         each("learning", [(train_once, start, config, out / "runs") for start, config in runs])
 
 

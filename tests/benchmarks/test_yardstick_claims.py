@@ -23,7 +23,7 @@ NONE = Estimate(math.nan)
         ((ABOVE, NONE), "above", "holds"),
         ((NONE,), "above", "not run"),
         ((Estimate(0.3),), "above", "open"),
-        ((ABOVE,), "", "a number"),
+        ((ABOVE,), "", "no verdict"),
     ],
 )
 def test_a_claim_holds_or_fails_only_if_every_interval_is_on_one_side(numbers, needs, verdict):

@@ -10,7 +10,8 @@ from benchmarks.yardstick.picture import picture
 from benchmarks.yardstick.plan import Plan
 from benchmarks.yardstick.store import content_hash
 
-PLAN = Plan(methods=("grpo", "region", "sensitivity", "oracle_plus"), seeds=(0, 1, 2), rates=(3e-4,), steps=30)
+METHODS = ("grpo", "region", "sensitivity", "oracle_plus")
+PLAN = Plan(methods=METHODS, seeds=(0, 1, 2), rates=(3e-4,), common_rate=3e-4, steps=30)
 GAINS = {"grpo": 0.0, "region": 0.05, "oracle_plus": 0.2}
 
 
@@ -81,9 +82,9 @@ def test_the_page_shows_scores_learning_and_what_was_not_run(runs, scored):
     lines = page(runs, scored, PLAN)
     text = "\n".join(lines)
     assert "| VPPO | +0.70 [no interval] |" in text
-    grpo = next(line for line in lines if line.startswith("| GRPO | 0.0003 |"))
+    grpo = next(line for line in lines if line.startswith("| GRPO | 3 |"))
     assert "+0.000" in grpo
-    plus = next(line for line in lines if line.startswith("| oracle_plus") and "0.0003" in line)
+    plus = next(line for line in lines if line.startswith("| oracle_plus") and "blame and praise | 3 |" in line)
     assert "| 1.00 [" in plus
     assert plus.endswith("| 2.00 |")
     assert "| GRPO | +0.50 [no interval] | +0.10 [no interval] |" in text
@@ -125,15 +126,16 @@ def test_the_picture_is_drawn_without_an_example_and_without_a_span(runs, scored
     equal = [run | {"curve": runs[0]["curve"]} for run in runs]
     picture(equal, [each | {"example": None} for each in scored], PLAN, tmp_path / "yardstick.png")
     assert (tmp_path / "yardstick.png").stat().st_size > 5000
-    row = next(line for line in page(equal, scored, PLAN) if line.startswith("| SAYO | 0.0003"))
+    row = next(line for line in page(equal, scored, PLAN) if line.startswith("| SAYO | 3 |"))
     assert "| no span |" in row
 
 
 def test_all_columns_of_a_method_are_of_the_seeds_that_can_be_compared(runs, scored):
     fewer = [run for run in runs if (run["method"], run["seed"]) not in {("region", 0), ("oracle_plus", 1)}]
     lines = page(fewer, scored, PLAN)
-    seeds = {line.split(" | ")[0]: line.split(" | ")[2] for line in lines if " | 0.0003 | " in line}
-    assert list(seeds.values()) == ["2", "1", "2"]
+    learned = lines[lines.index("### From half-ignorant starts", lines.index("## Learning")) :]
+    seeds = [line.split(" | ")[1].split(":")[0] for line in learned[6:10]]
+    assert seeds == ["2", "1", "not run", "2"]
 
 
 def test_greedy_accuracy_before_training_stands_beside_that_after_it(runs, scored):
@@ -144,9 +146,10 @@ def test_greedy_accuracy_before_training_stands_beside_that_after_it(runs, score
 
 def test_a_reader_sees_the_runs_that_chose_the_rates(runs, scored):
     lines = page(runs, scored, PLAN)
-    table = lines[lines.index("Final accuracy of the runs that chose the rates, one each:") :]
-    assert table[2] == "| method | 0.0003 |"
-    assert table[6] == "| VPPO | not run |"
+    table = lines[lines.index("### Each method at a rate of its own") :]
+    assert table[4] == "| method | final at 0.0003 | rate | gain over GRPO | share |"
+    assert table[6].startswith("| GRPO | 0.")
+    assert table[8] == "| VPPO | not run | - | not run | not run |"
 
 
 def stored(folder, runs, scored):
@@ -164,7 +167,7 @@ def test_the_page_says_how_many_steps_and_rates_there_were(runs, scored, tmp_pat
     main(["page", "--results", str(tmp_path), "--docs", str(tmp_path / "docs")])
     text = (tmp_path / "docs" / "yardstick.md").read_text()
     assert "30 steps of 16 prompts x 8 rollouts" in text
-    assert "the best of the rates 0.0003, chosen" in text
+    assert "final at 0.0003" in text
 
 
 @pytest.mark.parametrize(
