@@ -7,6 +7,7 @@ claim needs, it fails if every interval is wholly on the other side, and else it
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from benchmarks.yardstick import learning
@@ -190,7 +191,7 @@ def same_layer(found: Scored) -> Estimate:
         }
         best = [max(by_layer, key=lambda name: by_layer[name][k]) for k in (0, 1)]
         same.append(float(best[0] == best[1]))
-    return mean(same, range(len(same))) if same else Estimate(math.nan)
+    return Estimate(fmean(same)) if same else Estimate(math.nan)
 
 
 def beyond_even(found: Scored, layer: str) -> Estimate:

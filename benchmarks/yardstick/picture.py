@@ -47,7 +47,7 @@ def picture(runs: Sequence[Run], scored: Sequence[Mapping[str, Any]], plan: Plan
     strip.set_ylim(len(methods) + 0.6, -1.3)
     strip.set_xticks([])
     strip.set_xlabel(
-        "tokens of one wrong response. Truth: blue a right look, orange a wrong one, grey no look. "
+        "tokens of one wrong response. Truth: blue a right look, orange a wrong one, grey no look.\n"
         "Methods: orange blame, blue praise",
         fontsize=9,
     )
