@@ -64,6 +64,7 @@ def picture(runs: Sequence[Run], scored: Sequence[Mapping[str, Any]], plan: Plan
         if not math.isnan(share.low):
             bars.plot([share.low, share.high], [row, row], color=INK, linewidth=1.2)
     bars.axvline(0, color=INK, linewidth=0.8)
+    bars.xaxis.set_major_locator(plt.MaxNLocator(4))
     bars.set_title("What it learned", loc="left", fontsize=11)
     bars.set_xlabel(f"share of oracle_plus's gain over GRPO, {len(grpo)} seeds", fontsize=9)
     for axis in (strip, bars):
