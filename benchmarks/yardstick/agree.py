@@ -28,13 +28,13 @@ from benchmarks.yardstick.loop import (
     Rollouts,
     credit_of,
     loss_of,
+    measured,
     method_of,
     optimizer_of,
     train,
     update,
 )
 from benchmarks.yardstick.policy import WalkPolicy
-from benchmarks.yardstick.probed import signals as signals_of
 from benchmarks.yardstick.starts import SCENES, load_start
 from benchmarks.yardstick.verl_runs import ROWS, AgreeConfig, train_on_verl, validation, walks_of
 from benchmarks.yardstick.warmup import Log, evaluate
@@ -141,18 +141,7 @@ def compare(
         found["shaped_reward"] = float((shaped_N - shaped[order]).abs().max())
         worst = rollouts.uid[int(off_NT.max(1).values.argmax())]
         found["spread"] = float(shaped_N[[row for row, uid in enumerate(rollouts.uid) if uid == worst]].std())
-        ours = signals_of(
-            policy,
-            rollouts.prompts,
-            rollouts.ids,
-            method.needs(),
-            log_probs=log_probs_NT,
-            entropy=entropy_NT,
-            uid=rollouts.uid,
-            correct=rollouts.reward,
-            reports={},
-            step=batch["step"],
-        )
+        ours = measured(policy, method.needs(), rollouts, log_probs_NT, entropy_NT, batch["step"])
         found["signals"] = _signals(ours, theirs, order)
     return found, loss_of(advantage_NT, log_probs_NT, rollouts.mask)
 

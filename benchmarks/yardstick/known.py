@@ -15,10 +15,9 @@ import torch
 
 from benchmarks.yardstick import scores
 from benchmarks.yardstick.credit import Known, credit_of, of_credit, of_values, token_statistics
-from benchmarks.yardstick.loop import LoopConfig, Rollouts, method_of, roll_out
+from benchmarks.yardstick.loop import LoopConfig, Rollouts, measured, method_of, roll_out
 from benchmarks.yardstick.policy import WalkPolicy
 from benchmarks.yardstick.probed import cell_masses
-from benchmarks.yardstick.probed import signals as signals_of
 from benchmarks.yardstick.scores import Truth
 from sayo_verl.estimates import MOST_DEPENDENCE, Estimate
 from sayo_verl.methods import Needs
@@ -62,19 +61,19 @@ def score(policy: WalkPolicy, scenes: WalkConfig, config: ScoreConfig) -> dict[s
     example, shown = example_row(rollouts, truth), {}
     for name in config.methods:
         method = method_of(LoopConfig(method=name))
-        measured = known(method.needs() if method else Needs(StatisticsRequest(())))
-        credit, advantage_NT = credit_of(method, measured)
-        methods[name] = of_credit(credit, advantage_NT, measured)
+        seen = known(method.needs() if method else Needs(StatisticsRequest(())))
+        credit, advantage_NT = credit_of(method, seen)
+        methods[name] = of_credit(credit, advantage_NT, seen)
         if example is not None:
             shown[name] = advantage_NT[example, truth.mask[example]].round(6).tolist()
     asked = [Statistic("image_mass", (layer,), query_row=row) for row in QUERY_ROWS for layer in layers_of(policy)]
     asked += [Statistic("image_cosine", query_row=row) for row in QUERY_ROWS]
-    measured = known(Needs(StatisticsRequest(tuple(asked)), interventions=(Intervention(),)))
-    values = token_statistics(measured.signals)
+    seen = known(Needs(StatisticsRequest(tuple(asked)), interventions=(Intervention(),)))
+    values = token_statistics(seen.signals)
     return {
         "methods": _plain(methods),
         "statistics": _plain({name: of_values(value_NT, truth) for name, value_NT in values.items()}),
-        "looks": _plain(looks(measured)),
+        "looks": _plain(looks(seen)),
         "example": None if example is None else {"marks": rollouts.truths[example].marks, "credit": shown},
         "rates": {
             "reward": float(rollouts.reward.mean()),
@@ -99,17 +98,7 @@ def walked(
     own = own_region(policy, rollouts, layers_of(policy))
 
     def known(needs: Needs) -> Known:
-        signals = signals_of(
-            policy,
-            rollouts.prompts,
-            rollouts.ids,
-            needs,
-            log_probs=log_probs_NT,
-            entropy=entropy_NT,
-            uid=rollouts.uid,
-            correct=rollouts.reward,
-            reports={"walk_marks": tuple(each.marks for each in rollouts.truths)},
-        )
+        signals = measured(policy, needs, rollouts, log_probs_NT, entropy_NT)
         signals.check()
         return Known(signals, truth, rollouts.reward, own)
 

@@ -19,7 +19,7 @@ from benchmarks.yardstick.probed import signals as signals_of
 from benchmarks.yardstick.warmup import Rates, evaluate, held_out, longest
 from sayo_verl.hooks.estimator import timed_credit
 from sayo_verl.launch.settings import load_methods
-from sayo_verl.methods import METHODS, Credit, Method, advantages
+from sayo_verl.methods import METHODS, Credit, Method, Needs, Signals, advantages
 from sayo_verl.scenes.walk import WalkConfig, sample_walk
 from sayo_verl.scenes.walk_truth import Truth
 
@@ -125,11 +125,23 @@ def credit_of(
     """The method's credit from its own needs; nothing more is measured."""
     if method is None:
         return None
-    signals = signals_of(
+    return timed_credit(method, measured(policy, method.needs(), rollouts, log_probs_NT, entropy_NT, step))[0]
+
+
+def measured(
+    policy: WalkPolicy,
+    needs: Needs,
+    rollouts: Rollouts,
+    log_probs_NT: torch.Tensor,
+    entropy_NT: torch.Tensor,
+    step: int = 0,
+) -> Signals:
+    """What a method reads of rollouts."""
+    return signals_of(
         policy,
         rollouts.prompts,
         rollouts.ids,
-        method.needs(),
+        needs,
         log_probs=log_probs_NT,
         entropy=entropy_NT,
         uid=rollouts.uid,
@@ -137,7 +149,6 @@ def credit_of(
         reports={"walk_marks": tuple(truth.marks for truth in rollouts.truths)},
         step=step,
     )
-    return timed_credit(method, signals)[0]
 
 
 def loss_of(advantage_NT: torch.Tensor, log_probs_NT: torch.Tensor, mask_NT: torch.Tensor) -> torch.Tensor:
