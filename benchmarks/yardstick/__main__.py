@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     plan.add_argument("--seeds", type=_list(int), default=list(Plan.seeds), help="of starts and their training (five)")
     plan.add_argument("--kinds", type=_list(str), default=list(Plan.kinds), help="half_ignorant,knowing (both)")
     plan.add_argument("--steps", type=int, default=Plan.steps)
+    plan.add_argument("--one-rate", action="store_true", help="do not search for a rate of each method")
     plan.add_argument("--processes", type=int, default=2, help="of one thread each (2)")
     plan.add_argument("--out", type=Path, required=True, help="folder of starts, scores and runs")
     agree.add_command(commands)
@@ -87,13 +88,12 @@ def main(arguments: list[str] | None = None) -> None:
     if given.command == "page":
         try:
             runs, scored = runs_of(given.results / "runs"), scores_of(given.results / "scores")
-            learning.chosen_rates(runs, Plan.tuning_seed)
         except MixedResults as error:
             parser.error(str(error))
         if not runs or not scored:
             parser.error(f"{given.results} holds no runs and scores: make them with `all`, or name them with --results")
         own = [name for name in dict.fromkeys(run["method"] for run in runs) if name not in (*Plan.methods, *VARIANTS)]
-        rates = sorted({run["rate"] for run in runs if run["seed"] == Plan.tuning_seed}) or Plan.rates
+        rates = sorted({run["rate"] for run in runs if run["seed"] == Plan.tuning_seed})
         shown = Plan(methods=(*Plan.methods, *own), steps=runs[0]["steps"], rates=rates)
         (given.docs / "images").mkdir(parents=True, exist_ok=True)
         picture(runs, scored, shown, given.docs / "images" / "yardstick.png")
@@ -107,6 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         chosen = Plan(
             tuple(given.methods),
             seeds=tuple(given.seeds),
+            rates=() if given.one_rate else Plan.rates,
             steps=given.steps,
             kinds=tuple(given.kinds),
             modules=tuple(given.modules),

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.yardstick.store import MixedResults
 from sayo_verl.estimates import Estimate, mean, ratio
 
 BASELINE, CEILING = "grpo", "oracle_plus"
@@ -38,16 +37,21 @@ def steps_to(run: Run, accuracy: float) -> int | None:
     return next((step for step, value in smoothed(run) if step and value >= accuracy), None)
 
 
-def best_rates(runs: Sequence[Run]) -> dict[tuple[str, str], float]:
-    """(start, method) -> the learning rate with the highest mean final accuracy."""
-    finals = defaultdict(list)
+def finals(runs: Sequence[Run]) -> dict[tuple[str, float], float]:
+    """(method, learning rate) -> its mean final accuracy."""
+    ends = defaultdict(list)
     for run in runs:
-        finals[run["start"], run["method"], run["rate"]].append(final(run))
-    best: dict[tuple[str, str], float] = {}
-    for (start, method, rate), ends in finals.items():
-        known = best.get((start, method))
-        if known is None or statistics.fmean(ends) > statistics.fmean(finals[start, method, known]):
-            best[start, method] = rate
+        ends[run["method"], run["rate"]].append(final(run))
+    return {at: statistics.fmean(each) for at, each in ends.items()}
+
+
+def best_rates(runs: Sequence[Run]) -> dict[str, float]:
+    """Method -> the learning rate with the highest mean final accuracy; of equal ones the first that was run."""
+    ends = finals(runs)
+    best: dict[str, float] = {}
+    for method, rate in ends:
+        if method not in best or ends[method, rate] > ends[method, best[method]]:
+            best[method] = rate
     return best
 
 
@@ -103,14 +107,9 @@ def is_wide(steps: dict[int, tuple[int | None, int | None]], at_most: float = 0.
 
 
 def chosen_rates(runs: Sequence[Run], tuning_seed: int) -> dict[str, float]:
-    """Method -> its best rate in the runs that choose it. A method that was not run at each of the rates has none.
-
-    Raises:
-        MixedResults: these runs are from different starts.
-    """
+    """Method -> its best rate in the runs that choose it. A method that lacks a start or a rate of others has none."""
     tuning = [run for run in runs if run["seed"] == tuning_seed]
-    if len(starts := {run["start"] for run in tuning}) > 1:
-        raise MixedResults(f"rates were chosen on different starts: {', '.join(sorted(starts))}. Keep the runs of one")
-    tried = {run["rate"] for run in tuning}
-    rates = {method: {run["rate"] for run in tuning if run["method"] == method} for _, method in best_rates(tuning)}
-    return {method: rate for (_, method), rate in best_rates(tuning).items() if rates[method] == tried}
+    tried = {(run["start"], run["rate"]) for run in tuning}
+    best = best_rates(tuning)
+    ran = {method: {(run["start"], run["rate"]) for run in tuning if run["method"] == method} for method in best}
+    return {method: rate for method, rate in best.items() if ran[method] == tried}

@@ -153,17 +153,21 @@ def learning_lines(runs: Sequence[Run], plan: Plan, begun: Mapping[str, Mapping[
 
 
 def best_lines(runs: Sequence[Run], plan: Plan) -> list[str]:
-    """A table of each method at the rate that one run chose, and of the runs that chose it."""
+    """A table of each method at the best of the rates that were tried, and of the runs that chose it."""
+    heading = "### Each method at a rate of its own"
+    tuning = [run for run in runs if run["seed"] == plan.tuning_seed]
+    if not tuning:
+        return ["", heading, "", "Not run."]
     best = learning.chosen_rates(runs, plan.tuning_seed)
-    ends = {(r["method"], r["rate"]): final(r) for r in runs if r["seed"] == plan.tuning_seed}
+    ends = learning.finals(tuning)
     grpo, plus = (learning.by_seed(runs, HALF, m, best.get(m, math.nan)) for m in ("grpo", "oracle_plus"))
     tried = [f"final at {rate:g}" for rate in plan.rates]
     lines = [
         "",
-        "### Each method at a rate of its own",
+        heading,
         "",
-        "The first columns are the final accuracies of the runs that chose the rates: one run each, from the first "
-        "half-ignorant start, with a seed of their own. A rate that one run chose need not suit other starts.",
+        "The first columns are the final accuracies of the runs that chose the rates, as a mean over "
+        f"{len({run['start'] for run in tuning})} half-ignorant starts, with a seed of training of their own.",
         "",
         "| " + " | ".join(["method", *tried, "rate", "gain over GRPO", "share"]) + " |",
         "|" + "---|" * (len(tried) + 4),

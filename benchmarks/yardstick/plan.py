@@ -2,7 +2,7 @@
 
     starts   each kind, one per seed
     scores   each start
-    rates    every method on the half-ignorant start of the first seed, with an own seed of training
+    rates    every method on half-ignorant starts of the first seeds, with an own seed of training
     learn    every method and variant at one rate for all, from each start with the seed of the start; from
              half-ignorant starts every method also at its best rate
 
@@ -42,10 +42,11 @@ class Plan:
         untrained: what is scored and not trained. The credit of ``evidence`` is that of GRPO on these scenes, bit for
             bit; the variants are left out to save time, not because their scores are those of their method.
         seeds: of starts, and of training from them.
-        rates: learning rates that are tried.
+        rates: learning rates that are tried; none: all methods have the common one alone.
         common_rate: of the column in which all methods have one rate; of variants; and of knowing starts.
         steps: of training.
         tuning_seed: of the runs that choose rates, none of ``seeds``.
+        tuning_starts: how many half-ignorant starts these runs have, of the first seeds.
         kinds: of starts.
         modules: files of methods of your own.
     """
@@ -61,10 +62,11 @@ class Plan:
         "faithful_all",
     )
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
-    rates: Sequence[float] = (1e-4, 3e-4, 6e-4)
+    rates: Sequence[float] = (3e-5, 1e-4, 3e-4, 6e-4)
     common_rate: float = 1e-4
     steps: int = 60
     tuning_seed: int = 100
+    tuning_starts: int = 3
     kinds: Sequence[str] = tuple(STARTS)
     modules: Sequence[str] = ()
 
@@ -82,17 +84,20 @@ class Plan:
         """Variants that are trained."""
         return tuple(name for name in self.compared() if name in VARIANTS and name not in self.untrained)
 
-    def tuning(self) -> Iterator[LoopConfig]:
-        """Runs from one start that choose each method's rate."""
-        for rate in self.rates:
-            for method in self.trained:
-                yield LoopConfig(method=method, rate=rate, steps=self.steps, seed=self.tuning_seed)
+    def tuning(self) -> Iterator[tuple[int, LoopConfig]]:
+        """Seeds of half-ignorant starts, and runs from them that choose each method's rate."""
+        if HALF not in self.kinds:
+            return
+        for seed in self.seeds[: self.tuning_starts]:
+            for rate in self.rates:
+                for method in self.trained:
+                    yield seed, LoopConfig(method=method, rate=rate, steps=self.steps, seed=self.tuning_seed)
 
     def learning(self, best: dict[str, float], seed: int, kind: str) -> Iterator[LoopConfig]:
         """Runs from one start that are compared; variants and the best rates from a half-ignorant start alone."""
         names = (*self.trained, *self.trained_variants) if kind == HALF else self.trained
         for method in names:
-            own = [best[method]] if kind == HALF and method not in VARIANTS else []
+            own = [best[method]] if kind == HALF and method in best else []
             for rate in dict.fromkeys((self.common_rate, *own)):
                 yield LoopConfig(method=method, rate=rate, steps=self.steps, seed=seed)
 
@@ -119,9 +124,8 @@ def run_plan(plan: Plan, out: Path, processes: int, log: Callable[[str], None]) 
         folders = each("starts", [(start_once, out / "starts", kind, seed) for kind, seed in asked])
         starts = dict(zip(asked, folders, strict=True))
         each("scores", [(score_once, starts[at], ScoreConfig(plan.compared()), out / "scores") for at in asked])
-        tuned = start_once(out / "starts", HALF, plan.seeds[0])
-        rates = each("rates", [(train_once, tuned, config, out / "runs") for config in plan.tuning()])
-        best = {method: rate for (_, method), rate in best_rates(rates).items()}
+        tuning = [(train_once, starts[HALF, seed], config, out / "runs") for seed, config in plan.tuning()]
+        best = best_rates(each("rates", tuning))
         runs = [(starts[at], config) for at in asked for config in plan.learning(best, at[1], at[0])]
         # what is compared first comes first, so that a plan that is stopped can be shown
         runs.sort(key=lambda run: (run[1].rate != plan.common_rate, run[1].method in VARIANTS))

@@ -41,10 +41,11 @@ def runs_of(folder: Path) -> list[dict[str, Any]]:
     """The runs of a folder.
 
     Raises:
-        MixedResults: runs of different length or size; or two results of one start, method, rate and seed, as a method
-            leaves them whose settings or file changed.
+        MixedResults: runs of different length or size; two starts of one kind and seed; or two results of one start,
+            method, rate and seed, as a method leaves them whose settings or file changed.
     """
     runs, known = all_of(folder), dict[tuple[Any, ...], dict[str, Any]]()
+    starts = dict[tuple[str, str], dict[str, Any]]()
     for run in runs:
         _check_same(run, runs[0], SAME_IN_RUNS, folder)
         of = (*_kind_and_seed(run["start"]), run["method"], run["rate"], run["seed"])
@@ -52,6 +53,7 @@ def runs_of(folder: Path) -> list[dict[str, Any]]:
             what = f"{run['method']} at {run['rate']:g} from {run['start']}, seed {run['seed']}"
             raise MixedResults(f"{folder} has two results of {what}; {_apart(known[of], run)}. Remove the old one")
         known[of] = run
+        _check_same(run, starts.setdefault(_kind_and_seed(run["start"]), run), ("start",), folder)
     return runs
 
 

@@ -50,12 +50,21 @@ def test_without_a_span_nothing_is_a_share_of_it():
     assert math.isnan(learning.share(OTHER, GRPO, one).value)  # more, but not clearly
 
 
-def test_a_method_that_was_not_run_at_each_rate_has_no_best_one():
-    tuning = [run(method, 100, [0.2, 0.3], rate) | {"start": "half_ignorant-0-abc"}
-              for method, rate in (("grpo", 1e-4), ("grpo", 3e-4), ("region", 3e-4))]  # fmt: skip
-    assert learning.chosen_rates(tuning, 100) == {"grpo": 1e-4}
-    with pytest.raises(store.MixedResults, match="half_ignorant-0-abc, half_ignorant-1-abc"):
-        learning.chosen_rates([*tuning, tuning[0] | {"start": "half_ignorant-1-abc"}], 100)
+def tuned(method, rate, start, accuracy):
+    return run(method, 100, [0.2, accuracy], rate) | {"start": f"half_ignorant-{start}-abc"}
+
+
+def test_the_best_rate_has_the_highest_mean_over_the_starts():
+    ends = {1e-4: (0.5, 0.5), 3e-4: (0.8, 0.1), 6e-4: (0.4, 0.4)}
+    tuning = [tuned("grpo", rate, start, acc) for rate, accs in ends.items() for start, acc in enumerate(accs)]
+    assert learning.chosen_rates([*tuning, run("grpo", 0, [0.2, 0.9], 6e-4)], 100) == {"grpo": 1e-4}
+
+
+def test_a_method_that_lacks_a_start_or_a_rate_has_no_best_one():
+    all_four = [tuned("grpo", rate, start, 0.3) for rate in (1e-4, 3e-4) for start in (0, 1)]
+    one_start = [tuned("region", rate, 0, 0.3) for rate in (1e-4, 3e-4)]
+    one_rate = [tuned("dual", 1e-4, start, 0.3) for start in (0, 1)]
+    assert learning.chosen_rates([*all_four, *one_start, *one_rate], 100) == {"grpo": 1e-4}
 
 
 def test_final_accuracy_leaves_out_the_start():
@@ -79,8 +88,20 @@ def test_a_plan_has_each_method_at_its_best_rate_and_at_the_common_one_once():
     best = {"grpo": 1e-4, "region": 3e-4}
     found = [(c.method, c.rate) for c in plan.learning(best, 0, "half_ignorant")]
     assert found == [("grpo", 1e-4), ("region", 1e-4), ("region", 3e-4)]
-    assert len(list(plan.tuning())) == 4
-    assert {c.seed for c in plan.tuning()}.isdisjoint(plan.seeds)
+
+
+def test_a_plan_chooses_rates_on_the_first_starts_with_a_seed_of_its_own():
+    tuning = list(Plan(methods=("grpo", "region"), variants=(), rates=(1e-4, 3e-4)).tuning())
+    assert [start for start, _ in tuning] == [0] * 4 + [1] * 4 + [2] * 4
+    assert {(c.method, c.rate) for _, c in tuning} == {(m, r) for m in ("grpo", "region") for r in (1e-4, 3e-4)}
+    assert {c.seed for _, c in tuning}.isdisjoint(Plan.seeds)
+    assert len(list(Plan(methods=("grpo",), variants=(), seeds=(7,)).tuning())) == len(Plan.rates)
+
+
+def test_a_plan_of_one_rate_or_of_knowing_starts_alone_chooses_none():
+    plans = Plan(methods=("grpo",), rates=()), Plan(methods=("grpo",), kinds=("knowing",))
+    assert [list(plan.tuning()) for plan in plans] == [[], []]
+    assert [c.rate for c in plans[0].learning({}, 0, "half_ignorant")] == [Plan.common_rate]
 
 
 def test_variants_and_knowing_starts_have_the_common_rate_and_a_variant_is_left_out_without_its_method():

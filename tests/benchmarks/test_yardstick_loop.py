@@ -235,7 +235,7 @@ def test_the_span_is_counted_from_the_best_rate_of_grpo():
         run("grpo", 0, 3e-4, [0.2, 0.2, 0.1, 0.1, 0.1]),
         run("oracle_plus", 0, 3e-4, [0.2, 0.4, 0.4, 0.4, 0.4]),
     ]
-    assert learning.best_rates(runs) == {("s", "grpo"): 1e-4, ("s", "oracle_plus"): 3e-4}
+    assert learning.best_rates(runs) == {"grpo": 1e-4, "oracle_plus": 3e-4}
     assert learning.final(runs[0]) == pytest.approx(0.3)
     assert learning.smoothed(runs[2])[:2] == [(0, pytest.approx(0.3)), (10, pytest.approx(1 / 3))]
     assert learning.steps_to(runs[2], 0.3) == 10

@@ -150,6 +150,8 @@ def test_a_reader_sees_the_runs_that_chose_the_rates(runs, scored):
     assert table[4] == "| method | final at 0.0003 | rate | gain over GRPO | share |"
     assert table[6].startswith("| GRPO | 0.")
     assert table[8] == "| VPPO | not run | - | not run | not run |"
+    without = page([run for run in runs if run["seed"] != PLAN.tuning_seed], scored, PLAN)
+    assert without[without.index(table[0]) + 2] == "Not run."
 
 
 def stored(folder, runs, scored):
@@ -175,8 +177,7 @@ def test_the_page_says_how_many_steps_and_rates_there_were(runs, scored, tmp_pat
     [
         ({"steps": 60}, "mixes results of different settings: steps"),
         ({"used": {"region": {"weight": 2.0}}}, "two results of region at 0.0003 from half_ignorant-0-abc"),
-        ({"start": "half_ignorant-0-new"}, "two results of region"),
-        ({"start": "half_ignorant-1-abc", "seed": PLAN.tuning_seed}, "chosen on different starts"),
+        ({"start": "half_ignorant-0-new", "seed": 7}, "start half_ignorant-0-new and half_ignorant-0-abc"),
     ],
 )
 def test_a_page_of_results_that_do_not_belong_together_is_refused(change, said, runs, scored, tmp_path, capsys):
