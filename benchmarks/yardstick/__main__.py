@@ -20,13 +20,14 @@ import torch
 
 from benchmarks.yardstick import agree, learning
 from benchmarks.yardstick.known import ScoreConfig, as_table
-from benchmarks.yardstick.loop import ROOT, VARIANTS, LoopConfig, names
+from benchmarks.yardstick.loop import ROOT, VARIANTS, LoopConfig, method_of, names
 from benchmarks.yardstick.page import REMARKS, page
 from benchmarks.yardstick.picture import picture
 from benchmarks.yardstick.plan import Plan, run_plan, score_once, train_once
 from benchmarks.yardstick.starts import SCENES, STARTS, greedy_of, is_start, make_start
 from benchmarks.yardstick.store import MixedResults, all_of, runs_of, scores_of
 from sayo_verl.errors import SayoError
+from sayo_verl.launch.method_check import check_method
 from sayo_verl.launch.settings import load_methods
 
 RESULTS = ROOT / "benchmarks" / "results" / "yardstick"
@@ -79,6 +80,12 @@ def main(arguments: list[str] | None = None) -> None:
     given.methods = list(dict.fromkeys(each.removeprefix("attn_") for each in given.methods))
     if unknown := [name for name in given.methods if name not in names()]:
         parser.error(f"no method {', '.join(unknown)}; there are {', '.join(names())}. --modules loads your own")
+    try:
+        for name in given.methods:
+            if method := method_of(LoopConfig(method=name)):
+                check_method(method)
+    except SayoError as error:
+        parser.error(str(error))
     if getattr(given, "steps", 1) < 1:
         parser.error("--steps is at least 1")
     if not is_start(getattr(given, "start", None)):

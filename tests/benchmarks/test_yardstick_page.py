@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+import sayo_verl.methods
 from benchmarks.yardstick.__main__ import main
+from benchmarks.yardstick.loop import ROOT
 from benchmarks.yardstick.page import page
 from benchmarks.yardstick.picture import picture
 from benchmarks.yardstick.plan import Plan
@@ -213,4 +215,17 @@ def test_a_command_that_cannot_work_is_refused_at_once(arguments, said, tmp_path
     with pytest.raises(SystemExit):
         main([*arguments, "--out", str(tmp_path / "out")])
     assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_own_method_that_fails_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    known = sayo_verl.methods.METHODS.copy()
+    for room in ("sayo_verl.methods", "benchmarks.yardstick.loop"):
+        monkeypatch.setattr(f"{room}.METHODS", known)
+    own = tmp_path / "reliance_with_a_typo.py"
+    own.write_text((ROOT / "recipe/example/reliance.py").read_text().replace("signals.log_probs", "signals.log_prob"))
+    with pytest.raises(SystemExit):
+        main(["all", "--methods", "grpo,oracle_plus,reliance", "--modules", str(own), "--out", str(tmp_path / "out")])
+    assert "L72" in (said := capsys.readouterr().err)
+    assert "log_prob" in said
     assert not (tmp_path / "out").exists()
