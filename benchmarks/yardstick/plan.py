@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from benchmarks.yardstick.known import METHODS, ScoreConfig, looks_of, score
 from benchmarks.yardstick.learning import Run, best_rates
@@ -183,4 +184,5 @@ def _quiet(_line: str) -> None:
 
 def _prepare(modules: Sequence[str]) -> None:
     torch.set_num_threads(1)
+    logging.disable_progress_bar()  # a bar of each small file would hide the progress of the plan
     load_methods(modules)
