@@ -290,8 +290,8 @@ class AnchorMethod:
                 where="attn_anchor",
                 got=f"{failed} of {len(cut)}",
                 wanted=f"at most {FAILED_SHARE:.0%}",
-                fix="raise algorithm.attn.anchor.time_limit, or lower neighbours; if that does not help, "
-                "report the batch",
+                fix="raise algorithm.attn.anchor.time_limit, or lower neighbours. METIS runs in spawned processes, so "
+                "a script of your own needs `if __name__ == '__main__':`. If neither helps, report the batch",
             )
         for (b, place_n, _), found in zip(rows, cut, strict=True):
             if found is not None:
