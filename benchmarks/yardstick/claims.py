@@ -94,6 +94,18 @@ def claims(runs: Sequence[Run], scored: Scored, plan: Plan) -> list[Claim]:
             {"all layers": learned("anchor_top")},
             "above",
         ),
+        Claim(
+            "Blame by surprise, -log p of a token, learns more than GRPO: gain over GRPO",
+            "a control",
+            {"no image, no attention": learned("surprise")},
+            "above",
+        ),
+        Claim(
+            "Sharpening without a reward learns more than GRPO: gain over GRPO",
+            "a control",
+            {"no reward": learned("sharpen")},
+            "above",
+        ),
         Claim(  # from half-ignorant starts nearly all right answers are luck
             "Attention where it causally matters predicts the right answer, from knowing starts",
             "Faithful-MR1",

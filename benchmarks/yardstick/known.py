@@ -27,7 +27,10 @@ from sayo_verl.scenes.walk import WalkConfig
 from sayo_verl.scenes.walk_truth import Truth as WalkTruth
 from sayo_verl.vision.intervention import Intervention
 
-METHODS = ("grpo", "region", "dual", "anchor", "faithful", "sensitivity", "evidence", "oracle", "oracle_plus")
+METHODS = (
+    *("grpo", "region", "dual", "anchor", "faithful", "sensitivity", "evidence"),
+    *("surprise", "sharpen", "oracle", "oracle_plus"),
+)
 Scores = dict[str, dict[str, Estimate]]
 
 

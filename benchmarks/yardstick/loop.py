@@ -26,7 +26,8 @@ from sayo_verl.scenes.walk_truth import Truth
 BASELINE = "grpo"
 TITLES = {"grpo": "GRPO", "oracle": "oracle: blame", "oracle_plus": "oracle_plus: blame and praise"}
 ROOT = Path(__file__).resolve().parents[2]
-load_methods([str(ROOT / "recipe" / "oracle" / "oracle.py")])
+RECIPES = [ROOT / "recipe" / name for name in ("oracle/oracle.py", "controls/controls.py")]
+load_methods([str(file) for file in RECIPES])
 Log = Callable[[str], None]
 
 # Settings that a claim of a paper or a default of ours is about: name -> (method, settings).

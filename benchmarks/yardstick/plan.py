@@ -63,7 +63,7 @@ class Plan:
         "faithful_all",
     )
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
-    rates: Sequence[float] = (3e-5, 1e-4, 3e-4, 6e-4)
+    rates: Sequence[float] = (3e-5, 1e-4, 3e-4)
     common_rate: float = 1e-4
     steps: int = 60
     tuning_seed: int = 100

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import torch
 from PIL import Image
 
-from benchmarks.yardstick.loop import BASELINE, ROOT
+from benchmarks.yardstick.loop import BASELINE, RECIPES, ROOT
 from sayo_verl.methods import Signals
 from sayo_verl.probe.statistics import Statistic
 from sayo_verl.reward.walk import walk_of
@@ -32,7 +32,7 @@ SETTINGS = (  # the loop's: one update a step on 16 prompts x 8 responses, token
     "actor_rollout_ref.actor.entropy_coeff=0",
     "algorithm.filter_groups.enable=False",
 )
-MODULES = [ROOT / "recipe" / "oracle" / "oracle.py", ROOT / "benchmarks" / "yardstick" / "verl_batch.py"]
+MODULES = [*RECIPES, ROOT / "benchmarks" / "yardstick" / "verl_batch.py"]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from sayo_verl.metrics import every_metric
 
 EXAMPLES = Path(__file__).parent.parent.parent / "recipe" / "example"
 load_methods([str(EXAMPLES / name) for name in ("reliance.py", "glance.py")])
-load_methods([str(EXAMPLES.parent / "oracle" / "oracle.py")])
+load_methods([str(EXAMPLES.parent / name) for name in ("oracle/oracle.py", "controls/controls.py")])
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=25)
 EVERY = {**{name: cls() for name, cls in METHODS.items()}, "attn_mix": Mix((RegionMethod(), DualMethod()))}
@@ -42,7 +42,7 @@ OTHERS = {
 }
 EVERY_WAY = {**EVERY, **OTHERS}
 ACROSS_GROUPS = {"attn_sensitivity"}  # its paper compares the responses of a batch
-REPLACED = {"attn_oracle_plus"}  # it replaces the group's advantage by a bonus
+REPLACED = {"attn_oracle_plus", "attn_sharpen"}  # they replace the group's advantage by a bonus
 batches = st.tuples(st.integers(0, 10_000), st.integers(1, 12), st.integers(1, 9), st.integers(1, 4), st.booleans())
 every_way = pytest.mark.parametrize("method", EVERY_WAY.values(), ids=EVERY_WAY)
 
