@@ -67,7 +67,7 @@ class Plan:
     common_rate: float = 1e-4
     steps: int = 60
     tuning_seed: int = 100
-    tuning_starts: int = 3
+    tuning_starts: int = 2
     kinds: Sequence[str] = tuple(STARTS)
     modules: Sequence[str] = ()
 
