@@ -18,7 +18,6 @@ Shape suffixes: T tokens of one response (nodes), m neighbours, P directed pairs
 edge), K parts.
 """
 
-import atexit
 import importlib.util
 import multiprocessing
 import os
@@ -29,6 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -294,6 +294,8 @@ def _pool(workers: int) -> Any:
                 max_workers=workers, initializer=_start_worker, context=multiprocessing.get_context("spawn")
             )
             _CURRENT = (os.getpid(), workers, pool)
+            # not ``atexit``: a process of ``multiprocessing`` does not call it, and would wait for the workers for ever
+            Finalize(None, _stop, exitpriority=0)
         return _CURRENT[2]
 
 
@@ -308,6 +310,3 @@ def _close() -> None:
 def _stop() -> None:
     with _LOCK:
         _close()
-
-
-atexit.register(_stop)

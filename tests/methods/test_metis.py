@@ -5,6 +5,7 @@ Shape suffixes: T nodes, K parts.
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -317,6 +318,21 @@ def test_no_worker_outlives_the_script_that_called(end, code, tmp_path, repo):
     while any(map(runs, pids)) and time.monotonic() < until:
         time.sleep(0.1)
     assert not any(map(runs, pids))
+
+
+def cut_once():
+    labels = partition_graphs([chain(9)] * 2, [2] * 2, processes=1)
+    assert all(found is not None for found in labels)
+
+
+def test_a_process_of_multiprocessing_ends_after_it_called():
+    process = multiprocessing.get_context("spawn").Process(target=cut_once)
+    process.start()
+    process.join(timeout=90)
+    try:
+        assert process.exitcode == 0
+    finally:
+        process.kill()
 
 
 def test_the_cost_page_is_made_of_its_numbers(repo):
