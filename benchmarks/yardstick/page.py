@@ -77,7 +77,8 @@ def score_lines(scored: Sequence[Mapping[str, Any]]) -> list[str]:
         names = [name for name in (*SCORES, "control") if name in given]
         out += ["", f"### From {_words(kind)} starts ({len(found)})", "", _rates(found), ""]
         methods = dict.fromkeys(m for f in found for m in f["methods"])
-        out += _table("method", names, {m: [f["methods"][m] for f in found if m in f["methods"]] for m in methods})
+        by_title = {title(m): [f["methods"][m] for f in found if m in f["methods"]] for m in methods}
+        out += _table("method", names, by_title)
     return out
 
 
@@ -198,7 +199,7 @@ def other_walks(runs: Sequence[Run], plan: Plan, kind: str, begun: Mapping[str, 
         rows["before training"] = before
     for method in plan.trained:
         own = learning.by_seed(runs, kind, method, plan.common_rate)
-        rows[method] = [{name: [run[name]["acc"]] for name in names} for run in own.values()]
+        rows[title(method)] = [{name: [run[name]["acc"]] for name in names} for run in own.values()]
     said = (
         "Accuracy at the end: greedy on walks as in training, and sampled on walks whose arrows have pairs of "
         "colour and direction that were never seen. Before training it is that of the checkpoint where training starts."
@@ -246,7 +247,7 @@ def _table(first: str, names: Sequence[str], rows: Mapping[str, Sequence[Mapping
         for name in names:
             values = [found[name][0] for found in each if name in found and found[name][0] is not None]
             cells.append(mean(values, range(len(values))).text(2, sign=True) if values else "-")
-        lines.append(f"| {title(row)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return lines
 
 
