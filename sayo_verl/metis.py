@@ -278,7 +278,7 @@ def _start_worker() -> None:
 
 
 _LOCK = threading.Lock()
-_CURRENT: tuple[int, int, Any] | None = None  # process that made it, workers, pool
+_CURRENT: tuple[int, int, Any, Finalize] | None = None  # process that made it, workers, pool, what stops it
 
 
 def _pool(workers: int) -> Any:
@@ -293,9 +293,8 @@ def _pool(workers: int) -> Any:
             pool = ProcessPool(
                 max_workers=workers, initializer=_start_worker, context=multiprocessing.get_context("spawn")
             )
-            _CURRENT = (os.getpid(), workers, pool)
             # not ``atexit``: a process of ``multiprocessing`` does not call it, and would wait for the workers for ever
-            Finalize(None, _stop, exitpriority=0)
+            _CURRENT = (os.getpid(), workers, pool, Finalize(None, _stop, exitpriority=0))
         return _CURRENT[2]
 
 
@@ -303,6 +302,7 @@ def _close() -> None:
     global _CURRENT
     old, _CURRENT = _CURRENT, None
     if old is not None and old[0] == os.getpid():
+        old[3].cancel()
         old[2].stop()
         old[2].join()
 

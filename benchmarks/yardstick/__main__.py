@@ -14,7 +14,9 @@ results do not depend on the machine's cores; run several processes for more.
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +27,7 @@ from benchmarks.yardstick.page import REMARKS, page
 from benchmarks.yardstick.picture import picture
 from benchmarks.yardstick.plan import Plan, run_plan, score_once, train_once
 from benchmarks.yardstick.starts import SCENES, STARTS, greedy_of, is_start, make_start
-from benchmarks.yardstick.store import MixedResults, all_of, runs_of, scores_of
+from benchmarks.yardstick.store import MixedResults, all_of, one_start_each, runs_of, scores_of
 from sayo_verl.errors import SayoError
 from sayo_verl.launch.method_check import check_method
 from sayo_verl.launch.settings import load_methods
@@ -86,8 +88,9 @@ def main(arguments: list[str] | None = None) -> None:
                 check_method(method)
     except SayoError as error:
         parser.error(str(error))
-    if getattr(given, "steps", 1) < 1:
-        parser.error("--steps is at least 1")
+    for name in ("steps", "processes", "prompts", "eval_scenes"):
+        if getattr(given, name, 1) < 1:
+            parser.error(f"--{name.replace('_', '-')} is at least 1")
     if not is_start(getattr(given, "start", None)):
         parser.error(f"{given.start} is no start: make one with `start`")
     if given.command == "all" and (wrong := _no_plan(given)):
@@ -95,16 +98,17 @@ def main(arguments: list[str] | None = None) -> None:
     if given.command == "page":
         try:
             runs, scored = runs_of(given.results / "runs"), scores_of(given.results / "scores")
+            one_start_each(runs, scored)
         except MixedResults as error:
             parser.error(str(error))
         if not runs or not scored:
             parser.error(f"{given.results} holds no runs and scores: make them with `all`, or name them with --results")
         own = [name for name in dict.fromkeys(run["method"] for run in runs) if name not in (*Plan.methods, *VARIANTS)]
-        rates = sorted({run["rate"] for run in runs if run["seed"] == Plan.tuning_seed})
+        rates = sorted({run["rate"] for run in learning.tuning_runs(runs, Plan.tuning_seed)})
         shown = Plan(methods=(*Plan.methods, *own), steps=runs[0]["steps"], rates=rates)
         (given.docs / "images").mkdir(parents=True, exist_ok=True)
         picture(runs, scored, shown, given.docs / "images" / "yardstick.png")
-        remarks = REMARKS.read_text() if given.results == RESULTS else ""
+        remarks = REMARKS.read_text() if given.results.resolve() == RESULTS else ""
         lines = page(runs, scored, shown, remarks, all_of(given.results / "agree"), greedy_of(given.results / "starts"))
         (given.docs / "yardstick.md").write_text("\n".join(lines).rstrip() + "\n")
     elif given.command == "start":
@@ -149,8 +153,14 @@ def _no_plan(given: argparse.Namespace) -> str:
     return f"--seeds has {Plan.tuning_seed}, which chooses the rates" if Plan.tuning_seed in given.seeds else ""
 
 
-def _list(kind: type):
-    return lambda text: [kind(part) for part in text.split(",")]
+def _list(kind: type) -> Callable[[str], list[Any]]:
+    def of(text: str) -> list[Any]:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of {kind.__name__}, such as 1,2") from None
+
+    return of
 
 
 def _log(line: str) -> None:

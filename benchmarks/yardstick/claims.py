@@ -1,7 +1,8 @@
 """What the stored results say about claims: of the papers, and of defaults of this package.
 
 A claim is a sentence with measured numbers and a rule. It holds here if every interval is wholly on the side that the
-claim needs, it fails if every interval is wholly on the other side, and else it is open.
+claim needs, it fails if every interval is wholly on the other side, and else it is open. "in part": some numbers were
+not run.
 """
 
 import math
@@ -44,7 +45,8 @@ class Claim:
         above = [each.low > self.level for each in found]
         below = [each.high < self.level for each in found]
         for_it, against = (above, below) if self.needs == "above" else (below, above)
-        return "holds" if all(for_it) else "fails" if all(against) else "open"
+        verdict = "holds" if all(for_it) else "fails" if all(against) else "open"
+        return verdict if len(found) == len(self.numbers) else f"{verdict}, in part"
 
 
 def claims(runs: Sequence[Run], scored: Scored, plan: Plan) -> list[Claim]:
@@ -177,11 +179,14 @@ def claim_lines(found: Sequence[Claim]) -> list[str]:
     """The claims as a Markdown table."""
     lines = ["| claim | of | measured here | holds if | verdict |", "|---|---|---|---|---|"]
     for claim in found:
-        found_in = {name: each for name, each in claim.numbers.items() if not math.isnan(each.value)}
-        numbers = "; ".join(f"{name} {estimate.text(2, sign=True)}" for name, estimate in found_in.items())
+        numbers = "; ".join(f"{name} {_number(each)}" for name, each in claim.numbers.items())
         needs = f"{claim.needs} {claim.level:g}" if claim.needs else "-"
         lines.append(f"| {claim.text} | {claim.of} | {numbers or '-'} | {needs} | {claim.verdict} |")
     return lines
+
+
+def _number(estimate: Estimate) -> str:
+    return "not run" if math.isnan(estimate.value) else estimate.text(2, sign=True)
 
 
 def of_kind(scored: Scored, kind: str) -> Scored:

@@ -6,6 +6,7 @@ an accuracy is the first evaluation at which the mean of three neighbouring eval
 and seed see the same scenes and are compared in pairs. Intervals are over seeds.
 """
 
+import itertools
 import math
 import statistics
 from collections import defaultdict
@@ -107,9 +108,14 @@ def is_wide(steps: dict[int, tuple[int | None, int | None]], at_most: float = 0.
 
 
 def chosen_rates(runs: Sequence[Run], tuning_seed: int) -> dict[str, float]:
-    """Method -> its best rate in the runs that choose it. A method that lacks a start or a rate of others has none."""
-    tuning = [run for run in runs if run["seed"] == tuning_seed]
-    tried = {(run["start"], run["rate"]) for run in tuning}
+    """Method -> its best rate in the runs that choose it. A method that lacks a rate on a start has none."""
+    tuning = tuning_runs(runs, tuning_seed)
+    starts, rates = ({run[name] for run in tuning} for name in ("start", "rate"))
     best = best_rates(tuning)
     ran = {method: {(run["start"], run["rate"]) for run in tuning if run["method"] == method} for method in best}
-    return {method: rate for method, rate in best.items() if ran[method] == tried}
+    return {method: rate for method, rate in best.items() if ran[method] == set(itertools.product(starts, rates))}
+
+
+def tuning_runs(runs: Sequence[Run], tuning_seed: int) -> list[Run]:
+    """The runs that choose rates."""
+    return [run for run in runs if run["seed"] == tuning_seed]

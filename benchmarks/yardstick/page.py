@@ -52,7 +52,8 @@ def page(
         "## Claims",
         "",
         "A claim holds if all its intervals lie on the side that it needs. It fails if all lie on the other side. Else "
-        "it is open. `benchmarks/yardstick/claims.py` defines the numbers, which are of this task and policy alone.",
+        'it is open. "in part": some of its numbers were not run. `benchmarks/yardstick/claims.py` defines the '
+        "numbers, which are of this task and policy alone.",
         "",
         *claim_lines(claims(runs, scored, plan)),
         "",
@@ -156,19 +157,20 @@ def learning_lines(runs: Sequence[Run], plan: Plan, begun: Mapping[str, Mapping[
 def best_lines(runs: Sequence[Run], plan: Plan) -> list[str]:
     """A table of each method at the best of the rates that were tried, and of the runs that chose it."""
     heading = "### Each method at a rate of its own"
-    tuning = [run for run in runs if run["seed"] == plan.tuning_seed]
+    tuning = learning.tuning_runs(runs, plan.tuning_seed)
     if not tuning:
         return ["", heading, "", "Not run."]
     best = learning.chosen_rates(runs, plan.tuning_seed)
     ends = learning.finals(tuning)
+    starts = sorted({f"{_words(learning.kind_of(run))} {run['start'].rsplit('-', 2)[1]}" for run in tuning})
     grpo, plus = (learning.by_seed(runs, HALF, m, best.get(m, math.nan)) for m in ("grpo", "oracle_plus"))
     tried = [f"final at {rate:g}" for rate in plan.rates]
     lines = [
         "",
         heading,
         "",
-        "The first columns are the final accuracies of the runs that chose the rates, as a mean over "
-        f"{len({run['start'] for run in tuning})} half-ignorant starts, with a seed of training of their own.",
+        "The first columns are the final accuracies of the runs that chose the rates, with a seed of training of their "
+        f"own. They are means over these starts: {', '.join(starts)}.",
         "",
         "| " + " | ".join(["method", *tried, "rate", "gain over GRPO", "share"]) + " |",
         "|" + "---|" * (len(tried) + 4),
@@ -192,19 +194,26 @@ def other_walks(runs: Sequence[Run], plan: Plan, kind: str, begun: Mapping[str, 
 
     Greedy accuracy tells learning to see from learning to be sure: the second raises sampled accuracy alone.
     """
-    names = ("greedy", "new_pairs")
+    names = ("greedy", "change", "new_pairs")
     rows: dict[str, list[dict[str, Any]]] = {}
     used = {run["start"] for run in runs if learning.kind_of(run) == kind and run["seed"] != plan.tuning_seed}
     if before := [{"greedy": [begun[start]["acc"]]} for start in sorted(used & begun.keys())]:
         rows["before training"] = before
     for method in plan.trained:
         own = learning.by_seed(runs, kind, method, plan.common_rate)
-        rows[title(method)] = [{name: [run[name]["acc"]] for name in names} for run in own.values()]
+        rows[title(method)] = [
+            {
+                "greedy": [run["greedy"]["acc"]],
+                "change": [run["greedy"]["acc"] - begun[run["start"]]["acc"] if run["start"] in begun else None],
+                "new_pairs": [run["new_pairs"]["acc"]],
+            }
+            for run in own.values()
+        ]
     said = (
-        "Accuracy at the end: greedy on walks as in training, and sampled on walks whose arrows have pairs of "
-        "colour and direction that were never seen. Before training it is that of the checkpoint where training starts."
+        "Accuracy at the end: greedy on walks as in training, and its change from the checkpoint where training "
+        "starts; and sampled on walks whose arrows have pairs of colour and direction that were never seen."
     )
-    return ["", said, "", *_table("method", names, rows)]
+    return ["", said, "", *_table("method", names, rows, decimals=3)]
 
 
 def agreement_lines(agreed: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -240,13 +249,15 @@ def _halves(rewards: Sequence[float]) -> str:
     return f"{fmean(rewards[:half]):.3f}, {fmean(rewards[half:]):.3f}" if len(rewards) >= 10 else "not run"
 
 
-def _table(first: str, names: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+def _table(
+    first: str, names: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, Any]]], decimals: int = 2
+) -> list[str]:
     lines = [f"| {first} | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
     for row, each in rows.items():
         cells = []
         for name in names:
             values = [found[name][0] for found in each if name in found and found[name][0] is not None]
-            cells.append(mean(values, range(len(values))).text(2, sign=True) if values else "-")
+            cells.append(mean(values, range(len(values))).text(decimals, sign=True) if values else "-")
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return lines
 

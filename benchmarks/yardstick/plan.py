@@ -22,7 +22,7 @@ import torch
 from transformers.utils import logging
 
 from benchmarks.yardstick.known import METHODS, ScoreConfig, looks_of, score
-from benchmarks.yardstick.learning import Run, best_rates
+from benchmarks.yardstick.learning import Run, chosen_rates
 from benchmarks.yardstick.loop import VARIANTS, LoopConfig, method_of, train
 from benchmarks.yardstick.starts import SCENES, STARTS, load_start, make_start
 from benchmarks.yardstick.store import once
@@ -126,7 +126,7 @@ def run_plan(plan: Plan, out: Path, processes: int, log: Callable[[str], None]) 
         starts = dict(zip(asked, folders, strict=True))
         each("scores", [(score_once, starts[at], ScoreConfig(plan.compared()), out / "scores") for at in asked])
         tuning = [(train_once, starts[HALF, seed], config, out / "runs") for seed, config in plan.tuning()]
-        best = best_rates(each("rates", tuning))
+        best = chosen_rates(each("rates", tuning), plan.tuning_seed)
         runs = [(starts[at], config) for at in asked for config in plan.learning(best, at[1], at[0])]
         # what is compared first comes first, so that a plan that is stopped can be shown
         runs.sort(key=lambda run: (run[1].rate != plan.common_rate, run[1].method in VARIANTS))

@@ -1,8 +1,9 @@
 """Results as one JSON file each, which is never made twice."""
 
+import itertools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,10 @@ def runs_of(folder: Path) -> list[dict[str, Any]]:
     """The runs of a folder.
 
     Raises:
-        MixedResults: runs of different length or size; two starts of one kind and seed; or two results of one start,
-            method, rate and seed, as a method leaves them whose settings or file changed.
+        MixedResults: runs of different length or size; or two results of one start, method, rate and seed, as a method
+            leaves them whose settings or file changed.
     """
     runs, known = all_of(folder), dict[tuple[Any, ...], dict[str, Any]]()
-    starts = dict[tuple[str, str], dict[str, Any]]()
     for run in runs:
         _check_same(run, runs[0], SAME_IN_RUNS, folder)
         of = (*_kind_and_seed(run["start"]), run["method"], run["rate"], run["seed"])
@@ -53,7 +53,6 @@ def runs_of(folder: Path) -> list[dict[str, Any]]:
             what = f"{run['method']} at {run['rate']:g} from {run['start']}, seed {run['seed']}"
             raise MixedResults(f"{folder} has two results of {what}; {_apart(known[of], run)}. Remove the old one")
         known[of] = run
-        _check_same(run, starts.setdefault(_kind_and_seed(run["start"]), run), ("start",), folder)
     return runs
 
 
@@ -77,6 +76,19 @@ def scores_of(folder: Path) -> list[dict[str, Any]]:
         if known["example"] and found["example"]:
             known["example"]["credit"] |= found["example"]["credit"]
     return list(starts.values())
+
+
+def one_start_each(*results: Sequence[Mapping[str, Any]]) -> None:
+    """Check that results have one start of each kind and seed.
+
+    Raises:
+        MixedResults: there are two.
+    """
+    known = dict[tuple[str, str], str]()
+    for found in itertools.chain(*results):
+        start = known.setdefault(_kind_and_seed(found["start"]), found["start"])
+        if start != found["start"]:
+            raise MixedResults(f"the results are of two starts of one kind and seed: {start} and {found['start']}")
 
 
 def _kind_and_seed(start: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ NONE = Estimate(math.nan)
         ((ABOVE, BELOW), "above", "open"),
         ((BELOW, BELOW), "above", "fails"),
         ((BELOW,), "below", "holds"),
-        ((ABOVE, NONE), "above", "holds"),
+        ((ABOVE, NONE), "above", "holds, in part"),
         ((NONE,), "above", "not run"),
         ((Estimate(0.3),), "above", "open"),
         ((ABOVE,), "", "no verdict"),

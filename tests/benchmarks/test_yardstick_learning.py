@@ -67,6 +67,11 @@ def test_a_method_that_lacks_a_start_or_a_rate_has_no_best_one():
     assert learning.chosen_rates([*all_four, *one_start, *one_rate], 100) == {"grpo": 1e-4}
 
 
+def test_a_rate_that_was_tried_on_fewer_starts_chooses_nothing():
+    uneven = [tuned("grpo", 3e-4, 0, 0.5), tuned("grpo", 3e-4, 1, 0.3), tuned("grpo", 6e-4, 0, 0.45)]
+    assert learning.chosen_rates(uneven, 100) == {}
+
+
 def test_final_accuracy_leaves_out_the_start():
     assert learning.final(run("grpo", 0, [0.0, 0.4, 0.6])) == pytest.approx(0.5)
 

@@ -89,7 +89,7 @@ def test_the_page_shows_scores_learning_and_what_was_not_run(runs, scored):
     plus = next(line for line in lines if line.startswith("| oracle_plus") and "blame and praise | 3 |" in line)
     assert "| 1.00 [" in plus
     assert plus.endswith("| 2.00 |")
-    assert "| GRPO | +0.50 [no interval] | +0.10 [no interval] |" in text
+    assert "| GRPO | +0.500 [no interval] | - | +0.100 [no interval] |" in text
     assert "| Training without the anchors hurts" in text
     assert "| VPPO | not run |" in text
     assert text[text.index("### From knowing starts") :].split("\n")[2].startswith("Not run")
@@ -143,7 +143,8 @@ def test_all_columns_of_a_method_are_of_the_seeds_that_can_be_compared(runs, sco
 def test_greedy_accuracy_before_training_stands_beside_that_after_it(runs, scored):
     begun = {f"half_ignorant-{seed}-abc": {"acc": 0.25} for seed in PLAN.seeds} | {"knowing-0-abc": {"acc": 0.9}}
     lines = page(runs, scored, PLAN, begun=begun)
-    assert "| before training | +0.25 [no interval] | - |" in lines
+    assert "| before training | +0.250 [no interval] | - | - |" in lines
+    assert "| GRPO | +0.500 [no interval] | +0.250 [no interval] | +0.100 [no interval] |" in lines
 
 
 def test_a_reader_sees_the_runs_that_chose_the_rates(runs, scored):
@@ -179,7 +180,10 @@ def test_the_page_says_how_many_steps_and_rates_there_were(runs, scored, tmp_pat
     [
         ({"steps": 60}, "mixes results of different settings: steps"),
         ({"used": {"region": {"weight": 2.0}}}, "two results of region at 0.0003 from half_ignorant-0-abc"),
-        ({"start": "half_ignorant-0-new", "seed": 7}, "start half_ignorant-0-new and half_ignorant-0-abc"),
+        (
+            {"start": "half_ignorant-0-new", "seed": 7},
+            "one kind and seed: half_ignorant-0-abc and half_ignorant-0-new",
+        ),
     ],
 )
 def test_a_page_of_results_that_do_not_belong_together_is_refused(change, said, runs, scored, tmp_path, capsys):
@@ -190,6 +194,20 @@ def test_a_page_of_results_that_do_not_belong_together_is_refused(change, said, 
         main(["page", "--results", str(tmp_path), "--docs", str(tmp_path / "docs")])
     assert said in capsys.readouterr().err
     assert not (tmp_path / "docs").exists()
+
+
+def test_scores_and_runs_of_different_starts_are_refused(runs, scored, tmp_path, capsys):
+    other = [each | SIZES | {"seed": 0, "start": each["start"].replace("-0-abc", "-0-new")} for each in scored]
+    stored(tmp_path, [run | SIZES for run in runs], other)
+    with pytest.raises(SystemExit):
+        main(["page", "--results", str(tmp_path), "--docs", str(tmp_path / "docs")])
+    assert "two starts of one kind and seed" in capsys.readouterr().err
+
+
+def test_the_stored_results_have_their_remarks_however_they_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    main(["page", "--results", "benchmarks/results/yardstick", "--docs", str(tmp_path)])
+    assert "## In short" in (tmp_path / "yardstick.md").read_text()
 
 
 def test_a_page_without_results_is_refused(tmp_path, capsys):
@@ -207,6 +225,8 @@ def test_a_page_without_results_is_refused(tmp_path, capsys):
         (["all", "--methods", "grpo,oracle_plus,region_all"], "so name region alone"),
         (["all", "--seeds", "99,100"], "--seeds has 100, which chooses the rates"),
         (["all", "--steps", "0"], "--steps is at least 1"),
+        (["all", "--processes", "0"], "--processes is at least 1"),
+        (["all", "--seeds", "0,"], "'0,' is no list of int"),
         (["score", "--start", "nowhere"], "nowhere is no start: make one with `start`"),
         (["train", "--methods", "grpo,gpro", "--start", "nowhere"], "no method gpro"),
     ],
