@@ -1,4 +1,4 @@
-"""Controls: credit from the policy's own probabilities, without an image, attention or the truth.
+"""Controls: credit within a response from the probabilities of its tokens.
 
 With the surprise s_it = -log pi(y_it) of a token, and its mean over the n_i tokens of a response, m_i:
 
@@ -6,10 +6,11 @@ With the surprise s_it = -log pi(y_it) of a token, and its mean over the n_i tok
                A_it = A_i                     in the others
     sharpen    A_it = m_i - s_it              in every response; the reward is not read
 
-``surprise`` asks whether a gain needs more than what the policy knows of its own answer: the blame of a wrong response
-falls on its unlikely tokens. ``sharpen`` asks whether a gain needs a reward at all: it makes likely tokens more likely,
-as reinforcement learning with negative entropy as the only reward does (EM-RL, arXiv 2505.15134, in a form of ours). A
-method that gains no more than a control may have learned certainty, and nothing of the image.
+They use no attention, no changed image, and nothing of which token is wrong. ``surprise`` asks whether a gain needs
+more than the policy's own doubt: the blame of a wrong response falls on its unlikely tokens. ``sharpen`` asks whether a
+gain needs a reward at all: it makes likely tokens more likely, as reinforcement learning with negative entropy as the
+only reward does (EM-RL, arXiv 2505.15134, in a form of ours). A method that gains no more than a control may have
+learned certainty, and nothing of the image.
 
 Rows without an image have GRPO's advantages in both. Both are in one file because they read the same surprise.
 
