@@ -242,10 +242,11 @@ def test_an_own_method_that_fails_is_refused_before_anything_is_made(tmp_path, m
     known = sayo_verl.methods.METHODS.copy()
     for room in ("sayo_verl.methods", "benchmarks.yardstick.loop"):
         monkeypatch.setattr(f"{room}.METHODS", known)
-    own = tmp_path / "reliance_with_a_typo.py"
-    own.write_text((ROOT / "recipe/example/reliance.py").read_text().replace("signals.log_probs", "signals.log_prob"))
+    own, example = tmp_path / "mistyped.py", (ROOT / "recipe/example/reliance.py").read_text()
+    # a name of its own, because another test may have loaded the example
+    own.write_text(example.replace("attn_reliance", "attn_mistyped").replace("signals.log_probs", "signals.log_prob"))
     with pytest.raises(SystemExit):
-        main(["all", "--methods", "grpo,oracle_plus,reliance", "--modules", str(own), "--out", str(tmp_path / "out")])
+        main(["all", "--methods", "grpo,oracle_plus,mistyped", "--modules", str(own), "--out", str(tmp_path / "out")])
     assert "L72" in (said := capsys.readouterr().err)
     assert "log_prob" in said
     assert not (tmp_path / "out").exists()
