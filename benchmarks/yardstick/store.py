@@ -62,11 +62,11 @@ def scores_of(folder: Path) -> list[dict[str, Any]]:
     Raises:
         MixedResults: two starts of one kind and seed, rollouts of different size or seed, or two versions of a method.
     """
-    starts = dict[tuple[str, str], dict[str, Any]]()
-    for found in all_of(folder):
-        known = starts.setdefault(_kind_and_seed(found["start"]), found)
+    stored, starts = all_of(folder), dict[str, dict[str, Any]]()
+    one_start_each(stored)
+    for found in stored:
+        known = starts.setdefault(found["start"], found)
         _check_same(found, next(iter(starts.values())), SAME_IN_SCORES, folder)
-        _check_same(found, known, ("start",), folder)
         for name in known["used"].keys() & found["used"].keys():
             if known["used"][name] != found["used"][name]:
                 what = f"{name} on {found['start']}, of different settings or code"

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from support.counterfactual_signals import changed
+from support.method_advantages import of
 
 from sayo_verl.launch.settings import load_methods
-from sayo_verl.methods import METHODS, advantages
+from sayo_verl.methods import METHODS
 
 ROOT = Path(__file__).parent.parent.parent
 load_methods([str(ROOT / "recipe" / "controls" / "controls.py")])
@@ -22,13 +23,6 @@ def rows(*log_probs, no_image=(), correct=None):
     for b, row in enumerate(log_probs):
         signals.log_probs[b, : len(row)] = torch.tensor(row)
     return signals
-
-
-def of(method, signals, *rewards):
-    reward = torch.tensor(rewards)
-    plain, _ = advantages(reward, signals.response_mask, signals.uid)
-    got, _ = advantages(reward, signals.response_mask, signals.uid, method.credit(signals))
-    return got, plain
 
 
 def test_the_blame_of_a_wrong_response_is_in_proportion_to_surprise_and_praise_stays():

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.counterfactual_signals import changed
+from support.method_advantages import of
 from support.refusals import refusal
 
 from sayo_verl.launch.settings import load_methods
@@ -33,13 +34,6 @@ def walked(*marks: str, tokens=None, no_image=(), correct=None, uid=None):
         correct=correct,
         reports={NAME: marks},
     )
-
-
-def of(method, signals, *rewards):
-    reward = torch.tensor(rewards)
-    plain, _ = advantages(reward, signals.response_mask, signals.uid)
-    got, _ = advantages(reward, signals.response_mask, signals.uid, method.credit(signals))
-    return got, plain
 
 
 def test_the_blame_of_a_wrong_response_falls_on_its_first_error_alone():
