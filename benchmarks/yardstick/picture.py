@@ -66,7 +66,7 @@ def picture(runs: Sequence[Run], scored: Sequence[Mapping[str, Any]], plan: Plan
     bars.axvline(0, color=INK, linewidth=0.8)
     bars.xaxis.set_major_locator(plt.MaxNLocator(4))
     bars.set_title("What it learned", loc="left", fontsize=11)
-    bars.set_xlabel(f"share of oracle_plus's gain, {len(grpo)} seeds", fontsize=9)
+    bars.set_xlabel(f"share of oracle_plus's gain,\n{len(grpo)} half-ignorant starts", fontsize=9)
     for axis in (strip, bars):
         axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
         axis.tick_params(length=0, labelsize=9)
